@@ -1,0 +1,44 @@
+"""The errors that repfx raises: one base class and a child for each thing a caller may want to catch.
+
+Every message says what was asked, where (module path), what was found against what is needed, and what to do.
+A refusal is not an error: it is a `Skip` in a pass's report. `strict=True` turns refusals into one `Refused`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RepfxError(Exception):
+    """Base of every error that repfx raises on purpose."""
+
+
+class InvalidInput(RepfxError):
+    """An argument can't be used: a model without convs, a malformed spec, a non-finite weight, a wrong shape."""
+
+
+class UnknownName(InvalidInput):
+    """A name that is in no registry; the message gives the nearest one and all known ones.
+
+    >>> print(UnknownName("branch kind", "1x2", ["1x1", "identity"]))
+    no branch kind '1x2'; did you mean '1x1'? Known: 1x1, identity
+    """
+
+    def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        super().__init__(f"no {what} {name!r}{hint} Known: {', '.join(names)}")
+
+
+class Refused(RepfxError):
+    """`strict=True` met at least one refusal; the message lists each with its reason."""
+
+
+class EquivalenceError(RepfxError):
+    """Two models that should compute the same function do not."""
+
+
+class ExportError(RepfxError):
+    """A model could not be exported, or what was exported computes something else."""

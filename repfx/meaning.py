@@ -1,0 +1,266 @@
+"""What a module means as a linear map: the exact class decides, never `isinstance` alone.
+
+A subclass that overrides `forward` may do anything (timm's `Conv2dSame` pads by the input's size, its `BatchNormAct2d` also activates),
+so a module means what its class in torch means only if it runs that class's own code. What can't be read says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from repfx.errors import InvalidInput
+from repfx.kernel import Ints, Kernel, Padding
+
+Kind: TypeAlias = Literal["conv", "affine", "pool", "pad", "identity"]
+Build: TypeAlias = Callable[[Tensor, int, int], Kernel]
+Reader: TypeAlias = Callable[[nn.Module], "Meaning"]
+
+CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVS: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+FROZEN_BATCH_NORMS = {"torchvision.ops.misc.FrozenBatchNorm2d", "detectron2.layers.batch_norm.FrozenBatchNorm2d"}
+
+_READERS: dict[type[nn.Module], Reader] = {}
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """One linear map, before its kernel is built.
+
+    Args:
+        kind: ``conv`` (linear layers too), ``affine`` per channel, ``pool``, ``pad`` or ``identity``.
+        dimensions: spatial axes, 0 for a linear layer; None where any number is served.
+        in_channels: None where any number is served.
+        build: from a tensor to take dtype and device from, channels and dimensions, to the kernel.
+    """
+
+    kind: Kind
+    dimensions: int | None
+    in_channels: int | None
+    build: Build
+
+
+def reads(*classes: type[nn.Module]) -> Callable[[Reader], Reader]:
+    """Register how modules of exactly these classes are read."""
+
+    def register(reader: Reader) -> Reader:
+        _READERS.update(dict.fromkeys(classes, reader))
+        return reader
+
+    return register
+
+
+def torch_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class whose meaning is registered and whose own code `module` runs, or None.
+
+    >>> class Renamed(nn.Conv2d): ...
+    >>> class Other(nn.Conv2d):
+    ...     def forward(self, x): return x
+    >>> torch_class(Renamed(1, 1, 1)), torch_class(Other(1, 1, 1))
+    (<class 'torch.nn.modules.conv.Conv2d'>, None)
+    """
+    known = next((base for base in type(module).__mro__ if base in _READERS), None)
+    if known is None or "forward" in vars(module):
+        return None
+    own_code = all(getattr(type(module), name, None) is getattr(known, name, None) for name in ("forward", "_conv_forward"))
+    return known if own_code else None
+
+
+def meaning_of(module: nn.Module) -> Meaning | None:
+    """The linear map that `module` is in eval mode, or None; `refusal_of` says why a conv or BatchNorm is none."""
+    if refusal_of(module) is not None:
+        return None
+    if qualified_name(module) in FROZEN_BATCH_NORMS:
+        return _read_batch_norm(module)
+    known = torch_class(module)
+    return None if known is None else _READERS[known](module)
+
+
+def kernel_of(module: nn.Module, like: Tensor, channels: int, dimensions: int) -> Kernel:
+    """The kernel of a linear module for inputs of `channels` channels and `dimensions` axes, in the dtype of `like`.
+
+    Raises:
+        InvalidInput: the module is no linear map.
+    """
+    meaning = meaning_of(module)
+    if meaning is None:
+        raise InvalidInput(f"{type(module).__name__} is no linear map: {refusal_of(module) or 'its class is not known'}.")
+    return meaning.build(like, channels, dimensions)
+
+
+def qualified_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether `module` is some kind of convolution, readable or not."""
+    return isinstance(module, CONVS + TRANSPOSED_CONVS)
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether `module` is some kind of BatchNorm, readable or not."""
+    return isinstance(module, BATCH_NORMS) or qualified_name(module) in FROZEN_BATCH_NORMS
+
+
+def refusal_of(module: nn.Module) -> str | None:
+    """Why a conv, linear layer or BatchNorm can't be read; None for what can be, and for all other modules."""
+    if not (is_conv(module) or is_batch_norm(module) or isinstance(module, nn.Linear)):
+        return None
+    name = type(module).__name__
+    if any(is_lazy(tensor) for tensor in module.parameters(recurse=False)):
+        return f"{name} is lazy and not initialized yet: run the model once"
+    if has_hooks(module):
+        return f"{name} has hooks, which would no longer see what they see now"
+    if qualified_name(module) not in FROZEN_BATCH_NORMS and torch_class(module) is None:
+        return f"{name} runs code of its own, not {_nearest(module)}'s"
+    if is_batch_norm(module) and module.running_mean is None:
+        return f"{name} keeps no running statistics, so it is no fixed map in eval mode either"
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` runs more than its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _nearest(module: nn.Module) -> str:
+    return next(base.__name__ for base in type(module).__mro__ if base in _READERS)
+
+
+def padding_of(conv: nn.Module) -> Padding:
+    """(before, after) per axis of a conv module, `padding="same"` as torch resolves it."""
+    if isinstance(conv.padding, str):
+        totals = [d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((p, p) for p in conv.padding)
+
+
+def affine_of(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each ``(channels,)``, of a BatchNorm in eval mode: s = γ / √(σ² + ε), β - μ·s."""
+    mean, variance = norm.running_mean.to(like), norm.running_var.to(like)
+    scale = torch.rsqrt(variance + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(like)
+    shift = -mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.to(like)
+
+
+@reads(*CONVS)
+def _read_conv(conv: nn.Module) -> Meaning:
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        bias = None if conv.bias is None else conv.bias.to(like)
+        sizes = (conv.stride, padding_of(conv), conv.dilation, conv.groups, conv.padding_mode)
+        return Kernel(conv.weight.to(like), bias, *sizes)
+
+    return Meaning("conv", len(conv.kernel_size), conv.in_channels, build)
+
+
+@reads(*TRANSPOSED_CONVS)
+def _read_transposed_conv(conv: nn.Module) -> Meaning:
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        bias = None if conv.bias is None else conv.bias.to(like)
+        sizes = (conv.stride, padding_of(conv), conv.dilation, conv.groups)
+        return Kernel(conv.weight.to(like), bias, *sizes, transposed=True, output_padding=tuple(conv.output_padding))
+
+    return Meaning("conv", len(conv.kernel_size), conv.in_channels, build)
+
+
+@reads(nn.Linear)
+def _read_linear(linear: nn.Module) -> Meaning:
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        bias = None if linear.bias is None else linear.bias.to(like)
+        return Kernel(linear.weight.to(like), bias, (), (), ())
+
+    return Meaning("conv", 0, linear.in_features, build)
+
+
+@reads(*BATCH_NORMS)
+def _read_batch_norm(norm: nn.Module) -> Meaning:
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        return Kernel.diagonal(*affine_of(norm, like), dimensions)
+
+    dimensions = 2 if qualified_name(norm) in FROZEN_BATCH_NORMS else _BATCH_NORM_DIMENSIONS[torch_class(norm)]
+    return Meaning("affine", dimensions, norm.running_mean.shape[0], build)
+
+
+# BatchNorm1d takes (batch, channels) and (batch, channels, length); SyncBatchNorm takes anything
+_BATCH_NORM_DIMENSIONS: dict[type[nn.Module] | None, int | None] = {
+    nn.BatchNorm1d: None,
+    nn.BatchNorm2d: 2,
+    nn.BatchNorm3d: 3,
+    nn.SyncBatchNorm: None,
+}
+
+
+@reads(nn.Identity)
+def _read_identity(module: nn.Module) -> Meaning:
+    return Meaning("identity", None, None, lambda like, channels, n: Kernel.identity(like, channels=channels, dimensions=n))
+
+
+@reads(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+def _read_average_pool(pool: nn.Module) -> Meaning:
+    dimensions = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[torch_class(pool)]
+    return average_pool_meaning(
+        dimensions,
+        per_axis(pool.kernel_size, dimensions),
+        per_axis(pool.stride, dimensions),
+        per_axis(pool.padding, dimensions),
+        regular=not pool.ceil_mode and (pool.count_include_pad or not any(per_axis(pool.padding, dimensions))),
+        area=getattr(pool, "divisor_override", None),
+    )
+
+
+def average_pool_meaning(
+    dimensions: int, kernel_size: Ints, stride: Ints, padding: Ints, *, regular: bool, area: int | None = None
+) -> Meaning:
+    """An average pool as a map; not `regular` (ceil_mode, or padding that isn't counted) means it is none at the borders."""
+
+    def build(like: Tensor, channels: int, _: int) -> Kernel:
+        pairs = tuple((p, p) for p in padding)
+        return Kernel.average_pool(
+            like, channels=channels, kernel_size=kernel_size, stride=stride, padding=pairs, area=area or math.prod(kernel_size)
+        )
+
+    return Meaning("pool" if regular else "irregular", dimensions, None, build)  # type: ignore[arg-type]
+
+
+def pad_meaning(padding: Padding, mode: str) -> Meaning:
+    """Padding as a map: the identity with padding."""
+
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        ones = (1,) * dimensions
+        weight = like.new_ones((channels, 1, *ones))
+        return Kernel(weight, None, ones, padding, ones, groups=channels, padding_mode=mode)
+
+    return Meaning("pad", len(padding), None, build)
+
+
+def per_axis(value: int | tuple[int, ...], dimensions: int) -> Ints:
+    """One number for each axis, from a number or a tuple as torch's modules hold it."""
+    return (value,) * dimensions if isinstance(value, int) else tuple(value)
+
+
+_PADS = {
+    "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+}
+
+
+@reads(*(cls for classes in _PADS.values() for cls in classes))
+def _read_pad(module: nn.Module) -> Meaning:
+    mode = next(mode for mode, classes in _PADS.items() if torch_class(module) in classes)
+    return pad_meaning(pairs_of(module.padding), mode)
+
+
+def pairs_of(sides: tuple[int, ...]) -> Padding:
+    """torch's flat padding, last axis first, as (before, after) per axis."""
+    return tuple((sides[i], sides[i + 1]) for i in range(len(sides) - 2, -1, -2))

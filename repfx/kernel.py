@@ -132,9 +132,12 @@ class Kernel:
     @property
     def is_channelwise_affine(self) -> bool:
         """Whether the map is ``x · scale + shift`` per channel and nothing else, which BatchNorm in eval mode is."""
-        channelwise = not self.transposed and self.groups == self.in_channels == self.out_channels
-        window = all(k == 1 for k in self.kernel_size) and all(s == 1 for s in self.stride)
-        return channelwise and window and not any(side for pair in self.padding for side in pair)
+        return self._is_channelwise and not any(side for pair in self.padding for side in pair)
+
+    @property
+    def _is_channelwise(self) -> bool:
+        alone = not self.transposed and self.groups == self.in_channels == self.out_channels
+        return alone and all(k == 1 for k in self.kernel_size) and all(s == 1 for s in self.stride)
 
     @property
     def multiply_adds(self) -> int:
@@ -297,15 +300,18 @@ class Kernel:
         if self.transposed or second.transposed:
             raise NoKernel("a transposed convolution composes with nothing but a scale or a shift")
         _require_composable(self, second)
+        padding = tuple(
+            (p + s * p2, q + s * q2) for (p, q), s, (p2, q2) in zip(self.padding, self.stride, second.padding)
+        )
+        mode = self.padding_mode if self.padded else second.padding_mode
+        if self._is_channelwise:
+            folded = second.fold_affine_before(self.weight.flatten(), self.bias)
+            return replace(folded, padding=padding, padding_mode=mode)
         groups = math.gcd(self.groups, second.groups)
         first, then = self.regroup(groups), second.regroup(groups)
         weight, dilation = _composed_weight(first, then)
         bias = then.bias if self.bias is None else _sum(then.bias, then._response(self.bias))
-        padding = tuple(
-            (p + s * p2, q + s * q2) for (p, q), s, (p2, q2) in zip(self.padding, self.stride, second.padding)
-        )
         stride = tuple(s * s2 for s, s2 in zip(self.stride, second.stride))
-        mode = self.padding_mode if self.padded else second.padding_mode
         return Kernel(weight, bias, stride, padding, dilation, groups, mode)
 
     @staticmethod

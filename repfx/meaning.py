@@ -20,7 +20,7 @@ from repfx.kernel import Ints, Kernel, Padding
 
 Kind: TypeAlias = Literal["conv", "affine", "pool", "pad", "identity"]
 Build: TypeAlias = Callable[[Tensor, int, int], Kernel]
-Reader: TypeAlias = Callable[[nn.Module], "Meaning"]
+Reader: TypeAlias = Callable[[nn.Module], "Meaning | None"]
 
 CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVS: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -205,22 +205,18 @@ def _read_identity(module: nn.Module) -> Meaning:
 
 
 @reads(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-def _read_average_pool(pool: nn.Module) -> Meaning:
+def _read_average_pool(pool: nn.Module) -> Meaning | None:
     dimensions = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[torch_class(pool)]
-    return average_pool_meaning(
-        dimensions,
-        per_axis(pool.kernel_size, dimensions),
-        per_axis(pool.stride, dimensions),
-        per_axis(pool.padding, dimensions),
-        regular=not pool.ceil_mode and (pool.count_include_pad or not any(per_axis(pool.padding, dimensions))),
-        area=getattr(pool, "divisor_override", None),
-    )
+    kernel_size, stride, padding = (per_axis(size, dimensions) for size in (pool.kernel_size, pool.stride, pool.padding))
+    if pool.ceil_mode or (any(padding) and not pool.count_include_pad):
+        return None  # the window shrinks at the border
+    return average_pool_meaning(dimensions, kernel_size, stride, padding, getattr(pool, "divisor_override", None))
 
 
 def average_pool_meaning(
-    dimensions: int, kernel_size: Ints, stride: Ints, padding: Ints, *, regular: bool, area: int | None = None
+    dimensions: int, kernel_size: Ints, stride: Ints, padding: Ints, area: int | None = None
 ) -> Meaning:
-    """An average pool as a map; not `regular` (ceil_mode, or padding that isn't counted) means it is none at the borders."""
+    """An average pool as a map."""
 
     def build(like: Tensor, channels: int, _: int) -> Kernel:
         pairs = tuple((p, p) for p in padding)
@@ -228,7 +224,7 @@ def average_pool_meaning(
             like, channels=channels, kernel_size=kernel_size, stride=stride, padding=pairs, area=area or math.prod(kernel_size)
         )
 
-    return Meaning("pool" if regular else "irregular", dimensions, None, build)  # type: ignore[arg-type]
+    return Meaning("pool", dimensions, None, build)
 
 
 def pad_meaning(padding: Padding, mode: str) -> Meaning:

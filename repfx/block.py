@@ -1,0 +1,80 @@
+"""`RepBlock`: the training form of one site, its own conv and the branches beside it, at the path where the conv was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+
+from torch import Tensor, nn
+
+from repfx.branch import Branch, Chain
+from repfx.errors import InvalidInput, UnknownName
+from repfx.kernel import Kernel
+from repfx.moments import Moments, set_kernel
+from repfx.spec import ConvSpec
+
+ORIGIN = "origin"
+_CONV_ATTRIBUTES = set(ConvSpec.__dataclass_fields__) | {"dimensions"}
+
+
+class RepBlock(nn.Module):
+    """``origin(x) + Σ branch(x)``; the branches are children by name.
+
+    Args:
+        conv: the site's own conv, the same object.
+        norm: the site's own BatchNorm if it moves behind the conv, else None.
+        branches: by name.
+        norm_path: where the BatchNorm stood, relative to the model.
+
+    The sizes of the conv (``kernel_size``, ``stride``, …) can be read from the block, for code around it that does.
+    """
+
+    def __init__(
+        self, conv: nn.Module, norm: nn.Module | None, branches: Mapping[str, Branch], norm_path: str | None = None
+    ) -> None:
+        super().__init__()
+        self.site = ConvSpec.of(conv)
+        self.norm_path = norm_path
+        stages = {"conv": conv} if norm is None else {"conv": conv, "norm": norm}
+        self.add_module(ORIGIN, Chain(iter(stages.items()), self.site))
+        for name, branch in branches.items():
+            self.add_module(name, branch)
+        self.training = conv.training
+
+    @property
+    def branches(self) -> dict[str, Branch]:
+        """The branches beside the origin, by name."""
+        return {name: child for name, child in self.named_children() if name != ORIGIN}  # type: ignore[misc]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
+        return reduce(Tensor.add, (branch(x) for branch in self.children()))
+
+    def equivalent_kernel(self, like: Tensor) -> Kernel:
+        """The one kernel that the block amounts to in eval mode; differentiable. `like` gives dtype and device."""
+        return reduce(Kernel.add, (branch.equivalent_kernel(like) for branch in self.children()))  # type: ignore[operator]
+
+    def absorb(self, name: str) -> None:
+        """Remove a branch; the origin takes its kernel over, in float64 and rounded once, so that the function stays."""
+        if name not in self.branches:
+            raise UnknownName("branch", name, self.branches)
+        conv, norm = self.origin.conv, getattr(self.origin, "norm", None)
+        if not hasattr(conv, "weight") or (norm is not None and getattr(norm, "weight", None) is None):
+            raise InvalidInput(f"the origin can't absorb {name!r}: its conv is a block itself, or its BatchNorm has no γ.")
+        branch = self.branches[name]
+        like = conv.weight.detach().double()
+        kernel = self.origin.equivalent_kernel(like).add(branch.equivalent_kernel(like))
+        set_kernel(conv, norm, kernel, _moments_of_sum(norm, branch.last_norm))
+        delattr(self, name)
+
+    def __getattr__(self, name: str) -> object:
+        if name in _CONV_ATTRIBUTES:
+            return getattr(self.origin.conv, name)
+        return super().__getattr__(name)
+
+
+def _moments_of_sum(norm: nn.Module | None, other: nn.Module | None) -> Moments | None:
+    if norm is None:
+        return None
+    own = Moments.after(norm)
+    return own if other is None else own.add(Moments.after(other))

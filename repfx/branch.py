@@ -1,0 +1,105 @@
+"""`Chain` and `Branch`: linear modules one after another, and the contract of a branch kind, with its registry.
+
+A branch kind is one file in `repfx/branches/`: a subclass of `Branch` that names its `kind`, says which sites it refuses, and
+yields its stages. Everything else (forward, equivalent kernel, the command line, the docs' table, the contract tests) follows.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import reduce
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from repfx.errors import InvalidInput, UnknownName
+from repfx.kernel import Kernel
+from repfx.meaning import is_batch_norm, kernel_of
+from repfx.spec import BranchSpec, ConvSpec
+from repfx.stages import Norm, Stages
+
+KINDS: dict[str, type[Branch]] = {}
+
+
+class Chain(nn.Sequential):
+    """Linear modules one after another; their kernels compose to one."""
+
+    def __init__(self, stages: Stages, site: ConvSpec) -> None:
+        super().__init__(OrderedDict(stages))
+        self.site = site
+
+    def equivalent_kernel(self, like: Tensor) -> Kernel:
+        """The one kernel that the chain amounts to in eval mode; differentiable.
+
+        Args:
+            like: gives dtype and device of the arithmetic.
+        """
+        start = Kernel.identity(like, channels=self.site.in_channels, dimensions=self.site.dimensions)
+        return reduce(self._then, self, start)
+
+    def _then(self, kernel: Kernel, stage: nn.Module) -> Kernel:
+        if hasattr(stage, "equivalent_kernel"):
+            return kernel.compose(stage.equivalent_kernel(kernel.weight))
+        return kernel.compose(kernel_of(stage, kernel.weight, kernel.out_channels, kernel.dimensions))
+
+    @property
+    def last_norm(self) -> nn.Module | None:
+        """The BatchNorm at the end of the chain, if there is one; of a block at its end, that of its origin."""
+        stages = [stage for stage in self if not isinstance(stage, nn.Identity)]
+        if not stages:
+            return None
+        if isinstance(stages[-1], Chain) or hasattr(stages[-1], "origin"):
+            return getattr(stages[-1], "origin", stages[-1]).last_norm
+        return stages[-1] if is_batch_norm(stages[-1]) else None
+
+
+class Branch(Chain):
+    """Base of all branch kinds: one linear path beside a site's own conv.
+
+    A subclass sets `kind` (registered at once), answers `refusal`, and yields its `stages`, whose composition must fit into the
+    site's window: same stride and output size, no tap outside.
+    """
+
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        kind = getattr(cls, "kind", None)
+        if not isinstance(kind, str) or "." in kind:
+            raise InvalidInput(f"branch class {cls.__name__} needs a name without dots in `kind`, not {kind!r}.")
+        if kind in KINDS and KINDS[kind].__qualname__ != cls.__qualname__:
+            raise InvalidInput(f"branch kind {kind!r} is taken by {KINDS[kind].__qualname__}.")
+        KINDS[kind] = cls
+
+    def __init__(self, site: ConvSpec, norm: Norm, like: Tensor, **options: Any) -> None:
+        super().__init__(self.stages(site, norm, like, **options), site)
+
+    @classmethod
+    def refusal(cls, site: ConvSpec, **options: Any) -> str | None:
+        """Why this kind can't serve a site, or None."""
+        return None
+
+    @classmethod
+    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of the branch in order, each with its name; `like` gives dtype and device."""
+        raise NotImplementedError
+
+
+def kind_of(branch: BranchSpec) -> type[Branch]:
+    """The class of a branch kind.
+
+    Raises:
+        UnknownName: no such kind.
+    """
+    if branch.kind not in KINDS:
+        raise UnknownName("branch kind", branch.kind, KINDS)
+    return KINDS[branch.kind]
+
+
+def refusal_of_branch(branch: BranchSpec, site: ConvSpec) -> str | None:
+    """Why a branch can't serve a site, or None."""
+    try:
+        return kind_of(branch).refusal(site, **branch.options)
+    except TypeError as error:
+        raise InvalidInput(f"branch kind {branch.kind!r} doesn't take the options {dict(branch.options)}: {error}.") from error

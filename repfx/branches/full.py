@@ -1,0 +1,20 @@
+"""k×k: the whole window once more."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from repfx.branch import Branch
+from repfx.spec import ConvSpec
+from repfx.stages import Norm, Stages, conv_stages
+
+
+class Full(Branch):
+    """A further conv like the site's own (MobileOne's over-parameterization); serves 1×1 sites too."""
+
+    kind = "kxk"
+
+    @classmethod
+    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor) -> Stages:
+        yield from conv_stages("conv", site, like)
+        yield from norm.last(site.out_channels, site.dimensions, like)

@@ -1,0 +1,28 @@
+"""Identity: x itself, normalised."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from repfx.branch import Branch
+from repfx.spec import ConvSpec
+from repfx.stages import Norm, Pad, Stages
+
+
+class Identity(Branch):
+    """x itself behind a BatchNorm (RepVGG); cropped or padded where the site changes the size."""
+
+    kind = "identity"
+
+    @classmethod
+    def refusal(cls, site: ConvSpec) -> str | None:
+        if site.in_channels != site.out_channels:
+            return f"{site.in_channels} channels go in and {site.out_channels} come out"
+        if any(s != 1 for s in site.stride):
+            return f"stride {'×'.join(map(str, site.stride))}"
+        return None
+
+    @classmethod
+    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor) -> Stages:
+        yield "pad", Pad(site.inner((1,) * site.dimensions).padding, site.padding_mode)
+        yield from norm.last(site.out_channels, site.dimensions, like)

@@ -1,0 +1,24 @@
+"""1×1: what the centre of the window sees."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from repfx.branch import Branch
+from repfx.spec import ConvSpec
+from repfx.stages import Norm, Stages, conv_stages
+
+
+class Pointwise(Branch):
+    """1×1 conv at the centre of the window (RepVGG; DBB transform II)."""
+
+    kind = "1x1"
+
+    @classmethod
+    def refusal(cls, site: ConvSpec) -> str | None:
+        return "the window is 1×1 already" if site.is_pointwise else None
+
+    @classmethod
+    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor) -> Stages:
+        yield from conv_stages("conv", site.inner((1,) * site.dimensions), like)
+        yield from norm.last(site.out_channels, site.dimensions, like)

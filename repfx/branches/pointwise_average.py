@@ -1,0 +1,37 @@
+"""1×1–average: mix the channels, then the mean over the window."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from repfx.branch import Branch
+from repfx.spec import ConvSpec
+from repfx.stages import AVERAGE_POOL_OF, Norm, Pad, Stages, conv_module
+
+
+class PointwiseAverage(Branch):
+    """1×1 conv, then average pooling (DBB transform V); x is padded first. In depthwise sites the pooling alone, as in DBB."""
+
+    kind = "1x1-avg"
+
+    @classmethod
+    def refusal(cls, site: ConvSpec) -> str | None:
+        if site.is_pointwise:
+            return "the window is 1×1: its mean is x itself"
+        if any(d != 1 for d in site.dilation):
+            return f"dilation {'×'.join(map(str, site.dilation))}: average pooling has none"
+        if site.is_depthwise and site.in_channels != site.out_channels:
+            return f"depthwise pooling can't give {site.out_channels} channels from {site.in_channels}"
+        return None
+
+    @classmethod
+    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor) -> Stages:
+        ones = (1,) * site.dimensions
+        unpadded = ((0, 0),) * site.dimensions
+        yield "pad", Pad(site.padding, site.padding_mode)
+        if not site.is_depthwise:
+            mix = ConvSpec(site.in_channels, site.out_channels, ones, ones, unpadded, ones, site.groups)
+            yield "conv", conv_module(mix, like, bias=False)
+            yield from norm.inside("norm1", site.out_channels, site.dimensions, like)
+        yield "pool", AVERAGE_POOL_OF[site.dimensions](site.kernel_size, site.stride)
+        yield from norm.last(site.out_channels, site.dimensions, like)

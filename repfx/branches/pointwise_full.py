@@ -1,0 +1,39 @@
+"""1×1–k×k: mix the channels, then the whole window."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from repfx.branch import Branch
+from repfx.spec import ConvSpec
+from repfx.stages import Norm, Pad, Stages, conv_module
+
+
+class PointwiseFull(Branch):
+    """1×1 conv, then k×k conv (DBB transform III). x is padded first, so the sequence is one conv in training mode too.
+
+    The 1×1 has as many channels as come in, twice as many in depthwise sites; where it can, it begins as the identity, as DBB's does.
+    """
+
+    kind = "1x1-kxk"
+
+    @classmethod
+    def refusal(cls, site: ConvSpec) -> str | None:
+        return "the window is 1×1: two 1×1 convs in sequence" if site.is_pointwise else None
+
+    @classmethod
+    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor) -> Stages:
+        middle = 2 * site.in_channels if site.is_depthwise else site.in_channels
+        ones = (1,) * site.dimensions
+        unpadded = ((0, 0),) * site.dimensions
+        mix = ConvSpec(site.in_channels, middle, ones, ones, unpadded, ones, site.groups)
+        pointwise = conv_module(mix, like, bias=False)
+        if middle == site.in_channels:
+            nn.init.dirac_(pointwise.weight, site.groups)
+        yield "pad", Pad(site.padding, site.padding_mode)
+        yield "conv1", pointwise
+        yield from norm.inside("norm1", middle, site.dimensions, like)
+        yield "conv2", conv_module(replace(site, in_channels=middle, padding=unpadded), like, bias=False)
+        yield from norm.last(site.out_channels, site.dimensions, like)

@@ -1,0 +1,30 @@
+"""1×k: the middle row of the window."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from repfx.branch import Branch
+from repfx.spec import ConvSpec
+from repfx.stages import Norm, Stages, conv_stages
+
+
+class Row(Branch):
+    """1×k conv, the middle row (ACNet); in 3d 1×k×k, the spatial part of the window."""
+
+    kind = "1xk"
+
+    @classmethod
+    def refusal(cls, site: ConvSpec) -> str | None:
+        if site.dimensions == 1:
+            return "a 1d window has no rows"
+        if site.kernel_size[0] == 1:
+            return "the window is a single row already"
+        if all(k == 1 for k in site.kernel_size[1:]):
+            return "the window is a single column: its middle row is a 1×1"
+        return None
+
+    @classmethod
+    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor) -> Stages:
+        yield from conv_stages("conv", site.inner((1, *site.kernel_size[1:])), like)
+        yield from norm.last(site.out_channels, site.dimensions, like)

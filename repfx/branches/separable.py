@@ -1,0 +1,36 @@
+"""Depthwise-separable: the window on each channel alone, then mix the channels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from repfx.branch import Branch
+from repfx.spec import ConvSpec
+from repfx.stages import Norm, Pad, Stages, conv_module
+
+
+class Separable(Branch):
+    """Depthwise k×k conv to `expansion` filters a channel, then 1×1 conv (OREPA); x is padded first."""
+
+    kind = "separable"
+
+    @classmethod
+    def refusal(cls, site: ConvSpec, expansion: int = 8) -> str | None:
+        if site.is_depthwise:
+            return "the site is depthwise already"
+        return "the window is 1×1: two 1×1 convs in sequence" if site.is_pointwise else None
+
+    @classmethod
+    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor, expansion: int = 8) -> Stages:
+        ones = (1,) * site.dimensions
+        unpadded = ((0, 0),) * site.dimensions
+        middle = expansion * site.in_channels
+        depthwise = replace(site, out_channels=middle, groups=site.in_channels, padding=unpadded)
+        mix = ConvSpec(middle, site.out_channels, ones, ones, unpadded, ones, site.groups)
+        yield "pad", Pad(site.padding, site.padding_mode)
+        yield "conv1", conv_module(depthwise, like, bias=False)
+        yield from norm.inside("norm1", middle, site.dimensions, like)
+        yield "conv2", conv_module(mix, like, bias=False)
+        yield from norm.last(site.out_channels, site.dimensions, like)

@@ -1,0 +1,92 @@
+"""Statistics measured on data: of new BatchNorms, and of what enters a given one. The model is left as it was otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from repfx.errors import InvalidInput
+from repfx.moments import Moments
+
+Batches: TypeAlias = Iterable[Any]
+
+
+@torch.no_grad()
+def calibrate_norms(model: nn.Module, norms: Sequence[nn.Module], batches: Batches) -> None:
+    """Set the running statistics of `norms` to their mean over `batches`; all else runs in eval mode and is not touched.
+
+    Args:
+        batches: inputs of the model: tensors, or what a data loader gives, of whose tuples the first entry is the input.
+    """
+    momenta = [norm.momentum for norm in norms]
+    with in_eval_mode(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+            norm.momentum = None  # torch's sign for a cumulative average
+        try:
+            run(model, batches)
+        finally:
+            for norm, momentum in zip(norms, momenta):
+                norm.momentum = momentum
+
+
+@torch.no_grad()
+def measure_inputs(model: nn.Module, modules: Sequence[nn.Module], batches: Batches) -> list[Moments]:
+    """Mean and variance per channel of what enters each of `modules` in eval mode, over all of `batches`."""
+    sums = {module: _Sums() for module in modules}
+    with ExitStack() as stack:
+        stack.enter_context(in_eval_mode(model))
+        for module, total in sums.items():
+            stack.callback(module.register_forward_pre_hook(total).remove)
+        run(model, batches)
+    return [sums[module].moments() for module in modules]
+
+
+class _Sums:
+    """A forward pre-hook that sums up its input, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: Tensor | float = 0.0
+        self.second: Tensor | float = 0.0
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        channels = inputs[0].double().transpose(0, 1).flatten(1)
+        self.count += channels.shape[1]
+        self.first = self.first + channels.sum(1)
+        self.second = self.second + channels.square().sum(1)
+
+    def moments(self) -> Moments:
+        if not isinstance(self.first, Tensor) or not isinstance(self.second, Tensor):
+            raise InvalidInput("calibrate gave data that never reached the BatchNorm to be measured.")
+        mean = self.first / self.count
+        return Moments(mean, (self.second / self.count - mean.square()).clamp_min(0))
+
+
+def run(model: nn.Module, batches: Batches) -> None:
+    """Run the model on every batch."""
+    count = 0
+    for count, batch in enumerate(batches, 1):
+        if isinstance(batch, dict):
+            model(**batch)
+        else:
+            model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    if not count:
+        raise InvalidInput("calibrate gave no batch; it takes an iterable of inputs.")
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and afterwards each module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,73 @@
+"""`Moments`: mean and variance of a linear map's output, per channel; and how a conv is put in front of a BatchNorm by them.
+
+In training mode BatchNorm gives out mean β and variance γ², whatever it is fed. So where the moments of a map's output are
+known, conv + BatchNorm can stand for it in both modes: W and b the kernel, m and v the moments of its output,
+
+    conv weight W, no bias;   μ = m - b,   σ² = v,   γ = √(v + ε),   β = m.
+
+In eval mode this is W·x + b exactly, whatever m and v are. In training mode it is as right as they are. No γ is divided by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from repfx.kernel import Kernel
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean and variance over batch and positions, both ``(channels,)``.
+
+    >>> norm = nn.BatchNorm2d(1)
+    >>> both = Moments.after(norm).add(Moments.after(norm))
+    >>> both.mean.tolist(), both.variance.tolist()
+    ([0.0], [2.0])
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def after(cls, norm: nn.Module) -> Moments:
+        """Of a BatchNorm's output in training mode: β and γ²."""
+        like = norm.running_mean
+        gamma = torch.ones_like(like) if norm.weight is None else norm.weight.detach()
+        beta = torch.zeros_like(like) if norm.bias is None else norm.bias.detach()
+        return cls(beta.double(), gamma.double().square())
+
+    def add(self, other: Moments) -> Moments:
+        """Of a sum: means add exactly, variances as if the terms were uncorrelated."""
+        return Moments(self.mean + other.mean, self.variance + other.variance)
+
+    def affine(self, scale: Tensor, shift: Tensor | None) -> Moments:
+        """Of scale · y + shift."""
+        mean = self.mean * scale
+        return Moments(mean if shift is None else mean + shift, self.variance * scale.square())
+
+
+@torch.no_grad()
+def set_kernel(conv: nn.Module, norm: nn.Module | None, kernel: Kernel, moments: Moments | None) -> None:
+    """Write a kernel into a conv and the BatchNorm behind it, in place; the parameters stay the same objects.
+
+    Without a BatchNorm the bias goes to the conv, which gets one where it had none.
+    """
+    conv.weight.copy_(kernel.weight)
+    bias = kernel.weight.new_zeros(kernel.out_channels) if kernel.bias is None else kernel.bias
+    if norm is None:
+        if conv.bias is not None:
+            conv.bias.copy_(bias)
+        elif kernel.bias is not None:
+            conv.bias = nn.Parameter(bias.to(conv.weight), requires_grad=conv.weight.requires_grad)
+        return
+    known = moments or Moments(bias.double(), torch.ones_like(bias, dtype=torch.float64))
+    if conv.bias is not None:
+        conv.bias.zero_()
+    norm.running_mean.copy_(known.mean - bias)
+    norm.running_var.copy_(known.variance)
+    # from the rounded variance, so that √(σ² + ε) in eval mode cancels γ to the last digit
+    norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
+    norm.bias.copy_(known.mean)

@@ -1,0 +1,133 @@
+"""The modules that branches are made of, beside torch's own: padding of any sign, a scale, and how a branch is normalised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repfx.kernel import Kernel, Padding, pad
+from repfx.meaning import BATCH_NORMS, Meaning, pad_meaning, reads, torch_class
+from repfx.spec import ConvSpec
+
+CONV_OF: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORM_OF: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+AVERAGE_POOL_OF: dict[int, type[nn.Module]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+Stages = Iterator[tuple[str, nn.Module]]
+
+
+class Pad(nn.Module):
+    """Pads by (before, after) per axis, in any of torch's padding modes; negative numbers crop.
+
+    >>> Pad(((-1, 1),))(torch.arange(3.0))
+    tensor([1., 2., 0.])
+    """
+
+    def __init__(self, padding: Padding, mode: str = "zeros") -> None:
+        super().__init__()
+        self.padding = padding
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pad(x, self.padding, self.mode)
+
+    def extra_repr(self) -> str:
+        return f"{self.padding}, {self.mode!r}"
+
+
+@reads(Pad)
+def _read_pad(module: nn.Module) -> Meaning:
+    return pad_meaning(module.padding, module.mode)
+
+
+class Scale(nn.Module):
+    """One learned factor per channel, ``(batch, channels, *axes)`` times ``(channels,)``."""
+
+    def __init__(self, channels: int, dimensions: int, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, **factory))
+        self.dimensions = dimensions
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.reshape(-1, *(1,) * self.dimensions)
+
+    def extra_repr(self) -> str:
+        return str(self.weight.shape[0])
+
+
+@reads(Scale)
+def _read_scale(scale: nn.Module) -> Meaning:
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        return Kernel.diagonal(scale.weight.to(like), None, dimensions)
+
+    return Meaning("affine", scale.dimensions, scale.weight.shape[0], build)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """How the outputs of a branch are normalised: `kind` as in `Spec.norm`; the rest are BatchNorm's own settings."""
+
+    kind: str = "batch_norm"
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    synchronized: bool = False
+
+    @classmethod
+    def like(cls, kind: str, norm: nn.Module | None) -> Norm:
+        """With the settings of a BatchNorm module, where there is one."""
+        if norm is None or torch_class(norm) not in BATCH_NORMS:
+            return cls(kind)
+        return cls(kind, norm.eps, norm.momentum, isinstance(norm, nn.SyncBatchNorm))
+
+    def batch_norm(self, channels: int, dimensions: int, like: Tensor) -> nn.Module:
+        """A fresh BatchNorm for `channels`, on the device and in the dtype of `like`."""
+        kind = nn.SyncBatchNorm if self.synchronized else BATCH_NORM_OF[dimensions]
+        return kind(channels, self.eps, self.momentum, device=like.device, dtype=like.dtype)
+
+    def inside(self, name: str, channels: int, dimensions: int, like: Tensor) -> Stages:
+        """What stands between the convs of a branch."""
+        if self.kind == "batch_norm":
+            yield name, self.batch_norm(channels, dimensions, like)
+
+    def last(self, channels: int, dimensions: int, like: Tensor) -> Stages:
+        """What stands at the end of a branch."""
+        if self.kind == "scale":
+            yield "scale", Scale(channels, dimensions, device=like.device, dtype=like.dtype)
+        yield from self.inside("norm", channels, dimensions, like)
+
+
+def conv_stages(name: str, spec: ConvSpec, like: Tensor, *, bias: bool = False) -> Stages:
+    """A conv of these sizes; where torch's conv can't pad so by itself, with a `Pad` before it."""
+    symmetric = all(before == after >= 0 for before, after in spec.padding)
+    if not symmetric:
+        yield f"{name}_pad", Pad(spec.padding, spec.padding_mode)
+    yield name, conv_module(spec, like, bias=bias, padded=symmetric)
+
+
+def conv_module(spec: ConvSpec, like: Tensor, *, bias: bool, padded: bool = True) -> nn.Module:
+    """torch's conv of these sizes, its padding symmetric; `padded=False` leaves the padding out."""
+    padding = tuple(before if padded else 0 for before, _ in spec.padding)
+    return CONV_OF[spec.dimensions](
+        spec.in_channels,
+        spec.out_channels,
+        spec.kernel_size,
+        spec.stride,
+        padding,
+        spec.dilation,
+        spec.groups,
+        bias,
+        spec.padding_mode,
+        device=like.device,
+        dtype=like.dtype,
+    )
+
+
+def reset_fan_out(conv: nn.Module) -> None:
+    """Draw the weights from N(0, √(2 / (window · out))), as DyRep does."""
+    deviation = math.sqrt(2 / (math.prod(conv.kernel_size) * conv.out_channels))
+    nn.init.normal_(conv.weight, 0.0, deviation)

@@ -1,0 +1,29 @@
+"""What the wheel must do in an environment of its own, away from the checkout whose path is the only argument."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import repfx
+import repfx.passes
+
+checkout = Path(sys.argv[1]).resolve()
+for module in (repfx, repfx.passes):
+    location = Path(str(module.__file__)).resolve()
+    if checkout in location.parents:
+        sys.exit(f"{module.__name__} was imported from the checkout, not from the wheel: {location}")
+if not (Path(str(repfx.__file__)).parent / "py.typed").exists():
+    sys.exit("the wheel has no py.typed: its types are lost on users")
+
+model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).double().eval()
+x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+fused = repfx.fuse(repfx.expand(model, "dbb"))
+repfx.check_equivalent(model, fused, x)
+convs = sum(isinstance(module, nn.Conv2d) for module in fused.modules())
+if convs != 2:
+    sys.exit(f"fusing left {convs} convs where the model has 2")
+print(f"wheel: repfx from {Path(str(repfx.__file__)).parent.name}/, expand → fuse → check passed")

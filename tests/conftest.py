@@ -1,0 +1,38 @@
+"""Runs every test under stricter rules than a user's program: fixed seeds, one thread, no global state left changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+SLOW_START = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=SLOW_START)
+settings.register_profile("ci", settings.get_profile("dev"), max_examples=50, derandomize=True, print_blob=True)
+settings.register_profile("fuzz", settings.get_profile("dev"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+# Nets in tests are small: a second thread costs more than it gives, and one thread sums in one order.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def untouched_global_state() -> Iterator[None]:
+    """Seed torch, and fail whatever leaves the default dtype, autograd or determinism switched for the next test."""
+    torch.manual_seed(0)
+    before = _global_state()
+    yield
+    assert _global_state() == before, "global state of torch changed: (default dtype, autograd, determinism, threads)"
+
+
+def _global_state() -> tuple[object, ...]:
+    return (
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+    )

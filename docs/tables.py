@@ -1,0 +1,63 @@
+"""The tables of presets, branch kinds and passes, written from the registries; a hook of the docs' build.
+
+A page asks for one with ``<!-- table: presets -->`` on a line of its own, so a new branch kind, preset or pass shows up by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+MARK = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
+
+
+def presets() -> str:
+    """Each preset with the branches that it puts beside a site's own conv."""
+    from repfx.spec import PRESETS, Spec
+
+    def branches(spec: Spec) -> str:
+        if callable(spec.branches):
+            return "depends on the window"
+        return ", ".join(f"`{getattr(branch, 'kind', branch)}`" for branch in spec.branches)
+
+    rows = [(f"`{preset.name}`", branches(preset.spec), preset.description) for preset in PRESETS.values()]
+    return _table(("preset", "branches beside the site's own conv", "what it is"), rows)
+
+
+def branches() -> str:
+    """Each branch kind with the first line of its class's docstring."""
+    import repfx.branches
+    from repfx.branch import KINDS
+
+    rows = [(f"`{kind}`", _first_line(cls), f"`{_file_of(cls)}`") for kind, cls in KINDS.items()]
+    return _table(("kind", "what it is", "file"), rows)
+
+
+def passes() -> str:
+    """Each pass with its line of description."""
+    import repfx.passes
+    from repfx.pipeline import PASSES
+
+    return _table(("pass", "what it does"), [(f"`{name}`", each.description) for name, each in PASSES.items()])
+
+
+TABLES: dict[str, Callable[[], str]] = {"presets": presets, "branches": branches, "passes": passes}
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put each table where a page asks for it (called by MkDocs for every page)."""
+    return MARK.sub(lambda mark: TABLES[mark[1]](), markdown)
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+def _file_of(cls: type) -> str:
+    return cls.__module__.replace(".", "/") + ".py"

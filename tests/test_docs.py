@@ -1,0 +1,118 @@
+"""All code in the README and the docs runs, in order, as a reader would type it; links resolve; tables match the registries."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from docs.tables import MARK, TABLES, on_page_markdown
+from repfx.branch import KINDS
+from repfx.pipeline import PASSES
+from repfx.spec import PRESETS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [*PAGES, ROOT / "CHANGELOG.md"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
+DOCTEST_FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page: its language, its code, and the line on which the code starts."""
+
+    language: str
+    code: str
+    line: int
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    text = page.read_text()
+    return [Block(found[1], found[2], text.count("\n", 0, found.start()) + 1) for found in FENCE.finditer(text)]
+
+
+def named(page: Path) -> str:
+    """The id of a page's test."""
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture
+def registries_restored() -> Iterator[None]:
+    """Pages that show how to register something leave nothing registered."""
+    kept = [(registry, dict(registry)) for registry in (KINDS, PASSES, PRESETS)]
+    yield
+    for registry, before in kept:
+        registry.clear()  # type: ignore[attr-defined]
+        registry.update(before)  # type: ignore[attr-defined]
+
+
+def run(page: Path, block: Block, namespace: dict[str, Any]) -> None:
+    """Execute a `python` block, or compare what a `pycon` block shows with what comes out."""
+    if block.language == "python":
+        exec(compile("\n" * block.line + block.code, str(page), "exec"), namespace)
+        return
+    example = doctest.DocTestParser().get_doctest(block.code, namespace, named(page), str(page), block.line)
+    runner = doctest.DebugRunner(optionflags=DOCTEST_FLAGS)
+    try:
+        runner.run(example, clear_globs=False)
+    except doctest.DocTestFailure as failure:
+        where = f"{named(page)}:{block.line + failure.example.lineno + 1}"
+        pytest.fail(f"{where}: the page shows\n{failure.example.want}\nbut it is\n{failure.got}")
+    namespace.update(example.globs)
+
+
+@pytest.mark.usefixtures("registries_restored")
+@pytest.mark.parametrize("page", [page for page in PAGES if any(b.language.startswith("py") for b in blocks_of(page))], ids=named)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    ran = 0
+    for block in blocks_of(page):
+        if block.language in ("python", "pycon"):
+            run(page, block, namespace)
+            ran += 1
+    assert ran > 0
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=named)
+def test_every_block_names_a_language_that_is_run_or_is_no_code(page: Path) -> None:
+    assert {block.language for block in blocks_of(page)} <= {"python", "pycon", "sh", "text"}
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=named)
+def test_links_to_files_resolve(page: Path) -> None:
+    links = [link.split("#")[0] for link in LINK.findall(FENCE.sub("", page.read_text())) if "://" not in link]
+    missing = [link for link in links if link and not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_the_preset_table_of_the_readme_is_the_registry() -> None:
+    table = (ROOT / "README.md").read_text().split("<!-- table: presets -->\n")[1].split("\n\n")[0]
+    assert table == TABLES["presets"]()
+
+
+@pytest.mark.parametrize(("table", "registry"), [("presets", PRESETS), ("branches", KINDS), ("passes", PASSES)])
+def test_a_generated_table_names_everything_registered(table: str, registry: dict[str, object]) -> None:
+    assert re.findall(r"^\| `([^`]+)`", on_page_markdown(f"<!-- table: {table} -->"), re.MULTILINE) == list(registry)
+
+
+def test_every_table_that_a_page_asks_for_exists() -> None:
+    asked = {mark for page in PAGES for mark in MARK.findall(page.read_text())}
+    assert asked == set(TABLES)
+
+
+@pytest.mark.parametrize("marker", ["main-job", "tests"])
+def test_the_readme_marks_the_commands_that_ci_runs(marker: str) -> None:
+    (block,) = re.findall(rf"^<!-- {marker} -->\n```sh\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert f"run_readme {marker}\n" in (ROOT / ".ci" / "run").read_text()
+    assert block.startswith("pip install ")

@@ -1,0 +1,140 @@
+"""What is installed is what is on disk; imports point one way; `import repfx` needs torch alone."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MODULES = sorted(path.relative_to(ROOT) for folder in ("repfx", "repfx/*/") for path in ROOT.glob(f"{folder}/*.py"))
+OPTIONAL = {"numpy", "onnx", "onnxruntime", "onnxscript", "PIL", "rich", "safetensors", "sklearn", "timm", "torchvision", "typer"}
+
+
+def test_the_packages_listed_are_the_packages_on_disk() -> None:
+    assert PYPROJECT["tool"]["setuptools"]["packages"] == sorted({".".join(path.parent.parts) for path in MODULES})
+
+
+def test_no_package_lies_deeper_than_the_listed_ones() -> None:
+    assert not [path for folder in ("repfx", "passes") for path in ROOT.glob(f"{folder}/*/*/*.py")]
+
+
+def test_passes_is_a_link_to_the_folder_at_the_top() -> None:
+    link = ROOT / "repfx" / "passes"
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / "passes"
+
+
+def test_importing_a_pass_through_the_link_gives_one_module() -> None:
+    import repfx.passes
+
+    assert "passes" not in sys.modules
+    assert Path(str(repfx.passes.__file__)).resolve().parent == ROOT / "passes"
+
+
+def test_import_repfx_needs_torch_alone() -> None:
+    program = f"import torch, sys; had = set(sys.modules); import repfx; print(*({OPTIONAL} & (set(sys.modules) - had)))"
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
+
+
+def test_every_pin_satisfies_what_pyproject_asks_for() -> None:
+    pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    extras = PYPROJECT["project"]["optional-dependencies"].values()
+    asked = [Requirement(text) for text in (*PYPROJECT["project"]["dependencies"], *(text for extra in extras for text in extra))]
+    for requirement in asked:
+        if requirement.name == "repfx":
+            continue
+        versions = [str(pin.specifier).removeprefix("==") for pin in pins if pin.name == requirement.name]
+        assert versions, f"constraints.txt doesn't pin {requirement.name}"
+        assert all(requirement.specifier.contains(version) for version in versions), requirement
+
+
+def test_the_changelog_knows_the_version() -> None:
+    assert f"\n## {PYPROJECT['project']['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# --- Imports point one way ------------------------------------------------------------------------------------------
+
+
+def layers() -> list[str]:
+    """The modules of repfx in import order: the first column of the table in docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    table = text.split("<!-- import order -->")[1].split("\n\n")[1]
+    return re.findall(r"^\| `(\w+)", table, flags=re.MULTILINE)
+
+
+def layer_of(module: str) -> str:
+    """`repfx.branches.full` lies in the layer `branches`, `repfx` itself in `__init__`."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def imported_layers(source: str) -> Iterator[str]:
+    """All layers that a file of repfx imports from, also inside a function or under TYPE_CHECKING."""
+    known = set(layers())
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "repfx":
+            yield from (alias.name if alias.name in known else "__init__" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("repfx."):
+            yield layer_of(str(node.module))
+        elif isinstance(node, ast.Import):
+            yield from (layer_of(alias.name) for alias in node.names if alias.name.split(".")[0] == "repfx")
+
+
+def test_every_module_stands_in_the_import_order_and_in_no_other() -> None:
+    on_disk = {layer_of(".".join(path.with_suffix("").parts)) for path in MODULES}
+    assert sorted(layers()) == sorted(on_disk)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_point_one_way(path: Path) -> None:
+    order = layers()
+    own = layer_of(".".join(path.with_suffix("").parts))
+    wrong = [layer for layer in imported_layers((ROOT / path).read_text()) if order.index(layer) > order.index(own)]
+    assert not wrong, f"{path} imports {wrong}, which come after {own!r} in docs/architecture.md"
+
+
+def test_the_import_check_sees_every_form_of_import() -> None:
+    forms = (
+        "import repfx",
+        "import repfx.kernel",
+        "from repfx import kernel, fuse",
+        "from repfx.passes.drop import x",
+        "def late():\n    from repfx.cli import main",
+    )
+    found = [list(imported_layers(form)) for form in forms]
+    assert found == [["__init__"], ["kernel"], ["kernel", "__init__"], ["passes"], ["cli"]]
+
+
+# --- The wheel ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_wheel_made_from_the_sdist_holds_every_module(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    for name in ("repfx", "passes"):
+        shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(checkout)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == {str(path) for path in MODULES} | {"repfx/py.typed"}

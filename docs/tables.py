@@ -1,6 +1,6 @@
 """The tables of presets, branch kinds and passes, written from the registries; a hook of the docs' build.
 
-A page asks for one with ``<!-- table: presets -->`` on a line of its own, so a new branch kind, preset or pass shows up by itself.
+A page asks for one with ``<!-- table: presets -->`` on a line of its own. Whatever is registered shows up by itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ def presets() -> str:
 
 def branches() -> str:
     """Each branch kind with the first line of its class's docstring."""
-    import repfx.branches
     from repfx.branch import KINDS
 
     rows = [(f"`{kind}`", _first_line(cls), f"`{_file_of(cls)}`") for kind, cls in KINDS.items()]
@@ -36,7 +35,6 @@ def branches() -> str:
 
 def passes() -> str:
     """Each pass with its line of description."""
-    import repfx.passes
     from repfx.pipeline import PASSES
 
     return _table(("pass", "what it does"), [(f"`{name}`", each.description) for name, each in PASSES.items()])

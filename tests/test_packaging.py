@@ -23,7 +23,19 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MODULES = sorted(path.relative_to(ROOT) for folder in ("repfx", "repfx/*/") for path in ROOT.glob(f"{folder}/*.py"))
-OPTIONAL = {"numpy", "onnx", "onnxruntime", "onnxscript", "PIL", "rich", "safetensors", "sklearn", "timm", "torchvision", "typer"}
+OPTIONAL = {
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "PIL",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "timm",
+    "torchvision",
+    "typer",
+}
 
 
 def test_the_packages_listed_are_the_packages_on_disk() -> None:
@@ -48,7 +60,9 @@ def test_importing_a_pass_through_the_link_gives_one_module() -> None:
 
 
 def test_import_repfx_needs_torch_alone() -> None:
-    program = f"import torch, sys; had = set(sys.modules); import repfx; print(*({OPTIONAL} & (set(sys.modules) - had)))"
+    program = (
+        f"import torch, sys; had = set(sys.modules); import repfx; print(*({OPTIONAL} & (set(sys.modules) - had)))"
+    )
     found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
 
@@ -56,7 +70,10 @@ def test_import_repfx_needs_torch_alone() -> None:
 def test_every_pin_satisfies_what_pyproject_asks_for() -> None:
     pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
     extras = PYPROJECT["project"]["optional-dependencies"].values()
-    asked = [Requirement(text) for text in (*PYPROJECT["project"]["dependencies"], *(text for extra in extras for text in extra))]
+    asked = [
+        Requirement(text)
+        for text in (*PYPROJECT["project"]["dependencies"], *(text for extra in extras for text in extra))
+    ]
     for requirement in asked:
         if requirement.name == "repfx":
             continue
@@ -124,7 +141,6 @@ def test_the_import_check_sees_every_form_of_import() -> None:
 # --- The wheel ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_wheel_made_from_the_sdist_holds_every_module(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     checkout.mkdir()

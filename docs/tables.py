@@ -40,7 +40,14 @@ def passes() -> str:
     return _table(("pass", "what it does"), [(f"`{name}`", each.description) for name, each in PASSES.items()])
 
 
-TABLES: dict[str, Callable[[], str]] = {"presets": presets, "branches": branches, "passes": passes}
+def rules() -> str:
+    """Each rule that `fuse` runs, with its line of description."""
+    from repfx.rule import RULES
+
+    return _table(("rule", "what it does"), [(f"`{name}`", rule.description) for name, rule in RULES.items()])
+
+
+TABLES: dict[str, Callable[[], str]] = {"presets": presets, "branches": branches, "passes": passes, "rules": rules}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -15,6 +15,7 @@ import torch
 from docs.tables import MARK, TABLES, on_page_markdown
 from repfx.branch import KINDS
 from repfx.pipeline import PASSES
+from repfx.rule import RULES
 from repfx.spec import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +57,7 @@ PAGES_WITH_CODE = [page for page in PAGES if code_of(page)]
 @pytest.fixture
 def registries_restored() -> Iterator[None]:
     """Pages that show how to register something leave nothing registered."""
-    registries: list[dict[str, Any]] = [KINDS, PASSES, PRESETS]
+    registries: list[dict[str, Any]] = [KINDS, PASSES, PRESETS, RULES]
     before = [dict(registry) for registry in registries]
     yield
     for registry, kept in zip(registries, before):
@@ -109,7 +110,9 @@ def test_the_preset_table_of_the_readme_is_the_registry() -> None:
     assert table == TABLES["presets"]()
 
 
-@pytest.mark.parametrize(("table", "registry"), [("presets", PRESETS), ("branches", KINDS), ("passes", PASSES)])
+@pytest.mark.parametrize(
+    ("table", "registry"), [("presets", PRESETS), ("branches", KINDS), ("passes", PASSES), ("rules", RULES)]
+)
 def test_a_generated_table_names_everything_registered(table: str, registry: dict[str, object]) -> None:
     assert registry
     assert re.findall(r"^\| `([^`]+)`", on_page_markdown(f"<!-- table: {table} -->"), re.MULTILINE) == list(registry)

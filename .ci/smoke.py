@@ -21,8 +21,9 @@ if not (Path(str(repfx.__file__)).parent / "py.typed").exists():
 
 model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).double().eval()
 x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
-fused = repfx.fuse(repfx.expand(model, "dbb"))
-repfx.check_equivalent(model, fused, x)
+expanded = repfx.expand(model, "dbb", preserve=False)
+fused = repfx.fuse(expanded)
+repfx.check_equivalent(expanded, fused, x)
 convs = sum(isinstance(module, nn.Conv2d) for module in fused.modules())
 if convs != 2:
     sys.exit(f"fusing left {convs} convs where the model has 2")

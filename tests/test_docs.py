@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+import repfx
 from docs.tables import MARK, TABLES, on_page_markdown
 from repfx.branch import KINDS
 from repfx.pipeline import PASSES
@@ -121,6 +123,12 @@ def test_a_generated_table_names_everything_registered(table: str, registry: dic
 def test_every_table_that_a_page_asks_for_exists() -> None:
     asked = {mark for page in PAGES for mark in MARK.findall(page.read_text())}
     assert asked == set(TABLES)
+
+
+def test_the_reference_lists_every_public_name() -> None:
+    public = {name for name, value in vars(repfx).items() if name[0] != "_" and not isinstance(value, ModuleType)}
+    listed = re.findall(r"^::: repfx\.(\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(public | {"errors"})
 
 
 @pytest.mark.parametrize("marker", ["main-job", "tests"])

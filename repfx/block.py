@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from functools import reduce
 
@@ -48,7 +49,7 @@ class RepBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
-        return reduce(Tensor.add, (branch(x) for branch in self.children()))
+        return reduce(operator.add, (branch(x) for branch in self.children()))
 
     def equivalent_kernel(self, like: Tensor) -> Kernel:
         """The one kernel that the block amounts to in eval mode; differentiable. `like` gives dtype and device."""

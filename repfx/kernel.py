@@ -72,6 +72,11 @@ def _grow(x: Tensor, sides: list[int], mode: str) -> Tensor:
     return padded.reshape(padded.shape[max(missing, 0) :])
 
 
+def is_symmetric(padding: Padding) -> bool:
+    """Whether torch's convs can pad so by themselves: both sides alike, and nothing cropped."""
+    return all(before == after >= 0 for before, after in padding)
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """One convolution as a value.

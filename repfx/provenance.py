@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import nn
+
+from repfx.notes import keep, kept
 
 _ATTRIBUTE = "repfx_provenance"
 
@@ -32,14 +34,10 @@ def attach(module: nn.Module, provenance: Provenance) -> None:
     >>> provenance_of(conv).equals
     'bn'
     """
-    setattr(module, _ATTRIBUTE, provenance)
-    if isinstance(module, fx.GraphModule):
-        module.meta[_ATTRIBUTE] = provenance  # all that deepcopy keeps of a GraphModule's own attributes
+    keep(module, _ATTRIBUTE, provenance)
 
 
 def provenance_of(module: nn.Module) -> Provenance | None:
     """The origin that a module carries, or None."""
-    provenance = vars(module).get(_ATTRIBUTE)
-    if provenance is None and isinstance(module, fx.GraphModule):
-        provenance = module.meta.get(_ATTRIBUTE)
-    return provenance
+    found = kept(module, _ATTRIBUTE)
+    return found if isinstance(found, Provenance) else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repfx.kernel import Kernel, Padding, pad
+from repfx.kernel import Kernel, Padding, is_symmetric, pad
 from repfx.meaning import BATCH_NORMS, Meaning, pad_meaning, reads, torch_class
 from repfx.spec import ConvSpec
 
@@ -103,7 +103,7 @@ class Norm:
 
 def conv_stages(name: str, spec: ConvSpec, like: Tensor, *, bias: bool = False) -> Stages:
     """A conv of these sizes; where torch's conv can't pad so by itself, with a `Pad` before it."""
-    symmetric = all(before == after >= 0 for before, after in spec.padding)
+    symmetric = is_symmetric(spec.padding)
     if not symmetric:
         yield f"{name}_pad", Pad(spec.padding, spec.padding_mode)
     yield name, conv_module(spec, like, bias=bias, padded=symmetric)

@@ -1,0 +1,14 @@
+"""Absorb a padding layer into the conv after it."""
+
+from __future__ import annotations
+
+from repfx.guards import is_convolution, no_dearer, pads_alike, unmutated, used_once
+from repfx.pattern import Sequence
+from repfx.rule import Rule
+
+ABSORB_PADDING = Rule(
+    "absorb_padding",
+    "Let a conv do the padding that stands before it",
+    Sequence(first=frozenset({"pad"}), second=frozenset({"conv"})),
+    (used_once, is_convolution, pads_alike, unmutated, no_dearer),
+)

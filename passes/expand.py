@@ -1,0 +1,164 @@
+"""`expand`: the training form of a model, branches beside its convs, the function unchanged."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Container, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from torch import nn
+
+from repfx.block import RepBlock
+from repfx.branch import Branch, kind_of, refusal_of_branch
+from repfx.calibration import calibrate_norms
+from repfx.errors import InvalidInput
+from repfx.graph import set_submodule
+from repfx.kernel import Kernel
+from repfx.meaning import is_batch_norm, is_conv
+from repfx.pipeline import copy_model, verb
+from repfx.reporting import Edit, Report, Skip
+from repfx.selection import Selection
+from repfx.site import Site, find_sites
+from repfx.spec import BranchSpec, Spec, SpecLike
+from repfx.stages import Norm, reset_fan_out
+
+
+@verb
+def expand(
+    model: nn.Module,
+    spec: SpecLike,
+    *,
+    preserve: bool = True,
+    calibrate: Iterable[Any] | None = None,
+    inplace: bool = False,
+    strict: bool = False,
+) -> nn.Module:
+    """Put trainable branches beside the convs of a model, without changing what it computes.
+
+    The conv of each site and the BatchNorm that only it feeds become one `RepBlock` at the conv's path. Class, attributes
+    and all other modules of the model stay as they are. Sites that are blocks already are left alone, and so is what lies inside them, unless
+    `spec` names it by its exact path.
+
+    Args:
+        spec: a preset's name, a list of branch kinds, a `Spec`, or a dict from patterns of site paths to any of these.
+        preserve: keep the function, in training mode too: the branches' last BatchNorms begin with γ = 0, and a branch that has none
+            is taken off the site's own weights. Otherwise the branches begin as in their papers.
+        calibrate: inputs of the model, or a data loader; sets the statistics of the new BatchNorms to what they see.
+        inplace: change `model` itself instead of a copy.
+        strict: raise if a site or branch is left alone.
+
+    Returns:
+        The model; `repfx.sites` shows what became of each site, `repfx.report` what was left alone and why.
+
+    Raises:
+        InvalidInput: no conv in the model, or a spec that can't be used; UnknownName for an unknown preset or branch kind.
+        Refused: with `strict`.
+
+    >>> expanded = expand(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)), "repvgg")
+    >>> list(expanded[0].branches)
+    ['1x1', 'identity']
+    """
+    selection = Selection.of(spec)
+    if not any(is_conv(module) for module in model.modules()):
+        raise InvalidInput(f"{type(model).__name__} has no convs, so there is nothing to expand.")
+    target = model if inplace else copy_model(model)
+    plans, skips = _plan(find_sites(target), selection)
+    report = Report("expand", tuple(Edit("expand", plan.site.path) for plan in plans), tuple(skips))
+    if strict:
+        report.require_all()
+    blocks = [_block(target, plan, preserve=preserve) for plan in plans]  # nothing is changed before all of them exist
+    with ExitStack() as undo:
+        for plan, block in zip(plans, blocks):
+            _install(target, plan, block, undo, preserve=preserve)
+        if calibrate is not None:
+            calibrate_norms(target, [norm for block in blocks for norm in _new_norms(block)], calibrate)
+        undo.pop_all()
+    report.attach(target)
+    return target
+
+
+@dataclass(frozen=True)
+class _Plan:
+    site: Site
+    spec: Spec
+    branches: tuple[BranchSpec, ...]
+
+
+def _plan(sites: list[Site], selection: Selection) -> tuple[list[_Plan], list[Skip]]:
+    open_sites = [site for site in sites if site.block is None or selection.names(site.path)]
+    selection.require_used([site.path for site in open_sites])
+    plans, skips = [], []
+    for site in open_sites:
+        spec = selection.spec_for(site.path)
+        refusal = "no pattern of the spec names it" if spec is None else site.refusal
+        if site.branches:
+            refusal = "it is a block already"
+        if spec is None or refusal is not None or site.conv is None:
+            skips.append(Skip(site.path, refusal or "its sizes can't be read", "expand"))
+            continue
+        wanted = spec.branches_for(site.conv)
+        reasons = [(branch, refusal_of_branch(branch, site.conv)) for branch in wanted]
+        fitting = tuple(branch for branch, reason in reasons if reason is None)
+        refused = "; ".join(f"{branch.kind}: {reason}" for branch, reason in reasons if reason is not None)
+        if refused or not wanted:
+            skips.append(Skip(site.path, refused or "the spec has no branches for this window", "expand"))
+        if fitting:
+            plans.append(_Plan(site, spec, fitting))
+    return plans, skips
+
+
+def _block(model: nn.Module, plan: _Plan, *, preserve: bool) -> RepBlock:
+    """The block of a site; the model isn't changed, the conv's weights are not yet either."""
+    conv = model.get_submodule(plan.site.path)
+    own_norm = model.get_submodule(plan.site.norm) if plan.site.norm is not None else None
+    norm = Norm.like(plan.spec.norm, own_norm)
+    branches: dict[str, Branch] = {}
+    for branch in plan.branches:
+        built = kind_of(branch)(plan.site.conv, norm, conv.weight, **branch.options)
+        _initialise(built, plan.spec, preserve=preserve)
+        branches[_free_name(branch.kind, branches)] = built.train(conv.training)
+    moved = own_norm if plan.spec.norm == "batch_norm" else None
+    return RepBlock(conv, moved, branches, plan.site.norm if moved is not None else None)
+
+
+def _free_name(kind: str, taken: Container[str]) -> str:
+    names = itertools.chain([kind], (f"{kind}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if name not in taken)
+
+
+def _initialise(branch: Branch, spec: Spec, *, preserve: bool) -> None:
+    if spec.weights == "fan_out":
+        for conv in branch.modules():
+            if is_conv(conv) and conv.weight.requires_grad:
+                reset_fan_out(conv)
+    if branch.last_norm is not None:
+        nn.init.constant_(branch.last_norm.weight, 0.0 if preserve else spec.gamma)
+
+
+def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *, preserve: bool) -> None:
+    """Put a block in the place of its conv; `undo` takes it back if something fails later."""
+    conv = block.origin.conv
+    if preserve and plan.spec.norm != "batch_norm":
+        weight = conv.weight.detach().clone()
+        undo.callback(lambda: conv.weight.detach().copy_(weight))
+        _take_off(block)
+    undo.callback(set_submodule, model, plan.site.path, conv)
+    set_submodule(model, plan.site.path, block)
+    if block.norm_path is not None:
+        undo.callback(set_submodule, model, block.norm_path, block.origin.norm)
+        set_submodule(model, block.norm_path, nn.Identity())
+
+
+def _take_off(block: RepBlock) -> None:
+    """Subtract what the branches compute from the conv's own weights, so that the sum stays."""
+    weight = block.origin.conv.weight.detach()
+    like = weight.double()
+    kernels = [branch.equivalent_kernel(like) for branch in block.branches.values()]
+    weight.copy_(reduce(Kernel.subtract, kernels, block.origin.equivalent_kernel(like)).weight)
+
+
+def _new_norms(block: RepBlock) -> list[nn.Module]:
+    return [module for branch in block.branches.values() for module in branch.modules() if is_batch_norm(module)]

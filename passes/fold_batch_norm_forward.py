@@ -1,0 +1,14 @@
+"""Fold a BatchNorm into the conv or linear layer after it: exact where no zero padding comes between, or there is no shift."""
+
+from __future__ import annotations
+
+from repfx.guards import channels_stay_put, is_convolution, no_dearer, unmutated, used_once
+from repfx.pattern import Sequence
+from repfx.rule import Rule
+
+FOLD_BATCH_NORM_FORWARD = Rule(
+    "fold_batch_norm_forward",
+    "Fold a BatchNorm, or a scale or shift per channel, into the conv after it",
+    Sequence(first=frozenset({"affine"}), second=frozenset({"conv"})),
+    (used_once, is_convolution, channels_stay_put, unmutated, no_dearer),
+)

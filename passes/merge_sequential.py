@@ -1,0 +1,14 @@
+"""Merge two convs, or a conv and an average pooling, in sequence: 1×1 then k×k and k×k then 1×1, where that costs no more."""
+
+from __future__ import annotations
+
+from repfx.guards import channels_stay_put, is_convolution, no_dearer, unmutated, used_once
+from repfx.pattern import Sequence
+from repfx.rule import Rule
+
+MERGE_SEQUENTIAL = Rule(
+    "merge_sequential",
+    "Merge two convs in sequence into one that costs no more",
+    Sequence(first=frozenset({"conv"}), second=frozenset({"conv", "pool"})),
+    (used_once, is_convolution, channels_stay_put, unmutated, no_dearer),
+)

@@ -1,0 +1,167 @@
+"""`restore`: BatchNorm behind a fused conv again, the function unchanged, ready to train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from repfx.calibration import measure_inputs
+from repfx.errors import InvalidInput
+from repfx.folded_norm import FoldedNorm, folded_norm, forget_norm
+from repfx.graph import Island, call_counts, set_submodule, trace
+from repfx.kernel import Kernel
+from repfx.meaning import CONVS, TRANSPOSED_CONVS, kernel_of, meaning_of, torch_class
+from repfx.moments import Moments, set_kernel
+from repfx.pipeline import copy_model, install, verb
+from repfx.provenance import Provenance, attach
+from repfx.reporting import Edit, Report, Skip
+from repfx.stages import Norm
+
+
+@verb
+def restore(
+    model: nn.Module,
+    sites: str | Sequence[str] | None = None,
+    *,
+    calibrate: Iterable[Any] | None = None,
+    strict: bool = False,
+) -> nn.Module:
+    """Put a BatchNorm behind convs that have absorbed one, without changing what the model computes in eval mode.
+
+    A new model is returned, ready to train further; `model` is untouched. The BatchNorm returns to the path it came from, with its eps and
+    momentum, so the `state_dict` of a model that was conv + BatchNorm to begin with loads strictly into its original class.
+    Its statistics are those of the sum that was fused, as far as that can be known from the absorbed BatchNorms; with `calibrate`
+    they are measured. Where they are right, the output in training mode is kept as well.
+
+    Args:
+        sites: path or pattern of paths, or several, of the convs to be restored, those that never absorbed a BatchNorm too; default: all that have.
+        calibrate: inputs of the model, or a data loader.
+        strict: raise if a conv that `sites` names is left alone.
+
+    Raises:
+        InvalidInput: a weight isn't finite, or no conv fits.
+        Refused: with `strict`.
+
+    >>> from repfx.passes.fuse import fuse
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    >>> model.load_state_dict(restore(fuse(model)).state_dict(), strict=True)
+    <All keys matched successfully>
+    """
+    patterns = [sites] if isinstance(sites, str) else sites
+    target = copy_model(model)
+    traces = trace(target)
+    calls = call_counts(traces)
+    done: list[_Restored] = []
+    skips: list[Skip] = []
+    for island in traces.islands:
+        root = target.get_submodule(island.path)
+        for node in list(island.graph.nodes):
+            chosen = _choice(node, island, root, patterns)
+            if chosen is None:
+                continue
+            path = island.full_path(str(node.target))
+            reason = _refusal(chosen, path, calls[path], target)
+            if reason is None:
+                done.append(_restore(node, island, root, chosen, path))
+            else:
+                skips.append(Skip(path, reason, "restore"))
+        target = install(target, island)
+    if not done and not skips:
+        raise InvalidInput(_nothing(model, patterns))
+    report = Report("restore", tuple(Edit("restore", item.path, (item.norm_path,)) for item in done), tuple(skips))
+    if strict:
+        report.require_all()
+    if calibrate is not None:
+        _measure(target, done, calibrate)
+    report.attach(target)
+    return target
+
+
+@dataclass(frozen=True)
+class _Restored:
+    path: str
+    norm_path: str
+    conv: nn.Module
+    norm: nn.Module
+    kernel: Kernel
+
+
+@dataclass(frozen=True)
+class _Choice:
+    conv: nn.Module
+    folded: FoldedNorm | None
+    norm_path: str
+
+
+def _choice(node: fx.Node, island: Island, root: nn.Module, patterns: Sequence[str] | None) -> _Choice | None:
+    """The conv that a node calls, if it is to be restored."""
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if module is None or torch_class(module) not in (*CONVS, *TRANSPOSED_CONVS, nn.Linear):
+        return None
+    path, folded = island.full_path(str(node.target)), folded_norm(module)
+    if folded is None if patterns is None else not any(fnmatchcase(path, pattern) for pattern in patterns):
+        return None
+    return _Choice(module, folded, _norm_path(path, folded))
+
+
+def _norm_path(path: str, folded: FoldedNorm | None) -> str:
+    """Where the BatchNorm goes: to where it was, should the model stand inside another one now, too."""
+    if folded is None:
+        return f"{path}_norm"
+    prefix = path.removesuffix(folded.conv)
+    return prefix + folded.norm if prefix != path else f"{path}_norm"
+
+
+def _refusal(choice: _Choice, path: str, calls: int, model: nn.Module) -> str | None:
+    if calls > 1:
+        return f"it is called {calls} times"
+    if meaning_of(choice.conv) is None or nn.utils.parametrize.is_parametrized(choice.conv):
+        return "its weight is not a plain parameter"
+    taken = dict(model.named_modules()).get(choice.norm_path)
+    if taken is not None and not isinstance(taken, nn.Identity):
+        return f"its BatchNorm belongs at {choice.norm_path!r}, where a {type(taken).__name__} stands"
+    if folded_norm(choice.conv) is None and isinstance(choice.conv, nn.Linear):
+        return "it is a linear layer that never absorbed a BatchNorm"
+    for name, tensor in choice.conv.named_parameters(recurse=False):
+        if tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+            raise InvalidInput(f"the {name} of {path!r} is not finite, so no BatchNorm can be put behind it.")
+    return None
+
+
+def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice, path: str) -> _Restored:
+    conv, folded = choice.conv, choice.folded
+    settings = Norm() if folded is None else Norm("batch_norm", folded.eps, folded.momentum)
+    kernel = kernel_of(conv, conv.weight.detach().double(), 0, 0)
+    norm = settings.batch_norm(kernel.out_channels, kernel.dimensions or 1, conv.weight)
+    norm.train(conv.training).requires_grad_(conv.weight.requires_grad)
+    conv.bias = None
+    set_kernel(conv, norm, kernel, None if folded is None else folded.moments)
+    forget_norm(conv)
+    attach(conv, Provenance(("restore",), (path,)))
+    attach(norm, Provenance(("restore",), (path,), path))
+    inside = choice.norm_path.removeprefix(f"{island.path}.") if island.path else choice.norm_path
+    set_submodule(root, inside, norm)
+    with island.graph.inserting_after(node):
+        call = island.graph.call_module(inside)
+    node.replace_all_uses_with(call)
+    call.args = (node,)
+    return _Restored(path, choice.norm_path, conv, norm, kernel)
+
+
+def _measure(model: nn.Module, done: list[_Restored], batches: Iterable[Any]) -> None:
+    measured = measure_inputs(model, [item.norm for item in done], batches)
+    for item, moments in zip(done, measured):
+        bias = item.kernel.bias
+        output = moments if bias is None else Moments(moments.mean + bias, moments.variance)
+        set_kernel(item.conv, item.norm, item.kernel, output)
+
+
+def _nothing(model: nn.Module, patterns: Sequence[str] | None) -> str:
+    if patterns is not None:
+        return f"no conv of {type(model).__name__} fits {', '.join(map(repr, patterns))}."
+    return f"no conv of {type(model).__name__} has absorbed a BatchNorm; name those to be restored in `sites`."

@@ -1,0 +1,21 @@
+"""Structural re-parameterization as a compiler: expand, train, fuse, restore and verify any convolutional network."""
+
+from __future__ import annotations
+
+import repfx.branches
+import repfx.passes as _passes
+from repfx import errors as errors
+from repfx.block import RepBlock as RepBlock
+from repfx.branch import Branch as Branch
+from repfx.equivalence import check_equivalent as check_equivalent
+from repfx.kernel import Kernel as Kernel
+from repfx.passes.drop import drop as drop
+from repfx.passes.expand import expand as expand
+from repfx.passes.fuse import fuse as fuse
+from repfx.passes.restore import restore as restore
+from repfx.reporting import report as report
+from repfx.site import sites as sites
+from repfx.spec import BranchSpec as BranchSpec
+from repfx.spec import Spec as Spec
+
+__version__ = "0.1.0"

@@ -1,0 +1,68 @@
+"""From a kernel back to a plain module: float64 arithmetic, rounded once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from repfx.errors import InvalidInput
+from repfx.kernel import Kernel, is_symmetric
+from repfx.spec import ConvSpec
+from repfx.stages import conv_module
+
+
+def float64_like(weight: Tensor) -> Tensor:
+    """Where kernels are computed: float64, on the weight's device if that has it."""
+    return torch.empty((), dtype=torch.float64, device="cpu" if weight.device.type == "mps" else weight.device)
+
+
+def conv_from_kernel(kernel: Kernel, template: nn.Module, path: str) -> nn.Module:
+    """A plain conv or linear layer with this kernel, rounded once to the dtype of `template`, on its device, in its mode.
+
+    Raises:
+        InvalidInput: a weight that isn't finite.
+    """
+    conv = _empty_conv(kernel, template)
+    for name in ("weight", "bias"):
+        value = getattr(kernel, name)
+        if value is None:
+            continue
+        tensor = value.detach().to(template.weight.device, template.weight.dtype)
+        if tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+            raise InvalidInput(f"the merged {name} of {path!r} is not finite in {tensor.dtype}; look for NaN or Inf in the model.")
+        setattr(conv, name, nn.Parameter(tensor.contiguous(), requires_grad=template.weight.requires_grad))
+    return conv.train(template.training)
+
+
+def _empty_conv(kernel: Kernel, template: nn.Module) -> nn.Module:
+    like = torch.empty((), device="meta", dtype=template.weight.dtype)
+    bias = kernel.bias is not None
+    if kernel.dimensions == 0:
+        return nn.Linear(kernel.in_channels, kernel.out_channels, bias, device="meta", dtype=like.dtype)
+    if kernel.transposed:
+        return _empty_transposed_conv(kernel, like, bias)
+    spec = ConvSpec.of_kernel(kernel)
+    symmetric = is_symmetric(kernel.padding)
+    conv = conv_module(spec, like, bias=bias, padded=symmetric)
+    if isinstance(template.padding, str) and _same_places(spec, ConvSpec.of(template)):
+        conv = type(conv)(  # padding="same" stays as the user wrote it
+            *(spec.in_channels, spec.out_channels, spec.kernel_size, spec.stride, template.padding),
+            *(spec.dilation, spec.groups, bias, spec.padding_mode),
+            device="meta",
+            dtype=like.dtype,
+        )
+    return conv
+
+
+def _same_places(a: ConvSpec, b: ConvSpec) -> bool:
+    return (a.kernel_size, a.padding, a.dilation) == (b.kernel_size, b.padding, b.dilation)
+
+
+def _empty_transposed_conv(kernel: Kernel, like: Tensor, bias: bool) -> nn.Module:
+    kinds = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+    return kinds[kernel.dimensions](
+        *(kernel.in_channels, kernel.out_channels, kernel.kernel_size, kernel.stride, tuple(p for p, _ in kernel.padding)),
+        *(kernel.output_padding, kernel.groups, bias, kernel.dilation),
+        device="meta",
+        dtype=like.dtype,
+    )

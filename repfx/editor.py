@@ -1,0 +1,201 @@
+"""`Editor`: the one place where graphs are changed. It replaces matches by nodes, counts, and stamps where each came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from repfx.baking import conv_from_kernel, float64_like
+from repfx.block import RepBlock
+from repfx.folded_norm import FoldedNorm, remember_norm
+from repfx.graph import Island, set_submodule
+from repfx.kernel import Kernel, is_symmetric
+from repfx.meaning import BATCH_NORMS, torch_class
+from repfx.moments import Moments
+from repfx.operations import Op
+from repfx.pattern import Match, Term, View
+from repfx.provenance import Provenance, attach
+from repfx.reporting import Edit
+from repfx.rule import Rule
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What is known of a node that stands for a merged kernel."""
+
+    template: nn.Module
+    path: str
+    provenance: Provenance
+    norm: FoldedNorm | None
+
+
+@dataclass
+class Editor:
+    """Edits the graph of one island and writes the outcome into its module."""
+
+    view: View
+    island: Island
+    merged: dict[fx.Node, Merged] = field(default_factory=dict)
+    edits: list[Edit] = field(default_factory=list)
+
+    def apply(self, rule: Rule, match: Match) -> fx.Node:
+        """Replace a match by one node; returns what now stands where the match began."""
+        if all(op.meaning.kind == "identity" for op in match.ops):
+            return self._remove(rule, match)
+        template_op = self._template(match)
+        kernel = match.kernel(float64_like(self._weight_of(template_op)))
+        before = min(op.node for op in match.ops)
+        graph = self.view.graph
+        with graph.inserting_before(before):
+            node = graph.call_module(self._path(template_op), (match.source,))
+        self.view.kernels[node] = kernel
+        self.merged[node] = self._merge_notes(rule, match, template_op)
+        self._replace_root(match, node)
+        self.edits.append(Edit(rule.name, self.island.full_path(str(node.target)), self.merged[node].provenance.sources))
+        return node
+
+    def _remove(self, rule: Rule, match: Match) -> fx.Node:
+        self.edits.append(Edit(rule.name, self.island.full_path(str(match.root.target))))
+        match.root.replace_all_uses_with(match.source)
+        self.view.graph.erase_node(match.root)
+        return match.source
+
+    def _replace_root(self, match: Match, node: fx.Node) -> None:
+        graph = self.view.graph
+        with graph.inserting_before(match.root):
+            total = reduce(_add_term(graph), match.remainder, node)
+        match.root.replace_all_uses_with(total)
+        for old in match.nodes:
+            graph.erase_node(old)
+            self.view.kernels.pop(old, None)
+            self.merged.pop(old, None)
+
+    def _template(self, match: Match) -> Op:
+        """The op whose module lends its path and settings to the merged conv: that with the largest window."""
+        convs = [op for op in match.ops if self.view.is_conv(op.node)]
+        return max(convs, key=lambda op: (_window(self._template_module(op)), self._weight_of(op).numel()))
+
+    def _template_module(self, op: Op) -> nn.Module:
+        return self.merged[op.node].template if op.node in self.merged else self.view.root.get_submodule(str(op.node.target))
+
+    def _weight_of(self, op: Op) -> Tensor:
+        return self._template_module(op).weight
+
+    def _path(self, op: Op) -> str:
+        return self.merged[op.node].path if op.node in self.merged else str(op.node.target)
+
+    # ---- what the merged conv will carry
+
+    def _merge_notes(self, rule: Rule, match: Match, template: Op) -> Merged:
+        rules: dict[str, None] = {}
+        sources: dict[str, None] = {}
+        for op in match.ops:
+            known = self.merged.get(op.node)
+            rules.update(dict.fromkeys(known.provenance.rules if known else ()))
+            own = (self.island.full_path(str(op.node.target)),) if op.node.op == "call_module" else ()
+            sources.update(dict.fromkeys(known.provenance.sources if known else own))
+        rules[rule.name] = None
+        provenance = Provenance(tuple(rules), tuple(sources), self._equals(match))
+        return Merged(self._template_module(template), self._path(template), provenance, self._norm_of(match, template))
+
+    def _equals(self, match: Match) -> str | None:
+        last = match.terms[0].ops[-1]
+        if len(match.terms) > 1 or match.remainder:
+            return None
+        if last.node in self.merged:
+            return self.merged[last.node].provenance.equals
+        return self.island.full_path(str(last.node.target)) if last.node.op == "call_module" else None
+
+    def _norm_of(self, match: Match, template: Op) -> FoldedNorm | None:
+        norms = [self._norm_of_term(term) for term in match.terms]
+        own = next((norm for term, norm in zip(match.terms, norms) if template in term.ops), None)
+        if own is None:
+            return None
+        known = [norm.moments for norm in norms if norm is not None and norm.moments is not None]
+        return replace(own, moments=reduce(Moments.add, known) if len(known) == len(norms) else None)
+
+    def _norm_of_term(self, term: Term) -> FoldedNorm | None:
+        """The last BatchNorm of a path, unless another map than a scale or shift comes after it."""
+        norm: FoldedNorm | None = None
+        for op in term.ops:
+            module = self.view.module(op.node)
+            if op.node in self.merged:
+                norm = self.merged[op.node].norm
+            elif module is not None and torch_class(module) in BATCH_NORMS:
+                path = self.island.full_path(str(op.node.target))
+                norm = FoldedNorm("", path, module.eps, module.momentum, Moments.after(module))
+            elif op.meaning.kind != "identity":
+                norm = None
+        return norm
+
+    # ---- back to modules
+
+    def lower(self) -> None:
+        """Write every merged kernel into a plain conv; one that is all that is left of a block takes the block's path."""
+        for node, notes in self.merged.items():
+            kernel = self.view.kernels[node]
+            block_path = self._block_path(node)
+            path = block_path or notes.path
+            conv = conv_from_kernel(kernel, notes.template, self.island.full_path(path))
+            attach(conv, self._final_provenance(notes, block_path))
+            if notes.norm is not None:
+                remember_norm(conv, self._final_norm(notes.norm, path, block_path))
+            if not is_symmetric(kernel.padding) and not isinstance(conv.padding, str):
+                self._pad_before(node, kernel)
+            node.target = path
+            set_submodule(self.view.root, path, conv)
+
+    def _block_path(self, node: fx.Node) -> str | None:
+        """The outermost block of which `node` is all that is left, or None."""
+        parts = str(node.target).split(".")
+        for length in range(1, len(parts)):
+            path = ".".join(parts[:length])
+            if not isinstance(self.view.root.get_submodule(path), RepBlock):
+                continue
+            inside = [n for n in self.view.graph.nodes if n.op == "call_module" and str(n.target).startswith(f"{path}.")]
+            if inside == [node]:
+                return path
+        return None
+
+    def _final_provenance(self, notes: Merged, block_path: str | None) -> Provenance:
+        if block_path is None or notes.provenance.equals is not None:
+            return notes.provenance
+        return replace(notes.provenance, equals=self.island.full_path(block_path))
+
+    def _final_norm(self, norm: FoldedNorm, path: str, block_path: str | None) -> FoldedNorm:
+        conv = self.island.full_path(path)
+        if block_path is not None and norm.norm.startswith(f"{conv}."):
+            block = self.view.root.get_submodule(block_path)
+            if block.norm_path is not None:
+                norm = replace(norm, norm=block.norm_path)
+        return replace(norm, conv=conv)
+
+    def _pad_before(self, node: fx.Node, kernel: Kernel) -> None:
+        """torch's convs pad both sides alike; what they can't is padded before them."""
+        grow = [max(side, 0) for pair in reversed(kernel.padding) for side in pair]
+        crop = [min(side, 0) for pair in reversed(kernel.padding) for side in pair]
+        source = node.args[0]
+        with self.view.graph.inserting_before(node):
+            if any(grow):
+                mode = "constant" if kernel.padding_mode == "zeros" else kernel.padding_mode
+                source = self.view.graph.call_function(F.pad, (source, tuple(grow)), {"mode": mode})
+            if any(crop):
+                source = self.view.graph.call_function(F.pad, (source, tuple(crop)))
+        node.args = (source,)
+
+
+def _add_term(graph: fx.Graph) -> Callable[[fx.Node, tuple[int, fx.Node]], fx.Node]:
+    def add(total: fx.Node, term: tuple[int, fx.Node]) -> fx.Node:
+        return graph.call_function(torch.add if term[0] > 0 else torch.sub, (total, term[1]))
+
+    return add
+
+
+def _window(module: nn.Module) -> int:
+    return math.prod(getattr(module, "kernel_size", ()))

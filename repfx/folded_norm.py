@@ -1,0 +1,44 @@
+"""`FoldedNorm`: what a conv remembers of the BatchNorm that it absorbed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from repfx.moments import Moments
+from repfx.notes import keep, kept
+
+_ATTRIBUTE = "repfx_folded_norm"
+
+
+@dataclass(frozen=True)
+class FoldedNorm:
+    """A BatchNorm that a conv has absorbed, for `restore` to put back.
+
+    Args:
+        conv, norm: the paths of both in the model they stood in.
+        moments: of the conv's output in training mode, as far as they are known.
+    """
+
+    conv: str
+    norm: str
+    eps: float
+    momentum: float | None
+    moments: Moments | None = None
+
+
+def folded_norm(conv: nn.Module) -> FoldedNorm | None:
+    """The BatchNorm that a conv has absorbed, or None."""
+    found = kept(conv, _ATTRIBUTE)
+    return found if isinstance(found, FoldedNorm) else None
+
+
+def remember_norm(conv: nn.Module, norm: FoldedNorm) -> None:
+    """Let a conv carry the BatchNorm that it has absorbed."""
+    keep(conv, _ATTRIBUTE, norm)
+
+
+def forget_norm(conv: nn.Module) -> None:
+    """Let a conv carry no absorbed BatchNorm any more."""
+    vars(conv).pop(_ATTRIBUTE, None)

@@ -1,0 +1,176 @@
+"""Tracing that can't be wrong: torch.fx graphs of a model, or of its largest traceable parts (*islands*).
+
+- A module that holds neither a conv nor a BatchNorm stays a leaf, so dropout, stochastic depth and attention keep their own behaviour
+  in both modes. So does a module with hooks; what lies inside it is traced as an island of its own.
+- A graph is accepted only if the module traces to the same graph in training and in eval mode.
+- What can't be traced whole is tried child by child.
+- Tracing runs on a copy that shares nothing but parameters; the model is not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from repfx.errors import InvalidInput
+from repfx.meaning import has_hooks, is_batch_norm, is_conv
+
+
+@dataclass(frozen=True)
+class Island:
+    """One traced module of a model: its path ("" for the model itself), its graph, and the constants tracing made."""
+
+    path: str
+    graph: fx.Graph
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+    def full_path(self, target: str) -> str:
+        """A path inside the island as a path in the model."""
+        return f"{self.path}.{target}" if self.path else target
+
+
+@dataclass(frozen=True)
+class Traces:
+    """The islands of a model, and why what lies outside of them could not be traced, by module path."""
+
+    islands: tuple[Island, ...]
+    untraced: dict[str, str]
+
+
+def trace(model: nn.Module) -> Traces:
+    """Trace a model, whole or in islands.
+
+    >>> [island.path for island in trace(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU())).islands]
+    ['']
+    """
+    islands: list[Island] = []
+    untraced: dict[str, str] = {}
+    scratch = structural_copy(model)
+    pending = [("", scratch)]
+    while pending:
+        path, module = pending.pop()
+        result = _graph_of(module, is_root=not path)
+        if isinstance(result, str):
+            if not _is_leaf(module):
+                untraced[path] = result
+            pending += [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+            continue
+        graph, constants = result
+        island = Island(path, graph, constants)
+        islands.append(island)
+        pending += [(island.full_path(name), module.get_submodule(name)) for name in _opaque_calls(module, graph)]
+    return Traces(tuple(reversed(islands)), untraced)
+
+
+def structural_copy(model: nn.Module) -> nn.Module:
+    """A copy with modules and buffers of its own that shares the parameters."""
+    try:
+        return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    except Exception as error:
+        raise InvalidInput(f"{type(model).__name__} can't be copied: {_first_line(error)}.") from error
+
+
+def _graph_of(module: nn.Module, *, is_root: bool) -> tuple[fx.Graph, dict[str, Tensor]] | str:
+    """The one graph of both modes with the constants it needs, or why there is none."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return "a container has no forward"
+    if _is_leaf(module) and not is_root:
+        return "a leaf"
+    if has_hooks(module):
+        return "it has hooks, which would no longer run"
+    graphs = []
+    for training in (True, False):
+        module.train(training)
+        tracer = _Tracer()
+        before = set(vars(module))
+        try:
+            graphs.append(tracer.trace(module))
+        except Exception as error:
+            return _first_line(error)
+        constants = {name: value for name, value in vars(module).items() if name not in before and isinstance(value, Tensor)}
+        for name in set(vars(module)) - before:
+            delattr(module, name)
+    if _text(graphs[0]) != _text(graphs[1]):
+        return "it computes different things in training and in eval mode"
+    return graphs[1], constants
+
+
+class _Tracer(fx.Tracer):
+    """Leaves are convs, BatchNorms, and all that holds none of them or has hooks."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return _is_leaf(m) or has_hooks(m)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """An argument with a default stands for its default; the graph refuses any other value when it is called."""
+        function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
+        parameters = inspect.signature(root_fn).parameters.values()
+        for index, parameter in enumerate(parameters):
+            if index and parameter.default is not inspect.Parameter.empty and isinstance(arguments[index], fx.Proxy):
+                self.create_proxy("call_function", require_default, (arguments[index], parameter.name, parameter.default), {})
+                arguments[index] = parameter.default
+        return function, arguments
+
+
+def require_default(value: object, name: str, default: object) -> None:
+    """Refuse a value other than the one that the graph was traced with."""
+    if value is not default and value != default:
+        raise InvalidInput(f"this module was traced with {name}={default!r} and can't be called with another value.")
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    if is_conv(module) or is_batch_norm(module):
+        return True
+    return not any(is_conv(inner) or is_batch_norm(inner) for inner in module.modules())
+
+
+def _opaque_calls(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
+    """Paths of the leaves that hold convs all the same."""
+    targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    for target in sorted(targets):
+        module = root.get_submodule(target)
+        if not _is_leaf(module):
+            yield target
+
+
+def _text(graph: fx.Graph) -> list[str]:
+    return [f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}" for node in graph.nodes]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")
+
+
+def module_paths(model: nn.Module) -> dict[int, list[str]]:
+    """Every path under which each module is registered, by the module's id."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    return paths
+
+
+def call_counts(traces: Traces) -> Counter[str]:
+    """How often each module is called in all graphs, by path in the model."""
+    return Counter(
+        island.full_path(str(node.target)) for island in traces.islands for node in island.graph.nodes if node.op == "call_module"
+    )
+
+
+def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path whose parent exists; a path that doesn't gets empty modules on the way."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model
+    for part in parent_path.split(".") if parent_path else []:
+        if not hasattr(parent, part):
+            parent.add_module(part, nn.Module())
+        parent = parent.get_submodule(part)
+    setattr(parent, name, module)

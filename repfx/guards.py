@@ -1,0 +1,105 @@
+"""The conditions of rules: each is one question about a match, and answers with the reason against it, or None."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx, nn
+
+from repfx.kernel import NoKernel, is_symmetric
+from repfx.operations import mutated_by
+from repfx.pattern import META, Match, View
+
+
+def used_once(match: Match, view: View) -> str | None:
+    """What lies inside the match is used by nobody else."""
+    inside = set(match.nodes)
+    for node in match.nodes[1:]:
+        outside = [user for user in node.users if user not in inside]
+        if outside:
+            return f"{node.name!r} has a second user, {outside[0].name!r}"
+    return None
+
+
+def unmutated(match: Match, view: View) -> str | None:
+    """Nobody changes the source in place between the first map that reads it and the root, or relies on the root doing so."""
+    inside = set(match.nodes)
+    mutating = {user for user in match.source.users if mutated_by(user, view.root) is match.source}
+    if mutating & inside and any(user not in inside for user in match.source.users):
+        return f"{match.source.name!r} is changed in place and used elsewhere"
+    between = min(inside)
+    while between is not match.root:
+        if between in mutating and between not in inside:
+            return f"{between.name!r} changes {match.source.name!r} in place halfway"
+        between = between.next
+    return None
+
+
+def is_convolution(match: Match, view: View) -> str | None:
+    """The algebra has a kernel for the match, borders included."""
+    try:
+        match.kernel(META)
+    except NoKernel as reason:
+        return str(reason)
+    return None
+
+
+def no_dearer(match: Match, view: View) -> str | None:
+    """The merged conv needs no more multiply-adds than what it replaces."""
+    after = match.kernel(META).multiply_adds
+    before = sum(_multiply_adds(term_ops, match) for term_ops in (term.ops for term in match.terms))
+    if after > before:
+        return f"the merged conv would need {after} multiply-adds a position, the present ones need {before}"
+    return None
+
+
+def _multiply_adds(ops: tuple[object, ...], match: Match) -> int:
+    """Of one path, per position of its output: what comes before a stride runs at more positions."""
+    channels, dimensions = match._sizes()
+    total, positions = 0, 1
+    kernels = []
+    for op in ops:
+        kernel = op.meaning.build(META, channels, dimensions)  # type: ignore[attr-defined]
+        channels = kernel.out_channels
+        kernels.append((op.meaning.kind, kernel))  # type: ignore[attr-defined]
+    for kind, kernel in reversed(kernels):
+        total += kernel.multiply_adds * positions if kind in ("conv", "pool") else 0
+        positions *= math.prod(kernel.stride)
+    return total
+
+
+def channels_stay_put(match: Match, view: View) -> str | None:
+    """A linear layer acts on the last axis, BatchNorm1d on the second: they meet only on ``(batch, channels)``."""
+    if match._sizes()[1] != 0:
+        return None
+    modules = [view.module(op.node) for op in match.ops]
+    if not any(isinstance(module, nn.BatchNorm1d | nn.SyncBatchNorm) for module in modules) or _is_flat(match.source, view):
+        return None
+    return "the input of the linear layer isn't known to be (batch, channels), and BatchNorm1d counts its channels on the second axis"
+
+
+def pads_alike(match: Match, view: View) -> str | None:
+    """torch's conv can pad as the merged kernel wants it; otherwise a padding layer would only be replaced by another."""
+    if is_symmetric(match.kernel(META).padding):
+        return None
+    return "a conv pads both sides alike, this padding doesn't"
+
+
+_ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Dropout, nn.Identity)
+
+
+def _is_flat(node: fx.Node, view: View) -> bool:
+    """Whether a node is known to be ``(batch, channels)``."""
+    while True:
+        module = view.module(node)
+        if isinstance(module, nn.Flatten):
+            return (module.start_dim, module.end_dim) == (1, -1)
+        if node.target in (torch.flatten, "flatten"):
+            return (*node.args[1:], *node.kwargs.values()) in ((1,), (1, -1))
+        same_rank = node in view.kernels or isinstance(module, (nn.Linear, nn.BatchNorm1d, *_ELEMENTWISE))
+        if not same_rank or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+
+

@@ -1,0 +1,265 @@
+"""What rules look for: two linear maps in sequence, a single one, or a sum of paths that start at one node.
+
+Patterns are structure only. They see a graph through a `View`, which reads each node as a linear map where it may be touched at all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from repfx.kernel import Kernel, NoKernel
+from repfx.meaning import Kind, Meaning, is_batch_norm, is_conv, refusal_of
+from repfx.operations import ADDITIONS, SUBTRACTIONS, Op, constant, read_op
+
+
+@dataclass
+class View:
+    """A graph as patterns and guards see it.
+
+    Args:
+        root: the module the graph belongs to.
+        calls: how often each module is called in the whole model, by path in `root`.
+        registered: under how many paths each module is registered, by path in `root`.
+        kernels: the nodes that rules have already merged, with their kernels in float64.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    calls: Counter[str]
+    registered: Counter[str]
+    kernels: dict[fx.Node, Kernel] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        read = {str(node.target).rpartition(".")[0] for node in self.graph.nodes if node.op == "get_attr"}
+        self._read_elsewhere = read
+
+    def op(self, node: fx.Node) -> Op | None:
+        """The node as a linear map that may be moved and merged, or None."""
+        if node in self.kernels:
+            kernel = self.kernels[node]
+            meaning = Meaning("conv", kernel.dimensions, kernel.in_channels, lambda like, channels, n: kernel.to(like))
+            return Op(node, node.all_input_nodes[0], meaning)
+        return None if self.refusal(node) else read_op(node, self.root)
+
+    def refusal(self, node: fx.Node) -> str | None:
+        """Why the module that a node calls must stay as it is, or None."""
+        if node.op != "call_module" or node in self.kernels:
+            return None
+        path = str(node.target)
+        module = self.root.get_submodule(path)
+        if not any(True for _ in module.parameters()) and not is_batch_norm(module):
+            return None
+        if self.calls[path] > 1:
+            return f"it is called {self.calls[path]} times; a change would change every call"
+        if self.registered[path] > 1:
+            return f"it is registered under {self.registered[path]} names"
+        if path in self._read_elsewhere:
+            return "its parameters are read elsewhere in the model"
+        return refusal_of(module)
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls, or None."""
+        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def is_conv(self, node: fx.Node) -> bool:
+        """Whether a node is a convolution or a linear layer with weights of its own."""
+        module = self.module(node)
+        return node in self.kernels or (module is not None and (is_conv(module) or isinstance(module, nn.Linear)))
+
+
+@dataclass(frozen=True)
+class Term:
+    """One path of a match: linear maps from the source on; none for the source itself. `sign` is that in the sum."""
+
+    ops: tuple[Op, ...]
+    sign: int = 1
+
+
+@dataclass(frozen=True)
+class Match:
+    """Nodes that amount to ``root = Σ sign · term(source) + Σ sign · remainder``."""
+
+    root: fx.Node
+    source: fx.Node
+    terms: tuple[Term, ...]
+    inner: tuple[fx.Node, ...] = ()
+    remainder: tuple[tuple[int, fx.Node], ...] = ()
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        return tuple(op for term in self.terms for op in term.ops)
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """All nodes that the match replaces, the root first."""
+        others = [op.node for op in reversed(self.ops)] + list(self.inner)
+        return (self.root, *dict.fromkeys(node for node in others if node is not self.root))
+
+    def kernel(self, like: Tensor) -> Kernel:
+        """The kernel of all terms, in the dtype and on the device of `like`.
+
+        Raises:
+            NoKernel: they are no convolution.
+        """
+        channels, dimensions = self._sizes()
+        kernels = [_signed(term_kernel(term, like, channels, dimensions), term.sign) for term in self.terms]
+        return reduce(Kernel.add, kernels)
+
+    def _sizes(self) -> tuple[int, int]:
+        dimensions = {op.meaning.dimensions for op in self.ops} - {None}
+        channels = {_in_channels(term) for term in self.terms} - {None}
+        if len(dimensions) != 1 or len(channels) != 1:
+            raise NoKernel(f"channels {sorted(map(str, channels))} and dimensions {sorted(map(str, dimensions))} don't fit together")
+        return channels.pop() or 0, dimensions.pop() or 0
+
+
+def _in_channels(term: Term) -> int | None:
+    """The channels that enter the term; every map that doesn't say so keeps their number."""
+    return next((op.meaning.in_channels for op in term.ops if op.meaning.in_channels is not None), None)
+
+
+def term_kernel(term: Term, like: Tensor, channels: int, dimensions: int) -> Kernel:
+    """The kernel of one path."""
+    kernel = Kernel.identity(like, channels=channels, dimensions=dimensions)
+    for op in term.ops:
+        if op.meaning.dimensions not in (None, dimensions):
+            raise NoKernel(f"{op.node.name!r} has {op.meaning.dimensions} dimensions, not {dimensions}")
+        kernel = kernel.compose(op.meaning.build(like, kernel.out_channels, dimensions))
+    return kernel
+
+
+def _signed(kernel: Kernel, sign: int) -> Kernel:
+    return kernel if sign > 0 else kernel.negate()
+
+
+class Pattern(Protocol):
+    """What a rule looks for at a node."""
+
+    def match(self, node: fx.Node, view: View) -> Match | None: ...
+
+
+@dataclass(frozen=True)
+class Single:
+    """One linear map of these kinds."""
+
+    kinds: frozenset[Kind]
+
+    def match(self, node: fx.Node, view: View) -> Match | None:
+        op = view.op(node)
+        if op is None or op.meaning.kind not in self.kinds:
+            return None
+        return Match(node, op.source, (Term((op,)),))
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A linear map of one of the `first` kinds whose output enters one of the `second` kinds."""
+
+    first: frozenset[Kind]
+    second: frozenset[Kind]
+
+    def match(self, node: fx.Node, view: View) -> Match | None:
+        second = view.op(node)
+        if second is None or second.meaning.kind not in self.second:
+            return None
+        first = view.op(second.source)
+        if first is None or first.meaning.kind not in self.first:
+            return None
+        return Match(node, first.source, (Term((first, second)),))
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A tree of additions and subtractions, of which at least two terms are linear maps of one node, one of them a conv.
+
+    The terms that fit none are the match's remainder.
+    """
+
+    def match(self, node: fx.Node, view: View) -> Match | None:
+        if not is_sum(node, view) or _is_inner(node, view):
+            return None
+        leaves, inner = _leaves(node, view)
+        best = max(_groups(leaves, view), key=lambda match: len(match.terms), default=None)
+        if best is None:
+            return None
+        return replace(best, root=node, inner=tuple(inner))
+
+
+def is_sum(node: fx.Node, view: View) -> bool:
+    """Whether a node adds or subtracts two nodes, neither of which is a constant."""
+    if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS | SUBTRACTIONS:
+        return False
+    both = len(node.args) == 2 and not node.kwargs and all(isinstance(argument, fx.Node) for argument in node.args)
+    return both and all(constant(argument, view.root) is None for argument in node.args)
+
+
+def _is_inner(node: fx.Node, view: View) -> bool:
+    """Whether a sum is only a part of a larger one, and will be seen from there."""
+    return len(node.users) == 1 and is_sum(next(iter(node.users)), view)
+
+
+def _leaves(root: fx.Node, view: View) -> tuple[list[tuple[int, fx.Node]], list[fx.Node]]:
+    """The signed terms of a sum, and the additions below its root that no one else uses."""
+    leaves, inner, pending = [], [], [(1, root)]
+    while pending:
+        sign, node = pending.pop(0)
+        if node is not root and (len(node.users) > 1 or not is_sum(node, view)):
+            leaves.append((sign, node))
+            continue
+        if node is not root:
+            inner.append(node)
+        second_sign = -sign if node.target in SUBTRACTIONS else sign
+        pending[:0] = [(sign, node.args[0]), (second_sign, node.args[1])]
+    return leaves, inner
+
+
+def _groups(leaves: list[tuple[int, fx.Node]], view: View) -> Iterator[Match]:
+    """For each node that two or more terms start at: those terms, as far as they are one convolution together."""
+    paths = [_paths(leaf, view) for _, leaf in leaves]
+    sources = Counter(source for path in paths for source in path)
+    for source, count in sources.items():
+        if count < 2:
+            continue
+        terms: list[Term] = []
+        remainder: list[tuple[int, fx.Node]] = []
+        chosen = [(sign, leaf, path.get(source)) for (sign, leaf), path in zip(leaves, paths)]
+        # terms with a conv first: they fix the sizes that an identity or a pooling takes on
+        for sign, leaf, ops in sorted(chosen, key=lambda item: item[2] is None or not any(view.is_conv(op.node) for op in item[2])):
+            if ops is not None and _fits(candidate := Term(ops, sign), terms, source):
+                terms.append(candidate)
+            else:
+                remainder.append((sign, leaf))
+        if len(terms) > 1 and any(view.is_conv(op.node) for op in terms[0].ops):
+            yield Match(source, source, tuple(terms), remainder=tuple(remainder))
+
+
+def _paths(leaf: fx.Node, view: View) -> dict[fx.Node, tuple[Op, ...]]:
+    """Every node from which linear maps that no one else uses lead to `leaf`, with those maps; `leaf` itself first."""
+    paths: dict[fx.Node, tuple[Op, ...]] = {leaf: ()}
+    ops: tuple[Op, ...] = ()
+    while len(leaf.users) == 1:
+        op = view.op(leaf)
+        if op is None:
+            break
+        ops = (op, *ops)
+        leaf = op.source
+        paths[leaf] = ops
+    return paths
+
+
+def _fits(term: Term, others: list[Term], source: fx.Node) -> bool:
+    try:
+        Match(source, source, (*others, term)).kernel(META)
+    except NoKernel:
+        return False
+    return True
+
+
+META = torch.empty((), device="meta", dtype=torch.float64)

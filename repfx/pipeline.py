@@ -1,0 +1,161 @@
+"""Running rules over every island of a model, to a fixpoint; and the registry of passes."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from repfx.editor import Editor
+from repfx.errors import InvalidInput
+from repfx.graph import Island, Traces, call_counts, module_paths, set_submodule, trace
+from repfx.meaning import is_batch_norm, is_conv
+from repfx.notes import keep
+from repfx.pattern import View
+from repfx.reporting import Edit, Report, Skip
+from repfx.rule import Rule
+
+PASSES: dict[str, Pass] = {}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named step of the compiler, as `repfx list passes` shows it."""
+
+    name: str
+    description: str
+
+    def __post_init__(self) -> None:
+        if self.name in PASSES:
+            raise InvalidInput(f"a pass named {self.name!r} is registered already.")
+        PASSES[self.name] = self
+
+
+def verb(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Register a function on models as a pass of its name, described by the first line of its docstring."""
+    Pass(function.__name__, (function.__doc__ or "").strip().splitlines()[0].rstrip("."))
+    return function
+
+
+@dataclass(frozen=True)
+class Result:
+    """A rewritten model and what was done to it."""
+
+    model: nn.Module
+    report: Report
+
+
+def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
+    """Run rules over a copy of the model until none applies.
+
+    Each rewrite removes a node, and each node is visited once more after each rewrite, so the cost is linear.
+    """
+    rules = tuple(rules)
+    target = copy_model(model)
+    traces = trace(target)
+    calls, registered = call_counts(traces), module_paths(target)
+    edits: list[Edit] = []
+    skips: list[Skip] = [Skip(path, f"it can't be traced: {reason}", "trace") for path, reason in traces.untraced.items()]
+    for island in traces.islands:
+        editor = Editor(_view(target, island, calls, registered), island)
+        near_misses = _run(editor, rules)
+        edits += editor.edits
+        skips += _left_alone(editor, near_misses)
+        editor.lower()
+        target = install(target, island)
+    skips += _outside(target, traces)
+    return Result(target, Report(name, tuple(edits), tuple(dict.fromkeys(skips))))
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy, or an error that says why there is none."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise InvalidInput(f"{type(model).__name__} can't be copied: {error}") from error
+
+
+def _view(model: nn.Module, island: Island, calls: Counter[str], registered: dict[int, list[str]]) -> View:
+    root = model.get_submodule(island.path)
+    paths = {path: registered.get(id(module), []) for path, module in root.named_modules()}
+    local_calls = Counter({path: calls[island.full_path(path)] for path in paths})
+    return View(root, island.graph, local_calls, Counter({path: len(names) for path, names in paths.items()}))
+
+
+def _run(editor: Editor, rules: tuple[Rule, ...]) -> dict[fx.Node, list[Skip]]:
+    """Rewrite to a fixpoint; returns why rules whose pattern was there did not fire, by node."""
+    near_misses: dict[fx.Node, list[Skip]] = {}
+    node = next(iter(editor.view.graph.nodes))
+    while node.op != "root":
+        near_misses.pop(node, None)
+        for rule in rules:
+            found = rule.find(node, editor.view)
+            if isinstance(found, Skip):
+                near_misses.setdefault(node, []).append(found)
+            elif found is not None:
+                node = editor.apply(rule, found)
+                break
+        else:
+            node = node.next
+    return near_misses
+
+
+def _left_alone(editor: Editor, near_misses: dict[fx.Node, list[Skip]]) -> list[Skip]:
+    """Why each BatchNorm and each near miss that is still there stays."""
+    skips = []
+    for node in editor.view.graph.nodes:
+        path = editor.island.full_path(str(node.target) if node.op == "call_module" else node.name)
+        misses = near_misses.get(node, [])
+        skips += [Skip(path, miss.reason, miss.rule) for miss in misses]
+        module = editor.view.module(node)
+        if node in editor.merged or module is None or not (is_batch_norm(module) or is_conv(module)):
+            continue
+        reason = editor.view.refusal(node)
+        if reason is not None:
+            skips.append(Skip(path, reason))
+        elif is_batch_norm(module) and not misses:
+            skips.append(Skip(path, f"no rule: its input {node.all_input_nodes[0].name!r} is no conv that only it uses"))
+    return skips
+
+
+def _outside(model: nn.Module, traces: Traces) -> list[Skip]:
+    """BatchNorms that lie in no island."""
+    reached = tuple(island.path for island in traces.islands)
+    if "" in reached:
+        return []
+    outside = [
+        path
+        for path, module in model.named_modules()
+        if is_batch_norm(module) and not any(path == r or path.startswith(f"{r}.") for r in reached)
+    ]
+    return [Skip(path, "what calls it can't be traced", "trace") for path in outside]
+
+
+def install(model: nn.Module, island: Island) -> nn.Module:
+    """Put the island's graph to work in place of its module; returns the model."""
+    root = model.get_submodule(island.path)
+    for name, value in island.constants.items():
+        setattr(root, name, value)
+    island.graph.lint()
+    compiled = fx.GraphModule(root, island.graph, class_name=type(root).__name__)
+    _take_over(compiled, root)
+    if not island.path:
+        return compiled
+    set_submodule(model, island.path, compiled)
+    return model
+
+
+def _take_over(compiled: fx.GraphModule, root: nn.Module) -> None:
+    """Modes, and the plain attributes that code around the module may read."""
+    modes = {path: module.training for path, module in root.named_modules()}
+    for path, module in compiled.named_modules():
+        module.training = modes.get(path, module.training)
+    own = set(vars(nn.Module())) | set(vars(compiled))
+    for name, value in vars(root).items():
+        if name not in own and not isinstance(value, (nn.Module, torch.Tensor)):
+            keep(compiled, name, value)

@@ -1,0 +1,47 @@
+"""Which sites get which spec: one for all, or by patterns of their paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from repfx.errors import InvalidInput
+from repfx.spec import Spec, SpecLike, resolve_spec
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Specs by glob pattern of site paths; the first pattern that fits counts.
+
+    >>> chosen = Selection.of({"layer1.*": "acb", "layer4.*": ["1x1", "1xk"]})
+    >>> chosen.spec_for("layer1.0.conv1") is not None, chosen.spec_for("conv1")
+    (True, None)
+    """
+
+    patterns: tuple[tuple[str, Spec], ...]
+
+    @classmethod
+    def of(cls, spec: SpecLike) -> Selection:
+        """From all that `expand` takes."""
+        if not isinstance(spec, Mapping):
+            return cls((("*", resolve_spec(spec)),))
+        if not spec:
+            raise InvalidInput("the spec is an empty dict; it takes at least one pattern of site paths.")
+        return cls(tuple((str(pattern), resolve_spec(value)) for pattern, value in spec.items()))
+
+    def spec_for(self, path: str) -> Spec | None:
+        """The spec of a site, or None."""
+        return next((spec for pattern, spec in self.patterns if fnmatchcase(path, pattern)), None)
+
+    def names(self, path: str) -> bool:
+        """Whether a pattern is exactly this path."""
+        return any(pattern == path for pattern, _ in self.patterns)
+
+    def require_used(self, paths: Iterable[str]) -> None:
+        """Raise if a pattern fits none of the paths."""
+        known = list(paths)
+        for pattern, _ in self.patterns:
+            if not any(fnmatchcase(path, pattern) for path in known):
+                shown = ", ".join(known[:5]) + (", …" if len(known) > 5 else "")
+                raise InvalidInput(f"the spec's pattern {pattern!r} fits no site; there are {len(known)}: {shown}")

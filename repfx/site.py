@@ -1,0 +1,179 @@
+"""Sites: where the convs of a model sit, with the BatchNorm that only they feed, the branches they have, or why they are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import fx, nn
+
+from repfx.block import RepBlock
+from repfx.branch import refusal_of_branch
+from repfx.graph import Island, Traces, call_counts, module_paths, trace
+from repfx.meaning import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, is_conv, refusal_of, torch_class
+from repfx.reporting import report
+from repfx.selection import Selection
+from repfx.spec import ConvSpec, SpecLike
+
+
+@dataclass(frozen=True)
+class Site:
+    """One conv of a model.
+
+    Args:
+        path: of the conv, or of the block that stands for it.
+        conv: its sizes; None where they can't be read.
+        norm: path of the BatchNorm that only this conv feeds.
+        branches: names of the branches beside the conv; empty for a plain conv.
+        block: path of the block whose branch this conv is part of, if it is.
+        refusal: why this conv can't be expanded.
+        note: what a spec would do here, or why the last `expand` left it alone.
+    """
+
+    path: str
+    conv: ConvSpec | None
+    norm: str | None = None
+    branches: tuple[str, ...] = ()
+    block: str | None = None
+    refusal: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class SiteTable:
+    """The sites of a model, in order; printed, a table."""
+
+    sites: tuple[Site, ...]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, path: str) -> Site:
+        return {site.path: site for site in self.sites}[path]
+
+    def __str__(self) -> str:
+        rows = [("site", "conv", "branches")]
+        for site in self.sites:
+            rows.append((site.path, str(site.conv or "?"), ", ".join(site.branches) or f"({site.refusal or site.note or 'plain'})"))
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        return "\n".join(f"{path:<{widths[0]}}  {conv:<{widths[1]}}  {branches}" for path, conv, branches in rows)
+
+
+def sites(model: nn.Module, spec: SpecLike | None = None) -> SiteTable:
+    """The sites of a model: path, conv, branches, or why a conv was left alone; with `spec`, what it would add.
+
+    >>> print(sites(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 8, 2)), "repvgg"))
+    site  conv     branches
+    0     3×3 3→8  (would get 1x1; not identity: 3 channels go in and 8 come out)
+    2     ?        (a transposed conv is folded but not expanded)
+    """
+    found = [site for site in find_sites(model) if site.block is None]
+    if spec is not None:
+        selection = Selection.of(spec)
+        return SiteTable(tuple(replace(site, note=_plan(site, selection)) for site in found))
+    reasons = {skip.path: skip.reason for skip in report(model).skipped if skip.rule == "expand"}
+    return SiteTable(tuple(replace(site, note=reasons.get(site.path, "")) for site in found))
+
+
+def _plan(site: Site, selection: Selection) -> str:
+    spec = selection.spec_for(site.path)
+    if spec is None:
+        return "no pattern of the spec names it"
+    if site.conv is None or site.branches:
+        return ""
+    wanted = spec.branches_for(site.conv)
+    refusals = {branch: refusal_of_branch(branch, site.conv) for branch in wanted}
+    fitting = [branch.kind for branch, reason in refusals.items() if reason is None] if wanted else []
+    parts = [f"would get {', '.join(fitting)}"] if fitting else ["would stay plain"]
+    parts += [f"not {branch.kind}: {reason}" for branch, reason in refusals.items() if reason is not None]
+    return "; ".join(parts)
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """All sites, those inside blocks too."""
+    traces = trace(model)
+    norms = _own_norms(model, traces)
+    read = _read_elsewhere(traces)
+    registered = module_paths(model)
+    owners = _owners(model)
+    blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
+    origins = {f"{path}.origin.conv" for path in blocks}
+    found = []
+    for path, module in model.named_modules():
+        inside = next((block for block in blocks if path.startswith(f"{block}.")), None)
+        if isinstance(module, RepBlock):
+            found.append(Site(path, module.site, module.norm_path, tuple(module.branches), inside))
+        elif is_conv(module) and path not in origins:
+            refusal = _refusal(module, path, read, registered, owners)
+            conv = ConvSpec.of(module) if torch_class(module) in CONVS else None
+            found.append(Site(path, conv, norms.get(path), (), inside, refusal))
+    return found
+
+
+def _refusal(
+    conv: nn.Module, path: str, read: set[str], registered: dict[int, list[str]], owners: dict[int, list[str]]
+) -> str | None:
+    if torch_class(conv) in TRANSPOSED_CONVS:
+        return "a transposed conv is folded but not expanded"
+    if refusal_of(conv) is not None:
+        return refusal_of(conv)
+    if nn.utils.parametrize.is_parametrized(conv):
+        return "its weight is computed by a parametrization"
+    if len(registered[id(conv)]) > 1:
+        return f"it is registered under {len(registered[id(conv)])} names: {', '.join(registered[id(conv)])}"
+    if path in read:
+        return "its parameters are read elsewhere in the model"
+    shared = [name for tensor in conv.parameters() for name in owners[id(tensor)] if name.rpartition(".")[0] != path]
+    if shared:
+        return f"its weights are shared with {shared[0].rpartition('.')[0]!r}"
+    if not conv.weight.is_floating_point():
+        return f"its weights are {conv.weight.dtype}"
+    return None
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _read_elsewhere(traces: Traces) -> set[str]:
+    return {
+        island.full_path(str(node.target)).rpartition(".")[0]
+        for island in traces.islands
+        for node in island.graph.nodes
+        if node.op == "get_attr"
+    }
+
+
+def _own_norms(model: nn.Module, traces: Traces) -> dict[str, str]:
+    """For each conv that is called once, and feeds one BatchNorm called once and nothing else: that BatchNorm's path."""
+    calls = call_counts(traces)
+    registered = module_paths(model)
+    pairs: dict[str, str] = {}
+    for island in traces.islands:
+        for node in island.graph.nodes:
+            paths = _conv_and_norm(node, island, model)
+            if paths is None:
+                continue
+            if all(calls[path] == 1 and len(registered[id(model.get_submodule(path))]) == 1 for path in paths):
+                pairs[paths[0]] = paths[1]
+    return pairs
+
+
+def _conv_and_norm(node: fx.Node, island: Island, model: nn.Module) -> tuple[str, str] | None:
+    """The paths of a conv and of the BatchNorm that this node calls on its output, if they belong together."""
+    if node.op != "call_module" or len(node.all_input_nodes) != 1:
+        return None
+    before = node.all_input_nodes[0]
+    if before.op != "call_module" or len(before.users) != 1:
+        return None
+    paths = island.full_path(str(before.target)), island.full_path(str(node.target))
+    conv, norm = (model.get_submodule(path) for path in paths)
+    if torch_class(conv) not in CONVS or torch_class(norm) not in BATCH_NORMS or refusal_of(norm) is not None:
+        return None
+    return paths

@@ -1,6 +1,6 @@
 """Tracing that can't be wrong: torch.fx graphs of a model, or of its largest traceable parts (*islands*).
 
-- A module that holds neither a conv nor a BatchNorm stays a leaf, so dropout, stochastic depth and attention keep their own behaviour
+- A module that holds neither a conv nor a BatchNorm, and is no plain sequence, stays a leaf, so dropout, stochastic depth and attention keep their own behaviour
   in both modes. So does a module with hooks; what lies inside it is traced as an island of its own.
 - A graph is accepted only if the module traces to the same graph in training and in eval mode.
 - What can't be traced whole is tried child by child.
@@ -129,6 +129,8 @@ def require_default(value: object, name: str, default: object) -> None:
 def _is_leaf(module: nn.Module) -> bool:
     if is_conv(module) or is_batch_norm(module):
         return True
+    if type(module).forward is nn.Sequential.forward:
+        return False
     return not any(is_conv(inner) or is_batch_norm(inner) for inner in module.modules())
 
 

@@ -312,12 +312,11 @@ class Kernel:
         if self._is_channelwise:
             folded = second.fold_affine_before(self.weight.flatten(), self.bias)
             return replace(folded, padding=padding, padding_mode=mode)
-        groups = math.gcd(self.groups, second.groups)
-        first, then = self.regroup(groups), second.regroup(groups)
-        weight, dilation = _composed_weight(first, then)
-        bias = then.bias if self.bias is None else _sum(then.bias, then._response(self.bias))
+        first = self.regroup(math.gcd(self.groups, second.groups))
+        weight, dilation = _composed_weight(first, second)
+        bias = second.bias if self.bias is None else _sum(second.bias, second._response(self.bias))
         stride = tuple(s * s2 for s, s2 in zip(self.stride, second.stride))
-        return Kernel(weight, bias, stride, padding, dilation, groups, mode)
+        return Kernel(weight, bias, stride, padding, dilation, first.groups, mode)
 
     @staticmethod
     def concat(kernels: Sequence[Kernel]) -> Kernel:
@@ -411,9 +410,10 @@ def _require_composable(first: Kernel, second: Kernel) -> None:
 
 
 def _composed_weight(first: Kernel, second: Kernel) -> tuple[Tensor, Ints]:
-    """``W[o, i, t·f + t'·f'] += W'[o, m, t'] · W[m, i, t]``, which is one transposed conv; and the dilation of the result."""
-    if first.dimensions == 0:
-        return second.ungroup().weight @ first.ungroup().weight, ()
+    """``W[o, i, t·f + t'·f'] += W'[o, m, t'] · W[m, i, t]``, which is one transposed conv; and the dilation of the result.
+
+    The groups of `second` are a multiple of those of `first`, which are those of the result.
+    """
     dilation, spread, spread2 = [], [], []
     for axis, (k, k2) in enumerate(zip(first.kernel_size, second.kernel_size)):
         d, d2 = first.dilation[axis], second.dilation[axis] * first.stride[axis]
@@ -421,11 +421,14 @@ def _composed_weight(first: Kernel, second: Kernel) -> tuple[Tensor, Ints]:
         dilation.append(step)
         spread.append(d // step if k > 1 else 1)
         spread2.append(d2 // step if k2 > 1 else 1)
-    g = first.groups
-    out, middle = second.out_channels // g, first.out_channels // g
-    by_input = first.weight.transpose(0, 1)
-    taps = second.weight.reshape(g, out, middle, *second.kernel_size).transpose(1, 2)
-    taps = taps.reshape(g * middle, out, *second.kernel_size)
+    g = second.groups
+    out, middle = second.out_channels // g, second.in_channels // g
+    taps = second.weight.reshape(g, out, middle, *second.kernel_size)
+    if all(k == 1 for k in first.kernel_size):  # the same sum, quicker
+        mix = first.weight.reshape(g, middle, -1)
+        weight = torch.einsum("gomt,gmi->goit", taps.flatten(3) if second.dimensions else taps.unsqueeze(3), mix)
+        return weight.reshape(second.out_channels, -1, *second.kernel_size), tuple(dilation)
+    by_middle = taps.transpose(1, 2).reshape(g * middle, out, *second.kernel_size)
     transpose = _CONV_TRANSPOSE[first.dimensions]
-    weight = transpose(by_input, taps, stride=tuple(spread), dilation=tuple(spread2), groups=g)
+    weight = transpose(first.weight.transpose(0, 1), by_middle, stride=tuple(spread), dilation=tuple(spread2), groups=g)
     return weight.transpose(0, 1), tuple(dilation)

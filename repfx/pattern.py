@@ -99,7 +99,7 @@ class Match:
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """All nodes that the match replaces, the root first."""
-        others = [op.node for op in reversed(self.ops)] + list(self.inner)
+        others = [*self.inner, *(op.node for op in reversed(self.ops))]
         return (self.root, *dict.fromkeys(node for node in others if node is not self.root))
 
     def kernel(self, like: Tensor) -> Kernel:

@@ -17,7 +17,7 @@ from repfx.precision import Inputs, describe, double_copy, first_line, map_tenso
 from repfx.provenance import Provenance, provenance_of
 
 # By the coarsest parameter: its dtype is the one to which a rewritten weight was rounded.
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-1, torch.bfloat16: 5e-1}
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,10 @@ def check_equivalent(
             were rewritten have been rounded once to that dtype:
 
             - float64, 1e-9: rounding shows as 1e-15 to 1e-12, any mistake in a formula as more than 1e-7.
-            - float32, 1e-5: rounding (6e-8 each) shows as 1e-7 to 3e-6; a BatchNorm's eps forgotten shows as 3e-5.
-            - float16, 2e-2, and bfloat16, 1e-1: rounding (5e-4 and 4e-3 each) shows as about ten times itself in a deep
-              net. These bounds tell a wrong structure, not a forgotten eps: check in float32 before you convert.
+            - float32, 1e-5: rounding shows as 2e-7 to 3e-6 (ResNet, VGG, MobileNet, DenseNet, RegNet with random
+              statistics); a BatchNorm's eps forgotten shows as 3e-5 in one layer and more in a net.
+            - float16, 1e-1, and bfloat16, 5e-1: rounding shows as up to 3e-2 and 2e-1 in the same nets. These bounds
+              tell a wrong structure, not a forgotten eps: check in float32 before you convert.
         raises: raise when the outputs differ; False returns the report instead.
 
     Raises:

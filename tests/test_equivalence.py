@@ -37,11 +37,10 @@ class Net(nn.Module):
 
 
 def randomize(model: nn.Module) -> Any:
-    module: Any
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.3, 2)
+            nn.init.normal_(module.get_buffer("running_mean"))
+            nn.init.uniform_(module.get_buffer("running_var"), 0.3, 2)
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
     return model
@@ -62,7 +61,7 @@ def fuse_by_hand(net: Any, eps: float | None = None) -> Any:
     return fused
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 1e-1)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 5e-1)])
 def test_a_right_fusion_is_equivalent_in_each_dtype(dtype: torch.dtype, bound: float) -> None:
     net = randomize(Net()).to(dtype)
     report = check_equivalent(net, fuse_by_hand(net), X)

@@ -11,4 +11,5 @@ MERGE_SEQUENTIAL = Rule(
     "Merge two convs in sequence into one that costs no more",
     Sequence(first=frozenset({"conv"}), second=frozenset({"conv", "pool"})),
     (used_once, is_convolution, channels_stay_put, unmutated, no_dearer),
+    optional=True,
 )

@@ -9,6 +9,7 @@ from repfx.block import RepBlock as RepBlock
 from repfx.branch import Branch as Branch
 from repfx.equivalence import check_equivalent as check_equivalent
 from repfx.kernel import Kernel as Kernel
+from repfx.onnx import export_onnx as export_onnx
 from repfx.passes.drop import drop as drop
 from repfx.passes.expand import expand as expand
 from repfx.passes.fuse import fuse as fuse

@@ -29,7 +29,9 @@ def conv_from_kernel(kernel: Kernel, template: nn.Module, path: str) -> nn.Modul
             continue
         tensor = value.detach().to(template.weight.device, template.weight.dtype)
         if tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
-            raise InvalidInput(f"the merged {name} of {path!r} is not finite in {tensor.dtype}; look for NaN or Inf in the model.")
+            raise InvalidInput(
+                f"the merged {name} of {path!r} is not finite in {tensor.dtype}; look for NaN or Inf in the model."
+            )
         setattr(conv, name, nn.Parameter(tensor.contiguous(), requires_grad=template.weight.requires_grad))
     return conv.train(template.training)
 
@@ -61,7 +63,13 @@ def _same_places(a: ConvSpec, b: ConvSpec) -> bool:
 def _empty_transposed_conv(kernel: Kernel, like: Tensor, bias: bool) -> nn.Module:
     kinds = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
     return kinds[kernel.dimensions](
-        *(kernel.in_channels, kernel.out_channels, kernel.kernel_size, kernel.stride, tuple(p for p, _ in kernel.padding)),
+        *(
+            kernel.in_channels,
+            kernel.out_channels,
+            kernel.kernel_size,
+            kernel.stride,
+            tuple(p for p, _ in kernel.padding),
+        ),
         *(kernel.output_padding, kernel.groups, bias, kernel.dilation),
         device="meta",
         dtype=like.dtype,

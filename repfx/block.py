@@ -61,7 +61,9 @@ class RepBlock(nn.Module):
             raise UnknownName("branch", name, self.branches)
         conv, norm = self.origin.conv, getattr(self.origin, "norm", None)
         if not hasattr(conv, "weight") or (norm is not None and getattr(norm, "weight", None) is None):
-            raise InvalidInput(f"the origin can't absorb {name!r}: its conv is a block itself, or its BatchNorm has no γ.")
+            raise InvalidInput(
+                f"the origin can't absorb {name!r}: its conv is a block itself, or its BatchNorm has no γ."
+            )
         branch = self.branches[name]
         like = conv.weight.detach().double()
         kernel = self.origin.equivalent_kernel(like).add(branch.equivalent_kernel(like))

@@ -102,4 +102,6 @@ def refusal_of_branch(branch: BranchSpec, site: ConvSpec) -> str | None:
     try:
         return kind_of(branch).refusal(site, **branch.options)
     except TypeError as error:
-        raise InvalidInput(f"branch kind {branch.kind!r} doesn't take the options {dict(branch.options)}: {error}.") from error
+        raise InvalidInput(
+            f"branch kind {branch.kind!r} doesn't take the options {dict(branch.options)}: {error}."
+        ) from error

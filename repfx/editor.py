@@ -57,7 +57,9 @@ class Editor:
         self.view.kernels[node] = kernel
         self.merged[node] = self._merge_notes(rule, match, template_op)
         self._replace_root(match, node)
-        self.edits.append(Edit(rule.name, self.island.full_path(str(node.target)), self.merged[node].provenance.sources))
+        self.edits.append(
+            Edit(rule.name, self.island.full_path(str(node.target)), self.merged[node].provenance.sources)
+        )
         return node
 
     def _remove(self, rule: Rule, match: Match) -> fx.Node:
@@ -82,7 +84,11 @@ class Editor:
         return max(convs, key=lambda op: (_window(self._template_module(op)), self._weight_of(op).numel()))
 
     def _template_module(self, op: Op) -> nn.Module:
-        return self.merged[op.node].template if op.node in self.merged else self.view.root.get_submodule(str(op.node.target))
+        return (
+            self.merged[op.node].template
+            if op.node in self.merged
+            else self.view.root.get_submodule(str(op.node.target))
+        )
 
     def _weight_of(self, op: Op) -> Tensor:
         return self._template_module(op).weight
@@ -158,7 +164,9 @@ class Editor:
             path = ".".join(parts[:length])
             if not isinstance(self.view.root.get_submodule(path), RepBlock):
                 continue
-            inside = [n for n in self.view.graph.nodes if n.op == "call_module" and str(n.target).startswith(f"{path}.")]
+            inside = [
+                n for n in self.view.graph.nodes if n.op == "call_module" and str(n.target).startswith(f"{path}.")
+            ]
             if inside == [node]:
                 return path
         return None

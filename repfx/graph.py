@@ -93,7 +93,9 @@ def _graph_of(module: nn.Module, *, is_root: bool) -> tuple[fx.Graph, dict[str, 
             graphs.append(tracer.trace(module))
         except Exception as error:
             return _first_line(error)
-        constants = {name: value for name, value in vars(module).items() if name not in before and isinstance(value, Tensor)}
+        constants = {
+            name: value for name, value in vars(module).items() if name not in before and isinstance(value, Tensor)
+        }
         for name in set(vars(module)) - before:
             delattr(module, name)
     if _text(graphs[0]) != _text(graphs[1]):
@@ -115,7 +117,9 @@ class _Tracer(fx.Tracer):
         parameters = inspect.signature(root_fn).parameters.values()
         for index, parameter in enumerate(parameters):
             if index and parameter.default is not inspect.Parameter.empty and isinstance(arguments[index], fx.Proxy):
-                self.create_proxy("call_function", require_default, (arguments[index], parameter.name, parameter.default), {})
+                self.create_proxy(
+                    "call_function", require_default, (arguments[index], parameter.name, parameter.default), {}
+                )
                 arguments[index] = parameter.default
         return function, arguments
 
@@ -163,7 +167,10 @@ def module_paths(model: nn.Module) -> dict[int, list[str]]:
 def call_counts(traces: Traces) -> Counter[str]:
     """How often each module is called in all graphs, by path in the model."""
     return Counter(
-        island.full_path(str(node.target)) for island in traces.islands for node in island.graph.nodes if node.op == "call_module"
+        island.full_path(str(node.target))
+        for island in traces.islands
+        for node in island.graph.nodes
+        if node.op == "call_module"
     )
 
 

@@ -74,7 +74,9 @@ def channels_stay_put(match: Match, view: View) -> str | None:
     if match._sizes()[1] != 0:
         return None
     modules = [view.module(op.node) for op in match.ops]
-    if not any(isinstance(module, nn.BatchNorm1d | nn.SyncBatchNorm) for module in modules) or _is_flat(match.source, view):
+    if not any(isinstance(module, nn.BatchNorm1d | nn.SyncBatchNorm) for module in modules) or _is_flat(
+        match.source, view
+    ):
         return None
     return "the input of the linear layer isn't known to be (batch, channels), and BatchNorm1d counts its channels on the second axis"
 
@@ -86,7 +88,19 @@ def pads_alike(match: Match, view: View) -> str | None:
     return "a conv pads both sides alike, this padding doesn't"
 
 
-_ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Dropout, nn.Identity)
+_ELEMENTWISE = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.GELU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.Dropout,
+    nn.Identity,
+)
 
 
 def _is_flat(node: fx.Node, view: View) -> bool:
@@ -101,5 +115,3 @@ def _is_flat(node: fx.Node, view: View) -> bool:
         if not same_rank or not node.all_input_nodes:
             return False
         node = node.all_input_nodes[0]
-
-

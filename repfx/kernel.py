@@ -159,9 +159,13 @@ class Kernel:
         if self.transposed:
             cut = tuple(before for before, _ in self.padding)
             transpose = _CONV_TRANSPOSE[self.dimensions]
-            return transpose(x, self.weight, self.bias, self.stride, cut, self.output_padding, self.groups, self.dilation)
+            return transpose(
+                x, self.weight, self.bias, self.stride, cut, self.output_padding, self.groups, self.dilation
+            )
         conv = _CONV[self.dimensions]
-        return conv(pad(x, self.padding, self.padding_mode), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return conv(
+            pad(x, self.padding, self.padding_mode), self.weight, self.bias, self.stride, 0, self.dilation, self.groups
+        )
 
     def to(self, like: Tensor | torch.dtype | torch.device | str) -> Kernel:
         """The same kernel in another dtype or on another device."""
@@ -184,7 +188,13 @@ class Kernel:
 
     @staticmethod
     def average_pool(
-        like: Tensor, *, channels: int, kernel_size: Ints, stride: Ints = (), padding: Padding = (), area: int | None = None
+        like: Tensor,
+        *,
+        channels: int,
+        kernel_size: Ints,
+        stride: Ints = (),
+        padding: Padding = (),
+        area: int | None = None,
     ) -> Kernel:
         """The mean over the window, padding counted: each channel's own window times ``1 / area`` (default: its size)."""
         dimensions = len(kernel_size)
@@ -336,7 +346,9 @@ class Kernel:
     def slice_channels(self, start: int, stop: int) -> Kernel:
         """The kernel of the output channels from `start` up to `stop`."""
         whole = self.ungroup()
-        return replace(whole, weight=whole.weight[start:stop], bias=None if self.bias is None else self.bias[start:stop])
+        return replace(
+            whole, weight=whole.weight[start:stop], bias=None if self.bias is None else self.bias[start:stop]
+        )
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -397,16 +409,24 @@ def _require_composable(first: Kernel, second: Kernel) -> None:
     if second.padding_mode != "zeros":
         alone = all(k == 1 for k in first.kernel_size) and all(s == 1 for s in first.stride)
         if not alone or any(side for pair in first.padding for side in pair):
-            raise NoKernel(f"{second.padding_mode} padding between two convs commutes only with a plain 1×1 conv before it")
+            raise NoKernel(
+                f"{second.padding_mode} padding between two convs commutes only with a plain 1×1 conv before it"
+            )
         return
     if first.bias is not None:
-        raise NoKernel("padding between two convs isn't zero-equivalent: the first map's bias does not reach the border")
+        raise NoKernel(
+            "padding between two convs isn't zero-equivalent: the first map's bias does not reach the border"
+        )
     if first.padded and first.padding_mode != "zeros":
         raise NoKernel(f"zero padding after {first.padding_mode} padding is not one padding")
-    for (p, q), s, d, k, (p2, q2) in zip(first.padding, first.stride, first.dilation, first.kernel_size, second.padding):
+    for (p, q), s, d, k, (p2, q2) in zip(
+        first.padding, first.stride, first.dilation, first.kernel_size, second.padding
+    ):
         extent = d * (k - 1)
         if (p2 > 0 and extent > p + s - 1) or (q2 > 0 and extent > q):
-            raise NoKernel("padding between two convs isn't zero-equivalent: the first conv's window still sees the image there")
+            raise NoKernel(
+                "padding between two convs isn't zero-equivalent: the first conv's window still sees the image there"
+            )
 
 
 def _composed_weight(first: Kernel, second: Kernel) -> tuple[Tensor, Ints]:

@@ -69,7 +69,9 @@ def torch_class(module: nn.Module) -> type[nn.Module] | None:
     known = next((base for base in type(module).__mro__ if base in _READERS), None)
     if known is None or "forward" in vars(module):
         return None
-    own_code = all(getattr(type(module), name, None) is getattr(known, name, None) for name in ("forward", "_conv_forward"))
+    own_code = all(
+        getattr(type(module), name, None) is getattr(known, name, None) for name in ("forward", "_conv_forward")
+    )
     return known if own_code else None
 
 
@@ -91,7 +93,9 @@ def kernel_of(module: nn.Module, like: Tensor, channels: int, dimensions: int) -
     """
     meaning = meaning_of(module)
     if meaning is None:
-        raise InvalidInput(f"{type(module).__name__} is no linear map: {refusal_of(module) or 'its class is not known'}.")
+        raise InvalidInput(
+            f"{type(module).__name__} is no linear map: {refusal_of(module) or 'its class is not known'}."
+        )
     return meaning.build(like, channels, dimensions)
 
 
@@ -127,7 +131,9 @@ def refusal_of(module: nn.Module) -> str | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` runs more than its forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _nearest(module: nn.Module) -> str:
@@ -201,13 +207,17 @@ _BATCH_NORM_DIMENSIONS: dict[type[nn.Module] | None, int | None] = {
 
 @reads(nn.Identity)
 def _read_identity(module: nn.Module) -> Meaning:
-    return Meaning("identity", None, None, lambda like, channels, n: Kernel.identity(like, channels=channels, dimensions=n))
+    return Meaning(
+        "identity", None, None, lambda like, channels, n: Kernel.identity(like, channels=channels, dimensions=n)
+    )
 
 
 @reads(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 def _read_average_pool(pool: nn.Module) -> Meaning | None:
     dimensions = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[torch_class(pool)]
-    kernel_size, stride, padding = (per_axis(size, dimensions) for size in (pool.kernel_size, pool.stride, pool.padding))
+    kernel_size, stride, padding = (
+        per_axis(size, dimensions) for size in (pool.kernel_size, pool.stride, pool.padding)
+    )
     if pool.ceil_mode or (any(padding) and not pool.count_include_pad):
         return None  # the window shrinks at the border
     return average_pool_meaning(dimensions, kernel_size, stride, padding, getattr(pool, "divisor_override", None))
@@ -221,7 +231,12 @@ def average_pool_meaning(
     def build(like: Tensor, channels: int, _: int) -> Kernel:
         pairs = tuple((p, p) for p in padding)
         return Kernel.average_pool(
-            like, channels=channels, kernel_size=kernel_size, stride=stride, padding=pairs, area=area or math.prod(kernel_size)
+            like,
+            channels=channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=pairs,
+            area=area or math.prod(kernel_size),
         )
 
     return Meaning("pool", dimensions, None, build)

@@ -56,7 +56,11 @@ def mutated_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
         return node.kwargs["out"]
     if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
         return first
-    in_place = node.target in _IN_PLACE or node.kwargs.get("inplace") is True or str(getattr(node.target, "__name__", "")).endswith("_")
+    in_place = (
+        node.target in _IN_PLACE
+        or node.kwargs.get("inplace") is True
+        or str(getattr(node.target, "__name__", "")).endswith("_")
+    )
     return first if node.op == "call_function" and in_place else None
 
 
@@ -160,7 +164,10 @@ def _tensor(value: Tensor | float | None, like: Tensor) -> Tensor:
 def _affine(scale_and_shift: Callable[[Tensor], _ScaleAndShift]) -> Meaning:
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
         scale, shift = scale_and_shift(like)
-        vectors = (_per_channel(scale, channels, dimensions), shift if shift is None else _per_channel(shift, channels, dimensions))
+        vectors = (
+            _per_channel(scale, channels, dimensions),
+            shift if shift is None else _per_channel(shift, channels, dimensions),
+        )
         return Kernel.diagonal(*vectors, dimensions)
 
     return Meaning("affine", None, None, build)
@@ -169,6 +176,10 @@ def _affine(scale_and_shift: Callable[[Tensor], _ScaleAndShift]) -> Meaning:
 def _per_channel(value: Tensor, channels: int, dimensions: int) -> Tensor:
     """A constant as it broadcasts against ``(batch, channels, *axes)``, as ``(channels,)``."""
     shape = (1,) * (dimensions + 2 - value.ndim) + tuple(value.shape)
-    if len(shape) > dimensions + 2 or any(size != 1 for size in (shape[0], *shape[2:])) or shape[1] not in (1, channels):
+    if (
+        len(shape) > dimensions + 2
+        or any(size != 1 for size in (shape[0], *shape[2:]))
+        or shape[1] not in (1, channels)
+    ):
         raise NoKernel(f"a constant of shape {tuple(value.shape)} is no scale or shift of each of {channels} channels")
     return value.reshape(-1).expand(channels)

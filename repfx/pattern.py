@@ -116,7 +116,9 @@ class Match:
         dimensions = {op.meaning.dimensions for op in self.ops} - {None}
         channels = {_in_channels(term) for term in self.terms} - {None}
         if len(dimensions) != 1 or len(channels) != 1:
-            raise NoKernel(f"channels {sorted(map(str, channels))} and dimensions {sorted(map(str, dimensions))} don't fit together")
+            raise NoKernel(
+                f"channels {sorted(map(str, channels))} and dimensions {sorted(map(str, dimensions))} don't fit together"
+            )
         return channels.pop() or 0, dimensions.pop() or 0
 
 
@@ -231,7 +233,9 @@ def _groups(leaves: list[tuple[int, fx.Node]], view: View) -> Iterator[Match]:
         remainder: list[tuple[int, fx.Node]] = []
         chosen = [(sign, leaf, path.get(source)) for (sign, leaf), path in zip(leaves, paths)]
         # terms with a conv first: they fix the sizes that an identity or a pooling takes on
-        for sign, leaf, ops in sorted(chosen, key=lambda item: item[2] is None or not any(view.is_conv(op.node) for op in item[2])):
+        for sign, leaf, ops in sorted(
+            chosen, key=lambda item: item[2] is None or not any(view.is_conv(op.node) for op in item[2])
+        ):
             if ops is not None and _fits(candidate := Term(ops, sign), terms, source):
                 terms.append(candidate)
             else:

@@ -1,4 +1,4 @@
-"""Running rules over every island of a model, to a fixpoint; and the registry of passes."""
+"""Running rules over every island of a model, to a fixpoint; and the verbs that the passes offer."""
 
 from __future__ import annotations
 
@@ -18,22 +18,8 @@ from repfx.meaning import is_batch_norm, is_conv
 from repfx.notes import keep
 from repfx.pattern import View
 from repfx.reporting import Edit, Report, Skip
-from repfx.rule import Rule
-
-PASSES: dict[str, Pass] = {}
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A named step of the compiler, as `repfx list passes` shows it."""
-
-    name: str
-    description: str
-
-    def __post_init__(self) -> None:
-        if self.name in PASSES:
-            raise InvalidInput(f"a pass named {self.name!r} is registered already.")
-        PASSES[self.name] = self
+from repfx.rule import PASSES as PASSES
+from repfx.rule import Pass, Rule
 
 
 def verb(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +46,9 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     traces = trace(target)
     calls, registered = call_counts(traces), module_paths(target)
     edits: list[Edit] = []
-    skips: list[Skip] = [Skip(path, f"it can't be traced: {reason}", "trace") for path, reason in traces.untraced.items()]
+    skips: list[Skip] = [
+        Skip(path, f"it can't be traced: {reason}", "trace") for path, reason in traces.untraced.items()
+    ]
     for island in traces.islands:
         editor = Editor(_view(target, island, calls, registered), island)
         near_misses = _run(editor, rules)
@@ -69,7 +57,10 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
         editor.lower()
         target = install(target, island)
     skips += _outside(target, traces)
-    return Result(target, Report(name, tuple(edits), tuple(dict.fromkeys(skips))))
+    optional = {rule.name for rule in rules if rule.optional}
+    declined = tuple(skip for skip in dict.fromkeys(skips) if skip.rule in optional)
+    skipped = tuple(skip for skip in dict.fromkeys(skips) if skip.rule not in optional)
+    return Result(target, Report(name, tuple(edits), skipped, declined))
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -119,7 +110,9 @@ def _left_alone(editor: Editor, near_misses: dict[fx.Node, list[Skip]]) -> list[
         if reason is not None:
             skips.append(Skip(path, reason))
         elif is_batch_norm(module) and not misses:
-            skips.append(Skip(path, f"no rule: its input {node.all_input_nodes[0].name!r} is no conv that only it uses"))
+            skips.append(
+                Skip(path, f"no rule: its input {node.all_input_nodes[0].name!r} is no conv that only it uses")
+            )
     return skips
 
 

@@ -40,7 +40,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Report:
-    """What a pass did (`applied`) and what it left alone and why (`skipped`).
+    """What a pass did (`applied`), what it left alone and why (`skipped`), and which optional merges it decided against (`declined`).
 
     >>> print(Report("expand", (Edit("expand", "conv1"),), (Skip("conv2", "the window is 1×1 already"),)))
     expand: 1 change, 1 left alone
@@ -50,6 +50,7 @@ class Report:
     name: str
     applied: tuple[Edit, ...] = ()
     skipped: tuple[Skip, ...] = ()
+    declined: tuple[Skip, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:

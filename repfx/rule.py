@@ -1,4 +1,4 @@
-"""`Rule` = pattern + guards, and the registry of rules."""
+"""`Rule` = pattern + guards, and the registries of rules and passes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,21 @@ from repfx.reporting import Skip
 
 Guard = Callable[[Match, View], str | None]
 
+PASSES: dict[str, Pass] = {}
 RULES: dict[str, Rule] = {}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named step of the compiler, rule or verb, as `repfx list passes` shows it."""
+
+    name: str
+    description: str
+
+    def __post_init__(self) -> None:
+        if self.name in PASSES:
+            raise InvalidInput(f"a pass named {self.name!r} is registered already.")
+        PASSES[self.name] = self
 
 
 @dataclass(frozen=True)
@@ -25,16 +39,17 @@ class Rule:
         description: one line.
         pattern: structure.
         guards: conditions, asked in order.
+        optional: whether a match that may not be rewritten is no loss worth reporting, as when two convs simply stay two.
     """
 
     name: str
     description: str
     pattern: Pattern
     guards: tuple[Guard, ...]
+    optional: bool = False
 
     def __post_init__(self) -> None:
-        if self.name in RULES and RULES[self.name] != self:
-            raise InvalidInput(f"a rule named {self.name!r} is registered already.")
+        Pass(self.name, self.description)
         RULES[self.name] = self
 
     def find(self, node: fx.Node, view: View) -> Match | Skip | None:

@@ -38,6 +38,11 @@ class Site:
     refusal: str | None = None
     note: str = ""
 
+    @property
+    def outcome(self) -> str:
+        """The branches, or in brackets why there are none."""
+        return ", ".join(self.branches) or f"({self.refusal or self.note or 'plain'})"
+
 
 @dataclass(frozen=True)
 class SiteTable:
@@ -56,8 +61,7 @@ class SiteTable:
 
     def __str__(self) -> str:
         rows = [("site", "conv", "branches")]
-        for site in self.sites:
-            rows.append((site.path, str(site.conv or "?"), ", ".join(site.branches) or f"({site.refusal or site.note or 'plain'})"))
+        rows += [(site.path, str(site.conv or "?"), site.outcome) for site in self.sites]
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         return "\n".join(f"{path:<{widths[0]}}  {conv:<{widths[1]}}  {branches}" for path, conv, branches in rows)
 
@@ -84,11 +88,10 @@ def _plan(site: Site, selection: Selection) -> str:
         return "no pattern of the spec names it"
     if site.conv is None or site.branches:
         return ""
-    wanted = spec.branches_for(site.conv)
-    refusals = {branch: refusal_of_branch(branch, site.conv) for branch in wanted}
-    fitting = [branch.kind for branch, reason in refusals.items() if reason is None] if wanted else []
+    verdicts = [(branch.kind, refusal_of_branch(branch, site.conv)) for branch in spec.branches_for(site.conv)]
+    fitting = [kind for kind, reason in verdicts if reason is None]
     parts = [f"would get {', '.join(fitting)}"] if fitting else ["would stay plain"]
-    parts += [f"not {branch.kind}: {reason}" for branch, reason in refusals.items() if reason is not None]
+    parts += [f"not {kind}: {reason}" for kind, reason in verdicts if reason is not None]
     return "; ".join(parts)
 
 

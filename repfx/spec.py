@@ -182,7 +182,11 @@ PRESETS: dict[str, Preset] = {
             "the nine kinds of the IREPS space (IRepNAS)",
             Spec([*_ALL_SIX, "dilated-2x2", "dilated-1x2", "dilated-2x1"]),
         ),
-        Preset("mobileone", "three further k×k, 1×1 and identity (MobileOne)", Spec(["kxk", "kxk", "kxk", "1x1", "identity"])),
+        Preset(
+            "mobileone",
+            "three further k×k, 1×1 and identity (MobileOne)",
+            Spec(["kxk", "kxk", "kxk", "1x1", "identity"]),
+        ),
         Preset("dilated", "dilated convs inside a large depthwise window (UniRepLKNet)", Spec(_dilated_set)),
         Preset(
             "qarepvgg",

@@ -120,7 +120,8 @@ def export_onnx(
         if batched and len(batched[0]) == 1:
             # torch.export takes a size of 1 for a constant.
             example, batched = _resized(x, batched, 2)
-        write_program(deployed, example, staging, batched=batched, opset=opset, outputs=_output_names(expected, x))
+        outputs = _output_names(expected, x)
+        write_program(deployed, example, staging, batched=batched, opset=opset, outputs=outputs)
         bound = _bound(deployed, tolerance)
         found = [_difference(staging, deployed, x, expected)]
         if batched:
@@ -155,9 +156,7 @@ def _package(name: str) -> ModuleType:
 
 
 def _run_torch(model: nn.Module, x: Inputs) -> dict[str, Tensor]:
-    """The model's output tensors by name; a float16 model's in float32 arithmetic."""
-    if _is_half(model):
-        model, x = copy.deepcopy(model).float(), map_tensors(_float_if_half, x)
+    """The model's output tensors by name."""
     args, kwargs = as_arguments(map_tensors(torch.clone, x))  # a ReLU in place may write over its input
     try:
         with torch.no_grad(), seeded(model), quiet():
@@ -169,16 +168,9 @@ def _run_torch(model: nn.Module, x: Inputs) -> dict[str, Tensor]:
     return {where: leaf for where, leaf in leaves(outputs) if isinstance(leaf, Tensor)}
 
 
-def _is_half(model: nn.Module) -> bool:
-    return any(parameter.dtype == torch.float16 for parameter in model.parameters())
-
-
-def _float_if_half(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype == torch.float16 else tensor
-
-
 def _bound(model: nn.Module, tolerance: float) -> float:
-    return max(tolerance, TOLERANCES[torch.float16]) if _is_half(model) else tolerance
+    is_half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    return max(tolerance, TOLERANCES[torch.float16]) if is_half else tolerance
 
 
 def _tensors(x: Any) -> list[Tensor]:
@@ -221,9 +213,13 @@ def _difference(path: Path, model: nn.Module, x: Inputs, expected: Mapping[str, 
         dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
         advice = "" if dtypes <= {"float32"} else f"; its weights are {', '.join(sorted(dtypes))}: try model.float()"
         raise ExportError(
-            f"onnxruntime can't run the exported model on {describe(x)}: {reason(error)}{advice}."
+            f"onnxruntime can't run the exported model on {describe(x)}: {_runtime_reason(error)}{advice}."
         ) from error
     return worst(differences(list(expected.values()), [torch.from_numpy(output) for output in given]))
+
+
+def _runtime_reason(error: Exception) -> str:
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:\s*)?", "", reason(error))
 
 
 def _mismatch(found: Difference, bound: float) -> str:

@@ -43,7 +43,7 @@ def write_program(
             assert converted is not None
             converted.save(path, external_data=large)
         except Exception as error:
-            raise ExportError(f"{type(model).__name__} can't be exported: {reason(error)}.") from error
+            raise ExportError(f"the model can't be exported: {reason(error)}.") from error
     _name_batch_axis(path)
 
 
@@ -65,9 +65,12 @@ def reason(error: BaseException) -> str:
     chain = list(_chain(error))
     text = "\n".join(str(link) for link in chain)
     if "data-dependent" in text or "DataDependent" in "".join(type(link).__name__ for link in chain):
-        place = re.search(r"Caused by: \((.*?)\)\n", text)
+        place = re.search(r"Caused by: \((?!.*__torch_function__)(.*?)\)\n", text)
         where = f" ({place[1]})" if place else ""
-        return f"what it computes depends on values inside its tensors{where}, which a graph can't follow"
+        return (
+            f"what it computes depends on values inside its tensors{where}, which a graph can't follow; "
+            "export a part of it that doesn't, such as its backbone"
+        )
     missing = re.search(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", text)
     if missing:
         return f"ONNX has no operator for torch's {missing[1]!r}"
@@ -75,19 +78,18 @@ def reason(error: BaseException) -> str:
 
 
 def _export(model: nn.Module, x: Inputs, batched: Sequence[Tensor]) -> torch.export.ExportedProgram:
-    name = type(model).__name__
     try:
         return _exported(model, x, batched)
     except Exception as error:
         if not batched:
-            raise ExportError(f"{name} can't be exported: {reason(error)}.") from error
+            raise ExportError(f"the model can't be exported: {reason(error)}.") from error
         cause = error
     try:
         _exported(model, x, ())
     except Exception as error:
-        raise ExportError(f"{name} can't be exported: {reason(error)}.") from error
+        raise ExportError(f"the model can't be exported: {reason(error)}.") from error
     raise ExportError(
-        f"{name} can't be exported with a free batch size, since it fixes the first axis of its input "
+        f"the model can't be exported with a free batch size, since it fixes the first axis of its input "
         f"({len(batched[0])} in this example): pass dynamic_batch=False."
     ) from cause
 

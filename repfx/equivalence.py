@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -29,19 +29,23 @@ class ModuleDifference:
         reference_path: the module of the reference whose output it should have given.
         difference: how far its output is off.
         provenance: what it was made from, if it was rewritten.
+        suspects: rewritten modules without a counterpart that ran after the last untouched module that agreed.
     """
 
     path: str
     reference_path: str
     difference: Difference
     provenance: Provenance | None = None
+    suspects: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         origin = []
         if self.provenance and self.provenance.rules:
             origin.append(f"rules {', '.join(self.provenance.rules)}")
         if self.provenance and self.provenance.sources:
-            origin.append(f"from {', '.join(map(repr, self.provenance.sources))}")
+            origin.append(f"from {_some(self.provenance.sources)}")
+        if self.suspects and not origin:
+            origin.append(f"after rewriting {_some(self.suspects)}")
         return f"{self.path!r}" + (f" ({', '.join(origin)})" if origin else "")
 
 
@@ -181,33 +185,43 @@ def _compare(expected: Any, model: nn.Module, x: Inputs) -> list[Difference]:
 def _first_difference(reference: nn.Module, model: nn.Module, x: Inputs, bound: float) -> ModuleDifference | None:
     """Run both once more, keep what the reference's modules give and hold the model's against it, call by call."""
     counterparts = _counterparts(reference, model)
-    expected = _outputs_by_path(reference, set(counterparts.values()), x)
-    first: list[ModuleDifference] = []
+    comparison = _Comparison(_outputs_by_path(reference, set(counterparts.values()), x), bound)
     with ExitStack() as hooks:
-        for path, reference_path in counterparts.items():
-            module = model.get_submodule(path)
-            check = _checker(path, reference_path, iter(expected[reference_path]), bound, first)
-            hooks.enter_context(module.register_forward_hook(check))
+        for path, module in model.named_modules():
+            if path in counterparts:
+                hook = comparison.checker(path, counterparts[path])
+            elif provenance_of(module) is not None:
+                hook = comparison.suspicion(path)
+            else:
+                continue
+            hooks.enter_context(module.register_forward_hook(hook))
         with suppress(Exception):  # what the model raised is in the report already
             run_double(model, x)
-    return first[0] if first else None
+    return comparison.first
 
 
 def _counterparts(reference: nn.Module, model: nn.Module) -> dict[str, str]:
-    """Paths of the model's modules whose outputs must equal a module's of the reference, with the path of that one.
-
-    A provenance with a source that the reference does not have speaks of another model.
-    """
+    """Paths of the model's modules whose outputs must equal a module's of the reference, with the path of that one."""
     known = dict(reference.named_modules(remove_duplicate=False))
     pairs = {}
     for path, module in model.named_modules():
         provenance = provenance_of(module)
         twin = known.get(path)
-        if provenance is not None and provenance.equals in known and known.keys() >= set(provenance.sources):
+        if provenance is not None and provenance.equals in known and _speaks_of(provenance, path, known):
             pairs[path] = provenance.equals
         elif twin is not None and type(twin) is type(module) and provenance_of(twin) == provenance:
             pairs[path] = path
     return {path: twin for path, twin in pairs.items() if path and twin}
+
+
+def _speaks_of(provenance: Provenance, path: str, known: Mapping[str, nn.Module]) -> bool:
+    """Whether the model that a provenance was written for can be the reference, and is not one before or after it.
+
+    That model had all the sources, and at the path of a new module nothing that the module was not made from.
+    """
+    made_from = {*provenance.sources, provenance.equals}
+    is_new = not any(source == path or str(source).startswith(f"{path}.") for source in made_from)
+    return known.keys() >= set(provenance.sources) and not (is_new and path in known)
 
 
 def _outputs_by_path(reference: nn.Module, paths: set[str], x: Inputs) -> dict[str, list[Any]]:
@@ -227,16 +241,37 @@ def _recorder(outputs: list[Any]) -> Callable[..., None]:
     return record
 
 
-def _checker(
-    path: str, reference_path: str, expected: Iterator[Any], bound: float, first: list[ModuleDifference]
-) -> Callable[..., None]:
-    def check(module: nn.Module, args: Any, output: Any) -> None:
-        wanted = next(expected, None)
-        if first or wanted is None:
-            return
-        with suppress(InvalidInput):  # a type that can't be compared
-            found = differences(wanted, output)
-            if found and worst(found).error > bound:
-                first.append(ModuleDifference(path, reference_path, worst(found), provenance_of(module)))
+class _Comparison:
+    """Hooks that hold a model's modules against what the reference's modules gave, up to the first difference."""
 
-    return check
+    def __init__(self, expected: dict[str, list[Any]], bound: float) -> None:
+        self.expected = expected
+        self.bound = bound
+        self.suspects: list[str] = []
+        self.first: ModuleDifference | None = None
+
+    def checker(self, path: str, reference_path: str) -> Callable[..., None]:
+        calls = iter(self.expected[reference_path])
+
+        def check(module: nn.Module, args: Any, output: Any) -> None:
+            wanted = next(calls, None)
+            if self.first or wanted is None:
+                return
+            with suppress(InvalidInput):  # a type that can't be compared
+                self._hold(path, reference_path, differences(wanted, output), provenance_of(module))
+
+        return check
+
+    def suspicion(self, path: str) -> Callable[..., None]:
+        return lambda module, args, output: self.suspects.append(path)
+
+    def _hold(self, path: str, reference_path: str, found: list[Difference], origin: Provenance | None) -> None:
+        if found and worst(found).error > self.bound:
+            self.first = ModuleDifference(path, reference_path, worst(found), origin, tuple(self.suspects))
+        elif found and origin is None:
+            self.suspects.clear()
+
+
+def _some(paths: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, paths[:4]))
+    return shown if len(paths) <= 4 else f"{shown} and {len(paths) - 4} more"

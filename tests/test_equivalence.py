@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from repfx.difference import differences, worst
-from repfx.equivalence import check_equivalent, default_tolerance
+from repfx.difference import Difference, differences, worst
+from repfx.equivalence import ModuleDifference, check_equivalent, default_tolerance
 from repfx.errors import EquivalenceError, InvalidInput
 from repfx.provenance import Provenance, attach, provenance_of
 
@@ -149,10 +149,29 @@ def test_modules_that_may_differ_are_not_blamed() -> None:
         other.bn1.running_var.copy_(other.bn1.running_var * 4 + 3 * other.bn1.eps)
         other.head.bias += 1
     attach(other.conv1, Provenance(("restore",), ("conv1",)))
+    attach(other.bn1, Provenance(("restore",), ("conv1",), "conv1"))
     attach(other.conv2, Provenance(("fold",), ("conv2.origin.conv",), "bn1"))
     report = check_equivalent(net, other, X, raises=False)
     assert report.first_difference is not None
     assert report.first_difference.path == "head"
+    assert not report.first_difference.suspects
+
+
+def test_a_rewritten_module_without_counterpart_is_suspected() -> None:
+    net = randomize(Net()).double()
+    fused = fuse_by_hand(net)
+    attach(fused.conv2, Provenance(("fold",), tuple(f"conv2.{branch}" for branch in "abcdef"), "conv2"))
+    with torch.no_grad():
+        fused.conv2.bias += 1
+    report = check_equivalent(net, fused, X, raises=False)
+    assert report.first_difference is not None
+    assert (report.first_difference.path, report.first_difference.suspects) == ("relu", ("conv2",))
+    assert str(report).endswith("First module that differs: 'relu' (after rewriting 'conv2').")
+
+
+def test_many_sources_are_cut_short() -> None:
+    first = ModuleDifference("a", "b", Difference("output 0", 1.0, 1.0), Provenance(("fold",), tuple("abcdef"), "b"))
+    assert str(first) == "'a' (rules fold, from 'a', 'b', 'c', 'd' and 2 more)"
 
 
 def test_models_input_modes_and_random_state_stay_untouched() -> None:

@@ -45,6 +45,6 @@ def drop(model: nn.Module, site: str, branch: str) -> nn.Module:
 
 
 def _collapse(model: nn.Module, site: str, block: RepBlock) -> None:
-    set_submodule(model, site, block.origin.conv)
-    if block.norm_path is not None:
-        set_submodule(model, block.norm_path, block.origin.norm)
+    set_submodule(model, site, block.conv)
+    if block.norm_path is not None and block.norm is not None:
+        set_submodule(model, block.norm_path, block.norm)

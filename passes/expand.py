@@ -17,12 +17,12 @@ from repfx.calibration import calibrate_norms
 from repfx.errors import InvalidInput
 from repfx.graph import set_submodule
 from repfx.kernel import Kernel
-from repfx.meaning import is_batch_norm, is_conv
+from repfx.meaning import Layer, is_batch_norm, is_conv
 from repfx.pipeline import copy_model, verb
 from repfx.reporting import Edit, Report, Skip
 from repfx.selection import Selection
 from repfx.site import Site, find_sites
-from repfx.spec import BranchSpec, Spec, SpecLike
+from repfx.spec import BranchSpec, ConvSpec, Spec, SpecLike
 from repfx.stages import Norm, reset_fan_out
 
 
@@ -112,12 +112,12 @@ def _plan(sites: list[Site], selection: Selection) -> tuple[list[_Plan], list[Sk
 
 def _block(model: nn.Module, plan: _Plan, *, preserve: bool) -> RepBlock:
     """The block of a site; the model isn't changed, the conv's weights are not yet either."""
-    conv = model.get_submodule(plan.site.path)
-    own_norm = model.get_submodule(plan.site.norm) if plan.site.norm is not None else None
+    conv: Layer = model.get_submodule(plan.site.path)
+    own_norm: Layer | None = model.get_submodule(plan.site.norm) if plan.site.norm is not None else None
     norm = Norm.like(plan.spec.norm, own_norm)
     branches: dict[str, Branch] = {}
     for branch in plan.branches:
-        built = kind_of(branch)(plan.site.conv, norm, conv.weight, **branch.options)
+        built = kind_of(branch)(ConvSpec.of(conv), norm, conv.weight, **branch.options)
         _initialise(built, plan.spec, preserve=preserve)
         branches[_free_name(branch.kind, branches)] = built.train(conv.training)
     moved = own_norm if plan.spec.norm == "batch_norm" else None
@@ -131,8 +131,9 @@ def _free_name(kind: str, taken: Container[str]) -> str:
 
 def _initialise(branch: Branch, spec: Spec, *, preserve: bool) -> None:
     if spec.weights == "fan_out":
-        for conv in branch.modules():
-            if is_conv(conv) and conv.weight.requires_grad:
+        convs: list[Layer] = [module for module in branch.modules() if is_conv(module)]
+        for conv in convs:
+            if conv.weight.requires_grad:
                 reset_fan_out(conv)
     if branch.last_norm is not None:
         nn.init.constant_(branch.last_norm.weight, 0.0 if preserve else spec.gamma)
@@ -140,21 +141,21 @@ def _initialise(branch: Branch, spec: Spec, *, preserve: bool) -> None:
 
 def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *, preserve: bool) -> None:
     """Put a block in the place of its conv; `undo` takes it back if something fails later."""
-    conv = block.origin.conv
+    conv = block.conv
     if preserve and plan.spec.norm != "batch_norm":
         weight = conv.weight.detach().clone()
         undo.callback(lambda: conv.weight.detach().copy_(weight))
         _take_off(block)
     undo.callback(set_submodule, model, plan.site.path, conv)
     set_submodule(model, plan.site.path, block)
-    if block.norm_path is not None:
-        undo.callback(set_submodule, model, block.norm_path, block.origin.norm)
+    if block.norm_path is not None and block.norm is not None:
+        undo.callback(set_submodule, model, block.norm_path, block.norm)
         set_submodule(model, block.norm_path, nn.Identity())
 
 
 def _take_off(block: RepBlock) -> None:
     """Subtract what the branches compute from the conv's own weights, so that the sum stays."""
-    weight = block.origin.conv.weight.detach()
+    weight = block.conv.weight.detach()
     like = weight.double()
     kernels = [branch.equivalent_kernel(like) for branch in block.branches.values()]
     weight.copy_(reduce(Kernel.subtract, kernels, block.origin.equivalent_kernel(like)).weight)

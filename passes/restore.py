@@ -15,7 +15,7 @@ from repfx.errors import InvalidInput
 from repfx.folded_norm import FoldedNorm, folded_norm, forget_norm
 from repfx.graph import Island, call_counts, set_submodule, trace
 from repfx.kernel import Kernel
-from repfx.meaning import CONVS, TRANSPOSED_CONVS, kernel_of, meaning_of, torch_class
+from repfx.meaning import CONVS, TRANSPOSED_CONVS, Layer, kernel_of, meaning_of, torch_class
 from repfx.moments import Moments, set_kernel
 from repfx.pipeline import copy_model, install, verb
 from repfx.provenance import Provenance, attach
@@ -86,14 +86,14 @@ def restore(
 class _Restored:
     path: str
     norm_path: str
-    conv: nn.Module
-    norm: nn.Module
+    conv: Layer
+    norm: Layer
     kernel: Kernel
 
 
 @dataclass(frozen=True)
 class _Choice:
-    conv: nn.Module
+    conv: Layer
     folded: FoldedNorm | None
     norm_path: str
 

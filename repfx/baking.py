@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from repfx.errors import InvalidInput
 from repfx.kernel import Kernel, is_symmetric
+from repfx.meaning import Layer
 from repfx.spec import ConvSpec
 from repfx.stages import conv_module
 
@@ -16,7 +17,7 @@ def float64_like(weight: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.float64, device="cpu" if weight.device.type == "mps" else weight.device)
 
 
-def conv_from_kernel(kernel: Kernel, template: nn.Module, path: str) -> nn.Module:
+def conv_from_kernel(kernel: Kernel, template: Layer, path: str) -> nn.Module:
     """A plain conv or linear layer with this kernel, rounded once to the dtype of `template`, on its device, in its mode.
 
     Raises:
@@ -36,20 +37,26 @@ def conv_from_kernel(kernel: Kernel, template: nn.Module, path: str) -> nn.Modul
     return conv.train(template.training)
 
 
-def _empty_conv(kernel: Kernel, template: nn.Module) -> nn.Module:
+def _empty_conv(kernel: Kernel, template: Layer) -> nn.Module:
     like = torch.empty((), device="meta", dtype=template.weight.dtype)
     bias = kernel.bias is not None
     if kernel.dimensions == 0:
         return nn.Linear(kernel.in_channels, kernel.out_channels, bias, device="meta", dtype=like.dtype)
     if kernel.transposed:
-        return _empty_transposed_conv(kernel, like, bias)
+        return _empty_transposed_conv(kernel, like)
     spec = ConvSpec.of_kernel(kernel)
-    symmetric = is_symmetric(kernel.padding)
-    conv = conv_module(spec, like, bias=bias, padded=symmetric)
+    conv: Layer = conv_module(spec, like, bias=bias, padded=is_symmetric(kernel.padding))
     if isinstance(template.padding, str) and _same_places(spec, ConvSpec.of(template)):
-        conv = type(conv)(  # padding="same" stays as the user wrote it
-            *(spec.in_channels, spec.out_channels, spec.kernel_size, spec.stride, template.padding),
-            *(spec.dilation, spec.groups, bias, spec.padding_mode),
+        return type(conv)(  # padding="same" stays as the user wrote it
+            spec.in_channels,
+            spec.out_channels,
+            spec.kernel_size,
+            spec.stride,
+            template.padding,
+            spec.dilation,
+            spec.groups,
+            bias,
+            spec.padding_mode,
             device="meta",
             dtype=like.dtype,
         )
@@ -60,17 +67,20 @@ def _same_places(a: ConvSpec, b: ConvSpec) -> bool:
     return (a.kernel_size, a.padding, a.dilation) == (b.kernel_size, b.padding, b.dilation)
 
 
-def _empty_transposed_conv(kernel: Kernel, like: Tensor, bias: bool) -> nn.Module:
-    kinds = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-    return kinds[kernel.dimensions](
-        *(
-            kernel.in_channels,
-            kernel.out_channels,
-            kernel.kernel_size,
-            kernel.stride,
-            tuple(p for p, _ in kernel.padding),
-        ),
-        *(kernel.output_padding, kernel.groups, bias, kernel.dilation),
+_TRANSPOSED_CONV_OF: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+def _empty_transposed_conv(kernel: Kernel, like: Tensor) -> nn.Module:
+    return _TRANSPOSED_CONV_OF[kernel.dimensions](
+        kernel.in_channels,
+        kernel.out_channels,
+        kernel.kernel_size,
+        kernel.stride,
+        tuple(before for before, _ in kernel.padding),
+        kernel.output_padding,
+        kernel.groups,
+        kernel.bias is not None,
+        kernel.dilation,
         device="meta",
         dtype=like.dtype,
     )

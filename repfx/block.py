@@ -5,17 +5,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from functools import reduce
+from typing import Any
 
 from torch import Tensor, nn
 
 from repfx.branch import Branch, Chain
 from repfx.errors import InvalidInput, UnknownName
 from repfx.kernel import Kernel
+from repfx.meaning import Layer
 from repfx.moments import Moments, set_kernel
 from repfx.spec import ConvSpec
 
-ORIGIN = "origin"
-_CONV_ATTRIBUTES = set(ConvSpec.__dataclass_fields__) | {"dimensions"}
+_CONV_ATTRIBUTES = set(ConvSpec.__dataclass_fields__)
 
 
 class RepBlock(nn.Module):
@@ -31,52 +32,61 @@ class RepBlock(nn.Module):
     """
 
     def __init__(
-        self, conv: nn.Module, norm: nn.Module | None, branches: Mapping[str, Branch], norm_path: str | None = None
+        self, conv: Layer, norm: Layer | None, branches: Mapping[str, Branch], norm_path: str | None = None
     ) -> None:
         super().__init__()
         self.site = ConvSpec.of(conv)
         self.norm_path = norm_path
         stages = {"conv": conv} if norm is None else {"conv": conv, "norm": norm}
-        self.add_module(ORIGIN, Chain(iter(stages.items()), self.site))
+        self.origin = Chain(iter(stages.items()), self.site)
         for name, branch in branches.items():
             self.add_module(name, branch)
         self.training = conv.training
 
     @property
+    def conv(self) -> Layer:
+        """The site's own conv."""
+        return self.origin[0]
+
+    @property
+    def norm(self) -> Layer | None:
+        """The BatchNorm behind the site's own conv, if it has one."""
+        return self.origin[1] if len(self.origin) > 1 else None
+
+    @property
     def branches(self) -> dict[str, Branch]:
         """The branches beside the origin, by name."""
-        return {name: child for name, child in self.named_children() if name != ORIGIN}  # type: ignore[misc]
+        return {name: child for name, child in self.named_children() if isinstance(child, Branch)}
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
-        return reduce(operator.add, (branch(x) for branch in self.children()))
+        total: Tensor = reduce(operator.add, (branch(x) for branch in self.children()))
+        return total
 
     def equivalent_kernel(self, like: Tensor) -> Kernel:
         """The one kernel that the block amounts to in eval mode; differentiable. `like` gives dtype and device."""
-        return reduce(Kernel.add, (branch.equivalent_kernel(like) for branch in self.children()))  # type: ignore[operator]
+        return reduce(Kernel.add, (branch.equivalent_kernel(like) for branch in (self.origin, *self.branches.values())))
 
     def absorb(self, name: str) -> None:
         """Remove a branch; the origin takes its kernel over, in float64 and rounded once, so that the function stays."""
         if name not in self.branches:
             raise UnknownName("branch", name, self.branches)
-        conv, norm = self.origin.conv, getattr(self.origin, "norm", None)
-        if not hasattr(conv, "weight") or (norm is not None and getattr(norm, "weight", None) is None):
-            raise InvalidInput(
-                f"the origin can't absorb {name!r}: its conv is a block itself, or its BatchNorm has no γ."
-            )
+        conv, norm = self.conv, self.norm
+        if norm is not None and norm.weight is None:
+            raise InvalidInput(f"the origin can't absorb {name!r}: its BatchNorm has no γ (affine=False).")
         branch = self.branches[name]
-        like = conv.weight.detach().double()
+        like: Tensor = conv.weight.detach().double()
         kernel = self.origin.equivalent_kernel(like).add(branch.equivalent_kernel(like))
         set_kernel(conv, norm, kernel, _moments_of_sum(norm, branch.last_norm))
         delattr(self, name)
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         if name in _CONV_ATTRIBUTES:
-            return getattr(self.origin.conv, name)
+            return getattr(self.conv, name)
         return super().__getattr__(name)
 
 
-def _moments_of_sum(norm: nn.Module | None, other: nn.Module | None) -> Moments | None:
+def _moments_of_sum(norm: Layer | None, other: Layer | None) -> Moments | None:
     if norm is None:
         return None
     own = Moments.after(norm)

@@ -7,7 +7,6 @@ yields its stages. Everything else (forward, equivalent kernel, the command line
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from repfx.errors import InvalidInput, UnknownName
 from repfx.kernel import Kernel
-from repfx.meaning import is_batch_norm, kernel_of
+from repfx.meaning import Layer, is_batch_norm, kernel_of
 from repfx.spec import BranchSpec, ConvSpec
 from repfx.stages import Norm, Stages
 
@@ -38,19 +37,19 @@ class Chain(nn.Sequential):
         start = Kernel.identity(like, channels=self.site.in_channels, dimensions=self.site.dimensions)
         return reduce(self._then, self, start)
 
-    def _then(self, kernel: Kernel, stage: nn.Module) -> Kernel:
+    def _then(self, kernel: Kernel, stage: Layer) -> Kernel:
         if hasattr(stage, "equivalent_kernel"):
             return kernel.compose(stage.equivalent_kernel(kernel.weight))
         return kernel.compose(kernel_of(stage, kernel.weight, kernel.out_channels, kernel.dimensions))
 
     @property
-    def last_norm(self) -> nn.Module | None:
+    def last_norm(self) -> Layer | None:
         """The BatchNorm at the end of the chain, if there is one; of a block at its end, that of its origin."""
-        stages = [stage for stage in self if not isinstance(stage, nn.Identity)]
+        stages: list[Layer] = [stage for stage in self if not isinstance(stage, nn.Identity)]
         if not stages:
             return None
-        if isinstance(stages[-1], Chain) or hasattr(stages[-1], "origin"):
-            return getattr(stages[-1], "origin", stages[-1]).last_norm
+        if hasattr(stages[-1], "origin"):
+            return stages[-1].origin.last_norm
         return stages[-1] if is_batch_norm(stages[-1]) else None
 
 
@@ -76,12 +75,12 @@ class Branch(Chain):
         super().__init__(self.stages(site, norm, like, **options), site)
 
     @classmethod
-    def refusal(cls, site: ConvSpec, **options: Any) -> str | None:
+    def refusal(cls, site: ConvSpec, *_: Any, **options: Any) -> str | None:
         """Why this kind can't serve a site, or None."""
         return None
 
     @classmethod
-    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor, *_: Any, **options: Any) -> Stages:
         """The modules of the branch in order, each with its name; `like` gives dtype and device."""
         raise NotImplementedError
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from repfx.errors import InvalidInput
+from repfx.meaning import Layer
 from repfx.moments import Moments
 
 Batches: TypeAlias = Iterable[Any]
 
 
 @torch.no_grad()
-def calibrate_norms(model: nn.Module, norms: Sequence[nn.Module], batches: Batches) -> None:
+def calibrate_norms(model: nn.Module, norms: Sequence[Layer], batches: Batches) -> None:
     """Set the running statistics of `norms` to their mean over `batches`; all else runs in eval mode and is not touched.
 
     Args:

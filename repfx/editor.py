@@ -16,7 +16,7 @@ from repfx.block import RepBlock
 from repfx.folded_norm import FoldedNorm, remember_norm
 from repfx.graph import Island, set_submodule
 from repfx.kernel import Kernel, is_symmetric
-from repfx.meaning import BATCH_NORMS, torch_class
+from repfx.meaning import BATCH_NORMS, Layer, torch_class
 from repfx.moments import Moments
 from repfx.operations import Op
 from repfx.pattern import Match, Term, View
@@ -29,7 +29,7 @@ from repfx.rule import Rule
 class Merged:
     """What is known of a node that stands for a merged kernel."""
 
-    template: nn.Module
+    template: Layer
     path: str
     provenance: Provenance
     norm: FoldedNorm | None
@@ -83,7 +83,7 @@ class Editor:
         convs = [op for op in match.ops if self.view.is_conv(op.node)]
         return max(convs, key=lambda op: (_window(self._template_module(op)), self._weight_of(op).numel()))
 
-    def _template_module(self, op: Op) -> nn.Module:
+    def _template_module(self, op: Op) -> Layer:
         return (
             self.merged[op.node].template
             if op.node in self.merged
@@ -91,7 +91,8 @@ class Editor:
         )
 
     def _weight_of(self, op: Op) -> Tensor:
-        return self._template_module(op).weight
+        weight: Tensor = self._template_module(op).weight
+        return weight
 
     def _path(self, op: Op) -> str:
         return self.merged[op.node].path if op.node in self.merged else str(op.node.target)
@@ -130,7 +131,7 @@ class Editor:
         """The last BatchNorm of a path, unless another map than a scale or shift comes after it."""
         norm: FoldedNorm | None = None
         for op in term.ops:
-            module = self.view.module(op.node)
+            module: Layer | None = self.view.module(op.node)
             if op.node in self.merged:
                 norm = self.merged[op.node].norm
             elif module is not None and torch_class(module) in BATCH_NORMS:
@@ -179,7 +180,7 @@ class Editor:
     def _final_norm(self, norm: FoldedNorm, path: str, block_path: str | None) -> FoldedNorm:
         conv = self.island.full_path(path)
         if block_path is not None and norm.norm.startswith(f"{conv}."):
-            block = self.view.root.get_submodule(block_path)
+            block: Layer = self.view.root.get_submodule(block_path)
             if block.norm_path is not None:
                 norm = replace(norm, norm=block.norm_path)
         return replace(norm, conv=conv)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from repfx.meaning import Layer
 from repfx.moments import Moments
 from repfx.notes import keep, kept
 
@@ -28,17 +29,18 @@ class FoldedNorm:
     moments: Moments | None = None
 
 
-def folded_norm(conv: nn.Module) -> FoldedNorm | None:
+def folded_norm(conv: Layer) -> FoldedNorm | None:
     """The BatchNorm that a conv has absorbed, or None."""
     found = kept(conv, _ATTRIBUTE)
     return found if isinstance(found, FoldedNorm) else None
 
 
-def remember_norm(conv: nn.Module, norm: FoldedNorm) -> None:
+def remember_norm(conv: Layer, norm: FoldedNorm) -> None:
     """Let a conv carry the BatchNorm that it has absorbed."""
     keep(conv, _ATTRIBUTE, norm)
 
 
-def forget_norm(conv: nn.Module) -> None:
+def forget_norm(conv: Layer) -> None:
     """Let a conv carry no absorbed BatchNorm any more."""
-    vars(conv).pop(_ATTRIBUTE, None)
+    if folded_norm(conv) is not None:
+        delattr(conv, _ATTRIBUTE)

@@ -28,6 +28,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from types import EllipsisType
 
 import torch
 import torch.nn.functional as F
@@ -219,7 +220,8 @@ class Kernel:
             return self
         window = tuple((k - 1) * f + 1 for k, f in zip(self.kernel_size, factors))
         weight = self.weight.new_zeros((*self.weight.shape[:2], *window))
-        weight[(..., *(slice(None, None, f) for f in factors))] = self.weight
+        taps: tuple[EllipsisType | slice, ...] = (..., *(slice(None, None, f) for f in factors))
+        weight[taps] = self.weight
         return replace(self, weight=weight, dilation=tuple(d // f for d, f in zip(self.dilation, factors)))
 
     def regroup(self, groups: int) -> Kernel:

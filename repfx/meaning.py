@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch.nn.parameter import is_lazy
 from repfx.errors import InvalidInput
 from repfx.kernel import Ints, Kernel, Padding
 
+# A torch layer whose class is known where it is used. torch types every attribute of a module as `Tensor | Module`.
+Layer: TypeAlias = Any
 Kind: TypeAlias = Literal["conv", "affine", "pool", "pad", "identity"]
 Build: TypeAlias = Callable[[Tensor, int, int], Kernel]
 Reader: TypeAlias = Callable[[nn.Module], "Meaning | None"]
@@ -99,7 +101,7 @@ def kernel_of(module: nn.Module, like: Tensor, channels: int, dimensions: int) -
     return meaning.build(like, channels, dimensions)
 
 
-def qualified_name(module: nn.Module) -> str:
+def qualified_name(module: Layer) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
@@ -113,7 +115,7 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, BATCH_NORMS) or qualified_name(module) in FROZEN_BATCH_NORMS
 
 
-def refusal_of(module: nn.Module) -> str | None:
+def refusal_of(module: Layer) -> str | None:
     """Why a conv, linear layer or BatchNorm can't be read; None for what can be, and for all other modules."""
     if not (is_conv(module) or is_batch_norm(module) or isinstance(module, nn.Linear)):
         return None
@@ -140,7 +142,7 @@ def _nearest(module: nn.Module) -> str:
     return next(base.__name__ for base in type(module).__mro__ if base in _READERS)
 
 
-def padding_of(conv: nn.Module) -> Padding:
+def padding_of(conv: Layer) -> Padding:
     """(before, after) per axis of a conv module, `padding="same"` as torch resolves it."""
     if isinstance(conv.padding, str):
         totals = [d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size)]
@@ -148,7 +150,7 @@ def padding_of(conv: nn.Module) -> Padding:
     return tuple((p, p) for p in conv.padding)
 
 
-def affine_of(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+def affine_of(norm: Layer, like: Tensor) -> tuple[Tensor, Tensor]:
     """(scale, shift), each ``(channels,)``, of a BatchNorm in eval mode: s = γ / √(σ² + ε), β - μ·s."""
     mean, variance = norm.running_mean.to(like), norm.running_var.to(like)
     scale = torch.rsqrt(variance + norm.eps)
@@ -159,7 +161,7 @@ def affine_of(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @reads(*CONVS)
-def _read_conv(conv: nn.Module) -> Meaning:
+def _read_conv(conv: Layer) -> Meaning:
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
         bias = None if conv.bias is None else conv.bias.to(like)
         sizes = (conv.stride, padding_of(conv), conv.dilation, conv.groups, conv.padding_mode)
@@ -169,7 +171,7 @@ def _read_conv(conv: nn.Module) -> Meaning:
 
 
 @reads(*TRANSPOSED_CONVS)
-def _read_transposed_conv(conv: nn.Module) -> Meaning:
+def _read_transposed_conv(conv: Layer) -> Meaning:
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
         bias = None if conv.bias is None else conv.bias.to(like)
         sizes = (conv.stride, padding_of(conv), conv.dilation, conv.groups)
@@ -179,7 +181,7 @@ def _read_transposed_conv(conv: nn.Module) -> Meaning:
 
 
 @reads(nn.Linear)
-def _read_linear(linear: nn.Module) -> Meaning:
+def _read_linear(linear: Layer) -> Meaning:
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
         bias = None if linear.bias is None else linear.bias.to(like)
         return Kernel(linear.weight.to(like), bias, (), (), ())
@@ -188,7 +190,7 @@ def _read_linear(linear: nn.Module) -> Meaning:
 
 
 @reads(*BATCH_NORMS)
-def _read_batch_norm(norm: nn.Module) -> Meaning:
+def _read_batch_norm(norm: Layer) -> Meaning:
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
         return Kernel.diagonal(*affine_of(norm, like), dimensions)
 
@@ -212,9 +214,12 @@ def _read_identity(module: nn.Module) -> Meaning:
     )
 
 
-@reads(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-def _read_average_pool(pool: nn.Module) -> Meaning | None:
-    dimensions = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[torch_class(pool)]
+_AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+
+
+@reads(*_AVERAGE_POOLS)
+def _read_average_pool(pool: Layer) -> Meaning | None:
+    dimensions = next(n for n, kind in enumerate(_AVERAGE_POOLS, 1) if isinstance(pool, kind))
     kernel_size, stride, padding = (
         per_axis(size, dimensions) for size in (pool.kernel_size, pool.stride, pool.padding)
     )
@@ -267,7 +272,7 @@ _PADS = {
 
 
 @reads(*(cls for classes in _PADS.values() for cls in classes))
-def _read_pad(module: nn.Module) -> Meaning:
+def _read_pad(module: Layer) -> Meaning:
     mode = next(mode for mode, classes in _PADS.items() if torch_class(module) in classes)
     return pad_meaning(pairs_of(module.padding), mode)
 

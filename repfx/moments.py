@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from repfx.kernel import Kernel
+from repfx.meaning import Layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class Moments:
     variance: Tensor
 
     @classmethod
-    def after(cls, norm: nn.Module) -> Moments:
+    def after(cls, norm: Layer) -> Moments:
         """Of a BatchNorm's output in training mode: β and γ²."""
         like = norm.running_mean
         gamma = torch.ones_like(like) if norm.weight is None else norm.weight.detach()
@@ -50,7 +51,7 @@ class Moments:
 
 
 @torch.no_grad()
-def set_kernel(conv: nn.Module, norm: nn.Module | None, kernel: Kernel, moments: Moments | None) -> None:
+def set_kernel(conv: Layer, norm: Layer | None, kernel: Kernel, moments: Moments | None) -> None:
     """Write a kernel into a conv and the BatchNorm behind it, in place; the parameters stay the same objects.
 
     Without a BatchNorm the bias goes to the conv, which gets one where it had none.

@@ -41,9 +41,9 @@ def read_op(node: fx.Node, root: nn.Module) -> Op | None:
         return None
     reader = _FUNCTIONS.get(node.target)
     if reader is not None:
-        source = node.args[0] if node.args else None
-        meaning = reader(*node.args[1:], **node.kwargs) if isinstance(source, fx.Node) else None
-        return Op(node, source, meaning) if meaning is not None and isinstance(source, fx.Node) else None
+        meaning = reader(*node.args[1:], **node.kwargs)
+        first = node.args[0] if node.args else None
+        return Op(node, first, meaning) if meaning is not None and isinstance(first, fx.Node) else None
     return _read_arithmetic(node, root)
 
 
@@ -52,8 +52,9 @@ def mutated_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
     first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     if node.op == "call_module":
         return first if getattr(root.get_submodule(str(node.target)), "inplace", False) else None
-    if isinstance(node.kwargs.get("out"), fx.Node):
-        return node.kwargs["out"]
+    out = node.kwargs.get("out")
+    if isinstance(out, fx.Node):
+        return out
     if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
         return first
     in_place = (

@@ -218,7 +218,7 @@ def _leaves(root: fx.Node, view: View) -> tuple[list[tuple[int, fx.Node]], list[
         if node is not root:
             inner.append(node)
         second_sign = -sign if node.target in SUBTRACTIONS else sign
-        pending[:0] = [(sign, node.args[0]), (second_sign, node.args[1])]
+        pending[:0] = [(s, term) for s, term in zip((sign, second_sign), node.args) if isinstance(term, fx.Node)]
     return leaves, inner
 
 

@@ -10,7 +10,7 @@ from torch import fx, nn
 from repfx.block import RepBlock
 from repfx.branch import refusal_of_branch
 from repfx.graph import Island, Traces, call_counts, module_paths, trace
-from repfx.meaning import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, is_conv, refusal_of, torch_class
+from repfx.meaning import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, Layer, is_conv, refusal_of, torch_class
 from repfx.reporting import report
 from repfx.selection import Selection
 from repfx.spec import ConvSpec, SpecLike
@@ -117,7 +117,7 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 
 def _refusal(
-    conv: nn.Module, path: str, read: set[str], registered: dict[int, list[str]], owners: dict[int, list[str]]
+    conv: Layer, path: str, read: set[str], registered: dict[int, list[str]], owners: dict[int, list[str]]
 ) -> str | None:
     if torch_class(conv) in TRANSPOSED_CONVS:
         return "a transposed conv is folded but not expanded"

@@ -10,7 +10,7 @@ from torch import nn
 
 from repfx.errors import InvalidInput, UnknownName
 from repfx.kernel import Ints, Kernel, Padding
-from repfx.meaning import padding_of
+from repfx.meaning import Layer, padding_of
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,27 @@ class ConvSpec:
     padding_mode: str = "zeros"
 
     @classmethod
-    def of(cls, conv: nn.Module) -> ConvSpec:
+    def of(cls, conv: Layer) -> ConvSpec:
         """The sizes of a conv module, or of a `Kernel`'s twin."""
-        channels = (conv.in_channels, conv.out_channels)
-        sizes = (tuple(conv.kernel_size), tuple(conv.stride), padding_of(conv), tuple(conv.dilation))
-        return cls(*channels, *sizes, conv.groups, conv.padding_mode)
+        window, stride, dilation = tuple(conv.kernel_size), tuple(conv.stride), tuple(conv.dilation)
+        padding = padding_of(conv)
+        return cls(
+            conv.in_channels, conv.out_channels, window, stride, padding, dilation, conv.groups, conv.padding_mode
+        )
 
     @classmethod
     def of_kernel(cls, kernel: Kernel) -> ConvSpec:
         """The sizes of a kernel."""
-        channels = (kernel.in_channels, kernel.out_channels)
-        sizes = (kernel.kernel_size, kernel.stride, kernel.padding, kernel.dilation)
-        return cls(*channels, *sizes, kernel.groups, kernel.padding_mode)
+        return cls(
+            kernel.in_channels,
+            kernel.out_channels,
+            kernel.kernel_size,
+            kernel.stride,
+            kernel.padding,
+            kernel.dilation,
+            kernel.groups,
+            kernel.padding_mode,
+        )
 
     @property
     def dimensions(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from repfx.kernel import Kernel, Padding, is_symmetric, pad
-from repfx.meaning import BATCH_NORMS, Meaning, pad_meaning, reads, torch_class
+from repfx.meaning import BATCH_NORMS, Layer, Meaning, pad_meaning, reads, torch_class
 from repfx.spec import ConvSpec
 
 CONV_OF: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -41,7 +41,7 @@ class Pad(nn.Module):
 
 
 @reads(Pad)
-def _read_pad(module: nn.Module) -> Meaning:
+def _read_pad(module: Layer) -> Meaning:
     return pad_meaning(module.padding, module.mode)
 
 
@@ -61,7 +61,7 @@ class Scale(nn.Module):
 
 
 @reads(Scale)
-def _read_scale(scale: nn.Module) -> Meaning:
+def _read_scale(scale: Layer) -> Meaning:
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
         return Kernel.diagonal(scale.weight.to(like), None, dimensions)
 
@@ -78,7 +78,7 @@ class Norm:
     synchronized: bool = False
 
     @classmethod
-    def like(cls, kind: str, norm: nn.Module | None) -> Norm:
+    def like(cls, kind: str, norm: Layer | None) -> Norm:
         """With the settings of a BatchNorm module, where there is one."""
         if norm is None or torch_class(norm) not in BATCH_NORMS:
             return cls(kind)
@@ -127,7 +127,7 @@ def conv_module(spec: ConvSpec, like: Tensor, *, bias: bool, padded: bool = True
     )
 
 
-def reset_fan_out(conv: nn.Module) -> None:
+def reset_fan_out(conv: Layer) -> None:
     """Draw the weights from N(0, √(2 / (window · out))), as DyRep does."""
     deviation = math.sqrt(2 / (math.prod(conv.kernel_size) * conv.out_channels))
     nn.init.normal_(conv.weight, 0.0, deviation)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from repfx.branch import Branch
+from repfx.meaning import Layer
 from repfx.spec import ConvSpec
 from repfx.stages import Norm, Pad, Stages, conv_module
 
@@ -29,7 +30,7 @@ class PointwiseFull(Branch):
         ones = (1,) * site.dimensions
         unpadded = ((0, 0),) * site.dimensions
         mix = ConvSpec(site.in_channels, middle, ones, ones, unpadded, ones, site.groups)
-        pointwise = conv_module(mix, like, bias=False)
+        pointwise: Layer = conv_module(mix, like, bias=False)
         if middle == site.in_channels:
             nn.init.dirac_(pointwise.weight, site.groups)
         yield "pad", Pad(site.padding, site.padding_mode)

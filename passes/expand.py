@@ -38,9 +38,9 @@ def expand(
 ) -> nn.Module:
     """Put trainable branches beside the convs of a model, without changing what it computes.
 
-    The conv of each site and the BatchNorm that only it feeds become one `RepBlock` at the conv's path. Class, attributes
-    and all other modules of the model stay as they are. Sites that are blocks already are left alone, and so is what lies inside them, unless
-    `spec` names it by its exact path.
+    The conv of each site and the BatchNorm that only it feeds become one `RepBlock` at the conv's path. Class, attributes and all
+    other modules of the model stay as they are. Sites that are blocks already are left alone, and so is what lies inside them,
+    unless `spec` names it by its exact path.
 
     Args:
         spec: a preset's name, a list of branch kinds, a `Spec`, or a dict from patterns of site paths to any of these.

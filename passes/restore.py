@@ -39,7 +39,8 @@ def restore(
     they are measured. Where they are right, the output in training mode is kept as well.
 
     Args:
-        sites: path or pattern of paths, or several, of the convs to be restored, those that never absorbed a BatchNorm too; default: all that have.
+        sites: path or pattern of paths, or several, of the convs to be restored, those that never absorbed a BatchNorm too;
+            default: all that have.
         calibrate: inputs of the model, or a data loader.
         strict: raise if a conv that `sites` names is left alone.
 

@@ -71,13 +71,14 @@ class _Sums:
 
 def run(model: nn.Module, batches: Batches) -> None:
     """Run the model on every batch."""
-    count = 0
-    for count, batch in enumerate(batches, 1):
+    empty = True
+    for batch in batches:
+        empty = False
         if isinstance(batch, dict):
             model(**batch)
         else:
             model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    if not count:
+    if empty:
         raise InvalidInput("calibrate gave no batch; it takes an iterable of inputs.")
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from repfx.meaning import Layer
 from repfx.moments import Moments
 from repfx.notes import keep, kept

@@ -1,7 +1,7 @@
 """Tracing that can't be wrong: torch.fx graphs of a model, or of its largest traceable parts (*islands*).
 
-- A module that holds neither a conv nor a BatchNorm, and is no plain sequence, stays a leaf, so dropout, stochastic depth and attention keep their own behaviour
-  in both modes. So does a module with hooks; what lies inside it is traced as an island of its own.
+- A module that holds neither a conv nor a BatchNorm, and is no plain sequence, stays a leaf, so dropout, stochastic depth and
+  attention keep their own behaviour in both modes. So does a module with hooks; what lies inside it is traced as an island of its own.
 - A graph is accepted only if the module traces to the same graph in training and in eval mode.
 - What can't be traced whole is tried child by child.
 - Tracing runs on a copy that shares nothing but parameters; the model is not touched.

@@ -9,9 +9,9 @@ Laws, for every x, borders included (`*` is composition, first map on the left):
 
 =====================  ==================================================================================================
 ``a.add(b)``           a(x) + b(x). Needs equal stride and reach. Taps are laid on the common lattice of offsets.
-``a.compose(b)``       b(a(x)). Stride ``s·s'``, padding ``p + s·p'``, taps at ``t·d + t'·d'·s``. Where b pads with zeros, what a would give out
-                       there has to be zero too: a has no bias and ``d(k-1) ≤ p + s - 1``, ``d(k-1) ≤ q``. Where b pads otherwise
-                       (reflect, …), a must act on each position alone.
+``a.compose(b)``       b(a(x)). Stride ``s·s'``, padding ``p + s·p'``, taps at ``t·d + t'·d'·s``. Where b pads with zeros, what a
+                       would give out there has to be zero too: a has no bias and ``d(k-1) ≤ p + s - 1``, ``d(k-1) ≤ q``.
+                       Where b pads otherwise (reflect, …), a must act on each position alone.
 ``a.fold_affine``      scale · a(x) + shift. Always.
 ``widen``, ``densify`` the same map on a larger window, on a finer lattice.
 ``regroup(g)``         the same map with g groups, g a divisor of its groups; ``ungroup`` is ``regroup(1)``.

@@ -102,6 +102,7 @@ def kernel_of(module: nn.Module, like: Tensor, channels: int, dimensions: int) -
 
 
 def qualified_name(module: Layer) -> str:
+    """Module and name of a module's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 

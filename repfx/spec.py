@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from torch import nn
-
 from repfx.errors import InvalidInput, UnknownName
 from repfx.kernel import Ints, Kernel, Padding
 from repfx.meaning import Layer, padding_of
@@ -17,6 +15,7 @@ from repfx.meaning import Layer, padding_of
 class ConvSpec:
     """One conv's sizes, without its weights. Padding is (before, after) per axis; negative crops.
 
+    >>> from torch import nn
     >>> site = ConvSpec.of(nn.Conv2d(8, 16, (3, 5), padding=(1, 2)))
     >>> str(site), site.inner((1, 1)).padding
     ('3×5 8→16', ((0, 0), (0, 0)))
@@ -118,8 +117,8 @@ class Spec:
         gamma: γ of each branch's last BatchNorm where the function is not preserved.
         weights: first values of the branches' convs: ``default`` is torch's own, ``fan_out`` is N(0, √(2 / (window · out))).
 
-    >>> Spec(["1x1", "1xk"]).branches_for(ConvSpec.of(nn.Conv2d(4, 4, 3)))[0].kind
-    '1x1'
+    >>> Spec(["1x1", "1xk"], norm="none").branches
+    (BranchSpec(kind='1x1', options={}), BranchSpec(kind='1xk', options={}))
     """
 
     branches: tuple[BranchSpec | str, ...] | list[str] | BranchesOf

@@ -9,7 +9,7 @@ from repfx.errors import InvalidInput
 from repfx.kernel import Kernel, is_symmetric
 from repfx.meaning import Layer
 from repfx.spec import ConvSpec
-from repfx.stages import conv_module
+from repfx.stages import CONV_OF, conv_module
 
 
 def float64_like(weight: Tensor) -> Tensor:
@@ -33,8 +33,16 @@ def conv_from_kernel(kernel: Kernel, template: Layer, path: str) -> nn.Module:
             raise InvalidInput(
                 f"the merged {name} of {path!r} is not finite in {tensor.dtype}; look for NaN or Inf in the model."
             )
-        setattr(conv, name, nn.Parameter(tensor.contiguous(), requires_grad=template.weight.requires_grad))
+        laid_out = tensor.contiguous(memory_format=_memory_format(tensor, template.weight))
+        setattr(conv, name, nn.Parameter(laid_out, requires_grad=template.weight.requires_grad))
     return conv.train(template.training)
+
+
+def _memory_format(tensor: Tensor, like: Tensor) -> torch.memory_format:
+    """Channels last where the weights that lend their settings lie so."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    as_is = last is None or like.ndim != tensor.ndim or like.is_contiguous() or not like.is_contiguous(memory_format=last)
+    return torch.contiguous_format if as_is or last is None else last
 
 
 def _empty_conv(kernel: Kernel, template: Layer) -> nn.Module:
@@ -45,9 +53,8 @@ def _empty_conv(kernel: Kernel, template: Layer) -> nn.Module:
     if kernel.transposed:
         return _empty_transposed_conv(kernel, like)
     spec = ConvSpec.of_kernel(kernel)
-    conv: Layer = conv_module(spec, like, bias=bias, padded=is_symmetric(kernel.padding))
     if isinstance(template.padding, str) and _same_places(spec, ConvSpec.of(template)):
-        return type(conv)(  # padding="same" stays as the user wrote it
+        return CONV_OF[spec.dimensions](  # padding="same" stays as the user wrote it
             spec.in_channels,
             spec.out_channels,
             spec.kernel_size,
@@ -60,7 +67,7 @@ def _empty_conv(kernel: Kernel, template: Layer) -> nn.Module:
             device="meta",
             dtype=like.dtype,
         )
-    return conv
+    return conv_module(spec, like, bias=bias, padded=is_symmetric(kernel.padding))
 
 
 def _same_places(a: ConvSpec, b: ConvSpec) -> bool:

@@ -128,7 +128,7 @@ def check_equivalent(
     )
     if raises and not equivalent:
         error = EquivalenceError(str(report))
-        error.report = report  # type: ignore[attr-defined]
+        error.report = report
         raise error
     return report
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class RepfxError(Exception):
@@ -37,7 +38,9 @@ class Refused(RepfxError):
 
 
 class EquivalenceError(RepfxError):
-    """Two models that should compute the same function do not."""
+    """Two models that should compute the same function do not; `report` holds what was measured, where there is a report."""
+
+    report: Any = None
 
 
 class ExportError(RepfxError):

@@ -82,7 +82,7 @@ def test_a_forgotten_eps_is_found_and_located(dtype: torch.dtype) -> None:
     assert "(allowed 1e-0" in message
     assert "at output 0. First module that differs: 'conv1'" in message
     assert message.endswith("(rules fold_batch_norm, from 'conv1', 'bn1').")
-    first = caught.value.report.first_difference  # type: ignore[attr-defined]
+    first = caught.value.report.first_difference
     assert (first.path, first.reference_path) == ("conv1", "bn1")
     assert first.difference.error > default_tolerance(net)
 

@@ -34,20 +34,14 @@ def branches() -> str:
 
 
 def passes() -> str:
-    """Each pass with its line of description."""
-    from repfx.pipeline import PASSES
+    """Each pass: a verb on models, or a rule that `fuse` runs."""
+    from repfx.rule import PASSES, RULES
 
-    return _table(("pass", "what it does"), [(f"`{name}`", each.description) for name, each in PASSES.items()])
-
-
-def rules() -> str:
-    """Each rule that `fuse` runs, with its line of description."""
-    from repfx.rule import RULES
-
-    return _table(("rule", "what it does"), [(f"`{name}`", rule.description) for name, rule in RULES.items()])
+    rows = [(f"`{name}`", "rule" if name in RULES else "verb", each.description) for name, each in PASSES.items()]
+    return _table(("pass", "sort", "what it does"), sorted(rows, key=lambda row: row[1], reverse=True))
 
 
-TABLES: dict[str, Callable[[], str]] = {"presets": presets, "branches": branches, "passes": passes, "rules": rules}
+TABLES: dict[str, Callable[[], str]] = {"presets": presets, "branches": branches, "passes": passes}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

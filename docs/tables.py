@@ -1,4 +1,4 @@
-"""The tables of presets, branch kinds and passes, written from the registries; a hook of the docs' build.
+"""The tables of presets, branch kinds, passes and options, written from the code; a hook of the docs' build.
 
 A page asks for one with ``<!-- table: presets -->`` on a line of its own. Whatever is registered shows up by itself.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 MARK = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
@@ -41,7 +42,33 @@ def passes() -> str:
     return _table(("pass", "sort", "what it does"), sorted(rows, key=lambda row: row[1], reverse=True))
 
 
-TABLES: dict[str, Callable[[], str]] = {"presets": presets, "branches": branches, "passes": passes}
+def options(command: str) -> str:
+    """Each argument and option of a command of the command line."""
+    import typer
+
+    from repfx.commands import app
+
+    group: Any = typer.main.get_command(app)
+    rows = [(f"`{_spelled(each)}`", _default(each), each.help) for each in group.commands[command].params]
+    return _table(("option", "default", "what it is"), rows)
+
+
+def _spelled(parameter: Any) -> str:
+    return str(parameter.name).upper() if parameter.param_type_name == "argument" else str(parameter.opts[0])
+
+
+def _default(parameter: Any) -> str:
+    if isinstance(parameter.show_default, str):
+        return parameter.show_default
+    return "" if parameter.default in (None, False) else f"`{parameter.default}`"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "presets": presets,
+    "branches": branches,
+    "passes": passes,
+    **{f"options_of_{command}": partial(options, command) for command in ("train", "fuse", "inspect")},
+}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

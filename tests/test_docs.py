@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 import repfx
 from docs.tables import MARK, TABLES, on_page_markdown
 from repfx.branch import KINDS
+from repfx.commands import app
 from repfx.rule import PASSES, RULES
 from repfx.spec import PRESETS
 
@@ -132,6 +135,32 @@ def test_the_reference_lists_every_public_name() -> None:
     public = {name for name, value in vars(repfx).items() if name[0] != "_" and is_public(value)}
     listed = re.findall(r"^::: repfx\.(\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(public | {"errors"})
+
+
+def shell_commands() -> list[str]:
+    """Every line of a page's `sh` blocks that calls repfx, without what stands before `&&`."""
+    lines = [
+        line
+        for page in PAGES
+        for block in blocks_of(page)
+        if block.language == "sh"
+        for line in block.code.splitlines()
+    ]
+    return sorted({line.rpartition("&& ")[2] for line in lines if line.rpartition("&& ")[2].startswith("repfx ")})
+
+
+@pytest.mark.parametrize("line", shell_commands())
+def test_the_commands_that_pages_show_exist_with_their_options(line: str) -> None:
+    group: Any = typer.main.get_command(app)
+    name, *arguments = shlex.split(line)[1:]
+    context = group.commands[name].make_context(name, arguments)
+    assert context.params
+
+
+def test_the_page_of_the_command_line_shows_every_command() -> None:
+    group: Any = typer.main.get_command(app)
+    headings = re.findall(r"^## `repfx (\w+)`$", (ROOT / "docs" / "command-line.md").read_text(), re.MULTILINE)
+    assert sorted(headings) == sorted(group.commands)
 
 
 @pytest.mark.parametrize("marker", ["main-job", "tests"])

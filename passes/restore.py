@@ -17,7 +17,7 @@ from repfx.graph import Island, call_counts, set_submodule, trace
 from repfx.kernel import Kernel
 from repfx.meaning import CONVS, TRANSPOSED_CONVS, Layer, kernel_of, meaning_of, torch_class
 from repfx.moments import Moments, set_kernel
-from repfx.pipeline import copy_model, install, verb
+from repfx.pipeline import copy_model, install, take_over_modes, verb
 from repfx.provenance import Provenance, attach
 from repfx.reporting import Edit, Report, Skip
 from repfx.stages import Norm
@@ -54,7 +54,7 @@ def restore(
     <All keys matched successfully>
     """
     patterns = [sites] if isinstance(sites, str) else sites
-    target = copy_model(model)
+    target = copy_model(model).eval()
     traces = trace(target)
     calls = call_counts(traces)
     done: list[_Restored] = []
@@ -74,6 +74,7 @@ def restore(
         target = install(target, island)
     if not done and not skips:
         raise InvalidInput(_nothing(model, patterns))
+    take_over_modes(target, model)
     report = Report("restore", tuple(Edit("restore", item.path, (item.norm_path,)) for item in done), tuple(skips))
     if strict:
         report.require_all()
@@ -139,7 +140,7 @@ def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice, pa
     settings = Norm() if folded is None else Norm("batch_norm", folded.eps, folded.momentum)
     kernel = kernel_of(conv, conv.weight.detach().double(), 0, 0)
     norm = settings.batch_norm(kernel.out_channels, kernel.dimensions or 1, conv.weight)
-    norm.train(conv.training).requires_grad_(conv.weight.requires_grad)
+    norm.requires_grad_(conv.weight.requires_grad)
     conv.bias = None
     set_kernel(conv, norm, kernel, None if folded is None else folded.moments)
     forget_norm(conv)

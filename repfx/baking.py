@@ -18,7 +18,7 @@ def float64_like(weight: Tensor) -> Tensor:
 
 
 def conv_from_kernel(kernel: Kernel, template: Layer, path: str) -> nn.Module:
-    """A plain conv or linear layer with this kernel, rounded once to the dtype of `template`, on its device, in its mode.
+    """A plain conv or linear layer with this kernel, rounded once to the dtype of `template`, on its device.
 
     Raises:
         InvalidInput: a weight that isn't finite.
@@ -35,13 +35,15 @@ def conv_from_kernel(kernel: Kernel, template: Layer, path: str) -> nn.Module:
             )
         laid_out = tensor.contiguous(memory_format=_memory_format(tensor, template.weight))
         setattr(conv, name, nn.Parameter(laid_out, requires_grad=template.weight.requires_grad))
-    return conv.train(template.training)
+    return conv
 
 
 def _memory_format(tensor: Tensor, like: Tensor) -> torch.memory_format:
     """Channels last where the weights that lend their settings lie so."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-    as_is = last is None or like.ndim != tensor.ndim or like.is_contiguous() or not like.is_contiguous(memory_format=last)
+    as_is = (
+        last is None or like.ndim != tensor.ndim or like.is_contiguous() or not like.is_contiguous(memory_format=last)
+    )
     return torch.contiguous_format if as_is or last is None else last
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     except Exception as error:
-        raise InvalidInput(f"{type(model).__name__} can't be copied: {_first_line(error)}.") from error
+        raise InvalidInput(f"{type(model).__name__} can't be copied: {first_line(error)}.") from error
 
 
 def _graph_of(module: nn.Module, *, is_root: bool) -> tuple[fx.Graph, dict[str, Tensor]] | str:
@@ -92,7 +93,7 @@ def _graph_of(module: nn.Module, *, is_root: bool) -> tuple[fx.Graph, dict[str, 
         try:
             graphs.append(tracer.trace(module))
         except Exception as error:
-            return _first_line(error)
+            return first_line(error)
         constants = {
             name: value for name, value in vars(module).items() if name not in before and isinstance(value, Tensor)
         }
@@ -105,6 +106,9 @@ def _graph_of(module: nn.Module, *, is_root: bool) -> tuple[fx.Graph, dict[str, 
 
 class _Tracer(fx.Tracer):
     """Leaves are convs, BatchNorms, and all that holds none of them or has hooks."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _is_leaf(m) or has_hooks(m)
@@ -122,6 +126,22 @@ class _Tracer(fx.Tracer):
                 )
                 arguments[index] = parameter.default
         return function, arguments
+
+
+class _Proxy(fx.Proxy):
+    """Records ``x += y`` as what it is: torch.fx's own proxy takes it for ``x = x + y``, which leaves x as it was."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
 
 def require_default(value: object, name: str, default: object) -> None:
@@ -151,7 +171,8 @@ def _text(graph: fx.Graph) -> list[str]:
     return [f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}" for node in graph.nodes]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without the details below."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(".")
 

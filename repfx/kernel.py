@@ -305,7 +305,8 @@ class Kernel:
 
     def _response(self, constant: Tensor) -> Tensor:
         """What the map without its bias gives, ``(out,)``, for an input that is `constant`, ``(in,)``, everywhere."""
-        per_group = self.weight.flatten(2).sum(2).reshape(self.groups, -1, self.weight.shape[1])
+        total = self.weight.reshape(*self.weight.shape[:2], -1).sum(2)
+        per_group = total.reshape(self.groups, -1, self.weight.shape[1])
         return torch.einsum("goi,gi->go", per_group, constant.reshape(self.groups, -1)).flatten()
 
     def compose(self, second: Kernel) -> Kernel:

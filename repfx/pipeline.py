@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from repfx.editor import Editor
 from repfx.errors import InvalidInput
-from repfx.graph import Island, Traces, call_counts, module_paths, set_submodule, trace
+from repfx.graph import Island, Traces, call_counts, first_line, module_paths, set_submodule, trace
 from repfx.meaning import is_batch_norm, is_conv
 from repfx.notes import keep
 from repfx.pattern import View
@@ -42,7 +42,7 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     Each rewrite removes a node, and each node is visited once more after each rewrite, so the cost is linear.
     """
     rules = tuple(rules)
-    target = copy_model(model)
+    target = copy_model(model).eval()  # a parametrized weight may change when it is read in training mode
     traces = trace(target)
     calls, registered = call_counts(traces), module_paths(target)
     edits: list[Edit] = []
@@ -60,6 +60,7 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     optional = {rule.name for rule in rules if rule.optional}
     declined = tuple(skip for skip in dict.fromkeys(skips) if skip.rule in optional)
     skipped = tuple(skip for skip in dict.fromkeys(skips) if skip.rule not in optional)
+    take_over_modes(target, model)
     return Result(target, Report(name, tuple(edits), skipped, declined))
 
 
@@ -68,7 +69,7 @@ def copy_model(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except Exception as error:
-        raise InvalidInput(f"{type(model).__name__} can't be copied: {error}") from error
+        raise InvalidInput(f"{type(model).__name__} can't be copied: {first_line(error)}.") from error
 
 
 def _view(model: nn.Module, island: Island, calls: Counter[str], registered: dict[int, list[str]]) -> View:
@@ -136,18 +137,24 @@ def install(model: nn.Module, island: Island) -> nn.Module:
         setattr(root, name, value)
     island.graph.lint()
     compiled = fx.GraphModule(root, island.graph, class_name=type(root).__name__)
-    _take_over(compiled, root)
+    _take_over_attributes(compiled, root)
     if not island.path:
         return compiled
     set_submodule(model, island.path, compiled)
     return model
 
 
-def _take_over(compiled: fx.GraphModule, root: nn.Module) -> None:
-    """Modes, and the plain attributes that code around the module may read."""
-    modes = {path: module.training for path, module in root.named_modules()}
-    for path, module in compiled.named_modules():
-        module.training = modes.get(path, module.training)
+def take_over_modes(model: nn.Module, original: nn.Module) -> None:
+    """Give each module the mode that the one at its path had, or else the mode of what it lies in."""
+    modes = {path: module.training for path, module in original.named_modules()}
+    for path, module in model.named_modules():
+        while path not in modes:
+            path = path.rpartition(".")[0]
+        module.training = modes[path]
+
+
+def _take_over_attributes(compiled: fx.GraphModule, root: nn.Module) -> None:
+    """The plain attributes that code around the module may read."""
     own = set(vars(nn.Module())) | set(vars(compiled))
     for name, value in vars(root).items():
         if name not in own and not isinstance(value, (nn.Module, torch.Tensor)):

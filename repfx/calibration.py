@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from repfx.errors import InvalidInput
+from repfx.errors import InvalidInput, first_line
 from repfx.meaning import Layer
 from repfx.moments import Moments
 
@@ -71,14 +71,19 @@ class _Sums:
 
 def run(model: nn.Module, batches: Batches) -> None:
     """Run the model on every batch."""
-    empty = True
+    count = 0
     for batch in batches:
-        empty = False
-        if isinstance(batch, dict):
-            model(**batch)
-        else:
-            model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    if empty:
+        try:
+            if isinstance(batch, dict):
+                model(**batch)
+            else:
+                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise InvalidInput(
+                f"batch {count} of calibrate doesn't fit {type(model).__name__}: {first_line(error)}."
+            ) from error
+        count += 1
+    if not count:
         raise InvalidInput("calibrate gave no batch; it takes an iterable of inputs.")
 
 

@@ -45,3 +45,9 @@ class EquivalenceError(RepfxError):
 
 class ExportError(RepfxError):
     """A model could not be exported, or what was exported computes something else."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the details below."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

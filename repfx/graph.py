@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from repfx.errors import InvalidInput
+from repfx.errors import InvalidInput, first_line
 from repfx.meaning import has_hooks, is_batch_norm, is_conv
 
 
@@ -169,12 +169,6 @@ def _opaque_calls(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
 
 def _text(graph: fx.Graph) -> list[str]:
     return [f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}" for node in graph.nodes]
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the details below."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
 
 
 def module_paths(model: nn.Module) -> dict[int, list[str]]:

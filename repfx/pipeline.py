@@ -12,8 +12,8 @@ import torch
 from torch import fx, nn
 
 from repfx.editor import Editor
-from repfx.errors import InvalidInput
-from repfx.graph import Island, Traces, call_counts, first_line, module_paths, set_submodule, trace
+from repfx.errors import InvalidInput, first_line
+from repfx.graph import Island, Traces, call_counts, module_paths, set_submodule, trace
 from repfx.meaning import is_batch_norm, is_conv
 from repfx.notes import keep
 from repfx.pattern import View

@@ -53,8 +53,8 @@ def relative_error(output: Tensor, reference: Tensor) -> float:
         return float("inf")
     if output.numel() == 0:
         return 0.0
-    worst = float((output - reference).abs().max())
-    scale = float(reference.abs().max()) or 1.0
+    worst = float((output - reference).detach().abs().max())
+    scale = float(reference.detach().abs().max()) or 1.0
     return worst / scale if worst == worst else float("inf")
 
 

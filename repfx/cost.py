@@ -1,0 +1,72 @@
+"""What a model costs: parameters, multiply-adds, and its latency beside that of others."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable or not; a shared parameter counts once.
+
+    >>> count_parameters(nn.Conv2d(3, 8, 3))
+    224
+    """
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, x: Tensor) -> int:
+    """Multiply-adds of the convs and matrix products for one forward pass of `x` in eval mode; the model is not changed.
+
+    >>> count_macs(nn.Conv2d(3, 8, 3, groups=1), torch.zeros(1, 3, 5, 5)) == 3 * 8 * 9 * 9
+    True
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(x)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return int(counter.get_total_flops()) // 2
+
+
+def measure_latency(
+    candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 30, warm_up: int = 3, limit: float = 5.0
+) -> dict[str, float]:
+    """Median seconds per call of each candidate, measured in turns so that all see the same state of the machine.
+
+    Args:
+        rounds: turns, after `warm_up` that don't count.
+        limit: seconds after which no further turn begins, once there was one that counts.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    started = time.perf_counter()
+    for turn in range(warm_up + rounds):
+        for name, candidate in candidates.items():
+            seconds = _time(candidate)
+            if turn >= warm_up:
+                times[name].append(seconds)
+        if turn >= warm_up and time.perf_counter() - started > limit:
+            break
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def _time(candidate: Callable[[], Any]) -> float:
+    _wait_for_device()
+    started = time.perf_counter()
+    candidate()
+    _wait_for_device()
+    return time.perf_counter() - started
+
+
+def _wait_for_device() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

@@ -1,0 +1,195 @@
+"""Data sets by name: what `--data` of the command line means, as training and test images of the size a model takes.
+
+`digits`, an image folder, an `.npz` file, or the name of a torchvision data set. Nothing is downloaded unless asked for.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+from repfx.errors import InvalidInput
+from repfx.meaning import is_conv
+
+Images = Dataset[Any]
+_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+_DIGITS_SIZE = 16
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where a data set comes from.
+
+    Args:
+        name: `digits`, a folder, an `.npz` file, or a torchvision data set's name.
+        root: where a torchvision data set's files are.
+        download: let torchvision download them if they aren't.
+    """
+
+    name: str = "digits"
+    root: Path = Path("data")
+    download: bool = False
+
+
+@dataclass(frozen=True)
+class InputForm:
+    """What a model's first conv takes: its channels and axes, and the size of an image if one was asked for.
+
+    >>> InputForm.of(nn.Sequential(nn.Conv2d(3, 8, 3)))
+    InputForm(channels=3, dimensions=2, size=None)
+    """
+
+    channels: int
+    dimensions: int = 2
+    size: int | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, size: int | None = None) -> InputForm:
+        """Read it off a model.
+
+        Raises:
+            InvalidInput: the model has no conv.
+        """
+        conv: Any = next((module for module in model.modules() if is_conv(module)), None)
+        if conv is None:
+            raise InvalidInput(f"{type(model).__name__} has no conv.")
+        return cls(conv.in_channels, len(conv.kernel_size), size)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Images with labels from 0, split into training and test, each image `(channels, *axes)` in float32.
+
+    Args:
+        preparation: what was done to the raw values, for whoever runs the exported model.
+    """
+
+    train: Images
+    test: Images
+    classes: tuple[str, ...]
+    preparation: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Of one image."""
+        return tuple(self.test[0][0].shape)
+
+
+def load_data(source: DataSource, form: InputForm) -> DataSet:
+    """The data set of a source, its images in the form a model takes.
+
+    Raises:
+        InvalidInput: no such data set, or one that is malformed or doesn't fit the model.
+        OSError: a file can't be read.
+    """
+    from repfx import image_files
+
+    path = Path(source.name)
+    if source.name == "digits":
+        return _digits(form)
+    if path.suffix == ".npz":
+        return _arrays(path, form)
+    if path.is_dir():
+        return image_files.folder(path, form)
+    return image_files.torchvision_data(source, form)
+
+
+def _digits(form: InputForm) -> DataSet:
+    """scikit-learn's 1797 handwritten digits, 8×8; of each class every fifth is for the test."""
+    from sklearn.datasets import load_digits
+
+    if form.dimensions != 2:
+        raise InvalidInput(
+            f"the digits are images, but the model's first conv is {form.dimensions}d: give --data an .npz file."
+        )
+    digits = load_digits()
+    images, labels = torch.tensor(digits.images, dtype=torch.float32), torch.tensor(digits.target)
+    test = every_fifth(labels)
+    size = form.size or _DIGITS_SIZE
+    split = (images[~test], labels[~test], images[test], labels[test])
+    return _in_memory(split, InputForm(form.channels, 2, size), tuple(map(str, range(10))))
+
+
+def every_fifth(labels: Tensor) -> Tensor:
+    """A mask that is True for every fifth entry of each class: the same split for everyone, always.
+
+    >>> every_fifth(torch.tensor([0, 1, 1, 0, 1, 1, 1])).nonzero().flatten().tolist()
+    [6]
+    """
+    test = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        test[(labels == label).nonzero().flatten()[4::5]] = True
+    return test
+
+
+def _arrays(path: Path, form: InputForm) -> DataSet:
+    try:
+        with numpy.load(path, allow_pickle=False) as archive:
+            missing = [name for name in _ARRAYS if name not in archive]
+            if missing:
+                raise InvalidInput(f"{str(path)!r} lacks {', '.join(missing)}; it must hold {', '.join(_ARRAYS)}.")
+            split = [torch.from_numpy(archive[name]) for name in _ARRAYS]
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InvalidInput(f"{str(path)!r} can't be read as arrays: {error}.") from error
+    x_train, y_train, x_test, y_test = split
+    for name, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+        if y.ndim != 1 or len(x) != len(y) or not len(y):
+            shapes = f"x_{name} is {tuple(x.shape)} and y_{name} is {tuple(y.shape)}"
+            raise InvalidInput(f"in {str(path)!r} {shapes}: there must be one label for each of at least one image.")
+        if y.is_floating_point() or y.is_complex() or int(y.min()) < 0:
+            raise InvalidInput(f"in {str(path)!r} y_{name} must hold whole numbers from 0, the classes.")
+    classes = int(max(y_train.max(), y_test.max())) + 1
+    layout = [_channels_first(x.float(), form, path) for x in (x_train, x_test)]
+    return _in_memory((layout[0], y_train.long(), layout[1], y_test.long()), form, tuple(map(str, range(classes))))
+
+
+def _channels_first(x: Tensor, form: InputForm, path: Path) -> Tensor:
+    """`(images, *axes)`, `(images, channels, *axes)` or `(images, *axes, channels)` to the second of these."""
+    if not x.isfinite().all():
+        raise InvalidInput(f"{str(path)!r} holds numbers that are not finite.")
+    if x.ndim == form.dimensions + 1:
+        return x[:, None]
+    if x.ndim != form.dimensions + 2:
+        raise InvalidInput(
+            f"{str(path)!r} has images {tuple(x.shape[1:])}; the model's first conv has {form.dimensions} axes."
+        )
+    known = {1, form.channels}
+    if x.shape[1] not in known and x.shape[-1] in known | {3}:
+        return x.movedim(-1, 1)
+    return x
+
+
+def _in_memory(split: tuple[Tensor, ...], form: InputForm, classes: tuple[str, ...]) -> DataSet:
+    """Standardize by the training images' mean and deviation, then fit to the form."""
+    x_train, y_train, x_test, y_test = split
+    mean, deviation = x_train.mean(), x_train.std(correction=0).clamp_min(1e-12)
+    images = [fit_to((x - mean) / deviation, form) for x in (x_train, x_test)]
+    preparation = {"mean": float(mean), "std": float(deviation), "shape": list(images[0].shape[1:])}
+    return DataSet(TensorDataset(images[0], y_train), TensorDataset(images[1], y_test), classes, preparation)
+
+
+def fit_to(x: Tensor, form: InputForm) -> Tensor:
+    """Images `(images, channels, *axes)`, or without channels, resized and with the channels that a model takes.
+
+    One channel is repeated, several become their mean where the model takes one.
+
+    >>> fit_to(torch.zeros(2, 8, 8), InputForm(channels=3, dimensions=2, size=32)).shape
+    torch.Size([2, 3, 32, 32])
+    """
+    x = x[:, None] if x.ndim == form.dimensions + 1 else x
+    if x.shape[1] != form.channels and 1 not in (x.shape[1], form.channels):
+        raise InvalidInput(f"the images have {x.shape[1]} channels, the model's first conv takes {form.channels}.")
+    if x.shape[1] != form.channels:
+        x = x.mean(1, keepdim=True).expand(-1, form.channels, *x.shape[2:])
+    if form.size is not None and set(x.shape[2:]) != {form.size}:
+        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[form.dimensions]
+        x = F.interpolate(x, (form.size,) * form.dimensions, mode=mode, align_corners=False)
+    return x.contiguous()

@@ -1,0 +1,131 @@
+"""Data sets of image files: a folder with one folder per class, or what torchvision knows by name."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Subset
+
+from repfx.data import DataSet, DataSource, InputForm, every_fifth
+from repfx.errors import InvalidInput
+from repfx.precision import first_line
+
+_SIZE = 224
+_MEANS = {1: (0.449,), 3: (0.485, 0.456, 0.406)}  # of ImageNet, as torchvision's and timm's weights expect
+_DEVIATIONS = {1: (0.226,), 3: (0.229, 0.224, 0.225)}
+
+
+def folder(path: Path, form: InputForm) -> DataSet:
+    """`path/train/CLASS/…` with `path/test/CLASS/…` (or `val`); or `path/CLASS/…`, of which every fifth image of a class is for the test.
+
+    Raises:
+        InvalidInput: the folder has no such layout, or two different sets of classes.
+    """
+    from torchvision.datasets import ImageFolder
+
+    size = form.size or _SIZE
+    transform = _transform(form, size)
+    test_folder = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    try:
+        if not (path / "train").is_dir() or test_folder is None:
+            images = ImageFolder(str(path), transform)
+            test_mask = every_fifth(torch.tensor(images.targets))
+            train, test = (Subset(images, mask.nonzero().flatten().tolist()) for mask in (~test_mask, test_mask))
+            return _checked(path, train, test, images.classes, size, form)
+        train_images, test_images = (ImageFolder(str(part), transform) for part in (path / "train", test_folder))
+    except FileNotFoundError as error:
+        raise InvalidInput(
+            f"{str(path)!r} is no image folder (one folder of images per class): {first_line(error)}."
+        ) from error
+    if train_images.classes != test_images.classes:
+        differing = sorted(set(train_images.classes) ^ set(test_images.classes))
+        raise InvalidInput(f"{str(path)!r} has other classes for training than for testing: {', '.join(differing)}.")
+    return _checked(path, train_images, test_images, train_images.classes, size, form)
+
+
+def _checked(
+    path: Path, train: Dataset[Any], test: Dataset[Any], classes: list[str], size: int, form: InputForm
+) -> DataSet:
+    if not len(train) or not len(test):  # type: ignore[arg-type]
+        raise InvalidInput(f"{str(path)!r} has too few images: a class needs five for one of them to be in the test.")
+    return DataSet(train, test, tuple(classes), _preparation(form, size))
+
+
+def torchvision_data(source: DataSource, form: InputForm) -> DataSet:
+    """A data set of torchvision's that has a training and a test part, from `source.root`.
+
+    Raises:
+        InvalidInput: torchvision has none of that name, it has no such parts, or its files aren't there.
+    """
+    from torchvision import datasets
+
+    known = {name: kind for name, kind in vars(datasets).items() if inspect.isclass(kind)}
+    kind = next((kind for name, kind in known.items() if name.lower() == source.name.lower()), None)
+    if kind is None:
+        forms = "digits, an image folder, an .npz file or a torchvision data set's name"
+        raise InvalidInput(f"no data set {source.name!r}: it must be {forms}.")
+    parts = [_part(kind, source, train, None) for train in (True, False)]
+    size = form.size or _own_size(parts[0])
+    train, test = (_part(kind, source, is_train, _transform(form, size)) for is_train in (True, False))
+    classes = getattr(train, "classes", None) or _labels(train, test)
+    return DataSet(train, test, tuple(map(str, classes)), _preparation(form, size))
+
+
+def _part(kind: type[Any], source: DataSource, train: bool, transform: Any) -> Any:
+    parameters = inspect.signature(kind).parameters
+    options: dict[str, Any] = {"transform": transform}
+    if "train" in parameters:
+        options["train"] = train
+    elif "split" in parameters:
+        options["split"] = "train" if train else "test"
+    else:
+        raise InvalidInput(f"torchvision's {kind.__name__} has no training and test parts.")
+    if source.download and "download" in parameters:
+        options["download"] = True
+    try:
+        return kind(str(source.root), **options)
+    except Exception as error:
+        advice = "put it there, name another --root, or let --download fetch it"
+        where = f"torchvision's {kind.__name__} is not usable in --root {str(source.root)!r}"
+        raise InvalidInput(f"{where} ({first_line(error)}): {advice}.") from error
+
+
+def _own_size(images: Any) -> int:
+    width, height = images[0][0].size
+    return int(width) if width == height else _SIZE
+
+
+def _labels(*parts: Any) -> list[int]:
+    return list(range(1 + max(int(label) for part in parts for _, label in part)))
+
+
+def _transform(form: InputForm, size: int) -> Any:
+    from torchvision import transforms
+
+    if form.dimensions != 2 or form.channels not in _MEANS:
+        raise InvalidInput(
+            f"image files have 1 or 3 channels and 2 axes; the model's first conv takes {form.channels} channels and "
+            f"{form.dimensions} axes: give --data an .npz file."
+        )
+    return transforms.Compose(
+        [
+            transforms.Grayscale(form.channels) if form.channels == 1 else _to_colour,
+            transforms.Resize(size),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize(_MEANS[form.channels], _DEVIATIONS[form.channels]),
+        ]
+    )
+
+
+def _to_colour(image: Any) -> Any:
+    return image.convert("RGB")
+
+
+def _preparation(form: InputForm, size: int) -> dict[str, Any]:
+    """What a pixel from 0 to 1 goes through."""
+    shape = [form.channels, size, size]
+    return {"mean": list(_MEANS[form.channels]), "std": list(_DEVIATIONS[form.channels]), "shape": shape}

@@ -1,0 +1,199 @@
+"""Models by name: what `--model` and `--weights` of the command line mean.
+
+`torchvision:NAME`, `timm:NAME`, `package.module:callable` or `file.py:callable`; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repfx.errors import InvalidInput, UnknownName
+from repfx.precision import first_line
+
+FORMS = "torchvision:NAME, timm:NAME, package.module:callable or file.py:callable"
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A model by name: enough to build it again elsewhere.
+
+    Args:
+        name: one of the forms above.
+        num_classes: passed on to what builds the model, if it takes it; None leaves the model's own number.
+        options: further keyword arguments for it.
+    """
+
+    name: str
+    num_classes: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The model, with fresh weights.
+
+        Raises:
+            InvalidInput: the name is malformed, leads nowhere, or what it leads to builds no model.
+            UnknownName: no such callable in the file or module.
+
+        >>> type(ModelReference("torchvision:resnet18", num_classes=10).build()).__name__
+        'ResNet'
+        """
+        source, separator, name = self.name.rpartition(":")
+        if not (source and separator and name):
+            raise InvalidInput(f"model {self.name!r} has the wrong form: it must be {FORMS}.")
+        find = {"torchvision": _torchvision_builder, "timm": _timm_builder}.get(source)
+        builder = _builder_in_python(source, name) if find is None else find(name)
+        try:
+            model = builder(**self._arguments(builder, always=find is not None))
+        except Exception as error:
+            raise InvalidInput(
+                f"model {self.name!r} can't be built: {type(error).__name__}: {first_line(error)}."
+            ) from error
+        if not isinstance(model, nn.Module):
+            raise InvalidInput(f"{self.name!r} gave {type(model).__name__}, not a torch.nn.Module.")
+        return model
+
+    def _arguments(self, builder: Callable[..., Any], *, always: bool) -> dict[str, Any]:
+        arguments = dict(self.options)
+        if self.num_classes is not None and (always or _takes_num_classes(builder)):
+            arguments.setdefault("num_classes", self.num_classes)
+        return arguments
+
+
+def _takes_num_classes(builder: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(builder).parameters
+    except ValueError:
+        return False
+    return "num_classes" in parameters
+
+
+def _unknown(library: str, name: str, known: list[str]) -> InvalidInput:
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {len(known)} others."
+    return InvalidInput(f"{library} has no model {name!r}; {hint}")
+
+
+def _torchvision_builder(name: str) -> Callable[..., Any]:
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise _unknown("torchvision", name, models.list_models())
+    return models.get_model_builder(name)  # type: ignore[no-any-return]
+
+
+def _timm_builder(name: str) -> Callable[..., Any]:
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise InvalidInput(f"model 'timm:{name}' needs timm: pip install timm.") from error
+    if not timm.is_model(name.partition(".")[0]):
+        raise _unknown("timm", name, timm.list_models())
+    return lambda **options: timm.create_model(name, pretrained=False, **options)
+
+
+def _builder_in_python(source: str, name: str) -> Callable[..., Any]:
+    path = Path(source)
+    try:
+        module = _module_at(path) if path.suffix == ".py" else _module_named(source)
+    except Exception as error:
+        if isinstance(error, InvalidInput):
+            raise
+        raise InvalidInput(
+            f"model '{source}:{name}': importing {source!r} failed: {type(error).__name__}: {error}."
+        ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UnknownName(f"callable in {source!r} named", name, callables)
+    return found  # type: ignore[no-any-return]
+
+
+def _module_at(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise InvalidInput(f"no file {str(path)!r} to take a model from.")
+    spec = importlib.util.spec_from_file_location(f"_model_file_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise InvalidInput(f"{str(path)!r} can't be imported.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _module_named(name: str) -> ModuleType:
+    here = str(Path.cwd())
+    if here not in sys.path:  # a console script doesn't look there, `python -m` does
+        sys.path.insert(0, here)
+    return importlib.import_module(name)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a `.safetensors` file, or a `.pt`/`.pth` file without running code in it, into a model that it fits exactly.
+
+    Raises:
+        InvalidInput: the file holds no weights, or not those of this model; the model is unchanged.
+        OSError: the file can't be read.
+    """
+    weights = read_weights(path)
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or unexpected:
+        raise InvalidInput(
+            f"{str(path)!r} is not of this model: {_some('missing', missing)}, {_some('unexpected', unexpected)}."
+        )
+    for key, value in own.items():
+        if value.shape != weights[key].shape:
+            found, needed = tuple(weights[key].shape), tuple(value.shape)
+            raise InvalidInput(
+                f"{str(path)!r} is not of this model: {key!r} is {found} in the file and {needed} in the model."
+            )
+    model.load_state_dict(weights)
+
+
+def _some(what: str, keys: list[str]) -> str:
+    shown = ", ".join(map(repr, keys[:2])) + (", …" if len(keys) > 2 else "")
+    return f"{len(keys)} {what}" + (f" ({shown})" if keys else "")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file, by name, on the CPU.
+
+    A `.pt` file may hold them itself or under `state_dict`, `model` or `model_state_dict`; a leading `module.` is taken off.
+
+    Raises:
+        InvalidInput: the file holds no named tensors.
+        OSError: the file can't be read.
+    """
+    with path.open("rb"):  # a missing file is one kind of error for both formats
+        pass
+    try:
+        found: Any = _read(path)
+    except Exception as error:
+        raise InvalidInput(f"{str(path)!r} can't be read as weights: {first_line(error)}.") from error
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise InvalidInput(f"{str(path)!r} holds no weights: it must be a dict from names to tensors.")
+    wrapped = all(key.startswith("module.") for key in found)
+    return {key.removeprefix("module.") if wrapped else key: value for key, value in found.items()}
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)

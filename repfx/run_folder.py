@@ -1,0 +1,167 @@
+"""What a training run leaves behind: a folder whose files each appear whole or not at all, and how to build its model again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import nn
+
+import repfx
+from repfx.branch import KINDS
+from repfx.errors import InvalidInput
+from repfx.models import ModelReference, load_weights
+from repfx.spec import SpecLike
+
+CHECKPOINT, STRUCTURE, MODEL, METRICS = "checkpoint.safetensors", "structure.json", "model.onnx", "metrics.json"
+_FILES = (METRICS, STRUCTURE, CHECKPOINT, MODEL)
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How to build the training form that a checkpoint's weights belong to.
+
+    Args:
+        model: the plain model.
+        spec: what it was expanded with, as text or JSON gives it.
+        preparation: what the data's raw values went through; `shape` is that of one image.
+    """
+
+    model: ModelReference
+    spec: Any
+    preparation: Mapping[str, Any]
+
+    def build(self) -> nn.Module:
+        """The expanded model, with fresh weights."""
+        expanded: nn.Module = repfx.expand(self.model.build(), spec_of(self.spec), inplace=True)
+        return expanded
+
+    def to_json(self) -> str:
+        """As text, with the version of repfx that wrote it."""
+        model = {"name": self.model.name, "num_classes": self.model.num_classes, "options": dict(self.model.options)}
+        head = {"format": _FORMAT, "repfx": repfx.__version__}
+        return json.dumps({**head, "model": model, "spec": self.spec, "preparation": self.preparation}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> Structure:
+        """Read what `to_json` wrote; `path` is named in errors.
+
+        Raises:
+            InvalidInput: it is something else.
+        """
+        try:
+            found = json.loads(text)
+            if found["format"] != _FORMAT:
+                raise InvalidInput(
+                    f"{str(path)!r} has format {found['format']}; this version of repfx reads {_FORMAT}."
+                )
+            model = found["model"]
+            reference = ModelReference(model["name"], model["num_classes"], model["options"])
+            return cls(reference, found["spec"], found["preparation"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidInput(f"{str(path)!r} is no structure that `repfx train` wrote.") from error
+
+
+def spec_of(text: Any) -> SpecLike:
+    """A spec from text: a preset's name, branch kinds with commas between, or a JSON object from site patterns to these.
+
+    >>> spec_of("dbb"), spec_of("1x1,1xk"), spec_of('{"layer1.*": "acb"}')
+    ('dbb', ['1x1', '1xk'], {'layer1.*': 'acb'})
+    """
+    if isinstance(text, dict):
+        return {pattern: spec_of(part) for pattern, part in text.items()}
+    if isinstance(text, list):
+        return text
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            return spec_of(json.loads(text))
+        except ValueError as error:
+            raise InvalidInput(f"spec {text!r} is no JSON: {error}.") from error
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return parts if len(parts) != 1 or parts[0] in KINDS else str(parts[0])
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder with the four files of a run."""
+
+    path: Path
+
+    @contextmanager
+    def new_run(self, *, overwrite: bool) -> Iterator[RunFolder]:
+        """Make the folder, free of an older run's files; if nothing is written into a new folder, it is removed again.
+
+        Raises:
+            InvalidInput: a run is there already and `overwrite` is not set.
+            OSError: the folder can't be made or written.
+        """
+        there = [name for name in _FILES if (self.path / name).exists()]
+        if there and not overwrite:
+            raise InvalidInput(f"{str(self.path)!r} holds a run already ({', '.join(there)}): --overwrite replaces it.")
+        new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            TemporaryDirectory(dir=self.path).cleanup()  # say now, not after the training, that it can't be written
+            yield self
+        finally:
+            _remove_empty(new)
+
+    def clear(self) -> None:
+        """Remove an older run, its metrics first: they say that a run is complete."""
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)
+
+    def write(self, name: str, fill: Callable[[Path], None]) -> None:
+        """Let `fill` write a file, which appears under its name once it is whole."""
+        with TemporaryDirectory(prefix=f".{name}.", dir=self.path) as staging:
+            staged = Path(staging) / name
+            fill(staged)
+            staged.replace(self.path / name)
+
+    def write_checkpoint(self, model: nn.Module, structure: Structure) -> None:
+        """The weights of the training form, and its structure."""
+        from safetensors.torch import save
+
+        weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+        self.write(STRUCTURE, lambda path: _write_text(path, structure.to_json() + "\n"))
+        self.write(CHECKPOINT, lambda path: _write_bytes(path, save(weights)))
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """All numbers of the run; the last file."""
+        self.write(METRICS, lambda path: _write_text(path, json.dumps(metrics, indent=2) + "\n"))
+
+    @property
+    def structure(self) -> Structure:
+        """Read from the folder."""
+        path = self.path / STRUCTURE
+        return Structure.from_json(path.read_text(encoding="utf-8"), path)
+
+    def load(self) -> nn.Module:
+        """The trained model in its training form.
+
+        Raises:
+            InvalidInput: the files don't belong together; OSError: a file is missing.
+        """
+        model = self.structure.build()
+        load_weights(model, self.path / CHECKPOINT)
+        return model.eval()
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

@@ -1,0 +1,65 @@
+"""What the command line prints: results as rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor, nn
+
+from repfx.cost import count_macs, count_parameters
+from repfx.experiment import Metrics
+from repfx.meaning import is_batch_norm, is_conv
+
+_TITLES = {"plain": "plain", "expanded": "expanded, trained", "fused": "fused", "onnxruntime": "in onnxruntime"}
+
+
+def metrics_table(metrics: Metrics) -> Table:
+    """One row for each form of the model."""
+    table = _table("", "accuracy", "flips", "parameters", "MACs", "latency")
+    for name, title in _TITLES.items():
+        accuracy = f"{metrics.accuracy[name]:.2%}" if name in metrics.accuracy else "–"
+        flips = f"{metrics.flips[name]} of {metrics.test_images}" if name in metrics.flips else "–"
+        cost = metrics.cost.get(name)
+        parameters, macs = (engineering(cost.parameters), engineering(cost.macs)) if cost else ("", "")
+        latency = cost.latency if cost else metrics.onnx_latency
+        table.add_row(title, accuracy, flips, parameters, macs, f"{latency * 1e3:.2f} ms")
+    return table
+
+
+def fusion_table(forms: Mapping[str, nn.Module], x: Tensor) -> Table:
+    """Sizes of a model before and after fusing, for one image of `x`."""
+    table = _table("", "convs", "BatchNorms", "parameters", "MACs")
+    for name, model in forms.items():
+        modules = list(model.modules())
+        counts = str(sum(map(is_conv, modules))), str(sum(map(is_batch_norm, modules)))
+        table.add_row(name, *counts, engineering(count_parameters(model)), engineering(count_macs(model, x[:1])))
+    return table
+
+
+def listing(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and one line on each, one a line."""
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{name:<{width}}  {description}" for name, description in rows)
+
+
+def engineering(number: int) -> str:
+    """Three digits and a unit.
+
+    >>> engineering(11181642), engineering(950)
+    ('11.2 M', '950')
+    """
+    for factor, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return str(number)
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table

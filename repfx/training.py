@@ -1,0 +1,166 @@
+"""A plain training loop: SGD with Nesterov momentum, warm-up and decay of the learning rate in one cycle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from repfx.data import DataSet, Images
+from repfx.errors import InvalidInput, RepfxError
+from repfx.precision import first_line
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. `learning_rate` is the highest of the cycle."""
+
+    epochs: int = 5
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    seed: int = 0
+    device: str = "cpu"
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("epochs", 1), ("batch_size", 2), ("workers", 0)):
+            if getattr(self, name) < lowest:
+                raise InvalidInput(f"{name} is {getattr(self, name)}; it must be at least {lowest}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise InvalidInput(f"learning_rate is {self.learning_rate}; it must be a positive number.")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the training stands after a step, of `total`, counted from 1."""
+
+    number: int
+    total: int
+    epoch: int
+    loss: float
+
+
+def train(
+    model: nn.Module, data: DataSet, recipe: Recipe, on_step: Callable[[Step], None] = lambda step: None
+) -> list[float]:
+    """Train a model in place on a data set; gives the mean loss of each epoch. Equal seeds give equal weights.
+
+    Raises:
+        InvalidInput: the model doesn't take the images or gives no logits for their classes.
+        RepfxError: the loss is no longer finite.
+    """
+    check_fit(model, data, recipe.device)
+    loader = _training_batches(data.train, recipe)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
+    total = recipe.epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, max(total, 2), pct_start=0.2)
+    losses, number = [], 0
+    for epoch in range(1, recipe.epochs + 1):
+        model.train()
+        sum_of_losses = 0.0
+        for x, y in loader:
+            loss = _step(model, x.to(recipe.device), y.to(recipe.device), optimizer)
+            schedule.step()
+            number += 1
+            if not math.isfinite(loss):
+                raise RepfxError(
+                    f"the loss is {loss} in epoch {epoch}: try a lower learning rate than {recipe.learning_rate}."
+                )
+            sum_of_losses += loss
+            on_step(Step(number, total, epoch, loss))
+        losses.append(sum_of_losses / len(loader))
+    model.eval()
+    return losses
+
+
+def _training_batches(images: Images, recipe: Recipe) -> DataLoader[Any]:
+    count = len(images)  # type: ignore[arg-type]
+    if count < 2:
+        raise InvalidInput(f"there are {count} images to train on; BatchNorm needs at least 2.")
+    return DataLoader(
+        images,
+        recipe.batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(recipe.seed),
+        drop_last=count % recipe.batch_size == 1,  # BatchNorm can't train on a batch of one
+        num_workers=recipe.workers,
+    )
+
+
+def _step(model: nn.Module, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer) -> float:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(logits_of(model(x)), y)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def logits_of(output: Any) -> Tensor:
+    """The main output of a classifier, which may come in a tuple or a dict with auxiliary ones."""
+    if isinstance(output, Mapping):
+        output = output.get("out", next(iter(output.values()), None))
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise InvalidInput(f"the model is no classifier: its output is {found}, not (images, classes).")
+    return output
+
+
+def check_fit(model: nn.Module, data: DataSet, device: str) -> None:
+    """Run one image in eval mode.
+
+    Raises:
+        InvalidInput: the model doesn't take the images or gives no logits for their classes.
+    """
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = logits_of(model(data.test[0][0][None].to(device)))
+    except InvalidInput:
+        raise
+    except Exception as error:
+        advice = "the model may need another --image-size"
+        raise InvalidInput(
+            f"the model fails on an image {data.example_shape} ({first_line(error)}): {advice}."
+        ) from error
+    if logits.shape[1] < len(data.classes):
+        raise InvalidInput(
+            f"the model gives {logits.shape[1]} classes, the data has {len(data.classes)}: set --num-classes."
+        )
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predicted classes and the true ones, `(images,)` each."""
+
+    predicted: Tensor
+    labels: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction that is right."""
+        return (self.predicted == self.labels).double().mean().item()
+
+    def flips(self, other: Predictions) -> int:
+        """How many images the other predicts differently."""
+        return int((self.predicted != other.predicted).sum())
+
+
+def predict(compute: Callable[[Tensor], Any], images: Images, batch_size: int, workers: int = 0) -> Predictions:
+    """Run a classifier over images: anything that maps a batch to logits."""
+    predicted, labels = [], []
+    with torch.no_grad():
+        for x, y in DataLoader(images, batch_size, num_workers=workers):
+            predicted.append(logits_of(compute(x)).argmax(1).cpu())
+            labels.append(y)
+    return Predictions(torch.cat(predicted), torch.cat(labels))

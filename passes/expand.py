@@ -150,7 +150,7 @@ def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *,
     set_submodule(model, plan.site.path, block)
     if block.norm_path is not None and block.norm is not None:
         undo.callback(set_submodule, model, block.norm_path, block.norm)
-        set_submodule(model, block.norm_path, nn.Identity())
+        set_submodule(model, block.norm_path, nn.Identity().train(block.norm.training))
 
 
 def _take_off(block: RepBlock) -> None:

@@ -41,7 +41,7 @@ class RepBlock(nn.Module):
         self.origin = Chain(iter(stages.items()), self.site)
         for name, branch in branches.items():
             self.add_module(name, branch)
-        self.training = conv.training
+        self.training = self.origin.training = conv.training
 
     @property
     def conv(self) -> Layer:

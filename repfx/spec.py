@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -121,7 +121,7 @@ class Spec:
     (BranchSpec(kind='1x1', options={}), BranchSpec(kind='1xk', options={}))
     """
 
-    branches: tuple[BranchSpec | str, ...] | list[str] | BranchesOf
+    branches: Sequence[BranchSpec | str] | BranchesOf
     norm: Literal["batch_norm", "scale", "none"] = "batch_norm"
     gamma: float = 1.0
     weights: Literal["default", "fan_out"] = "default"
@@ -204,7 +204,7 @@ PRESETS: dict[str, Preset] = {
     ]
 }
 
-SpecLike = str | list[str] | tuple[str, ...] | Spec | Mapping[str, Any]
+SpecLike = str | Sequence[str | BranchSpec] | Spec | Mapping[str, Any]
 
 
 def resolve_spec(spec: SpecLike) -> Spec:

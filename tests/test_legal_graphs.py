@@ -74,7 +74,8 @@ def read_before_and_after_relu(net: Any, x: Tensor) -> Tensor:
     x = torch.tanh(x)
     first: Tensor = net.c(x)
     x.relu_()
-    return first + net.d(x)
+    second: Tensor = net.d(x)
+    return first + second
 
 
 def added_into_the_input(net: Any, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -138,10 +139,11 @@ def _refusal(choice: _Choice, path: str, calls: int, model: nn.Module) -> str | 
 def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice, path: str) -> _Restored:
     conv, folded = choice.conv, choice.folded
     settings = Norm() if folded is None else Norm("batch_norm", folded.eps, folded.momentum)
-    kernel = kernel_of(conv, conv.weight.detach().double(), 0, 0)
+    kernel = kernel_of(copy.deepcopy(conv), conv.weight.detach().double(), 0, 0)
     norm = settings.batch_norm(kernel.out_channels, kernel.dimensions or 1, conv.weight)
     norm.requires_grad_(conv.weight.requires_grad)
-    conv.bias = None
+    if folded is None or not folded.bias:
+        conv.bias = None
     set_kernel(conv, norm, kernel, None if folded is None else folded.moments)
     forget_norm(conv)
     attach(conv, Provenance(("restore",), (path,)))

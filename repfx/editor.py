@@ -79,9 +79,9 @@ class Editor:
             self.merged.pop(old, None)
 
     def _template(self, match: Match) -> Op:
-        """The op whose module lends its path and settings to the merged conv: that with the largest window."""
+        """The op whose module lends its path and settings to the merged conv: the first of those with the largest window."""
         convs = [op for op in match.ops if self.view.is_conv(op.node)]
-        return max(convs, key=lambda op: (_window(self._template_module(op)), self._weight_of(op).numel()))
+        return max(convs, key=lambda op: _window(self._template_module(op)))
 
     def _template_module(self, op: Op) -> Layer:
         return (
@@ -136,7 +136,7 @@ class Editor:
                 norm = self.merged[op.node].norm
             elif module is not None and torch_class(module) in BATCH_NORMS:
                 path = self.island.full_path(str(op.node.target))
-                norm = FoldedNorm("", path, module.eps, module.momentum, Moments.after(module))
+                norm = FoldedNorm("", path, module.eps, module.momentum, False, Moments.after(module))
             elif op.meaning.kind != "identity":
                 norm = None
         return norm
@@ -152,7 +152,8 @@ class Editor:
             conv = conv_from_kernel(kernel, notes.template, self.island.full_path(path))
             attach(conv, self._final_provenance(notes, block_path))
             if notes.norm is not None:
-                remember_norm(conv, self._final_norm(notes.norm, path, block_path))
+                norm = self._final_norm(notes.norm, path, block_path)
+                remember_norm(conv, replace(norm, bias=notes.template.bias is not None))
             if not is_symmetric(kernel.padding) and not isinstance(conv.padding, str):
                 self._pad_before(node, kernel)
             node.target = path

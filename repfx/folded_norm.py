@@ -17,6 +17,7 @@ class FoldedNorm:
 
     Args:
         conv, norm: the paths of both in the model they stood in.
+        bias: whether the conv had a bias all the same.
         moments: of the conv's output in training mode, as far as they are known.
     """
 
@@ -24,6 +25,7 @@ class FoldedNorm:
     norm: str
     eps: float
     momentum: float | None
+    bias: bool
     moments: Moments | None = None
 
 

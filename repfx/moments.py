@@ -65,9 +65,9 @@ def set_kernel(conv: Layer, norm: Layer | None, kernel: Kernel, moments: Moments
             conv.bias = nn.Parameter(bias.to(conv.weight), requires_grad=conv.weight.requires_grad)
         return
     known = moments or Moments(bias.double(), torch.ones_like(bias, dtype=torch.float64))
+    norm.running_mean.copy_(known.mean - bias)
     if conv.bias is not None:
         conv.bias.zero_()
-    norm.running_mean.copy_(known.mean - bias)
     norm.running_var.copy_(known.variance)
     # from the rounded variance, so that √(σ² + ε) in eval mode cancels γ to the last digit
     norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())

@@ -13,7 +13,7 @@ import repfx
 from repfx.errors import InvalidInput, Refused, UnknownName
 from repfx.spec import PRESETS
 from repfx.testing import assert_same_map, randomize_batch_norm, relative_error
-from tests.nets import SmallNet, batch, small_net
+from tests.small_net import SmallNet, batch, small_net
 
 
 @pytest.mark.parametrize("training", [False, True])

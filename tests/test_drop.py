@@ -1,0 +1,79 @@
+"""`drop`: one branch leaves, the function stays."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import repfx
+from repfx.errors import InvalidInput, UnknownName
+from repfx.spec import PRESETS
+from repfx.testing import assert_same_map, randomize_batch_norm
+from tests.small_net import SmallNet, batch, small_net
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_branch_in_turn_until_the_plain_model_is_back(preset: str) -> None:
+    model = small_net()
+    plain_text = str(model)
+    expanded = randomize_batch_norm(repfx.expand(model, preset), seed=8).eval()
+    reference = copy.deepcopy(expanded)
+    for site in repfx.sites(expanded):
+        for branch in site.branches:
+            assert repfx.drop(expanded, site.path, branch) is expanded
+            assert_same_map(expanded, reference, batch())
+    assert str(expanded) == plain_text
+    SmallNet().double().load_state_dict(expanded.state_dict(), strict=True)
+
+
+def test_what_stays_are_the_same_parameters() -> None:
+    model: Any = randomize_batch_norm(repfx.expand(small_net(), "dbb"), seed=9)
+    weight, gamma = model.stem.conv.weight, model.stem.norm.weight
+    repfx.drop(model, "stem", "1x1")
+    assert model.stem.conv.weight is weight
+    assert model.stem.norm.weight is gamma
+    assert model.stem.branches.keys() == {"1x1-kxk", "1x1-avg"}
+
+
+def test_a_zero_gamma_of_the_origin_divides_nothing() -> None:
+    model: Any = randomize_batch_norm(repfx.expand(small_net(), "dbb"), seed=10).eval()
+    with torch.no_grad():
+        model.stem.norm.weight.zero_()
+    reference = copy.deepcopy(model)
+    assert_same_map(repfx.drop(model, "stem", "1x1-avg"), reference, batch())
+
+
+def test_in_training_mode_a_branch_that_adds_nothing_leaves_nothing() -> None:
+    """With γ = β = 0 in the branch, the other mode stays as well, once the statistics are true."""
+    model: Any = repfx.expand(small_net(), {"stem": "acb"}).train()
+    data = batch(64)
+    for _ in range(400):
+        model(data)
+    reference = copy.deepcopy(model)
+    # variance is stored unbiased and used biased: 1 in 64·99 positions
+    assert_same_map(repfx.drop(model, "stem", "1xk").train(), reference, data, 1e-3)
+
+
+def test_bad_names() -> None:
+    model = repfx.expand(small_net(), {"stem": "acb"})
+    before = str(model)
+    with pytest.raises(UnknownName, match="no block at 'sten'; did you mean 'stem'"):
+        repfx.drop(model, "sten", "1xk")
+    with pytest.raises(UnknownName, match="no branch '1x1'"):
+        repfx.drop(model, "stem", "1x1")
+    with pytest.raises(InvalidInput, match="has no blocks"):
+        repfx.drop(small_net(), "stem", "1xk")
+    assert str(model) == before
+
+
+def test_a_batch_norm_without_gamma_can_t_absorb() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3, affine=False)).double()
+    expanded = repfx.expand(model, "acb")
+    before = str(expanded)
+    with pytest.raises(InvalidInput, match="no γ"):
+        repfx.drop(expanded, "0", "1xk")
+    assert str(expanded) == before

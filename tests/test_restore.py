@@ -1,0 +1,144 @@
+"""`restore`: BatchNorm back behind fused convs, the function unchanged."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import repfx
+from repfx.errors import InvalidInput, Refused
+from repfx.testing import assert_same_map, randomize_batch_norm
+from tests.small_net import SmallNet, batch, small_net
+
+
+def trained(preset: str = "dbb") -> nn.Module:
+    return randomize_batch_norm(repfx.expand(small_net(), preset), seed=7).eval()
+
+
+@pytest.mark.parametrize("preset", ["repvgg", "dbb", "odbb", "qarepvgg"])
+def test_restored_loads_strictly_into_the_original_class(preset: str) -> None:
+    model = trained(preset)
+    restored = repfx.restore(repfx.fuse(model))
+    assert_same_map(restored, model, batch())
+    plain = SmallNet().double().eval()
+    plain.load_state_dict(restored.state_dict(), strict=True)
+    assert_same_map(plain, model, batch())
+
+
+def test_eps_and_momentum_return() -> None:
+    restored: Any = repfx.restore(repfx.fuse(trained()))
+    assert (restored.norm.eps, restored.norm.momentum) == (1e-3, 0.2)
+
+
+def test_the_restored_model_trains_and_fuses_again() -> None:
+    restored: Any = repfx.restore(repfx.fuse(trained())).train()
+    before = restored.norm.running_mean.clone()
+    restored(batch()).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in restored.parameters())
+    assert not torch.equal(before, restored.norm.running_mean)
+    restored.eval()
+    assert_same_map(repfx.fuse(restored), restored, batch())
+
+
+def test_a_single_batch_norm_keeps_the_training_mode_too() -> None:
+    """Where the statistics are true, conv + BatchNorm is the same function again in both modes."""
+    model = small_net().train()
+    data = batch(64)
+    for _ in range(400):
+        model(data)  # the running statistics become those of the data
+    restored = repfx.restore(repfx.fuse(model))
+    assert_same_map(restored.eval(), copy.deepcopy(model).eval(), data)
+    # variance is stored unbiased and used biased: 1 in 64·99 positions
+    assert_same_map(restored.train(), model.train(), data, 1e-3)
+
+
+def test_calibrated_statistics_keep_the_output_in_training_mode() -> None:
+    fused = repfx.fuse(trained())
+    data = [batch(seed=seed) for seed in range(3)]
+    restored = repfx.restore(fused, calibrate=data)
+    assert_same_map(restored.eval(), fused, torch.cat(data))
+    assert_same_map(restored.train(), fused, torch.cat(data), 1e-9)
+
+
+def test_gamma_zero_is_no_obstacle() -> None:
+    model = small_net().eval()
+    with torch.no_grad():
+        model.norm.weight[::2] = 0
+        model.norm2.weight.zero_()
+    fused = repfx.fuse(model)
+    restored = repfx.restore(fused)
+    assert_same_map(restored, model, batch())
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in restored.state_dict().values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
+    fused: Any = repfx.fuse(small_net())
+    with torch.no_grad():
+        fused.stem.weight[0, 0, 0, 0] = value
+    with pytest.raises(InvalidInput, match="weight of 'stem' is not finite"):
+        repfx.restore(fused)
+    broken = small_net()
+    with torch.no_grad():
+        broken.stem.weight[0, 0, 0, 0] = value
+    with pytest.raises(InvalidInput, match="merged weight of 'stem' is not finite"):
+        repfx.fuse(broken)
+
+
+def test_the_fused_model_is_untouched() -> None:
+    fused = repfx.fuse(trained())
+    before = copy.deepcopy(fused.state_dict())
+    repfx.restore(fused, "*", calibrate=[batch()])
+    assert before.keys() == fused.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in fused.state_dict().items())
+
+
+def test_named_convs_get_one_even_if_they_never_had_one() -> None:
+    fused = repfx.fuse(small_net())
+    restored: Any = repfx.restore(fused, "plain")
+    assert isinstance(restored.plain_norm, nn.BatchNorm2d)
+    assert restored.stem.bias is not None
+    assert_same_map(restored.eval(), fused.eval(), batch())
+
+
+def test_a_model_that_absorbed_nothing() -> None:
+    with pytest.raises(InvalidInput, match="has absorbed a BatchNorm"):
+        repfx.restore(small_net())
+    with pytest.raises(InvalidInput, match="no conv of SmallNet fits 'zz'"):
+        repfx.restore(small_net(), "zz")
+
+
+def test_inside_another_model_the_batch_norm_returns_beside_its_conv() -> None:
+    class Outer(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.backbone = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.backbone(x) * 2
+            return output
+
+    outer = Outer(repfx.fuse(trained()))
+    restored: Any = repfx.restore(outer)
+    assert isinstance(restored.backbone.norm, nn.BatchNorm2d)
+    assert_same_map(restored.eval(), outer.eval(), batch())
+
+
+def test_a_conv_called_twice_is_left_alone_with_the_reason() -> None:
+    shared = nn.Conv2d(3, 3, 3, padding=1)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    assert "called 2 times" in str(repfx.report(repfx.restore(model, "0")))
+    with pytest.raises(Refused, match="called 2 times"):
+        repfx.restore(model, "0", strict=True)
+
+
+def test_what_was_folded_survives_copying_and_saving(tmp_path: Any) -> None:
+    fused = repfx.fuse(trained())
+    torch.save(fused, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for twin in (copy.deepcopy(fused), loaded):
+        assert set(repfx.restore(twin).state_dict()) == set(SmallNet().state_dict())

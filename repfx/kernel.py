@@ -208,14 +208,18 @@ class Kernel:
     def widen(self, before: Ints, after: Ints) -> Kernel:
         """The same map on a window with `before` and `after` more taps of zero on each axis."""
         self._refuse_transposed("widened")
+        if min((*before, *after), default=0) < 0:
+            raise NoKernel(f"a window can't be widened by {before} and {after} taps")
         sides = [side for pair in zip(reversed(before), reversed(after)) for side in pair]
         padding = tuple((p + b * d, q + a * d) for (p, q), b, a, d in zip(self.padding, before, after, self.dilation))
         return replace(self, weight=F.pad(self.weight, sides), padding=padding)
 
     def densify(self, factors: Ints | None = None) -> Kernel:
-        """The same map with the dilation divided by `factors` (default: all of it), zeros between the taps."""
+        """The same map with the dilation divided by its divisors `factors` (default: all of it), zeros between the taps."""
         self._refuse_transposed("densified")
         factors = factors or self.dilation
+        if any(d % f for d, f in zip(self.dilation, factors)):
+            raise NoKernel(f"dilation {self.dilation} can't be divided by {factors}")
         if all(f == 1 for f in factors):
             return self
         window = tuple((k - 1) * f + 1 for k, f in zip(self.kernel_size, factors))
@@ -311,13 +315,14 @@ class Kernel:
 
     def compose(self, second: Kernel) -> Kernel:
         """The kernel of ``second(self(x))``."""
+        _require_meeting(self, second)
         if second.is_channelwise_affine:
             return self.fold_affine(second.weight.flatten(), second.bias)
         if self.is_channelwise_affine:
             return second.fold_affine_before(self.weight.flatten(), self.bias)
         if self.transposed or second.transposed:
             raise NoKernel("a transposed convolution composes with nothing but a scale or a shift")
-        _require_composable(self, second)
+        _require_same_borders(self, second)
         padding = tuple(
             (p + s * p2, q + s * q2) for (p, q), s, (p2, q2) in zip(self.padding, self.stride, second.padding)
         )
@@ -349,9 +354,8 @@ class Kernel:
     def slice_channels(self, start: int, stop: int) -> Kernel:
         """The kernel of the output channels from `start` up to `stop`."""
         whole = self.ungroup()
-        return replace(
-            whole, weight=whole.weight[start:stop], bias=None if self.bias is None else self.bias[start:stop]
-        )
+        weight = whole.weight[:, start:stop] if self.transposed else whole.weight[start:stop]
+        return replace(whole, weight=weight, bias=None if self.bias is None else self.bias[start:stop])
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -403,10 +407,13 @@ def _align(kernels: list[Kernel]) -> list[Kernel]:
     return [kernel._on_lattice(tuple(first), tuple(last), tuple(step)) for kernel in kernels]
 
 
-def _require_composable(first: Kernel, second: Kernel) -> None:
+def _require_meeting(first: Kernel, second: Kernel) -> None:
     if first.dimensions != second.dimensions or first.out_channels != second.in_channels:
         have = f"{first.out_channels} channels in {first.dimensions} dimensions"
         raise NoKernel(f"{have} can't enter a map of {second.in_channels} in {second.dimensions}")
+
+
+def _require_same_borders(first: Kernel, second: Kernel) -> None:
     if not second.padded:
         return
     if second.padding_mode != "zeros":

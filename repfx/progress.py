@@ -33,16 +33,18 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
+    if quiet or not console.is_terminal:
+        yield Watcher()
+        return
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("loading", total=None, note="")
 
         def on_stage(stage: str) -> None:
-            if stage == "fuse":
-                progress.update(task, description="trained")
-            if stage not in ("expand", "train"):
-                progress.console.print(f"[dim]{_STAGES[stage]} …")
+            if stage in ("expand", "train"):
+                progress.update(task, description=_STAGES[stage])
                 return
-            progress.update(task, description=_STAGES[stage])
+            progress.update(task, description="trained")
+            progress.console.print(f"[dim]{_STAGES[stage]} …")
 
         def on_step(step: Step) -> None:
             note = f"epoch {step.epoch}, loss {step.loss:.3f}"

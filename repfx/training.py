@@ -1,4 +1,4 @@
-"""A plain training loop: SGD with Nesterov momentum, warm-up and decay of the learning rate in one cycle."""
+"""A plain training loop: AdamW, a learning rate that rises and falls once, and what a classifier predicts."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def train(
         model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
     total = recipe.epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, max(total, 2), pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: share_of_rate(done, total))
     losses, number = [], 0
     for epoch in range(1, recipe.epochs + 1):
         model.train()
@@ -80,6 +80,18 @@ def train(
         losses.append(sum_of_losses / len(loader))
     model.eval()
     return losses
+
+
+def share_of_rate(done: int, total: int) -> float:
+    """What part of the highest learning rate a step has: linearly up for a fifth of the steps, then a cosine down.
+
+    >>> [round(share_of_rate(done, 10), 2) for done in range(10)]
+    [0.5, 1.0, 1.0, 0.96, 0.85, 0.69, 0.5, 0.31, 0.15, 0.04]
+    """
+    warm_up = max(1, total // 5)
+    if done < warm_up:
+        return (done + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / max(1, total - warm_up)))
 
 
 def _training_batches(images: Images, recipe: Recipe) -> DataLoader[Any]:

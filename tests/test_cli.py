@@ -1,0 +1,256 @@
+"""The command line as a person meets it: what it leaves, prints and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import repfx
+from repfx import experiment
+from repfx.branch import KINDS
+from repfx.cli import main
+from repfx.data import DataSource, InputForm, load_data
+from repfx.errors import ExportError
+from repfx.rule import PASSES
+from repfx.run_folder import CHECKPOINT, METRICS, MODEL, STRUCTURE, RunFolder
+from repfx.spec import PRESETS
+from tests.tiny import net
+
+TINY = f"{Path(__file__).with_name('tiny.py')}:net"
+TRAIN = ["train", "--model", TINY, "--image-size", "8", "--epochs", "2", "--learning-rate", "0.02"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def repfx_command(capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    def run(*arguments: object) -> Outcome:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the main job on the real digits, with a tiny net."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    with pytest.raises(SystemExit) as stopped:
+        main([*TRAIN, "--out", str(out), "--json"])
+    assert not stopped.value.code
+    return out
+
+
+# --- train ----------------------------------------------------------------------------------------------------------
+
+
+def test_train_leaves_the_four_files_and_nothing_else(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {CHECKPOINT, STRUCTURE, MODEL, METRICS}
+
+
+def test_train_learns_and_fusing_changes_no_prediction(finished: Path) -> None:
+    metrics = json.loads((finished / METRICS).read_text())
+    assert metrics["accuracy"]["expanded"] > 0.8
+    assert metrics["accuracy"]["fused"] == metrics["accuracy"]["expanded"] == metrics["accuracy"]["onnxruntime"]
+    assert metrics["flips"] == {"fused": 0, "onnxruntime": 0}
+    assert metrics["losses"][1] < metrics["losses"][0]
+
+
+def test_train_tells_what_each_form_costs(finished: Path) -> None:
+    cost = json.loads((finished / METRICS).read_text())["cost"]
+    assert cost["fused"]["macs"] == cost["plain"]["macs"] < cost["expanded"]["macs"]
+    assert cost["fused"]["parameters"] < cost["plain"]["parameters"] < cost["expanded"]["parameters"]
+    assert all(form["latency"] > 0 for form in cost.values())
+
+
+def test_the_checkpoint_and_its_structure_give_the_trained_model_again(finished: Path) -> None:
+    model = RunFolder(finished).load()
+    data = load_data(DataSource("digits"), InputForm(1, size=8))
+    x = torch.stack([data.test[index][0] for index in range(len(data.test))])  # type: ignore[arg-type]
+    y = torch.tensor([int(data.test[index][1]) for index in range(len(data.test))])  # type: ignore[arg-type]
+    accuracy = json.loads((finished / METRICS).read_text())["accuracy"]
+    assert isinstance(model[0], repfx.RepBlock)  # type: ignore[index]
+    assert (model(x).argmax(1) == y).double().mean().item() == accuracy["expanded"]
+    session = onnxruntime.InferenceSession(finished / MODEL)
+    (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(logits, model(x).detach().numpy(), rtol=1e-3, atol=1e-3)  # float32, another order
+
+
+def test_equal_seeds_leave_equal_weights(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    assert repfx_command(*TRAIN, "--out", tmp_path / "again").code == 0
+    assert (tmp_path / "again" / CHECKPOINT).read_bytes() == (finished / CHECKPOINT).read_bytes()
+
+
+def test_a_run_that_is_there_is_kept_unless_overwriting_is_asked_for(tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / METRICS).write_text("older")
+    (tmp_path / "notes.txt").write_text("mine")
+    refused = repfx_command(*TRAIN, "--out", tmp_path)
+    assert (refused.code, refused.out) == (2, "")
+    assert "holds a run already (metrics.json): --overwrite replaces it" in refused.err
+    assert (tmp_path / METRICS).read_text() == "older"
+
+    written = repfx_command(*TRAIN, "--out", tmp_path, "--overwrite", "--spec", "1x1,1xk", "--epochs", 1)
+    assert written.code == 0
+    assert "in onnxruntime" in written.out
+    assert written.err == ""  # no progress where there is no terminal
+    assert json.loads((tmp_path / METRICS).read_text())["test_images"] == 355
+    assert json.loads((tmp_path / STRUCTURE).read_text())["spec"] == "1x1,1xk"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--spec", "dbbb"], "no preset 'dbbb'; did you mean 'dbb'?"),
+        (["--spec", "1x1,1x2"], "no branch kind '1x2'"),
+        (["--spec", "{1x1}"], "is no JSON"),
+        (["--data", "no/such/data.npz"], "no/such/data.npz"),
+        (["--num-classes", "3"], "the model gives 3 classes, the data has 10"),
+        (["--device", "nowhere"], "device 'nowhere' can't be used"),
+        (["--option", "width"], "must be NAME=VALUE"),
+        (["--option", "depth=3"], "can't be built: TypeError"),
+        (["--weights", "no/such/file.pt"], "No such file"),
+        (["--learning-rate", "-1"], "must be a positive number"),
+    ],
+)
+def test_what_train_can_not_do_is_one_line_and_leaves_nothing(  # type: ignore[no-untyped-def]
+    arguments: list[str], message: str, tmp_path: Path, repfx_command
+) -> None:
+    outcome = repfx_command(*TRAIN, "--out", tmp_path / "runs" / "first", *arguments)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert outcome.err.startswith("repfx: ")
+    assert outcome.err.count("\n") == 1
+    assert outcome.out == ""
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_out_that_is_a_file_is_refused_before_training(tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "taken").write_text("mine")
+    outcome = repfx_command(*TRAIN, "--out", tmp_path / "taken")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_failed_export_keeps_the_trained_weights(  # type: ignore[no-untyped-def]
+    tmp_path: Path, repfx_command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise ExportError("no export today.")
+
+    monkeypatch.setattr(experiment, "export_onnx", fail)
+    outcome = repfx_command(*TRAIN, "--out", tmp_path / "out", "--epochs", 1)
+    assert outcome.code == 2
+    assert "no export today" in outcome.err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {CHECKPOINT, STRUCTURE}
+
+
+# --- fuse -----------------------------------------------------------------------------------------------------------
+
+
+def test_fuse_exports_a_finished_run(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    outcome = repfx_command("fuse", finished, "--onnx", tmp_path / "again.onnx")
+    assert outcome.code == 0, outcome.err
+    assert "[batch, 1, 8, 8]" in outcome.out
+    x = torch.randn(3, 1, 8, 8)
+    sessions = [onnxruntime.InferenceSession(path) for path in (finished / MODEL, tmp_path / "again.onnx")]
+    outputs = [session.run(None, {session.get_inputs()[0].name: x.numpy()})[0] for session in sessions]
+    np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+
+
+def test_fuse_takes_a_model_with_weights(tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    model = net(4).eval()
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    arguments = ("--weights", tmp_path / "w.pt", "--num-classes", 4, "--input-shape", "1x8x8")
+    outcome = repfx_command("fuse", TINY, *arguments, "--onnx", tmp_path / "m.onnx")
+    assert outcome.code == 0, outcome.err
+    x = torch.randn(2, 1, 8, 8)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nix"], "has the wrong form"),
+        ([".."], "holds no training run"),
+        ([TINY, "--weights", __file__], "can't be read as weights"),
+        ([TINY, "--input-shape", "1xbx8"], "must be whole numbers"),
+        ([TINY, "--input-shape", "3x8x8"], "can't run on x"),
+    ],
+)
+def test_what_fuse_can_not_do_is_one_line_and_leaves_nothing(  # type: ignore[no-untyped-def]
+    arguments: list[str], message: str, tmp_path: Path, repfx_command
+) -> None:
+    outcome = repfx_command("fuse", *arguments, "--onnx", tmp_path / "m.onnx")
+    assert (outcome.code, outcome.err.count("\n"), outcome.out) == (2, 1, "")
+    assert message in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_structure_from_elsewhere_is_refused(tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    for text, message in (("{}", "no structure"), ("[", "no structure"), ('{"format": 99}', "has format 99")):
+        (tmp_path / STRUCTURE).write_text(text)
+        outcome = repfx_command("fuse", tmp_path, "--onnx", tmp_path / "m.onnx")
+        assert (outcome.code, message in outcome.err) == (2, True), outcome.err
+
+
+# --- inspect and list -----------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_each_site_and_what_a_spec_would_do(repfx_command) -> None:  # type: ignore[no-untyped-def]
+    lines = repfx_command("inspect", TINY, "--spec", '{"3": "acb"}').out.splitlines()
+    assert len(lines) == 3
+    assert "no pattern of the spec names it" in lines[1]
+    assert "1xk, kx1" in lines[2]
+
+
+def test_inspect_shows_the_branches_of_a_finished_run(finished: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    assert "1x1, 1x1-kxk, 1x1-avg" in repfx_command("inspect", finished).out
+
+
+@pytest.mark.parametrize(("what", "names"), [("branches", KINDS), ("presets", PRESETS), ("passes", PASSES)])
+def test_list_shows_each_name_once(what: str, names: dict[str, object], repfx_command) -> None:  # type: ignore[no-untyped-def]
+    lines = repfx_command("list", what).out.splitlines()
+    assert [line.split()[0] for line in lines] == list(names)
+    assert all(len(line.split()) > 1 for line in lines)
+
+
+# --- the command itself ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["train", "fuse", "inspect", "list"])
+def test_each_command_explains_itself(command: str, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    outcome = repfx_command(command, "--help")
+    assert outcome.code == 0
+    assert f"repfx {command}" in outcome.out
+
+
+def test_the_version_is_told(repfx_command) -> None:  # type: ignore[no-untyped-def]
+    assert repfx_command("--version").out == f"repfx {repfx.__version__}\n"
+
+
+def test_without_the_extra_packages_one_line_names_the_install() -> None:
+    program = "import sys; sys.modules['typer'] = None; from repfx.cli import main; main(['list', 'passes'])"
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert (found.returncode, found.stdout) == (2, "")
+    assert "pip install 'repfx[cli]'" in found.stderr
+    assert found.stderr.count("\n") == 1

@@ -158,6 +158,13 @@ class Editor:
                 self._pad_before(node, kernel)
             node.target = path
             set_submodule(self.view.root, path, conv)
+        self._erase_unused_constants()
+
+    def _erase_unused_constants(self) -> None:
+        """Scales and shifts that a kernel has absorbed."""
+        for node in list(self.view.graph.nodes):
+            if node.op == "get_attr" and not node.users:
+                self.view.graph.erase_node(node)
 
     def _block_path(self, node: fx.Node) -> str | None:
         """The outermost block of which `node` is all that is left, or None."""

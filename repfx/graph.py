@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from repfx.errors import InvalidInput, first_line
@@ -86,22 +87,24 @@ def _graph_of(module: nn.Module, *, is_root: bool) -> tuple[fx.Graph, dict[str, 
     if has_hooks(module):
         return "it has hooks, which would no longer run"
     graphs = []
+    constants: list[dict[str, Tensor]] = []
     for training in (True, False):
         module.train(training)
         tracer = _Tracer()
-        before = set(vars(module))
+        before, state = set(vars(module)), _state(module)
         try:
             graphs.append(tracer.trace(module))
         except Exception as error:
             return first_line(error)
-        constants = {
-            name: value for name, value in vars(module).items() if name not in before and isinstance(value, Tensor)
-        }
-        for name in set(vars(module)) - before:
+        if _state(module) != state:
+            return "it changes its own tensors while it runs"
+        made = {name: value for name, value in vars(module).items() if name not in before}
+        constants.append({name: value for name, value in made.items() if isinstance(value, Tensor)})
+        for name in made:
             delattr(module, name)
-    if _text(graphs[0]) != _text(graphs[1]):
+    if _text(graphs[0]) != _text(graphs[1]) or not _same_tensors(*constants):
         return "it computes different things in training and in eval mode"
-    return graphs[1], constants
+    return graphs[1], constants[1]
 
 
 class _Tracer(fx.Tracer):
@@ -169,6 +172,18 @@ def _opaque_calls(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
 
 def _text(graph: fx.Graph) -> list[str]:
     return [f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}" for node in graph.nodes]
+
+
+def _state(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which tensors a module holds beside its parameters, and how often each was written to."""
+    tensors = dict(module.named_buffers())
+    for path, inner in module.named_modules():
+        tensors.update({f"{path}.{name}": value for name, value in vars(inner).items() if isinstance(value, Tensor)})
+    return {name: (id(tensor), tensor._version) for name, tensor in tensors.items() if "_tensor_constant" not in name}
+
+
+def _same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
 def module_paths(model: nn.Module) -> dict[int, list[str]]:

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from repfx.kernel import NoKernel, is_symmetric
-from repfx.operations import mutated_by
+from repfx.operations import may_share_memory, mutated_by
 from repfx.pattern import META, Match, View
 
 
@@ -23,16 +23,35 @@ def used_once(match: Match, view: View) -> str | None:
 
 
 def unmutated(match: Match, view: View) -> str | None:
-    """Nobody changes the source in place between the first map that reads it and the root, or relies on the root doing so."""
+    """Nobody changes what the match reads before its root is reached, or relies on the match itself doing so."""
     inside = set(match.nodes)
-    mutating = {user for user in match.source.users if mutated_by(user, view.root) is match.source}
-    if mutating & inside and any(user not in inside for user in match.source.users):
-        return f"{match.source.name!r} is changed in place and used elsewhere"
-    between = min(inside)
-    while between is not match.root:
-        if between in mutating and between not in inside:
-            return f"{between.name!r} changes {match.source.name!r} in place halfway"
-        between = between.next
+    node = min(inside)
+    while node is not match.root.next:
+        written = mutated_by(node, view.root)
+        if written is not None and written not in inside:
+            reason = _relied_on(written, inside, view) if node in inside else _halfway(node, written, match, view)
+            if reason is not None:
+                return reason
+        node = node.next
+    return None
+
+
+def _relied_on(written: fx.Node, inside: set[fx.Node], view: View) -> str | None:
+    """The match writes into a tensor from outside, which will no longer be changed."""
+    memory = may_share_memory(written, view.root)
+    for node in view.graph.nodes:
+        needed = node not in inside and any(user not in inside for user in node.users)
+        if needed and memory & may_share_memory(node, view.root):
+            return f"{written.name!r} is changed in place and used elsewhere"
+    return None
+
+
+def _halfway(node: fx.Node, written: fx.Node, match: Match, view: View) -> str | None:
+    """Someone else writes into what the match reads while it is being computed."""
+    memory = may_share_memory(written, view.root)
+    for source in (match.source, *(term for _, term in match.remainder)):
+        if source < node and memory & may_share_memory(source, view.root):
+            return f"{node.name!r} changes {source.name!r} in place halfway"
     return None
 
 

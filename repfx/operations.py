@@ -12,13 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from repfx.kernel import Kernel, NoKernel
-from repfx.meaning import Meaning, average_pool_meaning, meaning_of, pad_meaning, pairs_of, per_axis
+from repfx.meaning import (
+    Meaning,
+    average_pool_meaning,
+    is_batch_norm,
+    is_conv,
+    meaning_of,
+    pad_meaning,
+    pairs_of,
+    per_axis,
+)
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 SUBTRACTIONS = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract"}
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
 _QUOTIENTS = {operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide, "div", "div_", "divide"}
 _NEGATIONS = {operator.neg, torch.neg, torch.negative, "neg", "negative"}
+_ARITHMETIC = ADDITIONS | SUBTRACTIONS | _PRODUCTS | _QUOTIENTS | _NEGATIONS
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 
 
@@ -41,8 +51,8 @@ def read_op(node: fx.Node, root: nn.Module) -> Op | None:
         return None
     reader = _FUNCTIONS.get(node.target)
     if reader is not None:
-        meaning = reader(*node.args[1:], **node.kwargs)
-        first = node.args[0] if node.args else None
+        first, others, keywords = _split(node)
+        meaning = reader(*others, **keywords)
         return Op(node, first, meaning) if meaning is not None and isinstance(first, fx.Node) else None
     return _read_arithmetic(node, root)
 
@@ -51,7 +61,8 @@ def mutated_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
     """The node whose tensor this one changes in place, if it does."""
     first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     if node.op == "call_module":
-        return first if getattr(root.get_submodule(str(node.target)), "inplace", False) else None
+        layers = root.get_submodule(str(node.target)).modules()
+        return first if any(getattr(layer, "inplace", False) for layer in layers) else None
     out = node.kwargs.get("out")
     if isinstance(out, fx.Node):
         return out
@@ -65,6 +76,25 @@ def mutated_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
     return first if node.op == "call_function" and in_place else None
 
 
+def may_share_memory(node: fx.Node, root: nn.Module) -> set[fx.Node]:
+    """The nodes whose tensors `node` may be, whole or in part: itself alone where it surely makes a tensor of its own."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += [] if _makes_new_tensor(node, root) else node.all_input_nodes
+    return found
+
+
+def _makes_new_tensor(node: fx.Node, root: nn.Module) -> bool:
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        return is_conv(module) or is_batch_norm(module) or isinstance(module, nn.Linear)
+    return node.target in _ARITHMETIC and mutated_by(node, root) is None
+
+
 def constant(value: Any, root: nn.Module) -> Tensor | float | None:
     """A number or tensor that depends on no input: a literal, or a parameter or buffer of the model; else None."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -74,7 +104,15 @@ def constant(value: Any, root: nn.Module) -> Tensor | float | None:
     found: Any = root
     for part in str(value.target).split("."):
         found = getattr(found, part)
-    return found.detach() if isinstance(found, Tensor) else None
+    return found.detach() if isinstance(found, Tensor) and not found.is_complex() else None
+
+
+def _split(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The input of a call, which may be written as `input=`; and the other arguments."""
+    if node.args:
+        return node.args[0], node.args[1:], node.kwargs
+    keywords = dict(node.kwargs)
+    return keywords.pop("input", None), (), keywords
 
 
 def _only_input(node: fx.Node) -> fx.Node | None:
@@ -125,9 +163,10 @@ _FUNCTIONS: dict[Any, Callable[..., Meaning | None]] = {
 
 
 def _read_arithmetic(node: fx.Node, root: nn.Module) -> Op | None:
-    if node.target in _NEGATIONS and isinstance(node.args[0], fx.Node):
-        return Op(node, node.args[0], _affine(lambda like: (like.new_tensor(-1.0), None)))
-    known = node.target in ADDITIONS | SUBTRACTIONS | _PRODUCTS | _QUOTIENTS
+    first, others, keywords = _split(node)
+    if node.target in _NEGATIONS and isinstance(first, fx.Node) and not others and not keywords:
+        return Op(node, first, _affine(lambda like: (like.new_tensor(-1.0), None)))
+    known = node.target in _ARITHMETIC - _NEGATIONS
     if not known or len(node.args) != 2 or node.kwargs:
         return None
     left, right = (constant(argument, root) for argument in node.args)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from repfx.kernel import Kernel, NoKernel
-from repfx.meaning import Kind, Meaning, is_batch_norm, is_conv, refusal_of
-from repfx.operations import ADDITIONS, SUBTRACTIONS, Op, constant, read_op
+from repfx.meaning import Kind, Meaning, has_hooks, is_batch_norm, is_conv, refusal_of
+from repfx.operations import ADDITIONS, SUBTRACTIONS, Op, constant, mutated_by, read_op
 
 
 @dataclass
@@ -39,6 +39,11 @@ class View:
     def __post_init__(self) -> None:
         read = {str(node.target).rpartition(".")[0] for node in self.graph.nodes if node.op == "get_attr"}
         self._read_elsewhere = read
+        self._changing = {
+            str(written.target)
+            for node in self.graph.nodes
+            if (written := mutated_by(node, self.root)) is not None and written.op == "get_attr"
+        }
 
     def op(self, node: fx.Node) -> Op | None:
         """The node as a linear map that may be moved and merged, or None."""
@@ -46,7 +51,8 @@ class View:
             kernel = self.kernels[node]
             meaning = Meaning("conv", kernel.dimensions, kernel.in_channels, lambda like, channels, n: kernel.to(like))
             return Op(node, node.all_input_nodes[0], meaning)
-        return None if self.refusal(node) else read_op(node, self.root)
+        changing = any(source.op == "get_attr" and source.target in self._changing for source in node.all_input_nodes)
+        return None if changing or self.refusal(node) else read_op(node, self.root)
 
     def refusal(self, node: fx.Node) -> str | None:
         """Why the module that a node calls must stay as it is, or None."""
@@ -54,6 +60,8 @@ class View:
             return None
         path = str(node.target)
         module = self.root.get_submodule(path)
+        if has_hooks(module):
+            return f"{type(module).__name__} has hooks, which would no longer see what they see now"
         if not any(True for _ in module.parameters()) and not is_batch_norm(module):
             return None
         if self.calls[path] > 1:
@@ -62,6 +70,8 @@ class View:
             return f"it is registered under {self.registered[path]} names"
         if path in self._read_elsewhere:
             return "its parameters are read elsewhere in the model"
+        if any(tensor.is_complex() for tensor in module.parameters()):
+            return "its weights are complex"
         return refusal_of(module)
 
     def module(self, node: fx.Node) -> nn.Module | None:

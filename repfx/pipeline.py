@@ -74,6 +74,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 def _view(model: nn.Module, island: Island, calls: Counter[str], registered: dict[int, list[str]]) -> View:
     root = model.get_submodule(island.path)
+    _place_constants(root, island)
     paths = {path: registered.get(id(module), []) for path, module in root.named_modules()}
     local_calls = Counter({path: calls[island.full_path(path)] for path in paths})
     return View(root, island.graph, local_calls, Counter({path: len(names) for path, names in paths.items()}))
@@ -133,8 +134,7 @@ def _outside(model: nn.Module, traces: Traces) -> list[Skip]:
 def install(model: nn.Module, island: Island) -> nn.Module:
     """Put the island's graph to work in place of its module; returns the model."""
     root = model.get_submodule(island.path)
-    for name, value in island.constants.items():
-        setattr(root, name, value)
+    _place_constants(root, island)
     island.graph.lint()
     compiled = fx.GraphModule(root, island.graph, class_name=type(root).__name__)
     _take_over_attributes(compiled, root)
@@ -142,6 +142,11 @@ def install(model: nn.Module, island: Island) -> nn.Module:
         return compiled
     set_submodule(model, island.path, compiled)
     return model
+
+
+def _place_constants(root: nn.Module, island: Island) -> None:
+    for name, value in island.constants.items():
+        setattr(root, name, value)
 
 
 def take_over_modes(model: nn.Module, original: nn.Module) -> None:

@@ -119,6 +119,8 @@ def find_sites(model: nn.Module) -> list[Site]:
 def _refusal(
     conv: Layer, path: str, read: set[str], registered: dict[int, list[str]], owners: dict[int, list[str]]
 ) -> str | None:
+    if not path:
+        return "it is the whole model; put it into an nn.Sequential"
     if torch_class(conv) in TRANSPOSED_CONVS:
         return "a transposed conv is folded but not expanded"
     if refusal_of(conv) is not None:

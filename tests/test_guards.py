@@ -1,0 +1,241 @@
+"""Each guard on its own: the net that it has to stop, with the reason, and the near twin that passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import repfx
+from tests.inline_net import Net, convs, fused_exactly, image, norms, reasons
+
+
+def conv(kernel_size: int = 3, channels: int = 4, **keywords: Any) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, kernel_size, **{"padding": kernel_size // 2, **keywords})
+
+
+def two(function: Any, **members: Any) -> Net:
+    return Net(function, a=conv(), b=conv(1), c=conv(), n=nn.BatchNorm2d(4), **members)
+
+
+# ---- nobody writes into what is read
+
+
+def foreign_term_changed(m: Any, x: Any) -> Any:
+    y = m.c(x).relu()
+    total = m.a(x) + y
+    y.sub_(3)
+    return total + m.b(x)
+
+
+def foreign_term_written_into(m: Any, x: Any) -> Any:
+    y = m.c(x).relu()
+    total = y
+    total += m.a(x)
+    return (total + m.b(x)) * y
+
+
+def view_changed(m: Any, x: Any) -> Any:
+    x = m.c(x).relu()
+    view = x.view(x.shape)
+    first = m.a(x)
+    view.sub_(1)
+    return first + m.b(x)
+
+
+def view_used_afterwards(m: Any, x: Any) -> Any:
+    x = m.c(x).relu()
+    view = x.view(x.shape)
+    view += m.a(view)
+    return view.sin() + x
+
+
+def changed_inside_a_layer(m: Any, x: Any) -> Any:
+    x = m.c(x).tanh()
+    first = m.a(x)
+    z = m.layer(x)
+    return first + m.b(x) + z.tanh()
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Any) -> Any:
+        return self.act(x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        foreign_term_changed,
+        foreign_term_written_into,
+        view_changed,
+        view_used_afterwards,
+        changed_inside_a_layer,
+    ],
+)
+def test_what_is_changed_in_place_is_not_moved(function: Any) -> None:
+    fused = fused_exactly(two(function, layer=Layer()), image())
+    assert "in place" in reasons(fused)
+
+
+def other_tensor_changed(m: Any, x: Any) -> Any:
+    first = m.a(x)
+    other = m.c(x).relu_()
+    return first + m.b(x) + other
+
+
+def sum_in_place(m: Any, x: Any) -> Any:
+    total = m.a(x)
+    total += m.b(x)
+    total *= 2
+    return total
+
+
+@pytest.mark.parametrize(("function", "left"), [(other_tensor_changed, ["a", "c"]), (sum_in_place, ["a"])])
+def test_changing_what_only_the_sum_sees_does_no_harm(function: Any, left: list[str]) -> None:
+    assert convs(fused_exactly(two(function), image())) == left
+
+
+# ---- a state that moves
+
+
+def test_a_parameter_that_the_forward_changes_is_no_constant() -> None:
+    def forward(m: Any, x: Any) -> Any:
+        m.scale.detach().add_(0)
+        m.scale.add_(1)
+        return m.a(x) * m.scale
+
+    model = Net(forward, a=conv(), scale=nn.Parameter(torch.ones(1).double(), requires_grad=False)).double().eval()
+    fused = repfx.fuse(model)
+    x = image()
+    assert all(torch.equal(fused(x), model(x)) for _ in range(2))
+
+
+def test_a_buffer_that_the_forward_changes_is_not_traced_through() -> None:
+    def forward(m: Any, x: Any) -> Any:
+        m.scale.add_(1)
+        return m.a(x) * m.scale
+
+    model = Net(forward, a=conv(), scale=nn.Buffer(torch.ones(1).double())).double().eval()
+    fused = repfx.fuse(model)
+    assert "changes its own tensors" in reasons(fused)
+    x = image()
+    assert all(torch.equal(fused(x), model(x)) for _ in range(2))
+
+
+# ---- hooks see what they saw
+
+
+@pytest.mark.parametrize("layer", [nn.Identity(), nn.AvgPool2d(3, 1, 1), nn.ZeroPad2d(1), nn.BatchNorm2d(4)])
+@pytest.mark.parametrize("kind", ["forward", "before"])
+def test_a_layer_with_a_hook_is_called_as_before(layer: nn.Module, kind: str) -> None:
+    seen = []
+
+    def hook(module: nn.Module, inputs: Any, output: Any = None) -> Any:
+        seen.append(module)
+        return inputs[0] * 2 if output is None else output * 2
+
+    register = layer.register_forward_hook if kind == "forward" else layer.register_forward_pre_hook
+    handle = register(hook)
+    fused = fused_exactly(nn.Sequential(conv(bias=False), layer, nn.Conv2d(4, 4, 3)), image())
+    assert len(seen) == 2  # once in each model
+    assert "1" in dict(fused.named_children())
+    handle.remove()
+
+
+# ---- modules that others use
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda m, x: m.n(m.a(m.a(x))), "called 2 times"),
+        (lambda m, x: m.n(m.a(x)) + m.n(m.c(x)), "called 2 times"),
+        (lambda m, x: m.n(m.a(x)) + F.conv2d(x, m.a.weight, padding=1), "read elsewhere"),
+        (lambda m, x: m.n(m.a(x)) * m.n.weight.sum(), "read elsewhere"),
+        (lambda m, x: (lambda y: m.n(y) + y)(m.a(x)), "second user"),
+    ],
+)
+def test_what_others_use_stays(function: Any, reason: str) -> None:
+    fused = fused_exactly(two(function), image())
+    assert norms(fused) == ["n"]
+    assert reason in reasons(fused)
+
+
+def test_a_module_of_two_names_stays() -> None:
+    shared = conv()
+    fused = fused_exactly(Net(lambda m, x: m.n(m.a(x)), a=shared, b=shared, n=nn.BatchNorm2d(4)), image())
+    assert norms(fused) == ["n"]
+    assert "registered under 2 names" in reasons(fused)
+
+
+def test_complex_weights_are_not_made_real() -> None:
+    parts = [nn.Conv2d(2, 2, 1, dtype=torch.complex128) for _ in "ab"]
+    model = Net(lambda m, x: m.a(x) + m.b(x), a=parts[0], b=parts[1])
+    x = torch.randn(1, 2, 3, 3, dtype=torch.complex128)
+    fused = repfx.fuse(model)
+    assert torch.equal(fused(x), model(x))
+    assert "complex" in reasons(fused)
+
+
+# ---- what is a conv, and what it costs
+
+
+def test_zero_padding_after_a_bias_is_no_conv() -> None:
+    fused = fused_exactly(nn.Sequential(nn.BatchNorm2d(4), conv()), image())
+    assert "bias does not reach the border" in reasons(fused)
+    assert norms(fused_exactly(nn.Sequential(nn.BatchNorm2d(4), conv(padding=0)), image())) == []
+
+
+def test_a_merge_that_costs_more_is_not_made() -> None:
+    narrow = nn.Sequential(nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1))
+    fused = fused_exactly(narrow, image(1, 16, 5, 5))
+    assert convs(fused) == ["0", "1"]
+    assert "would need 256 multiply-adds a position, the present ones need 128" in reasons(fused)
+    wide = nn.Sequential(nn.Conv2d(4, 16, 1), nn.Conv2d(16, 4, 1))
+    assert len(convs(fused_exactly(wide, image()))) == 1
+
+
+def test_what_comes_before_a_stride_counts_at_all_its_positions() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 2, bias=False), nn.Conv2d(4, 4, 2, stride=2))
+    assert len(convs(fused_exactly(model, image()))) == 1  # 9 taps at a quarter of the positions, against 4 + 4 / 4
+    dense = nn.Sequential(nn.Conv2d(4, 4, 2, bias=False), nn.Conv2d(4, 4, 2))
+    assert len(convs(fused_exactly(dense, image()))) == 2
+
+
+def test_linear_and_batch_norm_meet_only_on_two_axes() -> None:
+    layers = [nn.Linear(4, 4), nn.BatchNorm1d(4)]
+    fused = fused_exactly(nn.Sequential(*layers), image(3, 4, 4))
+    assert "isn't known to be (batch, channels)" in reasons(fused)
+    kept = fused_exactly(nn.Sequential(nn.Flatten(0, 1), *layers), image(3, 4, 4))
+    assert norms(kept) == ["2"]
+
+
+FLAT = [nn.Flatten(), lambda x: torch.flatten(x, 1), lambda x: x.flatten(start_dim=1), lambda x: x.flatten(1, -1)]
+
+
+@pytest.mark.parametrize("flatten", FLAT)
+def test_after_flattening_there_are_two_axes(flatten: Any) -> None:
+    model = Net(
+        lambda m, x: m.d(m.n(m.c(m.r(m.flatten(x))))),
+        flatten=flatten,
+        r=nn.ReLU(),
+        c=nn.Linear(4, 4),
+        n=nn.BatchNorm1d(4),
+        d=nn.Linear(4, 4),
+    )
+    assert norms(fused_exactly(model, image(3, 2, 2))) == []
+
+
+def test_one_sided_padding_is_not_traded_for_itself() -> None:
+    fused = fused_exactly(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv(padding=0)), image())
+    assert "pads both sides alike" in reasons(fused)
+    assert repfx.report(fused).applied == ()
+    both = fused_exactly(nn.Sequential(nn.ZeroPad2d((1, 1, 2, 2)), conv(padding=0)), image())
+    assert both.get_submodule("1").padding == (2, 1)

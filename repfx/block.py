@@ -40,6 +40,8 @@ class RepBlock(nn.Module):
         stages = {"conv": conv} if norm is None else {"conv": conv, "norm": norm}
         self.origin = Chain(iter(stages.items()), self.site)
         for name, branch in branches.items():
+            if hasattr(self, name):
+                raise InvalidInput(f"a branch can't be named {name!r}: a block has an attribute of that name.")
             self.add_module(name, branch)
         self.training = self.origin.training = conv.training
 

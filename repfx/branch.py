@@ -65,10 +65,12 @@ class Branch(Chain):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         kind = getattr(cls, "kind", None)
-        if not isinstance(kind, str) or "." in kind:
+        if not isinstance(kind, str) or not kind or "." in kind:
             raise InvalidInput(f"branch class {cls.__name__} needs a name without dots in `kind`, not {kind!r}.")
-        if kind in KINDS and KINDS[kind].__qualname__ != cls.__qualname__:
-            raise InvalidInput(f"branch kind {kind!r} is taken by {KINDS[kind].__qualname__}.")
+        if kind in KINDS and _full_name(KINDS[kind]) != _full_name(cls):
+            raise InvalidInput(
+                f"branch class {cls.__name__} needs another `kind`: {kind!r} is taken by {_full_name(KINDS[kind])}."
+            )
         KINDS[kind] = cls
 
     def __init__(self, site: ConvSpec, norm: Norm, like: Tensor, **options: Any) -> None:
@@ -104,3 +106,14 @@ def refusal_of_branch(branch: BranchSpec, site: ConvSpec) -> str | None:
         raise InvalidInput(
             f"branch kind {branch.kind!r} doesn't take the options {dict(branch.options)}: {error}."
         ) from error
+
+
+def require_positive(kind: str, **options: object) -> None:
+    """Raise `InvalidInput` for an option of a branch kind that is no whole number from 1 on."""
+    for name, value in options.items():
+        if not isinstance(value, int) or value < 1:
+            raise InvalidInput(f"branch kind {kind!r} takes a whole number from 1 on as {name}, not {value!r}.")
+
+
+def _full_name(cls: type[Branch]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from repfx.branch import Branch
+from repfx.branch import Branch, require_positive
 from repfx.spec import ConvSpec
 from repfx.stages import Norm, Stages, conv_stages
 
@@ -16,6 +16,7 @@ class Dilated(Branch):
 
     @classmethod
     def refusal(cls, site: ConvSpec, kernel_size: int = 3, dilation: int = 2) -> str | None:
+        require_positive(cls.kind, kernel_size=kernel_size, dilation=dilation)
         extent = (kernel_size - 1) * dilation + 1
         if extent > min(site.kernel_size):
             return f"{kernel_size} taps with dilation {dilation} cover {extent}, the window is {'×'.join(map(str, site.kernel_size))}"

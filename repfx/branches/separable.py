@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from repfx.branch import Branch
+from repfx.branch import Branch, require_positive
 from repfx.spec import ConvSpec
 from repfx.stages import Norm, Pad, Stages, conv_module
 
@@ -18,6 +18,7 @@ class Separable(Branch):
 
     @classmethod
     def refusal(cls, site: ConvSpec, expansion: int = 8) -> str | None:
+        require_positive(cls.kind, expansion=expansion)
         if site.is_depthwise:
             return "the site is depthwise already"
         return "the window is 1×1: two 1×1 convs in sequence" if site.is_pointwise else None

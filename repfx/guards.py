@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from repfx.kernel import NoKernel, is_symmetric
-from repfx.operations import may_share_memory, mutated_by
+from repfx.operations import Op, may_share_memory, mutated_by
 from repfx.pattern import META, Match, View
 
 
@@ -73,15 +73,15 @@ def no_dearer(match: Match, view: View) -> str | None:
     return None
 
 
-def _multiply_adds(ops: tuple[object, ...], match: Match) -> int:
+def _multiply_adds(ops: tuple[Op, ...], match: Match) -> int:
     """Of one path, per position of its output: what comes before a stride runs at more positions."""
-    channels, dimensions = match._sizes()
+    channels, dimensions = match.sizes()
     total, positions = 0, 1
     kernels = []
     for op in ops:
-        kernel = op.meaning.build(META, channels, dimensions)  # type: ignore[attr-defined]
+        kernel = op.meaning.build(META, channels, dimensions)
         channels = kernel.out_channels
-        kernels.append((op.meaning.kind, kernel))  # type: ignore[attr-defined]
+        kernels.append((op.meaning.kind, kernel))
     for kind, kernel in reversed(kernels):
         total += kernel.multiply_adds * positions if kind in ("conv", "pool") else 0
         positions *= math.prod(kernel.stride)
@@ -90,7 +90,7 @@ def _multiply_adds(ops: tuple[object, ...], match: Match) -> int:
 
 def channels_stay_put(match: Match, view: View) -> str | None:
     """A linear layer acts on the last axis, BatchNorm1d on the second: they meet only on ``(batch, channels)``."""
-    if match._sizes()[1] != 0:
+    if match.sizes()[1] != 0:
         return None
     modules = [view.module(op.node) for op in match.ops]
     if not any(isinstance(module, nn.BatchNorm1d | nn.SyncBatchNorm) for module in modules) or _is_flat(

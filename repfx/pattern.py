@@ -118,11 +118,16 @@ class Match:
         Raises:
             NoKernel: they are no convolution.
         """
-        channels, dimensions = self._sizes()
+        channels, dimensions = self.sizes()
         kernels = [_signed(term_kernel(term, like, channels, dimensions), term.sign) for term in self.terms]
         return reduce(Kernel.add, kernels)
 
-    def _sizes(self) -> tuple[int, int]:
+    def sizes(self) -> tuple[int, int]:
+        """Channels and axes of the source.
+
+        Raises:
+            NoKernel: the maps don't agree on them.
+        """
         dimensions = {op.meaning.dimensions for op in self.ops} - {None}
         channels = {_in_channels(term) for term in self.terms} - {None}
         if len(dimensions) != 1 or len(channels) != 1:

@@ -121,6 +121,8 @@ def _refusal(
 ) -> str | None:
     if not path:
         return "it is the whole model; put it into an nn.Sequential"
+    if not path:
+        return "it is the model itself: put it into an nn.Sequential"
     if torch_class(conv) in TRANSPOSED_CONVS:
         return "a transposed conv is folded but not expanded"
     if refusal_of(conv) is not None:

@@ -245,3 +245,9 @@ def test_a_refused_branch_is_named_and_the_others_come() -> None:
     expanded = repfx.expand(small_net(), {"stem": "repvgg"})
     assert repfx.sites(expanded)["stem"].branches == ("1x1",)
     assert "identity: 3 channels go in and 8 come out" in str(repfx.report(expanded))
+
+
+def test_a_model_that_is_one_conv_has_no_place_for_a_block() -> None:
+    conv = nn.Conv2d(3, 3, 3)
+    assert "put it into an nn.Sequential" in str(repfx.report(repfx.expand(conv, "acb")))
+    assert_same_map(repfx.fuse(conv), conv, torch.randn(2, 3, 5, 7), 1e-6)

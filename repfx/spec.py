@@ -103,7 +103,7 @@ class BranchSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-BranchesOf = Callable[[ConvSpec], tuple[BranchSpec, ...]]
+BranchesOf = Callable[[ConvSpec], Sequence[BranchSpec | str]]
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,17 @@ class Spec:
         if self.weights not in ("default", "fan_out"):
             raise UnknownName("first value of weights", str(self.weights), ["default", "fan_out"])
         if not callable(self.branches):
-            if isinstance(self.branches, str):
-                raise InvalidInput(f"branches is the string {self.branches!r}; it takes a list of branch kinds.")
-            object.__setattr__(self, "branches", tuple(_branch_spec(branch) for branch in self.branches))
+            object.__setattr__(self, "branches", _branch_specs(self.branches))
 
     def branches_for(self, site: ConvSpec) -> tuple[BranchSpec, ...]:
         """The branches that this spec wants at a site, whether they fit or not."""
-        chosen = self.branches(site) if callable(self.branches) else self.branches
-        return tuple(_branch_spec(branch) for branch in chosen)
+        return _branch_specs(self.branches(site) if callable(self.branches) else self.branches)
+
+
+def _branch_specs(branches: Sequence[BranchSpec | str]) -> tuple[BranchSpec, ...]:
+    if not isinstance(branches, (list, tuple)):
+        raise InvalidInput(f"branches is the {type(branches).__name__} {branches!r}; it takes a list of branch kinds.")
+    return tuple(_branch_spec(branch) for branch in branches)
 
 
 def _branch_spec(branch: BranchSpec | str) -> BranchSpec:

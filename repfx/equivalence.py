@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from repfx.difference import Difference, count_numbers, differences, worst
-from repfx.errors import EquivalenceError, InvalidInput
-from repfx.precision import Inputs, describe, double_copy, first_line, map_tensors, run_double
+from repfx.errors import EquivalenceError, InvalidInput, first_line
+from repfx.precision import Inputs, describe, double_copy, map_tensors, run_double
 from repfx.provenance import Provenance, provenance_of
 
 # By the coarsest parameter: its dtype is the one to which a rewritten weight was rounded.

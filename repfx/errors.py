@@ -48,6 +48,6 @@ class ExportError(RepfxError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the details below."""
+    """The first line of an error's message, without its full stop."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+    return text.splitlines()[0].rstrip(". ")

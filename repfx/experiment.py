@@ -13,10 +13,9 @@ from torch import Tensor, nn
 import repfx
 from repfx.cost import count_macs, count_parameters, measure_latency
 from repfx.data import DataSet, DataSource, InputForm, load_data
-from repfx.errors import InvalidInput
+from repfx.errors import InvalidInput, first_line
 from repfx.models import ModelReference, load_weights
 from repfx.onnx import export_onnx
-from repfx.precision import first_line
 from repfx.run_folder import MODEL, RunFolder, Structure, spec_of
 from repfx.training import Predictions, Recipe, Step, predict, train
 

@@ -10,8 +10,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from repfx.data import DataSet, DataSource, InputForm, every_fifth
-from repfx.errors import InvalidInput
-from repfx.precision import first_line
+from repfx.errors import InvalidInput, first_line
 
 _SIZE = 224
 _MEANS = {1: (0.449,), 3: (0.485, 0.456, 0.406)}  # of ImageNet, as torchvision's and timm's weights expect

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repfx.errors import InvalidInput, UnknownName
-from repfx.precision import first_line
+from repfx.errors import InvalidInput, UnknownName, first_line
 
 FORMS = "torchvision:NAME, timm:NAME, package.module:callable or file.py:callable"
 

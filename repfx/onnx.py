@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from repfx.difference import Difference, count_numbers, differences, leaves, worst
 from repfx.equivalence import TOLERANCES
-from repfx.errors import ExportError, InvalidInput
+from repfx.errors import ExportError, InvalidInput, first_line
 from repfx.onnx_program import quiet, reason, write_program
 from repfx.onnx_target import staged
 from repfx.passes.fuse import fuse
-from repfx.precision import Inputs, as_arguments, describe, first_line, map_tensors, seeded
+from repfx.precision import Inputs, as_arguments, describe, map_tensors, seeded
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repfx.errors import ExportError
-from repfx.precision import Inputs, as_arguments, first_line, seeded
+from repfx.errors import ExportError, first_line
+from repfx.precision import Inputs, as_arguments, seeded
 
 SINGLE_FILE_LIMIT = 2_000_000_000  # bytes of weights; protobuf ends at 2 GiB with all else in the file
 BATCH = "batch"

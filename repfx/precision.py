@@ -132,12 +132,6 @@ def seeded(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(". ")
-
-
 class _DoublePrecision(TorchFunctionMode):
     """Casts to a narrower type, and tensors created in one, become float64."""
 

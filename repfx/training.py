@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from repfx.data import DataSet, Images
-from repfx.errors import InvalidInput, RepfxError
-from repfx.precision import first_line
+from repfx.errors import InvalidInput, RepfxError, first_line
 
 
 @dataclass(frozen=True)

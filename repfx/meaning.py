@@ -29,6 +29,9 @@ TRANSPOSED_CONVS: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTran
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 FROZEN_BATCH_NORMS = {"torchvision.ops.misc.FrozenBatchNorm2d", "detectron2.layers.batch_norm.FrozenBatchNorm2d"}
 
+_LAZY_BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
+_CODE = ("__call__", "forward", "_conv_forward")  # the methods that say what a layer computes
+
 _READERS: dict[type[nn.Module], Reader] = {}
 
 
@@ -69,11 +72,9 @@ def torch_class(module: nn.Module) -> type[nn.Module] | None:
     (<class 'torch.nn.modules.conv.Conv2d'>, None)
     """
     known = next((base for base in type(module).__mro__ if base in _READERS), None)
-    if known is None or "forward" in vars(module):
+    if known is None or _is_patched(module):
         return None
-    own_code = all(
-        getattr(type(module), name, None) is getattr(known, name, None) for name in ("forward", "_conv_forward")
-    )
+    own_code = all(getattr(type(module), name, None) is getattr(known, name, None) for name in _CODE)
     return known if own_code else None
 
 
@@ -113,7 +114,12 @@ def is_conv(module: nn.Module) -> bool:
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether `module` is some kind of BatchNorm, readable or not."""
-    return isinstance(module, BATCH_NORMS) or qualified_name(module) in FROZEN_BATCH_NORMS
+    return isinstance(module, BATCH_NORMS + _LAZY_BATCH_NORMS) or qualified_name(module) in FROZEN_BATCH_NORMS
+
+
+def is_plain_sequence(module: nn.Module) -> bool:
+    """Whether a module runs its children one after another and nothing else."""
+    return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
 
 
 def refusal_of(module: Layer) -> str | None:
@@ -121,12 +127,17 @@ def refusal_of(module: Layer) -> str | None:
     if not (is_conv(module) or is_batch_norm(module) or isinstance(module, nn.Linear)):
         return None
     name = type(module).__name__
-    if any(is_lazy(tensor) for tensor in module.parameters(recurse=False)):
+    own_tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if any(is_lazy(tensor) for tensor in own_tensors):
         return f"{name} is lazy and not initialized yet: run the model once"
     if has_hooks(module):
         return f"{name} has hooks, which would no longer see what they see now"
-    if qualified_name(module) not in FROZEN_BATCH_NORMS and torch_class(module) is None:
+    frozen = qualified_name(module) in FROZEN_BATCH_NORMS
+    if _is_patched(module) if frozen else torch_class(module) is None:
         return f"{name} runs code of its own, not {_nearest(module)}'s"
+    other = next((tensor.dtype for tensor in module.parameters(recurse=False) if not tensor.is_floating_point()), None)
+    if other is not None:
+        return f"{name} has weights in {other}"
     if is_batch_norm(module) and module.running_mean is None:
         return f"{name} keeps no running statistics, so it is no fixed map in eval mode either"
     return None
@@ -139,8 +150,13 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def _is_patched(module: nn.Module) -> bool:
+    """Whether this one instance runs code that its class doesn't have."""
+    return any(name in vars(module) for name in _CODE)
+
+
 def _nearest(module: nn.Module) -> str:
-    return next(base.__name__ for base in type(module).__mro__ if base in _READERS)
+    return next((base for base in type(module).__mro__ if base in _READERS), type(module)).__name__
 
 
 def padding_of(conv: Layer) -> Padding:
@@ -273,9 +289,17 @@ _PADS = {
 
 
 @reads(*(cls for classes in _PADS.values() for cls in classes))
-def _read_pad(module: Layer) -> Meaning:
+def _read_pad(module: Layer) -> Meaning | None:
     mode = next(mode for mode, classes in _PADS.items() if torch_class(module) in classes)
-    return pad_meaning(pairs_of(module.padding), mode)
+    padding = pairs_of(module.padding)
+    if wraps_the_rest(padding, mode) or getattr(module, "value", 0) != 0:
+        return None
+    return pad_meaning(padding, mode)
+
+
+def wraps_the_rest(padding: Padding, mode: str) -> bool:
+    """Whether torch crops one side and fills the other with what is left, where a kernel would pad before it crops."""
+    return mode == "circular" and any(min(pair) < 0 < max(pair) for pair in padding)
 
 
 def pairs_of(sides: tuple[int, ...]) -> Padding:

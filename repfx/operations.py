@@ -21,6 +21,7 @@ from repfx.meaning import (
     pad_meaning,
     pairs_of,
     per_axis,
+    wraps_the_rest,
 )
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -148,7 +149,8 @@ def _read_pad(pad: Any, mode: str = "constant", value: float | None = None) -> M
         return None
     if mode == "constant" and value not in (None, 0):
         return None
-    return pad_meaning(pairs_of(tuple(pad)), "zeros" if mode == "constant" else mode)
+    padding = pairs_of(tuple(pad))
+    return None if wraps_the_rest(padding, mode) else pad_meaning(padding, "zeros" if mode == "constant" else mode)
 
 
 _FUNCTIONS: dict[Any, Callable[..., Meaning | None]] = {

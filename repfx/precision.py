@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from repfx.errors import InvalidInput
+from repfx.errors import InvalidInput, first_line
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 

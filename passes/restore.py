@@ -15,10 +15,11 @@ from repfx.calibration import measure_inputs
 from repfx.errors import InvalidInput
 from repfx.folded_norm import FoldedNorm, folded_norm, forget_norm
 from repfx.graph import Island, call_counts, set_submodule, trace
+from repfx.installation import install
 from repfx.kernel import Kernel
 from repfx.meaning import CONVS, TRANSPOSED_CONVS, Layer, kernel_of, meaning_of, torch_class
 from repfx.moments import Moments, set_kernel
-from repfx.pipeline import copy_model, install, take_over_modes, verb
+from repfx.pipeline import copy_model, take_over_modes, verb
 from repfx.provenance import Provenance, attach
 from repfx.reporting import Edit, Report, Skip
 from repfx.stages import Norm

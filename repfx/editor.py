@@ -148,7 +148,7 @@ class Editor:
         for node, notes in self.merged.items():
             kernel = self.view.kernels[node]
             block_path = self._block_path(node)
-            path = block_path or notes.path
+            path = notes.path if block_path is None else block_path
             conv = conv_from_kernel(kernel, notes.template, self.island.full_path(path))
             attach(conv, self._final_provenance(notes, block_path))
             if notes.norm is not None:
@@ -156,8 +156,8 @@ class Editor:
                 remember_norm(conv, replace(norm, bias=notes.template.bias is not None))
             if not is_symmetric(kernel.padding) and not isinstance(conv.padding, str):
                 self._pad_before(node, kernel)
-            node.target = path
-            set_submodule(self.view.root, path, conv)
+            node.target = path or notes.path  # an island that is a block has no other place for its conv
+            set_submodule(self.view.root, str(node.target), conv)
         self._erase_unused_constants()
 
     def _erase_unused_constants(self) -> None:
@@ -169,12 +169,14 @@ class Editor:
     def _block_path(self, node: fx.Node) -> str | None:
         """The outermost block of which `node` is all that is left, or None."""
         parts = str(node.target).split(".")
-        for length in range(1, len(parts)):
+        for length in range(1 if not self.island.path else 0, len(parts)):
             path = ".".join(parts[:length])
             if not isinstance(self.view.root.get_submodule(path), RepBlock):
                 continue
             inside = [
-                n for n in self.view.graph.nodes if n.op == "call_module" and str(n.target).startswith(f"{path}.")
+                n
+                for n in self.view.graph.nodes
+                if n.op == "call_module" and (not path or str(n.target).startswith(f"{path}."))
             ]
             if inside == [node]:
                 return path

@@ -1,7 +1,8 @@
 """Tracing that can't be wrong: torch.fx graphs of a model, or of its largest traceable parts (*islands*).
 
 - A module that holds neither a conv nor a BatchNorm, and is no plain sequence, stays a leaf, so dropout, stochastic depth and
-  attention keep their own behaviour in both modes. So does a module with hooks; what lies inside it is traced as an island of its own.
+  attention keep their own behaviour in both modes. So does a module with hooks; its children are tried one by one.
+- Containers, and sequences of more than mere layers, are tried member by member where code around them can't be traced: it may index them.
 - A graph is accepted only if the module traces to the same graph in training and in eval mode.
 - What can't be traced whole is tried child by child.
 - Tracing runs on a copy that shares nothing but parameters; the model is not touched.
@@ -20,21 +21,27 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from repfx.block import RepBlock
 from repfx.errors import InvalidInput, first_line
-from repfx.meaning import has_hooks, is_batch_norm, is_conv
+from repfx.meaning import has_hooks, is_batch_norm, is_conv, is_plain_sequence
+from repfx.reach import layer_reached, names_reached
 
 
 @dataclass(frozen=True)
 class Island:
-    """One traced module of a model: its path ("" for the model itself), its graph, and the constants tracing made."""
+    """One traced module of a model: its path ("" for the model itself), its graph, and the constants tracing made.
+
+    `used` are the paths, in the island, of all that the graph called or read when it was traced.
+    """
 
     path: str
     graph: fx.Graph
     constants: dict[str, Tensor] = field(default_factory=dict)
+    used: frozenset[str] = frozenset()
 
     def full_path(self, target: str) -> str:
         """A path inside the island as a path in the model."""
-        return f"{self.path}.{target}" if self.path else target
+        return f"{self.path}.{target}" if self.path and target else self.path or target
 
 
 @dataclass(frozen=True)
@@ -54,19 +61,23 @@ def trace(model: nn.Module) -> Traces:
     islands: list[Island] = []
     untraced: dict[str, str] = {}
     scratch = structural_copy(model)
-    pending = [("", scratch)]
+    pending = [("", scratch, frozenset[str]())]
     while pending:
-        path, module = pending.pop()
-        result = _graph_of(module, is_root=not path)
+        path, module, reached = pending.pop()
+        result = _graph_of(module, is_root=not path, reached=reached)
         if isinstance(result, str):
-            if not _is_leaf(module):
+            if not _is_leaf(module) and not _is_container(module):
                 untraced[path] = result
-            pending += [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+                reached |= names_reached(type(module))
+            pending += [(f"{path}.{name}" if path else name, child, reached) for name, child in module.named_children()]
             continue
         graph, constants = result
-        island = Island(path, graph, constants)
+        used = frozenset(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
+        island = Island(path, graph, constants, used)
         islands.append(island)
-        pending += [(island.full_path(name), module.get_submodule(name)) for name in _opaque_calls(module, graph)]
+        pending += [
+            (island.full_path(name), module.get_submodule(name), reached) for name in _opaque_calls(module, graph)
+        ]
     return Traces(tuple(reversed(islands)), untraced)
 
 
@@ -78,12 +89,15 @@ def structural_copy(model: nn.Module) -> nn.Module:
         raise InvalidInput(f"{type(model).__name__} can't be copied: {first_line(error)}.") from error
 
 
-def _graph_of(module: nn.Module, *, is_root: bool) -> tuple[fx.Graph, dict[str, Tensor]] | str:
+def _graph_of(module: nn.Module, *, is_root: bool, reached: frozenset[str]) -> tuple[fx.Graph, dict[str, Tensor]] | str:
     """The one graph of both modes with the constants it needs, or why there is none."""
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        return "a container has no forward"
+    if _is_container(module) and not (is_root and is_plain_sequence(module)):
+        return "a container: its members are tried"
     if _is_leaf(module) and not is_root:
         return "a leaf"
+    layer = layer_reached(module, reached)
+    if layer is not None:
+        return f"code around it, which can't be traced, reaches for its {layer!r}"
     if has_hooks(module):
         return "it has hooks, which would no longer run"
     graphs = []
@@ -153,10 +167,26 @@ def require_default(value: object, name: str, default: object) -> None:
         raise InvalidInput(f"this module was traced with {name}={default!r} and can't be called with another value.")
 
 
+def _is_container(module: nn.Module) -> bool:
+    """Whether code around a module may index it or iterate over it, so that it has to stay what it is.
+
+    A sequence of mere layers does so as an island too.
+    """
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return True
+    return is_plain_sequence(module) and not all(_is_layer(child) for child in module.children())
+
+
+def _is_layer(module: nn.Module) -> bool:
+    if is_plain_sequence(module):
+        return all(_is_layer(child) for child in module.children())
+    return isinstance(module, RepBlock) or _is_leaf(module)
+
+
 def _is_leaf(module: nn.Module) -> bool:
     if is_conv(module) or is_batch_norm(module):
         return True
-    if type(module).forward is nn.Sequential.forward:
+    if is_plain_sequence(module):
         return False
     return not any(is_conv(inner) or is_batch_norm(inner) for inner in module.modules())
 

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from repfx.editor import Editor
 from repfx.errors import InvalidInput, first_line
-from repfx.graph import Island, Traces, call_counts, module_paths, set_submodule, trace
+from repfx.graph import Island, Traces, call_counts, module_paths, trace
+from repfx.installation import install, place_constants
 from repfx.meaning import is_batch_norm, is_conv
-from repfx.notes import keep
 from repfx.pattern import View
 from repfx.reporting import Edit, Report, Skip
 from repfx.rule import PASSES as PASSES
@@ -74,7 +73,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 def _view(model: nn.Module, island: Island, calls: Counter[str], registered: dict[int, list[str]]) -> View:
     root = model.get_submodule(island.path)
-    _place_constants(root, island)
+    place_constants(root, island)
     paths = {path: registered.get(id(module), []) for path, module in root.named_modules()}
     local_calls = Counter({path: calls[island.full_path(path)] for path in paths})
     return View(root, island.graph, local_calls, Counter({path: len(names) for path, names in paths.items()}))
@@ -131,24 +130,6 @@ def _outside(model: nn.Module, traces: Traces) -> list[Skip]:
     return [Skip(path, "what calls it can't be traced", "trace") for path in outside]
 
 
-def install(model: nn.Module, island: Island) -> nn.Module:
-    """Put the island's graph to work in place of its module; returns the model."""
-    root = model.get_submodule(island.path)
-    _place_constants(root, island)
-    island.graph.lint()
-    compiled = fx.GraphModule(root, island.graph, class_name=type(root).__name__)
-    _take_over_attributes(compiled, root)
-    if not island.path:
-        return compiled
-    set_submodule(model, island.path, compiled)
-    return model
-
-
-def _place_constants(root: nn.Module, island: Island) -> None:
-    for name, value in island.constants.items():
-        setattr(root, name, value)
-
-
 def take_over_modes(model: nn.Module, original: nn.Module) -> None:
     """Give each module the mode that the one at its path had, or else the mode of what it lies in."""
     modes = {path: module.training for path, module in original.named_modules()}
@@ -156,11 +137,3 @@ def take_over_modes(model: nn.Module, original: nn.Module) -> None:
         while path not in modes:
             path = path.rpartition(".")[0]
         module.training = modes[path]
-
-
-def _take_over_attributes(compiled: fx.GraphModule, root: nn.Module) -> None:
-    """The plain attributes that code around the module may read."""
-    own = set(vars(nn.Module())) | set(vars(compiled))
-    for name, value in vars(root).items():
-        if name not in own and not isinstance(value, (nn.Module, torch.Tensor)):
-            keep(compiled, name, value)

@@ -35,6 +35,7 @@ def read(function: Function, **members: Any) -> tuple[nn.Module, Op | None]:
     return root, read_op(nodes[-1], root)
 
 
+ops: Any = operator  # its stubs have no types
 SCALE = torch.tensor([0.5, -2.0, 3.0, 1.5], dtype=torch.float64)
 CHANNELS = SCALE.reshape(4, 1, 1)
 
@@ -64,13 +65,13 @@ LINEAR: dict[str, Function] = {
     "number - x": lambda m, x: 1 - x,
     "constant - x": lambda m, x: CHANNELS - x,
     "torch.sub": lambda m, x: torch.sub(x, 1),
-    "torch.subtract": lambda m, x: torch.subtract(1, x),
+    "torch.subtract": lambda m, x: torch.subtract(x, 1),
     "method sub": lambda m, x: x.sub(1),
     "-x": lambda m, x: -x,
     "torch.neg": lambda m, x: torch.neg(x),
     "torch.neg by keyword": lambda m, x: torch.neg(input=x),
     "method neg": lambda m, x: x.neg(),
-    "operator": lambda m, x: operator.imul(x, 2),
+    "operator": lambda m, x: ops.imul(x, 2),
     "F.pad": lambda m, x: F.pad(x, (1, 2, 3, 0)),
     "F.pad by keyword": lambda m, x: F.pad(input=x, pad=(1, 2, 3, 0), mode="reflect"),
     "F.pad that crops": lambda m, x: F.pad(x, (-1, 1, 0, -2)),
@@ -152,10 +153,10 @@ def test_a_constant_that_is_no_scale_of_each_channel_stays(constant: torch.Tenso
 
 
 WRITES: dict[str, Function] = {
-    "+=": lambda m, x: operator.iadd(x, 1),
-    "-=": lambda m, x: operator.isub(x, 1),
-    "*=": lambda m, x: operator.imul(x, 2),
-    "/=": lambda m, x: operator.itruediv(x, 2),
+    "+=": lambda m, x: ops.iadd(x, 1),
+    "-=": lambda m, x: ops.isub(x, 1),
+    "*=": lambda m, x: ops.imul(x, 2),
+    "/=": lambda m, x: ops.itruediv(x, 2),
     "method": lambda m, x: x.add_(1),
     "function": lambda m, x: torch.relu_(x),
     "F.relu": lambda m, x: F.relu(x, True),

@@ -14,7 +14,7 @@ from torch import nn
 
 import repfx
 from repfx.branch import KINDS
-from repfx.data import DataSource, InputForm
+from repfx.dataset import DataSource, InputForm
 from repfx.errors import InvalidInput
 from repfx.experiment import Experiment, run
 from repfx.models import ModelReference, load_weights

@@ -6,81 +6,20 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
+from repfx import image_files
+from repfx.dataset import DataSet, DataSource, InputForm, every_fifth
 from repfx.errors import InvalidInput
-from repfx.meaning import is_conv
 
-Images = Dataset[Any]
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _DIGITS_SIZE = 16
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """Where a data set comes from.
-
-    Args:
-        name: `digits`, a folder, an `.npz` file, or a torchvision data set's name.
-        root: where a torchvision data set's files are.
-        download: let torchvision download them if they aren't.
-    """
-
-    name: str = "digits"
-    root: Path = Path("data")
-    download: bool = False
-
-
-@dataclass(frozen=True)
-class InputForm:
-    """What a model's first conv takes: its channels and axes, and the size of an image if one was asked for.
-
-    >>> InputForm.of(nn.Sequential(nn.Conv2d(3, 8, 3)))
-    InputForm(channels=3, dimensions=2, size=None)
-    """
-
-    channels: int
-    dimensions: int = 2
-    size: int | None = None
-
-    @classmethod
-    def of(cls, model: nn.Module, size: int | None = None) -> InputForm:
-        """Read it off a model.
-
-        Raises:
-            InvalidInput: the model has no conv.
-        """
-        conv: Any = next((module for module in model.modules() if is_conv(module)), None)
-        if conv is None:
-            raise InvalidInput(f"{type(model).__name__} has no conv.")
-        return cls(conv.in_channels, len(conv.kernel_size), size)
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """Images with labels from 0, split into training and test, each image `(channels, *axes)` in float32.
-
-    Args:
-        preparation: what was done to the raw values, for whoever runs the exported model.
-    """
-
-    train: Images
-    test: Images
-    classes: tuple[str, ...]
-    preparation: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def example_shape(self) -> tuple[int, ...]:
-        """Of one image."""
-        return tuple(self.test[0][0].shape)
 
 
 def load_data(source: DataSource, form: InputForm) -> DataSet:
@@ -90,8 +29,6 @@ def load_data(source: DataSource, form: InputForm) -> DataSet:
         InvalidInput: no such data set, or one that is malformed or doesn't fit the model.
         OSError: a file can't be read.
     """
-    from repfx import image_files
-
     path = Path(source.name)
     if source.name == "digits":
         return _digits(form)
@@ -116,18 +53,6 @@ def _digits(form: InputForm) -> DataSet:
     size = form.size or _DIGITS_SIZE
     split = (images[~test], labels[~test], images[test], labels[test])
     return _in_memory(split, InputForm(form.channels, 2, size), tuple(map(str, range(10))))
-
-
-def every_fifth(labels: Tensor) -> Tensor:
-    """A mask that is True for every fifth entry of each class: the same split for everyone, always.
-
-    >>> every_fifth(torch.tensor([0, 1, 1, 0, 1, 1, 1])).nonzero().flatten().tolist()
-    [6]
-    """
-    test = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        test[(labels == label).nonzero().flatten()[4::5]] = True
-    return test
 
 
 def _arrays(path: Path, form: InputForm) -> DataSet:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.cost import count_macs, count_parameters, measure_latency
-from repfx.data import DataSet, DataSource, InputForm, load_data
+from repfx.data import load_data
+from repfx.dataset import DataSet, DataSource, InputForm
 from repfx.errors import InvalidInput, first_line
 from repfx.models import ModelReference, load_weights
 from repfx.onnx import export_onnx

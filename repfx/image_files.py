@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Subset
 
-from repfx.data import DataSet, DataSource, InputForm, every_fifth
+from repfx.dataset import DataSet, DataSource, InputForm, every_fifth
 from repfx.errors import InvalidInput, first_line
 
 _SIZE = 224

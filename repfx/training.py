@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from repfx.data import DataSet, Images
+from repfx.dataset import DataSet, Images
 from repfx.errors import InvalidInput, RepfxError, first_line
 
 

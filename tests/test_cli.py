@@ -17,7 +17,8 @@ import repfx
 from repfx import experiment
 from repfx.branch import KINDS
 from repfx.cli import main
-from repfx.data import DataSource, InputForm, load_data
+from repfx.data import load_data
+from repfx.dataset import DataSource, InputForm
 from repfx.errors import ExportError
 from repfx.rule import PASSES
 from repfx.run_folder import CHECKPOINT, METRICS, MODEL, STRUCTURE, RunFolder

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from repfx.data import DataSet, DataSource, InputForm, load_data
+from repfx.data import load_data
+from repfx.dataset import DataSet, DataSource, InputForm
 from repfx.errors import InvalidInput
 
 GREY = InputForm(channels=1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from repfx.data import DataSet
+from repfx.dataset import DataSet
 from repfx.errors import InvalidInput, RepfxError
 from repfx.training import Predictions, Recipe, Step, predict, train
 from tests.tiny import net

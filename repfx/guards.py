@@ -65,27 +65,31 @@ def is_convolution(match: Match, view: View) -> str | None:
 
 
 def no_dearer(match: Match, view: View) -> str | None:
-    """The merged conv needs no more multiply-adds than what it replaces."""
-    after = match.kernel(META).multiply_adds
-    before = sum(_multiply_adds(term_ops, match) for term_ops in (term.ops for term in match.terms))
-    if after > before:
-        return f"the merged conv would need {after} multiply-adds a position, the present ones need {before}"
+    """The merged conv needs no more multiply-adds and has no more weights than what it replaces."""
+    after = match.kernel(META)
+    costs = [_costs(term.ops, match) for term in match.terms]
+    multiply_adds, weights = (sum(column) for column in zip(*costs))
+    if after.multiply_adds > multiply_adds:
+        return f"the merged conv would need {after.multiply_adds} multiply-adds a position, the present ones need {multiply_adds}"
+    if after.weight.numel() > weights:
+        return f"the merged conv would have {after.weight.numel()} weights, the present ones have {weights}"
     return None
 
 
-def _multiply_adds(ops: tuple[Op, ...], match: Match) -> int:
-    """Of one path, per position of its output: what comes before a stride runs at more positions."""
+def _costs(ops: tuple[Op, ...], match: Match) -> tuple[int, int]:
+    """Multiply-adds of one path, per position of its output (what comes before a stride runs at more positions), and weights."""
     channels, dimensions = match.sizes()
-    total, positions = 0, 1
     kernels = []
     for op in ops:
         kernel = op.meaning.build(META, channels, dimensions)
         channels = kernel.out_channels
         kernels.append((op.meaning.kind, kernel))
+    multiply_adds, weights, positions = 0, 0, 1
     for kind, kernel in reversed(kernels):
-        total += kernel.multiply_adds * positions if kind in ("conv", "pool") else 0
+        multiply_adds += kernel.multiply_adds * positions if kind in ("conv", "pool") else 0
+        weights += kernel.weight.numel() if kind == "conv" else 0
         positions *= math.prod(kernel.stride)
-    return total
+    return multiply_adds, weights
 
 
 def channels_stay_put(match: Match, view: View) -> str | None:

@@ -26,6 +26,9 @@ from repfx.strategies import (
 )
 from repfx.testing import assert_same_map
 
+# torch copies the input there, which is no concern of these tests
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
 Law = tuple[st.SearchStrategy[Any], Callable[[Any], None]]
 LAWS: dict[str, Law] = {}
 
@@ -322,7 +325,7 @@ def transposed(case: tuple[Kernel, int]) -> None:
     kernel, seed = case
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, kernel.in_channels, *range(4, 4 + kernel.dimensions), generator=generator, dtype=torch.float64)
-    other = replace(kernel, weight=kernel.weight.flip(0, 1) * 2, bias=None)
+    other = replace(kernel, weight=kernel.weight.flip(0, 1) * 2)
     assert_same_map(kernel.add(other), lambda x: kernel(x) + other(x), x)
     assert_same_map(kernel.subtract(other), lambda x: kernel(x) - other(x), x)
     middle = kernel.out_channels // 2
@@ -357,7 +360,7 @@ def test_padding_takes_its_values_from_where_torch_says(mode: str, size: int, be
 
 
 def is_convolution(map_: Callable[[Tensor], Tensor], size: int, stride: int) -> bool:
-    """Whether a map of one channel along one axis is a convolution with any window, any padding and one bias, for this size.
+    """Whether a map of one channel along one axis is a convolution with any padding, any window up to `size` and one bias.
 
     Its matrix must be a sum of matrices that read at one fixed offset from each output's position.
     """
@@ -371,16 +374,16 @@ def is_convolution(map_: Callable[[Tensor], Tensor], size: int, stride: int) -> 
 def is_sum_of_shifts(matrix: Tensor, stride: int, mode: str) -> bool:
     count, size = matrix.shape
     shifts = []
-    for offset in range(-size, size):
+    for offset in range(-size // 2, size // 2):
         sources = [source(mode, row * stride + offset, size) for row in range(count)]
         if None in sources:
             continue
         shift = matrix.new_zeros(count, size + 1)  # the last column takes what is read NOWHERE
         shift[torch.arange(count), torch.tensor(sources)] = 1
         shifts.append(shift[:, :size].flatten())
-    basis = torch.stack(shifts, 1)
-    weights = torch.linalg.lstsq(basis, matrix.reshape(-1, 1), driver="gelsd").solution
-    return bool((basis @ weights - matrix.reshape(-1, 1)).abs().max() < 1e-9)
+    basis, target = torch.stack(shifts, 1), matrix.flatten()
+    weights = torch.linalg.pinv(basis.T @ basis, hermitian=True) @ (basis.T @ target)  # shifts may coincide
+    return bool((basis @ weights - target).abs().max() < 1e-9)
 
 
 @st.composite
@@ -389,7 +392,7 @@ def lines(draw: st.DrawFn) -> tuple[Kernel, Kernel]:
     first = draw(kernels(dimensions=1, in_channels=1, out_channels=1, bias=draw(st.sampled_from((False, False, True)))))
     second = draw(kernels(stride=(1,), in_channels=1, out_channels=1))
     side = draw(st.integers(1, 2))
-    second = replace(second, padding=((side, side),))
+    second = replace(second, padding=((side, side),), dilation=(1,))
     if draw(st.booleans()):
         first = replace(first, padding=reaching_out(first, second))
     return first, second
@@ -417,7 +420,7 @@ def compose_refuses_what_is_no_convolution(case: tuple[Kernel, Kernel]) -> None:
     first, second = case
     refused = is_refused(first, second)
     event(f"refused: {refused}")
-    least = max(16, *smallest_input(first, smallest_input(second, (8,))))
+    least = max(44, *smallest_input(first, smallest_input(second, (8,))))
     stride = first.stride[0]
     truths = [is_convolution(lambda x: second(first(x)), size, stride) for size in range(least, least + stride)]
     assert refused or all(truths), "composed, and is no convolution"

@@ -1,4 +1,4 @@
-"""Merge two convs, or a conv and an average pooling, in sequence: 1×1 then k×k and k×k then 1×1, where that costs no more."""
+"""Merge two convs in sequence, 1×1 then k×k or k×k then 1×1, where that costs no more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from repfx.rule import Rule
 MERGE_SEQUENTIAL = Rule(
     "merge_sequential",
     "Merge two convs in sequence into one that costs no more",
-    Sequence(first=frozenset({"conv"}), second=frozenset({"conv", "pool"})),
+    Sequence(first=frozenset({"conv"}), second=frozenset({"conv"})),
     (used_once, is_convolution, channels_stay_put, unmutated, no_dearer),
     optional=True,
 )

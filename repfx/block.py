@@ -74,8 +74,9 @@ class RepBlock(nn.Module):
         if name not in self.branches:
             raise UnknownName("branch", name, self.branches)
         conv, norm = self.conv, self.norm
-        if norm is not None and norm.weight is None:
-            raise InvalidInput(f"the origin can't absorb {name!r}: its BatchNorm has no γ (affine=False).")
+        if norm is not None and (norm.weight is None or norm.bias is None):
+            missing = "γ" if norm.weight is None else "β"
+            raise InvalidInput(f"the origin can't absorb {name!r}: its BatchNorm has no {missing} to put it into.")
         branch = self.branches[name]
         like: Tensor = conv.weight.detach().double()
         kernel = self.origin.equivalent_kernel(like).add(branch.equivalent_kernel(like))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import fx, nn
 
 from repfx.kernel import NoKernel, is_symmetric
-from repfx.operations import Op, may_share_memory, mutated_by
-from repfx.pattern import META, Match, View
+from repfx.operations import may_share_memory, mutated_by
+from repfx.pattern import META, Match, Term, View
 
 
 def used_once(match: Match, view: View) -> str | None:
@@ -65,31 +63,22 @@ def is_convolution(match: Match, view: View) -> str | None:
 
 
 def no_dearer(match: Match, view: View) -> str | None:
-    """The merged conv needs no more multiply-adds and has no more weights than what it replaces."""
-    after = match.kernel(META)
-    costs = [_costs(term.ops, match) for term in match.terms]
-    multiply_adds, weights = (sum(column) for column in zip(*costs))
-    if after.multiply_adds > multiply_adds:
-        return f"the merged conv would need {after.multiply_adds} multiply-adds a position, the present ones need {multiply_adds}"
-    if after.weight.numel() > weights:
-        return f"the merged conv would have {after.weight.numel()} weights, the present ones have {weights}"
+    """The merged conv has no more weights than the convs it replaces; so it needs no more multiply-adds either."""
+    after = match.kernel(META).weight.numel()
+    before = sum(_weights(term, match) for term in match.terms)
+    if after > before:
+        return f"the merged conv would have {after} weights, the present ones have {before}"
     return None
 
 
-def _costs(ops: tuple[Op, ...], match: Match) -> tuple[int, int]:
-    """Multiply-adds of one path, per position of its output (what comes before a stride runs at more positions), and weights."""
+def _weights(term: Term, match: Match) -> int:
     channels, dimensions = match.sizes()
-    kernels = []
-    for op in ops:
+    total = 0
+    for op in term.ops:
         kernel = op.meaning.build(META, channels, dimensions)
         channels = kernel.out_channels
-        kernels.append((op.meaning.kind, kernel))
-    multiply_adds, weights, positions = 0, 0, 1
-    for kind, kernel in reversed(kernels):
-        multiply_adds += kernel.multiply_adds * positions if kind in ("conv", "pool") else 0
-        weights += kernel.weight.numel() if kind == "conv" else 0
-        positions *= math.prod(kernel.stride)
-    return multiply_adds, weights
+        total += kernel.weight.numel() if op.meaning.kind == "conv" else 0
+    return total
 
 
 def channels_stay_put(match: Match, view: View) -> str | None:

@@ -145,11 +145,6 @@ class Kernel:
         alone = not self.transposed and self.groups == self.in_channels == self.out_channels
         return alone and all(k == 1 for k in self.kernel_size) and all(s == 1 for s in self.stride)
 
-    @property
-    def multiply_adds(self) -> int:
-        """Multiply-adds per output position."""
-        return self.weight.numel()
-
     def _axes(self) -> list[tuple[tuple[int, int], int, int]]:
         return list(zip(self.padding, self.dilation, self.kernel_size))
 

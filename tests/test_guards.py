@@ -197,16 +197,15 @@ def test_a_merge_that_costs_more_is_not_made() -> None:
     narrow = nn.Sequential(nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1))
     fused = fused_exactly(narrow, image(1, 16, 5, 5))
     assert convs(fused) == ["0", "1"]
-    assert "would need 256 multiply-adds a position, the present ones need 128" in reasons(fused)
+    assert "would have 256 weights, the present ones have 128" in reasons(fused)
     wide = nn.Sequential(nn.Conv2d(4, 16, 1), nn.Conv2d(16, 4, 1))
     assert len(convs(fused_exactly(wide, image()))) == 1
 
 
-def test_what_comes_before_a_stride_counts_at_all_its_positions() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 4, 2, bias=False), nn.Conv2d(4, 4, 2, stride=2))
-    assert len(convs(fused_exactly(model, image()))) == 1  # 9 taps at a quarter of the positions, against 4 + 4 / 4
-    dense = nn.Sequential(nn.Conv2d(4, 4, 2, bias=False), nn.Conv2d(4, 4, 2))
-    assert len(convs(fused_exactly(dense, image()))) == 2
+def test_a_pooling_behind_a_conv_is_not_bought_with_weights() -> None:
+    """A transition of DenseNet: one 2×2 conv of stride 2 would need the same multiply-adds, and four times the weights."""
+    fused = fused_exactly(nn.Sequential(nn.Conv2d(4, 4, 1), nn.AvgPool2d(2)), image())
+    assert [type(module) for module in fused.children()] == [nn.Conv2d, nn.AvgPool2d]
 
 
 def test_linear_and_batch_norm_meet_only_on_two_axes() -> None:

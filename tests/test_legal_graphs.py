@@ -17,21 +17,7 @@ from torch.fx.experimental import optimization
 import repfx
 from repfx.meaning import is_batch_norm, is_conv
 from repfx.testing import TOLERANCE, randomize_batch_norm, relative_error
-
-Forward = Callable[[Any, Tensor], Any]
-
-
-class Net(nn.Module):
-    """A module with the given children and parameters, whose forward is a function of it."""
-
-    def __init__(self, function: Forward, **members: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        self.function = function
-        for name, member in members.items():
-            setattr(self, name, member)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
+from tests.inline_net import Net
 
 
 @dataclass(frozen=True)
@@ -173,7 +159,7 @@ CASES: dict[str, Case] = {
     ),
     "bottleneck of two 1×1": Case(lambda: nn.Sequential(nn.Conv2d(4, 1, 1), nn.Conv2d(1, 4, 1)), 2, 0),
     "grouped and dense, dearer when merged": Case(
-        lambda: Net(lambda net, x: net.c(x) + net.d(x), c=conv(groups=2), d=conv(1, 0)), 2, 0, "multiply-adds"
+        lambda: Net(lambda net, x: net.c(x) + net.d(x), c=conv(groups=2), d=conv(1, 0)), 2, 0, "weights"
     ),
     "1×1 without bias, then padded": Case(lambda: nn.Sequential(conv(1, 0, bias=False), conv()), 1, 0),
     "1×1 with bias, then padded": Case(lambda: nn.Sequential(conv(1, 0), conv()), 2, 0),

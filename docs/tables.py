@@ -1,15 +1,18 @@
-"""The tables of presets, branch kinds, passes and options, written from the code; a hook of the docs' build.
+"""The tables of presets, branch kinds, passes and options, written from the code, and those of measurements; a hook of the docs' build.
 
 A page asks for one with ``<!-- table: presets -->`` on a line of its own. Whatever is registered shows up by itself.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MARK = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
 
 
@@ -53,6 +56,21 @@ def options(command: str) -> str:
     return _table(("option", "default", "what it is"), rows)
 
 
+def latency() -> str:
+    """The committed results of `benchmarks/latency.py`: for each machine, the ratios of each form in each runtime."""
+    parts = []
+    for file in sorted(RESULTS.glob("latency-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        runtimes = list(dict.fromkeys(row["runtime"] for row in result["rows"]))
+        cells: dict[tuple[str, str], list[str]] = {}
+        for row in result["rows"]:
+            ratio = f"{row['ratio']:.3f} ({row['low']:.3f}–{row['high']:.3f})"
+            cells.setdefault((f"{row['model']}, `{row['spec']}`", row["form"]), []).append(ratio)
+        setting = f"{result['hardware']}; input {result['input']}; torch {result['torch']}, onnxruntime {result['onnxruntime']}"
+        parts += [f"{setting}:", _table(("model", "form", *runtimes), [(*key, *row) for key, row in cells.items()])]
+    return "\n\n".join(parts)
+
+
 def _spelled(parameter: Any) -> str:
     return str(parameter.name).upper() if parameter.param_type_name == "argument" else str(parameter.opts[0])
 
@@ -67,6 +85,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "branches": branches,
     "passes": passes,
+    "latency": latency,
     **{f"options_of_{command}": partial(options, command) for command in ("train", "fuse", "inspect")},
 }
 

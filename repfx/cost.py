@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -41,22 +42,34 @@ def count_macs(model: nn.Module, x: Tensor) -> int:
 def measure_latency(
     candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 30, warm_up: int = 3, limit: float = 5.0
 ) -> dict[str, float]:
-    """Median seconds per call of each candidate, measured in turns so that all see the same state of the machine.
+    """Median seconds per call of each candidate; see `measure_times`."""
+    times = measure_times(candidates, rounds=rounds, warm_up=warm_up, limit=limit)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def measure_times(
+    candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 30, warm_up: int = 3, limit: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of each call of each candidate, taken in turns so that all see the same state of the machine.
+
+    Each turn begins with the next candidate, so that none always follows the same other one.
 
     Args:
         rounds: turns, after `warm_up` that don't count.
         limit: seconds after which no further turn begins, once there was one that counts.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    order = list(candidates)
     started = time.perf_counter()
     for turn in range(warm_up + rounds):
-        for name, candidate in candidates.items():
-            seconds = _time(candidate)
+        for name in order:
+            seconds = _time(candidates[name])
             if turn >= warm_up:
                 times[name].append(seconds)
+        order.append(order.pop(0))
         if turn >= warm_up and time.perf_counter() - started > limit:
             break
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return times
 
 
 def _time(candidate: Callable[[], Any]) -> float:

@@ -205,11 +205,15 @@ def _text(graph: fx.Graph) -> list[str]:
 
 
 def _state(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Which tensors a module holds beside its parameters, and how often each was written to."""
+    """Which tensors a module holds beside its parameters, and how often each was written to (of inference tensors nobody knows)."""
     tensors = dict(module.named_buffers())
     for path, inner in module.named_modules():
         tensors.update({f"{path}.{name}": value for name, value in vars(inner).items() if isinstance(value, Tensor)})
-    return {name: (id(tensor), tensor._version) for name, tensor in tensors.items() if "_tensor_constant" not in name}
+    return {
+        name: (id(tensor), 0 if tensor.is_inference() else tensor._version)
+        for name, tensor in tensors.items()
+        if "_tensor_constant" not in name
+    }
 
 
 def _same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

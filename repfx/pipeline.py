@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from repfx.editor import Editor
@@ -22,9 +23,12 @@ from repfx.rule import Pass, Rule
 
 
 def verb(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register a function on models as a pass of its name, described by the first line of its docstring."""
+    """Register a function on models as a pass of its name, described by the first line of its docstring.
+
+    In a caller's `torch.inference_mode()`, too, its results are ordinary tensors, which can be trained.
+    """
     Pass(function.__name__, (function.__doc__ or "").strip().splitlines()[0].rstrip("."))
-    return function
+    return torch.inference_mode(False)(function)
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,6 @@ def _refusal(
     conv: Layer, path: str, read: set[str], registered: dict[int, list[str]], owners: dict[int, list[str]]
 ) -> str | None:
     if not path:
-        return "it is the whole model; put it into an nn.Sequential"
-    if not path:
         return "it is the model itself: put it into an nn.Sequential"
     if torch_class(conv) in TRANSPOSED_CONVS:
         return "a transposed conv is folded but not expanded"

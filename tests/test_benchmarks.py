@@ -1,0 +1,70 @@
+"""The arithmetic of benchmarks, and what they leave behind; how fast anything is, no test asks."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from benchmarks._comparison import Ratio, compare
+from benchmarks._record import Row, machine, write
+
+RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json"))
+
+
+def test_turns_are_set_against_each_other_before_the_median_is_taken() -> None:
+    """A machine that is ten times slower in some turns slows both down, and the ratio stays."""
+    slow = [1.0, 10.0, 1.0, 10.0, 1.0]
+    ratio = Ratio.of([1.5 * each for each in slow], slow)
+    assert ratio == Ratio(1.5, 1.5, 1.5)
+    # the medians alone would say 1
+    assert Ratio.of([10.0, 1.0, 1.0], [1.0, 10.0, 1.0]).median == 1.0
+
+
+def test_the_interval_holds_the_median_in_95_of_100_runs() -> None:
+    generator = random.Random(0)
+    held = 0
+    for _ in range(400):
+        times = [generator.lognormvariate(0, 0.3) for _ in range(60)]
+        ratio = Ratio.of(times, [1.0] * 60)
+        assert ratio.low <= ratio.median <= ratio.high
+        held += ratio.low <= 1 <= ratio.high
+    assert 0.93 <= held / 400 <= 0.99
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_few_turns_give_all_that_was_seen(turns: int) -> None:
+    times = [float(turn + 1) for turn in range(turns)]
+    ratio = Ratio.of(times, [1.0] * turns)
+    assert (ratio.low, ratio.high) == (1.0, turns)
+
+
+def test_each_candidate_is_compared_with_the_baseline() -> None:
+    found = compare({"slow": [2.0, 2.0], "base": [1.0, 1.0]}, "base")
+    assert [(each.candidate, each.seconds, each.ratio.median) for each in found] == [("slow", 2, 2), ("base", 1, 1)]
+
+
+def test_a_candidate_without_its_turns_is_no_candidate() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        compare({"short": [1.0], "base": [1.0, 1.0]}, "base")
+
+
+def test_a_record_says_where_it_was_measured(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    rows: list[Row] = [{"model": "a", "ratio": 1.5}, {"model": "b × c", "ratio": 2.0}]
+    write(file, {**machine("cpu"), "input": "1 × 3"}, rows)
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["rows"] == rows
+    assert "thread" in found["hardware"]
+    assert set(found) == {"hardware", "python", "torch", "torchvision", "onnxruntime", "input", "rows"}
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_committed_results_name_their_hardware_and_carry_their_noise(file: Path) -> None:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["hardware"]
+    assert found["torch"]
+    assert all(row["low"] <= row["ratio"] <= row["high"] for row in found["rows"])
+    assert {"by hand, again", "fused"} <= {row["form"] for row in found["rows"]}

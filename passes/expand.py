@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from repfx.block import RepBlock
-from repfx.branch import Branch, kind_of, refusal_of_branch
+from repfx.branch import Branch, fitting, kind_of
 from repfx.calibration import calibrate_norms
 from repfx.errors import InvalidInput
 from repfx.graph import set_submodule
@@ -100,13 +100,11 @@ def _plan(sites: list[Site], selection: Selection) -> tuple[list[_Plan], list[Sk
             skips.append(Skip(site.path, refusal or "its sizes can't be read", "expand"))
             continue
         wanted = spec.branches_for(site.conv)
-        reasons = [(branch, refusal_of_branch(branch, site.conv)) for branch in wanted]
-        fitting = tuple(branch for branch, reason in reasons if reason is None)
-        refused = "; ".join(f"{branch.kind}: {reason}" for branch, reason in reasons if reason is not None)
-        if refused or not wanted:
-            skips.append(Skip(site.path, refused or "the spec has no branches for this window", "expand"))
-        if fitting:
-            plans.append(_Plan(site, spec, fitting))
+        branches, refusals = fitting(wanted, site.conv)
+        if refusals or not wanted:
+            skips.append(Skip(site.path, refusals or "the spec has no branches for this window", "expand"))
+        if branches:
+            plans.append(_Plan(site, spec, branches))
     return plans, skips
 
 

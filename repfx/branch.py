@@ -7,6 +7,7 @@ yields its stages. Everything else (forward, equivalent kernel, the command line
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -106,6 +107,24 @@ def refusal_of_branch(branch: BranchSpec, site: ConvSpec) -> str | None:
         raise InvalidInput(
             f"branch kind {branch.kind!r} doesn't take the options {dict(branch.options)}: {error}."
         ) from error
+
+
+def fitting(branches: Iterable[BranchSpec], site: ConvSpec) -> tuple[tuple[BranchSpec, ...], str]:
+    """The branches that can serve a site; and, of the others, which can't and why, kinds with one reason together.
+
+    >>> site = ConvSpec(8, 8, (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1))
+    >>> fitting([BranchSpec("1x1"), BranchSpec("1xk"), BranchSpec("identity")], site)
+    ((BranchSpec(kind='identity', options={}),), 'not 1x1, 1xk: the window is 1×1 already')
+    """
+    served: list[BranchSpec] = []
+    refused: dict[str, list[str]] = {}
+    for branch in branches:
+        reason = refusal_of_branch(branch, site)
+        if reason is None:
+            served.append(branch)
+        else:
+            refused.setdefault(reason, []).append(branch.kind)
+    return tuple(served), "; ".join(f"not {', '.join(kinds)}: {reason}" for reason, kinds in refused.items())
 
 
 def require_positive(kind: str, **options: object) -> None:

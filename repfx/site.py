@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from repfx.block import RepBlock
-from repfx.branch import refusal_of_branch
+from repfx.branch import fitting
 from repfx.graph import Island, Traces, call_counts, module_paths, trace
 from repfx.meaning import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, Layer, is_conv, refusal_of, torch_class
 from repfx.reporting import report
@@ -88,11 +88,9 @@ def _plan(site: Site, selection: Selection) -> str:
         return "no pattern of the spec names it"
     if site.conv is None or site.branches:
         return ""
-    verdicts = [(branch.kind, refusal_of_branch(branch, site.conv)) for branch in spec.branches_for(site.conv)]
-    fitting = [kind for kind, reason in verdicts if reason is None]
-    parts = [f"would get {', '.join(fitting)}"] if fitting else ["would stay plain"]
-    parts += [f"not {kind}: {reason}" for kind, reason in verdicts if reason is not None]
-    return "; ".join(parts)
+    branches, refusals = fitting(spec.branches_for(site.conv), site.conv)
+    plan = f"would get {', '.join(branch.kind for branch in branches)}" if branches else "would stay plain"
+    return "; ".join(filter(None, (plan, refusals)))
 
 
 def find_sites(model: nn.Module) -> list[Site]:

@@ -202,7 +202,7 @@ def test_a_refusal_says_why(branch: BranchSpec, name: str) -> None:
         ("1xk", "1d", "no rows"),
         ("kx1", "1d", "no columns"),
         ("1x1-kxk", "1x1", "1×1"),
-        ("1x1-avg", "1x1", "x itself"),
+        ("1x1-avg", "1x1", "1×1 already"),
         ("1x1-avg", "dilation", "dilation 2×2"),
         ("1x1-avg", "depthwise with multiplier", "6 channels from 3"),
         ("dilated-2x2", "rectangular", "3×3"),

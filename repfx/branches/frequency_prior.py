@@ -22,7 +22,7 @@ class FrequencyPrior(Branch):
     def refusal(cls, site: ConvSpec) -> str | None:
         if site.dimensions != 2:
             return f"it is defined for 2 dimensions, the site has {site.dimensions}"
-        return "the window is 1×1: it holds one frequency" if site.is_pointwise else None
+        return "the window is 1×1 already" if site.is_pointwise else None
 
     @classmethod
     def stages(cls, site: ConvSpec, norm: Norm, like: Tensor) -> Stages:

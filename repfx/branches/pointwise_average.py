@@ -17,7 +17,7 @@ class PointwiseAverage(Branch):
     @classmethod
     def refusal(cls, site: ConvSpec) -> str | None:
         if site.is_pointwise:
-            return "the window is 1×1: its mean is x itself"
+            return "the window is 1×1 already"
         if any(d != 1 for d in site.dilation):
             return f"dilation {'×'.join(map(str, site.dilation))}: average pooling has none"
         if site.is_depthwise and site.in_channels != site.out_channels:

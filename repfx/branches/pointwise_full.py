@@ -22,7 +22,7 @@ class PointwiseFull(Branch):
 
     @classmethod
     def refusal(cls, site: ConvSpec) -> str | None:
-        return "the window is 1×1: two 1×1 convs in sequence" if site.is_pointwise else None
+        return "the window is 1×1 already" if site.is_pointwise else None
 
     @classmethod
     def stages(cls, site: ConvSpec, norm: Norm, like: Tensor) -> Stages:

@@ -18,6 +18,8 @@ class Row(Branch):
     def refusal(cls, site: ConvSpec) -> str | None:
         if site.dimensions == 1:
             return "a 1d window has no rows"
+        if site.is_pointwise:
+            return "the window is 1×1 already"
         if site.kernel_size[0] == 1:
             return "the window is a single row already"
         if all(k == 1 for k in site.kernel_size[1:]):

@@ -21,7 +21,7 @@ class Separable(Branch):
         require_positive(cls.kind, expansion=expansion)
         if site.is_depthwise:
             return "the site is depthwise already"
-        return "the window is 1×1: two 1×1 convs in sequence" if site.is_pointwise else None
+        return "the window is 1×1 already" if site.is_pointwise else None
 
     @classmethod
     def stages(cls, site: ConvSpec, norm: Norm, like: Tensor, expansion: int = 8) -> Stages:

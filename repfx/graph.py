@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -135,14 +136,29 @@ class _Tracer(fx.Tracer):
     ) -> tuple[Any, list[Any]]:
         """An argument with a default stands for its default; the graph refuses any other value when it is called."""
         function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
-        parameters = inspect.signature(root_fn).parameters.values()
-        for index, parameter in enumerate(parameters):
+        parameters = list(inspect.signature(root_fn).parameters.values())
+        single = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # torch.fx lists them first
+        for index, parameter in enumerate(single):
             if index and parameter.default is not inspect.Parameter.empty and isinstance(arguments[index], fx.Proxy):
                 self.create_proxy(
                     "call_function", require_default, (arguments[index], parameter.name, parameter.default), {}
                 )
                 arguments[index] = parameter.default
+        _order_placeholders(parameters[1:], self.graph)
         return function, arguments
+
+
+def _order_placeholders(parameters: list[inspect.Parameter], graph: fx.Graph) -> None:
+    """Let the graph's forward take its arguments as the traced one does; torch.fx would put ``*args`` behind those by keyword alone."""
+    required = inspect.Parameter.empty
+    parameters = sorted(parameters, key=lambda p: (p.kind, p.kind is p.KEYWORD_ONLY and p.default is not required))
+    placeholders = {str(node.target).lstrip("*"): node for node in graph.nodes if node.op == "placeholder"}
+    nodes = [placeholders[parameter.name] for parameter in parameters]
+    for before, node in itertools.pairwise(nodes):
+        before.append(node)
+    for before, after in itertools.pairwise(parameters):
+        if after.kind is after.KEYWORD_ONLY and after.default is required and before.default is not required:
+            raise TypeError(f"torch.fx can't take {after.name!r} by keyword alone, after an argument with a default")
 
 
 class _Proxy(fx.Proxy):
@@ -163,7 +179,8 @@ class _Proxy(fx.Proxy):
 
 def require_default(value: object, name: str, default: object) -> None:
     """Refuse a value other than the one that the graph was traced with."""
-    if value is not default and value != default:
+    tensors = isinstance(value, Tensor) or isinstance(default, Tensor)
+    if value is not default and (tensors or value != default):
         raise InvalidInput(f"this module was traced with {name}={default!r} and can't be called with another value.")
 
 

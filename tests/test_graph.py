@@ -205,6 +205,75 @@ def test_an_argument_with_a_default_stands_for_it() -> None:
     assert torch.equal(again(x), fused(x))
 
 
+class AnyFurther(Block):
+    """Takes and ignores whatever else it is given, as blocks of one family with one signature do."""
+
+    def forward(self, x: Any, *further: Any, factor: float = 2.0, shift: float = 1.0, **named: Any) -> Any:
+        return super().forward(x) * factor + shift
+
+
+class ReadsFurther(Block):
+    def forward(self, x: Any, scale: Any, /, *further: Any, factor: Any, **named: Any) -> Any:  # type: ignore[override]
+        return super().forward(x) * scale * factor + further[0] - named["minus"]
+
+
+def test_further_arguments_are_not_taken_for_those_with_a_default() -> None:
+    model = ready(AnyFurther())
+    fused = fused_exactly(model, image())
+    assert norms(fused) == []
+    x = image()
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((x, 2.0), {}),
+        ((x, x, None), {"other": 3}),
+        ((x,), {"factor": 2.0, "shift": 1.0}),
+    ]
+    for arguments, keywords in calls:
+        assert torch.allclose(fused(*arguments, **keywords), model(*arguments, **keywords), rtol=1e-12)
+    for keyword in ("factor", "shift"):
+        with pytest.raises(InvalidInput, match=f"traced with {keyword}="):
+            fused(x, **{keyword: 5.0})
+
+
+def test_further_arguments_arrive_where_they_did() -> None:
+    model = ready(ReadsFurther())
+    fused = repfx.fuse(model)
+    x, further = image(), torch.arange(10.0).double()
+    expected = model(x, 3.0, further, 7, factor=x, minus=2.0)
+    assert norms(fused) == []
+    for again in (fused, copy.deepcopy(fused), repfx.fuse(fused)):
+        assert torch.allclose(again(x, 3.0, further, 7, factor=x, minus=2.0), expected, rtol=1e-12)
+    with pytest.raises(TypeError, match="factor"):
+        fused(x, 3.0, further, minus=2.0)
+
+
+def test_arguments_by_keyword_alone_need_no_order() -> None:
+    class Keywords(Block):
+        def forward(self, x: Any, *, factor: float = 2.0, shift: Any) -> Any:  # type: ignore[override]
+            return super().forward(x) * factor + shift
+
+    class Mixed(Block):
+        def forward(self, x: Any, factor: float = 2.0, *, shift: Any) -> Any:  # type: ignore[override]
+            return super().forward(x) * factor + shift
+
+    x = image()
+    for model, left in ((ready(Keywords()), []), (ready(Mixed()), ["norm"])):
+        fused = repfx.fuse(model)
+        assert norms(fused) == left
+        assert torch.allclose(fused(x, shift=x), model(x, shift=x), rtol=1e-12)
+        assert torch.allclose(fused(x, factor=2.0, shift=1), model(x, factor=2.0, shift=1), rtol=1e-12)
+    assert "can't take 'shift' by keyword alone" in reasons(fused)
+
+
+def test_a_tensor_in_the_place_of_a_default_is_refused_in_words() -> None:
+    class Shifted(Block):
+        def forward(self, x: Any, shift: Any = 1.0) -> Any:
+            return super().forward(x) + shift
+
+    fused = repfx.fuse(ready(Shifted()))
+    with pytest.raises(InvalidInput, match=r"traced with shift=1\.0"):
+        fused(image(), torch.ones(2))
+
+
 def test_two_inputs_and_a_dict_of_outputs() -> None:
     class Two(Block):
         def forward(self, x: Any, y: Any) -> Any:  # type: ignore[override]

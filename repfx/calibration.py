@@ -49,24 +49,32 @@ def measure_inputs(model: nn.Module, modules: Sequence[nn.Module], batches: Batc
 
 
 class _Sums:
-    """A forward pre-hook that sums up its input, in float64."""
+    """A forward pre-hook that measures its input in float64; batch by batch, so that a mean far from zero costs no digits."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.first: Tensor | float = 0.0
-        self.second: Tensor | float = 0.0
+        self.known: Moments | None = None
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         channels = inputs[0].double().transpose(0, 1).flatten(1)
-        self.count += channels.shape[1]
-        self.first = self.first + channels.sum(1)
-        self.second = self.second + channels.square().sum(1)
+        count = channels.shape[1]
+        if not count:
+            return
+        new = Moments(channels.mean(1), channels.var(1, correction=0))
+        self.count += count
+        self.known = new if self.known is None else _pooled(self.known, new, count / self.count)
 
     def moments(self) -> Moments:
-        if not isinstance(self.first, Tensor) or not isinstance(self.second, Tensor):
+        if self.known is None:
             raise InvalidInput("calibrate gave data that never reached the BatchNorm to be measured.")
-        mean = self.first / self.count
-        return Moments(mean, (self.second / self.count - mean.square()).clamp_min(0))
+        return self.known
+
+
+def _pooled(a: Moments, b: Moments, share: float) -> Moments:
+    """Of two sets of data together, of which `share` is the second."""
+    apart = b.mean - a.mean
+    between = apart.square() * share * (1 - share)
+    return Moments(a.mean + apart * share, a.variance + (b.variance - a.variance) * share + between)
 
 
 def run(model: nn.Module, batches: Batches) -> None:

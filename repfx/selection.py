@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -43,5 +44,9 @@ class Selection:
         known = list(paths)
         for pattern, _ in self.patterns:
             if not any(fnmatchcase(path, pattern) for path in known):
+                near = difflib.get_close_matches(pattern, known, n=1)
+                hint = f" (nearest: {near[0]!r})" if near else ""
                 shown = ", ".join(known[:5]) + (", …" if len(known) > 5 else "")
-                raise InvalidInput(f"the spec's pattern {pattern!r} fits no site; there are {len(known)}: {shown}")
+                raise InvalidInput(
+                    f"the spec's pattern {pattern!r} fits no site{hint}; there are {len(known)}: {shown}"
+                )

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import operator
@@ -25,6 +24,7 @@ from torch import Tensor, fx, nn
 from repfx.block import RepBlock
 from repfx.errors import InvalidInput, first_line
 from repfx.meaning import has_hooks, is_batch_norm, is_conv, is_plain_sequence
+from repfx.notes import copy_with_notes
 from repfx.reach import layer_reached, names_reached
 
 
@@ -85,7 +85,7 @@ def trace(model: nn.Module) -> Traces:
 def structural_copy(model: nn.Module) -> nn.Module:
     """A copy with modules and buffers of its own that shares the parameters."""
     try:
-        return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        return copy_with_notes(model, {id(parameter): parameter for parameter in model.parameters()})
     except Exception as error:
         raise InvalidInput(f"{type(model).__name__} can't be copied: {first_line(error)}.") from error
 

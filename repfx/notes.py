@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from torch import fx, nn
+
+_COPIED = "_user_preserved_attributes"  # torch.fx's name: all that copying keeps of a GraphModule's own attributes
+_NAMES = "repfx_notes"  # loading forgets the above, and keeps plain attributes
 
 
 def keep(module: nn.Module, name: str, value: object) -> None:
     """Let `module` carry `value` as its plain attribute `name`."""
+    if name == _NAMES:
+        return  # kept by itself
     setattr(module, name, value)
     if isinstance(module, fx.GraphModule):
-        module.meta[name] = value  # all that copying keeps of a GraphModule's own attributes
+        names = tuple(dict.fromkeys((*vars(module).get(_NAMES, ()), name)))
+        setattr(module, _NAMES, names)
+        module.meta.setdefault(_COPIED, {}).update({name: value, _NAMES: names})
 
 
 def kept(module: nn.Module, name: str) -> object | None:
     """What `module` carries under `name`, or None."""
-    value = vars(module).get(name)
-    if value is None and isinstance(module, fx.GraphModule):
-        return module.meta.get(name)
-    return value
+    found: object | None = vars(module).get(name)
+    if found is None and isinstance(module, fx.GraphModule):
+        return module.meta.get(_COPIED, {}).get(name)  # type: ignore[no-any-return]
+    return found
+
+
+def copy_with_notes(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a model, of one that was saved and loaded too, with all that its modules carry."""
+    for module in model.modules():
+        for name in vars(module).get(_NAMES, ()):
+            if isinstance(module, fx.GraphModule) and name in vars(module):
+                keep(module, name, vars(module)[name])
+    return copy.deepcopy(model, memo)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from repfx.errors import InvalidInput, first_line
 from repfx.graph import Island, Traces, call_counts, module_paths, trace
 from repfx.installation import install, place_constants
 from repfx.meaning import is_batch_norm, is_conv
+from repfx.notes import copy_with_notes
 from repfx.pattern import View
 from repfx.reporting import Edit, Report, Skip
 from repfx.rule import PASSES as PASSES
@@ -70,7 +70,7 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy, or an error that says why there is none."""
     try:
-        return copy.deepcopy(model)
+        return copy_with_notes(model)
     except Exception as error:
         raise InvalidInput(f"{type(model).__name__} can't be copied: {first_line(error)}.") from error
 

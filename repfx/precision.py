@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from repfx.errors import InvalidInput, first_line
+from repfx.notes import copy_with_notes
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -38,7 +38,7 @@ def double_copy(model: nn.Module) -> nn.Module:
                 raise InvalidInput(f"{f'{path}.{name}'.lstrip('.')!r} has no values yet: run or load the model first.")
             memo[id(tensor)] = _double(tensor)
     try:
-        return copy.deepcopy(model, memo).eval()
+        return copy_with_notes(model, memo).eval()
     except Exception as error:
         raise InvalidInput(f"{type(model).__name__} can't be copied: {first_line(error)}.") from error
 

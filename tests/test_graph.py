@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -103,7 +104,16 @@ def test_what_a_parent_reads_of_a_child_survives() -> None:
             return x
         return m.block(x) * m.block.size * m.block.sizes[1] * len(m.block.kind)
 
-    assert norms(fused_exactly(Net(forward, block=Block()), image())) == []
+    model = Net(forward, block=Block())
+    fused = fused_exactly(model, image())
+    assert norms(fused) == []
+    loaded = pickle.loads(pickle.dumps(fused.block))
+    saved = Net(forward, block=loaded)
+    for again in (copy.deepcopy(fused), copy.copy(fused), saved):
+        assert error_of(again, model, image()) < 1e-9
+        assert error_of(repfx.fuse(again), model, image()) < 1e-9
+        assert error_of(repfx.restore(again).eval(), model, image()) < 1e-9
+        assert repfx.check_equivalent(model, again, image()).equivalent
 
 
 def test_a_sequence_in_code_that_can_t_be_traced_stays_a_sequence() -> None:

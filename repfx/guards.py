@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import fx, nn
 
@@ -65,20 +67,19 @@ def is_convolution(match: Match, view: View) -> str | None:
 def no_dearer(match: Match, view: View) -> str | None:
     """The merged conv has no more weights than the convs it replaces; so it needs no more multiply-adds either."""
     after = match.kernel(META).weight.numel()
-    before = sum(_weights(term, match) for term in match.terms)
+    before = sum({node: count for term in match.terms for node, count in _weights(term, match)}.values())
     if after > before:
         return f"the merged conv would have {after} weights, the present ones have {before}"
     return None
 
 
-def _weights(term: Term, match: Match) -> int:
+def _weights(term: Term, match: Match) -> Iterator[tuple[fx.Node, int]]:
+    """How many weights each conv has; one that the sum reads twice is still one."""
     channels, dimensions = match.sizes()
-    total = 0
     for op in term.ops:
         kernel = op.meaning.build(META, channels, dimensions)
         channels = kernel.out_channels
-        total += kernel.weight.numel() if op.meaning.kind == "conv" else 0
-    return total
+        yield op.node, kernel.weight.numel() if op.meaning.kind == "conv" else 0
 
 
 def channels_stay_put(match: Match, view: View) -> str | None:

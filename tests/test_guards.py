@@ -202,6 +202,16 @@ def test_a_merge_that_costs_more_is_not_made() -> None:
     assert len(convs(fused_exactly(wide, image()))) == 1
 
 
+def test_a_conv_that_the_sum_reads_twice_counts_once() -> None:
+    """72 weights and 16 are no 144, twice 72 and 16 would be more."""
+    model = two(lambda m, x: (lambda y: (y + y) + m.b(x))(m.grouped(x)), grouped=conv(groups=2))
+    fused = fused_exactly(model, image())
+    assert {"b", "grouped"} <= set(convs(fused))
+    assert "would have 144 weights, the present ones have 88" in reasons(fused)
+    dense = two(lambda m, x: (lambda y: (y + y) + m.b(x))(m.a(x)))
+    assert "b" not in convs(fused_exactly(dense, image()))
+
+
 def test_a_pooling_behind_a_conv_is_not_bought_with_weights() -> None:
     """A transition of DenseNet: one 2×2 conv of stride 2 would need the same multiply-adds, and four times the weights."""
     fused = fused_exactly(nn.Sequential(nn.Conv2d(4, 4, 1), nn.AvgPool2d(2)), image())

@@ -139,7 +139,7 @@ def _refusal(choice: _Choice, path: str, calls: int, model: nn.Module) -> str | 
 
 def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice, path: str) -> _Restored:
     conv, folded = choice.conv, choice.folded
-    settings = Norm() if folded is None else Norm("batch_norm", folded.eps, folded.momentum)
+    settings = Norm() if folded is None else Norm("batch_norm", folded.eps, folded.momentum, folded.synchronized)
     kernel = kernel_of(copy.deepcopy(conv), conv.weight.detach().double(), 0, 0)
     norm = settings.batch_norm(kernel.out_channels, kernel.dimensions or 1, conv.weight)
     norm.requires_grad_(conv.weight.requires_grad)

@@ -136,7 +136,9 @@ class Editor:
                 norm = self.merged[op.node].norm
             elif module is not None and torch_class(module) in BATCH_NORMS:
                 path = self.island.full_path(str(op.node.target))
-                norm = FoldedNorm("", path, module.eps, module.momentum, False, Moments.after(module))
+                known = Moments.after(module)
+                synchronized = isinstance(module, nn.SyncBatchNorm)
+                norm = FoldedNorm("", path, module.eps, module.momentum, False, known, synchronized)
             elif op.meaning.kind != "identity":
                 norm = None
         return norm

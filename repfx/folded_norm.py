@@ -19,6 +19,7 @@ class FoldedNorm:
         conv, norm: the paths of both in the model they stood in.
         bias: whether the conv had a bias all the same.
         moments: of the conv's output in training mode, as far as they are known.
+        synchronized: whether it was a SyncBatchNorm.
     """
 
     conv: str
@@ -27,6 +28,7 @@ class FoldedNorm:
     momentum: float | None
     bias: bool
     moments: Moments | None = None
+    synchronized: bool = False
 
 
 def folded_norm(conv: Layer) -> FoldedNorm | None:

@@ -30,6 +30,30 @@ def test_every_branch_in_turn_until_the_plain_model_is_back(preset: str) -> None
     SmallNet().double().load_state_dict(expanded.state_dict(), strict=True)
 
 
+FORMS: list[dict[str, Any]] = [
+    {"padding": 2, "dilation": 2},
+    {"padding": (1, 2), "stride": (2, 1)},
+    {"padding": 1, "padding_mode": "reflect"},
+    {"padding": "same", "padding_mode": "circular", "dilation": (1, 2)},
+    {"padding": 1, "groups": 4},
+]
+
+
+@pytest.mark.parametrize("normalised", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize("preset", ["dyrep", "qarepvgg"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_conv_again_keeps_its_form_and_its_bias_is_saved(form: dict[str, Any], preset: str, normalised: bool) -> None:
+    """DyRep's public code loses dilation and padding mode here, and on resuming the bias."""
+    plain = nn.Sequential(nn.Conv2d(4, 4, 3, **form), *[nn.BatchNorm2d(4)] * normalised).double()
+    expanded = randomize_batch_norm(repfx.expand(randomize_batch_norm(plain), preset), seed=3).eval()
+    reference, x = copy.deepcopy(expanded), torch.randn(2, 4, 9, 10, dtype=torch.float64)
+    for branch in repfx.sites(expanded)["0"].branches:
+        repfx.drop(expanded, "0", branch)
+    assert str(expanded) == str(plain)
+    plain.load_state_dict(expanded.state_dict(), strict=True)
+    assert_same_map(plain.eval(), reference, x)
+
+
 def test_what_stays_are_the_same_parameters() -> None:
     model: Any = randomize_batch_norm(repfx.expand(small_net(), "dbb"), seed=9)
     weight, gamma = model.stem.conv.weight, model.stem.norm.weight

@@ -34,6 +34,14 @@ def test_eps_and_momentum_return() -> None:
     assert (restored.norm.eps, restored.norm.momentum) == (1e-3, 0.2)
 
 
+def test_a_synchronized_batch_norm_returns_as_one() -> None:
+    model: Any = nn.SyncBatchNorm.convert_sync_batchnorm(trained())
+    restored: Any = repfx.restore(repfx.fuse(model))
+    assert isinstance(restored.norm, nn.SyncBatchNorm)
+    assert isinstance(restored.norm2, nn.SyncBatchNorm)
+    assert_same_map(restored.eval(), model, batch())
+
+
 def test_the_restored_model_trains_and_fuses_again() -> None:
     restored: Any = repfx.restore(repfx.fuse(trained())).train()
     before = restored.norm.running_mean.clone()

@@ -159,7 +159,7 @@ class Pattern:
     """What a rule looks for at a node."""
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
-        """All that the rule may take here; that with the most terms first."""
+        """All that the rule may take here, the best first."""
         raise NotImplementedError
 
     def match(self, node: fx.Node, view: View) -> Match | None:
@@ -207,14 +207,15 @@ class Sum(Pattern):
         if not is_sum(node, view) or _is_inner(node, view):
             return
         _, inner = _leaves(node, view)
-        for part in (node, *inner):
-            yield from _matches_of_tree(part, view)
+        found = [match for part in (node, *inner) for match in _matches_of_tree(part, view)]
+        # one with a remainder last: it takes the tree apart, and other parts of it may have been one convolution
+        yield from sorted(found, key=lambda match: (bool(match.remainder), -len(match.terms)))
 
 
-def _matches_of_tree(root: fx.Node, view: View) -> list[Match]:
+def _matches_of_tree(root: fx.Node, view: View) -> Iterator[Match]:
     leaves, inner = _leaves(root, view)
-    found = [replace(match, root=root, inner=tuple(inner)) for match in _groups(leaves, view)]
-    return sorted(found, key=lambda match: -len(match.terms))
+    for match in _groups(leaves, view):
+        yield replace(match, root=root, inner=tuple(inner))
 
 
 def is_sum(node: fx.Node, view: View) -> bool:

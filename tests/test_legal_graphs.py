@@ -178,6 +178,17 @@ CASES: dict[str, Case] = {
         2,
         0,
     ),
+    "blocks of two padding modes, added to themselves": Case(
+        lambda: Net(
+            lambda net, x: (lambda y: F.relu(y + y))(net.c(x) + net.d(x) + (net.e(x) + net.f(x))),
+            c=conv(),
+            d=conv(),
+            e=conv(padding_mode="reflect"),
+            f=conv(padding_mode="reflect"),
+        ),
+        2,
+        0,
+    ),
     "1×1 without bias, then padded": Case(lambda: nn.Sequential(conv(1, 0, bias=False), conv()), 1, 0),
     "1×1 with bias, then padded": Case(lambda: nn.Sequential(conv(1, 0), conv()), 2, 0),
     "dropout between": Case(lambda: nn.Sequential(conv(), nn.Dropout(), norm()), 1, 1, "no rule"),

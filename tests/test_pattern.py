@@ -104,10 +104,15 @@ def test_a_sum_is_its_terms_and_what_remains(name: str) -> None:
     node = last(view)
     while not is_sum(node, view):  # behind what else the net does with the sum
         node = node.all_input_nodes[0]
-    match = Sum().match(node, view)
-    assert match is not None
+    match = next(match for match in Sum().matches(node, view) if match.root is node)
     assert text(match) == expected
-    assert match.root is node
+
+
+def test_parts_that_are_one_convolution_come_before_a_whole_that_leaves_a_remainder() -> None:
+    view = view_of(
+        lambda m, x: (m.a(x) + m.b(x)) + (m.c(x) + m.strided(x)), **convs(), strided=nn.Conv2d(4, 4, (9, 10))
+    )
+    assert [text(match) for match in Sum().matches(last(view), view)] == ["+a +b", "+a +b +c +(strided)"]
 
 
 @pytest.mark.parametrize("name", [name for name in SUMS if "elsewhere" not in name])

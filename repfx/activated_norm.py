@@ -93,7 +93,7 @@ def join(root: nn.Module, graph: fx.Graph) -> None:
             part.replace_all_uses_with(node)
             graph.erase_node(part)
     for module in dict.fromkeys(module for _, module in separated):
-        module.__class__ = kept(module, _WHOLE)
+        module.__class__ = kept(module, _WHOLE)  # type: ignore[assignment]
         delattr(module, _WHOLE)
 
 

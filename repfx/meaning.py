@@ -1,7 +1,8 @@
 """What a module means as a linear map: the exact class decides, never `isinstance` alone.
 
-A subclass that overrides `forward` may do anything (timm's `Conv2dSame` pads by the input's size, its `BatchNormAct2d` also activates, see `activated_norm`),
-so a module means what its class in torch means only if it runs that class's own code. What can't be read says why.
+A subclass that overrides `forward` may do anything (timm's `Conv2dSame` pads by the input's size), so a module means what its class in
+torch means only if it runs that class's own code. What can't be read says why. timm's BatchNorms that also activate are a case of
+their own (`repfx.activated_norm`).
 """
 
 from __future__ import annotations

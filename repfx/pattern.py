@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -156,57 +155,66 @@ def _signed(kernel: Kernel, sign: int) -> Kernel:
     return kernel if sign > 0 else kernel.negate()
 
 
-class Pattern(Protocol):
+class Pattern:
     """What a rule looks for at a node."""
 
-    def match(self, node: fx.Node, view: View) -> Match | None: ...
+    def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
+        """All that the rule may take here; that with the most terms first."""
+        raise NotImplementedError
+
+    def match(self, node: fx.Node, view: View) -> Match | None:
+        """The first of them, if there is one."""
+        return next(self.matches(node, view), None)
 
 
 @dataclass(frozen=True)
-class Single:
+class Single(Pattern):
     """One linear map of these kinds."""
 
     kinds: frozenset[Kind]
 
-    def match(self, node: fx.Node, view: View) -> Match | None:
+    def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
         op = view.op(node)
-        if op is None or op.meaning.kind not in self.kinds:
-            return None
-        return Match(node, op.source, (Term((op,)),))
+        if op is not None and op.meaning.kind in self.kinds:
+            yield Match(node, op.source, (Term((op,)),))
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Sequence(Pattern):
     """A linear map of one of the `first` kinds whose output enters one of the `second` kinds."""
 
     first: frozenset[Kind]
     second: frozenset[Kind]
 
-    def match(self, node: fx.Node, view: View) -> Match | None:
+    def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
         second = view.op(node)
         if second is None or second.meaning.kind not in self.second:
-            return None
+            return
         first = view.op(second.source)
-        if first is None or first.meaning.kind not in self.first:
-            return None
-        return Match(node, first.source, (Term((first, second)),))
+        if first is not None and first.meaning.kind in self.first:
+            yield Match(node, first.source, (Term((first, second)),))
 
 
 @dataclass(frozen=True)
-class Sum:
+class Sum(Pattern):
     """A tree of additions and subtractions, of which at least two terms are linear maps of one node, one of them a conv.
 
-    The terms that fit none are the match's remainder.
+    The terms that fit none are the match's remainder. Where the tree can't be merged as a whole, its parts may be: two blocks of a
+    sum whose windows don't go together are still one conv each.
     """
 
-    def match(self, node: fx.Node, view: View) -> Match | None:
+    def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
         if not is_sum(node, view) or _is_inner(node, view):
-            return None
-        leaves, inner = _leaves(node, view)
-        best = max(_groups(leaves, view), key=lambda match: len(match.terms), default=None)
-        if best is None:
-            return None
-        return replace(best, root=node, inner=tuple(inner))
+            return
+        _, inner = _leaves(node, view)
+        for part in (node, *inner):
+            yield from _matches_of_tree(part, view)
+
+
+def _matches_of_tree(root: fx.Node, view: View) -> list[Match]:
+    leaves, inner = _leaves(root, view)
+    found = [replace(match, root=root, inner=tuple(inner)) for match in _groups(leaves, view)]
+    return sorted(found, key=lambda match: -len(match.terms))
 
 
 def is_sum(node: fx.Node, view: View) -> bool:
@@ -238,25 +246,29 @@ def _leaves(root: fx.Node, view: View) -> tuple[list[tuple[int, fx.Node]], list[
 
 
 def _groups(leaves: list[tuple[int, fx.Node]], view: View) -> Iterator[Match]:
-    """For each node that two or more terms start at: those terms, as far as they are one convolution together."""
+    """For each node that two or more terms start at: those terms, in as many groups as it takes for each to be one convolution."""
     paths = [_paths(leaf, view) for _, leaf in leaves]
     sources = Counter(source for path in paths for source in path)
     for source, count in sources.items():
         if count < 2:
             continue
-        terms: list[Term] = []
-        remainder: list[tuple[int, fx.Node]] = []
-        chosen = [(sign, leaf, path.get(source)) for (sign, leaf), path in zip(leaves, paths)]
+        terms = [(index, Term(path[source], leaves[index][0])) for index, path in enumerate(paths) if source in path]
         # terms with a conv first: they fix the sizes that an identity or a pooling takes on
-        for sign, leaf, ops in sorted(
-            chosen, key=lambda item: item[2] is None or not any(view.is_conv(op.node) for op in item[2])
-        ):
-            if ops is not None and _fits(candidate := Term(ops, sign), terms, source):
-                terms.append(candidate)
-            else:
-                remainder.append((sign, leaf))
-        if len(terms) > 1 and any(view.is_conv(op.node) for op in terms[0].ops):
-            yield Match(source, source, tuple(terms), remainder=tuple(remainder))
+        terms.sort(key=lambda item: not _has_conv(item[1], view))
+        while terms and _has_conv(terms[0][1], view):
+            chosen: dict[int, Term] = {}
+            for index, term in terms:
+                if _fits(term, list(chosen.values()), source):
+                    chosen[index] = term
+            if len(chosen) > 1:
+                remainder = tuple(leaf for index, leaf in enumerate(leaves) if index not in chosen)
+                yield Match(source, source, tuple(chosen.values()), remainder=remainder)
+            taken = chosen or {terms[0][0]}  # a term that is no convolution even by itself
+            terms = [(index, term) for index, term in terms if index not in taken]
+
+
+def _has_conv(term: Term, view: View) -> bool:
+    return any(view.is_conv(op.node) for op in term.ops)
 
 
 def _paths(leaf: fx.Node, view: View) -> dict[fx.Node, tuple[Op, ...]]:

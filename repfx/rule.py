@@ -54,11 +54,10 @@ class Rule:
 
     def find(self, node: fx.Node, view: View) -> Match | Skip | None:
         """A match at `node`, or why it may not be rewritten, or None where the pattern isn't there."""
-        match = self.pattern.match(node, view)
-        if match is None:
-            return None
-        for guard in self.guards:
-            reason = guard(match, view)
-            if reason is not None:
-                return Skip(node.name, reason, self.name)
-        return match
+        refusal: Skip | None = None
+        for match in self.pattern.matches(node, view):
+            reason = next(filter(None, (guard(match, view) for guard in self.guards)), None)
+            if reason is None:
+                return match
+            refusal = refusal or Skip(node.name, reason, self.name)
+        return refusal

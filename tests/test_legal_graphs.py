@@ -161,6 +161,23 @@ CASES: dict[str, Case] = {
     "grouped and dense, dearer when merged": Case(
         lambda: Net(lambda net, x: net.c(x) + net.d(x), c=conv(groups=2), d=conv(1, 0)), 2, 0, "weights"
     ),
+    "a grouped block and a dense one, dearer when merged": Case(
+        lambda: Net(lambda net, x: (net.c(x) + net.d(x)) + net.e(x), c=conv(groups=4), d=conv(groups=4), e=conv(1, 0)),
+        2,
+        0,
+        "weights",
+    ),
+    "blocks of two padding modes": Case(
+        lambda: Net(
+            lambda net, x: net.c(x) + net.d(x) + (net.e(x) + net.f(x)),
+            c=conv(),
+            d=conv(),
+            e=conv(padding_mode="reflect"),
+            f=conv(padding_mode="reflect"),
+        ),
+        2,
+        0,
+    ),
     "1×1 without bias, then padded": Case(lambda: nn.Sequential(conv(1, 0, bias=False), conv()), 1, 0),
     "1×1 with bias, then padded": Case(lambda: nn.Sequential(conv(1, 0), conv()), 2, 0),
     "dropout between": Case(lambda: nn.Sequential(conv(), nn.Dropout(), norm()), 1, 1, "no rule"),

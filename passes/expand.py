@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from repfx.activated_norm import norm_of, rest_of
 from repfx.block import RepBlock
 from repfx.branch import Branch, fitting, kind_of
 from repfx.calibration import calibrate_norms
@@ -111,7 +112,7 @@ def _plan(sites: list[Site], selection: Selection) -> tuple[list[_Plan], list[Sk
 def _block(model: nn.Module, plan: _Plan, *, preserve: bool) -> RepBlock:
     """The block of a site; the model isn't changed, the conv's weights are not yet either."""
     conv: Layer = model.get_submodule(plan.site.path)
-    own_norm: Layer | None = model.get_submodule(plan.site.norm) if plan.site.norm is not None else None
+    own_norm: Layer | None = None if plan.site.norm is None else norm_of(model.get_submodule(plan.site.norm))
     norm = Norm.like(plan.spec.norm, own_norm)
     branches: dict[str, Branch] = {}
     for branch in plan.branches:
@@ -146,9 +147,10 @@ def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *,
         _take_off(block)
     undo.callback(set_submodule, model, plan.site.path, conv)
     set_submodule(model, plan.site.path, block)
-    if block.norm_path is not None and block.norm is not None:
-        undo.callback(set_submodule, model, block.norm_path, block.norm)
-        set_submodule(model, block.norm_path, nn.Identity().train(block.norm.training))
+    if block.norm_path is not None:
+        own = model.get_submodule(block.norm_path)
+        undo.callback(set_submodule, model, block.norm_path, own)
+        set_submodule(model, block.norm_path, rest_of(own))
 
 
 def _take_off(block: RepBlock) -> None:

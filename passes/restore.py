@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from repfx.activated_norm import is_rest
 from repfx.calibration import measure_inputs
 from repfx.errors import InvalidInput
 from repfx.folded_norm import FoldedNorm, folded_norm, forget_norm
@@ -127,7 +128,7 @@ def _refusal(choice: _Choice, path: str, calls: int, model: nn.Module) -> str | 
     if meaning_of(choice.conv) is None or nn.utils.parametrize.is_parametrized(choice.conv):
         return "its weight is not a plain parameter"
     taken = dict(model.named_modules()).get(choice.norm_path)
-    if taken is not None and not isinstance(taken, nn.Identity):
+    if taken is not None and not isinstance(taken, nn.Identity) and not is_rest(taken):
         return f"its BatchNorm belongs at {choice.norm_path!r}, where a {type(taken).__name__} stands"
     if folded_norm(choice.conv) is None and isinstance(choice.conv, nn.Linear):
         return "it is a linear layer that never absorbed a BatchNorm"
@@ -150,12 +151,20 @@ def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice, pa
     attach(conv, Provenance(("restore",), (path,)))
     attach(norm, Provenance(("restore",), (path,), path))
     inside = choice.norm_path.removeprefix(f"{island.path}.") if island.path else choice.norm_path
+    for name, part in _rest_at(root, inside):
+        norm.add_module(name, part)
     set_submodule(root, inside, norm)
     with island.graph.inserting_after(node):
         call = island.graph.call_module(inside)
     node.replace_all_uses_with(call)
     call.args = (node,)
     return _Restored(path, choice.norm_path, conv, norm, kernel)
+
+
+def _rest_at(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """The drop and the activation that the graph calls after a BatchNorm which did both; they stay its children."""
+    place = dict(root.named_modules()).get(path)
+    return [] if place is None else list(place.named_children())
 
 
 def _measure(model: nn.Module, done: list[_Restored], batches: Iterable[Any]) -> None:

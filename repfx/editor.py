@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from repfx.activated_norm import is_separated
 from repfx.baking import conv_from_kernel, float64_like
 from repfx.block import RepBlock
 from repfx.folded_norm import FoldedNorm, remember_norm
@@ -113,7 +114,7 @@ class Editor:
 
     def _equals(self, match: Match) -> str | None:
         last = match.terms[0].ops[-1]
-        if len(match.terms) > 1 or match.remainder:
+        if len(match.terms) > 1 or match.remainder or is_separated(self.view.module(last.node)):
             return None
         if last.node in self.merged:
             return self.merged[last.node].provenance.equals

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from repfx.activated_norm import separate
 from repfx.block import RepBlock
 from repfx.errors import InvalidInput, first_line
 from repfx.meaning import has_hooks, is_batch_norm, is_conv, is_plain_sequence
@@ -73,6 +74,7 @@ def trace(model: nn.Module) -> Traces:
             pending += [(f"{path}.{name}" if path else name, child, reached) for name, child in module.named_children()]
             continue
         graph, constants = result
+        separate(graph, module)
         used = frozenset(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
         island = Island(path, graph, constants, used)
         islands.append(island)

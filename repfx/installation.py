@@ -8,11 +8,13 @@ layers stays one, with identities where layers have been merged, and a block tha
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import torch
 from torch import fx, nn
 
+from repfx.activated_norm import bare, join
 from repfx.block import RepBlock
 from repfx.graph import Island, set_submodule
 from repfx.meaning import is_plain_sequence
@@ -24,7 +26,8 @@ _NOT_SAVED = "repfx_not_saved"
 def install(model: nn.Module, island: Island) -> nn.Module:
     """Put the island's graph to work in place of its module; returns the model."""
     root = model.get_submodule(island.path)
-    place_constants(root, island)
+    prepare(root, island)
+    join(root, island.graph)
     island.graph.lint()
     calls = _chain(island.graph)
     if island.path and is_plain_sequence(root) and calls is not None and _keep_sequence(root, calls):
@@ -39,8 +42,9 @@ def install(model: nn.Module, island: Island) -> nn.Module:
     return model
 
 
-def place_constants(root: nn.Module, island: Island) -> None:
-    """Give a module the constants that tracing made."""
+def prepare(root: nn.Module, island: Island) -> None:
+    """Make a module fit its graph: with the constants that tracing made, and norms that leave their activation to the graph."""
+    bare(root, island.graph)
     for name, value in island.constants.items():
         setattr(root, name, value)
 
@@ -59,13 +63,22 @@ def _chain(graph: fx.Graph) -> list[str] | None:
 
 
 def _keep_sequence(root: nn.Module, calls: list[str]) -> bool:
-    """Put an identity wherever a layer of a sequence is no longer called; False where the calls have another order."""
-    layers = list(_layers(root))
-    if [path for path in layers if path in calls] != calls:
+    """Leave in the place of each layer of a sequence what is still called of it; False where the calls have another order."""
+    left = {path: [call for call in calls if f"{call}.".startswith(f"{path}.")] for path in _layers(root)}
+    if [call for parts in left.values() for call in parts] != calls:
         return False
-    for path in set(layers) - set(calls):
-        set_submodule(root, path, nn.Identity())
+    if any(path in parts != [path] for path, parts in left.items()):
+        return False
+    for path, parts in left.items():
+        if parts != [path]:
+            set_submodule(root, path, _sequence_of(root, parts))
     return True
+
+
+def _sequence_of(root: nn.Module, paths: list[str]) -> nn.Module:
+    """Modules by their own names, one after another; the identity if there are none."""
+    modules = OrderedDict((path.rpartition(".")[2], root.get_submodule(path)) for path in paths)
+    return nn.Sequential(modules) if modules else nn.Identity()
 
 
 def _layers(sequence: nn.Module, prefix: str = "") -> Iterator[str]:

@@ -1,7 +1,8 @@
 """What a module means as a linear map: the exact class decides, never `isinstance` alone.
 
-A subclass that overrides `forward` may do anything (timm's `Conv2dSame` pads by the input's size, its `BatchNormAct2d` also activates),
-so a module means what its class in torch means only if it runs that class's own code. What can't be read says why.
+A subclass that overrides `forward` may do anything (timm's `Conv2dSame` pads by the input's size), so a module means what its class in
+torch means only if it runs that class's own code. What can't be read says why. timm's BatchNorms that also activate are a case of
+their own (`repfx.activated_norm`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVS: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 FROZEN_BATCH_NORMS = {"torchvision.ops.misc.FrozenBatchNorm2d", "detectron2.layers.batch_norm.FrozenBatchNorm2d"}
+# a BatchNorm, then the module's `drop`, then its `act`; with the class that does the first of these alone
+ACTIVATED_BATCH_NORMS = {
+    "timm.layers.norm_act.BatchNormAct2d": "torch.nn.BatchNorm2d",
+    "timm.layers.norm_act.SyncBatchNormAct": "torch.nn.SyncBatchNorm",
+    "timm.layers.norm_act.FrozenBatchNormAct2d": "torchvision.ops.misc.FrozenBatchNorm2d",
+}
 
 _LAZY_BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 _CODE = ("__call__", "forward", "_conv_forward")  # the methods that say what a layer computes
@@ -72,7 +79,7 @@ def torch_class(module: nn.Module) -> type[nn.Module] | None:
     (<class 'torch.nn.modules.conv.Conv2d'>, None)
     """
     known = next((base for base in type(module).__mro__ if base in _READERS), None)
-    if known is None or _is_patched(module):
+    if known is None or is_patched(module):
         return None
     own_code = all(getattr(type(module), name, None) is getattr(known, name, None) for name in _CODE)
     return known if own_code else None
@@ -114,7 +121,8 @@ def is_conv(module: nn.Module) -> bool:
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether `module` is some kind of BatchNorm, readable or not."""
-    return isinstance(module, BATCH_NORMS + _LAZY_BATCH_NORMS) or qualified_name(module) in FROZEN_BATCH_NORMS
+    known = FROZEN_BATCH_NORMS | ACTIVATED_BATCH_NORMS.keys()
+    return isinstance(module, BATCH_NORMS + _LAZY_BATCH_NORMS) or qualified_name(module) in known
 
 
 def is_plain_sequence(module: nn.Module) -> bool:
@@ -133,7 +141,7 @@ def refusal_of(module: Layer) -> str | None:
     if has_hooks(module):
         return f"{name} has hooks, which would no longer see what they see now"
     frozen = qualified_name(module) in FROZEN_BATCH_NORMS
-    if _is_patched(module) if frozen else torch_class(module) is None:
+    if is_patched(module) if frozen else torch_class(module) is None:
         return f"{name} runs code of its own, not {_nearest(module)}'s"
     other = next((tensor.dtype for tensor in module.parameters(recurse=False) if not tensor.is_floating_point()), None)
     if other is not None:
@@ -150,12 +158,14 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_patched(module: nn.Module) -> bool:
+def is_patched(module: nn.Module) -> bool:
     """Whether this one instance runs code that its class doesn't have."""
     return any(name in vars(module) for name in _CODE)
 
 
 def _nearest(module: nn.Module) -> str:
+    if qualified_name(module) in ACTIVATED_BATCH_NORMS:
+        return ACTIVATED_BATCH_NORMS[qualified_name(module)].rpartition(".")[2]
     return next((base for base in type(module).__mro__ if base in _READERS), type(module)).__name__
 
 

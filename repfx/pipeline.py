@@ -13,7 +13,7 @@ from torch import fx, nn
 from repfx.editor import Editor
 from repfx.errors import InvalidInput, first_line
 from repfx.graph import Island, Traces, call_counts, module_paths, trace
-from repfx.installation import install, place_constants
+from repfx.installation import install, prepare
 from repfx.meaning import is_batch_norm, is_conv
 from repfx.notes import copy_with_notes
 from repfx.pattern import View
@@ -77,7 +77,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 def _view(model: nn.Module, island: Island, calls: Counter[str], registered: dict[int, list[str]]) -> View:
     root = model.get_submodule(island.path)
-    place_constants(root, island)
+    prepare(root, island)
     paths = {path: registered.get(id(module), []) for path, module in root.named_modules()}
     local_calls = Counter({path: calls[island.full_path(path)] for path in paths})
     return View(root, island.graph, local_calls, Counter({path: len(names) for path, names in paths.items()}))

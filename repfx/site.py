@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
+from repfx.activated_norm import norm_of
 from repfx.block import RepBlock
 from repfx.branch import fitting
 from repfx.graph import Island, Traces, call_counts, module_paths, trace
@@ -176,7 +177,7 @@ def _conv_and_norm(node: fx.Node, island: Island, model: nn.Module) -> tuple[str
     if before.op != "call_module" or len(before.users) != 1:
         return None
     paths = island.full_path(str(before.target)), island.full_path(str(node.target))
-    conv, norm = (model.get_submodule(path) for path in paths)
+    conv, norm = model.get_submodule(paths[0]), norm_of(model.get_submodule(paths[1]))
     if torch_class(conv) not in CONVS or torch_class(norm) not in BATCH_NORMS or refusal_of(norm) is not None:
         return None
     return paths

@@ -201,6 +201,10 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "timm's StdConv2dSame": (lambda: StdConv2dSame(4, 4, 3), "runs code of its own"),
     "timm's ScaledStdConv2d": (lambda: ScaledStdConv2d(4, 4, 3), "runs code of its own"),
     "timm's ScaledStdConv2dSame": (lambda: ScaledStdConv2dSame(4, 4, 3), "runs code of its own"),
+    "timm's FrozenBatchNormAct2d": (
+        lambda: FrozenBatchNormAct2d(4),
+        "FrozenBatchNormAct2d runs code of its own, not FrozenBatchNorm2d's",
+    ),
     "timm's BatchNormAct2d": (
         lambda: BatchNormAct2d(4),
         "BatchNormAct2d runs code of its own, not BatchNorm2d's",
@@ -282,7 +286,6 @@ NEITHER: dict[str, Make] = {
     "timm's LayerNorm2d": lambda: LayerNorm2d(4),
     "timm's RmsNorm": lambda: RmsNorm(4),
     "timm's GroupNormAct": lambda: GroupNormAct(4, 2),
-    "timm's FrozenBatchNormAct2d": lambda: FrozenBatchNormAct2d(4),
     "timm's CondConv2d": lambda: CondConv2d(4, 4, 3, num_experts=2),
     "timm's AvgPool2dSame": lambda: AvgPool2dSame(2),
     "ReLU": nn.ReLU,

@@ -7,7 +7,7 @@ import pickle
 from typing import Any
 
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from tests.inline_net import convs, norms, same_state
 from tests.random_net import RandomNet, random_nets
 
 NETS = random_nets()
+HALF = settings(max_examples=settings().max_examples // 2)  # for tests that trace each net several times
 SPECS = st.one_of(st.sampled_from(sorted(PRESETS)), st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=3))
 
 
@@ -94,6 +95,7 @@ def test_modes_are_kept_and_dropouts_drop_as_before(model: RandomNet, training: 
     assert max(relative_error(ours, theirs) for ours, theirs in zip(*results)) < TOLERANCE
 
 
+@HALF
 @given(NETS, SPECS, st.integers(0, 99))
 def test_expanding_keeps_the_function_and_trained_blocks_fuse_right(model: RandomNet, spec: Any, seed: int) -> None:
     before = copy.deepcopy(model.state_dict())
@@ -104,6 +106,7 @@ def test_expanding_keeps_the_function_and_trained_blocks_fuse_right(model: Rando
     assert_same(repfx.fuse(expanded), expanded, model.input())
 
 
+@HALF
 @given(random_nets(biases=True, shared=False), SPECS)
 def test_blocks_cost_nothing_in_the_end(model: RandomNet, spec: Any) -> None:
     """Each conv has a bias here: the branches' BatchNorms bring one along, which may stand in the way of a merge."""
@@ -111,6 +114,7 @@ def test_blocks_cost_nothing_in_the_end(model: RandomNet, spec: Any) -> None:
     assert len(convs(repfx.fuse(expanded))) <= len(convs(repfx.fuse(model)))
 
 
+@HALF
 @given(NETS)
 def test_restored_nets_compute_the_same(model: RandomNet) -> None:
     fused = repfx.fuse(model)
@@ -118,6 +122,7 @@ def test_restored_nets_compute_the_same(model: RandomNet) -> None:
         assert_same(repfx.restore(fused), model, model.input())
 
 
+@HALF
 @given(NETS, SPECS)
 def test_a_state_dict_carries_over_to_another_expansion(model: RandomNet, spec: Any) -> None:
     trained = perturbed(repfx.expand(model, spec), seed=5)

@@ -14,7 +14,7 @@ import inspect
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,31 +107,60 @@ def _graph_of(module: nn.Module, *, is_root: bool, reached: frozenset[str]) -> t
     constants: list[dict[str, Tensor]] = []
     for training in (True, False):
         module.train(training)
-        tracer = _Tracer()
-        before, state = set(vars(module)), _state(module)
+        state = _state(module)
         try:
-            graphs.append(tracer.trace(module))
+            graph, made = _traced(module)
         except Exception as error:
             return first_line(error)
         if _state(module) != state:
             return "it changes its own tensors while it runs"
-        made = {name: value for name, value in vars(module).items() if name not in before}
-        constants.append({name: value for name, value in made.items() if isinstance(value, Tensor)})
-        for name in made:
-            delattr(module, name)
+        graphs.append(graph)
+        constants.append(made)
     if _text(graphs[0]) != _text(graphs[1]) or not _same_tensors(*constants):
         return "it computes different things in training and in eval mode"
     return graphs[1], constants[1]
 
 
+def _traced(module: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """The graph of a module in the mode it is in, and the constants that tracing made.
+
+    A block that is called more than once is a leaf, and so an island of its own: what it becomes, it becomes for every call.
+    """
+    before = set(vars(module))
+    shared: set[nn.Module] = set()
+    while True:
+        tracer = _Tracer(shared)
+        try:
+            graph = tracer.trace(module)
+        finally:
+            made = {name: value for name, value in vars(module).items() if name not in before}
+            for name in made:
+                delattr(module, name)
+        again = {block for block, calls in tracer.block_calls.items() if calls > 1} - shared
+        if not again:
+            return graph, {name: value for name, value in made.items() if isinstance(value, Tensor)}
+        shared |= again
+
+
 class _Tracer(fx.Tracer):
-    """Leaves are convs, BatchNorms, and all that holds none of them or has hooks."""
+    """Leaves are convs, BatchNorms, and all that holds none of them or has hooks; and the blocks in `shared`."""
+
+    def __init__(self, shared: Container[nn.Module] = ()) -> None:
+        super().__init__()
+        self.shared = shared
+        self.block_calls: Counter[nn.Module] = Counter()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self.block_calls[m] += isinstance(m, RepBlock)
+        return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_leaf(m) or has_hooks(m)
+        return _is_leaf(m) or has_hooks(m) or m in self.shared
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None

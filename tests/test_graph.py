@@ -387,3 +387,28 @@ def test_what_can_t_be_copied_is_an_error() -> None:
     model = Net(lambda m, x: m.block(x), block=Block(), stream=(item for item in "abc"))
     with pytest.raises(InvalidInput, match="Net can't be copied: cannot pickle 'generator' object"):
         repfx.fuse(model)
+
+
+def twice(m: Any, x: torch.Tensor) -> torch.Tensor:
+    output: torch.Tensor = m.c(torch.relu(m.c(x)))
+    return output
+
+
+def in_a_loop(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """As detection heads run over all levels of a pyramid."""
+    return torch.cat([m.c(level).flatten(1) for level in (x, x[..., ::2], x[..., ::3])], 1)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("preset", ["dbb", "qarepvgg"])
+@pytest.mark.parametrize("forward", [twice, in_a_loop])
+def test_a_block_that_is_called_more_than_once_becomes_one_conv(forward: Any, preset: str, norm: bool) -> None:
+    layer: nn.Module = nn.Conv2d(4, 4, 3, padding=1)
+    model: Any = Net(forward, c=nn.Sequential(layer, nn.BatchNorm2d(4)) if norm else layer)
+    path = "c.0" if norm else "c"
+    expanded: Any = repfx.expand(ready(model), preset)
+    assert error_of(expanded, model, image()) < 1e-12
+    assert len(expanded.get_submodule(path).branches) > 1
+    fused = fused_exactly(expanded, image())
+    assert convs(fused) == [path]
+    assert norms(fused) == (["c.1"] if norm else [])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from repfx.errors import RepfxError
 
 _WAIT_POLICY = "OMP_WAIT_POLICY"
+_SHORT_WAITS = {_WAIT_POLICY: "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,12 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _restart_without_spinning() -> None:
-    """Let torch's threads sleep while they wait for each other; OpenMP reads this only as torch is imported, so begin again.
+    """Let torch's threads sleep if they wait for each other for long; OpenMP reads this only as torch is imported, so begin again.
 
-    Else they spin, and one other busy process makes training ten times slower.
+    Else they spin for milliseconds, and one other busy process makes training ten times slower.
     """
     if sys.platform == "linux" and _WAIT_POLICY not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, _WAIT_POLICY: "PASSIVE"})
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **_SHORT_WAITS})
 
 
 def _fail(message: str) -> None:

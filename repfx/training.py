@@ -21,7 +21,7 @@ class Recipe:
     """How to train. `learning_rate` is the highest of the cycle."""
 
     epochs: int = 5
-    batch_size: int = 64
+    batch_size: int = 128
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     seed: int = 0

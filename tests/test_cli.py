@@ -8,7 +8,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -23,6 +22,7 @@ from repfx.errors import ExportError
 from repfx.rule import PASSES
 from repfx.run_folder import CHECKPOINT, METRICS, MODEL, STRUCTURE, RunFolder
 from repfx.spec import PRESETS
+from repfx.testing import relative_error
 from tests.tiny import net
 
 TINY = f"{Path(__file__).with_name('tiny.py')}:net"
@@ -89,7 +89,7 @@ def test_the_checkpoint_and_its_structure_give_the_trained_model_again(finished:
     assert (model(x).argmax(1) == y).double().mean().item() == accuracy["expanded"]
     session = onnxruntime.InferenceSession(finished / MODEL)
     (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    np.testing.assert_allclose(logits, model(x).detach().numpy(), rtol=1e-3, atol=1e-3)  # float32, another order
+    assert relative_error(torch.from_numpy(logits), model(x)) < 1e-5  # float32, another order
 
 
 def test_equal_seeds_leave_equal_weights(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
@@ -171,7 +171,7 @@ def test_fuse_exports_a_finished_run(finished: Path, tmp_path: Path, repfx_comma
     x = torch.randn(3, 1, 8, 8)
     sessions = [onnxruntime.InferenceSession(path) for path in (finished / MODEL, tmp_path / "again.onnx")]
     outputs = [session.run(None, {session.get_inputs()[0].name: x.numpy()})[0] for session in sessions]
-    np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+    assert relative_error(*(torch.from_numpy(output) for output in outputs)) < 1e-5
 
 
 def test_fuse_takes_a_model_with_weights(tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
@@ -183,7 +183,7 @@ def test_fuse_takes_a_model_with_weights(tmp_path: Path, repfx_command) -> None:
     x = torch.randn(2, 1, 8, 8)
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+    assert relative_error(torch.from_numpy(found), model(x)) < 1e-5
 
 
 @pytest.mark.parametrize(

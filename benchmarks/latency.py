@@ -140,7 +140,7 @@ def show(rows: list[dict[str, str | float]]) -> None:
         names = [str(row[key]) for key in ("model", "runtime", "form")]
         interval = f"{row['low']:.3f}–{row['high']:.3f}"
         table.add_row(*names, f"{row['milliseconds']:.2f}", f"{row['ratio']:.3f}", interval)
-    Console().print(table)
+    Console(width=92).print(table)
 
 
 def main() -> None:

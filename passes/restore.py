@@ -16,7 +16,7 @@ from repfx.calibration import measure_inputs
 from repfx.errors import InvalidInput
 from repfx.folded_norm import FoldedNorm, folded_norm, forget_norm
 from repfx.graph import Island, call_counts, set_submodule, trace
-from repfx.installation import install
+from repfx.installation import install, prepare
 from repfx.kernel import Kernel
 from repfx.meaning import CONVS, TRANSPOSED_CONVS, Layer, kernel_of, meaning_of, torch_class
 from repfx.moments import Moments, set_kernel
@@ -64,6 +64,7 @@ def restore(
     skips: list[Skip] = []
     for island in traces.islands:
         root = target.get_submodule(island.path)
+        prepare(root, island)
         for node in list(island.graph.nodes):
             chosen = _choice(node, island, root, patterns)
             if chosen is None:

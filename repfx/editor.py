@@ -74,6 +74,9 @@ class Editor:
         with graph.inserting_before(match.root):
             total = reduce(_add_term(graph), match.remainder, node)
         match.root.replace_all_uses_with(total)
+        inside = set(match.nodes)
+        for old in match.nodes:  # what is still used is asked for its shape (`used_once`), which `node` has too
+            old.replace_all_uses_with(node, lambda user: user not in inside)
         for old in match.nodes:
             graph.erase_node(old)
             self.view.kernels.pop(old, None)
@@ -106,7 +109,7 @@ class Editor:
         for op in match.ops:
             known = self.merged.get(op.node)
             rules.update(dict.fromkeys(known.provenance.rules if known else ()))
-            own = (self.island.full_path(str(op.node.target)),) if op.node.op == "call_module" else ()
+            own = tuple(self.island.full_path(str(node.target)) for node in op.nodes if node.op == "call_module")
             sources.update(dict.fromkeys(known.provenance.sources if known else own))
         rules[rule.name] = None
         provenance = Provenance(tuple(rules), tuple(sources), self._equals(match))

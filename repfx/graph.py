@@ -3,8 +3,8 @@
 - A module that holds neither a conv nor a BatchNorm, and is no plain sequence, stays a leaf, so dropout, stochastic depth and
   attention keep their own behaviour in both modes. So does a module with hooks; its children are tried one by one.
 - Containers, and sequences of more than mere layers, are tried member by member where code around them can't be traced: it may index them.
-- A graph is accepted only if the module traces to the same graph in training and in eval mode.
-- What can't be traced whole is tried child by child.
+- A graph is accepted only if the module traces to the same graph in training and in eval mode; ``F.dropout(…, self.training)`` does.
+- Where code inside a module is what can't be traced, that part becomes a leaf and the rest is tried again; then the part child by child.
 - Tracing runs on a copy that shares nothing but parameters; the model is not touched.
 """
 
@@ -16,7 +16,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,21 +24,24 @@ from torch import Tensor, fx, nn
 from repfx.activated_norm import separate
 from repfx.block import RepBlock
 from repfx.errors import InvalidInput, first_line
+from repfx.functional_dropout import let_dropout_follow_the_mode
 from repfx.meaning import has_hooks, is_batch_norm, is_conv, is_plain_sequence
 from repfx.notes import copy_with_notes
 from repfx.reach import layer_reached, names_reached
 
+_Traced: TypeAlias = tuple[fx.Graph, dict[str, Tensor | nn.Module]]
+
 
 @dataclass(frozen=True)
 class Island:
-    """One traced module of a model: its path ("" for the model itself), its graph, and the constants tracing made.
+    """One traced module of a model: its path ("" for the model itself), its graph, and the constants and dropouts that tracing made.
 
     `used` are the paths, in the island, of all that the graph called or read when it was traced.
     """
 
     path: str
     graph: fx.Graph
-    constants: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, Tensor | nn.Module] = field(default_factory=dict)
     used: frozenset[str] = frozenset()
 
     def full_path(self, target: str) -> str:
@@ -74,6 +77,8 @@ def trace(model: nn.Module) -> Traces:
             pending += [(f"{path}.{name}" if path else name, child, reached) for name, child in module.named_children()]
             continue
         graph, constants = result
+        for name, value in constants.items():
+            setattr(module, name, value)
         separate(graph, module)
         used = frozenset(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
         island = Island(path, graph, constants, used)
@@ -92,7 +97,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
         raise InvalidInput(f"{type(model).__name__} can't be copied: {first_line(error)}.") from error
 
 
-def _graph_of(module: nn.Module, *, is_root: bool, reached: frozenset[str]) -> tuple[fx.Graph, dict[str, Tensor]] | str:
+def _graph_of(module: nn.Module, *, is_root: bool, reached: frozenset[str]) -> _Traced | str:
     """The one graph of both modes with the constants it needs, or why there is none."""
     if _is_container(module) and not (is_root and is_plain_sequence(module)):
         return "a container: its members are tried"
@@ -103,25 +108,59 @@ def _graph_of(module: nn.Module, *, is_root: bool, reached: frozenset[str]) -> t
         return f"code around it, which can't be traced, reaches for its {layer!r}"
     if has_hooks(module):
         return "it has hooks, which would no longer run"
+    opaque: set[type[nn.Module]] = set()
+    while True:
+        result = _graph_of_both_modes(module, opaque)
+        if not isinstance(result, _Untraceable):
+            return result
+        culprit = result.culprit
+        if culprit is None or culprit is module or type(culprit) in opaque or is_plain_sequence(culprit):
+            return result.reason
+        opaque.add(type(culprit))
+
+
+@dataclass(frozen=True)
+class _Untraceable:
+    """Why tracing failed, and the innermost module whose code was to blame, if one is known."""
+
+    reason: str
+    culprit: nn.Module | None = None
+
+
+def _graph_of_both_modes(module: nn.Module, opaque: Container[type[nn.Module]]) -> _Traced | _Untraceable:
+    """One attempt, with modules of the `opaque` classes as leaves."""
     graphs = []
     constants: list[dict[str, Tensor]] = []
+    taken = set(dir(module))
     for training in (True, False):
         module.train(training)
         state = _state(module)
-        try:
-            graph, made = _traced(module)
-        except Exception as error:
-            return first_line(error)
+        result = _traced(module, opaque)
+        if isinstance(result, _Untraceable):
+            return result
         if _state(module) != state:
-            return "it changes its own tensors while it runs"
-        graphs.append(graph)
-        constants.append(made)
+            return _Untraceable("it changes its own tensors while it runs")
+        graphs.append(result[0])
+        constants.append(result[1])
+    dropouts = let_dropout_follow_the_mode(graphs[0], graphs[1], taken)
     if _text(graphs[0]) != _text(graphs[1]) or not _same_tensors(*constants):
-        return "it computes different things in training and in eval mode"
-    return graphs[1], constants[1]
+        reason = "it computes different things in training and in eval mode"
+        return _Untraceable(reason, _first_difference(module, *graphs))
+    return graphs[1], {**constants[1], **dropouts}
 
 
-def _traced(module: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
+def _first_difference(root: nn.Module, *graphs: fx.Graph) -> nn.Module | None:
+    """The innermost module whose code made the first node in which the graphs differ."""
+    for nodes in zip(*(graph.nodes for graph in graphs)):
+        if len({_line(node) for node in nodes}) > 1:
+            stacks = [list(node.meta.get("nn_module_stack", {}).values()) for node in nodes]
+            # of two stacks the longer one: the other node may come after the module's end
+            path = max(stacks, key=len)[-1][0] if any(stacks) else ""
+            return root.get_submodule(path)
+    return None
+
+
+def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.Graph, dict[str, Tensor]] | _Untraceable:
     """The graph of a module in the mode it is in, and the constants that tracing made.
 
     A block that is called more than once is a leaf, and so an island of its own: what it becomes, it becomes for every call.
@@ -129,9 +168,12 @@ def _traced(module: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
     before = set(vars(module))
     shared: set[nn.Module] = set()
     while True:
-        tracer = _Tracer(shared)
+        tracer = _Tracer(shared, opaque)
         try:
             graph = tracer.trace(module)
+            graph.lint()  # code that keeps what it was given may mix two graphs
+        except Exception as error:
+            return _Untraceable(first_line(error), tracer.running[-1] if tracer.running else None)
         finally:
             made = {name: value for name, value in vars(module).items() if name not in before}
             for name in made:
@@ -143,24 +185,29 @@ def _traced(module: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
 
 
 class _Tracer(fx.Tracer):
-    """Leaves are convs, BatchNorms, and all that holds none of them or has hooks; and the blocks in `shared`."""
+    """Leaves are convs, BatchNorms, and all that holds none of them or has hooks; the blocks in `shared`, and the `opaque` classes."""
 
-    def __init__(self, shared: Container[nn.Module] = ()) -> None:
+    def __init__(self, shared: Container[nn.Module] = (), opaque: Container[type[nn.Module]] = ()) -> None:
         super().__init__()
         self.shared = shared
+        self.opaque = opaque
         self.block_calls: Counter[nn.Module] = Counter()
+        self.running: list[nn.Module] = []  # whose code runs now; after an error, whose code failed
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         self.block_calls[m] += isinstance(m, RepBlock)
-        return super().call_module(m, forward, args, kwargs)
+        self.running.append(m)
+        result = super().call_module(m, forward, args, kwargs)
+        self.running.pop()
+        return result
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_leaf(m) or has_hooks(m) or m in self.shared
+        return _is_leaf(m) or has_hooks(m) or m in self.shared or type(m) in self.opaque
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -249,7 +296,11 @@ def _opaque_calls(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
 
 
 def _text(graph: fx.Graph) -> list[str]:
-    return [f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}" for node in graph.nodes]
+    return [_line(node) for node in graph.nodes]
+
+
+def _line(node: fx.Node) -> str:
+    return f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}"
 
 
 def _state(module: nn.Module) -> dict[str, tuple[int, int]]:

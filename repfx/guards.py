@@ -8,18 +8,22 @@ import torch
 from torch import fx, nn
 
 from repfx.kernel import NoKernel, is_symmetric
-from repfx.operations import may_share_memory, mutated_by
+from repfx.operations import may_share_memory, mutated_by, reads_only_the_form
 from repfx.pattern import META, Match, Term, View
 
 
 def used_once(match: Match, view: View) -> str | None:
-    """What lies inside the match is used by nobody else."""
+    """What lies inside the match is used by nobody else, unless for its shape, which the merged conv's output has too."""
     inside = set(match.nodes)
     for node in match.nodes[1:]:
-        outside = [user for user in node.users if user not in inside]
+        outside = [user for user in node.users if user not in inside and not _asks_for_the_shape(user, node, match)]
         if outside:
             return f"{node.name!r} has a second user, {outside[0].name!r}"
     return None
+
+
+def _asks_for_the_shape(user: fx.Node, node: fx.Node, match: Match) -> bool:
+    return node is match.ops[0].node and match.keeps_the_form and reads_only_the_form(user)
 
 
 def unmutated(match: Match, view: View) -> str | None:
@@ -86,10 +90,8 @@ def channels_stay_put(match: Match, view: View) -> str | None:
     """A linear layer acts on the last axis, BatchNorm1d on the second: they meet only on ``(batch, channels)``."""
     if match.sizes()[1] != 0:
         return None
-    modules = [view.module(op.node) for op in match.ops]
-    if not any(isinstance(module, nn.BatchNorm1d | nn.SyncBatchNorm) for module in modules) or _is_flat(
-        match.source, view
-    ):
+    norms = [op.node for op in match.ops if isinstance(view.module(op.node), nn.BatchNorm1d | nn.SyncBatchNorm)]
+    if not norms or _is_flat(match.source, view) or all(view.input_axes(str(node.target)) == 2 for node in norms):
         return None
     return "the input of the linear layer isn't known to be (batch, channels), and BatchNorm1d counts its channels on the second axis"
 

@@ -44,9 +44,9 @@ def install(model: nn.Module, island: Island) -> nn.Module:
 
 def prepare(root: nn.Module, island: Island) -> None:
     """Make a module fit its graph: with the constants that tracing made, and norms that leave their activation to the graph."""
-    bare(root, island.graph)
     for name, value in island.constants.items():
         setattr(root, name, value)
+    bare(root, island.graph)
 
 
 # ---- modules that keep their form

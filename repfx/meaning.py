@@ -234,8 +234,14 @@ _BATCH_NORM_DIMENSIONS: dict[type[nn.Module] | None, int | None] = {
 }
 
 
-@reads(nn.Identity)
-def _read_identity(module: nn.Module) -> Meaning:
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+@reads(nn.Identity, *_DROPOUTS)
+def _read_identity(module: nn.Module) -> Meaning | None:
+    """Dropout stays, so that a fused model can be trained with it, unless it drops nothing."""
+    if getattr(module, "p", 0.0) > 0:
+        return None
     return Meaning(
         "identity", None, None, lambda like, channels, n: Kernel.identity(like, channels=channels, dimensions=n)
     )

@@ -35,11 +35,16 @@ _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, ope
 
 @dataclass(frozen=True)
 class Op:
-    """A node that is a linear map of `source`."""
+    """A node that is a linear map of `source`; `inner` are the nodes between the two, the last first."""
 
     node: fx.Node
     source: fx.Node
     meaning: Meaning
+    inner: tuple[fx.Node, ...] = ()
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return (self.node, *self.inner)
 
 
 def read_op(node: fx.Node, root: nn.Module) -> Op | None:
@@ -94,6 +99,13 @@ def _makes_new_tensor(node: fx.Node, root: nn.Module) -> bool:
         module = root.get_submodule(str(node.target))
         return is_conv(module) or is_batch_norm(module) or isinstance(module, nn.Linear)
     return node.target in _ARITHMETIC and mutated_by(node, root) is None
+
+
+def reads_only_the_form(node: fx.Node) -> bool:
+    """Whether a node asks a tensor for its shape, dtype or device and for no number in it."""
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    return node.op == "call_method" and node.target in ("size", "dim", "numel", "ndimension", "nelement")
 
 
 def constant(value: Any, root: nn.Module) -> Tensor | float | None:

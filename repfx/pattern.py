@@ -6,7 +6,7 @@ Patterns are structure only. They see a graph through a `View`, which reads each
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from repfx.kernel import Kernel, NoKernel
 from repfx.meaning import Kind, Meaning, has_hooks, is_batch_norm, is_conv, refusal_of
 from repfx.operations import ADDITIONS, SUBTRACTIONS, Op, constant, mutated_by, read_op
+from repfx.viewed_norm import read_viewed_norm
 
 
 @dataclass
@@ -27,6 +28,7 @@ class View:
         calls: how often each module is called in the whole model, by path in `root`.
         registered: under how many paths each module is registered, by path in `root`.
         kernels: the nodes that rules have already merged, with their kernels in float64.
+        input_axes: how many axes the input of the module at a path in `root` has, if that is known.
     """
 
     root: nn.Module
@@ -34,6 +36,7 @@ class View:
     calls: Counter[str]
     registered: Counter[str]
     kernels: dict[fx.Node, Kernel] = field(default_factory=dict)
+    input_axes: Callable[[str], int | None] = lambda path: None
 
     def __post_init__(self) -> None:
         read = {str(node.target).rpartition(".")[0] for node in self.graph.nodes if node.op == "get_attr"}
@@ -51,7 +54,16 @@ class View:
             meaning = Meaning("conv", kernel.dimensions, kernel.in_channels, lambda like, channels, n: kernel.to(like))
             return Op(node, node.all_input_nodes[0], meaning)
         changing = any(source.op == "get_attr" and source.target in self._changing for source in node.all_input_nodes)
-        return None if changing or self.refusal(node) else read_op(node, self.root)
+        if changing or self.refusal(node):
+            return None
+        return read_op(node, self.root) or self._viewed_norm(node)
+
+    def _viewed_norm(self, node: fx.Node) -> Op | None:
+        normed = node.args[0] if node.op in ("call_method", "call_function") and node.args else None
+        norm = self.module(normed) if isinstance(normed, fx.Node) else None
+        if not isinstance(normed, fx.Node) or norm is None or not is_batch_norm(norm) or self.refusal(normed):
+            return None
+        return read_viewed_norm(node, norm, normed, self.input_axes(str(normed.target)))
 
     def refusal(self, node: fx.Node) -> str | None:
         """Why the module that a node calls must stay as it is, or None."""
@@ -108,8 +120,15 @@ class Match:
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """All nodes that the match replaces, the root first."""
-        others = [*self.inner, *(op.node for op in reversed(self.ops))]
+        others = [*self.inner, *(node for op in reversed(self.ops) for node in op.nodes)]
         return (self.root, *dict.fromkeys(node for node in others if node is not self.root))
+
+    @property
+    def keeps_the_form(self) -> bool:
+        """Whether the output has the shape of what the first map gives out: nothing but scales, shifts and identities follow."""
+        followers = self.terms[0].ops[1:]
+        alone = len(self.terms) == 1 and not self.remainder
+        return alone and all(op.meaning.kind in ("affine", "identity") for op in followers)
 
     def kernel(self, like: Tensor) -> Kernel:
         """The kernel of all terms, in the dtype and on the device of `like`.

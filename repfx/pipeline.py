@@ -13,6 +13,7 @@ from torch import fx, nn
 from repfx.editor import Editor
 from repfx.errors import InvalidInput, first_line
 from repfx.graph import Island, Traces, call_counts, module_paths, trace
+from repfx.input_axes import InputAxes
 from repfx.installation import install, prepare
 from repfx.meaning import is_batch_norm, is_conv
 from repfx.notes import copy_with_notes
@@ -47,13 +48,13 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     rules = tuple(rules)
     target = copy_model(model).eval()  # a parametrized weight may change when it is read in training mode
     traces = trace(target)
-    calls, registered = call_counts(traces), module_paths(target)
+    calls, registered, axes = call_counts(traces), module_paths(target), InputAxes(model)
     edits: list[Edit] = []
     skips: list[Skip] = [
         Skip(path, f"it can't be traced: {reason}", "trace") for path, reason in traces.untraced.items()
     ]
     for island in traces.islands:
-        editor = Editor(_view(target, island, calls, registered), island)
+        editor = Editor(_view(target, island, calls, registered, axes), island)
         near_misses = _run(editor, rules)
         edits += editor.edits
         skips += _left_alone(editor, near_misses)
@@ -75,12 +76,15 @@ def copy_model(model: nn.Module) -> nn.Module:
         raise InvalidInput(f"{type(model).__name__} can't be copied: {first_line(error)}.") from error
 
 
-def _view(model: nn.Module, island: Island, calls: Counter[str], registered: dict[int, list[str]]) -> View:
+def _view(
+    model: nn.Module, island: Island, calls: Counter[str], registered: dict[int, list[str]], axes: InputAxes
+) -> View:
     root = model.get_submodule(island.path)
     prepare(root, island)
     paths = {path: registered.get(id(module), []) for path, module in root.named_modules()}
     local_calls = Counter({path: calls[island.full_path(path)] for path in paths})
-    return View(root, island.graph, local_calls, Counter({path: len(names) for path, names in paths.items()}))
+    local_names = Counter({path: len(names) for path, names in paths.items()})
+    return View(root, island.graph, local_calls, local_names, input_axes=lambda path: axes.of(island.full_path(path)))
 
 
 def _run(editor: Editor, rules: tuple[Rule, ...]) -> dict[fx.Node, list[Skip]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -25,20 +26,39 @@ def layer_reached(module: nn.Module, names: frozenset[str]) -> str | None:
 
 
 def names_reached(cls: type[nn.Module]) -> frozenset[str]:
-    """The attributes that the code of a class reads from anything but `self`; none where there is no source to be read.
+    """The attributes that a class's forward, and what it calls of its own, reads from anything but `self`.
+
+    None where there is no source to be read.
 
     >>> "conv2d" in names_reached(nn.Conv2d), "weight" in names_reached(nn.Conv2d)  # F.conv2d(…, self.weight)
     (True, False)
     """
     names: set[str] = set()
-    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and not _is_self(node.value)}
+    pending, seen = ["forward"], {"forward"}
+    while pending:
+        for node in _code(cls, pending.pop()):
+            if not isinstance(node, ast.Attribute):
+                continue
+            if not _is_self(node.value):
+                names.add(node.attr)
+            elif node.attr not in seen:
+                seen.add(node.attr)
+                pending.append(node.attr)
     return frozenset(names)
 
 
+def _code(cls: type[nn.Module], name: str) -> Iterator[ast.AST]:
+    """All that a method or property is written of, in the class and those that it inherits from."""
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        found = vars(base).get(name)
+        function = found.fget if isinstance(found, property) else found
+        try:
+            yield from ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function))))  # type: ignore[arg-type]
+        except (OSError, TypeError, SyntaxError):
+            continue
+
+
 def _is_self(value: ast.expr) -> bool:
-    return isinstance(value, ast.Name) and value.id == "self"
+    """Whether the instance itself is meant, or what it inherits."""
+    own_name = isinstance(value, ast.Name) and value.id == "self"
+    return own_name or (isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "super")

@@ -20,8 +20,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import repfx
 from repfx.errors import InvalidInput, Refused
-from repfx.meaning import Layer
-from repfx.testing import assert_same_map, randomize_batch_norm
+from repfx.meaning import Layer, is_batch_norm
+from repfx.testing import assert_same_map, randomize_batch_norm, relative_error
 from tests.inline_net import Net, convs, error_of, fused_exactly, image, norms, ready, reasons, same_state
 from tests.small_net import batch, small_net
 
@@ -333,3 +333,25 @@ def test_weights_lie_in_memory_as_they_did() -> None:
     fused = repfx.fuse(model)
     assert fused.get_submodule("0").weight.is_contiguous(memory_format=torch.channels_last)
     assert error_of(fused, model, image()) < 1e-9
+
+
+class ReadingTheShape(nn.Module):
+    """Code that asks for sizes between conv and BatchNorm, as attention layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        batch, channels, height, width = x.shape
+        x = self.norm(x)
+        return x.reshape(batch, channels, height * width)
+
+
+def test_asking_for_the_shape_in_between_is_no_second_use() -> None:
+    model = randomize_batch_norm(ReadingTheShape().double()).eval()
+    fused = repfx.fuse(model)
+    assert not any(map(is_batch_norm, fused.modules())), str(repfx.report(fused))
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    assert relative_error(fused(x), model(x)) < 1e-12

@@ -1,0 +1,293 @@
+"""What the zoo measures of one model: `python -m benchmarks._zoo_model torchvision/resnet18` prints it as a line of JSON."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from timm.utils.model import reparameterize_model
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse as torch_fuse
+from torch.utils._pytree import tree_leaves
+
+import repfx
+from repfx.errors import Refused, first_line
+from repfx.graph import trace
+from repfx.meaning import is_batch_norm, is_conv
+from repfx.pipeline import rewrite
+from repfx.testing import randomize_batch_norm, relative_error
+
+PRESETS = ("dbb", "repvgg")
+STRUCTURE_ONLY = 150e6  # parameters above which a model is only looked at on the meta device
+NUMERIC_ANYWAY = {"torchvision/vit_l_32"}
+
+Inputs = tuple[Any, ...]
+Counts = tuple[int, int]
+
+
+@dataclass
+class Findings:
+    """One row of the table.
+
+    Args:
+        parameters: in millions.
+        convs, batch_norms: of the model.
+        reached: convs that a graph calls, of those that the model calls at all.
+        sites: convs that each preset expanded.
+        fused, timm, torch: convs and BatchNorms that stay after each library's own way, or why there is no result.
+        errors: relative, in float64, by what was compared; for other libraries too.
+        stays: reasons for convs and BatchNorms that stay, with how often.
+        problem: what went wrong, if anything did.
+    """
+
+    name: str
+    parameters: float = 0.0
+    input: str = ""
+    convs: int = 0
+    batch_norms: int = 0
+    reached: int = 0
+    sites: dict[str, int] = field(default_factory=dict)
+    fused: Counts | str = ""
+    timm: Counts | str = ""
+    torch: Counts | str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+    stays: dict[str, int] = field(default_factory=dict)
+    problem: str = ""
+    seconds: float = 0.0
+
+
+def examine(name: str) -> Findings:
+    """Put one model through tracing, fusing and expanding, and compare."""
+    began = time.perf_counter()
+    torch.manual_seed(0)
+    model = build(name)
+    found = Findings(name, round(sum(p.numel() for p in model.parameters()) / 1e6, 2))
+    found.convs, found.batch_norms = counts(model)
+    try:
+        if found.parameters * 1e6 > STRUCTURE_ONLY and name not in NUMERIC_ANYWAY:
+            _structure(model.to("meta"), found)
+        else:
+            _numbers(randomize_batch_norm(model.double()), found)
+    except Exception as error:
+        found.problem = f"{type(error).__name__}: {first_line(error)}"
+    found.seconds = round(time.perf_counter() - began, 1)
+    return found
+
+
+def build(name: str) -> nn.Module:
+    """A model by ``library/name`` with random weights, in eval mode."""
+    library, _, model = name.partition("/")
+    built: nn.Module
+    if library == "timm":
+        built = timm.create_model(model)
+        return built.eval()
+    options: dict[str, Any] = {"weights": None}
+    kind = torchvision.models.get_model_builder(model).__module__
+    if ".detection." in kind or ".segmentation." in kind:
+        options["weights_backbone"] = None
+    if ".detection." in kind:
+        options.update({_THRESHOLDS.get(model.partition("_")[0], "box_score_thresh"): 0.0})
+    built = torchvision.models.get_model(model, **options)
+    return built.eval()
+
+
+_THRESHOLDS = {
+    "retinanet": "score_thresh",
+    "fcos": "score_thresh",
+    "ssd300": "score_thresh",
+    "ssdlite320": "score_thresh",
+}
+
+
+def counts(model: nn.Module) -> Counts:
+    """How many convs and how many BatchNorms a model holds."""
+    modules = list(model.modules())
+    return sum(map(is_conv, modules)), sum(map(is_batch_norm, modules))
+
+
+def _structure(model: nn.Module, found: Findings) -> None:
+    """Convs reached, expanded and fused, without numbers."""
+    found.input = "structure only"
+    found.reached = _reached(model)
+    fused = repfx.fuse(model)
+    found.fused = counts(fused)
+    found.stays = _reasons(fused)
+    for preset in PRESETS:
+        expanded = repfx.expand(model, preset)
+        found.sites[preset] = len(repfx.report(expanded).applied)
+        _same_counts(repfx.fuse(expanded), found)
+
+
+def _numbers(model: nn.Module, found: Findings) -> None:
+    """The same, and every output compared with that of the model itself in float64."""
+    inputs = fitting_inputs(model, found)
+    expected = outputs(model, inputs)
+    before = fingerprint(model)
+    found.reached = _reached(model)
+
+    traced = rewrite(model, (), "trace").model
+    found.errors["traced"] = error(outputs(traced, inputs), expected)
+    found.errors["traced, training"] = _training_error(traced, model, inputs)
+
+    fused = repfx.fuse(model)
+    found.fused = counts(fused)
+    found.stays = _reasons(fused)
+    found.errors["fused"] = error(outputs(fused, inputs), expected)
+
+    for preset in PRESETS:
+        _expand(model, preset, inputs, expected, found)
+    found.timm = _elsewhere(lambda: reparameterize_model(copy.deepcopy(model)), "timm", inputs, expected, found)
+    if isinstance(found.timm, str):  # timm's own layers are float32, whatever the model is
+        found.timm = counts(reparameterize_model(copy.deepcopy(model).float()))
+    found.torch = _elsewhere(lambda: torch_fuse(copy.deepcopy(model)), "torch", inputs, expected, found)
+    if fingerprint(model) != before:
+        found.problem = "the model was changed"
+    wrong = {key: value for key, value in found.errors.items() if key not in ("timm", "torch") and not value <= 1e-9}
+    if wrong:
+        found.problem = f"wrong output: {wrong}"
+
+
+def _expand(model: nn.Module, preset: str, inputs: Inputs, expected: list[Tensor], found: Findings) -> None:
+    try:
+        expanded = repfx.expand(model, preset)
+    except Refused as refused:  # no conv of the model fits
+        found.sites[preset] = 0
+        found.stays[f"{preset}: {first_line(refused)}"] = 1
+        return
+    found.sites[preset] = len(repfx.report(expanded).applied)
+    found.errors[f"{preset}, expanded"] = error(outputs(expanded, inputs), expected)
+    randomize_batch_norm(expanded, seed=1)
+    fused = repfx.fuse(expanded)
+    _same_counts(fused, found)
+    found.errors[f"{preset}, fused"] = error(outputs(fused, inputs), outputs(expanded, inputs))
+
+
+def _same_counts(fused: nn.Module, found: Findings) -> None:
+    if counts(fused) != found.fused:
+        found.problem = f"expanded and fused, {counts(fused)} convs and BatchNorms stay, not {found.fused}"
+
+
+def _elsewhere(
+    convert: Callable[[], nn.Module], library: str, inputs: Inputs, expected: list[Tensor], found: Findings
+) -> Counts | str:
+    """The result of another library."""
+    try:
+        converted = convert()
+        found.errors[library] = error(outputs(converted.eval(), inputs), expected)
+    except Exception as refused:
+        return type(refused).__name__
+    return counts(converted)
+
+
+def _reached(model: nn.Module) -> int:
+    """Convs in a graph, and those that nothing calls."""
+    paths = {path for path, module in model.named_modules() if is_conv(module)}
+    islands = trace(model).islands
+    inside = {
+        path
+        for path in paths
+        for island in islands
+        if not island.path or path == island.path or path.startswith(f"{island.path}.")
+    }
+    return len(inside)
+
+
+def _reasons(model: nn.Module) -> dict[str, int]:
+    return dict(Counter(skip.reason for skip in repfx.report(model).skipped).most_common())
+
+
+# ---- running models
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """All tensors that a model returns."""
+    return [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
+
+
+def error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The worst relative difference of any tensor."""
+    if len(found) != len(expected):
+        return float("inf")
+    return max((relative_error(*pair) for pair in zip(found, expected)), default=0.0)
+
+
+def _training_error(model: nn.Module, reference: nn.Module, inputs: Inputs) -> float:
+    """The difference in training mode, from one seed; copies are run, since BatchNorms count."""
+    results = []
+    for module in (model, reference):
+        twin = copy.deepcopy(module).train()
+        torch.manual_seed(0)
+        try:
+            results.append(outputs(twin, inputs))
+        except Exception as refused:  # a detector wants targets, a window may be too small for two batch statistics
+            results.append([torch.tensor(float(len(first_line(refused))))])
+    return error(*results)
+
+
+def fitting_inputs(model: nn.Module, found: Findings) -> Inputs:
+    """The first of several inputs that the model takes."""
+    for inputs in _inputs(model):
+        try:
+            outputs(model, inputs)
+        except Exception:
+            continue
+        found.input = "×".join(map(str, tree_leaves(inputs)[0].shape))
+        return inputs
+    raise ValueError("no input fits")
+
+
+def _inputs(model: nn.Module) -> Iterator[Inputs]:
+    own = (getattr(model, "default_cfg", None) or {}).get("input_size", (3, 224, 224))
+    channels = own[0]
+    kind = type(model).__module__
+    if ".detection." in kind:
+        yield ([torch.rand(3, 96, 128).double(), torch.rand(3, 128, 96).double()],)
+    elif ".optical_flow." in kind:
+        yield tuple(torch.rand(2, 2, 3, 128, 136).double() * 2 - 1)
+    elif ".video." in kind:
+        for clip in ((8, 64, 80), (16, 112, 112), (16, 224, 224)):
+            yield (torch.randn(2, 3, *clip).double(),)
+    else:
+        for axes in ((96, 128), own[1:], (299, 299)):
+            yield (torch.randn(2, channels, *axes).double(),)
+
+
+def fingerprint(model: nn.Module) -> list[tuple[str, ...]]:
+    """Everything a module holds, as text: classes, attributes, and which tensors, written to how often."""
+
+    def text(value: object) -> str:
+        return f"{id(value)} {value._version}" if isinstance(value, Tensor) else repr(value)[:1000]
+
+    return [
+        (path, repr(type(module)), *(f"{key}={text(value)}" for key, value in _attributes(module)))
+        for path, module in model.named_modules()
+    ]
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, object]]:
+    own = [(key, value) for key, value in vars(module).items() if key not in ("_modules", "_parameters", "_buffers")]
+    return own + list(module._parameters.items()) + list(module._buffers.items())
+
+
+def main() -> None:
+    """Examine the named model."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name")
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    print(json.dumps(vars(examine(parser.parse_args().name)), ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

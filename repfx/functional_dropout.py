@@ -1,0 +1,49 @@
+"""Calls such as ``F.dropout(x, training=self.training)``: a trace would bake the mode, a dropout module follows it."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+MODULES: dict[object, type[nn.Module]] = {
+    F.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout,
+    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}
+
+
+def let_dropout_follow_the_mode(training: fx.Graph, evaluation: fx.Graph, taken: set[str]) -> dict[str, nn.Module]:
+    """Replace, in the graphs of both modes, each dropout that is on in the one and off in the other by a module's call.
+
+    Returns the modules, under names that are not among `taken`.
+    """
+    made: dict[str, nn.Module] = {}
+    free = (name for index in range(len(taken) + len(training.nodes)) if (name := f"dropout_{index}") not in taken)
+    for nodes in list(zip(training.nodes, evaluation.nodes)):
+        modules = [_as_module(node, mode) for node, mode in zip(nodes, (True, False))]
+        if modules[0] is None or repr(modules[0]) != repr(modules[1]):
+            continue
+        name = next(free)
+        made[name] = modules[0]
+        for node in nodes:
+            with node.graph.inserting_before(node):
+                call = node.graph.call_module(name, (node.all_input_nodes[0],))
+            node.replace_all_uses_with(call)
+            node.graph.erase_node(node)
+    return made
+
+
+def _as_module(node: fx.Node, training: bool) -> nn.Module | None:
+    """The module that does what a call does whose argument `training` says what the mode is."""
+    if node.op != "call_function" or node.target not in MODULES or len(node.all_input_nodes) != 1:
+        return None
+    call = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    call.apply_defaults()
+    if call.arguments["training"] is not training:
+        return None
+    return MODULES[node.target](call.arguments["p"], call.arguments["inplace"])

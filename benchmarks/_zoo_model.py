@@ -25,6 +25,7 @@ from repfx.errors import Refused, first_line
 from repfx.graph import trace
 from repfx.meaning import is_batch_norm, is_conv
 from repfx.pipeline import rewrite
+from repfx.precision import run_double
 from repfx.testing import randomize_batch_norm, relative_error
 
 PRESETS = ("dbb", "repvgg")
@@ -209,10 +210,9 @@ def _reasons(model: nn.Module) -> dict[str, int]:
 # ---- running models
 
 
-@torch.no_grad()
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """All tensors that a model returns."""
-    return [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
+    """All tensors that a model returns, from one seed, and with all that it creates on its way in float64."""
+    return [leaf for leaf in tree_leaves(run_double(model, inputs)) if isinstance(leaf, Tensor)]
 
 
 def error(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -223,11 +223,10 @@ def error(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def _training_error(model: nn.Module, reference: nn.Module, inputs: Inputs) -> float:
-    """The difference in training mode, from one seed; copies are run, since BatchNorms count."""
+    """The difference in training mode; copies are run, since BatchNorms count."""
     results = []
     for module in (model, reference):
         twin = copy.deepcopy(module).train()
-        torch.manual_seed(0)
         try:
             results.append(outputs(twin, inputs))
         except Exception as refused:  # a detector wants targets, a window may be too small for two batch statistics

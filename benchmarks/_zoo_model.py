@@ -132,6 +132,7 @@ def _structure(model: nn.Module, found: Findings) -> None:
 def _numbers(model: nn.Module, found: Findings) -> None:
     """The same, and every output compared with that of the model itself in float64."""
     inputs = fitting_inputs(model, found)
+    _settle(model, inputs)
     expected = outputs(model, inputs)
     before = fingerprint(model)
     found.reached = _reached(model)
@@ -168,6 +169,7 @@ def _expand(model: nn.Module, preset: str, inputs: Inputs, expected: list[Tensor
     found.sites[preset] = len(repfx.report(expanded).applied)
     found.errors[f"{preset}, expanded"] = error(outputs(expanded, inputs), expected)
     randomize_batch_norm(expanded, seed=1)
+    _settle(expanded, inputs)
     fused = repfx.fuse(expanded)
     _same_counts(fused, found)
     found.errors[f"{preset}, fused"] = error(outputs(fused, inputs), outputs(expanded, inputs))
@@ -212,7 +214,20 @@ def _reasons(model: nn.Module) -> dict[str, int]:
 
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """All tensors that a model returns, from one seed, and with all that it creates on its way in float64."""
-    return [leaf for leaf in tree_leaves(run_double(model, inputs)) if isinstance(leaf, Tensor)]
+    found = run_double(model, inputs)
+    if isinstance(found, list):
+        found = [_ordered(item) if isinstance(item, dict) and "scores" in item else item for item in found]
+    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+
+
+def _ordered(detections: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By score, and detections of one score by label and box, whose order is nobody's promise."""
+    keys = [
+        (-round(score, 9), label, *(round(side, 6) for side in box))
+        for score, label, box in zip(*(detections[key].tolist() for key in ("scores", "labels", "boxes")))
+    ]
+    order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__), dtype=torch.long)
+    return {key: value[order] for key, value in detections.items()}
 
 
 def error(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -260,6 +275,18 @@ def _inputs(model: nn.Module) -> Iterator[Inputs]:
     else:
         for axes in ((96, 128), own[1:], (299, 299)):
             yield (torch.randn(2, channels, *axes).double(),)
+
+
+def _settle(model: nn.Module, inputs: Inputs) -> None:
+    """Give BatchNorms the statistics of their inputs; with any others the signal of a deep random net dies out or overflows."""
+    norms: list[Any] = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    outputs(model, inputs)
+    for norm in norms:
+        norm.momentum = 0.1
+        norm.eval()
 
 
 def fingerprint(model: nn.Module) -> list[tuple[str, ...]]:

@@ -174,7 +174,7 @@ def _conv_and_norm(node: fx.Node, island: Island, model: nn.Module) -> tuple[str
     if node.op != "call_module" or len(node.all_input_nodes) != 1:
         return None
     before = node.all_input_nodes[0]
-    if before.op != "call_module" or len(before.users) != 1 or node.target in island.constants:
+    if before.op != "call_module" or len(before.users) != 1 or {before.target, node.target} & island.constants.keys():
         return None
     paths = island.full_path(str(before.target)), island.full_path(str(node.target))
     conv, norm = model.get_submodule(paths[0]), norm_of(model.get_submodule(paths[1]))

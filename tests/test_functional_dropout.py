@@ -71,10 +71,10 @@ def test_what_drops_right_behind_a_conv_is_expanded() -> None:
     class Next(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
+            self.conv, self.after = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return F.dropout(self.conv(x), training=self.training)
+        def forward(self, x: Tensor) -> Any:
+            return self.after(F.dropout(self.conv(x), training=self.training))
 
     model = Next().double().eval()
     assert_equivalent(repfx.expand(model, "acb"), model, X)

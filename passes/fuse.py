@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from repfx.errors import InvalidInput
+from repfx.graph import calls_conv
 from repfx.meaning import is_conv
 from repfx.pipeline import rewrite, verb
 from repfx.rule import RULES
@@ -29,7 +30,7 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     >>> print(fuse(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())).get_submodule("0"))
     Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
     """
-    if not any(is_conv(module) or isinstance(module, nn.Linear) for module in model.modules()):
+    if not any(is_conv(inner) or isinstance(inner, nn.Linear) or calls_conv(inner) for inner in model.modules()):
         raise InvalidInput(f"{type(model).__name__} has no conv or linear layer, so there is nothing to fuse.")
     result = rewrite(model, RULES.values(), "fuse")
     if strict:

@@ -14,7 +14,9 @@ from torch import Tensor, fx, nn
 from repfx.activated_norm import is_separated
 from repfx.baking import conv_from_kernel, float64_like
 from repfx.block import RepBlock
+from repfx.constants import has
 from repfx.folded_norm import FoldedNorm, remember_norm
+from repfx.functional_conv import is_functional_conv, path_for, settings_of
 from repfx.graph import Island, set_submodule
 from repfx.kernel import Kernel, is_symmetric
 from repfx.meaning import BATCH_NORMS, Layer, torch_class
@@ -53,10 +55,13 @@ class Editor:
         kernel = match.kernel(float64_like(self._weight_of(template_op)))
         before = min(op.node for op in match.ops)
         graph = self.view.graph
+        path = self._path(template_op)
+        if is_functional_conv(template_op.node) and not has(self.view.root, path):
+            set_submodule(self.view.root, path, conv_from_kernel(kernel, self._template_module(template_op), path))
         with graph.inserting_before(before):
-            node = graph.call_module(self._path(template_op), (match.source,))
+            node = graph.call_module(path, (match.source,))
         self.view.kernels[node] = kernel
-        self.merged[node] = self._merge_notes(rule, match, template_op)
+        self.merged[node] = self._merge_notes(rule, match, template_op, path)
         self._replace_root(match, node)
         self.edits.append(
             Edit(rule.name, self.island.full_path(str(node.target)), self.merged[node].provenance.sources)
@@ -88,22 +93,26 @@ class Editor:
         return max(convs, key=lambda op: _window(self._template_module(op)))
 
     def _template_module(self, op: Op) -> Layer:
-        return (
-            self.merged[op.node].template
-            if op.node in self.merged
-            else self.view.root.get_submodule(str(op.node.target))
-        )
+        if op.node in self.merged:
+            return self.merged[op.node].template
+        if is_functional_conv(op.node):
+            return settings_of(op.node, self.view.root)
+        return self.view.root.get_submodule(str(op.node.target))
 
     def _weight_of(self, op: Op) -> Tensor:
         weight: Tensor = self._template_module(op).weight
         return weight
 
     def _path(self, op: Op) -> str:
-        return self.merged[op.node].path if op.node in self.merged else str(op.node.target)
+        if op.node in self.merged:
+            return self.merged[op.node].path
+        if is_functional_conv(op.node):
+            return path_for(op.node, self.view.root, {notes.path for notes in self.merged.values()})
+        return str(op.node.target)
 
     # ---- what the merged conv will carry
 
-    def _merge_notes(self, rule: Rule, match: Match, template: Op) -> Merged:
+    def _merge_notes(self, rule: Rule, match: Match, template: Op, path: str) -> Merged:
         rules: dict[str, None] = {}
         sources: dict[str, None] = {}
         for op in match.ops:
@@ -113,7 +122,7 @@ class Editor:
             sources.update(dict.fromkeys(known.provenance.sources if known else own))
         rules[rule.name] = None
         provenance = Provenance(tuple(rules), tuple(sources), self._equals(match))
-        return Merged(self._template_module(template), self._path(template), provenance, self._norm_of(match, template))
+        return Merged(self._template_module(template), path, provenance, self._norm_of(match, template))
 
     def _equals(self, match: Match) -> str | None:
         last = match.terms[0].ops[-1]
@@ -167,9 +176,9 @@ class Editor:
         self._erase_unused_constants()
 
     def _erase_unused_constants(self) -> None:
-        """Scales and shifts that a kernel has absorbed."""
-        for node in list(self.view.graph.nodes):
-            if node.op == "get_attr" and not node.users:
+        """What kernels have absorbed: scales, shifts, and all that weights were computed from."""
+        for node in reversed(list(self.view.graph.nodes)):
+            if not node.users and self.view.constants.depends_on_parameters_alone(node):
                 self.view.graph.erase_node(node)
 
     def _block_path(self, node: fx.Node) -> str | None:

@@ -3,6 +3,8 @@
 - A module that holds neither a conv nor a BatchNorm, and is no plain sequence, stays a leaf, so dropout, stochastic depth and
   attention keep their own behaviour in both modes. So does a module with hooks; its children are tried one by one.
 - Containers, and sequences of more than mere layers, are tried member by member where code around them can't be traced: it may index them.
+- Conv classes with a forward of their own, and modules that call a function for convs, are traced through: what they compute may be a
+  plain conv. Where they can't be, they are leaves.
 - A graph is accepted only if the module traces to the same graph in training and in eval mode; ``F.dropout(…, self.training)`` does.
 - Where code inside a module is what can't be traced, that part becomes a leaf and the rest is tried again; then the part child by child.
 - Tracing runs on a copy that shares nothing but parameters; the model is not touched.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
+import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
@@ -25,9 +28,13 @@ from repfx.activated_norm import separate
 from repfx.block import RepBlock
 from repfx.errors import InvalidInput, first_line
 from repfx.functional_dropout import let_dropout_follow_the_mode
-from repfx.meaning import has_hooks, is_batch_norm, is_conv, is_plain_sequence
+from repfx.meaning import has_hooks, is_batch_norm, is_conv, is_plain_sequence, torch_class
 from repfx.notes import copy_with_notes
-from repfx.reach import layer_reached, names_reached
+from repfx.reach import calls, layer_reached, names_reached
+
+CONV_FUNCTIONS = frozenset(f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3))
+# functions of libraries that no trace gets through, with nothing in them to rewrite
+_LEAF_FUNCTIONS = {"timm.layers.padding": ("pad_same",)}
 
 _Traced: TypeAlias = tuple[fx.Graph, dict[str, Tensor | nn.Module]]
 
@@ -108,7 +115,9 @@ def _graph_of(module: nn.Module, *, is_root: bool, reached: frozenset[str]) -> _
         return f"code around it, which can't be traced, reaches for its {layer!r}"
     if has_hooks(module):
         return "it has hooks, which would no longer run"
-    opaque: set[type[nn.Module]] = set()
+    opaque = set() if is_root else _convs_that_stay(module)
+    if type(module) in opaque:
+        return "a leaf"
     while True:
         result = _graph_of_both_modes(module, opaque)
         if not isinstance(result, _Untraceable):
@@ -188,7 +197,13 @@ class _Tracer(fx.Tracer):
     """Leaves are convs, BatchNorms, and all that holds none of them or has hooks; the blocks in `shared`, and the `opaque` classes."""
 
     def __init__(self, shared: Container[nn.Module] = (), opaque: Container[type[nn.Module]] = ()) -> None:
-        super().__init__()
+        found = (
+            getattr(sys.modules[module], name)
+            for module, names in _LEAF_FUNCTIONS.items()
+            if module in sys.modules
+            for name in names
+        )
+        super().__init__(autowrap_functions=tuple(found))
         self.shared = shared
         self.opaque = opaque
         self.block_calls: Counter[nn.Module] = Counter()
@@ -275,15 +290,39 @@ def _is_container(module: nn.Module) -> bool:
 def _is_layer(module: nn.Module) -> bool:
     if is_plain_sequence(module):
         return all(_is_layer(child) for child in module.children())
-    return isinstance(module, RepBlock) or _is_leaf(module)
+    return isinstance(module, RepBlock) or is_conv(module) or _is_leaf(module)
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    if is_conv(module) or is_batch_norm(module):
+    if is_conv(module):
+        return torch_class(module) is not None or not calls_conv(module)
+    if is_batch_norm(module):
         return True
     if is_plain_sequence(module):
         return False
-    return not any(is_conv(inner) or is_batch_norm(inner) for inner in module.modules())
+    return not any(is_conv(inner) or is_batch_norm(inner) or calls_conv(inner) for inner in module.modules())
+
+
+def _convs_that_stay(module: nn.Module) -> set[type[nn.Module]]:
+    """Of a conv or a plain sequence, which have to stay what they are: the classes of convs that do more than one call, as padding."""
+    if not (is_conv(module) or is_plain_sequence(module)):
+        return set()
+    own_code = [inner for inner in module.modules() if is_conv(inner) and not _is_leaf(inner)]
+    results = [(type(conv), _graph_of_both_modes(conv, set())) for conv in own_code]
+    return {cls for cls, result in results if isinstance(result, _Untraceable) or not _is_one_call(result[0])}
+
+
+def _is_one_call(graph: fx.Graph) -> bool:
+    """Whether nothing happens to input and output but one call."""
+    nodes = list(graph.nodes)
+    first, output = nodes[0], nodes[-1]
+    return len(first.users) == 1 and output.args == (next(iter(first.users)),)
+
+
+def calls_conv(module: nn.Module) -> bool:
+    """Whether the code of a module that has parameters calls a function for convs."""
+    own_code = not type(module).__module__.startswith("torch.nn.")
+    return own_code and any(True for _ in module.parameters()) and calls(type(module), CONV_FUNCTIONS)  # type: ignore[arg-type]
 
 
 def _opaque_calls(root: nn.Module, graph: fx.Graph) -> Iterator[str]:

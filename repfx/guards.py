@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
+from repfx.functional_conv import is_shared
 from repfx.kernel import NoKernel, is_symmetric
-from repfx.operations import may_share_memory, mutated_by, reads_only_the_form
+from repfx.memory import may_share_memory, mutated_by, reads_only_the_form
 from repfx.pattern import META, Match, Term, View
 
 
@@ -57,6 +58,11 @@ def _halfway(node: fx.Node, written: fx.Node, match: Match, view: View) -> str |
         if source < node and memory & may_share_memory(source, view.root):
             return f"{node.name!r} changes {source.name!r} in place halfway"
     return None
+
+
+def weight_of_its_own(match: Match, view: View) -> str | None:
+    """No other call reads the weight that a functional conv is given, or what that is computed from."""
+    return "its weight is read elsewhere in the model" if is_shared(match.root) else None
 
 
 def is_convolution(match: Match, view: View) -> str | None:

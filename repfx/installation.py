@@ -2,7 +2,8 @@
 
 A module becomes a `torch.fx.GraphModule` with the attributes of the original. What its graph never used stays, so that a state dict has
 the same keys. Two kinds of module keep their own form, since code around them may iterate over or index them: a plain sequence of
-layers stays one, with identities where layers have been merged, and a block that has become one conv is that conv.
+layers stays one, with identities where layers have been merged, and a block, or a conv with a forward of its own, that has become one
+plain conv is that conv.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import fx, nn
 from repfx.activated_norm import bare, join
 from repfx.block import RepBlock
 from repfx.graph import Island, set_submodule
-from repfx.meaning import is_plain_sequence
+from repfx.meaning import is_conv, is_plain_sequence
 from repfx.notes import keep, kept
 
 _NOT_SAVED = "repfx_not_saved"
@@ -32,7 +33,7 @@ def install(model: nn.Module, island: Island) -> nn.Module:
     calls = _chain(island.graph)
     if island.path and is_plain_sequence(root) and calls is not None and _keep_sequence(root, calls):
         return model
-    if island.path and isinstance(root, RepBlock) and calls is not None and len(calls) == 1:
+    if island.path and (isinstance(root, RepBlock) or is_conv(root)) and calls is not None and len(calls) == 1:
         set_submodule(model, island.path, root.get_submodule(calls[0]))
         return model
     compiled = _compile(root, island)

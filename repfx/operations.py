@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from repfx.arithmetic import ARITHMETIC, NEGATIONS, PRODUCTS, QUOTIENTS, SUBTRACTIONS
+from repfx.constants import Constants
 from repfx.kernel import Kernel, NoKernel
 from repfx.meaning import (
     Meaning,
     average_pool_meaning,
-    is_batch_norm,
-    is_conv,
     meaning_of,
     pad_meaning,
     pairs_of,
     per_axis,
     wraps_the_rest,
 )
-
-ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-SUBTRACTIONS = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract"}
-_PRODUCTS = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
-_QUOTIENTS = {operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide, "div", "div_", "divide"}
-_NEGATIONS = {operator.neg, torch.neg, torch.negative, "neg", "negative"}
-_ARITHMETIC = ADDITIONS | SUBTRACTIONS | _PRODUCTS | _QUOTIENTS | _NEGATIONS
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 
 
 @dataclass(frozen=True)
@@ -47,8 +37,9 @@ class Op:
         return (self.node, *self.inner)
 
 
-def read_op(node: fx.Node, root: nn.Module) -> Op | None:
+def read_op(node: fx.Node, root: nn.Module, constants: Constants | None = None) -> Op | None:
     """The node as a linear map, or None."""
+    constants = constants or Constants(node.graph, root)
     if node.op == "call_module":
         meaning = meaning_of(root.get_submodule(str(node.target)))
         source = _only_input(node)
@@ -57,70 +48,13 @@ def read_op(node: fx.Node, root: nn.Module) -> Op | None:
         return None
     reader = _FUNCTIONS.get(node.target)
     if reader is not None:
-        first, others, keywords = _split(node)
+        first, others, keywords = split(node)
         meaning = reader(*others, **keywords)
         return Op(node, first, meaning) if meaning is not None and isinstance(first, fx.Node) else None
-    return _read_arithmetic(node, root)
+    return _read_arithmetic(node, constants)
 
 
-def mutated_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
-    """The node whose tensor this one changes in place, if it does."""
-    first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-    if node.op == "call_module":
-        layers = root.get_submodule(str(node.target)).modules()
-        return first if any(getattr(layer, "inplace", False) for layer in layers) else None
-    out = node.kwargs.get("out")
-    if isinstance(out, fx.Node):
-        return out
-    if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
-        return first
-    in_place = (
-        node.target in _IN_PLACE
-        or node.kwargs.get("inplace") is True
-        or str(getattr(node.target, "__name__", "")).endswith("_")
-    )
-    return first if node.op == "call_function" and in_place else None
-
-
-def may_share_memory(node: fx.Node, root: nn.Module) -> set[fx.Node]:
-    """The nodes whose tensors `node` may be, whole or in part: itself alone where it surely makes a tensor of its own."""
-    found: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += [] if _makes_new_tensor(node, root) else node.all_input_nodes
-    return found
-
-
-def _makes_new_tensor(node: fx.Node, root: nn.Module) -> bool:
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        return is_conv(module) or is_batch_norm(module) or isinstance(module, nn.Linear)
-    return node.target in _ARITHMETIC and mutated_by(node, root) is None
-
-
-def reads_only_the_form(node: fx.Node) -> bool:
-    """Whether a node asks a tensor for its shape, dtype or device and for no number in it."""
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("shape", "ndim", "dtype", "device")
-    return node.op == "call_method" and node.target in ("size", "dim", "numel", "ndimension", "nelement")
-
-
-def constant(value: Any, root: nn.Module) -> Tensor | float | None:
-    """A number or tensor that depends on no input: a literal, or a parameter or buffer of the model; else None."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, fx.Node) or value.op != "get_attr":
-        return None
-    found: Any = root
-    for part in str(value.target).split("."):
-        found = getattr(found, part)
-    return found.detach() if isinstance(found, Tensor) and not found.is_complex() else None
-
-
-def _split(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def split(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The input of a call, which may be written as `input=`; and the other arguments."""
     if node.args:
         return node.args[0], node.args[1:], node.kwargs
@@ -176,14 +110,14 @@ _FUNCTIONS: dict[Any, Callable[..., Meaning | None]] = {
 # ---- arithmetic with constants
 
 
-def _read_arithmetic(node: fx.Node, root: nn.Module) -> Op | None:
-    first, others, keywords = _split(node)
-    if node.target in _NEGATIONS and isinstance(first, fx.Node) and not others and not keywords:
+def _read_arithmetic(node: fx.Node, constants: Constants) -> Op | None:
+    first, others, keywords = split(node)
+    if node.target in NEGATIONS and isinstance(first, fx.Node) and not others and not keywords:
         return Op(node, first, _affine(lambda like: (like.new_tensor(-1.0), None)))
-    known = node.target in _ARITHMETIC - _NEGATIONS
+    known = node.target in ARITHMETIC - NEGATIONS
     if not known or len(node.args) != 2 or node.kwargs:
         return None
-    left, right = (constant(argument, root) for argument in node.args)
+    left, right = (constants.number(argument) for argument in node.args)
     if (left is None) == (right is None):
         return None
     source = node.args[0] if left is None else node.args[1]
@@ -201,9 +135,9 @@ def _map_with_constant(
 ) -> Callable[[Tensor], _ScaleAndShift] | None:
     """(scale, shift) of ``left ∘ x`` or ``x ∘ right``."""
     value = right if left is None else left
-    if target in _PRODUCTS:
+    if target in PRODUCTS:
         return lambda like: (_tensor(value, like), None)
-    if target in _QUOTIENTS:
+    if target in QUOTIENTS:
         return (lambda like: (1 / _tensor(value, like), None)) if left is None else None
     sign = -1.0 if target in SUBTRACTIONS else 1.0
     if left is None:

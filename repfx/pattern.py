@@ -13,9 +13,12 @@ from functools import reduce
 import torch
 from torch import Tensor, fx, nn
 
+from repfx.arithmetic import ADDITIONS, SUBTRACTIONS
+from repfx.constants import Constants
+from repfx.functional_conv import is_functional_conv, read_functional_conv
 from repfx.kernel import Kernel, NoKernel
 from repfx.meaning import Kind, Meaning, has_hooks, is_batch_norm, is_conv, refusal_of
-from repfx.operations import ADDITIONS, SUBTRACTIONS, Op, constant, mutated_by, read_op
+from repfx.operations import Op, read_op
 from repfx.viewed_norm import read_viewed_norm
 
 
@@ -41,11 +44,7 @@ class View:
     def __post_init__(self) -> None:
         read = {str(node.target).rpartition(".")[0] for node in self.graph.nodes if node.op == "get_attr"}
         self._read_elsewhere = read
-        self._changing = {
-            str(written.target)
-            for node in self.graph.nodes
-            if (written := mutated_by(node, self.root)) is not None and written.op == "get_attr"
-        }
+        self.constants = Constants(self.graph, self.root)
 
     def op(self, node: fx.Node) -> Op | None:
         """The node as a linear map that may be moved and merged, or None."""
@@ -53,10 +52,9 @@ class View:
             kernel = self.kernels[node]
             meaning = Meaning("conv", kernel.dimensions, kernel.in_channels, lambda like, channels, n: kernel.to(like))
             return Op(node, node.all_input_nodes[0], meaning)
-        changing = any(source.op == "get_attr" and source.target in self._changing for source in node.all_input_nodes)
-        if changing or self.refusal(node):
+        if self.refusal(node):
             return None
-        return read_op(node, self.root) or self._viewed_norm(node)
+        return read_op(node, self.root, self.constants) or self._viewed_norm(node)
 
     def _viewed_norm(self, node: fx.Node) -> Op | None:
         normed = node.args[0] if node.op in ("call_method", "call_function") and node.args else None
@@ -92,7 +90,9 @@ class View:
     def is_conv(self, node: fx.Node) -> bool:
         """Whether a node is a convolution or a linear layer with weights of its own."""
         module = self.module(node)
-        return node in self.kernels or (module is not None and (is_conv(module) or isinstance(module, nn.Linear)))
+        if node in self.kernels or is_functional_conv(node):
+            return True
+        return module is not None and (is_conv(module) or isinstance(module, nn.Linear))
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,16 @@ class Single(Pattern):
 
 
 @dataclass(frozen=True)
+class FunctionalConv(Pattern):
+    """One call of a function for convs, with a weight that depends on no input. Other patterns don't see such calls."""
+
+    def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
+        op = read_functional_conv(node, view.constants)
+        if op is not None:
+            yield Match(node, op.source, (Term((op,)),))
+
+
+@dataclass(frozen=True)
 class Sequence(Pattern):
     """A linear map of one of the `first` kinds whose output enters one of the `second` kinds."""
 
@@ -242,7 +252,7 @@ def is_sum(node: fx.Node, view: View) -> bool:
     if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS | SUBTRACTIONS:
         return False
     both = len(node.args) == 2 and not node.kwargs and all(isinstance(argument, fx.Node) for argument in node.args)
-    return both and all(constant(argument, view.root) is None for argument in node.args)
+    return both and all(view.constants.number(argument) is None for argument in node.args)
 
 
 def _is_inner(node: fx.Node, view: View) -> bool:

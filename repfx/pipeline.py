@@ -12,10 +12,11 @@ from torch import fx, nn
 
 from repfx.editor import Editor
 from repfx.errors import InvalidInput, first_line
-from repfx.graph import Island, Traces, call_counts, module_paths, trace
+from repfx.explanation import UNTRACED, all_that_stays, left_alone, left_outside
+from repfx.graph import Island, call_counts, module_paths, trace
 from repfx.input_axes import InputAxes
 from repfx.installation import install, prepare
-from repfx.meaning import is_batch_norm, is_conv
+from repfx.meaning import is_batch_norm
 from repfx.notes import copy_with_notes
 from repfx.pattern import View
 from repfx.reporting import Edit, Report, Skip
@@ -50,6 +51,7 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     traces = trace(target)
     calls, registered, axes = call_counts(traces), module_paths(target), InputAxes(model)
     edits: list[Edit] = []
+    kept: list[Skip] = []
     skips: list[Skip] = [
         Skip(path, f"it can't be traced: {reason}", "trace") for path, reason in traces.untraced.items()
     ]
@@ -57,15 +59,18 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
         editor = Editor(_view(target, island, calls, registered, axes), island)
         near_misses = _run(editor, rules)
         edits += editor.edits
-        skips += _left_alone(editor, near_misses)
+        skips += left_alone(editor, near_misses)
         editor.lower()
+        kept += all_that_stays(editor, near_misses)
         target = install(target, island)
-    skips += _outside(target, traces)
+    outside = list(left_outside(target, traces))
+    skips += [s for s in outside if s.reason == UNTRACED and is_batch_norm(target.get_submodule(s.path))]
+    kept += outside
     optional = {rule.name for rule in rules if rule.optional}
     declined = tuple(skip for skip in dict.fromkeys(skips) if skip.rule in optional)
     skipped = tuple(skip for skip in dict.fromkeys(skips) if skip.rule not in optional)
     take_over_modes(target, model)
-    return Result(target, Report(name, tuple(edits), skipped, declined))
+    return Result(target, Report(name, tuple(edits), skipped, declined, tuple(dict.fromkeys(kept))))
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -103,39 +108,6 @@ def _run(editor: Editor, rules: tuple[Rule, ...]) -> dict[fx.Node, list[Skip]]:
         else:
             node = node.next
     return near_misses
-
-
-def _left_alone(editor: Editor, near_misses: dict[fx.Node, list[Skip]]) -> list[Skip]:
-    """Why each BatchNorm and each near miss that is still there stays."""
-    skips = []
-    for node in editor.view.graph.nodes:
-        path = editor.island.full_path(str(node.target) if node.op == "call_module" else node.name)
-        misses = near_misses.get(node, [])
-        skips += [Skip(path, miss.reason, miss.rule) for miss in misses]
-        module = editor.view.module(node)
-        if node in editor.merged or module is None or not (is_batch_norm(module) or is_conv(module)):
-            continue
-        reason = editor.view.refusal(node)
-        if reason is not None:
-            skips.append(Skip(path, reason))
-        elif is_batch_norm(module) and not misses:
-            skips.append(
-                Skip(path, f"no rule: its input {node.all_input_nodes[0].name!r} is no conv that only it uses")
-            )
-    return skips
-
-
-def _outside(model: nn.Module, traces: Traces) -> list[Skip]:
-    """BatchNorms that lie in no island."""
-    reached = tuple(island.path for island in traces.islands)
-    if "" in reached:
-        return []
-    outside = [
-        path
-        for path, module in model.named_modules()
-        if is_batch_norm(module) and not any(path == r or path.startswith(f"{r}.") for r in reached)
-    ]
-    return [Skip(path, "what calls it can't be traced", "trace") for path in outside]
 
 
 def take_over_modes(model: nn.Module, original: nn.Module) -> None:

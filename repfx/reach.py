@@ -9,6 +9,8 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -33,18 +35,34 @@ def names_reached(cls: type[nn.Module]) -> frozenset[str]:
     >>> "conv2d" in names_reached(nn.Conv2d), "weight" in names_reached(nn.Conv2d)  # F.conv2d(…, self.weight)
     (True, False)
     """
-    names: set[str] = set()
+    nodes = (node for node in _forward(cls) if isinstance(node, ast.Attribute))
+    return frozenset(node.attr for node in nodes if not _is_self(node.value))
+
+
+@cache
+def calls(cls: Any, names: frozenset[str]) -> bool:
+    """Whether a class's forward, or what it calls of its own, calls a function by one of these names.
+
+    >>> calls(nn.Conv2d, frozenset({"conv2d"})), calls(nn.ReLU, frozenset({"conv2d"}))
+    (True, False)
+    """
+    functions = (node.func for node in _forward(cls) if isinstance(node, ast.Call))
+    return any(
+        (isinstance(function, ast.Name) and function.id in names)
+        or (isinstance(function, ast.Attribute) and not _is_self(function.value) and function.attr in names)
+        for function in functions
+    )
+
+
+def _forward(cls: type[nn.Module]) -> Iterator[ast.AST]:
+    """All that a class's forward is written of, and the methods and properties of its own that it reads."""
     pending, seen = ["forward"], {"forward"}
     while pending:
         for node in _code(cls, pending.pop()):
-            if not isinstance(node, ast.Attribute):
-                continue
-            if not _is_self(node.value):
-                names.add(node.attr)
-            elif node.attr not in seen:
+            yield node
+            if isinstance(node, ast.Attribute) and _is_self(node.value) and node.attr not in seen:
                 seen.add(node.attr)
                 pending.append(node.attr)
-    return frozenset(names)
 
 
 def _code(cls: type[nn.Module], name: str) -> Iterator[ast.AST]:

@@ -42,6 +42,8 @@ class Skip:
 class Report:
     """What a pass did (`applied`), what it left alone and why (`skipped`), and which optional merges it decided against (`declined`).
 
+    `stays` has every conv and BatchNorm of a fused model, and why it is there.
+
     >>> print(Report("expand", (Edit("expand", "conv1"),), (Skip("conv2", "the window is 1×1 already"),)))
     expand: 1 change, 1 left alone
       Skip 'conv2': the window is 1×1 already
@@ -51,6 +53,7 @@ class Report:
     applied: tuple[Edit, ...] = ()
     skipped: tuple[Skip, ...] = ()
     declined: tuple[Skip, ...] = ()
+    stays: tuple[Skip, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import pytest
 from torch import fx, nn
 
+import repfx.constants
 import repfx.graph
 import repfx.guards
 import repfx.pattern
 import repfx.pipeline
 from repfx.kernel import NoKernel
-from repfx.operations import mutated_by
+from repfx.memory import mutated_by
 from repfx.pattern import View
 from repfx.rule import RULES, Rule
 from tests import test_graph, test_guards, test_legal_graphs
@@ -120,7 +121,7 @@ def without_refusal(piece: str) -> Plant:
 
 def without_what_changes(patch: pytest.MonkeyPatch) -> None:
     """A view takes a parameter that the forward writes to for a constant."""
-    patch.setattr(repfx.pattern, "mutated_by", never)
+    patch.setattr(repfx.constants, "mutated_by", never)
 
 
 def written_by_functions_alone(node: fx.Node, root: nn.Module) -> fx.Node | None:
@@ -185,6 +186,7 @@ MUTANTS = [
         ("bottleneck of two 1×1", "grouped and dense, dearer when merged"),
     ),
     Mutant("channels_stay_put", without_guard("channels_stay_put"), ("linear on a sequence of equal sizes",)),
+    Mutant("weight_of_its_own", without_guard("weight_of_its_own"), ("a weight that two calls read",)),
     Mutant(
         "channels_stay_put, forward",
         without_guard("channels_stay_put", "fold_batch_norm_forward"),

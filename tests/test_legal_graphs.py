@@ -200,6 +200,14 @@ CASES: dict[str, Case] = {
     "synchronized": Case(lambda: nn.Sequential(conv(), nn.SyncBatchNorm(4)), 1, 0),
     "1d": Case(lambda: nn.Sequential(nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)), 1, 0, shape=(2, 4, 9)),
     "3d": Case(lambda: nn.Sequential(nn.Conv3d(4, 6, (1, 2, 3)), nn.BatchNorm3d(6)), 1, 0, shape=(2, 4, 3, 4, 5)),
+    "a weight that two calls read": Case(
+        lambda: Net(
+            lambda net, x: net.b(F.conv2d(x, net.c.weight) + F.conv2d(x.relu(), net.c.weight)), c=conv(), b=norm()
+        ),
+        0,  # the model's own code makes the calls; the module only held the weight
+        1,
+        "its weight is read elsewhere",
+    ),
     "linear on (batch, channels)": Case(
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5)), 0, 0, shape=(3, 4, 3)
     ),

@@ -13,7 +13,8 @@ from torch import fx, nn
 
 from repfx.graph import trace
 from repfx.meaning import kernel_of
-from repfx.operations import Op, may_share_memory, mutated_by, read_op
+from repfx.memory import may_share_memory, mutated_by
+from repfx.operations import Op, read_op
 from repfx.stages import Pad, Scale
 from repfx.testing import assert_same_map
 from tests.inline_net import Net, convs, fused_exactly, image

@@ -1,0 +1,14 @@
+"""Turn a conv that computes its weight from parameters, or is written as a function's call, into a plain conv."""
+
+from __future__ import annotations
+
+from repfx.guards import unmutated, weight_of_its_own
+from repfx.pattern import FunctionalConv
+from repfx.rule import Rule
+
+COMPUTE_WEIGHTS = Rule(
+    "compute_weights",
+    "Turn a conv whose weight is computed from parameters into a plain conv",
+    FunctionalConv(),
+    (weight_of_its_own, unmutated),
+)

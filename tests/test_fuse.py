@@ -164,7 +164,9 @@ def test_a_batch_norm_that_belongs_to_no_conv_is_not_lost() -> None:
 def test_strict_raises_with_every_reason_and_leaves_the_model() -> None:
     model = ready(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(4)))
     before, text = copy.deepcopy(model.state_dict()), str(model)
-    with pytest.raises(Refused, match=r"(?s)strict=True left 3 alone:.*'0'.*'1'.*zero padding.*'3'.*ReLU comes before it"):
+    with pytest.raises(
+        Refused, match=r"(?s)strict=True left 3 alone:.*'0'.*'1'.*zero padding.*'3'.*ReLU comes before it"
+    ):
         repfx.fuse(model, strict=True)
     assert same_state(before, model.state_dict())
     assert (str(model), repfx.report(model).name) == (text, "nothing done yet")

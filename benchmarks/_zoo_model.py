@@ -10,6 +10,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -21,11 +23,11 @@ from torch.fx.experimental.optimization import fuse as torch_fuse
 from torch.utils._pytree import tree_leaves
 
 import repfx
-from repfx.errors import Refused, first_line
+from repfx.errors import ExportError, Refused, first_line
 from repfx.graph import trace
 from repfx.meaning import is_batch_norm, is_conv
 from repfx.pipeline import rewrite
-from repfx.precision import run_double
+from repfx.precision import map_tensors, run_double
 from repfx.testing import randomize_batch_norm, relative_error
 
 PRESETS = ("dbb", "repvgg")
@@ -47,6 +49,7 @@ class Findings:
         sites: convs that each preset expanded.
         fused, timm, torch: convs and BatchNorms that stay after each library's own way, or why there is no result.
         errors: relative, in float64, by what was compared; for other libraries too.
+        onnx: error of the fused model in onnxruntime, in float32, or why there is no file; for torchvision's models alone.
         stays: reasons for convs and BatchNorms that stay, with how often.
         problem: what went wrong, if anything did.
     """
@@ -62,6 +65,7 @@ class Findings:
     timm: Counts | str = ""
     torch: Counts | str = ""
     errors: dict[str, float] = field(default_factory=dict)
+    onnx: float | str = ""
     stays: dict[str, int] = field(default_factory=dict)
     problem: str = ""
     seconds: float = 0.0
@@ -154,6 +158,8 @@ def _numbers(model: nn.Module, found: Findings) -> None:
     found.torch = _elsewhere(lambda: torch_fuse(copy.deepcopy(model)), "torch", inputs, expected, found)
     if fingerprint(model) != before:
         found.problem = "the model was changed"
+    if found.name.startswith("torchvision/"):
+        found.onnx = _exported(model.float(), inputs)
     wrong = {key: value for key, value in found.errors.items() if key not in ("timm", "torch") and not value <= 1e-9}
     if wrong:
         found.problem = f"wrong output: {wrong}"
@@ -189,6 +195,21 @@ def _elsewhere(
     except Exception as refused:
         return type(refused).__name__
     return counts(converted)
+
+
+def _exported(model: nn.Module, inputs: Inputs) -> float | str:
+    """How far onnxruntime is from torch; for a detector, the refusal, and how far its backbone is."""
+    narrow: Any = map_tensors(lambda tensor: tensor.float(), inputs)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        try:
+            return repfx.export_onnx(model, file, narrow).max_error
+        except ExportError as refused:
+            backbone = getattr(model, "backbone", None)
+            if not isinstance(backbone, nn.Module):
+                return first_line(refused)
+            image = torch.randn(2, 3, 96, 128)
+            return f"{first_line(refused)} Its backbone: {repfx.export_onnx(backbone, file, image).max_error:.1e}"
 
 
 def _reached(model: nn.Module) -> int:
@@ -290,16 +311,17 @@ def _settle(model: nn.Module, inputs: Inputs) -> None:
 
 @torch.no_grad()
 def _stir(model: nn.Module) -> None:
-    """Move all that BatchNorms hold by up to one part in fifty: branches are then no longer fresh, and the signal still gets through.
+    """Move all that BatchNorms hold by a little: branches are then no longer fresh, and the signal still gets through.
 
     Any mistake in folding shows at this size, while nets of hundreds of convs stay so well-conditioned that rounding doesn't.
     """
     norms: list[Any] = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     generator = torch.Generator().manual_seed(1)
     for norm in norms:
-        for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+        for tensor in (norm.running_mean, norm.running_var.log_(), norm.weight, norm.bias):
             if tensor is not None:
-                tensor.mul_(torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) * 0.04 + 0.98)
+                tensor.add_(torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) * 0.04 - 0.02)
+        norm.running_var.exp_()
 
 
 def fingerprint(model: nn.Module) -> list[tuple[str, ...]]:
@@ -325,7 +347,8 @@ def main() -> None:
     parser.add_argument("name")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    print(json.dumps(vars(examine(parser.parse_args().name)), ensure_ascii=False))
+    found = examine(parser.parse_args().name)
+    print(json.dumps(vars(found), ensure_ascii=False))
 
 
 if __name__ == "__main__":

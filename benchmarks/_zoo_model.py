@@ -100,18 +100,25 @@ def build(name: str) -> nn.Module:
     kind = torchvision.models.get_model_builder(model).__module__
     if ".detection." in kind or ".segmentation." in kind:
         options["weights_backbone"] = None
-    if ".detection." in kind:
-        options.update({_THRESHOLDS.get(model.partition("_")[0], "box_score_thresh"): 0.0})
+    detector = ".detection." in kind
+    if detector:
+        one_stage = model.startswith(("retinanet", "fcos", "ssd"))
+        options |= {"score_thresh": 0.0, "topk_candidates": 100} if one_stage else {"box_score_thresh": 0.0}
+        options |= {} if model.startswith("ssd") else {"min_size": 96, "max_size": 128}
     built = torchvision.models.get_model(model, **options)
+    if detector:
+        _tell_scores_apart(built)
     return built.eval()
 
 
-_THRESHOLDS = {
-    "retinanet": "score_thresh",
-    "fcos": "score_thresh",
-    "ssd300": "score_thresh",
-    "ssdlite320": "score_thresh",
-}
+@torch.no_grad()
+def _tell_scores_apart(detector: nn.Module) -> None:
+    """Draw the weights of the heads anew: with torchvision's own the scores are all but equal, and rounding decides which come first."""
+    for name, part in detector.named_children():
+        layers = part.modules() if name != "backbone" else ()
+        for layer in layers:
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
 
 
 def counts(model: nn.Module) -> Counts:
@@ -213,16 +220,14 @@ def _exported(model: nn.Module, inputs: Inputs) -> float | str:
 
 
 def _reached(model: nn.Module) -> int:
-    """Convs in a graph, and those that nothing calls."""
-    paths = {path for path, module in model.named_modules() if is_conv(module)}
-    islands = trace(model).islands
-    inside = {
-        path
-        for path in paths
-        for island in islands
-        if not island.path or path == island.path or path.startswith(f"{island.path}.")
-    }
-    return len(inside)
+    """Convs that a graph holds, and those outside of graphs that can be expanded where they are."""
+    islands = [island.path for island in trace(model).islands]
+    expandable = {site.path for site in repfx.sites(model) if site.refusal is None}
+    return sum(
+        path in expandable or any(not island or f"{path}.".startswith(f"{island}.") for island in islands)
+        for path, module in model.named_modules()
+        if is_conv(module)
+    )
 
 
 def _reasons(model: nn.Module) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Every conv net of torchvision, and the smallest of every module of timm, beside what timm and torch themselves make of them.
 
-    python -m benchmarks.zoo                      what the record lacks; then docs/zoo.md is written anew
+    python -m benchmarks.zoo                      what the record lacks
     python -m benchmarks.zoo --again 'timm/*'     these once more
     python -m benchmarks.zoo --select             write the list of models anew, from the libraries that are installed
 

@@ -219,7 +219,7 @@ class _Tracer(fx.Tracer):
         return result
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return _ParameterProxy(node, self) if node.op == "get_attr" else _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _is_leaf(m) or has_hooks(m) or m in self.shared or type(m) in self.opaque
@@ -255,7 +255,13 @@ def _order_placeholders(parameters: list[inspect.Parameter], graph: fx.Graph) ->
 
 
 class _Proxy(fx.Proxy):
-    """Records ``x += y`` as what it is: torch.fx's own proxy takes it for ``x = x + y``, which leaves x as it was."""
+    """Records ``x += y`` and ``x[…] = y`` as what they are.
+
+    torch.fx's own proxy takes the one for ``x = x + y``, which leaves x as it was, and refuses the other.
+    """
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
@@ -268,6 +274,16 @@ class _Proxy(fx.Proxy):
 
     def __itruediv__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
+
+class _ParameterProxy(_Proxy):
+    """A parameter or buffer, of which it is known how long it is."""
+
+    def __iter__(self) -> Iterator[Any]:
+        root: Any = self.tracer.root  # type: ignore[attr-defined]
+        tensors = {**dict(root.named_buffers()), **dict(root.named_parameters(remove_duplicate=False))}
+        whole: Any = self
+        return iter([whole[index] for index in range(len(tensors[str(self.node.target)]))])
 
 
 def require_default(value: object, name: str, default: object) -> None:

@@ -155,14 +155,18 @@ def _read_elsewhere(traces: Traces) -> set[str]:
 
 
 def _own_norms(model: nn.Module, traces: Traces) -> dict[str, str]:
-    """For each conv that is called once, and feeds one BatchNorm called once and nothing else: that BatchNorm's path."""
+    """For each conv that is called once, and feeds one BatchNorm called once and nothing else: that BatchNorm's path.
+
+    A BatchNorm whose tensors are read by other code, as DBB's padding reads them, belongs to that code.
+    """
     calls = call_counts(traces)
     registered = module_paths(model)
+    read = _read_elsewhere(traces)
     pairs: dict[str, str] = {}
     for island in traces.islands:
         for node in island.graph.nodes:
             paths = _conv_and_norm(node, island, model)
-            if paths is None:
+            if paths is None or paths[1] in read:
                 continue
             if all(calls[path] == 1 and len(registered[id(model.get_submodule(path))]) == 1 for path in paths):
                 pairs[paths[0]] = paths[1]

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental import optimization
 
 import repfx
 from repfx.meaning import is_batch_norm, is_conv
@@ -241,15 +240,3 @@ def test_fused_right_or_left_alone_with_the_reason(name: str) -> None:
     assert case.reason in str(repfx.report(fused))
     if case.norms:
         assert case.reason, "what stays has to say why"
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["conv called twice", "linear on a sequence of equal sizes"])
-def test_torch_s_own_fuse_is_silently_wrong_here(name: str) -> None:
-    """pytorch#104593, pytorch#197539"""
-    case = CASES[name]
-    model = randomize_batch_norm(case.build(), seed=3).eval()
-    x = torch.randn(case.shape)
-    theirs = optimization.fuse(copy.deepcopy(model))
-    assert relative_error(theirs(x), model(x)) > 0.01
-    assert relative_error(repfx.fuse(model)(x), model(x)) < 1e-5

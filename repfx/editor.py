@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from repfx.activated_norm import is_separated
 from repfx.baking import conv_from_kernel, float64_like
 from repfx.block import RepBlock
+from repfx.bordered_padding import CLOSE
 from repfx.constants import has
 from repfx.folded_norm import FoldedNorm, remember_norm
 from repfx.functional_conv import is_functional_conv, path_for, settings_of
@@ -46,18 +47,20 @@ class Editor:
     island: Island
     merged: dict[fx.Node, Merged] = field(default_factory=dict)
     edits: list[Edit] = field(default_factory=list)
+    _placed: list[str] = field(default_factory=list)
 
     def apply(self, rule: Rule, match: Match) -> fx.Node:
         """Replace a match by one node; returns what now stands where the match began."""
         if all(op.meaning.kind == "identity" for op in match.ops):
             return self._remove(rule, match)
         template_op = self._template(match)
-        kernel = match.kernel(float64_like(self._weight_of(template_op)))
+        kernel = _without_rounded_bias(match, float64_like(self._weight_of(template_op)))
         before = min(op.node for op in match.ops)
         graph = self.view.graph
         path = self._path(template_op)
         if is_functional_conv(template_op.node) and not has(self.view.root, path):
             set_submodule(self.view.root, path, conv_from_kernel(kernel, self._template_module(template_op), path))
+            self._placed.append(path)
         with graph.inserting_before(before):
             node = graph.call_module(path, (match.source,))
         self.view.kernels[node] = kernel
@@ -126,7 +129,12 @@ class Editor:
 
     def _equals(self, match: Match) -> str | None:
         last = match.terms[0].ops[-1]
-        if len(match.terms) > 1 or match.remainder or is_separated(self.view.module(last.node)):
+        if (
+            len(match.terms) > 1
+            or match.remainder
+            or match.root is not last.node
+            or is_separated(self.view.module(last.node))
+        ):
             return None
         if last.node in self.merged:
             return self.merged[last.node].provenance.equals
@@ -174,12 +182,21 @@ class Editor:
             node.target = path or notes.path  # an island that is a block has no other place for its conv
             set_submodule(self.view.root, str(node.target), conv)
         self._erase_unused_constants()
+        self._remove_unused_places()
 
     def _erase_unused_constants(self) -> None:
         """What kernels have absorbed: scales, shifts, and all that weights were computed from."""
         for node in reversed(list(self.view.graph.nodes)):
             if not node.users and self.view.constants.depends_on_parameters_alone(node):
                 self.view.graph.erase_node(node)
+
+    def _remove_unused_places(self) -> None:
+        """Convs that were put where there was none, and have been merged into others since."""
+        called = {node.target for node in self.view.graph.nodes if node.op == "call_module"}
+        for path in self._placed:
+            if path not in called:
+                owner, _, name = path.rpartition(".")
+                delattr(self.view.root.get_submodule(owner), name)
 
     def _block_path(self, node: fx.Node) -> str | None:
         """The outermost block of which `node` is all that is left, or None."""
@@ -191,7 +208,7 @@ class Editor:
             inside = [
                 n
                 for n in self.view.graph.nodes
-                if n.op == "call_module" and (not path or str(n.target).startswith(f"{path}."))
+                if n.op in ("call_module", "get_attr") and (not path or str(n.target).startswith(f"{path}."))
             ]
             if inside == [node]:
                 return path
@@ -222,6 +239,18 @@ class Editor:
             if any(crop):
                 source = self.view.graph.call_function(F.pad, (source, tuple(crop)))
         node.args = (source,)
+
+
+def _without_rounded_bias(match: Match, like: Tensor) -> Kernel:
+    """The kernel of a match, without a bias that is nothing but what rounding left of two that cancel."""
+    kernel = match.kernel(like)
+    if kernel.bias is None or kernel.bias.is_meta or len(match.ops) < 2:
+        return kernel
+    channels, dimensions = match.sizes()
+    shifts = [op.meaning.build(like, channels, dimensions).bias for op in match.ops if op.meaning.kind == "affine"]
+    largest = max((float(shift.detach().abs().max()) for shift in shifts if shift is not None), default=0.0)
+    cancelled = largest > 0 and float(kernel.bias.detach().abs().max()) <= CLOSE * largest
+    return replace(kernel, bias=None) if cancelled else kernel
 
 
 def _add_term(graph: fx.Graph) -> Callable[[fx.Node, tuple[int, fx.Node]], fx.Node]:

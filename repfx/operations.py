@@ -153,15 +153,15 @@ def _affine(scale_and_shift: Callable[[Tensor], _ScaleAndShift]) -> Meaning:
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
         scale, shift = scale_and_shift(like)
         vectors = (
-            _per_channel(scale, channels, dimensions),
-            shift if shift is None else _per_channel(shift, channels, dimensions),
+            per_channel(scale, channels, dimensions),
+            shift if shift is None else per_channel(shift, channels, dimensions),
         )
         return Kernel.diagonal(*vectors, dimensions)
 
     return Meaning("affine", None, None, build)
 
 
-def _per_channel(value: Tensor, channels: int, dimensions: int) -> Tensor:
+def per_channel(value: Tensor, channels: int, dimensions: int) -> Tensor:
     """A constant as it broadcasts against ``(batch, channels, *axes)``, as ``(channels,)``."""
     shape = (1,) * (dimensions + 2 - value.ndim) + tuple(value.shape)
     if (

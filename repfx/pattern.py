@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repfx.arithmetic import ADDITIONS, SUBTRACTIONS
+from repfx.bordered_padding import padded_before, read_border
 from repfx.constants import Constants
 from repfx.functional_conv import is_functional_conv, read_functional_conv
 from repfx.kernel import Kernel, NoKernel
@@ -77,7 +78,7 @@ class View:
             return f"it is called {self.calls[path]} times; a change would change every call"
         if self.registered[path] > 1:
             return f"it is registered under {self.registered[path]} names"
-        if path in self._read_elsewhere:
+        if path in self._read_elsewhere and not is_batch_norm(module):  # whose tensors no rewrite changes
             return "its parameters are read elsewhere in the model"
         if any(tensor.is_complex() for tensor in module.parameters()):
             return "its weights are complex"
@@ -206,6 +207,29 @@ class FunctionalConv(Pattern):
         op = read_functional_conv(node, view.constants)
         if op is not None:
             yield Match(node, op.source, (Term((op,)),))
+
+
+@dataclass(frozen=True)
+class BorderedPadding(Pattern):
+    """A 1×1 conv whose output is padded with what it gives out for zero."""
+
+    def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
+        pad = view.op(node)
+        conv = view.op(pad.source) if pad is not None and pad.meaning.kind == "pad" else None
+        if pad is None or conv is None or conv.meaning.kind != "conv":
+            return
+        channels, dimensions = conv.meaning.in_channels or 0, conv.meaning.dimensions or 0
+        try:
+            out_channels = conv.meaning.build(META, channels, dimensions).out_channels
+            zeros = pad.meaning.build(META, out_channels, pad.meaning.dimensions or dimensions)
+        except NoKernel:
+            return
+        if zeros.padding_mode != "zeros" or zeros.dimensions != dimensions:
+            return
+        border = read_border(node, zeros.padding, out_channels, view.constants)
+        padded = None if border is None else padded_before(conv, zeros.padding, border)
+        if border is not None and padded is not None:
+            yield Match(node, conv.source, (Term((padded,)),), inner=border.writes)
 
 
 @dataclass(frozen=True)

@@ -65,29 +65,38 @@ class ACB(nn.Module):
 
 
 class NormAndPad(nn.Module):
-    """DBB's: a BatchNorm, and then padding with what it gives out for zero."""
+    """DBB's: a BatchNorm, and then padding with what it gives out for zero; written strip by strip, or as a difference."""
 
-    def __init__(self, pixels: int) -> None:
+    def __init__(self, pixels: int, *, strips: bool) -> None:
         super().__init__()
-        self.norm, self.pixels = nn.BatchNorm2d(CHANNELS), pixels
+        self.norm, self.pixels, self.strips = nn.BatchNorm2d(CHANNELS), pixels, strips
 
     def forward(self, x: Tensor) -> Any:
-        x = self.norm(x)
         norm: Any = self.norm
-        scale = torch.rsqrt(norm.running_var + norm.eps) * norm.weight
-        value = (norm.bias - norm.running_mean * scale).view(1, -1, 1, 1)
-        return F.pad(x - value, [self.pixels] * 4) + value
+        x, pixels = norm(x), self.pixels
+        deviation = torch.sqrt(norm.running_var + norm.eps)
+        value = norm.bias.detach() - norm.running_mean * norm.weight.detach() / deviation
+        value = value.view(1, -1, 1, 1)
+        if not self.strips:
+            return F.pad(x - value, [pixels] * 4) + value
+        x = F.pad(x, [pixels] * 4)
+        x[:, :, 0:pixels, :] = value
+        x[:, :, -pixels:, :] = value
+        x[:, :, :, 0:pixels] = value
+        x[:, :, :, -pixels:] = value
+        return x
 
 
 class DBB(nn.Module):
     """k×k + 1×1 + (1×1, k×k) + (1×1, average), the BatchNorm of a first conv padding as zero would come out (arXiv 2103.13425)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, strips: bool) -> None:
         super().__init__()
         self.dense, self.pointwise = conv_norm(3, padding=1), conv_norm(1)
-        self.first, self.first_norm = nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False), NormAndPad(1)
+        self.first, self.first_norm = nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False), NormAndPad(1, strips=strips)
         self.second = conv_norm(3)
-        self.before_average, self.average_norm = nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False), NormAndPad(1)
+        self.before_average = nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False)
+        self.average_norm = NormAndPad(1, strips=strips)
         self.average = nn.Sequential(nn.AvgPool2d(3, 1), nn.BatchNorm2d(CHANNELS))
 
     def forward(self, x: Tensor) -> Any:
@@ -180,18 +189,23 @@ class FixedEdge(nn.Module):
 
     def __init__(self, mask: list[list[float]]) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(CHANNELS, CHANNELS, 1)
+        conv = nn.Conv2d(CHANNELS, CHANNELS, 1)
+        self.weight, self.bias = conv.weight, conv.bias
         self.scale = nn.Parameter(torch.randn(CHANNELS, 1, 1, 1))
-        self.bias = nn.Parameter(torch.randn(CHANNELS))
+        self.shift = nn.Parameter(torch.randn(CHANNELS))
         self.mask: Tensor
         self.register_buffer("mask", torch.tensor(mask).expand(CHANNELS, 1, 3, 3).clone())
 
     def forward(self, x: Tensor) -> Any:
-        bias: Any = self.conv.bias
-        y = F.conv2d(x, self.conv.weight)
-        y = F.conv2d(F.pad(y, (1, 1, 1, 1)), self.scale * self.mask, self.bias, groups=CHANNELS)
-        through = F.conv2d(bias.view(1, -1, 1, 1).expand(1, CHANNELS, 3, 3), self.scale * self.mask, groups=CHANNELS)
-        return y + through
+        y = F.conv2d(input=x, weight=self.weight, bias=self.bias)
+        y = F.pad(y, (1, 1, 1, 1), "constant", 0)
+        border: Any = self.bias
+        border = border.view(1, -1, 1, 1)
+        y[:, :, 0:1, :] = border
+        y[:, :, -1:, :] = border
+        y[:, :, :, 0:1] = border
+        y[:, :, :, -1:] = border
+        return F.conv2d(input=y, weight=self.scale * self.mask, bias=self.shift, groups=CHANNELS)
 
 
 class ECBSR(nn.Module):
@@ -292,13 +306,14 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "RepVGG": (RepVGG, 1, 0),
     "QARepVGG": (QARepVGG, 1, 0),
     "ACB": (ACB, 1, 0),
-    "DBB": (DBB, 5, 3),  # the padding by what a BatchNorm gives out for zero stays, and so does what stands around it
+    "DBB": (lambda: DBB(strips=True), 1, 0),
+    "DBB, by difference": (lambda: DBB(strips=False), 1, 0),
     "MobileOne": (MobileOne, 1, 0),
     "RepMixer": (RepMixer, 1, 0),
     "RepViT": (RepViT, 1, 0),
     "UniRepLKNet": (UniRepLKNet, 1, 0),
     "Conv3XC": (Conv3XC, 1, 0),
-    "ECBSR": (ECBSR, 4, 0),  # the 1×1 convs of the edges, whose weight two calls read, stay calls
+    "ECBSR": (ECBSR, 1, 0),
     "OREPA": (OREPA, 1, 0),
     "LayerScale": (LayerScale, 1, 0),
     "PartialConv, split": (lambda: PartialConv(sliced=False), 2, 0),

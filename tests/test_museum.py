@@ -77,8 +77,8 @@ def test_pytorch_108863_weights_that_were_folded_once_and_trained_since() -> Non
 
 
 def test_pytorch_180995_grouped_transposed_convs() -> None:
-    conv, norm = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), nn.BatchNorm2d(6)
-    model = ready(nn.Sequential(conv, norm))
+    model = ready(nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), nn.BatchNorm2d(6)))
+    conv, norm = model
     with pytest.raises(RuntimeError):
         fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias, True

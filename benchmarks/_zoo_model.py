@@ -78,6 +78,9 @@ def examine(name: str) -> Findings:
     model = build(name)
     found = Findings(name, round(sum(p.numel() for p in model.parameters()) / 1e6, 2))
     found.convs, found.batch_norms = counts(model)
+    if not found.convs:
+        found.stays = {"no convs": 1}
+        return found
     try:
         if found.parameters * 1e6 > STRUCTURE_ONLY and name not in NUMERIC_ANYWAY:
             _structure(model.to("meta"), found)

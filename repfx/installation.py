@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from repfx.activated_norm import bare, join
 from repfx.block import RepBlock
+from repfx.constants import has
 from repfx.graph import Island, set_submodule
 from repfx.meaning import is_conv, is_plain_sequence
 from repfx.notes import keep, kept
@@ -130,12 +131,12 @@ def _keep_unused(compiled: fx.GraphModule, root: nn.Module, used: frozenset[str]
         if path in used or _lies_in(path, used):
             continue
         if path and path not in touched:
-            if path.rpartition(".")[0] in ("", *touched) and not _has(compiled, path):
+            if path.rpartition(".")[0] in ("", *touched) and not has(compiled, path):
                 set_submodule(compiled, path, child)
             continue
         for name, tensor in [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]:
             full = f"{path}.{name}" if path else name
-            if full not in used and not _has(compiled, full):
+            if full not in used and not has(compiled, full):
                 _place_tensor(compiled, path, name, tensor, saved=name not in child._non_persistent_buffers_set)
 
 
@@ -144,16 +145,8 @@ def _lies_in(path: str, used: frozenset[str]) -> bool:
     return any(".".join(parts[:length]) in used for length in range(1, len(parts)))
 
 
-def _has(module: nn.Module, path: str) -> bool:
-    for part in path.split("."):
-        if not hasattr(module, part):
-            return False
-        module = getattr(module, part)
-    return True
-
-
 def _place_tensor(compiled: nn.Module, path: str, name: str, tensor: torch.Tensor, *, saved: bool) -> None:
-    if path and not _has(compiled, path):
+    if path and not has(compiled, path):
         set_submodule(compiled, path, nn.Module())
     owner = compiled.get_submodule(path)
     if isinstance(tensor, nn.Parameter):

@@ -246,9 +246,7 @@ def _without_rounded_bias(match: Match, like: Tensor) -> Kernel:
     kernel = match.kernel(like)
     if kernel.bias is None or kernel.bias.is_meta or len(match.ops) < 2:
         return kernel
-    channels, dimensions = match.sizes()
-    shifts = [op.meaning.build(like, channels, dimensions).bias for op in match.ops if op.meaning.kind == "affine"]
-    largest = max((float(shift.detach().abs().max()) for shift in shifts if shift is not None), default=0.0)
+    largest = max((float(shift.detach().abs().max()) for shift in match.shifts(like)), default=0.0)
     cancelled = largest > 0 and float(kernel.bias.detach().abs().max()) <= CLOSE * largest
     return replace(kernel, bias=None) if cancelled else kernel
 

@@ -141,6 +141,12 @@ class Match:
         kernels = [_signed(term_kernel(term, like, channels, dimensions), term.sign) for term in self.terms]
         return reduce(Kernel.add, kernels)
 
+    def shifts(self, like: Tensor) -> list[Tensor]:
+        """What the scales and shifts among the maps add, each before the maps that follow it."""
+        channels, dimensions = self.sizes()
+        maps = [pair for term in self.terms for pair in _maps(term, like, channels, dimensions)]
+        return [kernel.bias for op, kernel in maps if op.meaning.kind == "affine" and kernel.bias is not None]
+
     def sizes(self) -> tuple[int, int]:
         """Channels and axes of the source.
 
@@ -163,12 +169,17 @@ def _in_channels(term: Term) -> int | None:
 
 def term_kernel(term: Term, like: Tensor, channels: int, dimensions: int) -> Kernel:
     """The kernel of one path."""
-    kernel = Kernel.identity(like, channels=channels, dimensions=dimensions)
+    identity = Kernel.identity(like, channels=channels, dimensions=dimensions)
+    return reduce(Kernel.compose, (kernel for _, kernel in _maps(term, like, channels, dimensions)), identity)
+
+
+def _maps(term: Term, like: Tensor, channels: int, dimensions: int) -> Iterator[tuple[Op, Kernel]]:
     for op in term.ops:
         if op.meaning.dimensions not in (None, dimensions):
             raise NoKernel(f"{op.node.name!r} has {op.meaning.dimensions} dimensions, not {dimensions}")
-        kernel = kernel.compose(op.meaning.build(like, kernel.out_channels, dimensions))
-    return kernel
+        kernel = op.meaning.build(like, channels, dimensions)
+        yield op, kernel
+        channels = kernel.out_channels
 
 
 def _signed(kernel: Kernel, sign: int) -> Kernel:

@@ -342,3 +342,20 @@ def test_asking_for_the_shape_in_between_is_no_second_use() -> None:
     assert not any(map(is_batch_norm, fused.modules())), str(repfx.report(fused))
     x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
     assert relative_error(fused(x), model(x)) < 1e-12
+
+
+@pytest.mark.parametrize("out_channels", [2, 4, 6])
+def test_a_scale_and_a_shift_of_each_channel_follow_a_conv(out_channels: int) -> None:
+    scale, shift = torch.randn(2, out_channels, 1, 1)
+    net = Net(lambda m, x: m.a(x) * m.scale + m.shift, a=nn.Conv2d(4, out_channels, 3))
+    net.scale, net.shift = nn.Parameter(scale), nn.Parameter(shift)
+    fused = fused_exactly(net, image())
+    assert convs(fused) == ["a"]
+    assert not [node for node in fused.graph.nodes if node.op == "call_function"]
+
+
+def test_shifts_that_cancel_leave_no_bias() -> None:
+    """As after restore(fuse(…)) of a conv without one: what rounding leaves is none."""
+    net = Net(lambda m, x: (m.a(x) + m.shift / 3) - m.shift / 3, a=nn.Conv2d(4, 6, 3, bias=False))
+    net.shift = nn.Parameter(torch.randn(6, 1, 1))
+    assert fused_exactly(net, image()).a.bias is None

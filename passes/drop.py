@@ -6,7 +6,7 @@ from torch import nn
 
 from repfx.block import RepBlock
 from repfx.errors import InvalidInput, UnknownName
-from repfx.graph import set_submodule
+from repfx.module_tree import set_submodule
 from repfx.pipeline import verb
 from repfx.reporting import Edit, Report
 

@@ -16,9 +16,9 @@ from repfx.block import RepBlock
 from repfx.branch import Branch, fitting, kind_of
 from repfx.calibration import calibrate_norms
 from repfx.errors import InvalidInput
-from repfx.graph import set_submodule
 from repfx.kernel import Kernel
 from repfx.meaning import Layer, is_batch_norm, is_conv
+from repfx.module_tree import set_submodule
 from repfx.pipeline import copy_model, verb
 from repfx.reporting import Edit, Report, Skip
 from repfx.selection import Selection

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from repfx.errors import InvalidInput
-from repfx.graph import calls_conv
+from repfx.leaves import calls_conv
 from repfx.meaning import is_conv
 from repfx.pipeline import rewrite, verb
 from repfx.rule import RULES

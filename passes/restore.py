@@ -15,10 +15,11 @@ from repfx.activated_norm import is_rest
 from repfx.calibration import measure_inputs
 from repfx.errors import InvalidInput
 from repfx.folded_norm import FoldedNorm, folded_norm, forget_norm
-from repfx.graph import Island, call_counts, set_submodule, trace
+from repfx.graph import Island, call_counts, trace
 from repfx.installation import install, prepare
 from repfx.kernel import Kernel
 from repfx.meaning import CONVS, TRANSPOSED_CONVS, Layer, kernel_of, meaning_of, torch_class
+from repfx.module_tree import set_submodule
 from repfx.moments import Moments, set_kernel
 from repfx.pipeline import copy_model, take_over_modes, verb
 from repfx.provenance import Provenance, attach

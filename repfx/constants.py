@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repfx.memory import mutated_by
+from repfx.module_tree import attribute
 
 
 class NotConstant(Exception):
@@ -118,27 +119,6 @@ def _is_pure(node: fx.Node) -> bool:
         return True
     module = getattr(node.target, "__module__", None) or ""
     return node.op == "call_function" and (module.split(".")[0] in _TORCH or module == "")
-
-
-def attribute(root: nn.Module, path: str) -> Any:
-    """What a module holds at a path, module, parameter or anything else.
-
-    Raises:
-        AttributeError: nothing.
-    """
-    found: Any = root
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
-
-
-def has(root: nn.Module, path: str) -> bool:
-    """Whether a module holds anything at a path."""
-    try:
-        attribute(root, path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _float64(value: Any) -> Any:

@@ -15,12 +15,12 @@ from repfx.activated_norm import is_separated
 from repfx.baking import conv_from_kernel, float64_like
 from repfx.block import RepBlock
 from repfx.bordered_padding import CLOSE
-from repfx.constants import has
 from repfx.folded_norm import FoldedNorm, remember_norm
 from repfx.functional_conv import is_functional_conv, path_for, settings_of
-from repfx.graph import Island, set_submodule
+from repfx.graph import Island
 from repfx.kernel import Kernel, is_symmetric
 from repfx.meaning import BATCH_NORMS, Layer, torch_class
+from repfx.module_tree import has, set_submodule
 from repfx.moments import Moments
 from repfx.operations import Op
 from repfx.pattern import Match, Term, View

@@ -13,10 +13,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from repfx.constants import Constants, NotConstant, attribute, has
+from repfx.constants import Constants, NotConstant
 from repfx.kernel import Ints, Kernel, Padding
 from repfx.meaning import Layer, Meaning, is_conv
 from repfx.memory import reads_only_the_form
+from repfx.module_tree import attribute, has
 from repfx.operations import Op
 
 

@@ -12,29 +12,22 @@
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import operator
-import sys
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
 from repfx.activated_norm import separate
-from repfx.block import RepBlock
 from repfx.errors import InvalidInput, first_line
 from repfx.functional_dropout import let_dropout_follow_the_mode
-from repfx.meaning import has_hooks, is_batch_norm, is_conv, is_plain_sequence, torch_class
+from repfx.leaves import is_container, is_leaf
+from repfx.meaning import has_hooks, is_conv, is_plain_sequence
 from repfx.notes import copy_with_notes
-from repfx.reach import calls, layer_reached, names_reached
-
-CONV_FUNCTIONS = frozenset(f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3))
-# functions of libraries that no trace gets through, with nothing in them to rewrite
-_LEAF_FUNCTIONS = {"timm.layers.padding": ("pad_same",)}
+from repfx.reach import layer_reached, names_reached
+from repfx.tracer import Tracer
 
 _Traced: TypeAlias = tuple[fx.Graph, dict[str, Tensor | nn.Module]]
 
@@ -78,7 +71,7 @@ def trace(model: nn.Module) -> Traces:
         path, module, reached = pending.pop()
         result = _graph_of(module, is_root=not path, reached=reached)
         if isinstance(result, str):
-            if not _is_leaf(module) and not _is_container(module):
+            if not is_leaf(module) and not is_container(module):
                 untraced[path] = result
                 reached |= names_reached(type(module))
             pending += [(f"{path}.{name}" if path else name, child, reached) for name, child in module.named_children()]
@@ -106,9 +99,9 @@ def structural_copy(model: nn.Module) -> nn.Module:
 
 def _graph_of(module: nn.Module, *, is_root: bool, reached: frozenset[str]) -> _Traced | str:
     """The one graph of both modes with the constants it needs, or why there is none."""
-    if _is_container(module) and not (is_root and is_plain_sequence(module)):
+    if is_container(module) and not (is_root and is_plain_sequence(module)):
         return "a container: its members are tried"
-    if _is_leaf(module) and not is_root:
+    if is_leaf(module) and not is_root:
         return "a leaf"
     layer = layer_reached(module, reached)
     if layer is not None:
@@ -177,7 +170,7 @@ def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.G
     before = set(vars(module))
     shared: set[nn.Module] = set()
     while True:
-        tracer = _Tracer(shared, opaque)
+        tracer = Tracer(shared, opaque)
         try:
             graph = tracer.trace(module)
             graph.lint()  # code that keeps what it was given may mix two graphs
@@ -193,137 +186,11 @@ def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.G
         shared |= again
 
 
-class _Tracer(fx.Tracer):
-    """Leaves are convs, BatchNorms, and all that holds none of them or has hooks; the blocks in `shared`, and the `opaque` classes."""
-
-    def __init__(self, shared: Container[nn.Module] = (), opaque: Container[type[nn.Module]] = ()) -> None:
-        found = (
-            getattr(sys.modules[module], name)
-            for module, names in _LEAF_FUNCTIONS.items()
-            if module in sys.modules
-            for name in names
-        )
-        super().__init__(autowrap_functions=tuple(found))
-        self.shared = shared
-        self.opaque = opaque
-        self.block_calls: Counter[nn.Module] = Counter()
-        self.running: list[nn.Module] = []  # whose code runs now; after an error, whose code failed
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        self.block_calls[m] += isinstance(m, RepBlock)
-        self.running.append(m)
-        result = super().call_module(m, forward, args, kwargs)
-        self.running.pop()
-        return result
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _ParameterProxy(node, self) if node.op == "get_attr" else _Proxy(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_leaf(m) or has_hooks(m) or m in self.shared or type(m) in self.opaque
-
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
-        """An argument with a default stands for its default; the graph refuses any other value when it is called."""
-        function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
-        parameters = list(inspect.signature(root_fn).parameters.values())
-        single = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # torch.fx lists them first
-        for index, parameter in enumerate(single):
-            if index and parameter.default is not inspect.Parameter.empty and isinstance(arguments[index], fx.Proxy):
-                self.create_proxy(
-                    "call_function", require_default, (arguments[index], parameter.name, parameter.default), {}
-                )
-                arguments[index] = parameter.default
-        _order_placeholders(parameters[1:], self.graph)
-        return function, arguments
-
-
-def _order_placeholders(parameters: list[inspect.Parameter], graph: fx.Graph) -> None:
-    """Let the graph's forward take its arguments as the traced one does; torch.fx would put ``*args`` behind those by keyword alone."""
-    required = inspect.Parameter.empty
-    parameters = sorted(parameters, key=lambda p: (p.kind, p.kind is p.KEYWORD_ONLY and p.default is not required))
-    placeholders = {str(node.target).lstrip("*"): node for node in graph.nodes if node.op == "placeholder"}
-    nodes = [placeholders[parameter.name] for parameter in parameters]
-    for before, node in itertools.pairwise(nodes):
-        before.append(node)
-    for before, after in itertools.pairwise(parameters):
-        if after.kind is after.KEYWORD_ONLY and after.default is required and before.default is not required:
-            raise TypeError(f"torch.fx can't take {after.name!r} by keyword alone, after an argument with a default")
-
-
-class _Proxy(fx.Proxy):
-    """Records ``x += y`` and ``x[…] = y`` as what they are.
-
-    torch.fx's own proxy takes the one for ``x = x + y``, which leaves x as it was, and refuses the other.
-    """
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
-
-
-class _ParameterProxy(_Proxy):
-    """A parameter or buffer, of which it is known how long it is."""
-
-    def __iter__(self) -> Iterator[Any]:
-        root: Any = self.tracer.root  # type: ignore[attr-defined]
-        tensors = {**dict(root.named_buffers()), **dict(root.named_parameters(remove_duplicate=False))}
-        whole: Any = self
-        return iter([whole[index] for index in range(len(tensors[str(self.node.target)]))])
-
-
-def require_default(value: object, name: str, default: object) -> None:
-    """Refuse a value other than the one that the graph was traced with."""
-    tensors = isinstance(value, Tensor) or isinstance(default, Tensor)
-    if value is not default and (tensors or value != default):
-        raise InvalidInput(f"this module was traced with {name}={default!r} and can't be called with another value.")
-
-
-def _is_container(module: nn.Module) -> bool:
-    """Whether code around a module may index it or iterate over it, so that it has to stay what it is.
-
-    A sequence of mere layers does so as an island too.
-    """
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        return True
-    return is_plain_sequence(module) and not all(_is_layer(child) for child in module.children())
-
-
-def _is_layer(module: nn.Module) -> bool:
-    if is_plain_sequence(module):
-        return all(_is_layer(child) for child in module.children())
-    return isinstance(module, RepBlock) or is_conv(module) or _is_leaf(module)
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    if is_conv(module):
-        return torch_class(module) is not None or not calls_conv(module)
-    if is_batch_norm(module):
-        return True
-    if is_plain_sequence(module):
-        return False
-    return not any(is_conv(inner) or is_batch_norm(inner) or calls_conv(inner) for inner in module.modules())
-
-
 def _convs_that_stay(module: nn.Module) -> set[type[nn.Module]]:
     """Of a conv or a plain sequence, which have to stay what they are: the classes of convs that do more than one call, as padding."""
     if not (is_conv(module) or is_plain_sequence(module)):
         return set()
-    own_code = [inner for inner in module.modules() if is_conv(inner) and not _is_leaf(inner)]
+    own_code = [inner for inner in module.modules() if is_conv(inner) and not is_leaf(inner)]
     results = [(type(conv), _graph_of_both_modes(conv, set())) for conv in own_code]
     return {cls for cls, result in results if isinstance(result, _Untraceable) or not _is_one_call(result[0])}
 
@@ -335,18 +202,12 @@ def _is_one_call(graph: fx.Graph) -> bool:
     return len(first.users) == 1 and output.args == (next(iter(first.users)),)
 
 
-def calls_conv(module: nn.Module) -> bool:
-    """Whether the code of a module that has parameters calls a function for convs."""
-    own_code = not type(module).__module__.startswith("torch.nn.")
-    return own_code and any(True for _ in module.parameters()) and calls(type(module), CONV_FUNCTIONS)  # type: ignore[arg-type]
-
-
 def _opaque_calls(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
     """Paths of the leaves that hold convs all the same."""
     targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     for target in sorted(targets):
         module = root.get_submodule(target)
-        if not _is_leaf(module):
+        if not is_leaf(module):
             yield target
 
 
@@ -374,14 +235,6 @@ def _same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
-def module_paths(model: nn.Module) -> dict[int, list[str]]:
-    """Every path under which each module is registered, by the module's id."""
-    paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), []).append(path)
-    return paths
-
-
 def call_counts(traces: Traces) -> Counter[str]:
     """How often each module is called in all graphs, by path in the model."""
     return Counter(
@@ -390,14 +243,3 @@ def call_counts(traces: Traces) -> Counter[str]:
         for node in island.graph.nodes
         if node.op == "call_module"
     )
-
-
-def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a path whose parent exists; a path that doesn't gets empty modules on the way."""
-    parent_path, _, name = path.rpartition(".")
-    parent = model
-    for part in parent_path.split(".") if parent_path else []:
-        if not hasattr(parent, part):
-            parent.add_module(part, nn.Module())
-        parent = parent.get_submodule(part)
-    setattr(parent, name, module)

@@ -17,9 +17,9 @@ from torch import fx, nn
 
 from repfx.activated_norm import bare, join
 from repfx.block import RepBlock
-from repfx.constants import has
-from repfx.graph import Island, set_submodule
+from repfx.graph import Island
 from repfx.meaning import is_conv, is_plain_sequence
+from repfx.module_tree import has, set_submodule
 from repfx.notes import keep, kept
 
 _NOT_SAVED = "repfx_not_saved"

@@ -13,10 +13,11 @@ from torch import fx, nn
 from repfx.editor import Editor
 from repfx.errors import InvalidInput, first_line
 from repfx.explanation import UNTRACED, all_that_stays, left_alone, left_outside
-from repfx.graph import Island, call_counts, module_paths, trace
+from repfx.graph import Island, call_counts, trace
 from repfx.input_axes import InputAxes
 from repfx.installation import install, prepare
 from repfx.meaning import is_batch_norm
+from repfx.module_tree import module_paths
 from repfx.notes import copy_with_notes
 from repfx.pattern import View
 from repfx.reporting import Edit, Report, Skip

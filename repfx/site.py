@@ -10,8 +10,9 @@ from torch import fx, nn
 from repfx.activated_norm import norm_of
 from repfx.block import RepBlock
 from repfx.branch import fitting
-from repfx.graph import Island, Traces, call_counts, module_paths, trace
+from repfx.graph import Island, Traces, call_counts, trace
 from repfx.meaning import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, Layer, is_conv, refusal_of, torch_class
+from repfx.module_tree import module_paths
 from repfx.reporting import report
 from repfx.selection import Selection
 from repfx.spec import ConvSpec, SpecLike

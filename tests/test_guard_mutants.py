@@ -18,6 +18,7 @@ import repfx.graph
 import repfx.guards
 import repfx.pattern
 import repfx.pipeline
+import repfx.tracer
 from repfx.kernel import NoKernel
 from repfx.memory import mutated_by
 from repfx.pattern import View
@@ -218,10 +219,10 @@ MUTANTS = [
     ),
     Mutant(
         "+= taken for +",
-        puts(repfx.graph._Tracer, "proxy", lambda tracer, node: fx.Proxy(node, tracer)),
+        puts(repfx.tracer.Tracer, "proxy", lambda tracer, node: fx.Proxy(node, tracer)),
         ("output added into an input that is used again",),
     ),
-    Mutant("defaults not kept", puts(repfx.graph, "require_default", never), ("a default taken",)),
+    Mutant("defaults not kept", puts(repfx.tracer, "require_default", never), ("a default taken",)),
 ]
 ROWS = [pytest.param(mutant, check, id=f"{mutant.name}-{check}") for mutant in MUTANTS for check in mutant.checks]
 

@@ -1,0 +1,44 @@
+"""How far tracing goes: which modules stay leaves, and which sequences have to stay what they are."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from repfx.block import RepBlock
+from repfx.meaning import is_batch_norm, is_conv, is_plain_sequence, torch_class
+from repfx.reach import calls
+
+CONV_FUNCTIONS = frozenset(f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3))
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether code around a module may index it or iterate over it, so that it has to stay what it is.
+
+    A sequence of mere layers does so as an island too.
+    """
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return True
+    return is_plain_sequence(module) and not all(_is_layer(child) for child in module.children())
+
+
+def _is_layer(module: nn.Module) -> bool:
+    if is_plain_sequence(module):
+        return all(_is_layer(child) for child in module.children())
+    return isinstance(module, RepBlock) or is_conv(module) or is_leaf(module)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether there is nothing in a module to trace: a layer of torch, or neither conv nor BatchNorm in it."""
+    if is_conv(module):
+        return torch_class(module) is not None or not calls_conv(module)
+    if is_batch_norm(module):
+        return True
+    if is_plain_sequence(module):
+        return False
+    return not any(is_conv(inner) or is_batch_norm(inner) or calls_conv(inner) for inner in module.modules())
+
+
+def calls_conv(module: nn.Module) -> bool:
+    """Whether the code of a module that has parameters calls a function for convs."""
+    own_code = not type(module).__module__.startswith("torch.nn.")
+    return own_code and any(True for _ in module.parameters()) and calls(type(module), CONV_FUNCTIONS)  # type: ignore[arg-type]

@@ -77,19 +77,20 @@ def is_convolution(match: Match, view: View) -> str | None:
 def no_dearer(match: Match, view: View) -> str | None:
     """The merged conv has no more weights than the convs it replaces; so it needs no more multiply-adds either."""
     after = match.kernel(META).weight.numel()
-    before = sum({node: count for term in match.terms for node, count in _weights(term, match)}.values())
+    distinct = {tuple(op.node for op in term.ops): term for term in match.terms}  # a sum may read one path twice
+    before = sum(count for term in distinct.values() for count in _weights(term, match))
     if after > before:
         return f"the merged conv would have {after} weights, the present ones have {before}"
     return None
 
 
-def _weights(term: Term, match: Match) -> Iterator[tuple[fx.Node, int]]:
-    """How many weights each conv has; one that the sum reads twice is still one."""
+def _weights(term: Term, match: Match) -> Iterator[int]:
+    """How many weights each conv of a term has."""
     channels, dimensions = match.sizes()
     for op in term.ops:
         kernel = op.meaning.build(META, channels, dimensions)
         channels = kernel.out_channels
-        yield op.node, kernel.weight.numel() if op.meaning.kind == "conv" else 0
+        yield kernel.weight.numel() if op.meaning.kind == "conv" else 0
 
 
 def channels_stay_put(match: Match, view: View) -> str | None:

@@ -16,6 +16,7 @@ Laws, for every x, borders included (`*` is composition, first map on the left):
 ``widen``, ``densify`` the same map on a larger window, on a finer lattice.
 ``regroup(g)``         the same map with g groups, g a divisor of its groups; ``ungroup`` is ``regroup(1)``.
 ``concat``             several maps of one x, outputs side by side; ``slice_channels`` undoes it.
+``slice_inputs``       what a part of the input contributes; the sum over all parts, and the bias, is the map.
 =====================  ==================================================================================================
 
 Where a law fails, `NoKernel` gives the reason; a wrong kernel is never returned. All operations are pure tensor functions,
@@ -351,6 +352,12 @@ class Kernel:
         whole = self.ungroup()
         weight = whole.weight[:, start:stop] if self.transposed else whole.weight[start:stop]
         return replace(whole, weight=weight, bias=None if self.bias is None else self.bias[start:stop])
+
+    def slice_inputs(self, start: int, stop: int) -> Kernel:
+        """What the input channels from `start` up to `stop` contribute to the output, without the bias."""
+        whole = self.ungroup()
+        weight = whole.weight[start:stop] if self.transposed else whole.weight[:, start:stop]
+        return replace(whole, weight=weight, bias=None)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -312,7 +312,7 @@ def _leaves(root: fx.Node, view: View) -> tuple[list[tuple[int, fx.Node]], list[
 
 def _groups(leaves: list[tuple[int, fx.Node]], view: View) -> Iterator[Match]:
     """For each node that two or more terms start at: those terms, in as many groups as it takes for each to be one convolution."""
-    paths = [_paths(leaf, view) for _, leaf in leaves]
+    paths = [linear_paths(leaf, view) for _, leaf in leaves]
     sources = Counter(source for path in paths for source in path)
     for source, count in sources.items():
         if count < 2:
@@ -336,7 +336,7 @@ def _has_conv(term: Term, view: View) -> bool:
     return any(view.is_conv(op.node) for op in term.ops)
 
 
-def _paths(leaf: fx.Node, view: View) -> dict[fx.Node, tuple[Op, ...]]:
+def linear_paths(leaf: fx.Node, view: View) -> dict[fx.Node, tuple[Op, ...]]:
     """Every node from which linear maps that no one else uses lead to `leaf`, with those maps; `leaf` itself first."""
     paths: dict[fx.Node, tuple[Op, ...]] = {leaf: ()}
     ops: tuple[Op, ...] = ()

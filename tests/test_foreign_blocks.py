@@ -292,13 +292,14 @@ class PartialConv(nn.Module):
 class Concatenated(nn.Module):
     """Branches side by side, then 1×1 over all of them (Inception, arXiv 1409.4842)."""
 
-    def __init__(self) -> None:
+    def __init__(self, activation: nn.Module) -> None:
         super().__init__()
+        self.activation = activation
         self.branches = nn.ModuleList((conv_norm(3, padding=1), conv_norm(1), conv_norm(5, padding=2)))
         self.mix, self.norm = nn.Conv2d(3 * CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS)
 
     def forward(self, x: Tensor) -> Any:
-        return F.relu(self.norm(self.mix(torch.cat([F.relu(branch(x)) for branch in self.branches], 1))))
+        return F.relu(self.norm(self.mix(torch.cat([self.activation(branch(x)) for branch in self.branches], 1))))
 
 
 # the block, and how many convs and BatchNorms it comes down to
@@ -318,7 +319,8 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "LayerScale": (LayerScale, 1, 0),
     "PartialConv, split": (lambda: PartialConv(sliced=False), 2, 0),
     "PartialConv, sliced": (lambda: PartialConv(sliced=True), 2, 0),
-    "Concatenated": (Concatenated, 4, 0),
+    "Concatenated": (lambda: Concatenated(nn.Identity()), 1, 0),
+    "Concatenated, activated": (lambda: Concatenated(nn.ReLU()), 4, 0),
 }
 
 

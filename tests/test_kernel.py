@@ -218,6 +218,17 @@ def slice_channels(case: tuple[tuple[Kernel, Tensor], int, int]) -> None:
     assert_same_map(kernel.slice_channels(start, stop), lambda x: kernel(x)[:, start:stop], x)
 
 
+@law(st.tuples(single(), st.integers(1, 3)))
+def slice_inputs(case: tuple[tuple[Kernel, Tensor], int]) -> None:
+    (kernel, x), size = case
+    parts = [(start, min(start + size, kernel.in_channels)) for start in range(0, kernel.in_channels, size)]
+
+    def of_parts(x: Tensor) -> Tensor:
+        return torch.stack([kernel.slice_inputs(*part)(x[:, slice(*part)]) for part in parts]).sum(0)
+
+    assert_same_map(replace(kernel, bias=None), of_parts, x)
+
+
 @st.composite
 def to_widen(draw: st.DrawFn) -> tuple[Kernel, Kernel, Tensor]:
     kernel = draw(kernels())
@@ -537,6 +548,7 @@ OPERATIONS: dict[str, Operation] = {
     "fold_affine_before": lambda a, b: a.fold_affine_before(b.weight.flatten()[:2], b.bias),
     "concat": lambda a, b: Kernel.concat([a, b]),
     "slice_channels": lambda a, b: a.slice_channels(1, 2),
+    "slice_inputs": lambda a, b: a.slice_inputs(0, 1),
     "widen": lambda a, b: a.widen((1, 0), (0, 2)),
     "densify": lambda a, b: a.densify(),
     "regroup": lambda a, b: replace(a, groups=2, weight=a.weight[:, :1]).ungroup(),

@@ -193,9 +193,14 @@ def inner_in_the_corner(site: ConvSpec, window: tuple[int, ...], dilation: Any =
     return replace(inner, padding=tuple((own[0], sum(pair) - own[0]) for own, pair in pairs))
 
 
+def inputs_with_the_bias(kernel: Kernel, start: int, stop: int) -> Kernel:
+    return replace(SLICE_INPUTS(kernel, start, stop), bias=kernel.bias)
+
+
 # As they are, before any test puts something else in their place.
 FOLD_AFFINE, FOLD_AFFINE_BEFORE, RESPONSE = Kernel.fold_affine, Kernel.fold_affine_before, Kernel._response
 WIDEN, DENSIFY, SLICE_CHANNELS, AVERAGE_POOL = Kernel.widen, Kernel.densify, Kernel.slice_channels, Kernel.average_pool
+SLICE_INPUTS = Kernel.slice_inputs
 COMPOSED_WEIGHT, ALIGN, PAD = repfx.kernel._composed_weight, repfx.kernel._align, repfx.kernel.pad
 SAME_BORDERS, INNER = repfx.kernel._require_same_borders, ConvSpec.inner
 
@@ -232,6 +237,7 @@ MUTANTS = [
     Mutant("divisor ignored", Kernel, "average_pool", staticmethod(mean_without_area), ("average_pool",)),
     Mutant("whole bias kept", Kernel, "slice_channels", slice_with_whole_bias, ("slice_channels", "concat")),
     Mutant("inputs sliced", Kernel, "slice_channels", slice_of_inputs, ("transposed",)),
+    Mutant("bias in every part", Kernel, "slice_inputs", inputs_with_the_bias, ("slice_inputs",)),
     *(
         Mutant(name, repfx.kernel, "_require_same_borders", mistake, ("compose_refuses_what_is_no_convolution",))
         for name, mistake in [

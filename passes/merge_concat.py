@@ -1,0 +1,80 @@
+"""Merge maps of one node whose outputs are put side by side with the conv that reads them: Inception's form without activations.
+
+A conv of concatenated channels is the sum of convs of each part, so the match is that of a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from repfx.guards import channels_stay_put, is_convolution, no_dearer, unmutated, used_once
+from repfx.kernel import Kernel, NoKernel
+from repfx.operations import Op
+from repfx.pattern import META, Match, Pattern, Term, View, linear_paths, term_kernel
+from repfx.rule import Rule
+
+_CONCATENATIONS = frozenset({torch.cat, torch.concat, torch.concatenate})
+
+
+@dataclass(frozen=True)
+class Concatenation(Pattern):
+    """A conv without groups of concatenated linear maps of one node.
+
+    The axis isn't read: where the parts' channels add up to the conv's, it is that of the channels, for along any other each part would
+    have as many channels as the conv.
+    """
+
+    def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
+        conv = view.op(node)
+        if conv is None or conv.meaning.kind != "conv" or conv.source.target not in _CONCATENATIONS:
+            return
+        parts = conv.source.args[0] if conv.source.args else conv.source.kwargs.get("tensors")
+        if not isinstance(parts, (list, tuple)) or not all(isinstance(part, fx.Node) for part in parts):
+            return
+        paths = [linear_paths(part, view) for part in parts]
+        for source in paths[0]:
+            if all(source in path for path in paths):
+                terms = _terms(conv, [Term(path[source]) for path in paths])
+                if terms is not None:
+                    yield Match(node, source, terms)
+
+
+def _terms(conv: Op, parts: list[Term]) -> tuple[Term, ...] | None:
+    """Each part with what the conv makes of its channels; None where they are not all that the conv reads."""
+    try:
+        channels, dimensions = Match(conv.node, conv.source, tuple(term for term in parts if term.ops)).sizes()
+        counts = [term_kernel(part, META, channels, dimensions).out_channels for part in parts]
+        groups = conv.meaning.build(META, sum(counts), dimensions).groups
+    except NoKernel:
+        return None
+    if len(parts) < 2 or sum(counts) != conv.meaning.in_channels or groups > 1:
+        return None
+    ends = [sum(counts[: index + 1]) for index in range(len(counts))]
+    return tuple(
+        Term((*part.ops, _slice(conv, end - count, end))) for part, count, end in zip(parts, counts, ends, strict=True)
+    )
+
+
+def _slice(conv: Op, start: int, stop: int) -> Op:
+    """The conv on some of its input channels; the first slice has its bias."""
+
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        whole = conv.meaning.build(like, conv.meaning.in_channels or 0, dimensions)
+        part = whole.slice_inputs(start, stop)
+        return part if start else replace(part, bias=whole.bias)
+
+    meaning = replace(conv.meaning, in_channels=stop - start, build=build)
+    return Op(conv.node, conv.source, meaning, inner=(*conv.inner, conv.source))
+
+
+MERGE_CONCAT = Rule(
+    "merge_concat",
+    "Merge convs of one input whose outputs are concatenated with the conv that follows",
+    Concatenation(),
+    (used_once, is_convolution, channels_stay_put, unmutated, no_dearer),
+    optional=True,
+)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,12 +48,16 @@ class Findings:
         parameters: in millions.
         convs, batch_norms: of the model.
         reached: convs that a graph calls, of those that the model calls at all.
+        missed: the others, with the reason.
         sites: convs that each preset expanded.
+        refused: why each preset left the others as they are, with how often.
         fused, timm, torch: convs and BatchNorms that stay after each library's own way, or why there is no result.
         errors: relative, in float64, by what was compared; for other libraries too.
         onnx: error of the fused model in onnxruntime, in float32, or why there is no file; for torchvision's models alone.
-        stays: reasons for convs and BatchNorms that stay, with how often.
+        norms_that_stay: why, with how often.
+        untraced: modules whose code no graph holds, with the reason.
         problem: what went wrong, if anything did.
+        seconds: that fusing, expanding by each preset and all of this took.
     """
 
     name: str
@@ -60,35 +66,43 @@ class Findings:
     convs: int = 0
     batch_norms: int = 0
     reached: int = 0
+    missed: dict[str, str] = field(default_factory=dict)
     sites: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, dict[str, int]] = field(default_factory=dict)
     fused: Counts | str = ""
     timm: Counts | str = ""
     torch: Counts | str = ""
     errors: dict[str, float] = field(default_factory=dict)
     onnx: float | str = ""
-    stays: dict[str, int] = field(default_factory=dict)
+    norms_that_stay: dict[str, int] = field(default_factory=dict)
+    untraced: dict[str, str] = field(default_factory=dict)
     problem: str = ""
-    seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Note how long the body takes."""
+        began = time.perf_counter()
+        yield
+        self.seconds[what] = round(time.perf_counter() - began, 2)
 
 
 def examine(name: str) -> Findings:
     """Put one model through tracing, fusing and expanding, and compare."""
-    began = time.perf_counter()
     torch.manual_seed(0)
     model = build(name)
     found = Findings(name, round(sum(p.numel() for p in model.parameters()) / 1e6, 2))
     found.convs, found.batch_norms = counts(model)
     if not found.convs:
-        found.stays = {"no convs": 1}
         return found
     try:
-        if found.parameters * 1e6 > STRUCTURE_ONLY and name not in NUMERIC_ANYWAY:
-            _structure(model.to("meta"), found)
-        else:
-            _numbers(randomize_batch_norm(model.double()), found)
+        with found.timed("all"):
+            if found.parameters * 1e6 > STRUCTURE_ONLY and name not in NUMERIC_ANYWAY:
+                _structure(model.to("meta"), found)
+            else:
+                _numbers(randomize_batch_norm(model.double()), found)
     except Exception as error:
         found.problem = f"{type(error).__name__}: {first_line(error)}"
-    found.seconds = round(time.perf_counter() - began, 1)
     return found
 
 
@@ -133,14 +147,11 @@ def counts(model: nn.Module) -> Counts:
 def _structure(model: nn.Module, found: Findings) -> None:
     """Convs reached, expanded and fused, without numbers."""
     found.input = "structure only"
-    found.reached = _reached(model)
-    fused = repfx.fuse(model)
-    found.fused = counts(fused)
-    found.stays = _reasons(fused)
+    _fuse(model, found)
     for preset in PRESETS:
-        expanded = repfx.expand(model, preset)
-        found.sites[preset] = len(repfx.report(expanded).applied)
-        _same_counts(repfx.fuse(expanded), found)
+        expanded = _expand(model, preset, found)
+        if expanded is not None:
+            _same_counts(repfx.fuse(expanded), found)
 
 
 def _numbers(model: nn.Module, found: Findings) -> None:
@@ -149,19 +160,24 @@ def _numbers(model: nn.Module, found: Findings) -> None:
     _settle(model, inputs)
     expected = outputs(model, inputs)
     before = fingerprint(model)
-    found.reached = _reached(model)
 
     traced = rewrite(model, (), "trace").model
     found.errors["traced"] = error(outputs(traced, inputs), expected)
     found.errors["traced, training"] = _training_error(traced, model, inputs)
 
-    fused = repfx.fuse(model)
-    found.fused = counts(fused)
-    found.stays = _reasons(fused)
+    fused = _fuse(model, found)
     found.errors["fused"] = error(outputs(fused, inputs), expected)
 
     for preset in PRESETS:
-        _expand(model, preset, inputs, expected, found)
+        expanded = _expand(model, preset, found)
+        if expanded is None:
+            continue
+        found.errors[f"{preset}, expanded"] = error(outputs(expanded, inputs), expected)
+        found.errors[f"{preset}, expanded, training"] = _training_error(expanded, model, inputs)
+        _stir(expanded)
+        fused = repfx.fuse(expanded)
+        _same_counts(fused, found)
+        found.errors[f"{preset}, fused"] = error(outputs(fused, inputs), outputs(expanded, inputs))
     found.timm = _elsewhere(lambda: reparameterize_model(copy.deepcopy(model)), "timm", inputs, expected, found)
     if isinstance(found.timm, str):  # timm's own layers are float32, whatever the model is
         found.timm = counts(reparameterize_model(copy.deepcopy(model).float()))
@@ -175,19 +191,45 @@ def _numbers(model: nn.Module, found: Findings) -> None:
         found.problem = f"wrong output: {wrong}"
 
 
-def _expand(model: nn.Module, preset: str, inputs: Inputs, expected: list[Tensor], found: Findings) -> None:
+def _fuse(model: nn.Module, found: Findings) -> nn.Module:
+    with found.timed("fuse"):
+        fused: nn.Module = repfx.fuse(model)
+    found.fused = counts(fused)
+    traces = trace(model)
+    found.untraced = traces.untraced
+    stays = {skip.path: skip.reason for skip in repfx.report(fused).stays}
+    found.norms_that_stay = _counted(stays[path] for path, module in fused.named_modules() if is_batch_norm(module))
+    convs = {path for path, module in model.named_modules() if is_conv(module)}
+    expandable = {site.path for site in repfx.sites(model) if site.refusal is None}
+    reached = {
+        path for path in convs if path in expandable or any(_lies_in(path, each.path) for each in traces.islands)
+    }
+    found.reached = len(reached)
+    found.missed = {path: stays.get(path, "") for path in sorted(convs - reached)}
+    return fused
+
+
+def _lies_in(path: str, island: str) -> bool:
+    return not island or f"{path}.".startswith(f"{island}.")
+
+
+def _expand(model: nn.Module, preset: str, found: Findings) -> nn.Module | None:
     try:
-        expanded = repfx.expand(model, preset)
+        with found.timed(preset):
+            expanded: nn.Module = repfx.expand(model, preset)
     except Refused as refused:  # no conv of the model fits
         found.sites[preset] = 0
-        found.stays[f"{preset}: {first_line(refused)}"] = 1
-        return
-    found.sites[preset] = len(repfx.report(expanded).applied)
-    found.errors[f"{preset}, expanded"] = error(outputs(expanded, inputs), expected)
-    _stir(expanded)
-    fused = repfx.fuse(expanded)
-    _same_counts(fused, found)
-    found.errors[f"{preset}, fused"] = error(outputs(fused, inputs), outputs(expanded, inputs))
+        found.refused[preset] = {first_line(refused): 1}
+        return None
+    report = repfx.report(expanded)
+    found.sites[preset] = len(report.applied)
+    expanded_paths = {edit.path for edit in report.applied}
+    found.refused[preset] = _counted(
+        re.sub(r"\d+ channels go in and \d+ come out", "other channels go in than come out", skip.reason)
+        for skip in report.skipped
+        if skip.path not in expanded_paths
+    )
+    return expanded
 
 
 def _same_counts(fused: nn.Module, found: Findings) -> None:
@@ -222,19 +264,8 @@ def _exported(model: nn.Module, inputs: Inputs) -> float | str:
             return f"{first_line(refused)} Its backbone: {repfx.export_onnx(backbone, file, image).max_error:.1e}"
 
 
-def _reached(model: nn.Module) -> int:
-    """Convs that a graph holds, and those outside of graphs that can be expanded where they are."""
-    islands = [island.path for island in trace(model).islands]
-    expandable = {site.path for site in repfx.sites(model) if site.refusal is None}
-    return sum(
-        path in expandable or any(not island or f"{path}.".startswith(f"{island}.") for island in islands)
-        for path, module in model.named_modules()
-        if is_conv(module)
-    )
-
-
-def _reasons(model: nn.Module) -> dict[str, int]:
-    return dict(Counter(skip.reason for skip in repfx.report(model).skipped).most_common())
+def _counted(reasons: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(reasons).most_common())
 
 
 # ---- running models
@@ -301,7 +332,7 @@ def _inputs(model: nn.Module) -> Iterator[Inputs]:
         for clip in ((8, 64, 80), (16, 112, 112), (16, 224, 224)):
             yield (torch.randn(2, 3, *clip).double(),)
     else:
-        for axes in ((96, 128), own[1:], (299, 299)):
+        for axes in ((64, 96), (96, 128), own[1:], (299, 299)):
             yield (torch.randn(2, channels, *axes).double(),)
 
 

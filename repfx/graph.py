@@ -175,7 +175,8 @@ def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.G
             graph = tracer.trace(module)
             graph.lint()  # code that keeps what it was given may mix two graphs
         except Exception as error:
-            return _Untraceable(first_line(error), tracer.running[-1] if tracer.running else None)
+            reason = first_line(error).split(". ")[0]  # torch.fx goes on with advice
+            return _Untraceable(reason, tracer.running[-1] if tracer.running else None)
         finally:
             made = {name: value for name, value in vars(module).items() if name not in before}
             for name in made:

@@ -33,7 +33,7 @@ def _lines(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.is_file() else []
 
 
-def write(file: Path, setting: Mapping[str, str], rows: Sequence[Row]) -> None:
+def write(file: Path, setting: Row, rows: Sequence[Row]) -> None:
     """As readable JSON, one row a line, so that two results can be compared line by line."""
     head = json.dumps(dict(setting), indent=2, ensure_ascii=False)
     body = ",\n".join(f"    {json.dumps(dict(row), ensure_ascii=False)}" for row in rows)

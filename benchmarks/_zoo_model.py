@@ -25,6 +25,7 @@ from torch.fx.experimental.optimization import fuse as torch_fuse
 from torch.utils._pytree import tree_leaves
 
 import repfx
+from benchmarks._zoo_page import STRUCTURE
 from repfx.errors import ExportError, Refused, first_line
 from repfx.graph import trace
 from repfx.meaning import is_batch_norm, is_conv
@@ -146,7 +147,7 @@ def counts(model: nn.Module) -> Counts:
 
 def _structure(model: nn.Module, found: Findings) -> None:
     """Convs reached, expanded and fused, without numbers."""
-    found.input = "structure only"
+    found.input = STRUCTURE
     _fuse(model, found)
     for preset in PRESETS:
         expanded = _expand(model, preset, found)

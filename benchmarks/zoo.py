@@ -4,7 +4,7 @@
     python -m benchmarks.zoo --again 'timm/*'     these once more
     python -m benchmarks.zoo --select             write the list of models anew, from the libraries that are installed
 
-Each model has a process of its own, and the record grows with each.
+Each model has a process of its own, and the record grows with each; at the end `docs/zoo.md` is written from it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks._record import machine, write
+from benchmarks._zoo_model import STRUCTURE_ONLY
+from benchmarks._zoo_page import page
 
-RESULTS = Path(__file__).parent / "results"
-RECORD = RESULTS / "zoo.json"
+RECORD = Path(__file__).parent / "results" / "zoo.json"
+PAGE = Path(__file__).parents[1] / "docs" / "zoo.md"
 MODELS = Path(__file__).parent / "zoo_models.txt"
 SMOKE = ("torchvision/mobilenet_v3_small", "timm/repvgg_a0")
 TIMEOUT = 1800
@@ -92,7 +94,11 @@ def read(file: Path) -> dict[str, Row]:
 
 def save(file: Path, rows: dict[str, Row]) -> None:
     """Write a record, in the order of the names."""
-    setting = {**machine("cpu"), "timm": version("timm")}
+    setting: dict[str, str | float] = {
+        **machine("cpu"),
+        "timm": version("timm"),
+        "structure_only_above": STRUCTURE_ONLY,
+    }
     write(file, setting, [rows[name] for name in sorted(rows)])
 
 
@@ -119,7 +125,10 @@ def main() -> None:
             rows[row["name"]] = row
             save(record, rows)
             print(f"{done}/{len(todo)} {row['name']}: {row['problem'] or 'equal'}", flush=True)
-    if options.smoke and any(row["problem"] for row in rows.values()):
+        text = page(json.loads(record.read_text(encoding="utf-8")))
+    if not options.smoke:
+        PAGE.write_text(text, encoding="utf-8")
+    elif any(row["problem"] for row in rows.values()):
         sys.exit("the models of the smoke run have problems")
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks._comparison import Ratio, compare
 from benchmarks._record import Row, machine, write
+from benchmarks._zoo_page import page
 
-RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json"))
+RESULTS_FOLDER = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = sorted(RESULTS_FOLDER.glob("latency-*.json"))
 
 
 def test_turns_are_set_against_each_other_before_the_median_is_taken() -> None:
@@ -68,3 +71,49 @@ def test_committed_results_name_their_hardware_and_carry_their_noise(file: Path)
     assert found["torch"]
     assert all(row["low"] <= row["ratio"] <= row["high"] for row in found["rows"])
     assert {"by hand, again", "fused"} <= {row["form"] for row in found["rows"]}
+
+
+# ---- the zoo's page
+
+
+def zoo_row(name: str, **changes: Any) -> dict[str, Any]:
+    errors = {"traced": 0.0, "fused": 2e-12, "timm": 0.0, "torch": 3e-3}
+    found = {"fused": [4, 0], "timm": [4, 2], "torch": [3, 1], "errors": errors, "onnx": "", "problem": ""}
+    counts = {"parameters": 1.5, "input": "2×3×64×96", "convs": 4, "batch_norms": 4, "reached": 4, "missed": {}}
+    reasons = {"norms_that_stay": {}, "untraced": {}, "refused": {"dbb": {"the window is 1×1": 1}}}
+    return {"name": name, "sites": {"dbb": 3}, "seconds": {"fuse": 0.25}, **counts, **found, **reasons, **changes}
+
+
+def zoo_page(*rows: dict[str, Any]) -> str:
+    versions = dict.fromkeys(("torch", "torchvision", "timm", "onnxruntime", "python", "hardware"), "1")
+    return page({**versions, "structure_only_above": 150e6, "rows": list(rows)})
+
+
+def test_the_zoo_s_page_adds_up_and_names_what_is_wrong() -> None:
+    text = zoo_page(
+        zoo_row("torchvision/a", onnx=2e-6),
+        zoo_row(
+            "torchvision/b", reached=3, missed={"head.conv": "nobody calls it"}, problem="wrong output: {'fused': 0.5}"
+        ),
+        zoo_row("timm/c", timm="TypeError", norms_that_stay={"'add_1' comes before": 1, "'add_2' comes before": 2}),
+    )
+    for line in (
+        "| models | 2 | 1 |",
+        "| equal, unchanged, no exception | 1 | 1 |",
+        "| … reached | 7 (87.5%) | 4 (100.0%) |",
+        "| … expanded by `dbb` | 6 | 3 |",
+        "| ONNX: equal to 1e-4 | 1 | 0 |",
+        "| `timm.utils.reparameterize_model` | 3 | 1 | 0 | 8 / 4 | 8 / 0 |",
+        "| torch's `fuse` | 3 | 0 | 3 | 9 / 3 | 12 / 0 |",
+        "| a | 1.5 | 2×3×64×96 | 4 / 4 | 4 | 3 |  | 4 / 0 | 4 / 2 | **3 / 1** | 2e-12 | 2e-6 | 0.2 | equal |",
+        "- **b**: nobody calls it",
+        "- **b**: wrong output: {'fused': 0.5}",
+        "- **c**: '…' comes before (3×)",
+        "| the window is 1×1 | 3 | a, b, c |",
+    ):
+        assert f"\n{line}\n" in text, line
+
+
+def test_the_zoo_s_page_is_that_of_its_record() -> None:
+    record = json.loads((RESULTS_FOLDER / "zoo.json").read_text(encoding="utf-8"))
+    assert (RESULTS_FOLDER.parents[1] / "docs" / "zoo.md").read_text(encoding="utf-8") == page(record)

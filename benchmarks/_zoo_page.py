@@ -1,0 +1,235 @@
+"""The page `docs/zoo.md`, written from the record of `benchmarks/zoo.py`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Row = dict[str, Any]
+LIBRARIES = ("torchvision", "timm")
+PRESETS = ("dbb", "repvgg")
+EXACT = 1e-9
+STRUCTURE = "structure only"
+
+INTRODUCTION = """\
+# The zoo
+
+<!-- written by `python -m benchmarks.zoo`; change that instead -->
+
+Every model of torchvision that isn't quantized, and of timm the smallest model of each module and of each family with blocks to
+re-parameterize: traced, fused, expanded by two presets and fused again. Nothing was prepared for any of them.
+
+- All numbers but those of ONNX are relative errors in **float64**, on random weights, BatchNorms with the statistics of their input, and
+  γ, β, mean and variance moved by random amounts before an expanded model is fused.
+- **Both modes**: the traced and the expanded model are compared with the original in eval mode, and with the same seed in training mode.
+- Detectors are compared with all of their detections, at a score threshold of 0.
+- Models of more than {limit} million parameters are looked at without numbers (*structure only*), but for `{anyway}`.
+- *Convs / BatchNorms left*: modules after `repfx.fuse`, after `timm.utils.reparameterize_model`, and after torch's
+  `torch.fx.experimental.optimization.fuse`, which names its exception where it fails. **Bold** marks an output of theirs that is wrong.
+- *Unchanged*: after all of it, the model has the same modules, attributes and tensors as before, none of them written to. It is part of
+  *equal*, as is that an expanded model comes down to as many convs and BatchNorms as the plain one.
+
+"""
+
+
+def page(record: dict[str, Any]) -> str:
+    """The whole page."""
+    rows: list[Row] = record["rows"]
+    limit = record["structure_only_above"] / 1e6
+    anyway = [_short(row["name"]) for row in rows if row["parameters"] > limit and row["input"] != STRUCTURE]
+    versions = ", ".join(f"{name} {record[name]}" for name in ("torch", "torchvision", "timm", "onnxruntime", "python"))
+    parts = [INTRODUCTION.format(limit=round(limit), anyway=", ".join(anyway))]
+    parts += [f"Made with {versions}, on {record['hardware']}.\n\n", "## Totals\n\n", _totals(rows), _beside(rows)]
+    parts += [f"## {library}\n\n{_models(of(rows, library))}" for library in LIBRARIES]
+    parts += ["## What is missed, and why\n\n", _misses(rows)]
+    return "".join(parts)
+
+
+def of(rows: Iterable[Row], library: str) -> list[Row]:
+    """The rows of one library."""
+    return [row for row in rows if row["name"].startswith(f"{library}/")]
+
+
+def _totals(rows: list[Row]) -> str:
+    counts: list[tuple[str, Callable[[list[Row]], str]]] = [
+        ("models", lambda rows: str(len(rows))),
+        ("equal, unchanged, no exception", lambda rows: str(sum(not row["problem"] for row in rows))),
+        ("… of these by structure only", lambda rows: str(sum(row["input"] == STRUCTURE for row in rows))),
+        ("… without convs", lambda rows: str(sum(not row["convs"] for row in rows))),
+        ("convs", lambda rows: _sum(rows, "convs")),
+        ("… reached", lambda rows: _share(sum(row["reached"] for row in rows), sum(row["convs"] for row in rows))),
+        *(
+            (f"… expanded by `{preset}`", lambda rows, preset=preset: str(sum(r["sites"].get(preset, 0) for r in rows)))
+            for preset in PRESETS
+        ),
+        ("BatchNorms", lambda rows: _sum(rows, "batch_norms")),
+        ("… left by fuse", lambda rows: str(sum(row["fused"][1] for row in rows if row["fused"]))),
+        ("worst error", lambda rows: _power(max((_worst(row) for row in rows), default=0.0))),
+        ("worst error of tracing and expanding, both modes", lambda rows: _power(max(_unrounded(rows), default=0.0))),
+        (
+            "ONNX: equal to 1e-4",
+            lambda rows: str(sum(isinstance(row["onnx"], float) and row["onnx"] < 1e-4 for row in rows)),
+        ),
+    ]
+    lines = [(name, *(count(of(rows, library)) for library in LIBRARIES)) for name, count in counts]
+    return _table(("", *LIBRARIES), lines)
+
+
+def _beside(rows: list[Row]) -> str:
+    """How other libraries' ways of fusing fare on the same models."""
+    lines = []
+    for library, name in (("timm", "`timm.utils.reparameterize_model`"), ("torch", "torch's `fuse`")):
+        seen = [row for row in rows if row[library]]
+        both = [row for row in seen if not isinstance(row[library], str)]
+        wrong = [row for row in both if not row["errors"].get(library, 0) <= EXACT]
+        lines.append(
+            (
+                name,
+                str(len(seen)),
+                str(len(seen) - len(both)),
+                str(len(wrong)),
+                f"{sum(row[library][0] for row in both)} / {sum(row[library][1] for row in both)}",
+                f"{sum(row['fused'][0] for row in both)} / {sum(row['fused'][1] for row in both)}",
+            )
+        )
+    head = ("", "models", "exceptions", "wrong outputs", "convs / BatchNorms it leaves", "repfx on those models")
+    return f"Other ways to fuse, on the models that were compared in numbers:\n\n{_table(head, lines)}"
+
+
+def _models(rows: list[Row]) -> str:
+    head = (
+        "model",
+        "parameters, millions",
+        "input",
+        "convs / BatchNorms",
+        "reached",
+        *(f"`{preset}` sites" for preset in PRESETS),
+        "left by repfx",
+        "by timm",
+        "by torch",
+        "worst error",
+        "ONNX",
+        "fuse, s",
+        "",
+    )
+    lines = [
+        (
+            _short(row["name"]),
+            f"{row['parameters']:.1f}",
+            row["input"],
+            f"{row['convs']} / {row['batch_norms']}",
+            str(row["reached"]),
+            *(str(row["sites"].get(preset, "")) for preset in PRESETS),
+            *(_left(row, library) for library in ("fused", "timm", "torch")),
+            _power(_worst(row)) if row["errors"] else "",
+            _onnx(row["onnx"]),
+            f"{row['seconds']['fuse']:.1f}" if "fuse" in row["seconds"] else "",
+            row["problem"] or ("equal" if row["convs"] else "no convs"),
+        )
+        for row in rows
+    ]
+    return _table(head, lines)
+
+
+def _left(row: Row, library: str) -> str:
+    found = row[library]
+    if isinstance(found, str):
+        return found
+    text = f"{found[0]} / {found[1]}"
+    return text if row["errors"].get(library, 0) <= EXACT else f"**{text}**"
+
+
+def _onnx(found: float | str) -> str:
+    if isinstance(found, float):
+        return _power(found)
+    backbone = re.search(r"Its backbone: (\S+)", found)
+    return f"refused; backbone {backbone[1]}" if backbone else ("refused" if found else "")
+
+
+def _misses(rows: list[Row]) -> str:
+    parts = []
+    wrong = [row for row in rows if row["problem"]]
+    parts += ["### Models with a problem\n\n", _lists({row["name"]: {row["problem"]: 1} for row in wrong})]
+    missed = {row["name"]: dict(Counter(row["missed"].values())) for row in rows if row["missed"]}
+    parts += ["### Convs that aren't reached\n\n", _lists(missed)]
+    stays = {row["name"]: _grouped(row["norms_that_stay"]) for row in rows if row["norms_that_stay"]}
+    parts += ["### BatchNorms that stay\n\n", _lists(stays)]
+    untraced: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        for path, reason in row["untraced"].items():
+            untraced[row["name"]][reason].append(path or "the model")
+    code = {name: {f"{reason}: {_few(paths)}": 1 for reason, paths in each.items()} for name, each in untraced.items()}
+    parts += ["### Code that no graph holds, around parts that one does\n\n", _lists(code)]
+    for preset in PRESETS:
+        refused = {row["name"]: _grouped(row["refused"].get(preset, {})) for row in rows if row["refused"].get(preset)}
+        parts += [f"### Convs that `{preset}` leaves as they are\n\n", _by_reason(refused)]
+    files = {row["name"]: {row["onnx"]: 1} for row in rows if isinstance(row["onnx"], str) and row["onnx"]}
+    parts += ["### Models that become no ONNX file\n\n", _lists(files)]
+    return "".join(parts)
+
+
+def _grouped(reasons: dict[str, int]) -> dict[str, int]:
+    """With names of nodes left out, which differ from call to call."""
+    grouped: Counter[str] = Counter()
+    for reason, count in reasons.items():
+        grouped[re.sub(r"'\w+'", "'…'", reason)] += count
+    return dict(grouped.most_common())
+
+
+def _by_reason(refused: dict[str, dict[str, int]]) -> str:
+    counts: Counter[str] = Counter()
+    models: dict[str, list[str]] = defaultdict(list)
+    for name, reasons in refused.items():
+        for reason, count in reasons.items():
+            counts[reason] += count
+            models[reason].append(_short(name))
+    lines = [(reason, str(count), _few(models[reason])) for reason, count in counts.most_common()]
+    return _table(("reason", "convs", "models"), lines) if lines else "None.\n\n"
+
+
+def _lists(found: dict[str, dict[str, int]]) -> str:
+    lines = []
+    for name, reasons in found.items():
+        texts = [f"{_plain(reason)}{f' ({count}×)' if count > 1 else ''}" for reason, count in reasons.items()]
+        lines.append(f"- **{_short(name)}**: {'; '.join(texts)}\n")
+    return "".join(lines) + "\n" if lines else "None.\n\n"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+
+
+def _worst(row: Row) -> float:
+    own = [value for key, value in row["errors"].items() if key not in ("timm", "torch")]
+    return max(own, default=0.0)
+
+
+def _unrounded(rows: list[Row]) -> list[float]:
+    return [value for row in rows for key, value in row["errors"].items() if "traced" in key or "expanded" in key]
+
+
+def _sum(rows: list[Row], key: str) -> str:
+    return str(sum(row[key] for row in rows))
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} ({part / whole:.1%})" if whole else "0"
+
+
+def _power(value: float) -> str:
+    return "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")
+
+
+def _short(name: str) -> str:
+    return name.partition("/")[2]
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+
+
+def _table(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
+    written = [" | ".join(line) for line in (head, ("---",) * len(head), *lines)]
+    return "".join(f"| {line} |\n" for line in written) + "\n"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +21,8 @@ from repfx.kernel import Kernel, NoKernel
 from repfx.meaning import Kind, Meaning, has_hooks, is_batch_norm, is_conv, refusal_of
 from repfx.operations import Op, read_op
 from repfx.viewed_norm import read_viewed_norm
+
+META = torch.empty((), device="meta", dtype=torch.float64)
 
 
 @dataclass
@@ -132,11 +134,18 @@ class Match:
         return alone and all(op.meaning.kind in ("affine", "identity") for op in followers)
 
     def kernel(self, like: Tensor) -> Kernel:
-        """The kernel of all terms, in the dtype and on the device of `like`.
+        """The kernel of all terms, in the dtype and on the device of `like`; `META` asks for sizes alone, which several guards do.
 
         Raises:
             NoKernel: they are no convolution.
         """
+        return self._sizes_alone if like is META else self._kernel(like)
+
+    @cached_property
+    def _sizes_alone(self) -> Kernel:
+        return self._kernel(META)
+
+    def _kernel(self, like: Tensor) -> Kernel:
         channels, dimensions = self.sizes()
         kernels = [_signed(term_kernel(term, like, channels, dimensions), term.sign) for term in self.terms]
         return reduce(Kernel.add, kernels)
@@ -169,8 +178,8 @@ def _in_channels(term: Term) -> int | None:
 
 def term_kernel(term: Term, like: Tensor, channels: int, dimensions: int) -> Kernel:
     """The kernel of one path."""
-    identity = Kernel.identity(like, channels=channels, dimensions=dimensions)
-    return reduce(Kernel.compose, (kernel for _, kernel in _maps(term, like, channels, dimensions)), identity)
+    kernels = [kernel for _, kernel in _maps(term, like, channels, dimensions)]
+    return reduce(Kernel.compose, kernels or [Kernel.identity(like, channels=channels, dimensions=dimensions)])
 
 
 def _maps(term: Term, like: Tensor, channels: int, dimensions: int) -> Iterator[tuple[Op, Kernel]]:
@@ -356,6 +365,3 @@ def _fits(term: Term, others: list[Term], source: fx.Node) -> bool:
     except NoKernel:
         return False
     return True
-
-
-META = torch.empty((), device="meta", dtype=torch.float64)

@@ -175,7 +175,7 @@ def _numbers(model: nn.Module, found: Findings) -> None:
             continue
         found.errors[f"{preset}, expanded"] = error(outputs(expanded, inputs), expected)
         found.errors[f"{preset}, expanded, training"] = _training_error(expanded, model, inputs)
-        _stir(expanded)
+        _stir(expanded, inputs)
         fused = repfx.fuse(expanded)
         _same_counts(fused, found)
         found.errors[f"{preset}, fused"] = error(outputs(fused, inputs), outputs(expanded, inputs))
@@ -350,18 +350,18 @@ def _settle(model: nn.Module, inputs: Inputs) -> None:
 
 
 @torch.no_grad()
-def _stir(model: nn.Module) -> None:
-    """Move all that BatchNorms hold by a little: branches are then no longer fresh, and the signal still gets through.
+def _stir(model: nn.Module, inputs: Inputs) -> None:
+    """Move γ and β of all BatchNorms, so that branches are no longer fresh, and settle the statistics anew.
 
-    Any mistake in folding shows at this size, while nets of hundreds of convs stay so well-conditioned that rounding doesn't.
+    Any mistake in folding shows then, while nets of hundreds of convs stay so well-conditioned that rounding doesn't.
     """
     norms: list[Any] = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     generator = torch.Generator().manual_seed(1)
     for norm in norms:
-        for tensor in (norm.running_mean, norm.running_var.log_(), norm.weight, norm.bias):
+        for tensor in (norm.weight, norm.bias):
             if tensor is not None:
-                tensor.add_(torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) * 0.04 - 0.02)
-        norm.running_var.exp_()
+                tensor.add_(torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) * 0.4 - 0.2)
+    _settle(model, inputs)
 
 
 def fingerprint(model: nn.Module) -> list[tuple[str, ...]]:

@@ -22,7 +22,7 @@ Every model of torchvision that isn't quantized, and of timm the smallest model 
 re-parameterize: traced, fused, expanded by two presets and fused again. Nothing was prepared for any of them.
 
 - All numbers but those of ONNX are relative errors in **float64**, on random weights, BatchNorms with the statistics of their input, and
-  γ, β, mean and variance moved by random amounts before an expanded model is fused.
+  γ and β moved at random before an expanded model is fused.
 - **Both modes**: the traced and the expanded model are compared with the original in eval mode, and with the same seed in training mode.
 - Detectors are compared with all of their detections, at a score threshold of 0.
 - Models of more than {limit} million parameters are looked at without numbers (*structure only*), but for `{anyway}`.

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
 from torch import nn
 
 from repfx.block import RepBlock
 from repfx.errors import InvalidInput, UnknownName
+from repfx.journaling import Action, record
 from repfx.module_tree import set_submodule
 from repfx.pipeline import verb
 from repfx.reporting import Edit, Report
+
+
+@dataclass(frozen=True)
+class Drop(Action):
+    """A branch left a block; with the last one the block became a conv again.
+
+    Args:
+        branch: its name in the block.
+    """
+
+    kind: ClassVar[str] = "drop"
+    branch: str
+
+    @classmethod
+    def replay(cls, model: nn.Module, actions: Sequence[Drop]) -> None:
+        for action in actions:
+            drop(model, action.site, action.branch)
 
 
 @verb
@@ -40,6 +62,7 @@ def drop(model: nn.Module, site: str, branch: str) -> nn.Module:
     block.absorb(branch)
     if not block.branches:
         _collapse(model, site, block)
+    record(model, [Drop(site, branch)])
     Report("drop", (Edit("drop", site, (f"{site}.{branch}",)),)).attach(model)
     return model
 

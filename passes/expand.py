@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from repfx.block import RepBlock
 from repfx.branch import Branch, fitting, kind_of
 from repfx.calibration import calibrate_norms
 from repfx.errors import InvalidInput
+from repfx.journaling import Action, record
 from repfx.kernel import Kernel
 from repfx.meaning import Layer, is_batch_norm, is_conv
 from repfx.module_tree import set_submodule
@@ -25,6 +26,37 @@ from repfx.selection import Selection
 from repfx.site import Site, find_sites
 from repfx.spec import BranchSpec, ConvSpec, Spec, SpecLike
 from repfx.stages import Norm, reset_fan_out
+
+
+@dataclass(frozen=True)
+class Expand(Action):
+    """A conv became a block.
+
+    Args:
+        branches: beside the site's own conv, in order.
+        norm: how they are normalised, as in `Spec`.
+    """
+
+    kind: ClassVar[str] = "expand"
+    branches: tuple[BranchSpec, ...]
+    norm: Literal["batch_norm", "scale", "none"]
+
+    @classmethod
+    def replay(cls, model: nn.Module, actions: Sequence[Expand]) -> None:
+        together: dict[str, Spec] = {}
+        for action in actions:
+            if any(action.site.startswith(f"{site}.") for site in together):  # inside a block that this makes
+                expand(model, together, inplace=True)
+                together = {}
+            together[action.site] = Spec(action.branches, action.norm)
+        expand(model, together, inplace=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "branches": [asdict(branch) for branch in self.branches]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Expand:
+        return cls(**{**values, "branches": tuple(BranchSpec(**branch) for branch in values["branches"])})
 
 
 @verb
@@ -77,6 +109,7 @@ def expand(
         if calibrate is not None:
             calibrate_norms(target, [norm for block in blocks for norm in _new_norms(block)], calibrate)
         undo.pop_all()
+    record(target, [Expand(plan.site.path, plan.branches, plan.spec.norm) for plan in plans])
     report.attach(target)
     return target
 

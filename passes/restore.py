@@ -17,6 +17,7 @@ from repfx.errors import InvalidInput
 from repfx.folded_norm import FoldedNorm, folded_norm, forget_norm
 from repfx.graph import Island, call_counts, trace
 from repfx.installation import install, prepare
+from repfx.journaling import forget
 from repfx.kernel import Kernel
 from repfx.meaning import CONVS, TRANSPOSED_CONVS, Layer, kernel_of, meaning_of, torch_class
 from repfx.module_tree import set_submodule
@@ -80,6 +81,7 @@ def restore(
     if not done and not skips:
         raise InvalidInput(_nothing(model, patterns))
     take_over_modes(target, model)
+    forget(target)
     report = Report("restore", tuple(Edit("restore", item.path, (item.norm_path,)) for item in done), tuple(skips))
     if strict:
         report.require_all()

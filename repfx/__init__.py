@@ -7,7 +7,11 @@ import repfx.passes as _passes
 from repfx import errors as errors
 from repfx.block import RepBlock as RepBlock
 from repfx.branch import Branch as Branch
+from repfx.carrying import carry as carry
+from repfx.checkpoint import load as load
+from repfx.checkpoint import save as save
 from repfx.equivalence import check_equivalent as check_equivalent
+from repfx.journaling import journal as journal
 from repfx.kernel import Kernel as Kernel
 from repfx.onnx import export_onnx as export_onnx
 from repfx.passes.drop import drop as drop

@@ -20,9 +20,9 @@ from repfx.difference import Difference, count_numbers, differences, leaves, wor
 from repfx.equivalence import TOLERANCES
 from repfx.errors import ExportError, InvalidInput, first_line
 from repfx.onnx_program import quiet, reason, write_program
-from repfx.onnx_target import staged
 from repfx.passes.fuse import fuse
 from repfx.precision import Inputs, as_arguments, describe, map_tensors, seeded
+from repfx.target_file import staged
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CPU = torch.device("cpu")
@@ -109,7 +109,7 @@ def export_onnx(
         raise InvalidInput(f"model is of type {type(model).__name__}, not a torch.nn.Module.")
     if not tolerance > 0:
         raise InvalidInput(f"tolerance is {tolerance}: it must be a number above 0.")
-    with staged(path) as (target, staging):
+    with staged(path, ".onnx") as (target, staging):
         _require_packages()
         _check_opset(opset)
         x = map_tensors(lambda tensor: tensor.detach().to(CPU, copy=True), x)

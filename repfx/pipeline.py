@@ -16,6 +16,7 @@ from repfx.explanation import UNTRACED, all_that_stays, left_alone, left_outside
 from repfx.graph import Island, call_counts, trace
 from repfx.input_axes import InputAxes
 from repfx.installation import install, prepare
+from repfx.journaling import forget
 from repfx.meaning import is_batch_norm
 from repfx.module_tree import module_paths
 from repfx.notes import copy_with_notes
@@ -71,6 +72,7 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     declined = tuple(skip for skip in dict.fromkeys(skips) if skip.rule in optional)
     skipped = tuple(skip for skip in dict.fromkeys(skips) if skip.rule not in optional)
     take_over_modes(target, model)
+    forget(target)
     return Result(target, Report(name, tuple(edits), skipped, declined, tuple(dict.fromkeys(kept))))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import repfx.onnx_program
 from repfx.errors import ExportError, InvalidInput
 from repfx.onnx import Value, export_onnx
-from repfx.onnx_target import staged
+from repfx.target_file import staged
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -204,7 +204,7 @@ def test_a_folder_that_refuses_is_an_invalid_input(tmp_path: Path, monkeypatch: 
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("repfx.onnx_target.TemporaryDirectory", refuse)
+    monkeypatch.setattr("repfx.target_file.TemporaryDirectory", refuse)
     with pytest.raises(InvalidInput, match=r"can't write into folder .*: Permission denied"):
         export_onnx(Net(), tmp_path / "net.onnx", X)
 

@@ -1,4 +1,4 @@
-"""Where an ONNX file goes: found out before any slow work, and written whole or not at all."""
+"""Where a file goes: found out before any slow work, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from repfx.errors import ExportError, InvalidInput
+from repfx.errors import InvalidInput
 
 
 @contextmanager
-def staged(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
+def staged(path: str | os.PathLike[str], suffix: str = "") -> Iterator[tuple[Path, Path]]:
     """The file's final path, and a path of the same name in a new folder beside it in which to build the file.
 
     What stands in the folder when the block ends moves to the final path's folder; an error throws it away.
 
+    Args:
+        suffix: that the file's name must have, as ``.onnx``.
+
     Raises:
-        InvalidInput: the path can't be written.
-        ExportError: the finished file can't be moved there.
+        InvalidInput: the path can't be written, or the finished file can't be moved there.
     """
-    target = _target(path)
+    target = _target(path, suffix)
     try:
         folder = TemporaryDirectory(prefix=f".{target.name[:100]}.", dir=target.parent, ignore_cleanup_errors=True)
     except OSError as error:
@@ -34,15 +36,16 @@ def staged(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
             _move(file, target.parent / file.name)
 
 
-def _target(path: str | os.PathLike[str]) -> Path:
+def _target(path: str | os.PathLike[str], suffix: str) -> Path:
+    example = f"model{suffix}"
     if not isinstance(path, (str, os.PathLike)):
-        raise InvalidInput(f"path is of type {type(path).__name__}: give the name of a file, as 'model.onnx'.")
+        raise InvalidInput(f"path is of type {type(path).__name__}: give the name of a file, as {example!r}.")
     try:
         target = Path(path).resolve()
         if target.is_dir():
-            raise InvalidInput(f"{str(path)!r} is a folder: give a file in it, as {str(target / 'model.onnx')!r}.")
-        if target.suffix != ".onnx":
-            raise InvalidInput(f"{str(path)!r} doesn't end in '.onnx', by which other tools know the format.")
+            raise InvalidInput(f"{str(path)!r} is a folder: give a file in it, as {str(target / example)!r}.")
+        if suffix and target.suffix != suffix:
+            raise InvalidInput(f"{str(path)!r} doesn't end in {suffix!r}, by which other tools know the format.")
         if not target.parent.is_dir():
             raise InvalidInput(f"can't write {str(path)!r}: there is no folder {str(target.parent)!r}.")
         if target.exists() and not (target.is_file() and os.access(target, os.W_OK)):
@@ -56,4 +59,4 @@ def _move(file: Path, target: Path) -> None:
     try:
         file.replace(target)
     except OSError as error:
-        raise ExportError(f"can't write {str(target)!r}: {error.strerror}.") from error
+        raise InvalidInput(f"can't write {str(target)!r}: {error.strerror}.") from error

@@ -1,0 +1,344 @@
+"""Checkpoints: one safetensors file with the weights of a run and, as JSON in its header, how its structure came about.
+
+A model is built again from its class and its journal, so nothing is unpickled; what is loaded is checked as a whole before any of it is
+used.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import json
+import os
+import random
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from repfx.errors import InvalidInput, RepfxError, first_line
+from repfx.journaling import Action, from_json, journal, replay, to_json
+from repfx.nested_state import put_together, take_apart
+from repfx.target_file import staged
+
+Part: TypeAlias = Any  # a module, an optimizer, a generator, a dict, or anything with state_dict and load_state_dict
+
+_FORMAT = 1
+_HEAD = "repfx"
+_MODEL, _OPTIMIZER, _RANDOM = "model", "optimizer", "random_state"
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    **parts: Part,
+) -> None:
+    """Write a run to a file, from which `load` goes on to the same bits.
+
+    The file is a safetensors file: weights, the journal of the model's structure, the optimizer's state by the names of the parameters,
+    the state of `parts`, and that of Python's and torch's random numbers. It appears whole or not at all.
+
+    Args:
+        path: of the file, in a folder that exists; a file that is there is replaced in one step.
+        model: in whatever structure it is now.
+        optimizer: of the model's parameters.
+        parts: what else belongs to the run, by names of your choice: schedulers, a `GradScaler`, an `AveragedModel`, a `torch.Generator`,
+            anything with `state_dict` and `load_state_dict`, or a dict of plain values.
+
+    Raises:
+        InvalidInput: the path can't be written, or something in the state can't be saved without pickling.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> import repfx
+    >>> model = repfx.expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "acb")
+    >>> optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    >>> with TemporaryDirectory() as folder:
+    ...     repfx.save(f"{folder}/run.ckpt", model, optimizer, progress={"epoch": 3})
+    ...     again = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    ...     progress = {"epoch": 0}
+    ...     again = repfx.load(f"{folder}/run.ckpt", again, progress=progress)
+    >>> list(again[0].branches), progress
+    (['1xk', 'kx1'], {'epoch': 3})
+    """
+    _check_names(parts)
+    save_file = _package("safetensors.torch").save_file
+    tensors: dict[str, Tensor] = {}
+    states: dict[str, Any] = {name: _state_of(part) for name, part in {_MODEL: model, **parts}.items()}
+    if optimizer is not None:
+        states[_OPTIMIZER] = _by_name(optimizer, model)
+    states[_RANDOM] = _random_state()
+    written = {name: take_apart(state, name, tensors) for name, state in states.items()}
+    journals = {name: _journals(part) for name, part in {_MODEL: model, **parts}.items() if isinstance(part, nn.Module)}
+    head = {"format": _FORMAT, "journals": journals, "states": written}
+    text = json.dumps({**head, "checksum": _checksum(head, tensors)})
+    with staged(path) as (_, staging):
+        save_file(tensors, staging, metadata={_HEAD: text})
+
+
+@torch.inference_mode(False)
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    random_state: bool = True,
+    **parts: Part,
+) -> nn.Module:
+    """Give a model, its optimizer and all that belongs to the run the state that `save` wrote, in place.
+
+    Everything is read and checked first: if anything doesn't fit, nothing has been changed.
+
+    Args:
+        path: of the file.
+        model: the base model, in the structure it had before it was expanded first, or any that the run has gone through.
+        optimizer: of `model`, with groups as they were; parameters of branches are put into theirs.
+        random_state: whether Python's and torch's random numbers go on as they did, too.
+        parts: by the names they were saved under. What isn't named here is left in the file.
+
+    Returns:
+        The model.
+
+    Raises:
+        InvalidInput: the file is no checkpoint, is damaged, or doesn't fit what it is loaded into; the message names what differs.
+        OSError: the file can't be read.
+    """
+    _check_names(parts)
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidInput(f"path is of type {type(path).__name__}: give the name of a file that repfx.save wrote.")
+    found = _Checkpoint.read(Path(path))
+    modules = {name: part for name, part in {_MODEL: model, **parts}.items() if isinstance(part, nn.Module)}
+    for name, module in modules.items():
+        found.try_module(name, module)
+    others = {name: (part, found.state(name)) for name, part in parts.items() if name not in modules}
+    state = found.state(_OPTIMIZER) if optimizer is not None else None
+    if optimizer is not None:
+        _check_groups(optimizer, state, found.path)
+    _load_all(others, found.path)
+    for name, module in modules.items():
+        found.load_module(name, module)
+    if optimizer is not None:
+        _load_optimizer(optimizer, model, state)
+    if random_state:
+        _set_random_state(found.state(_RANDOM))
+    return model
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A file's content, after it has been checked in itself."""
+
+    path: Path
+    journals: Mapping[str, Mapping[str, str]]
+    states: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def read(cls, path: Path) -> _Checkpoint:
+        safetensors = _package("safetensors")
+        with path.open("rb"):  # a missing file is the system's own error
+            pass
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                text = (file.metadata() or {}).get(_HEAD)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        except (safetensors.SafetensorError, ValueError, OverflowError) as error:
+            raise InvalidInput(f"{str(path)!r} is damaged or no checkpoint: {first_line(error)}.") from error
+        try:
+            head = json.loads(text or "")
+            version, checksum = head["format"], head.pop("checksum")
+            content = cls(path, head["journals"], head["states"], tensors)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidInput(f"{str(path)!r} is no checkpoint that repfx.save wrote.") from error
+        if version != _FORMAT:
+            raise InvalidInput(f"{str(path)!r} has format {version}; this version of repfx reads {_FORMAT}.")
+        if _checksum(head, tensors) != checksum:
+            raise InvalidInput(f"{str(path)!r} is damaged: its content doesn't fit its checksum.")
+        return content
+
+    def state(self, name: str) -> Any:
+        """The state of a part."""
+        if name not in self.states:
+            kept = ", ".join(repr(each) for each in self.states if each != _RANDOM)
+            raise InvalidInput(f"{str(self.path)!r} holds no {name!r}; it holds {kept}.")
+        return put_together(self.states[name], dict(self.tensors))
+
+    def try_module(self, name: str, module: nn.Module) -> None:
+        """Raise if the module can't take its state; on a copy, whose tensors hold nothing."""
+        state = self.state(name)
+        scratch = copy.deepcopy(module, {id(p): _hollow(p) for p in (*module.parameters(), *module.buffers())})
+        try:
+            self._rebuild(name, scratch)
+        except RepfxError as error:
+            raise InvalidInput(
+                f"{str(self.path)!r} doesn't fit {name!r}, a {type(module).__name__}: its structure can't be rebuilt, "
+                f"{first_line(error)}."
+            ) from error
+        own = scratch.state_dict()
+        problems = [f"{key!r} is missing in the file" for key in own.keys() - state.keys()]
+        problems += [f"{key!r} is only in the file" for key in state.keys() - own.keys()]
+        for key in own.keys() & state.keys():
+            shapes = [tuple(entry.shape) if isinstance(entry, Tensor) else () for entry in (state[key], own[key])]
+            if shapes[0] != shapes[1]:
+                problems.append(f"{key!r} is {shapes[0]} in the file and {shapes[1]} in the model")
+        if problems:
+            shown = "; ".join(sorted(problems)[:3]) + ("; …" if len(problems) > 3 else "")
+            raise InvalidInput(f"{str(self.path)!r} doesn't fit {name!r}, a {type(module).__name__}: {shown}.")
+
+    def load_module(self, name: str, module: nn.Module) -> None:
+        """Rebuild the structure in place and fill it."""
+        self._rebuild(name, module)
+        module.load_state_dict(self.state(name))
+
+    def _rebuild(self, name: str, module: nn.Module) -> None:
+        for path, text in self.journals[name].items():
+            inner = module.get_submodule(path)
+            done, wanted = journal(inner), from_json(text)
+            if wanted[: len(done)] != done:
+                raise InvalidInput("the model has been through other changes than the one that was saved")
+            replay(inner, wanted[len(done) :])
+
+
+def _journals(module: nn.Module) -> dict[str, str]:
+    """The journals of a module and of all inside it, as an `AveragedModel` has one of the model that it holds."""
+    found: dict[str, tuple[Action, ...]] = {path: journal(inner) for path, inner in module.named_modules()}
+    return {path: to_json(actions) for path, actions in found.items() if actions}
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    return (
+        tensor.detach().to("meta")
+        if not isinstance(tensor, nn.Parameter)
+        else nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad)
+    )
+
+
+# ---- optimizers
+
+
+def _by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """The optimizer's state with names of parameters in the place of numbers."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = []
+    for index, group in enumerate(optimizer.param_groups):
+        strangers = [tuple(parameter.shape) for parameter in group["params"] if id(parameter) not in names]
+        if strangers:
+            raise InvalidInput(
+                f"group {index} of the optimizer has {len(strangers)} parameters that aren't the model's, of shapes "
+                f"{', '.join(map(str, strangers[:3]))}: put the modules that hold them into one model."
+            )
+        groups.append([names[id(parameter)] for parameter in group["params"]])
+    state = optimizer.state_dict()
+    flat = [name for group in groups for name in group]
+    return {
+        "state": {flat[index]: value for index, value in state["state"].items()},
+        "param_groups": [{**group, "params": params} for group, params in zip(state["param_groups"], groups)],
+    }
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, state: Any, path: Path) -> None:
+    found, needed = len(state["param_groups"]), len(optimizer.param_groups)
+    if found != needed:
+        raise InvalidInput(f"{str(path)!r} has {found} groups of parameters, the {type(optimizer).__name__} {needed}.")
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: Any) -> None:
+    parameters = dict(model.named_parameters())
+    for group, saved in zip(optimizer.param_groups, state["param_groups"]):
+        group["params"] = [parameters[name] for name in saved["params"]]
+    numbers = {name: n for n, name in enumerate(n for group in state["param_groups"] for n in group["params"])}
+    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]
+    optimizer.load_state_dict(
+        {"state": {numbers[name]: value for name, value in state["state"].items()}, "param_groups": groups}
+    )
+
+
+# ---- other parts
+
+
+def _check_names(parts: Mapping[str, Part]) -> None:
+    taken = {_MODEL, _OPTIMIZER, _RANDOM} & parts.keys()
+    if taken:
+        raise InvalidInput(f"a part can't be named {', '.join(taken)}: the checkpoint uses that name itself.")
+    for name, part in parts.items():
+        if not isinstance(part, (dict, torch.Generator)) and not hasattr(part, "load_state_dict"):
+            raise InvalidInput(
+                f"{name} is of type {type(part).__name__}, which has no state_dict and load_state_dict: put plain values into a dict."
+            )
+
+
+def _state_of(part: Part) -> Any:
+    if isinstance(part, dict):
+        return part
+    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+
+
+def _set_state(part: Part, state: Any) -> None:
+    if isinstance(part, dict):
+        part.clear()
+        part.update(state)
+    elif isinstance(part, torch.Generator):
+        part.set_state(state)
+    else:
+        part.load_state_dict(state)
+
+
+def _load_all(parts: Mapping[str, tuple[Part, Any]], path: Path) -> None:
+    """Give each part its state; if one refuses it, those before get back what they had."""
+    undo: list[tuple[Part, Any]] = []
+    for name, (part, state) in parts.items():
+        old = copy.deepcopy(_state_of(part))
+        try:
+            _set_state(part, state)
+        except Exception as error:
+            for earlier, before in undo:
+                _set_state(earlier, before)
+            with suppress(Exception):  # as it may refuse this one, too
+                _set_state(part, old)
+            raise InvalidInput(f"{str(path)!r} doesn't fit {name!r}: {first_line(error)}.") from error
+        undo.append((part, old))
+
+
+# ---- random numbers, and the checksum
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state = {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = (kind, keys.tolist(), *rest)
+    return state
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+    if "numpy" in state:
+        importlib.import_module("numpy").random.set_state(state["numpy"])
+
+
+def _checksum(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InvalidInput(
+            "checkpoints need safetensors, which is missing: pip install 'repfx[checkpoint]'."
+        ) from error

@@ -1,0 +1,135 @@
+"""Optimizers follow a model's structure: state stays where it belongs, groups stay what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import repfx
+
+X = torch.randn(2, 4, 6, 7)
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda groups: torch.optim.SGD(groups, 0.1, momentum=0.9),
+    "Adam": lambda groups: torch.optim.Adam(groups, 0.01, amsgrad=True),
+    "AdamW, fused": lambda groups: torch.optim.AdamW(groups, 0.01, fused=True),
+    "RMSprop": lambda groups: torch.optim.RMSprop(groups, 0.01, momentum=0.9),
+    "NAdam": lambda groups: torch.optim.NAdam(groups, 0.01),
+}
+
+
+def net() -> Any:
+    first = [nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8)]
+    return nn.Sequential(*first, nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+
+def step(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+    model(X).square().mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def names_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[set[str]]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [{names[parameter] for parameter in group["params"]} for group in optimizer.param_groups]
+
+
+def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    return {
+        key: torch.as_tensor(value).clone() for key, value in optimizer.state[parameter].items() if value is not None
+    }
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_stays_keeps_its_state_and_what_is_new_is_trained(name: str) -> None:
+    model = net()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    step(model, optimizer)
+    conv = model[3]
+    before = state_of(optimizer, conv.weight)
+    with repfx.carry(model, optimizer):
+        repfx.expand(model, {"3": ["1x1", "1xk"]}, inplace=True)
+    assert names_of(model, optimizer) == [{name for name, _ in model.named_parameters()}]
+    assert model[3].conv is conv
+    after = state_of(optimizer, conv.weight)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    gammas = [branch.last_norm.weight for branch in model[3].branches.values()]
+    step(model, optimizer)
+    assert all(bool(gamma.any()) for gamma in gammas), "γ began with 0 and was not trained"
+
+    leaving = set(model[3].branches["1xk"].parameters())
+    with repfx.carry(model, optimizer):
+        repfx.drop(model, "3", "1xk")
+    assert names_of(model, optimizer) == [{name for name, _ in model.named_parameters()}]
+    assert not leaving & optimizer.state.keys()
+    step(model, optimizer)
+
+
+def test_new_parameters_join_the_groups_of_their_own_site() -> None:
+    model = net()
+    slow: dict[str, Any] = {"params": [model[0].weight], "lr": 0.01}
+    vectors: dict[str, Any] = {"params": [*model[1].parameters(), model[3].bias], "weight_decay": 0.0}
+    rest = {"params": [model[3].weight, *model[5].parameters()]}
+    optimizer = torch.optim.SGD([slow, vectors, rest], 0.1, weight_decay=0.5)
+    with repfx.carry(model, optimizer):
+        repfx.expand(model, {"0": ["1x1"], "3": ["1xk"]}, inplace=True)
+    vectors_of = ["0.origin.norm", "0.1x1.norm", "3.1xk.norm"]
+    assert names_of(model, optimizer) == [
+        {"0.origin.conv.weight", "0.1x1.conv.weight"},
+        {"3.origin.conv.bias", *(f"{path}.{name}" for path in vectors_of for name in ("weight", "bias"))},
+        {"3.origin.conv.weight", "3.1xk.conv.weight", "5.weight", "5.bias"},
+    ]
+
+
+def test_blocks_inside_blocks_belong_to_the_branch_they_are_in() -> None:
+    model = net()
+    optimizer = torch.optim.SGD([{"params": model[:3].parameters()}, {"params": model[3:].parameters()}], 0.1)
+    with repfx.carry(model, optimizer):
+        repfx.expand(model, {"3": ["1x1-kxk"]}, inplace=True)
+        repfx.expand(model, {"3.1x1-kxk.conv2": ["1xk"]}, inplace=True)
+    first, second = names_of(model, optimizer)
+    assert first == {"0.weight", "1.weight", "1.bias"}
+    assert second == {name for name, _ in model.named_parameters()} - first
+
+
+def test_each_of_two_optimizers_gets_its_own_and_strangers_stay() -> None:
+    model, stranger = net(), nn.Parameter(torch.ones(2))
+    one = torch.optim.SGD([*model[:3].parameters(), stranger], 0.1)
+    other = torch.optim.SGD(model[5].parameters(), 0.1)
+    with repfx.carry(model, one, other):
+        repfx.expand(model, {"0": ["1x1"], "3": ["1x1"]}, inplace=True)
+    assert len(one.param_groups[0]["params"]) == 7  # conv, γ, β of both paths, and the stranger
+    assert any(parameter is stranger for parameter in one.param_groups[0]["params"])
+    assert names_of(model, other) == [{"5.weight", "5.bias"}]  # nobody trains 3, so nobody trains its branches
+
+
+def test_a_failure_inside_leaves_model_and_optimizer_together() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def grow_and_fail() -> None:
+        with repfx.carry(model, optimizer):
+            repfx.expand(model, {"3": ["1x1"]}, inplace=True)
+            repfx.drop(model, "3", "1xk")
+
+    with pytest.raises(repfx.errors.UnknownName):
+        grow_and_fail()
+    assert names_of(model, optimizer) == [{name for name, _ in model.named_parameters()}]
+
+
+def test_a_scheduler_goes_on_over_the_groups() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    step(model, optimizer)
+    scheduler.step()
+    with repfx.carry(model, optimizer):
+        repfx.expand(model, "dbb", inplace=True)
+    step(model, optimizer)
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.025]

@@ -20,7 +20,8 @@ from repfx.journaling import Action, record
 from repfx.kernel import Kernel
 from repfx.meaning import Layer, is_batch_norm, is_conv
 from repfx.module_tree import set_submodule
-from repfx.pipeline import copy_model, verb
+from repfx.notes import copy_of
+from repfx.pipeline import verb
 from repfx.reporting import Edit, Report, Skip
 from repfx.selection import Selection
 from repfx.site import Site, find_sites
@@ -97,7 +98,7 @@ def expand(
     selection = Selection.of(spec)
     if not any(is_conv(module) for module in model.modules()):
         raise InvalidInput(f"{type(model).__name__} has no convs, so there is nothing to expand.")
-    target = model if inplace else copy_model(model)
+    target = model if inplace else copy_of(model)
     plans, skips = _plan(find_sites(target), selection)
     report = Report("expand", tuple(Edit("expand", plan.site.path) for plan in plans), tuple(skips))
     if strict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repfx.guards import channels_stay_put, is_convolution, no_dearer, unmutated, used_once
+from repfx.guards import channels_stay_put, input_is_known, is_convolution, no_dearer, unmutated, used_once
 from repfx.pattern import Sequence
 from repfx.rule import Rule
 
@@ -10,5 +10,5 @@ FOLD_BATCH_NORM_FORWARD = Rule(
     "fold_batch_norm_forward",
     "Fold a BatchNorm, or a scale or shift per channel, into the conv after it",
     Sequence(first=frozenset({"affine"}), second=frozenset({"conv"})),
-    (used_once, is_convolution, channels_stay_put, unmutated, no_dearer),
+    (input_is_known, used_once, is_convolution, channels_stay_put, unmutated, no_dearer),
 )

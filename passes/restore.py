@@ -22,7 +22,8 @@ from repfx.kernel import Kernel
 from repfx.meaning import CONVS, TRANSPOSED_CONVS, Layer, kernel_of, meaning_of, torch_class
 from repfx.module_tree import set_submodule
 from repfx.moments import Moments, set_kernel
-from repfx.pipeline import copy_model, take_over_modes, verb
+from repfx.notes import copy_of
+from repfx.pipeline import take_over_modes, verb
 from repfx.provenance import Provenance, attach
 from repfx.reporting import Edit, Report, Skip
 from repfx.stages import Norm
@@ -59,7 +60,8 @@ def restore(
     <All keys matched successfully>
     """
     patterns = [sites] if isinstance(sites, str) else sites
-    target = copy_model(model).eval()
+    target: nn.Module = copy_of(model)
+    target.eval()
     traces = trace(target)
     calls = call_counts(traces)
     done: list[_Restored] = []
@@ -157,6 +159,9 @@ def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice, pa
     inside = choice.norm_path.removeprefix(f"{island.path}.") if island.path else choice.norm_path
     for name, part in _rest_at(root, inside):
         norm.add_module(name, part)
+    for call in [other for other in island.graph.nodes if other.op == "call_module" and other.target == inside]:
+        call.replace_all_uses_with(call.args[0])  # the identity that stood there in the meantime
+        island.graph.erase_node(call)
     set_submodule(root, inside, norm)
     with island.graph.inserting_after(node):
         call = island.graph.call_module(inside)

@@ -60,9 +60,9 @@ class RepBlock(nn.Module):
         """The branches beside the origin, by name."""
         return {name: child for name, child in self.named_children() if isinstance(child, Branch)}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
-        total: Tensor = reduce(operator.add, (branch(x) for branch in self.children()))
+        total: Tensor = reduce(operator.add, (branch(input) for branch in self.children()))
         return total
 
     def equivalent_kernel(self, like: Tensor) -> Kernel:
@@ -84,7 +84,7 @@ class RepBlock(nn.Module):
         delattr(self, name)
 
     def __getattr__(self, name: str) -> Any:
-        if name in _CONV_ATTRIBUTES:
+        if name in _CONV_ATTRIBUTES or name == "bias":  # of which code may ask whether there is one
             return getattr(self.conv, name)
         return super().__getattr__(name)
 

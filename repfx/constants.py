@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from repfx.memory import mutated_by
+from repfx.memory import has_code_of_others, may_share_memory, mutated_by
 from repfx.module_tree import attribute
 
 
@@ -46,12 +46,18 @@ class Constants:
 
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         self._root = root
+        written = [tensor for node in graph.nodes if (tensor := mutated_by(node, root)) is not None]
         self._changing = {
-            str(written.target)
-            for node in graph.nodes
-            if (written := mutated_by(node, root)) is not None and written.op == "get_attr"
+            str(node.target) for tensor in written for node in may_share_memory(tensor, root) if node.op == "get_attr"
+        }
+        self._own_code = {
+            str(node.target) for node in graph.nodes if node.op == "call_module" and has_code_of_others(node, root)
         }
         self._known: dict[fx.Node, Any] = {}
+
+    def changes(self, path: str) -> bool:
+        """Whether the graph writes into a tensor of the module at a path."""
+        return any(target.startswith(f"{path}.") for target in self._changing)
 
     def number(self, value: Any) -> Tensor | float | None:
         """A number or real tensor that depends on no input, or None."""
@@ -95,8 +101,8 @@ class Constants:
     def _compute(self, node: fx.Node) -> Any:
         """The value of a node, or why it has none."""
         if node.op == "get_attr":
-            if node.target in self._changing:
-                return NotConstant(f"{node.target} is changed")
+            if node.target in self._changing or any(str(node.target).startswith(f"{path}.") for path in self._own_code):
+                return NotConstant(f"{node.target} is changed, or may be")
             return _float64(attribute(self._root, str(node.target)))
         if not _is_pure(node) or mutated_by(node, self._root) is not None:
             return NotConstant(f"{node.name} is computed otherwise than from parameters")

@@ -246,7 +246,7 @@ def _without_rounded_bias(match: Match, like: Tensor) -> Kernel:
     kernel = match.kernel(like)
     if kernel.bias is None or kernel.bias.is_meta or len(match.ops) < 2:
         return kernel
-    largest = max((float(shift.detach().abs().max()) for shift in match.shifts(like)), default=0.0)
+    largest = max((float(shift.detach().abs().max()) for shift in match.shifts(like) if shift.numel()), default=0.0)
     cancelled = largest > 0 and float(kernel.bias.detach().abs().max()) <= CLOSE * largest
     return replace(kernel, bias=None) if cancelled else kernel
 

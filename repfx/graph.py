@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
@@ -21,12 +22,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from repfx.activated_norm import separate
-from repfx.errors import InvalidInput, first_line
+from repfx.errors import first_line
 from repfx.functional_dropout import let_dropout_follow_the_mode
-from repfx.leaves import is_container, is_leaf
-from repfx.meaning import has_hooks, is_conv, is_plain_sequence
-from repfx.notes import copy_with_notes
-from repfx.reach import layer_reached, names_reached
+from repfx.leaves import is_container, is_leaf, stays_whole
+from repfx.meaning import code_of_its_own, is_conv, is_plain_sequence
+from repfx.module_tree import require_module
+from repfx.notes import copy_of
+from repfx.reach import Around
 from repfx.tracer import Tracer
 
 _Traced: TypeAlias = tuple[fx.Graph, dict[str, Tensor | nn.Module]]
@@ -65,16 +67,22 @@ def trace(model: nn.Module) -> Traces:
     """
     islands: list[Island] = []
     untraced: dict[str, str] = {}
-    scratch = structural_copy(model)
-    pending = [("", scratch, frozenset[str]())]
+    require_module(model)
+    scratch = copy_of(model, {id(parameter): parameter for parameter in model.parameters()})
+    pending = [("", scratch, Around())]
     while pending:
-        path, module, reached = pending.pop()
-        result = _graph_of(module, is_root=not path, reached=reached)
+        path, module, around = pending.pop()
+        closed = code_of_its_own(module) or around.order_of_children
+        if closed is not None:
+            if not is_leaf(module):
+                untraced[path] = closed
+            continue
+        result = _graph_of(path, module, around)
         if isinstance(result, str):
             if not is_leaf(module) and not is_container(module):
                 untraced[path] = result
-                reached |= names_reached(type(module))
-            pending += [(f"{path}.{name}" if path else name, child, reached) for name, child in module.named_children()]
+                around = around.inside(module)
+            pending += [(f"{path}.{name}" if path else name, child, around) for name, child in module.named_children()]
             continue
         graph, constants = result
         for name, value in constants.items():
@@ -84,30 +92,29 @@ def trace(model: nn.Module) -> Traces:
         island = Island(path, graph, constants, used)
         islands.append(island)
         pending += [
-            (island.full_path(name), module.get_submodule(name), reached) for name in _opaque_calls(module, graph)
+            (island.full_path(name), module.get_submodule(name), around) for name in _opaque_calls(module, graph)
         ]
     return Traces(tuple(reversed(islands)), untraced)
 
 
-def structural_copy(model: nn.Module) -> nn.Module:
-    """A copy with modules and buffers of its own that shares the parameters."""
-    try:
-        return copy_with_notes(model, {id(parameter): parameter for parameter in model.parameters()})
-    except Exception as error:
-        raise InvalidInput(f"{type(model).__name__} can't be copied: {first_line(error)}.") from error
-
-
-def _graph_of(module: nn.Module, *, is_root: bool, reached: frozenset[str]) -> _Traced | str:
+def _graph_of(path: str, module: nn.Module, around: Around) -> _Traced | str:
     """The one graph of both modes with the constants it needs, or why there is none."""
+    is_root = not path
     if is_container(module) and not (is_root and is_plain_sequence(module)):
+        return "a container: its members are tried"
+    if is_plain_sequence(module) and around.takes_apart(path):
         return "a container: its members are tried"
     if is_leaf(module) and not is_root:
         return "a leaf"
-    layer = layer_reached(module, reached)
-    if layer is not None:
-        return f"code around it, which can't be traced, reaches for its {layer!r}"
-    if has_hooks(module):
-        return "it has hooks, which would no longer run"
+    reason = around.reason(module)
+    if reason is not None:
+        return reason
+    reason = stays_whole(module) or around.other_arguments(module)
+    if reason is not None:
+        return reason
+    taken = None if isinstance(module, fx.GraphModule) else _name_taken(module)
+    if taken is not None:
+        return f"it has something named {taken!r}, a name that a traced module needs for itself"
     opaque = set() if is_root else _convs_that_stay(module)
     if type(module) in opaque:
         return "a leaf"
@@ -129,8 +136,27 @@ class _Untraceable:
     culprit: nn.Module | None = None
 
 
+# what a GraphModule has and other modules don't
+_TAKEN = {*dir(fx.GraphModule), *vars(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module), *vars(nn.Module())}
+
+
+def _name_taken(module: nn.Module) -> str | None:
+    classes = type(module).__mro__
+    own = {name for cls in classes[: classes.index(nn.Module)] for name in vars(cls) if not name.startswith("__")}
+    tensors = (name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)))
+    names = {*own, *vars(module), *dict(module.named_children()), *tensors}
+    return min(names & _TAKEN, default=None)
+
+
 def _graph_of_both_modes(module: nn.Module, opaque: Container[type[nn.Module]]) -> _Traced | _Untraceable:
     """One attempt, with modules of the `opaque` classes as leaves."""
+    try:
+        return _graph_of_modes(module, opaque)
+    finally:
+        module.train(False)
+
+
+def _graph_of_modes(module: nn.Module, opaque: Container[type[nn.Module]]) -> _Traced | _Untraceable:
     graphs = []
     constants: list[dict[str, Tensor]] = []
     taken = set(dir(module))
@@ -149,6 +175,19 @@ def _graph_of_both_modes(module: nn.Module, opaque: Container[type[nn.Module]]) 
         reason = "it computes different things in training and in eval mode"
         return _Untraceable(reason, _first_difference(module, *graphs))
     return graphs[1], {**constants[1], **dropouts}
+
+
+def _require_names(graph: fx.Graph) -> None:
+    """Raise if a path can't be written in the code that torch.fx generates."""
+    for node in graph.nodes:
+        word = next((part for part in str(node.target).split(".") if keyword.iskeyword(part)), None)
+        if node.op in ("call_module", "get_attr") and word is not None:
+            raise ValueError(f"{node.target!r} has a Python keyword in it")
+
+
+def _sentence(error: Exception) -> str:
+    """What torch.fx says, without its advice."""
+    return first_line(error).split(". ")[0]
 
 
 def _first_difference(root: nn.Module, *graphs: fx.Graph) -> nn.Module | None:
@@ -174,9 +213,12 @@ def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.G
         try:
             graph = tracer.trace(module)
             graph.lint()  # code that keeps what it was given may mix two graphs
+            _require_names(graph)
+            if tracer.failures:
+                error, culprit = tracer.failures[0]
+                return _Untraceable(_sentence(error), culprit)
         except Exception as error:
-            reason = first_line(error).split(". ")[0]  # torch.fx goes on with advice
-            return _Untraceable(reason, tracer.running[-1] if tracer.running else None)
+            return _Untraceable(_sentence(error), tracer.running[-1] if tracer.running else None)
         finally:
             made = {name: value for name, value in vars(module).items() if name not in before}
             for name in made:

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from repfx.functional_conv import is_shared
 from repfx.kernel import NoKernel, is_symmetric
+from repfx.meaning import has_tensors
 from repfx.memory import may_share_memory, mutated_by, reads_only_the_form
 from repfx.pattern import META, Match, Term, View
 
@@ -101,6 +102,30 @@ def channels_stay_put(match: Match, view: View) -> str | None:
     if not norms or _is_flat(match.source, view) or all(view.input_axes(str(node.target)) == 2 for node in norms):
         return None
     return "the input of the linear layer isn't known to be (batch, channels), and BatchNorm1d counts its channels on the second axis"
+
+
+def input_is_known(match: Match, view: View) -> str | None:
+    """Arithmetic on the model's own input stays: that may be of integers, or of one channel that a constant makes several of."""
+    first = match.ops[0]
+    if view.module(first.node) is not None:
+        return None
+    source = match.source
+    while source.op != "placeholder" and len(source.all_input_nodes) == 1 and not _is_layer(source, view):
+        source = source.all_input_nodes[0]
+    if source.op == "placeholder":
+        return "the input may be of integers, or have fewer channels than the constant"
+    op = view.op(source)
+    if op is not None and op.meaning.kind == "conv":
+        out_channels = op.meaning.build(META, op.meaning.in_channels or 0, op.meaning.dimensions or 0).out_channels
+        if out_channels != match.sizes()[0]:
+            return f"the constant makes {match.sizes()[0]} channels of {out_channels}"
+    return None
+
+
+def _is_layer(node: fx.Node, view: View) -> bool:
+    """Whether a node's output has a fraction, and as many channels as the module says."""
+    module = view.module(node)
+    return view.is_conv(node) or (module is not None and has_tensors(module))
 
 
 def pads_alike(match: Match, view: View) -> str | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from repfx.meaning import BATCH_NORMS, is_conv
-from repfx.notes import copy_with_notes
+from repfx.notes import copy_of
 
 _SIDES = (224, 64, 32)  # of the inputs that are tried
 
@@ -69,7 +69,9 @@ def _without_numbers(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(buffer): buffer.detach().to("meta") for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    return copy_with_notes(model, memo).eval()
+    scratch: nn.Module = copy_of(model, memo)
+    scratch.eval()
+    return scratch
 
 
 def _inputs(model: nn.Module) -> Iterator[Tensor]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from repfx.block import RepBlock
-from repfx.meaning import is_batch_norm, is_conv, is_plain_sequence, torch_class
+from repfx.meaning import code_of_its_own, has_hooks, is_batch_norm, is_conv, is_plain_sequence, torch_class
 from repfx.reach import calls
 
+_AUTOCAST = frozenset({"autocast"})
 CONV_FUNCTIONS = frozenset(f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3))
 
 
@@ -36,6 +37,15 @@ def is_leaf(module: nn.Module) -> bool:
     if is_plain_sequence(module):
         return False
     return not any(is_conv(inner) or is_batch_norm(inner) or calls_conv(inner) for inner in module.modules())
+
+
+def stays_whole(module: nn.Module) -> str | None:
+    """Why tracing can't go into a module, whatever its code is, or None."""
+    if has_hooks(module):
+        return "it has hooks, which would no longer run"
+    if calls(type(module), _AUTOCAST):  # type: ignore[arg-type]
+        return "it switches autocast on or off"
+    return code_of_its_own(module)
 
 
 def calls_conv(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from repfx.errors import InvalidInput
@@ -37,6 +37,12 @@ ACTIVATED_BATCH_NORMS = {
 }
 
 _LAZY_BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 _CODE = ("__call__", "forward", "_conv_forward")  # the methods that say what a layer computes
 
 _READERS: dict[type[nn.Module], Reader] = {}
@@ -127,7 +133,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 def is_plain_sequence(module: nn.Module) -> bool:
     """Whether a module runs its children one after another and nothing else."""
-    return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+    return getattr(type(module), "forward", None) is nn.Sequential.forward and code_of_its_own(module) is None
 
 
 def refusal_of(module: Layer) -> str | None:
@@ -151,11 +157,33 @@ def refusal_of(module: Layer) -> str | None:
     return None
 
 
+def has_tensors(module: nn.Module) -> bool:
+    """Whether a module holds parameters or buffers."""
+    return any(True for _ in (*module.parameters(), *module.buffers()))
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` runs more than its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or any(getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS))
+
+
+def code_of_its_own(module: nn.Module) -> str | None:
+    """Why calling `module` runs something else than the forward of its class, or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is compiled by TorchScript"
+    if qualified_name(module) == "torch._dynamo.eval_frame.OptimizedModule":
+        return "it is compiled by torch.compile"
+    if is_patched(module):
+        return "its forward was replaced on the instance"
+    if has_call_of_its_own(module):
+        return f"{type(module).__name__} has a __call__ of its own"
+    return None
+
+
+def has_call_of_its_own(module: nn.Module) -> bool:
+    """Whether the class of a module does more than torch's around its forward."""
+    return type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule)
 
 
 def is_patched(module: nn.Module) -> bool:

@@ -4,20 +4,44 @@ from __future__ import annotations
 
 import operator
 
-from torch import fx, nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from repfx.arithmetic import ARITHMETIC
+from repfx.errors import InvalidInput
 from repfx.meaning import is_batch_norm, is_conv
+from repfx.reach import writes_in_place
 
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
+IN_PLACE_OPERATORS = (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "imatmul",
+    "iand",
+    "ior",
+    "ixor",
+    "ilshift",
+    "irshift",
+)
+_IN_PLACE = {operator.setitem, *(getattr(operator, name) for name in IN_PLACE_OPERATORS)}
+
+# functions whose results are tensors of their own, whatever they are given
+_NEW = frozenset(
+    {F.pad, F.linear, torch.cat, torch.stack, torch.matmul}
+    | {getattr(torch, f"{kind}{n}d") for kind in ("conv", "conv_transpose") for n in (1, 2, 3)}
+)
 
 
 def mutated_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
     """The node whose tensor this one changes in place, if it does."""
     first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     if node.op == "call_module":
-        layers = root.get_submodule(str(node.target)).modules()
-        return first if any(getattr(layer, "inplace", False) for layer in layers) else None
+        return first if any(map(_works_in_place, root.get_submodule(str(node.target)).modules())) else None
     out = node.kwargs.get("out")
     if isinstance(out, fx.Node):
         return out
@@ -29,6 +53,18 @@ def mutated_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
         or str(getattr(node.target, "__name__", "")).endswith("_")
     )
     return first if node.op == "call_function" and in_place else None
+
+
+def _works_in_place(layer: nn.Module) -> bool:
+    if hasattr(layer, "inplace"):
+        return bool(layer.inplace)
+    return not type(layer).__module__.startswith("torch.") and writes_in_place(type(layer))  # type: ignore[arg-type]
+
+
+def has_code_of_others(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node calls a module with code that is not torch's, which may change tensors that the module holds."""
+    layers = root.get_submodule(str(node.target)).modules()
+    return any(not type(layer).__module__.startswith("torch.") for layer in layers)
 
 
 def may_share_memory(node: fx.Node, root: nn.Module) -> set[fx.Node]:
@@ -47,11 +83,19 @@ def _makes_new_tensor(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         return is_conv(module) or is_batch_norm(module) or isinstance(module, nn.Linear)
-    return node.target in ARITHMETIC and mutated_by(node, root) is None
+    return node.target in _NEW or (node.target in ARITHMETIC and mutated_by(node, root) is None)
+
+
+def require_tensor(value: object) -> None:
+    """Refuse what is no tensor, where traced code asked and the graph took it for one."""
+    if not isinstance(value, Tensor):
+        raise InvalidInput(f"this module was traced with a tensor where it is called with a {type(value).__name__}.")
 
 
 def reads_only_the_form(node: fx.Node) -> bool:
     """Whether a node asks a tensor for its shape, dtype or device and for no number in it."""
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("shape", "ndim", "dtype", "device")
+    if node.op == "call_function" and node.target is require_tensor:
+        return True
     return node.op == "call_method" and node.target in ("size", "dim", "numel", "ndimension", "nelement")

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+
+from repfx.errors import InvalidInput
+
+
+def require_module(model: object) -> None:
+    """Raise `InvalidInput` for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"model is of type {type(model).__name__}, not a torch.nn.Module.")
 
 
 def attribute(root: nn.Module, path: str) -> Any:
@@ -29,11 +38,22 @@ def has(root: nn.Module, path: str) -> bool:
 
 
 def module_paths(model: nn.Module) -> dict[int, list[str]]:
-    """Every path under which each module is registered, by the module's id."""
+    """Every path under which each module is registered or kept in a plain attribute, by the module's id."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name != "_modules":
+                for other in _modules_in(value):
+                    paths.setdefault(id(other), []).append(f"{path}.{name}".lstrip("."))
     return paths
+
+
+def _modules_in(value: Any) -> Iterator[nn.Module]:
+    """The modules that a plain attribute holds, alone or in a list, a tuple or a dict."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+    return (each for each in values if isinstance(each, nn.Module))
 
 
 def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:

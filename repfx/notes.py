@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from repfx.errors import InvalidInput, first_line
+from repfx.module_tree import require_module
+
 _COPIED = "_user_preserved_attributes"  # torch.fx's name: all that copying keeps of a GraphModule's own attributes
 _NAMES = "repfx_notes"  # loading forgets the above, and keeps plain attributes
 
@@ -30,10 +33,26 @@ def kept(module: nn.Module, name: str) -> object | None:
     return found
 
 
-def copy_with_notes(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy of a model, of one that was saved and loaded too, with all that its modules carry."""
+def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
+    """A deep copy of a model, of one that was saved and loaded too, with all that its modules carry.
+
+    Args:
+        memo: what stands for what in the copy, by the original's id, as `copy.deepcopy` takes it.
+
+    Raises:
+        InvalidInput: it is no module, or not all of it is copied.
+    """
+    require_module(model)
     for module in model.modules():
         for name in vars(module).get(_NAMES, ()):
             if isinstance(module, fx.GraphModule) and name in vars(module):
                 keep(module, name, vars(module)[name])
-    return copy.deepcopy(model, memo)
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise InvalidInput(f"{type(model).__name__} can't be copied: {first_line(error)}.") from error
+    originals = {id(module) for module in model.modules()}
+    shared = [path for path, module in copied.named_modules() if id(module) in originals]
+    if shared:
+        raise InvalidInput(f"{shared[0]!r} isn't copied by copy.deepcopy, so a rewrite would change the model itself.")
+    return copied

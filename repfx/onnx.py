@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from repfx.difference import Difference, count_numbers, differences, leaves, worst
 from repfx.equivalence import TOLERANCES
 from repfx.errors import ExportError, InvalidInput, first_line
+from repfx.module_tree import require_module
 from repfx.onnx_program import quiet, reason, write_program
 from repfx.passes.fuse import fuse
 from repfx.precision import Inputs, as_arguments, describe, map_tensors, seeded
@@ -105,8 +106,7 @@ def export_onnx(
         ExportError: the model can't be exported, onnxruntime can't run it or gives something else, or a package is
             missing (``pip install 'repfx[onnx]'``).
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"model is of type {type(model).__name__}, not a torch.nn.Module.")
+    require_module(model)
     if not tolerance > 0:
         raise InvalidInput(f"tolerance is {tolerance}: it must be a number above 0.")
     with staged(path, ".onnx") as (target, staging):

@@ -18,7 +18,7 @@ from repfx.bordered_padding import padded_before, read_border
 from repfx.constants import Constants
 from repfx.functional_conv import is_functional_conv, read_functional_conv
 from repfx.kernel import Kernel, NoKernel
-from repfx.meaning import Kind, Meaning, has_hooks, is_batch_norm, is_conv, refusal_of
+from repfx.meaning import Kind, Meaning, has_hooks, has_tensors, is_batch_norm, is_conv, refusal_of
 from repfx.operations import Op, read_op
 from repfx.viewed_norm import read_viewed_norm
 
@@ -74,12 +74,14 @@ class View:
         module = self.root.get_submodule(path)
         if has_hooks(module):
             return f"{type(module).__name__} has hooks, which would no longer see what they see now"
-        if not any(True for _ in module.parameters()) and not is_batch_norm(module):
+        if not has_tensors(module):
             return None
         if self.calls[path] > 1:
             return f"it is called {self.calls[path]} times; a change would change every call"
         if self.registered[path] > 1:
             return f"it is registered under {self.registered[path]} names"
+        if self.constants.changes(path):
+            return "its parameters are changed in forward"
         if path in self._read_elsewhere and not is_batch_norm(module):  # whose tensors no rewrite changes
             return "its parameters are read elsewhere in the model"
         if any(tensor.is_complex() for tensor in module.parameters()):

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from repfx.editor import Editor
-from repfx.errors import InvalidInput, first_line
 from repfx.explanation import UNTRACED, all_that_stays, left_alone, left_outside
 from repfx.graph import Island, call_counts, trace
 from repfx.input_axes import InputAxes
 from repfx.installation import install, prepare
 from repfx.journaling import forget
 from repfx.meaning import is_batch_norm
-from repfx.module_tree import module_paths
-from repfx.notes import copy_with_notes
+from repfx.module_tree import module_paths, require_module
+from repfx.notes import copy_of
 from repfx.pattern import View
 from repfx.reporting import Edit, Report, Skip
 from repfx.rule import PASSES as PASSES
@@ -32,7 +32,13 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
     In a caller's `torch.inference_mode()`, too, its results are ordinary tensors, which can be trained.
     """
     Pass(function.__name__, (function.__doc__ or "").strip().splitlines()[0].rstrip("."))
-    return torch.inference_mode(False)(function)
+
+    @wraps(function)
+    def checked(model: nn.Module, *args: Any, **options: Any) -> Any:
+        require_module(model)
+        return function(model, *args, **options)
+
+    return torch.inference_mode(False)(checked)
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     Each rewrite removes a node, and each node is visited once more after each rewrite, so the cost is linear.
     """
     rules = tuple(rules)
-    target = copy_model(model).eval()  # a parametrized weight may change when it is read in training mode
+    target = copy_of(model)
+    target.eval()  # a parametrized weight may change when it is read in training mode
     traces = trace(target)
     calls, registered, axes = call_counts(traces), module_paths(target), InputAxes(model)
     edits: list[Edit] = []
@@ -74,14 +81,6 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     take_over_modes(target, model)
     forget(target)
     return Result(target, Report(name, tuple(edits), skipped, declined, tuple(dict.fromkeys(kept))))
-
-
-def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy, or an error that says why there is none."""
-    try:
-        return copy_with_notes(model)
-    except Exception as error:
-        raise InvalidInput(f"{type(model).__name__} can't be copied: {first_line(error)}.") from error
 
 
 def _view(

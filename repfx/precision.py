@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from repfx.errors import InvalidInput, first_line
-from repfx.notes import copy_with_notes
+from repfx.errors import InvalidInput
+from repfx.notes import copy_of
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -37,10 +37,9 @@ def double_copy(model: nn.Module) -> nn.Module:
             if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
                 raise InvalidInput(f"{f'{path}.{name}'.lstrip('.')!r} has no values yet: run or load the model first.")
             memo[id(tensor)] = _double(tensor)
-    try:
-        return copy_with_notes(model, memo).eval()
-    except Exception as error:
-        raise InvalidInput(f"{type(model).__name__} can't be copied: {first_line(error)}.") from error
+    copied: nn.Module = copy_of(model, memo)
+    copied.eval()
+    return copied
 
 
 def run_double(model: nn.Module, x: Inputs) -> Any:

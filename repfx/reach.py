@@ -7,36 +7,171 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from torch import nn
 
-from repfx.meaning import is_batch_norm, is_conv
+from repfx.meaning import is_batch_norm, is_conv, is_plain_sequence
 
 
-def layer_reached(module: nn.Module, names: frozenset[str]) -> str | None:
-    """The path of a conv, BatchNorm or linear layer inside `module` that is called by one of these names, or None."""
-    for path, layer in module.named_modules():
-        if str(path).rpartition(".")[2] in names and (
-            is_conv(layer) or is_batch_norm(layer) or isinstance(layer, nn.Linear)
-        ):
-            return str(path)
-    return None
+@dataclass(frozen=True)
+class Around:
+    """What code that can't be traced, around a module, reads of it or of what is in it.
 
-
-def names_reached(cls: type[nn.Module]) -> frozenset[str]:
-    """The attributes that a class's forward, and what it calls of its own, reads from anything but `self`.
-
-    None where there is no source to be read.
-
-    >>> "conv2d" in names_reached(nn.Conv2d), "weight" in names_reached(nn.Conv2d)  # F.conv2d(…, self.weight)
-    (True, False)
+    Args:
+        names: attributes that it reads from anything but itself.
+        classes: names of classes that it asks for with `isinstance`.
+        taken_apart: its own attributes that it does more with than call them: it may index them or iterate over them.
+        indexes: whether it calls what it has indexed, as in ``layers[0](x)``.
+        lists_children: whether it goes through children by their order.
+        passes_more: whether it calls anything of its own with more than one positional argument.
     """
-    nodes = (node for node in _forward(cls) if isinstance(node, ast.Attribute))
-    return frozenset(node.attr for node in nodes if not _is_self(node.value))
+
+    names: frozenset[str] = frozenset()
+    classes: frozenset[str] = frozenset()
+    taken_apart: frozenset[str] = frozenset()
+    indexes: bool = False
+    lists_children: bool = False
+    passes_more: bool = False
+
+    def inside(self, module: nn.Module) -> Around:
+        """With what this module's code does, for what is in it."""
+        code = list(_code_of(type(module), ("forward", "train", *self._members(module)), helpers=True))
+        calls = [node for node in code if isinstance(node, ast.Call)]
+        attributes = [node for node in code if isinstance(node, ast.Attribute)]
+        used_whole = {id(call.func) for call in calls} | {id(node.value) for node in attributes}
+        return Around(
+            self.names | _names_read(attributes) | _names_by_text(calls),
+            self.classes | _classes_asked_for(calls),
+            frozenset(node.attr for node in attributes if _is_self(node.value) and id(node) not in used_whole),
+            self.indexes or any(isinstance(call.func, ast.Subscript) for call in calls),
+            self.lists_children or any(node.attr in _LISTS and not _is_self(node.value) for node in attributes),
+            self.passes_more or any(_passes_more(call) for call in calls),
+        )
+
+    def reason(self, module: nn.Module) -> str | None:
+        """Why a module can't become a graph, or None."""
+        what = "code around it, which can't be traced,"
+        layer = next((path for path, each in module.named_modules() if self._reads(path, each)), None)
+        if layer is not None:
+            return f"{what} reaches for its {layer!r}"
+        if is_plain_sequence(module):
+            return None
+        asked = asked_for(module, self.classes)
+        if asked is not None:
+            return f"{what} asks whether it is a {asked}"
+        return next((f"{what} reads its {member!r}" for member in self._members(module)), None)
+
+    def _members(self, module: nn.Module) -> list[str]:
+        """The methods of a module that the code calls in the place of its forward, and the properties that it reads."""
+        own = {name for cls in _own_classes(module) for name in vars(cls)}
+        return sorted(name for name in own & self.names if not _is_value(module, name))
+
+    @property
+    def order_of_children(self) -> str | None:
+        """Why nothing inside may be changed, or None."""
+        return (
+            "code around it, which can't be traced, goes through children by their order"
+            if self.lists_children
+            else None
+        )
+
+    def other_arguments(self, module: nn.Module) -> str | None:
+        """Why a module's arguments can't be taken for their defaults, or None."""
+        if not self.passes_more:
+            return None
+        parameters = inspect.signature(module.forward).parameters.values()
+        name = next((each.name for each in parameters if each.default is not inspect.Parameter.empty), None)
+        return name and f"code around it, which can't be traced, may give it {name!r}"
+
+    def takes_apart(self, path: str) -> bool:
+        """Whether a plain sequence at a path may be run in parts."""
+        return self.indexes or path.rpartition(".")[2] in self.taken_apart
+
+    def _reads(self, path: str, layer: nn.Module) -> bool:
+        named = path.rpartition(".")[2] in self.names
+        return named and (is_conv(layer) or is_batch_norm(layer) or isinstance(layer, nn.Linear))
+
+
+_LISTS = frozenset({"children", "named_children", "_modules"})
+
+
+def _is_value(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is a plain value, which a graph in the module's place has too."""
+    return name.startswith("__") or isinstance(getattr(module, name, None), (bool, int, float, str, tuple))
+
+
+def asked_for(module: nn.Module, classes: frozenset[str]) -> str | None:
+    """The first of a module's classes, up to `nn.Module`, that is among these names."""
+    return next((cls.__name__ for cls in _own_classes(module) if cls.__name__ in classes), None)
+
+
+def _own_classes(module: nn.Module) -> tuple[type, ...]:
+    """A module's class and its bases, up to torch's."""
+    classes = type(module).__mro__
+    return classes[: classes.index(nn.Module)]
+
+
+def _names_read(attributes: list[ast.Attribute]) -> frozenset[str]:
+    """What is read from anything but `self`."""
+    return frozenset(node.attr for node in attributes if not _is_self(node.value))
+
+
+def _classes_asked_for(calls: list[ast.Call]) -> frozenset[str]:
+    """The names of classes in calls of `isinstance`."""
+    asked = [call.args[1] for call in calls if _calls_by_name(call, "isinstance") and len(call.args) == 2]
+    nodes = (node for each in asked for node in ast.walk(each))
+    return frozenset(
+        node.attr if isinstance(node, ast.Attribute) else node.id
+        for node in nodes
+        if isinstance(node, (ast.Attribute, ast.Name))
+    )
+
+
+def _names_by_text(calls: list[ast.Call]) -> frozenset[str]:
+    """``getattr(module, "name")``."""
+    named = [call.args[1] for call in calls if _calls_by_name(call, "getattr") and len(call.args) > 1]
+    return frozenset(str(each.value) for each in named if isinstance(each, ast.Constant))
+
+
+def _passes_more(call: ast.Call) -> bool:
+    """Whether something that may be a module is called with more than one argument."""
+    starred = any(isinstance(argument, ast.Starred) for argument in call.args)
+    own = isinstance(call.func, ast.Name) or (isinstance(call.func, ast.Attribute) and _is_self(call.func.value))
+    own = own or isinstance(call.func, ast.Subscript) or _is_attribute_of_self(call.func)
+    return own and (len(call.args) + len(call.keywords) > 1 or starred or bool(call.keywords))
+
+
+def _is_attribute_of_self(function: ast.expr) -> bool:
+    """``self.name.other``"""
+    return isinstance(function, ast.Attribute) and isinstance(function.value, ast.Attribute)
+
+
+def _calls_by_name(call: ast.Call, name: str) -> bool:
+    return isinstance(call.func, ast.Name) and call.func.id == name
+
+
+@cache
+def writes_in_place(cls: Any) -> bool:
+    """Whether a class's forward may write into a tensor: ``x.mul_(…)``, ``x += …``, ``x[…] = …``.
+
+    >>> writes_in_place(nn.Conv2d)
+    False
+    """
+    for node in _forward(cls):
+        if isinstance(node, ast.AugAssign):
+            return True
+        if isinstance(node, ast.Assign) and any(isinstance(target, ast.Subscript) for target in node.targets):
+            return True
+        name = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+        if name.endswith("_") and not name.endswith("__"):
+            return True
+    return False
 
 
 @cache
@@ -56,13 +191,36 @@ def calls(cls: Any, names: frozenset[str]) -> bool:
 
 def _forward(cls: type[nn.Module]) -> Iterator[ast.AST]:
     """All that a class's forward is written of, and the methods and properties of its own that it reads."""
-    pending, seen = ["forward"], {"forward"}
+    return _code_of(cls, ("forward",), helpers=False)
+
+
+def _code_of(cls: type[nn.Module], names: Iterable[str], *, helpers: bool) -> Iterator[ast.AST]:
+    """The same from other methods on; with `helpers` also the functions of the same package that they call by name."""
+    pending: list[Any] = list(names)
+    seen = set(pending)
+    functions = _functions_beside(cls) if helpers else {}
     while pending:
-        for node in _code(cls, pending.pop()):
+        each = pending.pop()
+        for node in _code(cls, each) if isinstance(each, str) else _source(each):
             yield node
-            if isinstance(node, ast.Attribute) and _is_self(node.value) and node.attr not in seen:
-                seen.add(node.attr)
-                pending.append(node.attr)
+            found: Any = None
+            if isinstance(node, ast.Attribute) and _is_self(node.value):
+                found = node.attr
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                found = functions.get(node.func.id)
+            if found is not None and found not in seen:
+                seen.add(found)
+                pending.append(found)
+
+
+def _functions_beside(cls: type[nn.Module]) -> dict[str, Any]:
+    package = cls.__module__.split(".")[0]
+    names = getattr(sys.modules.get(cls.__module__), "__dict__", {})
+    return {
+        name: value
+        for name, value in names.items()
+        if inspect.isfunction(value) and (value.__module__ or "").split(".")[0] == package
+    }
 
 
 def _code(cls: type[nn.Module], name: str) -> Iterator[ast.AST]:
@@ -70,10 +228,15 @@ def _code(cls: type[nn.Module], name: str) -> Iterator[ast.AST]:
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         found = vars(base).get(name)
         function = found.fget if isinstance(found, property) else found
-        try:
-            yield from ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function))))  # type: ignore[arg-type]
-        except (OSError, TypeError, SyntaxError):
-            continue
+        yield from _source(function) if inspect.isfunction(function) else ()
+
+
+@cache
+def _source(function: Any) -> tuple[ast.AST, ...]:
+    try:
+        return tuple(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))))
+    except (OSError, TypeError, SyntaxError):
+        return ()
 
 
 def _is_self(value: ast.expr) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 
@@ -11,8 +11,10 @@ from repfx.activated_norm import norm_of
 from repfx.block import RepBlock
 from repfx.branch import fitting
 from repfx.graph import Island, Traces, call_counts, trace
-from repfx.meaning import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, Layer, is_conv, refusal_of, torch_class
+from repfx.leaves import is_leaf
+from repfx.meaning import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, Layer, code_of_its_own, is_conv, refusal_of, torch_class
 from repfx.module_tree import module_paths
+from repfx.reach import Around, asked_for
 from repfx.reporting import report
 from repfx.selection import Selection
 from repfx.spec import ConvSpec, SpecLike
@@ -98,10 +100,16 @@ def _plan(site: Site, selection: Selection) -> str:
 def find_sites(model: nn.Module) -> list[Site]:
     """All sites, those inside blocks too."""
     traces = trace(model)
-    norms = _own_norms(model, traces)
     read = _read_elsewhere(traces)
     registered = module_paths(model)
+    calls = call_counts(traces)
     owners = _owners(model)
+    code = _code_around(model)
+    norms = {
+        conv: norm
+        for conv, norm in _own_norms(model, traces).items()
+        if not code[norm].needs_norm(model.get_submodule(norm))
+    }
     blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
     origins = {f"{path}.origin.conv" for path in blocks}
     found = []
@@ -110,9 +118,47 @@ def find_sites(model: nn.Module) -> list[Site]:
         if isinstance(module, RepBlock):
             found.append(Site(path, module.site, module.norm_path, tuple(module.branches), inside))
         elif is_conv(module) and path not in origins:
-            refusal = _refusal(module, path, read, registered, owners)
+            refusal = _refusal(module, path, read, registered, owners) or code[path].refusal(
+                module, called=calls[path] > 0
+            )
             conv = ConvSpec.of(module) if torch_class(module) in CONVS else None
             found.append(Site(path, conv, norms.get(path), (), inside, refusal))
+    return found
+
+
+@dataclass(frozen=True)
+class _Code:
+    """The code around a layer: what it reads and asks for, and why nothing in it can be changed, if so."""
+
+    around: Around = field(default_factory=Around)
+    closed: str | None = None
+
+    def refusal(self, conv: nn.Module, *, called: bool) -> str | None:
+        """Why a conv can't become a block; `called` is whether a graph calls it."""
+        asked = asked_for(conv, self.around.classes)
+        if asked is not None:
+            return f"code around it asks whether it is a {asked}"
+        if not called and "weight" in self.around.names:
+            return "code around it, which can't be traced, reads its weights"
+        return self.closed
+
+    def needs_norm(self, norm: nn.Module) -> bool:
+        """Whether a BatchNorm has to stay where it is."""
+        return asked_for(norm, self.around.classes) is not None or bool(_OF_NORMS & self.around.names)
+
+
+_OF_NORMS = frozenset({"eps", "momentum", "num_features", "running_mean", "running_var", "affine"})
+
+
+def _code_around(model: nn.Module) -> dict[str, _Code]:
+    """For each module, by path, the code of all that it lies in."""
+    found = {"": _Code()}
+    for path, module in model.named_modules():
+        code = found.get(path, _Code())
+        if not is_leaf(module):
+            code = _Code(code.around.inside(module), code.closed or code_of_its_own(module))
+        for name, _ in module.named_children():
+            found[f"{path}.{name}".lstrip(".")] = code
     return found
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import enum
 import inspect
 import itertools
 import operator
 import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from repfx.block import RepBlock
 from repfx.errors import InvalidInput
-from repfx.leaves import is_leaf
-from repfx.meaning import has_hooks
+from repfx.leaves import is_leaf, stays_whole
+from repfx.meaning import has_call_of_its_own
+from repfx.memory import IN_PLACE_OPERATORS, require_tensor
 
 # functions of libraries that no trace gets through, with nothing in them to rewrite
 _LEAF_FUNCTIONS = {"timm.layers.padding": ("pad_same",)}
@@ -36,21 +40,50 @@ class Tracer(fx.Tracer):
         self.opaque = opaque
         self.block_calls: Counter[nn.Module] = Counter()
         self.running: list[nn.Module] = []  # whose code runs now; after an error, whose code failed
+        self.failures: list[tuple[Exception, nn.Module | None]] = []  # what could not be traced, caught by code or not
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if has_call_of_its_own(m):  # which has run already when this is reached, and would run again in the graph
+            self.running.append(m)
+            raise TypeError(f"{type(m).__name__} has a __call__ of its own")
         self.block_calls[m] += isinstance(m, RepBlock)
         self.running.append(m)
         result = super().call_module(m, forward, args, kwargs)
         self.running.pop()
         return result
 
+    def create_arg(self, a: Any) -> Any:
+        """numpy's numbers, and others of a class of their own, as plain ones, for the graph is written as text."""
+        if issubclass(type(a), fx.Proxy):
+            return a.node
+        if type(a).__module__ == "numpy" and getattr(a, "ndim", 1) == 0:
+            return a.item()
+        if type(a) not in (bool, int, float) and isinstance(a, (int, float)) and not isinstance(a, enum.Enum):
+            return int(a) if isinstance(a, int) else float(a)
+        return super().create_arg(a)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self._noting_failure(super().to_bool, obj))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        found: Iterator[Any] = self._noting_failure(super().iter, obj)
+        return found
+
+    def _noting_failure(self, function: Callable[[fx.Proxy], Any], obj: fx.Proxy) -> Any:
+        """Code may catch the error and go on as if it had been its own."""
+        try:
+            return function(obj)
+        except Exception as error:
+            self.failures.append((error, self.running[-1] if self.running else None))
+            raise
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _ParameterProxy(node, self) if node.op == "get_attr" else _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m) or has_hooks(m) or m in self.shared or type(m) in self.opaque
+        return is_leaf(m) or stays_whole(m) is not None or m in self.shared or type(m) in self.opaque
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -82,26 +115,82 @@ def _order_placeholders(parameters: list[inspect.Parameter], graph: fx.Graph) ->
             raise TypeError(f"torch.fx can't take {after.name!r} by keyword alone, after an argument with a default")
 
 
-class _Proxy(fx.Proxy):
-    """Records ``x += y`` and ``x[…] = y`` as what they are.
+_INSTANCE_CHECKS = ("abc", "torch.nn.parameter")  # where `isinstance` of some classes is written in Python
+_OWN = frozenset({"__dict__", "tracer", "node", "_node", "root", "attr"})
 
-    torch.fx's own proxy takes the one for ``x = x + y``, which leaves x as it was, and refuses the other.
+
+class _Proxy(fx.Proxy):
+    """Records what code does to a value in place, and doesn't let it take a value for something else than it is.
+
+    torch.fx's own proxy takes ``x += y`` for ``x = x + y``, which leaves x as it was; says that it is no tensor; and lets code assign
+    attributes, or write its shape into a text, as if nothing had happened.
     """
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What `isinstance` looks at: a tensor, of which the graph makes sure where it runs."""
+        if _asked_by_tracing():
+            return type(self)
+        known = _known_type(self.node)
+        if known is not None:
+            return known
+        if not any(user.target is require_tensor for user in self.node.users):
+            self.tracer.create_proxy("call_function", require_tensor, (self,), {})
+        return Tensor
+
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN:
+            raise TypeError(f"code assigns the attribute {name!r} of a tensor")
+        object.__setattr__(self, name, value)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+    def __str__(self) -> str:
+        if _asked_by_tracing():
+            return fx.Proxy.__repr__(self)
+        raise TypeError("code writes a value that depends on the input into a text")
 
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+    def __format__(self, form: str) -> str:
+        raise TypeError("code writes a value that depends on the input into a text")
 
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
 
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in IN_PLACE_OPERATORS:
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+
+
+def _asked_by_tracing() -> bool:
+    """Whether the code that called the caller of this is the tracer's, not the model's."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") in _INSTANCE_CHECKS:
+        frame = frame.f_back
+    return frame is not None and str(frame.f_globals.get("__name__", "")).startswith(("torch.fx", "repfx."))
+
+
+def _known_type(node: fx.Node) -> type | None:
+    """The type of sizes and what is computed from them; None for all else."""
+    if node.op == "call_function" and node.target is getattr:
+        return {"shape": torch.Size, "ndim": int, "dtype": torch.dtype, "device": torch.device}.get(str(node.args[1]))
+    if node.op == "call_method" and node.target in ("size", "dim", "numel", "ndimension", "nelement"):
+        return torch.Size if node.target == "size" and len(node.args) + len(node.kwargs) == 1 else int
+    types = {_known_type(source) for source in node.all_input_nodes}
+    if node.op != "call_function" or not types or not types <= {int, float, torch.Size}:
+        return None
+    if node.target is operator.getitem and types == {torch.Size}:
+        return torch.Size if isinstance(node.args[1], slice) else int
+    return None if torch.Size in types else (float if node.target is operator.truediv else types.pop())
+
+
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    """``x.name``, of which it isn't known yet whether it is called."""
 
 
 class _ParameterProxy(_Proxy):

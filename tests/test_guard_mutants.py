@@ -16,14 +16,22 @@ from torch import fx, nn
 import repfx.constants
 import repfx.graph
 import repfx.guards
+import repfx.leaves
+import repfx.meaning
+import repfx.memory
+import repfx.module_tree
 import repfx.pattern
 import repfx.pipeline
+import repfx.site
 import repfx.tracer
+from repfx.errors import InvalidInput
 from repfx.kernel import NoKernel
 from repfx.memory import mutated_by
 from repfx.pattern import View
+from repfx.reach import Around
 from repfx.rule import RULES, Rule
-from tests import test_graph, test_guards, test_legal_graphs
+from repfx.tracer import Tracer
+from tests import test_graph, test_guards, test_legal_graphs, test_traps
 from tests.inline_net import Net, fused_exactly, image
 
 Check = Callable[[], object]
@@ -47,6 +55,10 @@ def legal(name: str) -> Check:
 
 def in_place(function: Callable[..., Any]) -> Check:
     return lambda: test_guards.test_what_is_changed_in_place_is_not_moved(function)
+
+
+def trap(name: str) -> Check:
+    return lambda: test_traps.test_it_is_fused_right_or_left_alone(name)
 
 
 IN_PLACE = (
@@ -81,6 +93,10 @@ CHECKS: dict[str, Check] = {
     "an unknown module of a list": test_graph.test_a_sequence_in_code_that_can_t_be_traced_stays_a_sequence,
     "a default taken": test_graph.test_an_argument_with_a_default_stands_for_it,
     **{function.__name__: in_place(function) for function in IN_PLACE},
+    "a grey image": test_traps.test_a_grey_image_is_spread_over_the_channels_of_a_constant,
+    **{name: trap(name) for name in test_traps.TRAPS},
+    "expanding an alias": lambda: test_traps.test_it_is_expanded_right_or_left_alone("alias in a list", "acb"),
+    "expanding what is asked for": lambda: test_traps.test_it_is_expanded_right_or_left_alone("asks for convs", "acb"),
 }
 
 
@@ -88,7 +104,7 @@ CHECKS: dict[str, Check] = {
 
 
 # By other numbers, or because the code trips over it; `pytest.fail` is what an error that doesn't come ends in.
-FAILURES = (AssertionError, NoKernel, RuntimeError, pytest.fail.Exception)
+FAILURES = (AssertionError, InvalidInput, NoKernel, RuntimeError, pytest.fail.Exception)
 
 
 def never(*_: Any) -> None:
@@ -123,6 +139,11 @@ def without_refusal(piece: str) -> Plant:
 def without_what_changes(patch: pytest.MonkeyPatch) -> None:
     """A view takes a parameter that the forward writes to for a constant."""
     patch.setattr(repfx.constants, "mutated_by", never)
+
+
+def without_own_code(patch: pytest.MonkeyPatch) -> None:
+    for module in (repfx.graph, repfx.leaves, repfx.meaning):
+        patch.setattr(module, "code_of_its_own", never)
 
 
 def written_by_functions_alone(node: fx.Node, root: nn.Module) -> fx.Node | None:
@@ -208,7 +229,7 @@ MUTANTS = [
     Mutant("reads not seen", without_refusal("read elsewhere"), ("weight read elsewhere",)),
     Mutant("complex taken for real", without_refusal("complex"), ("complex weights",)),
     Mutant("hooks on layers ignored", puts(repfx.pattern, "has_hooks", never), ("a hook on an identity",)),
-    Mutant("hooks on blocks ignored", puts(repfx.graph, "has_hooks", never), ("a hook on a block",)),
+    Mutant("hooks on blocks ignored", puts(repfx.leaves, "has_hooks", lambda module: False), ("a hook on a block",)),
     Mutant("moving parameters taken for constants", without_what_changes, ("a moving parameter",)),
     Mutant("moving buffers traced through", puts(repfx.graph, "_state", never), ("a moving buffer",)),
     Mutant("one mode for both", puts(repfx.graph, "_text", never), ("another graph in training mode",)),
@@ -219,9 +240,19 @@ MUTANTS = [
     ),
     Mutant(
         "+= taken for +",
-        puts(repfx.tracer.Tracer, "proxy", lambda tracer, node: fx.Proxy(node, tracer)),
+        puts(Tracer, "proxy", lambda tracer, node: fx.Proxy(node, tracer)),
         ("output added into an input that is used again",),
     ),
+    Mutant("input_is_known", without_guard("input_is_known"), ("a grey image",)),
+    Mutant("writing layers ignored", puts(repfx.memory, "writes_in_place", never), ("in place without saying so",)),
+    Mutant("caught errors forgotten", puts(Tracer, "_noting_failure", lambda tracer, f, x: f(x)), ("error caught",)),
+    Mutant("code around not read", puts(Around, "reason", never), ("helper function", "asks for blocks")),
+    Mutant("other arguments not seen", puts(Around, "other_arguments", never), ("argument with a default",)),
+    Mutant("parts of sequences not seen", puts(Around, "takes_apart", never), ("tapped", "indexed")),
+    Mutant("children in order not seen", puts(Around, "order_of_children", None), ("children",)),
+    Mutant("own code ignored", without_own_code, ("… of a part of what can't be traced",)),
+    Mutant("plain attributes not seen", puts(repfx.module_tree, "_modules_in", lambda _: ()), ("expanding an alias",)),
+    Mutant("classes not asked for", puts(repfx.site, "asked_for", never), ("expanding what is asked for",)),
     Mutant("defaults not kept", puts(repfx.tracer, "require_default", never), ("a default taken",)),
 ]
 ROWS = [pytest.param(mutant, check, id=f"{mutant.name}-{check}") for mutant in MUTANTS for check in mutant.checks]

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 import repfx
 from repfx.errors import Refused
-from repfx.notes import copy_with_notes
+from repfx.notes import copy_of
 from repfx.provenance import Provenance, attach, provenance_of
 from repfx.reporting import Edit, Report, Skip
 from tests.small_net import batch, small_net
@@ -81,7 +81,7 @@ def test_a_report_stays_with_its_model(make: Any, tmp_path: Path) -> None:
         copy.deepcopy(model),
         copy.copy(model),
         loaded,
-        copy_with_notes(loaded),
+        copy_of(loaded),
         pickle.loads(pickle.dumps(model)),
     ]
     assert [repfx.report(twin) for twin in twins] == [second] * len(twins)

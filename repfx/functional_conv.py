@@ -62,7 +62,12 @@ def read_functional_conv(node: fx.Node, constants: Constants) -> Op | None:
     call = _arguments(node)
     weight, bias = constants.tensor(call["weight"]), constants.tensor(call["bias"])
     unreadable = weight is None or weight.ndim != dimensions + 2 or (bias is None) is not (call["bias"] is None)
-    if weight is None or unreadable or not isinstance(call["input"], fx.Node):
+    if (
+        weight is None
+        or unreadable
+        or not isinstance(call["input"], fx.Node)
+        or _has_a_dtype_of_its_own(call["weight"], constants)
+    ):
         return None
     try:
         sizes = {name: constants.literal(value) for name, value in call.items() if name in _SIZES}
@@ -73,6 +78,7 @@ def read_functional_conv(node: fx.Node, constants: Constants) -> Op | None:
     return Op(node, call["input"], meaning)
 
 
+_CASTS = frozenset({"to", "type", "type_as", "half", "bfloat16", "float", "double"})
 _SIZES = ("stride", "padding", "dilation", "groups", "output_padding")
 
 
@@ -119,6 +125,12 @@ def settings_of(node: fx.Node, root: nn.Module) -> Layer:
     like = weights[0].detach().new_empty(0).requires_grad_(any(weight.requires_grad for weight in weights))
     window = (1,) * _FUNCTIONS[node.target][0]
     return SimpleNamespace(weight=like, bias=call["bias"], padding=(), kernel_size=window)
+
+
+def _has_a_dtype_of_its_own(weight: fx.Node, constants: Constants) -> bool:
+    """Whether a weight isn't in the dtype of the parameters that it is computed from."""
+    casts = any(node.op == "call_method" and node.target in _CASTS for node in _origins(weight))
+    return casts or any(constants.literal(source).is_complex() for source in _parameters(weight))
 
 
 def is_shared(node: fx.Node) -> bool:

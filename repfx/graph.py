@@ -164,8 +164,11 @@ def _graph_of_modes(module: nn.Module, opaque: Container[type[nn.Module]]) -> _T
         module.train(training)
         state = _state(module)
         result = _traced(module, opaque)
+        keeper = _forget_values(module)
         if isinstance(result, _Untraceable):
             return result
+        if keeper is not None:
+            return _Untraceable("it keeps a value that is computed from the input as an attribute", keeper)
         if _state(module) != state:
             return _Untraceable("it changes its own tensors while it runs")
         graphs.append(result[0])
@@ -175,6 +178,16 @@ def _graph_of_modes(module: nn.Module, opaque: Container[type[nn.Module]]) -> _T
         reason = "it computes different things in training and in eval mode"
         return _Untraceable(reason, _first_difference(module, *graphs))
     return graphs[1], {**constants[1], **dropouts}
+
+
+def _forget_values(module: nn.Module) -> nn.Module | None:
+    """Take away the values of a trace that code has kept as attributes; gives one of the modules that had any."""
+    keeper = None
+    for inner in module.modules():
+        for name in [name for name, value in vars(inner).items() if issubclass(type(value), fx.Proxy)]:
+            delattr(inner, name)
+            keeper = inner
+    return keeper
 
 
 def _require_names(graph: fx.Graph) -> None:

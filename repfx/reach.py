@@ -29,6 +29,7 @@ class Around:
         taken_apart: its own attributes that it does more with than call them: it may index them or iterate over them.
         indexes: whether it calls what it has indexed, as in ``layers[0](x)``.
         lists_children: whether it goes through children by their order.
+        sets_modes: its own attributes that its `train` mentions: a BatchNorm that stays frozen, say.
         passes_more: whether it calls anything of its own with more than one positional argument.
     """
 
@@ -38,6 +39,7 @@ class Around:
     indexes: bool = False
     lists_children: bool = False
     passes_more: bool = False
+    sets_modes: frozenset[str] = frozenset()
 
     def inside(self, module: nn.Module) -> Around:
         """With what this module's code does, for what is in it."""
@@ -52,6 +54,11 @@ class Around:
             self.indexes or any(isinstance(call.func, ast.Subscript) for call in calls),
             self.lists_children or any(node.attr in _LISTS and not _is_self(node.value) for node in attributes),
             self.passes_more or any(_passes_more(call) for call in calls),
+            frozenset(
+                node.attr
+                for node in _code_of(type(module), ("train",), helpers=False)
+                if isinstance(node, ast.Attribute) and _is_self(node.value)
+            ),
         )
 
     def reason(self, module: nn.Module) -> str | None:

@@ -108,7 +108,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     norms = {
         conv: norm
         for conv, norm in _own_norms(model, traces).items()
-        if not code[norm].needs_norm(model.get_submodule(norm))
+        if not code[norm].needs_norm(norm, model.get_submodule(norm))
     }
     blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
     origins = {f"{path}.origin.conv" for path in blocks}
@@ -142,8 +142,10 @@ class _Code:
             return "code around it, which can't be traced, reads its weights"
         return self.closed
 
-    def needs_norm(self, norm: nn.Module) -> bool:
+    def needs_norm(self, path: str, norm: nn.Module) -> bool:
         """Whether a BatchNorm has to stay where it is."""
+        if path.rpartition(".")[2] in self.around.sets_modes:
+            return True
         return asked_for(norm, self.around.classes) is not None or bool(_OF_NORMS & self.around.names)
 
 

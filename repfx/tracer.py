@@ -28,6 +28,8 @@ _LEAF_FUNCTIONS = {"timm.layers.padding": ("pad_same",)}
 class Tracer(fx.Tracer):
     """Leaves are convs, BatchNorms, and all that holds none of them or has hooks; the blocks in `shared`, and the `opaque` classes."""
 
+    proxy_buffer_attributes = True  # else what is computed from a buffer would be a constant, whatever is loaded later
+
     def __init__(self, shared: Container[nn.Module] = (), opaque: Container[type[nn.Module]] = ()) -> None:
         found = (
             getattr(sys.modules[module], name)
@@ -194,13 +196,37 @@ class _Attribute(_Proxy, fx.proxy.Attribute):
 
 
 class _ParameterProxy(_Proxy):
-    """A parameter or buffer, of which it is known how long it is."""
+    """A parameter or buffer, of which the sizes are known."""
 
     def __iter__(self) -> Iterator[Any]:
-        root: Any = self.tracer.root  # type: ignore[attr-defined]
-        tensors = {**dict(root.named_buffers()), **dict(root.named_parameters(remove_duplicate=False))}
         whole: Any = self
-        return iter([whole[index] for index in range(len(tensors[str(self.node.target)]))])
+        return iter([whole[index] for index in range(len(self))])
+
+    def __len__(self) -> int:
+        return len(self._tensor())
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._tensor().shape
+
+    @property
+    def ndim(self) -> int:
+        return self._tensor().ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def numel(self) -> int:
+        return self._tensor().numel()
+
+    def _tensor(self) -> Tensor:
+        tracer: Any = self.tracer
+        path, _, name = str(self.node.target).rpartition(".")
+        owner: nn.Module = tracer.root.get_submodule(path)  # whose attributes are proxies while tracing runs
+        return {**owner._parameters, **owner._buffers}[name]  # type: ignore[return-value]
 
 
 def require_default(value: object, name: str, default: object) -> None:

@@ -80,7 +80,8 @@ CHECKS: dict[str, Check] = {
         Net(lambda m, x: m.c(x) + m.n(x), c=nn.Linear(4, 4), n=nn.BatchNorm1d(4)), image(3, 4, 4)
     ),
     "a moving parameter": test_guards.test_a_parameter_that_the_forward_changes_is_no_constant,
-    "a moving buffer": test_guards.test_a_buffer_that_the_forward_changes_is_not_traced_through,
+    "a moving buffer": test_guards.test_a_buffer_that_the_forward_changes_is_no_constant,
+    "a moving tensor": test_guards.test_a_tensor_that_the_forward_changes_is_not_traced_through,
     "complex weights": test_guards.test_complex_weights_are_not_made_real,
     "a hook on an identity": lambda: test_guards.test_a_layer_with_a_hook_is_called_as_before(nn.Identity(), "forward"),
     "a hook on a block": lambda: test_graph.test_a_module_with_a_hook_is_called_as_it_is("forward"),
@@ -230,8 +231,8 @@ MUTANTS = [
     Mutant("complex taken for real", without_refusal("complex"), ("complex weights",)),
     Mutant("hooks on layers ignored", puts(repfx.pattern, "has_hooks", never), ("a hook on an identity",)),
     Mutant("hooks on blocks ignored", puts(repfx.leaves, "has_hooks", lambda module: False), ("a hook on a block",)),
-    Mutant("moving parameters taken for constants", without_what_changes, ("a moving parameter",)),
-    Mutant("moving buffers traced through", puts(repfx.graph, "_state", never), ("a moving buffer",)),
+    Mutant("what moves taken for a constant", without_what_changes, ("a moving parameter", "a moving buffer")),
+    Mutant("moving tensors traced through", puts(repfx.graph, "_state", never), ("a moving tensor",)),
     Mutant("one mode for both", puts(repfx.graph, "_text", never), ("another graph in training mode",)),
     Mutant(
         "constants of one mode",

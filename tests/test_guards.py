@@ -117,12 +117,25 @@ def test_a_parameter_that_the_forward_changes_is_no_constant() -> None:
     assert all(torch.equal(fused(x), model(x)) for _ in range(2))
 
 
-def test_a_buffer_that_the_forward_changes_is_not_traced_through() -> None:
+def test_a_buffer_that_the_forward_changes_is_no_constant() -> None:
     def forward(m: Any, x: Any) -> Any:
         m.scale.add_(1)
         return m.a(x) * m.scale
 
     model = Net(forward, a=conv(), scale=nn.Buffer(torch.ones(1).double())).double().eval()
+    fused = repfx.fuse(model)
+    x = image()
+    assert all(torch.equal(fused(x), model(x)) for _ in range(2))
+
+
+def test_a_tensor_that_the_forward_changes_is_not_traced_through() -> None:
+    """One that is neither parameter nor buffer."""
+
+    def forward(m: Any, x: Any) -> Any:
+        m.scale.add_(1)
+        return m.a(x) * m.scale
+
+    model = Net(forward, a=conv(), scale=torch.ones(1).double()).double().eval()
     fused = repfx.fuse(model)
     assert "changes its own tensors" in reasons(fused)
     x = image()

@@ -408,6 +408,48 @@ class ByKeyword(Block):
         return self.bn(self.conv(input=x))
 
 
+class ReadsABuffer(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.randn(4))
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x).relu() - self.mean.view(1, -1, 1, 1)  # type: ignore[operator]
+
+
+class KeepsAnAttribute(Block):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        self.mean = y.mean()
+        return y
+
+
+class CastsItsWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.bn = nn.Parameter(torch.randn(4, 4, 3, 3)), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.bn(F.conv2d(x.float(), self.w.float()).double())
+
+
+class ComplexWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4, 3, 2, dtype=torch.complex128))
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.bn(F.conv2d(x, torch.fft.irfft2(self.w, s=(3, 3))))
+
+
+class FreezesItsNorm(Block):
+    def train(self, mode: bool = True) -> FreezesItsNorm:
+        super().train(mode)
+        self.bn.eval()
+        return self
+
+
 TRAPS: dict[str, Callable[[], nn.Module]] = {
     "forward replaced on the instance": patched,
     "… of a part": lambda: nn.Sequential(patched(), nn.ReLU()),
@@ -458,6 +500,11 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "no bias": NoBias,
     "dtype of the weight": ByDtype,
     "input by keyword": ByKeyword,
+    "a buffer": ReadsABuffer,
+    "an attribute kept": KeepsAnAttribute,
+    "a weight that is cast": CastsItsWeight,
+    "a complex weight": ComplexWeight,
+    "a norm that stays frozen": FreezesItsNorm,
 }
 
 
@@ -588,6 +635,30 @@ def test_a_norm_comes_back_once(wrap: Any) -> None:
     restored = repfx.restore(fused) if not norms(fused) else fused
     assert error_of(restored, model, image_of(0)) < 1e-12
     model.load_state_dict(restored.state_dict(), strict=True)
+
+
+# ---- what is loaded, kept and set later
+
+
+def test_what_is_computed_from_buffers_is_loaded_with_them() -> None:
+    one, other = in_eval_mode(ReadsABuffer()), in_eval_mode(ReadsABuffer())
+    fused = repfx.fuse(one)
+    fused.load_state_dict(repfx.fuse(other).state_dict(), strict=True)
+    assert error_of(fused, other, image_of(0)) < 1e-12
+
+
+def test_attributes_are_still_kept() -> None:
+    model = in_eval_mode(KeepsAnAttribute())
+    fused = repfx.fuse(model)
+    assert torch.allclose(fused(image_of(0)).mean(), fused.mean)
+    assert "mean" not in vars(model)
+
+
+@torch.no_grad()
+def test_a_frozen_norm_stays_frozen_in_an_expanded_model() -> None:
+    model = in_eval_mode(FreezesItsNorm())
+    expanded = repfx.expand(model, "acb").train()
+    assert error_of(expanded, model.train(), image_of(0)) < 1e-9
 
 
 # ---- what is still done where it can be

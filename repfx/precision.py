@@ -51,7 +51,7 @@ def run_double(model: nn.Module, x: Inputs) -> Any:
     args, kwargs = as_arguments(widened(x, device_of(model)))
     # A GraphModule's own call prints its code to stderr when its forward raises.
     call: Callable[..., Any] = nn.Module.__call__ if isinstance(model, fx.GraphModule) else type(model).__call__
-    with torch.no_grad(), seeded(model), _default_dtype(torch.float64), _DoublePrecision():
+    with torch.no_grad(), seeded(model), default_dtype(torch.float64), _DoublePrecision():
         return call(model, *args, **kwargs)
 
 
@@ -147,7 +147,8 @@ def _wide(value: Any) -> Any:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What torch creates inside is of this dtype, where nobody says otherwise."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from torch import nn
 
 import repfx
 from repfx.meaning import is_batch_norm, is_conv
+from repfx.precision import default_dtype
 from repfx.testing import randomize_batch_norm
 
 pytestmark = pytest.mark.slow
@@ -34,16 +33,6 @@ FAMILIES = {  # with whether timm leaves BatchNorms that could go
     "shvit_s1": False,
     "tiny_vit_5m_224": False,
 }
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def counts(model: nn.Module) -> tuple[int, int]:

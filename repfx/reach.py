@@ -1,4 +1,4 @@
-"""What the code of a module that can't be traced reaches for inside its children.
+"""What code does that isn't traced, read from its text: what it takes from inside its children, and whether it writes in place.
 
 Such code runs as it is, so a layer that it takes from inside a child, as in ``self.stem.conv(x)``, has to stay what it is.
 """
@@ -6,6 +6,7 @@ Such code runs as it is, so a layer that it takes from inside a child, as in ``s
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 import sys
 import textwrap
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from repfx.meaning import is_batch_norm, is_conv, is_plain_sequence
 
@@ -30,7 +31,7 @@ class Around:
         indexes: whether it calls what it has indexed, as in ``layers[0](x)``.
         lists_children: whether it goes through children by their order.
         sets_modes: its own attributes that its `train` mentions: a BatchNorm that stays frozen, say.
-        passes_more: whether it calls anything of its own with more than one positional argument.
+        passes_more: whether it calls what may be a module with more than one argument, or by keyword.
     """
 
     names: frozenset[str] = frozenset()
@@ -53,7 +54,7 @@ class Around:
             frozenset(node.attr for node in attributes if _is_self(node.value) and id(node) not in used_whole),
             self.indexes or any(isinstance(call.func, ast.Subscript) for call in calls),
             self.lists_children or any(node.attr in _LISTS and not _is_self(node.value) for node in attributes),
-            self.passes_more or any(_passes_more(call) for call in calls),
+            self.passes_more or any(_passes_more(call, type(module)) for call in calls),
             frozenset(
                 node.attr
                 for node in _code_of(type(module), ("train",), helpers=False)
@@ -146,17 +147,19 @@ def _names_by_text(calls: list[ast.Call]) -> frozenset[str]:
     return frozenset(str(each.value) for each in named if isinstance(each, ast.Constant))
 
 
-def _passes_more(call: ast.Call) -> bool:
-    """Whether something that may be a module is called with more than one argument."""
+def _passes_more(call: ast.Call, cls: type[nn.Module]) -> bool:
+    """Whether something that may be a module is called with more than one argument, or by keyword."""
     starred = any(isinstance(argument, ast.Starred) for argument in call.args)
-    own = isinstance(call.func, ast.Name) or (isinstance(call.func, ast.Attribute) and _is_self(call.func.value))
-    own = own or isinstance(call.func, ast.Subscript) or _is_attribute_of_self(call.func)
-    return own and (len(call.args) + len(call.keywords) > 1 or starred or bool(call.keywords))
-
-
-def _is_attribute_of_self(function: ast.expr) -> bool:
-    """``self.name.other``"""
-    return isinstance(function, ast.Attribute) and isinstance(function.value, ast.Attribute)
+    if len(call.args) < 2 and not call.keywords and not starred:
+        return False
+    if isinstance(call.func, ast.Attribute) and hasattr(Tensor, call.func.attr):
+        return False
+    if isinstance(call.func, ast.Attribute) and _is_self(call.func.value) and hasattr(cls, call.func.attr):
+        return False  # a method, whose code is read too
+    root: ast.expr = call.func
+    while isinstance(root, (ast.Attribute, ast.Subscript, ast.Call)):
+        root = root.func if isinstance(root, ast.Call) else root.value
+    return not (isinstance(root, ast.Name) and (root.id in _globals(cls) or hasattr(builtins, root.id)))
 
 
 def _calls_by_name(call: ast.Call, name: str) -> bool:
@@ -222,12 +225,16 @@ def _code_of(cls: type[nn.Module], names: Iterable[str], *, helpers: bool) -> It
 
 def _functions_beside(cls: type[nn.Module]) -> dict[str, Any]:
     package = cls.__module__.split(".")[0]
-    names = getattr(sys.modules.get(cls.__module__), "__dict__", {})
     return {
         name: value
-        for name, value in names.items()
+        for name, value in _globals(cls).items()
         if inspect.isfunction(value) and (value.__module__ or "").split(".")[0] == package
     }
+
+
+def _globals(cls: type[nn.Module]) -> dict[str, Any]:
+    """What a class's code knows by name."""
+    return getattr(sys.modules.get(cls.__module__), "__dict__", {})
 
 
 def _code(cls: type[nn.Module], name: str) -> Iterator[ast.AST]:
@@ -235,15 +242,23 @@ def _code(cls: type[nn.Module], name: str) -> Iterator[ast.AST]:
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         found = vars(base).get(name)
         function = found.fget if isinstance(found, property) else found
-        yield from _source(function) if inspect.isfunction(function) else ()
+        yield from _source(function, of_instance=True) if inspect.isfunction(function) else ()
 
 
 @cache
-def _source(function: Any) -> tuple[ast.AST, ...]:
+def _source(function: Any, *, of_instance: bool = False) -> tuple[ast.AST, ...]:
+    """All that a function is written of; with `of_instance` its first parameter is named `self`, whatever the code calls it."""
     try:
-        return tuple(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return ()
+    nodes = tuple(ast.walk(tree))
+    arguments = tree.body[0].args.args if isinstance(tree.body[0], ast.FunctionDef) else []
+    if of_instance and arguments:
+        for node in nodes:
+            if isinstance(node, ast.Name) and node.id == arguments[0].arg:
+                node.id = "self"
+    return nodes
 
 
 def _is_self(value: ast.expr) -> bool:

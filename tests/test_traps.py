@@ -241,6 +241,24 @@ class Children(nn.Module):
         return x if x.sum() > 1e9 else self.b(x) + nn.Sequential(*list(self.b.children())[:2])(x)
 
 
+class CallsItselfThis(Slices):
+    def forward(this, x: Tensor) -> Any:
+        return x if x.sum() > 1e9 else this.f[0](x).sin() + this.f[1](x)
+
+
+class ViewsAndZips(nn.Module):
+    """Calls with several arguments, none of them of a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = Decoder()
+
+    def forward(self, x: Tensor) -> Any:
+        for factor, _ in zip((1.0, 2.0), range(2)):
+            x = F.pad(x, (0, 0)).view(*x.shape) * factor if x.sum() < 1e9 else x
+        return self.b(x)
+
+
 class AsksForBlocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -475,6 +493,8 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "sliced": Slices,
     "tapped": Taps,
     "indexed": Indexes,
+    "indexed, by another name": CallsItselfThis,
+    "calls of other things": ViewsAndZips,
     "helper function": WithHelper,
     "children": Children,
     "asks for blocks": AsksForBlocks,
@@ -666,7 +686,16 @@ def test_a_frozen_norm_stays_frozen_in_an_expanded_model() -> None:
 
 @pytest.mark.parametrize(
     ("make", "left"),
-    [(Unpacks, 0), (Lists, 0), (IsTensor, 0), (Sizes, 0), (Forgetful, 0), (ByKeyword, 0), (Annotates, 0)],
+    [
+        (Unpacks, 0),
+        (Lists, 0),
+        (IsTensor, 0),
+        (Sizes, 0),
+        (Forgetful, 0),
+        (ByKeyword, 0),
+        (Annotates, 0),
+        (ViewsAndZips, 0),
+    ],
 )
 def test_what_only_asks_is_fused_all_the_same(make: Any, left: int) -> None:
     fused = repfx.fuse(in_eval_mode(make()))

@@ -183,9 +183,14 @@ def _known_type(node: fx.Node) -> type | None:
         return {"shape": torch.Size, "ndim": int, "dtype": torch.dtype, "device": torch.device}.get(str(node.args[1]))
     if node.op == "call_method" and node.target in ("size", "dim", "numel", "ndimension", "nelement"):
         return torch.Size if node.target == "size" and len(node.args) + len(node.kwargs) == 1 else int
-    types = {_known_type(source) for source in node.all_input_nodes}
-    if node.op != "call_function" or not types or not types <= {int, float, torch.Size}:
+    if node.op != "call_function" or getattr(node.target, "__module__", None) != "_operator":
         return None
+    types: set[type] = set()
+    for source in node.all_input_nodes:
+        known = _known_type(source)
+        if known not in (int, float, torch.Size):
+            return None
+        types.add(known)
     if node.target is operator.getitem and types == {torch.Size}:
         return torch.Size if isinstance(node.args[1], slice) else int
     return None if torch.Size in types else (float if node.target is operator.truediv else types.pop())

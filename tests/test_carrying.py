@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import repfx
+from repfx.errors import InvalidInput
+from repfx.testing import randomize_batch_norm, relative_error
 
 X = torch.randn(2, 4, 6, 7)
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -133,3 +136,43 @@ def test_a_scheduler_goes_on_over_the_groups() -> None:
     step(model, optimizer)
     scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.025]
+
+
+# ---- averages
+
+
+def averaged(model: nn.Module) -> AveragedModel:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+
+
+@pytest.mark.parametrize("spec", ["acb", "qarepvgg", "dbb"])
+def test_an_average_computes_the_same_and_goes_on_averaging(spec: str) -> None:
+    model: Any = randomize_batch_norm(net().double())
+    x = torch.randn(2, 4, 6, 7, dtype=torch.float64)
+    average = averaged(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(2):
+        model.train()(x).square().mean().backward()
+        optimizer.step()
+        average.update_parameters(model)
+    before = average.eval()(x)
+    with repfx.carry(model, optimizer, average):
+        repfx.expand(model, {"0": "repvgg", "3": spec}, inplace=True)
+        repfx.drop(model, "3", next(iter(model[3].branches)))
+    assert relative_error(average(x), before) < 1e-9
+    assert average.state_dict().keys() == {"n_averaged", *(f"module.{name}" for name in model.state_dict())}
+    model.train()(x).square().mean().backward()
+    optimizer.step()
+    average.update_parameters(model)
+    pairs = zip(average.module.parameters(), model.parameters(), strict=True)
+    assert all(mean.shape == parameter.shape for mean, parameter in pairs)
+    assert relative_error(average.eval()(x), before) < 0.5
+
+
+def test_a_module_without_a_copy_is_refused() -> None:
+    model = net()
+    average = averaged(model)
+    repfx.expand(model, {"3": ["1x1"]}, inplace=True)
+    with pytest.raises(InvalidInput, match="AveragedModel holds no copy of the Sequential in the structure"):
+        with repfx.carry(model, average):
+            pass

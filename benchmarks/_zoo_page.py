@@ -41,6 +41,8 @@ def page(record: dict[str, Any]) -> str:
     anyway = [_short(row["name"]) for row in rows if row["parameters"] > limit and row["input"] != STRUCTURE]
     versions = ", ".join(f"{name} {record[name]}" for name in ("torch", "torchvision", "timm", "onnxruntime", "python"))
     parts = [INTRODUCTION.format(limit=round(limit), anyway=", ".join(anyway))]
+    if len(rows) < record["listed"]:
+        parts.append(f"**Not finished: {len(rows)} of {record['listed']} models have been examined.**\n\n")
     parts += [f"Made with {versions}, on {record['hardware']}.\n\n", "## Totals\n\n", _totals(rows), _beside(rows)]
     parts += [f"## {library}\n\n{_models(of(rows, library))}" for library in LIBRARIES]
     parts += ["## What is missed, and why\n\n", _misses(rows)]

@@ -98,6 +98,7 @@ def save(file: Path, rows: dict[str, Row]) -> None:
         **machine("cpu"),
         "timm": version("timm"),
         "structure_only_above": STRUCTURE_ONLY,
+        "listed": len(MODELS.read_text().split()),
     }
     write(file, setting, [rows[name] for name in sorted(rows)])
 

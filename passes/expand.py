@@ -5,21 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Container, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from typing import Any, ClassVar, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from repfx.activated_norm import norm_of, rest_of
 from repfx.block import RepBlock
 from repfx.branch import Branch, fitting, kind_of
-from repfx.calibration import calibrate_norms
+from repfx.calibration import calibrate_norms, measure_inputs
 from repfx.errors import InvalidInput
 from repfx.journaling import Action, record
 from repfx.kernel import Kernel
 from repfx.meaning import Layer, is_batch_norm, is_conv
 from repfx.module_tree import set_submodule
+from repfx.moments import Moments, set_kernel
 from repfx.notes import copy_of
 from repfx.pipeline import verb
 from repfx.reporting import Edit, Report, Skip
@@ -66,6 +68,7 @@ def expand(
     spec: SpecLike,
     *,
     preserve: bool = True,
+    gamma: float = 0.0,
     calibrate: Iterable[Any] | None = None,
     inplace: bool = False,
     strict: bool = False,
@@ -80,6 +83,9 @@ def expand(
         spec: a preset's name, a list of branch kinds, a `Spec`, or a dict from patterns of site paths to any of these.
         preserve: keep the function, in training mode too: the branches' last BatchNorms begin with γ = 0, and a branch that has none
             is taken off the site's own weights. Otherwise the branches begin as in their papers.
+        gamma: with `preserve`, another γ for the branches' last BatchNorms to begin with, as DyRep's 0.01. What they then compute is taken
+            off the site's own conv, whose BatchNorm gets the statistics that this leaves; so `calibrate` is needed, and is gone through
+            twice. The function stays, in training mode as far as the statistics of `calibrate` are those of a batch.
         calibrate: inputs of the model, or a data loader; sets the statistics of the new BatchNorms to what they see.
         inplace: change `model` itself instead of a copy.
         strict: raise if a site or branch is left alone.
@@ -88,7 +94,8 @@ def expand(
         The model; `repfx.sites` shows what became of each site, `repfx.report` what was left alone and why.
 
     Raises:
-        InvalidInput: no conv in the model, or a spec that can't be used; UnknownName for an unknown preset or branch kind.
+        InvalidInput: no conv in the model, a spec that can't be used, or `gamma` without `preserve` and `calibrate`; UnknownName for an
+            unknown preset or branch kind.
         Refused: with `strict`.
 
     >>> expanded = expand(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)), "repvgg")
@@ -96,6 +103,10 @@ def expand(
     ['1x1', 'identity']
     """
     selection = Selection.of(spec)
+    if gamma and (calibrate is None or not preserve):
+        raise InvalidInput(
+            f"gamma={gamma} needs preserve and calibrate: the site's own BatchNorm has to be measured anew."
+        )
     if not any(is_conv(module) for module in model.modules()):
         raise InvalidInput(f"{type(model).__name__} has no convs, so there is nothing to expand.")
     target = model if inplace else copy_of(model)
@@ -109,6 +120,8 @@ def expand(
             _install(target, plan, block, undo, preserve=preserve)
         if calibrate is not None:
             calibrate_norms(target, [norm for block in blocks for norm in _new_norms(block)], calibrate)
+        if gamma and calibrate is not None:
+            _begin_with(gamma, target, blocks, calibrate, undo)
         undo.pop_all()
     record(target, [Expand(plan.site.path, plan.branches, plan.spec.norm) for plan in plans])
     report.attach(target)
@@ -193,6 +206,48 @@ def _take_off(block: RepBlock) -> None:
     like = weight.double()
     kernels = [branch.equivalent_kernel(like) for branch in block.branches.values()]
     weight.copy_(reduce(Kernel.subtract, kernels, block.origin.equivalent_kernel(like)).weight)
+
+
+@torch.no_grad()
+def _begin_with(
+    gamma: float, model: nn.Module, blocks: list[RepBlock], batches: Iterable[Any], undo: ExitStack
+) -> None:
+    """Let branches add something at once, and take it off the origins.
+
+    DyRep's own code resets the origins' statistics instead of measuring them, so that the output drifts.
+    """
+    origins = [block for block in blocks if any(branch.last_norm is not None for branch in block.branches.values())]
+    kernels = []
+    for block in origins:
+        block.require_affine("the branches")
+        like = block.conv.weight.double()
+        own, added = block.origin.equivalent_kernel(like), []
+        without_bias = block.norm is None and block.conv.bias is None
+        undo.callback(
+            block.origin.load_state_dict, {name: value.clone() for name, value in block.origin.state_dict().items()}
+        )
+        for branch in block.branches.values():
+            if branch.last_norm is not None:
+                branch.last_norm.weight.fill_(gamma)
+                if without_bias:
+                    _take_bias_away(branch, like)
+                kernel = branch.equivalent_kernel(like)
+                added.append(replace(kernel, bias=None) if without_bias else kernel)
+        kernels.append(reduce(Kernel.subtract, added, own))
+        set_kernel(block.conv, block.norm, kernels[-1], None)
+    normed = [(block, kernel) for block, kernel in zip(origins, kernels) if block.norm is not None]
+    norms: list[Layer] = [block.norm for block, _ in normed]
+    measured = measure_inputs(model, norms, batches) if normed else []
+    for (block, kernel), moments in zip(normed, measured):
+        mean = moments.mean if kernel.bias is None else moments.mean + kernel.bias
+        set_kernel(block.conv, block.norm, kernel, Moments(mean, moments.variance))
+
+
+def _take_bias_away(branch: Branch, like: Tensor) -> None:
+    """By β, where the origin has nothing that could take the branch's bias off."""
+    bias = branch.equivalent_kernel(like).bias
+    if bias is not None and branch.last_norm is not None:
+        branch.last_norm.bias.sub_(bias)
 
 
 def _new_norms(block: RepBlock) -> list[nn.Module]:

@@ -69,14 +69,19 @@ class RepBlock(nn.Module):
         """The one kernel that the block amounts to in eval mode; differentiable. `like` gives dtype and device."""
         return reduce(Kernel.add, (branch.equivalent_kernel(like) for branch in (self.origin, *self.branches.values())))
 
+    def require_affine(self, what: str) -> None:
+        """Raise `InvalidInput` if the origin can't take over `what`: its BatchNorm has no γ or β to put it into."""
+        norm = self.norm
+        if norm is not None and (norm.weight is None or norm.bias is None):
+            missing = "γ" if norm.weight is None else "β"
+            raise InvalidInput(f"the origin can't absorb {what}: its BatchNorm has no {missing} to put it into.")
+
     def absorb(self, name: str) -> None:
         """Remove a branch; the origin takes its kernel over, in float64 and rounded once, so that the function stays."""
         if name not in self.branches:
             raise UnknownName("branch", name, self.branches)
+        self.require_affine(repr(name))
         conv, norm = self.conv, self.norm
-        if norm is not None and (norm.weight is None or norm.bias is None):
-            missing = "γ" if norm.weight is None else "β"
-            raise InvalidInput(f"the origin can't absorb {name!r}: its BatchNorm has no {missing} to put it into.")
         branch = self.branches[name]
         like: Tensor = conv.weight.detach().double()
         kernel = self.origin.equivalent_kernel(like).add(branch.equivalent_kernel(like))

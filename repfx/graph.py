@@ -22,14 +22,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from repfx.activated_norm import separate
-from repfx.errors import first_line
 from repfx.functional_dropout import let_dropout_follow_the_mode
 from repfx.leaves import is_container, is_leaf, stays_whole
 from repfx.meaning import code_of_its_own, is_conv, is_plain_sequence
 from repfx.module_tree import require_module
 from repfx.notes import copy_of
 from repfx.reach import Around
-from repfx.tracer import Tracer
+from repfx.tracer import Tracer, sentence
 
 _Traced: TypeAlias = tuple[fx.Graph, dict[str, Tensor | nn.Module]]
 
@@ -198,11 +197,6 @@ def _require_names(graph: fx.Graph) -> None:
             raise ValueError(f"{node.target!r} has a Python keyword in it")
 
 
-def _sentence(error: Exception) -> str:
-    """What torch.fx says, without its advice."""
-    return first_line(error).split(". ")[0]
-
-
 def _first_difference(root: nn.Module, *graphs: fx.Graph) -> nn.Module | None:
     """The innermost module whose code made the first node in which the graphs differ."""
     for nodes in zip(*(graph.nodes for graph in graphs)):
@@ -228,10 +222,9 @@ def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.G
             graph.lint()  # code that keeps what it was given may mix two graphs
             _require_names(graph)
             if tracer.failures:
-                error, culprit = tracer.failures[0]
-                return _Untraceable(_sentence(error), culprit)
+                return _Untraceable(*tracer.failures[0])
         except Exception as error:
-            return _Untraceable(_sentence(error), tracer.running[-1] if tracer.running else None)
+            return _Untraceable(sentence(error), tracer.running[-1] if tracer.running else None)
         finally:
             made = {name: value for name, value in vars(module).items() if name not in before}
             for name in made:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repfx.block import RepBlock
-from repfx.errors import InvalidInput
+from repfx.errors import InvalidInput, first_line
 from repfx.leaves import is_leaf, stays_whole
 from repfx.meaning import has_call_of_its_own
 from repfx.memory import IN_PLACE_OPERATORS, require_tensor
@@ -42,7 +42,7 @@ class Tracer(fx.Tracer):
         self.opaque = opaque
         self.block_calls: Counter[nn.Module] = Counter()
         self.running: list[nn.Module] = []  # whose code runs now; after an error, whose code failed
-        self.failures: list[tuple[Exception, nn.Module | None]] = []  # what could not be traced, caught by code or not
+        self.failures: list[tuple[str, nn.Module | None]] = []  # what could not be traced, caught by code or not
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -78,7 +78,7 @@ class Tracer(fx.Tracer):
         try:
             return function(obj)
         except Exception as error:
-            self.failures.append((error, self.running[-1] if self.running else None))
+            self.failures.append((sentence(error), self.running[-1] if self.running else None))
             raise
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -232,6 +232,11 @@ class _ParameterProxy(_Proxy):
         path, _, name = str(self.node.target).rpartition(".")
         owner: nn.Module = tracer.root.get_submodule(path)  # whose attributes are proxies while tracing runs
         return {**owner._parameters, **owner._buffers}[name]  # type: ignore[return-value]
+
+
+def sentence(error: Exception) -> str:
+    """What torch.fx says, without its advice. Kept in the error's place, whose frames would hold on to the model."""
+    return first_line(error).split(". ")[0]
 
 
 def require_default(value: object, name: str, default: object) -> None:

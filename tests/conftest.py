@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -27,6 +28,14 @@ def untouched_global_state() -> Iterator[None]:
     before = _global_state()
     yield
     assert _global_state() == before, "global state of torch changed: (default dtype, autograd, determinism, threads)"
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Large models lie in reference cycles, as torch.fx makes them: collect them before the next test needs the room."""
+    yield
+    if request.node.get_closest_marker("slow") is not None:
+        gc.collect()
 
 
 def _global_state() -> tuple[object, ...]:

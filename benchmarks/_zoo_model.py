@@ -141,7 +141,7 @@ def _tell_scores_apart(detector: nn.Module) -> None:
 
 
 def counts(model: nn.Module) -> Counts:
-    """How many convs and how many BatchNorms a model holds; calls of the function count, for torch's `fuse` leaves such of other classes."""
+    """How many convs and BatchNorms a model holds; calls of the function count, for torch's `fuse` leaves such."""
     modules = list(model.modules())
     graphs = [module.graph for module in modules if isinstance(module, fx.GraphModule)]
     called = sum(node.target is F.batch_norm for graph in graphs for node in graph.nodes)

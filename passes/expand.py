@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from repfx.activated_norm import norm_of, rest_of
 from repfx.block import RepBlock
 from repfx.branch import Branch, fitting, kind_of
-from repfx.calibration import calibrate_norms, measure_inputs
+from repfx.calibration import calibrate_norms, set_kernels_measured
 from repfx.errors import InvalidInput
 from repfx.journaling import Action, record
 from repfx.kernel import Kernel
 from repfx.meaning import Layer, is_batch_norm, is_conv
 from repfx.module_tree import set_submodule
-from repfx.moments import Moments, set_kernel
+from repfx.moments import set_kernel
 from repfx.notes import copy_of
 from repfx.pipeline import verb
 from repfx.reporting import Edit, Report, Skip
@@ -235,12 +235,9 @@ def _begin_with(
                 added.append(replace(kernel, bias=None) if without_bias else kernel)
         kernels.append(reduce(Kernel.subtract, added, own))
         set_kernel(block.conv, block.norm, kernels[-1], None)
-    normed = [(block, kernel) for block, kernel in zip(origins, kernels) if block.norm is not None]
-    norms: list[Layer] = [block.norm for block, _ in normed]
-    measured = measure_inputs(model, norms, batches) if normed else []
-    for (block, kernel), moments in zip(normed, measured):
-        mean = moments.mean if kernel.bias is None else moments.mean + kernel.bias
-        set_kernel(block.conv, block.norm, kernel, Moments(mean, moments.variance))
+    places = [(block.conv, block.norm, kernel) for block, kernel in zip(origins, kernels) if block.norm is not None]
+    if places:
+        set_kernels_measured(model, places, batches)
 
 
 def _take_bias_away(branch: Branch, like: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from repfx.activated_norm import is_rest
-from repfx.calibration import measure_inputs
+from repfx.calibration import set_kernels_measured
 from repfx.errors import InvalidInput
 from repfx.folded_norm import FoldedNorm, folded_norm, forget_norm
 from repfx.graph import Island, call_counts, trace
@@ -21,7 +21,7 @@ from repfx.journaling import forget
 from repfx.kernel import Kernel
 from repfx.meaning import CONVS, TRANSPOSED_CONVS, Layer, kernel_of, meaning_of, torch_class
 from repfx.module_tree import set_submodule
-from repfx.moments import Moments, set_kernel
+from repfx.moments import set_kernel
 from repfx.notes import copy_of
 from repfx.pipeline import take_over_modes, verb
 from repfx.provenance import Provenance, attach
@@ -88,7 +88,7 @@ def restore(
     if strict:
         report.require_all()
     if calibrate is not None:
-        _measure(target, done, calibrate)
+        set_kernels_measured(target, [(item.conv, item.norm, item.kernel) for item in done], calibrate)
     report.attach(target)
     return target
 
@@ -174,14 +174,6 @@ def _rest_at(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     """The drop and the activation that the graph calls after a BatchNorm which did both; they stay its children."""
     place = dict(root.named_modules()).get(path)
     return [] if place is None else list(place.named_children())
-
-
-def _measure(model: nn.Module, done: list[_Restored], batches: Iterable[Any]) -> None:
-    measured = measure_inputs(model, [item.norm for item in done], batches)
-    for item, moments in zip(done, measured):
-        bias = item.kernel.bias
-        output = moments if bias is None else Moments(moments.mean + bias, moments.variance)
-        set_kernel(item.conv, item.norm, item.kernel, output)
 
 
 def _nothing(model: nn.Module, patterns: Sequence[str] | None) -> str:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from repfx.errors import InvalidInput, first_line
+from repfx.kernel import Kernel
 from repfx.meaning import Layer
-from repfx.moments import Moments
+from repfx.moments import Moments, set_kernel
 
 Batches: TypeAlias = Iterable[Any]
 
@@ -46,6 +47,14 @@ def measure_inputs(model: nn.Module, modules: Sequence[nn.Module], batches: Batc
             stack.callback(module.register_forward_pre_hook(total).remove)
         run(model, batches)
     return [sums[module].moments() for module in modules]
+
+
+def set_kernels_measured(model: nn.Module, places: Sequence[tuple[Layer, Layer, Kernel]], batches: Batches) -> None:
+    """Put kernels that stand in convs already into them and the BatchNorms behind them, with the moments that their outputs have."""
+    measured = measure_inputs(model, [norm for _, norm, _ in places], batches)
+    for (conv, norm, kernel), moments in zip(places, measured):
+        mean = moments.mean if kernel.bias is None else moments.mean + kernel.bias  # the conv itself has none
+        set_kernel(conv, norm, kernel, Moments(mean, moments.variance))
 
 
 class _Sums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -107,7 +108,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     code = _code_around(model)
     norms = {
         conv: norm
-        for conv, norm in _own_norms(model, traces).items()
+        for conv, norm in _own_norms(model, traces, calls, registered, read).items()
         if not code[norm].needs_norm(norm, model.get_submodule(norm))
     }
     blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
@@ -203,14 +204,13 @@ def _read_elsewhere(traces: Traces) -> set[str]:
     }
 
 
-def _own_norms(model: nn.Module, traces: Traces) -> dict[str, str]:
+def _own_norms(
+    model: nn.Module, traces: Traces, calls: Counter[str], registered: dict[int, list[str]], read: set[str]
+) -> dict[str, str]:
     """For each conv that is called once, and feeds one BatchNorm called once and nothing else: that BatchNorm's path.
 
     A BatchNorm whose tensors are read by other code, as DBB's padding reads them, belongs to that code.
     """
-    calls = call_counts(traces)
-    registered = module_paths(model)
-    read = _read_elsewhere(traces)
     pairs: dict[str, str] = {}
     for island in traces.islands:
         for node in island.graph.nodes:

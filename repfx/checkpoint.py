@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from repfx.errors import InvalidInput, RepfxError, first_line
 from repfx.journaling import Action, from_json, journal, replay, to_json
 from repfx.nested_state import put_together, take_apart
+from repfx.notes import copy_without_numbers
 from repfx.target_file import staged
 
 Part: TypeAlias = Any  # a module, an optimizer, a generator, a dict, or anything with state_dict and load_state_dict
@@ -172,7 +173,7 @@ class _Checkpoint:
     def try_module(self, name: str, module: nn.Module) -> None:
         """Raise if the module can't take its state; on a copy, whose tensors hold nothing."""
         state = self.state(name)
-        scratch = copy.deepcopy(module, {id(p): _hollow(p) for p in (*module.parameters(), *module.buffers())})
+        scratch: nn.Module = copy_without_numbers(module)
         try:
             self._rebuild(name, scratch)
         except RepfxError as error:
@@ -209,14 +210,6 @@ def _journals(module: nn.Module) -> dict[str, str]:
     """The journals of a module and of all inside it, as an `AveragedModel` has one of the model that it holds."""
     found: dict[str, tuple[Action, ...]] = {path: journal(inner) for path, inner in module.named_modules()}
     return {path: to_json(actions) for path, actions in found.items() if actions}
-
-
-def _hollow(tensor: Tensor) -> Tensor:
-    return (
-        tensor.detach().to("meta")
-        if not isinstance(tensor, nn.Parameter)
-        else nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad)
-    )
 
 
 # ---- optimizers

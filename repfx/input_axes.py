@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from repfx.meaning import BATCH_NORMS, is_conv
-from repfx.notes import copy_of
+from repfx.notes import copy_without_numbers
 
 _SIDES = (224, 64, 32)  # of the inputs that are tried
 
@@ -66,10 +66,7 @@ class InputAxes:
 
 def _without_numbers(model: nn.Module) -> nn.Module:
     """A copy in eval mode on the meta device."""
-    memo: dict[int, Any] = {id(buffer): buffer.detach().to("meta") for buffer in model.buffers()}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    scratch: nn.Module = copy_of(model, memo)
+    scratch: nn.Module = copy_without_numbers(model)
     scratch.eval()
     return scratch
 

@@ -56,3 +56,15 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     if shared:
         raise InvalidInput(f"{shared[0]!r} isn't copied by copy.deepcopy, so a rewrite would change the model itself.")
     return copied
+
+
+def copy_without_numbers(model: nn.Module) -> Any:
+    """The same with parameters and buffers on the meta device.
+
+    Raises:
+        InvalidInput: as `copy_of`.
+    """
+    memo: dict[int, Any] = {id(buffer): buffer.detach().to("meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    return copy_of(model, memo)

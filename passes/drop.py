@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
-from repfx.block import RepBlock
-from repfx.errors import InvalidInput, UnknownName
+from repfx.activated_norm import joined
+from repfx.block import RepBlock, block_at
 from repfx.journaling import Action, record
 from repfx.module_tree import set_submodule
+from repfx.moments import set_kernel
 from repfx.pipeline import verb
 from repfx.reporting import Edit, Report
 
@@ -28,9 +29,12 @@ class Drop(Action):
     branch: str
 
     @classmethod
-    def replay(cls, model: nn.Module, actions: Sequence[Drop]) -> None:
+    def apply(cls, model: nn.Module, actions: Sequence[Drop], calibrate: Iterable[Any] | None) -> None:
         for action in actions:
             drop(model, action.site, action.branch)
+
+    def __str__(self) -> str:
+        return f"drop {self.site}.{self.branch}"
 
 
 @verb
@@ -53,21 +57,20 @@ def drop(model: nn.Module, site: str, branch: str) -> nn.Module:
     >>> list(drop(model, "0", "1xk")[0].branches)
     ['kx1']
     """
-    blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
-    if not blocks:
-        raise InvalidInput(f"{type(model).__name__} has no blocks; repfx.expand makes them.")
-    if site not in blocks:
-        raise UnknownName("block at", site, blocks)
-    block = blocks[site]
+    block = block_at(model, site)
     block.absorb(branch)
     if not block.branches:
-        _collapse(model, site, block)
+        collapse(model, site, block)
     record(model, [Drop(site, branch)])
     Report("drop", (Edit("drop", site, (f"{site}.{branch}",)),)).attach(model)
     return model
 
 
-def _collapse(model: nn.Module, site: str, block: RepBlock) -> None:
+def collapse(model: nn.Module, site: str, block: RepBlock) -> None:
+    """Put the conv of a block back in its place and the BatchNorm in its own; one that was made for the block goes into the conv."""
+    if block.norm is not None and block.norm_path is None:
+        set_kernel(block.conv, None, block.origin.equivalent_kernel(block.conv.weight.detach().double()), None)
+    elif block.norm is not None and block.norm_path is not None:
+        rest = model.get_submodule(block.norm_path)
+        set_submodule(model, block.norm_path, joined(block.norm, rest))
     set_submodule(model, site, block.conv)
-    if block.norm_path is not None and block.norm is not None:
-        set_submodule(model, block.norm_path, block.norm)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import reduce
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,32 +28,42 @@ from repfx.pipeline import verb
 from repfx.reporting import Edit, Report, Skip
 from repfx.selection import Selection
 from repfx.site import Site, find_sites
-from repfx.spec import BranchSpec, ConvSpec, Spec, SpecLike
-from repfx.stages import Norm, reset_fan_out
+from repfx.spec import BranchSpec, ConvSpec, Normalisation, Spec, SpecLike, Weights
+from repfx.stages import FIRST_WEIGHTS, Norm
 
 
 @dataclass(frozen=True)
 class Expand(Action):
-    """A conv became a block.
+    """A conv becomes a block, and the function stays.
 
     Args:
         branches: beside the site's own conv, in order.
-        norm: how they are normalised, as in `Spec`.
+        norm, weights: how they are normalised and what their convs begin with, as in `Spec`.
+        gamma: of their last BatchNorms at first, as in `expand`.
+        attach_rate: λ of the block at first, if it gets one.
     """
 
     kind: ClassVar[str] = "expand"
     branches: tuple[BranchSpec, ...]
-    norm: Literal["batch_norm", "scale", "none"]
+    norm: Normalisation = "batch_norm"
+    weights: Weights = "default"
+    gamma: float = 0.0
+    attach_rate: float | None = None
+
+    @classmethod
+    def apply(cls, model: nn.Module, actions: Sequence[Expand], calibrate: Iterable[Any] | None) -> None:
+        for group in _apart(actions):
+            options = {"gamma": group[0].gamma, "attach_rate": group[0].attach_rate, "calibrate": calibrate}
+            expand(model, _specs(group), **options, inplace=True, strict=True)
 
     @classmethod
     def replay(cls, model: nn.Module, actions: Sequence[Expand]) -> None:
-        together: dict[str, Spec] = {}
-        for action in actions:
-            if any(action.site.startswith(f"{site}.") for site in together):  # inside a block that this makes
-                expand(model, together, inplace=True)
-                together = {}
-            together[action.site] = Spec(action.branches, action.norm)
-        expand(model, together, inplace=True)
+        for group in _apart(actions):
+            _rebuild(model, group)
+
+    def __str__(self) -> str:
+        rate = "" if self.attach_rate is None else f", attached by {self.attach_rate:g}"
+        return f"expand {self.site}: {', '.join(branch.kind for branch in self.branches)}{rate}"
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "branches": [asdict(branch) for branch in self.branches]}
@@ -62,6 +73,23 @@ class Expand(Action):
         return cls(**{**values, "branches": tuple(BranchSpec(**branch) for branch in values["branches"])})
 
 
+def _apart(actions: Sequence[Expand]) -> Iterator[list[Expand]]:
+    """In groups that can be done at once: alike, and none inside a block that another one makes."""
+    group: list[Expand] = []
+    for action in actions:
+        alike = not group or (action.gamma, action.attach_rate) == (group[0].gamma, group[0].attach_rate)
+        if not alike or any(action.site.startswith(f"{other.site}.") for other in group):
+            yield group
+            group = []
+        group.append(action)
+    if group:
+        yield group
+
+
+def _specs(actions: list[Expand]) -> dict[str, Spec]:
+    return {action.site: Spec(action.branches, action.norm, weights=action.weights) for action in actions}
+
+
 @verb
 def expand(
     model: nn.Module,
@@ -69,6 +97,7 @@ def expand(
     *,
     preserve: bool = True,
     gamma: float = 0.0,
+    attach_rate: float | None = None,
     calibrate: Iterable[Any] | None = None,
     inplace: bool = False,
     strict: bool = False,
@@ -83,20 +112,23 @@ def expand(
         spec: a preset's name, a list of branch kinds, a `Spec`, or a dict from patterns of site paths to any of these.
         preserve: keep the function, in training mode too: the branches' last BatchNorms begin with γ = 0, and a branch that has none
             is taken off the site's own weights. Otherwise the branches begin as in their papers.
-        gamma: with `preserve`, another γ for the branches' last BatchNorms to begin with, as DyRep's 0.01. What they then compute is taken
+        gamma: with `preserve`, another γ for the branches' last BatchNorms to begin with, as DyRep's 0.01, relative to that of the site's
+            own BatchNorm, channel by channel; a site that has none gets one inside its block. What the branches then compute is taken
             off the site's own conv, whose BatchNorm gets the statistics that this leaves; so `calibrate` is needed, and is gone through
-            twice. The function stays, in training mode as far as the statistics of `calibrate` are those of a batch.
+            two or three times. The function stays, in training mode as far as the statistics of `calibrate` are those of a batch.
+        attach_rate: λ, a buffer by which each new block multiplies the sum of its branches, as RepAn does. At 0, where the function stays,
+            the branches may begin as in their papers; any other value needs `preserve=False`.
         calibrate: inputs of the model, or a data loader; sets the statistics of the new BatchNorms to what they see.
         inplace: change `model` itself instead of a copy.
-        strict: raise if a site or branch is left alone.
+        strict: raise if a site or branch that `spec` names is left alone.
 
     Returns:
         The model; `repfx.sites` shows what became of each site, `repfx.report` what was left alone and why.
 
     Raises:
-        InvalidInput: no conv in the model, a spec that can't be used, or `gamma` without `preserve` and `calibrate`; UnknownName for an
-            unknown preset or branch kind.
-        Refused: with `strict`.
+        InvalidInput: no conv in the model, a spec that can't be used, `gamma` without `preserve` and `calibrate`, or an `attach_rate` that
+            doesn't preserve; UnknownName for an unknown preset or branch kind.
+        Refused: with `strict`; the model is as it was.
 
     >>> expanded = expand(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)), "repvgg")
     >>> list(expanded[0].branches)
@@ -107,25 +139,39 @@ def expand(
         raise InvalidInput(
             f"gamma={gamma} needs preserve and calibrate: the site's own BatchNorm has to be measured anew."
         )
+    if attach_rate and preserve:
+        raise InvalidInput(f"attach_rate={attach_rate} changes the function: begin with 0, or give preserve=False.")
+    if gamma and attach_rate is not None:
+        raise InvalidInput("gamma and attach_rate are two ways of a gentle beginning: give one of them.")
     if not any(is_conv(module) for module in model.modules()):
         raise InvalidInput(f"{type(model).__name__} has no convs, so there is nothing to expand.")
     target = model if inplace else copy_of(model)
     plans, skips = _plan(find_sites(target), selection)
     report = Report("expand", tuple(Edit("expand", plan.site.path) for plan in plans), tuple(skips))
     if strict:
-        report.require_all()
-    blocks = [_block(target, plan, preserve=preserve) for plan in plans]  # nothing is changed before all of them exist
-    with ExitStack() as undo:
+        Report("expand", (), tuple(skip for skip in skips if skip.reason != _NOT_NAMED)).require_all()
+    quiet = preserve and attach_rate is None  # γ = 0, or taken off the origin
+    blocks = [_block(target, plan, attach_rate, quiet=quiet) for plan in plans]
+    with ExitStack() as undo:  # nothing was changed before all of them existed
         for plan, block in zip(plans, blocks):
-            _install(target, plan, block, undo, preserve=preserve)
+            _install(target, plan, block, undo, quiet=quiet)
         if calibrate is not None:
             calibrate_norms(target, [norm for block in blocks for norm in _new_norms(block)], calibrate)
         if gamma and calibrate is not None:
             _begin_with(gamma, target, blocks, calibrate, undo)
         undo.pop_all()
-    record(target, [Expand(plan.site.path, plan.branches, plan.spec.norm) for plan in plans])
+    record(
+        target,
+        [
+            Expand(plan.site.path, plan.branches, plan.spec.norm, plan.spec.weights, gamma, attach_rate)
+            for plan in plans
+        ],
+    )
     report.attach(target)
     return target
+
+
+_NOT_NAMED = "no pattern of the spec names it"
 
 
 @dataclass(frozen=True)
@@ -141,9 +187,9 @@ def _plan(sites: list[Site], selection: Selection) -> tuple[list[_Plan], list[Sk
     plans, skips = [], []
     for site in open_sites:
         spec = selection.spec_for(site.path)
-        refusal = "no pattern of the spec names it" if spec is None else site.refusal
-        if site.branches:
-            refusal = "it is a block already"
+        refusal = "it is a block already" if site.branches else site.refusal
+        if spec is None:
+            refusal = _NOT_NAMED
         if spec is None or refusal is not None or site.conv is None:
             skips.append(Skip(site.path, refusal or "its sizes can't be read", "expand"))
             continue
@@ -156,7 +202,7 @@ def _plan(sites: list[Site], selection: Selection) -> tuple[list[_Plan], list[Sk
     return plans, skips
 
 
-def _block(model: nn.Module, plan: _Plan, *, preserve: bool) -> RepBlock:
+def _block(model: nn.Module, plan: _Plan, attach_rate: float | None, *, quiet: bool) -> RepBlock:
     """The block of a site; the model isn't changed, the conv's weights are not yet either."""
     conv: Layer = model.get_submodule(plan.site.path)
     own_norm: Layer | None = None if plan.site.norm is None else norm_of(model.get_submodule(plan.site.norm))
@@ -164,10 +210,10 @@ def _block(model: nn.Module, plan: _Plan, *, preserve: bool) -> RepBlock:
     branches: dict[str, Branch] = {}
     for branch in plan.branches:
         built = kind_of(branch)(ConvSpec.of(conv), norm, conv.weight, **branch.options)
-        _initialise(built, plan.spec, preserve=preserve)
+        _initialise(built, plan.spec, quiet=quiet)
         branches[_free_name(branch.kind, branches)] = built.train(conv.training)
     moved = own_norm if plan.spec.norm == "batch_norm" else None
-    return RepBlock(conv, moved, branches, plan.site.norm if moved is not None else None)
+    return RepBlock(conv, moved, branches, plan.site.norm if moved is not None else None, attach_rate)
 
 
 def _free_name(kind: str, taken: Container[str]) -> str:
@@ -175,20 +221,19 @@ def _free_name(kind: str, taken: Container[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _initialise(branch: Branch, spec: Spec, *, preserve: bool) -> None:
-    if spec.weights == "fan_out":
-        convs: list[Layer] = [module for module in branch.modules() if is_conv(module)]
-        for conv in convs:
-            if conv.weight.requires_grad:
-                reset_fan_out(conv)
+def _initialise(branch: Branch, spec: Spec, *, quiet: bool) -> None:
+    convs: list[Layer] = [module for module in branch.modules() if is_conv(module)]
+    for conv in convs:
+        if conv.weight.requires_grad:
+            FIRST_WEIGHTS[spec.weights](conv)
     if branch.last_norm is not None:
-        nn.init.constant_(branch.last_norm.weight, 0.0 if preserve else spec.gamma)
+        nn.init.constant_(branch.last_norm.weight, 0.0 if quiet else spec.gamma)
 
 
-def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *, preserve: bool) -> None:
+def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *, quiet: bool) -> None:
     """Put a block in the place of its conv; `undo` takes it back if something fails later."""
     conv = block.conv
-    if preserve and plan.spec.norm != "batch_norm":
+    if quiet and plan.spec.norm != "batch_norm":
         weight = conv.weight.detach().clone()
         undo.callback(lambda: conv.weight.detach().copy_(weight))
         _take_off(block)
@@ -216,35 +261,63 @@ def _begin_with(
 
     DyRep's own code resets the origins' statistics instead of measuring them, so that the output drifts.
     """
-    origins = [block for block in blocks if any(branch.last_norm is not None for branch in block.branches.values())]
-    kernels = []
+    origins = [block for block in blocks if _norms_of_branches(block)]
+    bare = {block: _kernel(block) for block in origins if block.norm is None}
+    for block, kernel in bare.items():
+        undo.callback(_take_norm, block, copy.deepcopy(block.conv.state_dict()))
+        _give_norm(block, kernel)
+    _measure(model, bare, batches)
+    kernels = {}
     for block in origins:
         block.require_affine("the branches")
-        like = block.conv.weight.double()
-        own, added = block.origin.equivalent_kernel(like), []
-        without_bias = block.norm is None and block.conv.bias is None
-        undo.callback(
-            block.origin.load_state_dict, {name: value.clone() for name, value in block.origin.state_dict().items()}
-        )
-        for branch in block.branches.values():
-            if branch.last_norm is not None:
-                branch.last_norm.weight.fill_(gamma)
-                if without_bias:
-                    _take_bias_away(branch, like)
-                kernel = branch.equivalent_kernel(like)
-                added.append(replace(kernel, bias=None) if without_bias else kernel)
-        kernels.append(reduce(Kernel.subtract, added, own))
-        set_kernel(block.conv, block.norm, kernels[-1], None)
-    places = [(block.conv, block.norm, kernel) for block, kernel in zip(origins, kernels) if block.norm is not None]
+        undo.callback(block.origin.load_state_dict, copy.deepcopy(block.origin.state_dict()))
+        own = bare.get(block) or _kernel(block)
+        for norm in _norms_of_branches(block):
+            norm.weight.copy_(gamma * block.norm.weight.abs())  # type: ignore[union-attr]
+        kernels[block] = reduce(Kernel.subtract, (block.kernel_of(name, own.weight) for name in block.branches), own)
+        set_kernel(block.conv, block.norm, kernels[block], None)
+    _measure(model, kernels, batches)
+
+
+def _norms_of_branches(block: RepBlock) -> list[Layer]:
+    """The last BatchNorm of each branch that has one."""
+    return [branch.last_norm for branch in block.branches.values() if branch.last_norm is not None]
+
+
+def _kernel(block: RepBlock) -> Kernel:
+    """Of the origin, in tensors of its own."""
+    return copy.deepcopy(block.origin).equivalent_kernel(block.conv.weight.detach().double())
+
+
+def _give_norm(block: RepBlock, kernel: Kernel) -> None:
+    """Put a BatchNorm behind an origin that has none; what the two compute stays in eval mode."""
+    conv = block.conv
+    norm = Norm().batch_norm(kernel.out_channels, kernel.dimensions or 1, conv.weight)
+    norm.requires_grad_(conv.weight.requires_grad)
+    set_kernel(conv, norm, kernel, None)
+    block.origin.add_module("norm", norm.train(conv.training))
+
+
+def _take_norm(block: RepBlock, weights: dict[str, Tensor]) -> None:
+    del block.origin.norm
+    block.conv.load_state_dict(weights)
+
+
+def _measure(model: nn.Module, kernels: dict[RepBlock, Kernel], batches: Iterable[Any]) -> None:
+    """Give the origins' BatchNorms the statistics of what enters them, and γ and β that leave the function as it is."""
+    places = [(block.conv, block.norm, kernel) for block, kernel in kernels.items()]
     if places:
         set_kernels_measured(model, places, batches)
 
 
-def _take_bias_away(branch: Branch, like: Tensor) -> None:
-    """By β, where the origin has nothing that could take the branch's bias off."""
-    bias = branch.equivalent_kernel(like).bias
-    if bias is not None and branch.last_norm is not None:
-        branch.last_norm.bias.sub_(bias)
+def _rebuild(model: nn.Module, actions: list[Expand]) -> None:
+    """Make blocks whose branches add nothing yet, without data."""
+    rate = None if actions[0].attach_rate is None else 0.0
+    expand(model, _specs(actions), attach_rate=rate, inplace=True)
+    for action in actions:
+        block = model.get_submodule(action.site)
+        if action.gamma and isinstance(block, RepBlock) and block.norm is None and _norms_of_branches(block):
+            _give_norm(block, _kernel(block))
 
 
 def _new_norms(block: RepBlock) -> list[nn.Module]:

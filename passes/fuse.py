@@ -1,14 +1,69 @@
-"""`fuse`: the deployed form of a model, each linear region one plain conv."""
+"""`fuse`: the deployed form of a model, each linear region one plain conv. `Fuse`: the same of one site, in place."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 from torch import nn
 
-from repfx.errors import InvalidInput
+from repfx.activated_norm import norm_of, rest_of
+from repfx.block import RepBlock
+from repfx.branch import Chain
+from repfx.errors import InvalidInput, UnknownName
+from repfx.folded_norm import FoldedNorm, remember_norm
+from repfx.journaling import Action, record
 from repfx.leaves import calls_conv
 from repfx.meaning import is_conv
+from repfx.module_tree import set_submodule
+from repfx.moments import Moments, set_kernel
+from repfx.passes.drop import collapse
 from repfx.pipeline import rewrite, verb
 from repfx.rule import RULES
+from repfx.site import find_sites
+from repfx.spec import ConvSpec
+
+
+@dataclass(frozen=True)
+class Fuse(Action):
+    """A site becomes one plain conv with a bias, in place: its branches and the BatchNorm that only it feeds are folded into it."""
+
+    kind: ClassVar[str] = "fuse"
+
+    @classmethod
+    def apply(cls, model: nn.Module, actions: Sequence[Fuse], calibrate: Iterable[Any] | None) -> None:
+        blocks = {action.site: model.get_submodule(action.site) for action in actions}
+        for block in blocks.values():
+            if isinstance(block, RepBlock):
+                block.require_affine("its branches")
+        for path, block in blocks.items():
+            if isinstance(block, RepBlock):
+                for branch in list(block.branches):
+                    block.absorb(branch)
+                collapse(model, path, block)
+        sites = {site.path: site for site in find_sites(model)}
+        for path in blocks:
+            if path not in sites:
+                raise UnknownName("site", path, sites)
+            if sites[path].norm is not None and sites[path].refusal is None:
+                _fold(model, path, str(sites[path].norm))
+        record(model, actions)
+
+    def __str__(self) -> str:
+        return f"fuse {self.site}"
+
+
+def _fold(model: nn.Module, site: str, norm_path: str) -> None:
+    conv: Any = model.get_submodule(site)
+    whole = model.get_submodule(norm_path)
+    norm: Any = norm_of(whole)
+    like = conv.weight.detach().double()
+    kernel = Chain(iter({"conv": conv, "norm": norm}.items()), ConvSpec.of(conv)).equivalent_kernel(like)
+    settings = norm.eps, norm.momentum, conv.bias is not None, Moments.after(norm), isinstance(norm, nn.SyncBatchNorm)
+    remember_norm(conv, FoldedNorm(site, norm_path, *settings))
+    set_kernel(conv, None, kernel, None)
+    set_submodule(model, norm_path, rest_of(whole))
 
 
 @verb

@@ -1,4 +1,4 @@
-"""`restore`: BatchNorm behind a fused conv again, the function unchanged, ready to train."""
+"""`restore`: BatchNorm behind a fused conv again, the function unchanged, ready to train. `Restore`: the same of one site, in place."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
 
-from repfx.activated_norm import is_rest
+from repfx.activated_norm import is_rest, joined
 from repfx.calibration import set_kernels_measured
 from repfx.errors import InvalidInput
 from repfx.folded_norm import FoldedNorm, folded_norm, forget_norm
 from repfx.graph import Island, call_counts, trace
 from repfx.installation import install, prepare
-from repfx.journaling import forget
+from repfx.journaling import Action, forget, record
 from repfx.kernel import Kernel
 from repfx.meaning import CONVS, TRANSPOSED_CONVS, Layer, kernel_of, meaning_of, torch_class
 from repfx.module_tree import set_submodule
@@ -27,6 +27,43 @@ from repfx.pipeline import take_over_modes, verb
 from repfx.provenance import Provenance, attach
 from repfx.reporting import Edit, Report, Skip
 from repfx.stages import Norm
+
+
+@dataclass(frozen=True)
+class Restore(Action):
+    """A conv that `Fuse` left has its BatchNorm behind it again, in place.
+
+    Args:
+        measured: take the statistics from data, instead of those of the sum that was fused.
+    """
+
+    kind: ClassVar[str] = "restore"
+    measured: bool = False
+
+    @classmethod
+    def apply(cls, model: nn.Module, actions: Sequence[Restore], calibrate: Iterable[Any] | None) -> None:
+        for action in actions:
+            if folded_norm(model.get_submodule(action.site)) is None:
+                raise InvalidInput(f"{action.site!r} has absorbed no BatchNorm, so none can be put back.")
+        places = [_put_back(model, action) for action in actions]
+        if calibrate is not None:
+            measured = [place for place, action in zip(places, actions) if action.measured]
+            set_kernels_measured(model, measured, calibrate)
+        record(model, actions)
+
+    def __str__(self) -> str:
+        return f"restore {self.site}{', measured' if self.measured else ''}"
+
+
+def _put_back(model: nn.Module, action: Restore) -> tuple[Layer, Layer, Kernel]:
+    conv: Layer = model.get_submodule(action.site)
+    folded = folded_norm(conv)
+    assert folded is not None  # its caller has looked
+    norm, kernel = _norm_behind(conv, folded)
+    rest = model.get_submodule(folded.norm)
+    attach(norm, Provenance(("restore",), (action.site,), action.site))
+    set_submodule(model, folded.norm, joined(norm.train(conv.training), rest))
+    return conv, norm, kernel
 
 
 @verb
@@ -145,15 +182,8 @@ def _refusal(choice: _Choice, path: str, calls: int, model: nn.Module) -> str | 
 
 
 def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice, path: str) -> _Restored:
-    conv, folded = choice.conv, choice.folded
-    settings = Norm() if folded is None else Norm("batch_norm", folded.eps, folded.momentum, folded.synchronized)
-    kernel = kernel_of(copy.deepcopy(conv), conv.weight.detach().double(), 0, 0)
-    norm = settings.batch_norm(kernel.out_channels, kernel.dimensions or 1, conv.weight)
-    norm.requires_grad_(conv.weight.requires_grad)
-    if folded is None or not folded.bias:
-        conv.bias = None
-    set_kernel(conv, norm, kernel, None if folded is None else folded.moments)
-    forget_norm(conv)
+    conv = choice.conv
+    norm, kernel = _norm_behind(conv, choice.folded)
     attach(conv, Provenance(("restore",), (path,)))
     attach(norm, Provenance(("restore",), (path,), path))
     inside = choice.norm_path.removeprefix(f"{island.path}.") if island.path else choice.norm_path
@@ -168,6 +198,19 @@ def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice, pa
     node.replace_all_uses_with(call)
     call.args = (node,)
     return _Restored(path, choice.norm_path, conv, norm, kernel)
+
+
+def _norm_behind(conv: Layer, folded: FoldedNorm | None) -> tuple[Layer, Kernel]:
+    """A new BatchNorm that together with the conv, which is changed, computes the conv's kernel; and this."""
+    settings = Norm() if folded is None else Norm("batch_norm", folded.eps, folded.momentum, folded.synchronized)
+    kernel = kernel_of(copy.deepcopy(conv), conv.weight.detach().double(), 0, 0)
+    norm = settings.batch_norm(kernel.out_channels, kernel.dimensions or 1, conv.weight)
+    norm.requires_grad_(conv.weight.requires_grad)
+    if folded is None or not folded.bias:
+        conv.bias = None
+    set_kernel(conv, norm, kernel, None if folded is None else folded.moments)
+    forget_norm(conv)
+    return norm, kernel
 
 
 def _rest_at(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:

@@ -17,6 +17,7 @@ from repfx.notes import keep, kept
 
 _PARTS = ("drop", "act")
 _WHOLE = "repfx_whole_class"
+_BEFORE = "repfx_class_before"
 
 
 def is_activated(module: nn.Module) -> bool:
@@ -33,6 +34,7 @@ def norm_of(module: Layer) -> Layer:
     for name in _PARTS:
         norm._modules.pop(name, None)
     norm.__class__ = _norm_class(module)
+    keep(norm, _BEFORE, type(module))
     return norm
 
 
@@ -44,6 +46,19 @@ def rest_of(module: nn.Module) -> nn.Module:
     rest = nn.Sequential(parts)
     rest.training = module.training
     return rest
+
+
+def joined(norm: nn.Module, rest: nn.Module) -> nn.Module:
+    """A norm together with the `rest_of` one; where the two come from one module, a module of its class."""
+    parts = OrderedDict(rest.named_children()) if is_rest(rest) else OrderedDict()
+    before = kept(norm, _BEFORE)
+    if isinstance(before, type):
+        for name, part in parts.items():
+            norm.add_module(name, part)
+        norm.__class__ = before
+        delattr(norm, _BEFORE)
+        return norm
+    return nn.Sequential(OrderedDict(norm=norm, **parts)).train(norm.training) if parts else norm
 
 
 def is_rest(module: nn.Module) -> bool:

@@ -15,24 +15,31 @@ from repfx.kernel import Kernel
 from repfx.meaning import Layer
 from repfx.moments import Moments, set_kernel
 from repfx.spec import ConvSpec
+from repfx.stages import AttachRate
 
 _CONV_ATTRIBUTES = set(ConvSpec.__dataclass_fields__)
 
 
 class RepBlock(nn.Module):
-    """``origin(x) + Σ branch(x)``; the branches are children by name.
+    """``origin(x) + Σ branch(x)``, or ``origin(x) + λ · Σ branch(x)``; the branches are children by name.
 
     Args:
         conv: the site's own conv, the same object.
-        norm: the site's own BatchNorm if it moves behind the conv, else None.
+        norm: the BatchNorm behind it: the site's own, if it moves there, or one made for it; else None.
         branches: by name.
-        norm_path: where the BatchNorm stood, relative to the model.
+        norm_path: where the site's own BatchNorm stood, relative to the model.
+        attach_rate: λ to begin with; None for a block without one.
 
     The sizes of the conv (``kernel_size``, ``stride``, …) can be read from the block, for code around it that does.
     """
 
     def __init__(
-        self, conv: Layer, norm: Layer | None, branches: Mapping[str, Branch], norm_path: str | None = None
+        self,
+        conv: Layer,
+        norm: Layer | None,
+        branches: Mapping[str, Branch],
+        norm_path: str | None = None,
+        attach_rate: float | None = None,
     ) -> None:
         super().__init__()
         self.site = ConvSpec.of(conv)
@@ -43,6 +50,8 @@ class RepBlock(nn.Module):
             if hasattr(self, name):
                 raise InvalidInput(f"a branch can't be named {name!r}: a block has an attribute of that name.")
             self.add_module(name, branch)
+        if attach_rate is not None:
+            self.attach = AttachRate(attach_rate, self.site.out_channels, self.site.dimensions, conv.weight)
         self.training = self.origin.training = conv.training
 
     @property
@@ -60,14 +69,28 @@ class RepBlock(nn.Module):
         """The branches beside the origin, by name."""
         return {name: child for name, child in self.named_children() if isinstance(child, Branch)}
 
+    @property
+    def attach_rate(self) -> Tensor | None:
+        """λ, by which the branches are attached; a buffer without axes, or None."""
+        return self.attach.rate if "attach" in self._modules else None
+
     def forward(self, input: Tensor) -> Tensor:
         """``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
-        total: Tensor = reduce(operator.add, (branch(input) for branch in self.children()))
+        outputs = [self.origin(input), *(branch(input) for branch in self.branches.values())]
+        if "attach" in self._modules:
+            outputs = [outputs[0], self.attach(reduce(operator.add, outputs[1:]))]
+        total: Tensor = reduce(operator.add, outputs)
         return total
 
     def equivalent_kernel(self, like: Tensor) -> Kernel:
         """The one kernel that the block amounts to in eval mode; differentiable. `like` gives dtype and device."""
-        return reduce(Kernel.add, (branch.equivalent_kernel(like) for branch in (self.origin, *self.branches.values())))
+        branches = [self.kernel_of(name, like) for name in self.branches]
+        return reduce(Kernel.add, branches, self.origin.equivalent_kernel(like))
+
+    def kernel_of(self, name: str, like: Tensor) -> Kernel:
+        """What a branch adds to the block's kernel: its own kernel, times λ if there is one."""
+        kernel = self.branches[name].equivalent_kernel(like)
+        return kernel if self.attach_rate is None else kernel.compose(self.attach.kernel(like))
 
     def require_affine(self, what: str) -> None:
         """Raise `InvalidInput` if the origin can't take over `what`: its BatchNorm has no γ or β to put it into."""
@@ -82,11 +105,20 @@ class RepBlock(nn.Module):
             raise UnknownName("branch", name, self.branches)
         self.require_affine(repr(name))
         conv, norm = self.conv, self.norm
-        branch = self.branches[name]
         like: Tensor = conv.weight.detach().double()
-        kernel = self.origin.equivalent_kernel(like).add(branch.equivalent_kernel(like))
-        set_kernel(conv, norm, kernel, _moments_of_sum(norm, branch.last_norm))
+        kernel = self.origin.equivalent_kernel(like).add(self.kernel_of(name, like))
+        set_kernel(conv, norm, kernel, self._moments_with(name))
         delattr(self, name)
+
+    def _moments_with(self, name: str) -> Moments | None:
+        """Of the origin's output and a branch's together."""
+        norm, other = self.norm, self.branches[name].last_norm
+        if norm is None or other is None:
+            return None if norm is None else Moments.after(norm)
+        added = Moments.after(other)
+        if self.attach_rate is not None:
+            added = added.affine(self.attach_rate.double().expand_as(added.mean), None)
+        return Moments.after(norm).add(added)
 
     def __getattr__(self, name: str) -> Any:
         if name in _CONV_ATTRIBUTES or name == "bias":  # of which code may ask whether there is one
@@ -94,8 +126,15 @@ class RepBlock(nn.Module):
         return super().__getattr__(name)
 
 
-def _moments_of_sum(norm: Layer | None, other: Layer | None) -> Moments | None:
-    if norm is None:
-        return None
-    own = Moments.after(norm)
-    return own if other is None else own.add(Moments.after(other))
+def block_at(model: nn.Module, site: str) -> RepBlock:
+    """The block at a path.
+
+    Raises:
+        InvalidInput: the model has no blocks; UnknownName: none at that path.
+    """
+    blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
+    if not blocks:
+        raise InvalidInput(f"{type(model).__name__} has no blocks; repfx.expand makes them.")
+    if site not in blocks:
+        raise UnknownName("block at", site, blocks)
+    return blocks[site]

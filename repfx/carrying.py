@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +13,9 @@ from torch import nn
 from repfx.block import RepBlock
 from repfx.errors import InvalidInput
 from repfx.journaling import Action, journal, replay
+from repfx.kernel import Kernel
+from repfx.moments import Moments, set_kernel
+from repfx.provenance import provenance_of
 
 
 @contextmanager
@@ -39,7 +44,7 @@ def carry(model: nn.Module, *followers: torch.optim.Optimizer | nn.Module) -> It
     >>> [len(group["params"]) for group in optimizer.param_groups]
     [3, 6]
     """
-    before, done = set(model.parameters()), journal(model)
+    before, done = dict(model.named_parameters()), journal(model)
     copies = [_copy_in(follower, model) for follower in followers if isinstance(follower, nn.Module)]
     try:
         yield
@@ -65,42 +70,65 @@ def _copy_in(follower: nn.Module, model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _go_through(copied: nn.Module, model: nn.Module, actions: tuple[Action, ...]) -> None:
-    """Make the same changes; branches begin as the model's do, where they add nothing yet."""
+    """Make the same changes; branches begin as the model's do, and what they add is taken off the copy's origin."""
     present = set(copied.parameters())
     modes = {module: module.training for module in copied.modules()}
     replay(copied, actions)
     for name, block in copied.named_modules():
         if isinstance(block, RepBlock):
-            for branch, part in block.branches.items():
-                new = not any(parameter in present for parameter in part.parameters())
-                if new and part.last_norm is not None and not bool(part.last_norm.weight.any()):
-                    part.load_state_dict(model.get_submodule(f"{name}.{branch}").state_dict())
+            new = [
+                branch for branch, part in block.branches.items() if not any(p in present for p in part.parameters())
+            ]
+            if new:
+                _begin_as(block, model.get_submodule(name), new)
     for module, training in modes.items():
         module.training = training
 
 
-def _follow(model: nn.Module, optimizer: torch.optim.Optimizer, before: set[nn.Parameter]) -> None:
-    present = dict.fromkeys(model.parameters())
-    gone = {parameter for parameter in before if parameter not in present}
+def _begin_as(block: RepBlock, other: Any, branches: list[str]) -> None:
+    """Give these branches of a block the state of another block's; the function stays."""
+    like = block.conv.weight.double()
+    before = block.equivalent_kernel(like)
+    for branch in branches:
+        block.branches[branch].load_state_dict(other.branches[branch].state_dict())
+    if block.attach_rate is not None:
+        block.attach_rate.copy_(other.attach_rate)
+    added = [block.kernel_of(branch, like) for branch in branches]
+    if any(bool(kernel.weight.any()) for kernel in added):
+        kernel = reduce(Kernel.subtract, (block.kernel_of(branch, like) for branch in block.branches), before)
+        set_kernel(block.conv, block.norm, kernel, None if other.norm is None else Moments.after(other.norm))
+
+
+def _follow(model: nn.Module, optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter]) -> None:
+    present, known = set(model.parameters()), set(before.values())
+    gone = known - present
+    groups = {parameter: group["params"] for group in optimizer.param_groups for parameter in group["params"]}
     for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter not in gone]
+        group["params"][:] = [parameter for parameter in group["params"] if parameter not in gone]
     for parameter in gone:
         optimizer.state.pop(parameter, None)
-    groups = {parameter: group["params"] for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        if parameter in before or parameter in groups:
+        if parameter in known or parameter in groups:
             continue
-        relatives = [relative for relative in _relatives(model, name) if relative in groups]
+        relatives = [relative for relative in _relatives(model, name, before) if relative in groups]
         alike = [relative for relative in relatives if (relative.ndim > 1) == (parameter.ndim > 1)]
         if relatives:
             groups[parameter] = groups[(alike or relatives)[0]]
             groups[parameter].append(parameter)
 
 
-def _relatives(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """The parameters of what the one of that name belongs to, the nearest first: its module, then the origins of the blocks around it."""
+def _relatives(model: nn.Module, name: str, before: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+    """The parameters that the one of that name belongs to, the nearest first.
+
+    The one it replaces; those of its module, of the conv that its BatchNorm was put back behind, and of the origins of the blocks around.
+    """
+    found = [before[name]] if name in before else []
     path = name.rpartition(".")[0]
-    found = list(model.get_submodule(path).parameters(recurse=False))
+    module = model.get_submodule(path)
+    found += module.parameters(recurse=False)
+    provenance = provenance_of(module)
+    for source in () if provenance is None else provenance.sources:
+        found += model.get_submodule(source).parameters()
     while path:
         path = path.rpartition(".")[0]
         module = model.get_submodule(path)

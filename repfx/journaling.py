@@ -1,7 +1,7 @@
-"""What was done to a model's structure: `Action`, and the journal of those that were applied to a model, in order.
+"""What is done to a model's structure: `Action`, and the journal of those that were applied to a model, in order.
 
 A base model and a journal make the same structure again, so a checkpoint needs no pickled code. Each pass that changes a model in place
-defines its action beside it and records it; `fuse` and `restore` give out models with an empty journal, for they are a base of their own.
+defines its action beside it and records it; the verbs that give out a new model give it an empty journal, for it is a base of its own.
 """
 
 from __future__ import annotations
@@ -36,9 +36,18 @@ class Action:
         ACTIONS[cls.kind] = cls
 
     @classmethod
-    def replay(cls, model: nn.Module, actions: Sequence[Any]) -> None:
-        """Make these changes of one kind in place, as far as structure goes: what the weights become is of no interest."""
+    def apply(cls, model: nn.Module, actions: Sequence[Any], calibrate: Iterable[Any] | None) -> None:
+        """Make these changes of one kind in place and record them.
+
+        Args:
+            calibrate: inputs of the model, which may be gone through more than once; without any, nothing is measured.
+        """
         raise NotImplementedError
+
+    @classmethod
+    def replay(cls, model: nn.Module, actions: Sequence[Any]) -> None:
+        """The same without data: what the model computes stays in eval mode, and what new tensors hold is of no interest."""
+        cls.apply(model, actions, None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -75,14 +84,26 @@ def forget(model: nn.Module) -> None:
         keep(model, _ATTRIBUTE, ())
 
 
-def replay(model: nn.Module, actions: Sequence[Action]) -> None:
+def apply(model: nn.Module, actions: Iterable[Action], calibrate: Iterable[Any] | None) -> None:
+    """Make changes in place, one after another.
+
+    Raises:
+        RepfxError: an action doesn't fit the model; those of other kinds before it are done, and recorded.
+    """
+    for kind, group in groupby(actions, lambda action: action.kind):
+        ACTIONS[kind].apply(model, list(group), calibrate)
+
+
+def replay(model: nn.Module, actions: Iterable[Action]) -> None:
     """Give a base model the structure that a journal describes, in place. What its new tensors hold is left to a checkpoint.
 
     Raises:
         RepfxError: an action doesn't fit the model.
     """
+    done, actions = journal(model), tuple(actions)
     for kind, group in groupby(actions, lambda action: action.kind):
         ACTIONS[kind].replay(model, list(group))
+    keep(model, _ATTRIBUTE, (*done, *actions))  # in the same order, also where several were done at once
 
 
 def to_json(actions: Iterable[Action]) -> str:

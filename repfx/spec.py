@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from repfx.errors import InvalidInput, UnknownName
 from repfx.kernel import Ints, Kernel, Padding
@@ -103,6 +103,8 @@ class BranchSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+Normalisation = Literal["batch_norm", "scale", "none"]
+Weights = Literal["default", "fan_out", "small"]
 BranchesOf = Callable[[ConvSpec], Sequence[BranchSpec | str]]
 
 
@@ -115,22 +117,23 @@ class Spec:
         norm: ``batch_norm``: one at the end of every branch, the site's own BatchNorm moves behind its own conv. ``none`` and ``scale``:
             nothing, or a learned scale per channel, in the branches; the site's own BatchNorm stays where it is, after the sum.
         gamma: γ of each branch's last BatchNorm where the function is not preserved.
-        weights: first values of the branches' convs: ``default`` is torch's own, ``fan_out`` is N(0, √(2 / (window · out))).
+        weights: first values of the branches' convs: ``default`` is torch's own, ``fan_out`` is DyRep's N(0, √(2 / (window · out))),
+            ``small`` is RepAn's U(−0.1 / √out, 0.1 / √out).
 
     >>> Spec(["1x1", "1xk"], norm="none").branches
     (BranchSpec(kind='1x1', options={}), BranchSpec(kind='1xk', options={}))
     """
 
     branches: Sequence[BranchSpec | str] | BranchesOf
-    norm: Literal["batch_norm", "scale", "none"] = "batch_norm"
+    norm: Normalisation = "batch_norm"
     gamma: float = 1.0
-    weights: Literal["default", "fan_out"] = "default"
+    weights: Weights = "default"
 
     def __post_init__(self) -> None:
-        if self.norm not in ("batch_norm", "scale", "none"):
-            raise UnknownName("norm", str(self.norm), ["batch_norm", "scale", "none"])
-        if self.weights not in ("default", "fan_out"):
-            raise UnknownName("first value of weights", str(self.weights), ["default", "fan_out"])
+        if self.norm not in get_args(Normalisation):
+            raise UnknownName("norm", str(self.norm), get_args(Normalisation))
+        if self.weights not in get_args(Weights):
+            raise UnknownName("first value of weights", str(self.weights), get_args(Weights))
         if not callable(self.branches):
             object.__setattr__(self, "branches", _branch_specs(self.branches))
 

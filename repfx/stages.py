@@ -1,9 +1,9 @@
-"""The modules that branches are made of, beside torch's own: padding of any sign, a scale, and how a branch is normalised."""
+"""The modules that blocks are made of, beside torch's own: padding of any sign, scales, and how a branch is normalised."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,35 @@ def _read_scale(scale: Layer) -> Meaning:
     return Meaning("affine", scale.dimensions, scale.weight.shape[0], build)
 
 
+class AttachRate(nn.Module):
+    """One factor λ for all channels, a buffer, by which a block attaches its branches (RepAn, eq. 3).
+
+    Args:
+        value: from 0, where the branches add nothing, to 1.
+        channels: of the input, `(batch, channels, *axes)`.
+    """
+
+    rate: Tensor
+
+    def __init__(self, value: float, channels: int, dimensions: int, like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("rate", torch.tensor(value, dtype=like.dtype, device=like.device))
+        self.channels = channels
+        self.dimensions = dimensions
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.rate
+
+    def kernel(self, like: Tensor) -> Kernel:
+        """As a linear map, differentiable."""
+        return Kernel.diagonal(self.rate.to(like).expand(self.channels), None, self.dimensions)
+
+
+@reads(AttachRate)
+def _read_attach_rate(attach: Layer) -> Meaning:
+    return Meaning("affine", attach.dimensions, attach.channels, lambda like, channels, dimensions: attach.kernel(like))
+
+
 @dataclass(frozen=True)
 class Norm:
     """How the outputs of a branch are normalised: `kind` as in `Spec.norm`; the rest are BatchNorm's own settings."""
@@ -127,7 +156,19 @@ def conv_module(spec: ConvSpec, like: Tensor, *, bias: bool, padded: bool = True
     )
 
 
-def reset_fan_out(conv: Layer) -> None:
-    """Draw the weights from N(0, √(2 / (window · out))), as DyRep does."""
-    deviation = math.sqrt(2 / (math.prod(conv.kernel_size) * conv.out_channels))
-    nn.init.normal_(conv.weight, 0.0, deviation)
+def _fan_out(conv: Layer) -> None:
+    """N(0, √(2 / (window · out))), as DyRep does."""
+    nn.init.normal_(conv.weight, 0.0, math.sqrt(2 / (math.prod(conv.kernel_size) * conv.out_channels)))
+
+
+def _small(conv: Layer) -> None:
+    """U(-0.1 / √out, 0.1 / √out), as RepAn does."""
+    limit = 0.1 / math.sqrt(conv.out_channels)
+    nn.init.uniform_(conv.weight, -limit, limit)
+
+
+FIRST_WEIGHTS: dict[str, Callable[[Layer], object]] = {
+    "default": lambda conv: None,  # torch has drawn them
+    "fan_out": _fan_out,
+    "small": _small,
+}

@@ -12,6 +12,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import repfx
 from repfx.errors import InvalidInput
+from repfx.journaling import apply
+from repfx.passes.fuse import Fuse
+from repfx.passes.restore import Restore
 from repfx.testing import randomize_batch_norm, relative_error
 
 X = torch.randn(2, 4, 6, 7)
@@ -167,6 +170,52 @@ def test_an_average_computes_the_same_and_goes_on_averaging(spec: str) -> None:
     pairs = zip(average.module.parameters(), model.parameters(), strict=True)
     assert all(mean.shape == parameter.shape for mean, parameter in pairs)
     assert relative_error(average.eval()(x), before) < 0.5
+
+
+BEGINNINGS: dict[str, dict[str, Any]] = {
+    "gamma": {"gamma": 0.01, "calibrate": [X.double()]},
+    "attached": {"attach_rate": 0.0, "calibrate": [X.double()]},
+}
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_an_average_begins_with_the_branches_of_the_model(beginning: str) -> None:
+    model: Any = randomize_batch_norm(net().double())
+    average: Any = averaged(model)
+    with torch.no_grad():
+        for parameter in average.parameters():  # so that the two differ
+            parameter.mul_(1.1)
+    before = average.eval()(X.double())
+    with repfx.carry(model, average):
+        repfx.expand(model, ["1x1", "1xk"], inplace=True, **BEGINNINGS[beginning])
+    assert relative_error(average(X.double()), before) < 1e-9
+    for branch in ("1x1", "1xk"):
+        ours, theirs = (net[0].branches[branch].state_dict() for net in (average.module, model))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert average.module[3].norm is None if beginning == "attached" else average.module[3].norm is not None
+
+
+def test_what_is_put_back_is_trained_where_it_was() -> None:
+    model: nn.Module = net()
+    matrices: dict[str, Any] = {"params": [parameter for parameter in model.parameters() if parameter.ndim > 1]}
+    vectors: dict[str, Any] = {"params": [parameter for parameter in model.parameters() if parameter.ndim == 1]}
+    optimizer = torch.optim.SGD([matrices, {**vectors, "weight_decay": 0.1}], 0.1, momentum=0.9)
+    step(model, optimizer)
+    conv: Any = model.get_submodule("0")
+    kept = state_of(optimizer, conv.weight)
+    before = names_of(model, optimizer)
+    average: Any = averaged(model)
+    with repfx.carry(model, optimizer, average):
+        apply(model, [Fuse("0"), Restore("0")], None)
+    assert names_of(model, optimizer) == before
+    assert torch.equal(state_of(optimizer, conv.weight)["momentum_buffer"], kept["momentum_buffer"])
+    with repfx.carry(model, optimizer, average):
+        apply(model, [Fuse("0")], None)
+    with repfx.carry(model, optimizer, average):
+        apply(model, [Restore("0")], None)
+    trained = set().union(*names_of(model, optimizer))
+    assert trained == {name for name, _ in model.named_parameters()}, "put back later, γ and β join their conv's group"
+    assert average.module.state_dict().keys() == model.state_dict().keys()
 
 
 def test_a_module_without_a_copy_is_refused() -> None:

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import repfx
 from repfx.errors import InvalidInput
-from repfx.journaling import ACTIONS, from_json, replay, to_json
+from repfx.journaling import from_json, replay, to_json
 from tests.inline_net import same_state
 
 STEPS = 9
@@ -377,7 +377,3 @@ def test_copies_carry_their_journal_and_go_their_own_way() -> None:
 def test_what_is_no_journal_is_refused(text: str, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         from_json(text)
-
-
-def test_every_verb_in_place_has_its_action() -> None:
-    assert ACTIONS.keys() == {"expand", "drop"}

@@ -101,3 +101,16 @@ def test_a_batch_norm_without_gamma_can_t_absorb() -> None:
     with pytest.raises(InvalidInput, match="no γ"):
         repfx.drop(expanded, "0", "1xk")
     assert str(expanded) == before
+
+
+def test_a_batch_norm_that_also_activates_returns_whole() -> None:
+    layers = pytest.importorskip("timm.layers")
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), layers.BatchNormAct2d(6, act_layer=nn.SiLU)).double()
+    randomize_batch_norm(model)
+    expanded: Any = repfx.expand(model, ["1x1"])
+    repfx.drop(expanded, "0", "1x1")
+    assert str(expanded) == str(model)
+    x = torch.randn(2, 4, 6, 7, dtype=torch.float64)
+    assert_same_map(expanded.eval(), model.eval(), x)
+    expanded[1].act.register_forward_hook(lambda *_: torch.zeros(()).double())
+    assert float(expanded(x)) == 0, "the activation is the module's own again"

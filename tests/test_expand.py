@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import repfx
 from repfx.errors import InvalidInput, Refused, UnknownName
 from repfx.spec import PRESETS
+from repfx.stages import AttachRate
 from repfx.testing import assert_same_map, randomize_batch_norm, relative_error
 from tests.small_net import SmallNet, batch, small_net
 
@@ -323,11 +324,90 @@ def test_a_reset_of_the_statistics_would_drift() -> None:
     assert drift(expanded, batches) > 5 * drift(model, batches)
 
 
-def test_with_gamma_a_conv_alone_stays_without_bias() -> None:
+def test_with_gamma_a_conv_alone_gets_a_batch_norm_of_its_own() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1)).double()
-    expanded: Any = repfx.expand(model, "acb", gamma=0.01, calibrate=[batch()])
-    assert expanded[0].conv.bias is None
-    assert_same_map(expanded.eval(), model.eval(), batch(seed=2))
+    batches = [batch(seed=seed) for seed in range(3)]
+    expanded: Any = repfx.expand(model, "acb", gamma=0.01, calibrate=batches)
+    assert_same_map(expanded.eval(), model, batch(seed=9))
+    assert_same_map(copy.deepcopy(expanded).train(), model, torch.cat(batches), 1e-3)
+    assert [name for name, _ in expanded[0].origin.named_children()] == ["conv", "norm"]
+    for site in ("0", "2"):
+        for branch in ("1xk", "kx1"):
+            repfx.drop(expanded, site, branch)
+    assert_same_map(expanded, model, batch(seed=9))
+    assert [type(module) for module in expanded] == [nn.Conv2d, nn.ReLU, nn.Conv2d]
+    assert expanded[0].bias is not None, "there is no other place for what the BatchNorm learnt"
+
+
+def test_gamma_is_relative_to_the_site_s_own() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)).double()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([30.0, -3.0, 0.3, 0.03, 1.0, 0.0]))
+    expanded: Any = repfx.expand(model, ["1x1"], gamma=0.1, calibrate=[batch()])
+    assert torch.allclose(expanded[0].branches["1x1"].last_norm.weight, 0.1 * model[1].weight.abs())
+    assert_same_map(expanded.eval(), model.eval(), batch(seed=9))
+
+
+# ---- branches that are attached by a rate
+
+
+def attached(rate: float) -> Any:
+    model: Any = repfx.expand(small_net(), repfx.Spec(["1x1", "identity", "1x1-kxk"], weights="small"), attach_rate=0)
+    randomize_batch_norm(model)
+    for module in model.modules():
+        if isinstance(module, AttachRate):
+            module.rate.fill_(rate)
+    return model.eval()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_at_rate_zero_the_function_stays_though_branches_begin_as_in_their_papers(training: bool) -> None:
+    model = small_net()
+    expanded: Any = repfx.expand(model, "dbb", attach_rate=0.0)
+    assert_same_map(copy.deepcopy(expanded).train(training), copy.deepcopy(model).train(training), batch())
+    norms = [branch.last_norm for branch in expanded.stem.branches.values()]
+    assert norms
+    assert all(bool((norm.weight == 1).all()) for norm in norms)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_the_rate_is_part_of_the_kernel(rate: float) -> None:
+    model = attached(rate)
+    reference, x = copy.deepcopy(model), batch()
+    block = model.stem
+    fused = repfx.fuse(model)
+    assert_same_map(fused, reference, x)
+    assert sum(isinstance(module, nn.Conv2d) for module in fused.modules()) == 3
+    assert_same_map(repfx.restore(fused), reference, x)
+    kernel = block.equivalent_kernel(block.conv.weight)
+    assert_same_map(lambda x: kernel(x), block, x)
+    for branch in list(block.branches):
+        repfx.drop(model, "stem", branch)
+        assert_same_map(model, reference, x)
+    assert isinstance(model.stem, nn.Conv2d)
+
+
+def test_a_rate_that_differs_from_zero_makes_itself_felt() -> None:
+    assert relative_error(attached(0.5)(batch()), attached(0.0)(batch())) > 0.01
+
+
+def test_small_first_weights() -> None:
+    torch.manual_seed(0)
+    model: Any = repfx.expand(nn.Sequential(nn.Conv2d(8, 64, 3)), repfx.Spec(["1x1"], weights="small"))
+    weight = model[0].branches["1x1"].conv.weight
+    assert 0.9 * 0.1 / 8 < float(weight.detach().abs().max()) <= 0.1 / 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attach_rate": 0.5}, r"attach_rate=0\.5 changes the function"),
+        ({"attach_rate": 0.0, "gamma": 0.1, "calibrate": [batch()]}, "two ways of a gentle beginning"),
+    ],
+)
+def test_rates_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        repfx.expand(small_net(), "acb", **options)
 
 
 def test_gamma_needs_data_and_a_norm_that_can_be_set() -> None:

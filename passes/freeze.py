@@ -1,0 +1,61 @@
+"""`freeze`: a block's own conv and BatchNorm stay as they are while its branches learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from repfx.block import block_at
+from repfx.journaling import Action, record
+from repfx.pipeline import verb
+from repfx.reporting import Edit, Report
+
+
+@dataclass(frozen=True)
+class Freeze(Action):
+    """A block's own conv and BatchNorm are no longer trained, or are again.
+
+    Args:
+        frozen: whether they are left alone.
+    """
+
+    kind: ClassVar[str] = "freeze"
+    frozen: bool = True
+
+    @classmethod
+    def apply(cls, model: nn.Module, actions: Sequence[Freeze], calibrate: Iterable[Any] | None) -> None:
+        for action in actions:
+            freeze(model, action.site, frozen=action.frozen)
+
+    def __str__(self) -> str:
+        return f"{'freeze' if self.frozen else 'thaw'} {self.site}"
+
+
+@verb
+def freeze(model: nn.Module, site: str, *, frozen: bool = True) -> nn.Module:
+    """Let an optimizer leave a block's own conv and BatchNorm alone, or train them again.
+
+    The model is changed in place and returned. Only parameters are frozen: in training mode the BatchNorm goes on taking the statistics of
+    each batch, for its input changes with what is trained.
+
+    Args:
+        site: path of the block.
+        frozen: False lets them be trained again.
+
+    Raises:
+        UnknownName: no block at that path; InvalidInput: no block at all.
+
+    >>> from repfx.passes.expand import expand
+    >>> model = freeze(expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "acb"), "0")
+    >>> sorted({name.split(".")[1] for name, parameter in model.named_parameters() if parameter.requires_grad})
+    ['1xk', 'kx1']
+    """
+    for parameter in block_at(model, site).origin.parameters():
+        parameter.requires_grad_(not frozen)
+        parameter.grad = None
+    record(model, [Freeze(site, frozen)])
+    Report("freeze", (Edit("freeze", site),)).attach(model)
+    return model

@@ -15,15 +15,18 @@ import random
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from repfx.driver import Driver
 from repfx.errors import InvalidInput, RepfxError, first_line
+from repfx.folded_norm import folded_norm, remember_norm
 from repfx.journaling import Action, from_json, journal, replay, to_json
+from repfx.moments import Moments
 from repfx.nested_state import put_together, take_apart
 from repfx.notes import copy_without_numbers
 from repfx.target_file import staged
@@ -32,13 +35,15 @@ Part: TypeAlias = Any  # a module, an optimizer, a generator, a dict, or anythin
 
 _FORMAT = 1
 _HEAD = "repfx"
-_MODEL, _OPTIMIZER, _RANDOM = "model", "optimizer", "random_state"
+_MODEL, _OPTIMIZER, _DRIVER, _RANDOM = "model", "optimizer", "driver", "random_state"
+_FOLDED = "folded"
 
 
 def save(
     path: str | os.PathLike[str],
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
+    driver: Driver | None = None,
     **parts: Part,
 ) -> None:
     """Write a run to a file, from which `load` goes on to the same bits.
@@ -50,6 +55,7 @@ def save(
         path: of the file, in a folder that exists; a file that is there is replaced in one step.
         model: in whatever structure it is now.
         optimizer: of the model's parameters.
+        driver: of the model's structure, with the averaged model that it knows.
         parts: what else belongs to the run, by names of your choice: schedulers, a `GradScaler`, an `AveragedModel`, a `torch.Generator`,
             anything with `state_dict` and `load_state_dict`, or a dict of plain values.
 
@@ -68,7 +74,7 @@ def save(
     >>> list(again[0].branches), progress
     (['1xk', 'kx1'], {'epoch': 3})
     """
-    _check_names(parts)
+    parts = _all_parts(driver, parts)
     save_file = _package("safetensors.torch").save_file
     tensors: dict[str, Tensor] = {}
     states: dict[str, Any] = {name: _state_of(part) for name, part in {_MODEL: model, **parts}.items()}
@@ -76,8 +82,10 @@ def save(
         states[_OPTIMIZER] = _by_name(optimizer, model)
     states[_RANDOM] = _random_state()
     written = {name: take_apart(state, name, tensors) for name, state in states.items()}
-    journals = {name: _journals(part) for name, part in {_MODEL: model, **parts}.items() if isinstance(part, nn.Module)}
-    head = {"format": _FORMAT, "journals": journals, "states": written}
+    modules = _modules(model, parts)
+    journals = {name: _journals(part) for name, part in modules.items()}
+    folded = {name: take_apart(_folded(part), f"{_FOLDED}.{name}", tensors) for name, part in modules.items()}
+    head = {"format": _FORMAT, "journals": journals, "states": written, _FOLDED: folded}
     text = json.dumps({**head, "checksum": _checksum(head, tensors)})
     with staged(path) as (_, staging):
         save_file(tensors, staging, metadata={_HEAD: text})
@@ -88,6 +96,7 @@ def load(
     path: str | os.PathLike[str],
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
+    driver: Driver | None = None,
     *,
     random_state: bool = True,
     **parts: Part,
@@ -100,6 +109,7 @@ def load(
         path: of the file.
         model: the base model, in the structure it had before it was expanded first, or any that the run has gone through.
         optimizer: of `model`, with groups as they were; parameters of branches are put into theirs.
+        driver: of `model`, with the same schedule.
         random_state: whether Python's and torch's random numbers go on as they did, too.
         parts: by the names they were saved under. What isn't named here is left in the file.
 
@@ -110,11 +120,11 @@ def load(
         InvalidInput: the file is no checkpoint, is damaged, or doesn't fit what it is loaded into; the message names what differs.
         OSError: the file can't be read.
     """
-    _check_names(parts)
+    parts = _all_parts(driver, parts)
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidInput(f"path is of type {type(path).__name__}: give the name of a file that repfx.save wrote.")
     found = _Checkpoint.read(Path(path))
-    modules = {name: part for name, part in {_MODEL: model, **parts}.items() if isinstance(part, nn.Module)}
+    modules = _modules(model, parts)
     for name, module in modules.items():
         found.try_module(name, module)
     others = {name: (part, found.state(name)) for name, part in parts.items() if name not in modules}
@@ -138,6 +148,7 @@ class _Checkpoint:
     path: Path
     journals: Mapping[str, Mapping[str, str]]
     states: Mapping[str, Any]
+    folded: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
     @classmethod
@@ -154,7 +165,7 @@ class _Checkpoint:
         try:
             head = json.loads(text or "")
             version, checksum = head["format"], head.pop("checksum")
-            content = cls(path, head["journals"], head["states"], tensors)
+            content = cls(path, head["journals"], head["states"], head[_FOLDED], tensors)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidInput(f"{str(path)!r} is no checkpoint that repfx.save wrote.") from error
         if version != _FORMAT:
@@ -196,6 +207,11 @@ class _Checkpoint:
         """Rebuild the structure in place and fill it."""
         self._rebuild(name, module)
         module.load_state_dict(self.state(name))
+        for path, (mean, variance) in put_together(self.folded[name], dict(self.tensors)).items():
+            conv = module.get_submodule(path)
+            note = folded_norm(conv)
+            if note is not None:
+                remember_norm(conv, replace(note, moments=Moments(mean, variance)))
 
     def _rebuild(self, name: str, module: nn.Module) -> None:
         for path, text in self.journals[name].items():
@@ -204,6 +220,20 @@ class _Checkpoint:
             if wanted[: len(done)] != done:
                 raise InvalidInput("the model has been through other changes than the one that was saved")
             replay(inner, wanted[len(done) :])
+
+
+def _modules(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, nn.Module]:
+    return {name: part for name, part in {_MODEL: model, **parts}.items() if isinstance(part, nn.Module)}
+
+
+def _folded(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """What convs remember of the outputs of the BatchNorms that they have absorbed, for `restore`."""
+    notes = {path: folded_norm(inner) for path, inner in module.named_modules()}
+    return {
+        path: (note.moments.mean, note.moments.variance)
+        for path, note in notes.items()
+        if note is not None and note.moments is not None
+    }
 
 
 def _journals(module: nn.Module) -> dict[str, str]:
@@ -255,15 +285,17 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: A
 # ---- other parts
 
 
-def _check_names(parts: Mapping[str, Part]) -> None:
-    taken = {_MODEL, _OPTIMIZER, _RANDOM} & parts.keys()
+def _all_parts(driver: Driver | None, parts: Mapping[str, Part]) -> dict[str, Part]:
+    own = {} if driver is None else {_DRIVER: driver, **driver.parts}
+    taken = {_MODEL, _OPTIMIZER, _RANDOM, *own} & parts.keys()
     if taken:
-        raise InvalidInput(f"a part can't be named {', '.join(taken)}: the checkpoint uses that name itself.")
+        raise InvalidInput(f"a part can't be named {', '.join(sorted(taken))}: the checkpoint uses that name itself.")
     for name, part in parts.items():
         if not isinstance(part, (dict, torch.Generator)) and not hasattr(part, "load_state_dict"):
             raise InvalidInput(
                 f"{name} is of type {type(part).__name__}, which has no state_dict and load_state_dict: put plain values into a dict."
             )
+    return {**own, **parts}
 
 
 def _state_of(part: Part) -> Any:

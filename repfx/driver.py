@@ -1,0 +1,291 @@
+"""`Driver`: lets a schedule change a model while it trains, in place, with all that belongs to the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repfx.activated_norm import norm_of
+from repfx.block import RepBlock
+from repfx.carrying import carry
+from repfx.errors import InvalidInput
+from repfx.journaling import Action, apply, journal
+from repfx.meaning import Layer
+from repfx.passes.freeze import Freeze
+from repfx.saliency import METRICS
+from repfx.schedule import Block, Candidate, Observation, Schedule
+from repfx.site import Site, find_sites
+from repfx.stages import AttachRate
+
+
+class Driver:
+    """Observes a model in training, asks a schedule what to change, and changes it: the same model object, the same optimizer object.
+
+    What the schedule has due before the first epoch is done at once, so make the driver before the model is wrapped or compiled. In a
+    run of `torch.distributed`, make one on each rank: decisions are made from sums over all ranks, and what is new is taken from the
+    first.
+
+    Args:
+        model: to be trained; inside a `DistributedDataParallel` or a compiled module, that one's own module is meant.
+        optimizer: of its parameters; or several.
+        schedule: when and how the structure changes.
+        calibrate: inputs of the model, or a data loader, for the statistics of new BatchNorms; it is gone through at each adjustment.
+        ema: a module that holds a copy of the model, as `torch.optim.swa_utils.AveragedModel` does; it is changed in the same way.
+        scaler: the `torch.amp.GradScaler` of the run, so that saliency is that of unscaled gradients, and a step that overflowed counts for
+            nothing.
+        steps_per_epoch: how many calls of `after_backward` an epoch has, for schedules that change something by step.
+
+    Raises:
+        InvalidInput: the schedule needs data and `calibrate` isn't given.
+
+    >>> import repfx
+    >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+    >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    >>> images = torch.randn(4, 8, 9, 7)
+    >>> driver = Driver(model, optimizer, repfx.schedules.DyRep(interval=1), calibrate=[images])
+    >>> model(images).square().mean().backward()
+    >>> driver.after_backward()
+    >>> optimizer.step()
+    >>> print(*driver.after_epoch())
+    expand 0: 1x1, 1x1-kxk, 1x1-avg, 1xk, kx1, identity
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        schedule: Schedule,
+        *,
+        calibrate: Iterable[Any] | None = None,
+        ema: nn.Module | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        steps_per_epoch: int | None = None,
+    ) -> None:
+        if schedule.needs_data and calibrate is None:
+            raise InvalidInput(
+                f"{type(schedule).__name__} measures new BatchNorms on data: give `calibrate`, the training data's loader."
+            )
+        self.model = _bare(model)
+        self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        self.schedule = schedule
+        self.ema = ema
+        self.epoch = 0
+        self.history: list[tuple[int, Action]] = []
+        self._calibrate = calibrate
+        self._scaler = scaler
+        self._steps_per_epoch = steps_per_epoch
+        self._step = 0
+        self._saliency: _Saliency | None = None
+        self._adjust()
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What `repfx.save` and `repfx.load` take along with the driver."""
+        return {} if self.ema is None else {"ema": self.ema}
+
+    def after_backward(self) -> None:
+        """Observe the gradients; between `backward()` and the optimizer's step, before a `GradScaler` unscales them."""
+        metric = self.schedule.metric
+        if metric is not None:
+            if self._saliency is None:
+                self._saliency = _Saliency.of(self._candidates())
+            weights = [self.model.get_submodule(site).weight for site in self._saliency.sites]
+            self._saliency.add(metric, weights, self._scaler)
+        self._step += 1
+        self._set_attach_rate()
+
+    def after_epoch(self) -> tuple[Action, ...]:
+        """Do what the schedule decides, in place.
+
+        Returns:
+            What was done. If that is anything, wrap the model anew in its `DistributedDataParallel`.
+        """
+        self.epoch += 1
+        self._step = 0
+        return self._adjust()
+
+    def observe(self) -> Observation:
+        """What a schedule would decide by now, of all ranks together."""
+        saliency = {} if self._saliency is None else self._saliency.means()
+        blocks = {path: module for path, module in self.model.named_modules() if isinstance(module, RepBlock)}
+        candidates = [
+            Candidate(site.path, site.conv, _depth(site.path, blocks), saliency.get(site.path, 0.0))
+            for site in self._candidates()
+            if site.conv is not None
+        ]
+        frozen = {action.site: action.frozen for action in journal(self.model) if isinstance(action, Freeze)}
+        seen = [
+            Block(
+                path,
+                block.site,
+                tuple(block.branches),
+                _scales(block),
+                block.norm_path is not None,
+                _depth(path, blocks),
+                frozen.get(path, False),
+            )
+            for path, block in blocks.items()
+        ]
+        return Observation(self.epoch, candidates, seen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands; what was done to the model is in its journal."""
+        saliency = None if self._saliency is None else self._saliency.state_dict()
+        return {"epoch": self.epoch, "step": self._step, "saliency": saliency}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The reverse of `state_dict`."""
+        saliency = state["saliency"]
+        self.epoch, self._step = int(state["epoch"]), int(state["step"])
+        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        self._saliency = None if saliency is None else _Saliency.from_state(saliency, device)
+
+    def _candidates(self) -> list[Site]:
+        return [
+            site
+            for site in find_sites(self.model)
+            if site.refusal is None and not site.branches and _is_affine(self.model, site.norm)
+        ]
+
+    def _adjust(self) -> tuple[Action, ...]:
+        actions: tuple[Action, ...] = ()
+        if self.schedule.due(self.epoch):
+            if self.schedule.metric is not None and self._saliency is None:
+                raise InvalidInput(
+                    "no gradients were observed: call after_backward() between backward() and the optimizer's step."
+                )
+            actions = tuple(self.schedule.decide(self.observe()))
+            self._saliency = None
+        if actions:
+            averages = [] if self.ema is None else [self.ema]
+            with carry(self.model, *self.optimizers, *averages):
+                apply(self.model, actions, None if self._calibrate is None else _First(self._calibrate, self.schedule))
+            for optimizer in self.optimizers if self.schedule.fresh_optimizer else ():
+                optimizer.state.clear()
+            _take_from_first_rank(self.model, *averages)
+            self.history += [(self.epoch, action) for action in actions]
+        self._set_attach_rate()
+        return actions
+
+    @torch.no_grad()
+    def _set_attach_rate(self) -> None:
+        time = self.epoch + (self._step / self._steps_per_epoch if self._steps_per_epoch else 0.0)
+        rate = self.schedule.attach_rate(time)
+        if rate is not None:
+            for module in self.model.modules():
+                if isinstance(module, AttachRate):
+                    module.rate.fill_(rate)
+
+
+class _Saliency:
+    """Sums over steps, on the device; nothing waits for it before the means are asked for."""
+
+    def __init__(self, sites: list[str], sums: Tensor | None = None, steps: Tensor | None = None) -> None:
+        self.sites = sites
+        self.sums = sums
+        self.steps = steps
+
+    @classmethod
+    def of(cls, sites: Iterable[Site]) -> _Saliency:
+        return cls([site.path for site in sites])
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> _Saliency:
+        return cls(list(state["sites"]), state["sums"].to(device), state["steps"].to(device))
+
+    def state_dict(self) -> dict[str, Any] | None:
+        return None if self.sums is None else {"sites": self.sites, "sums": self.sums, "steps": self.steps}
+
+    @torch.no_grad()
+    def add(self, metric: str, weights: Sequence[Layer], scaler: torch.amp.GradScaler | None) -> None:
+        """Add one step; nothing, if a gradient overflowed."""
+        if not weights:
+            return
+        device = weights[0].device
+        values = torch.stack([_value(metric, weight).to(device) for weight in weights])
+        if scaler is not None:
+            values = values / scaler.scale(torch.ones((), device=device))
+        if self.sums is None or self.steps is None:
+            self.sums, self.steps = torch.zeros_like(values), torch.zeros((), device=device)
+        counts = values.isfinite().all()
+        self.sums += torch.where(counts, values, torch.zeros_like(values))
+        self.steps += counts
+
+    def means(self) -> dict[str, float]:
+        """By site, over all steps and ranks."""
+        if self.sums is None or self.steps is None:
+            return {}
+        total = torch.cat([self.sums, self.steps[None]])
+        if _is_distributed():
+            torch.distributed.all_reduce(total)
+        return dict(zip(self.sites, (total[:-1] / total[-1].clamp(min=1)).tolist()))
+
+
+def _value(metric: str, weight: Tensor) -> Tensor:
+    """In float32 at least, so that float16 doesn't overflow."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if weight.grad is None:
+        return torch.zeros((), dtype=dtype, device=weight.device)
+    return METRICS[metric](weight.to(dtype), weight.grad.to(dtype))
+
+
+class _First:
+    """The first batches of data, each time anew."""
+
+    def __init__(self, data: Iterable[Any], schedule: Schedule) -> None:
+        self.data = data
+        self.count = schedule.batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.data), self.count)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The module inside what wraps it for several processes or compiled it."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def _depth(path: str, blocks: Mapping[str, RepBlock]) -> int:
+    return sum(path.startswith(f"{block}.") for block in blocks)
+
+
+def _scales(block: RepBlock) -> dict[str, float]:
+    own = None if block.norm is None else block.norm.weight
+    if own is None:
+        return {}
+    norms = {name: branch.last_norm for name, branch in block.branches.items()}
+    gammas = {name: norm.weight for name, norm in norms.items() if norm is not None and norm.weight is not None}
+    means = [gamma.detach().abs().mean() for gamma in (own, *gammas.values())]
+    reference, *others = torch.stack(means).tolist()
+    return {name: mean / reference if reference else float("inf") for name, mean in zip(gammas, others)}
+
+
+def _is_affine(model: nn.Module, norm_path: str | None) -> bool:
+    """Whether what a branch adds can be taken off the origin."""
+    if norm_path is None:
+        return True
+    norm: Layer = norm_of(model.get_submodule(norm_path))
+    return norm.weight is not None and norm.bias is not None
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+@torch.no_grad()
+def _take_from_first_rank(*modules: nn.Module) -> None:
+    if not _is_distributed():
+        return
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            torch.distributed.broadcast(tensor, 0)

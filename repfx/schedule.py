@@ -1,0 +1,136 @@
+"""`Schedule`: when and how the structure of a model changes while it trains, as a pure function of what was observed.
+
+A schedule is one file in `repfx/schedules/`: a frozen dataclass that names itself and gives, for an `Observation`, the actions to be taken.
+The `Driver` observes, applies the actions and carries the optimizer; a schedule never sees a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+from repfx.errors import InvalidInput
+from repfx.journaling import Action
+from repfx.spec import ConvSpec
+
+SCHEDULES: dict[str, type[Schedule]] = {}
+_Own = TypeVar("_Own", bound="Schedule")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A conv that can become a block.
+
+    Args:
+        site: its path.
+        conv: its sizes.
+        depth: how many blocks it lies in.
+        saliency: mean over the steps since the last adjustment, of the schedule's `metric`.
+    """
+
+    site: str
+    conv: ConvSpec
+    depth: int = 0
+    saliency: float = 0.0
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block.
+
+    Args:
+        site: its path.
+        conv: the sizes of its own conv.
+        branches: their names, in order.
+        scales: for each branch that ends in a BatchNorm, mean |γ| of it, relative to the origin's; empty where the origin has no γ.
+        normalised: whether the site's own BatchNorm is the origin's.
+        depth: how many blocks it lies in.
+        frozen: whether its own conv is left alone at present.
+    """
+
+    site: str
+    conv: ConvSpec
+    branches: tuple[str, ...]
+    scales: Mapping[str, float]
+    normalised: bool = True
+    depth: int = 0
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a schedule decides by.
+
+    Args:
+        epoch: how many epochs are over.
+        candidates, blocks: in the model's order.
+    """
+
+    epoch: int
+    candidates: Sequence[Candidate] = ()
+    blocks: Sequence[Block] = ()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Base of all schedules. A subclass is a frozen dataclass; with a `name` it is registered at once, for the command line too.
+
+    What it may set, beside `decide`:
+
+    - `metric`: which saliency of the candidates is observed, of `repfx.saliency.METRICS`; None for none.
+    - `batches`: how many batches of the data new BatchNorms are calibrated on at most; None for all.
+    - `needs_data`: whether its actions can't be done without.
+    - `fresh_optimizer`: whether the optimizers' state begins anew after each adjustment.
+    """
+
+    name: ClassVar[str]
+    needs_data: ClassVar[bool] = False
+    fresh_optimizer: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls):
+            SCHEDULES[cls.name] = cls
+
+    @property
+    def metric(self) -> str | None:
+        return None
+
+    @property
+    def batches(self) -> int | None:
+        return None
+
+    def due(self, epoch: int) -> bool:
+        """Whether to adjust after so many epochs; 0 is before the first."""
+        return epoch > 0
+
+    def decide(self, seen: Observation) -> Sequence[Action]:
+        """What to change now, in this order."""
+        raise NotImplementedError
+
+    def attach_rate(self, time: float) -> float | None:
+        """λ of all blocks that have one, so many epochs after the beginning; None leaves it as it is."""
+        return None
+
+    @classmethod
+    def over(cls: type[_Own], epochs: int, /, **options: Any) -> _Own:
+        """This schedule for a training of so many epochs, in the proportions of its paper, but for the options that are given.
+
+        Raises:
+            InvalidInput: no such option, or a value that can't be.
+        """
+        unknown = sorted(options.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            known = ", ".join(field.name for field in fields(cls))
+            raise InvalidInput(f"{cls.__name__} has no option {', '.join(unknown)}; it has {known}.")
+        return cls(**{**cls._proportions(epochs, options), **options})
+
+    @classmethod
+    def _proportions(cls, epochs: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `InvalidInput` for an option that can't be."""
+    if not condition:
+        raise InvalidInput(message)

@@ -1,0 +1,107 @@
+"""DyRep: grow the conv that matters most for the loss, and drop the branches that do little, every few epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+from typing import Any, ClassVar
+
+from repfx.branch import fitting
+from repfx.errors import UnknownName
+from repfx.journaling import Action
+from repfx.passes.drop import Drop
+from repfx.passes.expand import Expand
+from repfx.saliency import METRICS
+from repfx.schedule import Block, Candidate, Observation, Schedule, require
+from repfx.spec import SpecLike, resolve_spec
+
+
+@dataclass(frozen=True)
+class DyRep(Schedule):
+    """Dynamic re-parameterization (Huang et al., DyRep: Bootstrapping Training with Dynamic Re-parameterization).
+
+    Every `interval` epochs the conv of the highest saliency becomes a block, and every branch whose γ is small leaves its block. Convs
+    inside a block are candidates as well. Both change neither mode of the model: the origin's BatchNorm takes the statistics that are
+    measured, where the authors' code resets it.
+
+    Args:
+        interval: epochs from one adjustment to the next.
+        until: no adjustment after this many epochs or more.
+        metric: the saliency: ``synflow`` is Σ g·W over the weights, as in the paper; of a conv in front of a BatchNorm it is zero but for
+            ε, for such a conv's scale makes no difference. ``snip`` is Σ |g·W|, ``gradient_norm`` is ‖g‖, ``random`` is a random number.
+        spec: the branches that a conv gets, as far as they fit.
+        gamma: of the branches' last BatchNorms at first, relative to the origin's.
+        depth: how deep blocks may lie in each other.
+        drop: whether branches leave, too (the paper's Dep); else they only grow (Rep).
+        deviation: branches leave a block only where their scores' standard deviation is above this.
+        scale: and only those whose score, mean |γ| relative to the origin's, is below the mean and below this.
+        batches: how many batches the new BatchNorms are calibrated on.
+
+    >>> DyRep(interval=15, until=500).due(30)
+    True
+    """
+
+    name: ClassVar[str] = "dyrep"
+    needs_data: ClassVar[bool] = True
+
+    interval: int = 15
+    until: int = 500
+    metric: str = "synflow"
+    spec: SpecLike = "dyrep"
+    gamma: float = 0.01
+    depth: int = 2
+    drop: bool = True
+    deviation: float = 0.02
+    scale: float = 0.1
+    batches: int = 20
+
+    def __post_init__(self) -> None:
+        require(self.interval >= 1, f"interval is {self.interval} epochs; it must be at least 1.")
+        require(self.depth >= 1, f"depth is {self.depth}; it must be at least 1.")
+        require(self.batches >= 1, f"batches is {self.batches}; it must be at least 1.")
+        require(self.gamma > 0, f"gamma is {self.gamma}; it must be positive, or the branches' convs get no gradient.")
+        if self.metric not in METRICS:
+            raise UnknownName("saliency", self.metric, METRICS)
+        resolve_spec(self.spec)
+
+    def due(self, epoch: int) -> bool:
+        return 0 < epoch < self.until and epoch % self.interval == 0
+
+    def decide(self, seen: Observation) -> Sequence[Action]:
+        drops: list[Drop] = []
+        for block in seen.blocks if self.drop else ():  # an outer one comes before those in it
+            if not block.site.startswith(_inside(drops)):
+                drops += self._drops(block)
+        open_ones = [
+            candidate
+            for candidate in seen.candidates
+            if candidate.depth < self.depth and not candidate.site.startswith(_inside(drops))
+        ]
+        return [*self._growth(open_ones), *drops]
+
+    def _growth(self, candidates: list[Candidate]) -> list[Action]:
+        """The one of the highest saliency becomes a block."""
+        spec = resolve_spec(self.spec)
+        for best in sorted(candidates, key=lambda candidate: -candidate.saliency):
+            branches, _ = fitting(spec.branches_for(best.conv), best.conv)
+            if branches and not best.conv.is_pointwise:
+                return [Expand(best.site, branches, spec.norm, spec.weights, self.gamma)]
+        return []
+
+    def _drops(self, block: Block) -> list[Drop]:
+        scores = block.scales
+        if len(scores) < 2 or pstdev(scores.values()) <= self.deviation:
+            return []
+        limit = min(fmean(scores.values()), self.scale)
+        return [Drop(block.site, branch) for branch, score in scores.items() if score < limit]
+
+    @classmethod
+    def _proportions(cls, epochs: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        """40 intervals in 600 epochs, the last sixth of them without adjustments."""
+        return {"interval": max(1, epochs // 40), "until": max(2, epochs * 5 // 6)}
+
+
+def _inside(drops: list[Drop]) -> tuple[str, ...]:
+    """What the paths in a branch that leaves begin with."""
+    return tuple(f"{drop.site}.{drop.branch}." for drop in drops)

@@ -1,0 +1,106 @@
+"""RepAn: fuse, restore and expand again, cycle by cycle; new branches are attached gently."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from repfx.branch import fitting
+from repfx.errors import InvalidInput, UnknownName
+from repfx.journaling import Action
+from repfx.passes.drop import Drop
+from repfx.passes.expand import Expand
+from repfx.passes.freeze import Freeze
+from repfx.passes.fuse import Fuse
+from repfx.passes.restore import Restore
+from repfx.schedule import Block, Observation, Schedule, require
+from repfx.spec import ConvSpec, SpecLike, Weights, resolve_spec
+
+
+@dataclass(frozen=True)
+class RepAn(Schedule):
+    """Annealing through re-parameterization (RepAn, Algorithm 1).
+
+    Each cycle begins with a fold of all blocks into their convs, BatchNorms put back behind them, and new branches beside them, attached by
+    λ (eq. 3): 0 at first, so that nothing jumps, and 1 after the warm-up. The optimizers begin each cycle anew; let the learning rate do
+    so, too.
+
+    Args:
+        cycles: how many.
+        epochs: of each.
+        warm_up: epochs of a cycle in which λ rises from 0 to 1, by each step if the driver knows how many an epoch has, else by epoch.
+        spec: the branches that convs get, as far as they fit.
+        weights: first values of their convs, as in `Spec`.
+        statistics: of the BatchNorms put back: ``inherited`` from those that were folded, or ``measured`` on data.
+        freeze: leave the inherited convs and BatchNorms alone while λ rises.
+        batches: how many batches BatchNorms are calibrated on.
+
+    >>> repan = RepAn(cycles=3, epochs=10, warm_up=4)
+    >>> [repan.due(epoch) for epoch in (0, 10, 30)], [repan.attach_rate(time) for time in (0, 1, 11, 15)]
+    ([True, True, False], [0.0, 0.25, 0.25, 1.0])
+    """
+
+    name: ClassVar[str] = "repan"
+    fresh_optimizer: ClassVar[bool] = True
+
+    cycles: int = 5
+    epochs: int = 30
+    warm_up: float = 5
+    spec: SpecLike = "repvgg"
+    weights: Weights = "small"
+    statistics: Literal["inherited", "measured"] = "inherited"
+    freeze: bool = False
+    batches: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("cycles", "epochs", "batches"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1.")
+        require(
+            0 <= self.warm_up <= self.epochs,
+            f"warm_up is {self.warm_up} epochs; it must be from 0 to the {self.epochs} of a cycle.",
+        )
+        if self.statistics not in ("inherited", "measured"):
+            raise UnknownName("statistics", str(self.statistics), ["inherited", "measured"])
+        resolve_spec(self.spec)
+
+    def due(self, epoch: int) -> bool:
+        begins = epoch % self.epochs == 0
+        thaws = self.freeze and epoch % self.epochs == math.ceil(self.warm_up)
+        return epoch < self.cycles * self.epochs and (begins or thaws)
+
+    def decide(self, seen: Observation) -> Sequence[Action]:
+        thaw = [Freeze(block.site, frozen=False) for block in seen.blocks if block.frozen]
+        if seen.epoch % self.epochs:
+            return thaw
+        blocks = [block for block in seen.blocks if not block.depth]
+        plain = {candidate.site: candidate.conv for candidate in seen.candidates if not candidate.depth}
+        sites = plain | {block.site: block.conv for block in blocks}
+        expands = [action for site, conv in sites.items() for action in self._expand(site, conv)]
+        freezes = [Freeze(action.site) for action in expands] if self.freeze and self.warm_up else []
+        return [*thaw, *self._fold(blocks), *expands, *freezes]
+
+    def _fold(self, blocks: list[Block]) -> list[Action]:
+        measured = self.statistics == "measured"
+        normalised = [block.site for block in blocks if block.normalised]
+        drops = [Drop(block.site, branch) for block in blocks if not block.normalised for branch in block.branches]
+        return [*drops, *map(Fuse, normalised), *(Restore(site, measured) for site in normalised)]
+
+    def _expand(self, site: str, conv: ConvSpec) -> list[Expand]:
+        spec = resolve_spec(self.spec)
+        branches, _ = fitting(spec.branches_for(conv), conv)
+        return [Expand(site, branches, spec.norm, self.weights, attach_rate=0.0)] if branches else []
+
+    def attach_rate(self, time: float) -> float:
+        time -= self.epochs * min(int(time) // self.epochs, self.cycles - 1)
+        return min(1.0, time / self.warm_up) if self.warm_up else 1.0
+
+    @classmethod
+    def _proportions(cls, epochs: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        """As many cycles of equal length as there can be, up to the paper's 5; a sixth of each is warm-up."""
+        cycles = options.get("cycles") or next(number for number in (5, 4, 3, 2, 1) if epochs % number == 0)
+        if epochs % cycles and "epochs" not in options:
+            raise InvalidInput(f"{epochs} epochs can't be split into {cycles} cycles of equal length.")
+        each = options.get("epochs", epochs // cycles)
+        return {"cycles": cycles, "epochs": each, "warm_up": each / 6}

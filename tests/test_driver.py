@@ -131,7 +131,7 @@ def test_in_front_of_a_batch_norm_the_signed_saliency_is_nothing_but_eps() -> No
     pairs = zip(signed.observe().candidates, unsigned.observe().candidates)
     ratios = {first.site: abs(first.saliency) / second.saliency for first, second in pairs}
     assert ratios["0"] < 1e-3
-    assert ratios["3"] > 0.1
+    assert ratios["3"] > 0.02
 
 
 @torch.no_grad()

@@ -1,0 +1,61 @@
+"""A training run that saves itself after every step and goes on from where it was killed.
+
+python -m tests.programs.killable SCHEDULE FOLDER
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import repfx
+
+STEPS, PER_EPOCH = 24, 4
+SCHEDULES = {
+    "dyrep": repfx.schedules.DyRep(interval=1, until=9, deviation=0.0, spec=["1x1", "1xk", "identity"]),
+    "repan": repfx.schedules.RepAn(cycles=3, epochs=2, warm_up=1, freeze=True),
+}
+
+
+def main(schedule: str, folder: Path) -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randn(6, 3, 9, 7) for _ in range(3)]
+    first = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1)]
+    model = nn.Sequential(*first, nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.ReLU(), nn.Flatten(), nn.Linear(504, 5))
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    driver = repfx.Driver(model, optimizer, SCHEDULES[schedule], calibrate=data, ema=average, steps_per_epoch=PER_EPOCH)
+    progress = {"step": 0}
+    parts: dict[str, Any] = {"rates": rates, "generator": generator, "progress": progress}
+    checkpoint = folder / "run.ckpt"
+    if checkpoint.exists():
+        repfx.load(checkpoint, model, optimizer, driver, **parts)
+    while progress["step"] < STEPS:
+        x = torch.randn(6, 3, 9, 7, generator=generator)
+        optimizer.zero_grad()
+        model.train()(x).square().mean().backward()
+        driver.after_backward()
+        optimizer.step()
+        rates.step()
+        average.update_parameters(model)
+        progress["step"] += 1
+        if progress["step"] % PER_EPOCH == 0:
+            driver.after_epoch()
+        repfx.save(checkpoint, model, optimizer, driver, **parts)
+        print(progress["step"], flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,55 @@
+"""A training run on two processes, of which each sees data of its own: torchrun … tests/programs/on_two_ranks.py SCHEDULE."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+import repfx
+
+SCHEDULES = {
+    "dyrep": repfx.schedules.DyRep(interval=1, until=9, deviation=0.0, metric="random", spec=["1x1", "1xk"]),
+    "repan": repfx.schedules.RepAn(cycles=3, epochs=1, warm_up=0.5, statistics="measured"),
+}
+
+
+def main(name: str) -> None:
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    torch.manual_seed(0)
+    first = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    net = nn.Sequential(*first, nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(504, 5))
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+    average = AveragedModel(net)
+    torch.manual_seed(rank)  # from here on, all that is random differs
+    data = [torch.randn(4, 3, 9, 7) + rank for _ in range(3)]
+    driver = repfx.Driver(net, optimizer, SCHEDULES[name], calibrate=data, ema=average, steps_per_epoch=3)
+    model = DistributedDataParallel(net)
+    for _ in range(3):
+        for x in data:
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            driver.after_backward()
+            optimizer.step()
+            average.update_parameters(net)
+        if driver.after_epoch():
+            model = DistributedDataParallel(net)
+    mine = [tensor.detach().double().flatten() for each in (net, average) for tensor in each.parameters()]
+    numbers, journals = [torch.cat(mine)] * 2, [""] * 2
+    gathered = [torch.empty_like(numbers[0]) for _ in range(2)]
+    distributed.all_gather(gathered, numbers[0])
+    distributed.all_gather_object(journals, str(repfx.journal(net)))
+    assert journals[0] == journals[1], journals
+    assert torch.equal(gathered[0], gathered[1]), float((gathered[0] - gathered[1]).abs().max())
+    assert len(driver.history) > 2
+    if rank == 0:
+        print(*(action for _, action in driver.history), sep="\n")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -22,7 +22,8 @@ def main(name: str) -> None:
     rank = distributed.get_rank()
     torch.manual_seed(0)
     first = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
-    net = nn.Sequential(*first, nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(504, 5))
+    more = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)]
+    net = nn.Sequential(*first, *more, nn.ReLU(), nn.Flatten(), nn.Linear(504, 5))
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
     average = AveragedModel(net)
     torch.manual_seed(rank)  # from here on, all that is random differs

@@ -45,6 +45,14 @@ def passes() -> str:
     return _table(("pass", "sort", "what it does"), sorted(rows, key=lambda row: row[1], reverse=True))
 
 
+def schedules() -> str:
+    """Each schedule with the first line of its class's docstring."""
+    from repfx.schedule import SCHEDULES
+
+    rows = [(f"`{name}`", _first_line(cls), f"`{_file_of(cls)}`") for name, cls in SCHEDULES.items()]
+    return _table(("schedule", "what it is", "file"), rows)
+
+
 def options(command: str) -> str:
     """Each argument and option of a command of the command line."""
     import typer
@@ -85,6 +93,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "branches": branches,
     "passes": passes,
+    "schedules": schedules,
     "latency": latency,
     **{f"options_of_{command}": partial(options, command) for command in ("train", "fuse", "inspect")},
 }

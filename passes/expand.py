@@ -262,7 +262,7 @@ def _begin_with(
     DyRep's own code resets the origins' statistics instead of measuring them, so that the output drifts.
     """
     origins = [block for block in blocks if _norms_of_branches(block)]
-    bare = {block: _kernel(block) for block in origins if block.norm is None}
+    bare = {block: block.origin_kernel() for block in origins if block.norm is None}
     for block, kernel in bare.items():
         undo.callback(_take_norm, block, copy.deepcopy(block.conv.state_dict()))
         _give_norm(block, kernel)
@@ -271,7 +271,7 @@ def _begin_with(
     for block in origins:
         block.require_affine("the branches")
         undo.callback(block.origin.load_state_dict, copy.deepcopy(block.origin.state_dict()))
-        own = bare.get(block) or _kernel(block)
+        own = bare.get(block) or block.origin_kernel()
         for norm in _norms_of_branches(block):
             norm.weight.copy_(gamma * block.norm.weight.abs())  # type: ignore[union-attr]
         kernels[block] = reduce(Kernel.subtract, (block.kernel_of(name, own.weight) for name in block.branches), own)
@@ -282,11 +282,6 @@ def _begin_with(
 def _norms_of_branches(block: RepBlock) -> list[Layer]:
     """The last BatchNorm of each branch that has one."""
     return [branch.last_norm for branch in block.branches.values() if branch.last_norm is not None]
-
-
-def _kernel(block: RepBlock) -> Kernel:
-    """Of the origin, in tensors of its own."""
-    return copy.deepcopy(block.origin).equivalent_kernel(block.conv.weight.detach().double())
 
 
 def _give_norm(block: RepBlock, kernel: Kernel) -> None:
@@ -317,7 +312,7 @@ def _rebuild(model: nn.Module, actions: list[Expand]) -> None:
     for action in actions:
         block = model.get_submodule(action.site)
         if action.gamma and isinstance(block, RepBlock) and block.norm is None and _norms_of_branches(block):
-            _give_norm(block, _kernel(block))
+            _give_norm(block, block.origin_kernel())
 
 
 def _new_norms(block: RepBlock) -> list[nn.Module]:

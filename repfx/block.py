@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Mapping
 from functools import reduce
@@ -77,7 +78,7 @@ class RepBlock(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
         outputs = [self.origin(input), *(branch(input) for branch in self.branches.values())]
-        if "attach" in self._modules:
+        if "attach" in self._modules and len(outputs) > 1:
             outputs = [outputs[0], self.attach(reduce(operator.add, outputs[1:]))]
         total: Tensor = reduce(operator.add, outputs)
         return total
@@ -99,11 +100,19 @@ class RepBlock(nn.Module):
             missing = "γ" if norm.weight is None else "β"
             raise InvalidInput(f"the origin can't absorb {what}: its BatchNorm has no {missing} to put it into.")
 
-    def absorb(self, name: str) -> None:
-        """Remove a branch; the origin takes its kernel over, in float64 and rounded once, so that the function stays."""
+    def require(self, name: str) -> None:
+        """Raise `UnknownName` if there is no branch of that name, `InvalidInput` if the origin can't absorb it."""
         if name not in self.branches:
             raise UnknownName("branch", name, self.branches)
         self.require_affine(repr(name))
+
+    def origin_kernel(self) -> Kernel:
+        """What the site's own conv and BatchNorm amount to, in float64 and in tensors of its own."""
+        return copy.deepcopy(self.origin).equivalent_kernel(self.conv.weight.detach().double())
+
+    def absorb(self, name: str) -> None:
+        """Remove a branch; the origin takes its kernel over, in float64 and rounded once, so that the function stays."""
+        self.require(name)
         conv, norm = self.conv, self.norm
         like: Tensor = conv.weight.detach().double()
         kernel = self.origin.equivalent_kernel(like).add(self.kernel_of(name, like))

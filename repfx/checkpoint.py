@@ -44,6 +44,8 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     driver: Driver | None = None,
+    *,
+    random_state: bool = True,
     **parts: Part,
 ) -> None:
     """Write a run to a file, from which `load` goes on to the same bits.
@@ -56,6 +58,7 @@ def save(
         model: in whatever structure it is now.
         optimizer: of the model's parameters.
         driver: of the model's structure, with the averaged model that it knows.
+        random_state: whether Python's and torch's random numbers are written, too.
         parts: what else belongs to the run, by names of your choice: schedulers, a `GradScaler`, an `AveragedModel`, a `torch.Generator`,
             anything with `state_dict` and `load_state_dict`, or a dict of plain values.
 
@@ -80,7 +83,8 @@ def save(
     states: dict[str, Any] = {name: _state_of(part) for name, part in {_MODEL: model, **parts}.items()}
     if optimizer is not None:
         states[_OPTIMIZER] = _by_name(optimizer, model)
-    states[_RANDOM] = _random_state()
+    if random_state:
+        states[_RANDOM] = _random_state()
     written = {name: take_apart(state, name, tensors) for name, state in states.items()}
     modules = _modules(model, parts)
     journals = {name: _journals(part) for name, part in modules.items()}
@@ -129,6 +133,7 @@ def load(
         found.try_module(name, module)
     others = {name: (part, found.state(name)) for name, part in parts.items() if name not in modules}
     state = found.state(_OPTIMIZER) if optimizer is not None else None
+    numbers = found.state(_RANDOM) if random_state else None
     if optimizer is not None:
         _check_groups(optimizer, state, found.path)
     _load_all(others, found.path)
@@ -136,8 +141,8 @@ def load(
         found.load_module(name, module)
     if optimizer is not None:
         _load_optimizer(optimizer, model, state)
-    if random_state:
-        _set_random_state(found.state(_RANDOM))
+    if numbers is not None:
+        _set_random_state(numbers)
     return model
 
 

@@ -22,6 +22,7 @@ from repfx.onnx import export_onnx
 from repfx.progress import shown_progress
 from repfx.rule import PASSES
 from repfx.run_folder import STRUCTURE, RunFolder, spec_of
+from repfx.schedule import SCHEDULES
 from repfx.spec import PRESETS
 from repfx.tables import fusion_table, listing, metrics_table
 from repfx.training import Recipe
@@ -63,8 +64,26 @@ def train(
         ),
     ] = "digits",
     spec: Annotated[
-        str, typer.Option(help='A preset, branch kinds with commas between, or JSON: \'{"layer1.*": "acb"}\'.')
-    ] = "dbb",
+        str | None,
+        typer.Option(
+            help='A preset, branch kinds with commas between, or JSON: \'{"layer1.*": "acb"}\'.',
+            show_default="dbb, or the schedule's own",
+        ),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="Begin with the plain model and change it while it trains, as this schedule says: "
+            + ", ".join(SCHEDULES),
+            show_default="expand it first",
+        ),
+    ] = None,
+    schedule_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=VALUE for the schedule, VALUE as JSON; may be repeated.", show_default="its paper's proportions"
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = Recipe.epochs,
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("runs/first"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in --out already.")] = False,
@@ -97,6 +116,8 @@ def train(
         model=ModelReference(model, num_classes, _options(option)),
         data=DataSource(data, root, download),
         spec=spec,
+        schedule=schedule,
+        schedule_options=_options(schedule_option),
         recipe=Recipe(epochs, batch_size, learning_rate, seed=seed, device=device, workers=workers),
         out=out,
         overwrite=overwrite,
@@ -171,15 +192,17 @@ class Registry(str, Enum):
     branches = "branches"
     presets = "presets"
     passes = "passes"
+    schedules = "schedules"
 
 
 @app.command("list")
 def list_names(what: Annotated[Registry, typer.Argument(help="Which names.", show_default=False)]) -> None:
-    """List the branch kinds, the presets or the passes, with one line on each."""
+    """List the branch kinds, the presets, the passes or the schedules, with one line on each."""
     rows = {
         Registry.branches: [(kind, (branch.__doc__ or "").splitlines()[0]) for kind, branch in KINDS.items()],
         Registry.presets: [(preset.name, preset.description) for preset in PRESETS.values()],
         Registry.passes: [(found.name, found.description) for found in PASSES.values()],
+        Registry.schedules: [(name, (found.__doc__ or "").splitlines()[0]) for name, found in SCHEDULES.items()],
     }[what]
     typer.echo(listing(rows))
 

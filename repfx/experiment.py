@@ -14,13 +14,17 @@ import repfx
 from repfx.cost import count_macs, count_parameters, measure_latency
 from repfx.data import load_data
 from repfx.dataset import DataSet, DataSource, InputForm
-from repfx.errors import InvalidInput, first_line
+from repfx.errors import InvalidInput, UnknownName, first_line
+from repfx.journaling import Action
 from repfx.models import ModelReference, load_weights
+from repfx.notes import copy_of
 from repfx.onnx import export_onnx
 from repfx.run_folder import MODEL, RunFolder, Structure, spec_of
+from repfx.schedule import SCHEDULES, Schedule
 from repfx.training import Predictions, Recipe, Step, predict, train
 
 _TEST_BATCH = 64
+_SPEC = "dbb"
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,16 @@ class Experiment:
     """What `repfx train` is asked to do.
 
     Args:
+        spec: what the model is expanded with; or what `schedule` expands convs with, None for its own.
+        schedule: its name and options; the model then begins plain, and is changed while it trains.
         weights: a file to begin from; then expanding preserves the function instead of starting as the papers do.
     """
 
     model: ModelReference = field(default_factory=lambda: ModelReference("torchvision:resnet18"))
     data: DataSource = field(default_factory=DataSource)
-    spec: str = "dbb"
+    spec: str | None = None
+    schedule: str | None = None
+    schedule_options: Mapping[str, Any] = field(default_factory=dict)
     recipe: Recipe = field(default_factory=Recipe)
     out: Path = Path("runs/first")
     overwrite: bool = False
@@ -69,10 +77,11 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Watcher:
-    """Hears what goes on: one `on_stage` for each part of the work, `on_step` while training."""
+    """Hears what goes on: one `on_stage` for each part of the work, `on_step` and `on_action` while training."""
 
     on_stage: Callable[[str], None] = lambda stage: None
     on_step: Callable[[Step], None] = lambda step: None
+    on_action: Callable[[int, Action], None] = lambda epoch, action: None
 
 
 def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics:
@@ -88,16 +97,21 @@ def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics:
 
 
 def _run(experiment: Experiment, folder: RunFolder, watcher: Watcher) -> Metrics:
-    recipe = experiment.recipe
+    recipe, schedule = experiment.recipe, _schedule(experiment)
     plain, data, reference = _prepare(experiment)
     watcher.on_stage("expand")
-    expanded = repfx.expand(plain, spec_of(experiment.spec), preserve=experiment.weights is not None)
+    spec = experiment.spec or _SPEC
+    if schedule is None:
+        expanded = repfx.expand(plain, spec_of(spec), preserve=experiment.weights is not None)
+    else:
+        expanded = copy_of(plain)
     expanded = to_device(expanded, recipe.device)
     watcher.on_stage("train")
-    losses = train(expanded, data, recipe, watcher.on_step)
+    losses = train(expanded, data, recipe, watcher.on_step, schedule, watcher.on_action)
     expanded = expanded.cpu().eval()
     folder.clear()
-    folder.write_checkpoint(expanded, Structure(reference, experiment.spec, data.preparation))
+    how = None if schedule is None else {"name": schedule.name, **asdict(schedule)}
+    folder.write_checkpoint(expanded, Structure(reference, None if how else spec, how, data.preparation))
     watcher.on_stage("fuse")
     x = torch.stack([data.test[i][0] for i in range(min(2, len(data.test)))])  # type: ignore[arg-type]
     fused = repfx.fuse(expanded)
@@ -116,6 +130,17 @@ def _run(experiment: Experiment, folder: RunFolder, watcher: Watcher) -> Metrics
     metrics = _metrics(losses, tests, errors, forms, session, x[:1])
     folder.write_metrics(metrics.as_dict())
     return metrics
+
+
+def _schedule(experiment: Experiment) -> Schedule | None:
+    if experiment.schedule is None:
+        if experiment.schedule_options:
+            raise InvalidInput("there are options for a schedule, and no schedule.")
+        return None
+    if experiment.schedule not in SCHEDULES:
+        raise UnknownName("schedule", experiment.schedule, SCHEDULES)
+    spec = {} if experiment.spec is None else {"spec": spec_of(experiment.spec)}
+    return SCHEDULES[experiment.schedule].over(experiment.recipe.epochs, **spec, **experiment.schedule_options)
 
 
 def _prepare(experiment: Experiment) -> tuple[nn.Module, DataSet, ModelReference]:

@@ -1,7 +1,8 @@
-"""A progress bar on stderr while an experiment runs; nothing where stderr is no terminal."""
+"""A progress bar on stderr while an experiment runs, and the changes of the model's structure; where stderr is no terminal, these alone."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from repfx.experiment import Watcher
+from repfx.journaling import Action
 from repfx.training import Step
 
 _STAGES = {
@@ -33,8 +35,11 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    if quiet or not console.is_terminal:
+    if quiet:
         yield Watcher()
+        return
+    if not console.is_terminal:
+        yield Watcher(on_action=lambda epoch, action: print(_told(epoch, action), file=sys.stderr, flush=True))
         return
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("loading", total=None, note="")
@@ -50,4 +55,10 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
             note = f"epoch {step.epoch}, loss {step.loss:.3f}"
             progress.update(task, completed=step.number, total=step.total, note=note)
 
-        yield Watcher(on_stage, on_step)
+        yield Watcher(
+            on_stage, on_step, lambda epoch, action: progress.console.print(_told(epoch, action), markup=False)
+        )
+
+
+def _told(epoch: int, action: Action) -> str:
+    return f"{f'after epoch {epoch}' if epoch else 'at the beginning'}: {action}"

@@ -15,38 +15,36 @@ from torch import nn
 import repfx
 from repfx.branch import KINDS
 from repfx.errors import InvalidInput
-from repfx.models import ModelReference, load_weights
+from repfx.models import ModelReference
 from repfx.spec import SpecLike
 
 CHECKPOINT, STRUCTURE, MODEL, METRICS = "checkpoint.safetensors", "structure.json", "model.onnx", "metrics.json"
 _FILES = (METRICS, STRUCTURE, CHECKPOINT, MODEL)
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Structure:
-    """How to build the training form that a checkpoint's weights belong to.
+    """What a checkpoint's weights belong to; how the model's structure came about is in the checkpoint.
 
     Args:
         model: the plain model.
         spec: what it was expanded with, as text or JSON gives it.
+        schedule: the options of the schedule that changed it in training, and its `name`; None without one.
         preparation: what the data's raw values went through; `shape` is that of one image.
     """
 
     model: ModelReference
     spec: Any
+    schedule: Mapping[str, Any] | None
     preparation: Mapping[str, Any]
-
-    def build(self) -> nn.Module:
-        """The expanded model, with fresh weights."""
-        expanded: nn.Module = repfx.expand(self.model.build(), spec_of(self.spec), inplace=True)
-        return expanded
 
     def to_json(self) -> str:
         """As text, with the version of repfx that wrote it."""
         model = {"name": self.model.name, "num_classes": self.model.num_classes, "options": dict(self.model.options)}
         head = {"format": _FORMAT, "repfx": repfx.__version__}
-        return json.dumps({**head, "model": model, "spec": self.spec, "preparation": self.preparation}, indent=2)
+        how = {"spec": self.spec, "schedule": self.schedule, "preparation": self.preparation}
+        return json.dumps({**head, "model": model, **how}, indent=2)
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> Structure:
@@ -63,7 +61,7 @@ class Structure:
                 )
             model = found["model"]
             reference = ModelReference(model["name"], model["num_classes"], model["options"])
-            return cls(reference, found["spec"], found["preparation"])
+            return cls(reference, found["spec"], found["schedule"], found["preparation"])
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidInput(f"{str(path)!r} is no structure that `repfx train` wrote.") from error
 
@@ -125,12 +123,9 @@ class RunFolder:
             staged.replace(self.path / name)
 
     def write_checkpoint(self, model: nn.Module, structure: Structure) -> None:
-        """The weights of the training form, and its structure."""
-        from safetensors.torch import save
-
-        weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+        """The training form, and what it was built from."""
         self.write(STRUCTURE, lambda path: _write_text(path, structure.to_json() + "\n"))
-        self.write(CHECKPOINT, lambda path: _write_bytes(path, save(weights)))
+        repfx.save(self.path / CHECKPOINT, model, random_state=False)
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """All numbers of the run; the last file."""
@@ -148,13 +143,8 @@ class RunFolder:
         Raises:
             InvalidInput: the files don't belong together; OSError: a file is missing.
         """
-        model = self.structure.build()
-        load_weights(model, self.path / CHECKPOINT)
-        return model.eval()
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+        model = self.structure.model.build()
+        return repfx.load(self.path / CHECKPOINT, model, random_state=False).eval()
 
 
 def _write_text(path: Path, text: str) -> None:

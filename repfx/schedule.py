@@ -82,6 +82,7 @@ class Schedule:
     - `batches`: how many batches of the data new BatchNorms are calibrated on at most; None for all.
     - `needs_data`: whether its actions can't be done without.
     - `fresh_optimizer`: whether the optimizers' state begins anew after each adjustment.
+    - `cycle`: after how many epochs the learning rate should begin anew; None for never.
     """
 
     name: ClassVar[str]
@@ -98,6 +99,10 @@ class Schedule:
 
     @property
     def batches(self) -> int | None:
+        return None
+
+    @property
+    def cycle(self) -> int | None:
         return None
 
     def due(self, epoch: int) -> bool:
@@ -128,6 +133,13 @@ class Schedule:
     @classmethod
     def _proportions(cls, epochs: int, options: Mapping[str, Any]) -> dict[str, Any]:
         return {}
+
+
+class Unchanged(Schedule):
+    """No change at all."""
+
+    def due(self, epoch: int) -> bool:
+        return False
 
 
 def require(condition: bool, message: str) -> None:

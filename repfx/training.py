@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+import repfx
 from repfx.dataset import DataSet, Images
 from repfx.errors import InvalidInput, RepfxError, first_line
+from repfx.journaling import Action
+from repfx.schedule import Schedule, Unchanged
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,18 @@ class Step:
 
 
 def train(
-    model: nn.Module, data: DataSet, recipe: Recipe, on_step: Callable[[Step], None] = lambda step: None
+    model: nn.Module,
+    data: DataSet,
+    recipe: Recipe,
+    on_step: Callable[[Step], None] = lambda step: None,
+    schedule: Schedule | None = None,
+    on_action: Callable[[int, Action], None] = lambda epoch, action: None,
 ) -> list[float]:
     """Train a model in place on a data set; gives the mean loss of each epoch. Equal seeds give equal weights.
+
+    Args:
+        schedule: changes the model's structure on the way; the learning rate begins anew with each of its cycles.
+        on_action: hears each change, and after how many epochs it was made.
 
     Raises:
         InvalidInput: the model doesn't take the images or gives no logits for their classes.
@@ -61,14 +73,18 @@ def train(
         model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
     total = recipe.epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: share_of_rate(done, total))
+    driver = repfx.Driver(model, optimizer, schedule or Unchanged(), calibrate=loader, steps_per_epoch=len(loader))
+    for _, action in driver.history:
+        on_action(0, action)
+    cycle = (driver.schedule.cycle or recipe.epochs) * len(loader)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: share_of_rate(done % cycle, cycle))
     losses, number = [], 0
     for epoch in range(1, recipe.epochs + 1):
         model.train()
         sum_of_losses = 0.0
         for x, y in loader:
-            loss = _step(model, x.to(recipe.device), y.to(recipe.device), optimizer)
-            schedule.step()
+            loss = _step(model, x.to(recipe.device), y.to(recipe.device), optimizer, driver)
+            rates.step()
             number += 1
             if not math.isfinite(loss):
                 raise RepfxError(
@@ -77,6 +93,8 @@ def train(
             sum_of_losses += loss
             on_step(Step(number, total, epoch, loss))
         losses.append(sum_of_losses / len(loader))
+        for action in driver.after_epoch():
+            on_action(epoch, action)
     model.eval()
     return losses
 
@@ -107,10 +125,11 @@ def _training_batches(images: Images, recipe: Recipe) -> DataLoader[Any]:
     )
 
 
-def _step(model: nn.Module, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer) -> float:
+def _step(model: nn.Module, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, driver: repfx.Driver) -> float:
     optimizer.zero_grad()
     loss = F.cross_entropy(logits_of(model(x)), y)
     loss.backward()
+    driver.after_backward()
     optimizer.step()
     return loss.item()
 

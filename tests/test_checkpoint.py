@@ -310,7 +310,6 @@ def test_a_part_that_was_not_saved_is_named(tmp_path: Path) -> None:
     ("parts", "message"),
     [
         ({"progress": 3}, "progress is of type int, which has no state_dict"),
-        ({"random_state": {}}, "can't be named random_state"),
         ({"progress": {"net": nn.ReLU()}}, r"progress.net is of type ReLU, which can't be saved"),
         ({"progress": {"z": torch.ones(2, dtype=torch.complex64)}}, r"progress.z is a torch.complex64 tensor"),
     ],
@@ -319,6 +318,25 @@ def test_what_can_t_be_saved_is_named_and_nothing_written(tmp_path: Path, parts:
     with pytest.raises(InvalidInput, match=message):
         repfx.save(tmp_path / "run.ckpt", Plain(), **parts)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_driver_s_average_is_saved_under_its_own_name(tmp_path: Path) -> None:
+    model = Plain()
+    driver = repfx.Driver(model, [], repfx.schedules.RepAn(), ema=AveragedModel(model))
+    with pytest.raises(InvalidInput, match="a part can't be named ema: the checkpoint uses that name itself"):
+        repfx.save(tmp_path / "run.ckpt", model, driver=driver, ema={})
+    repfx.save(tmp_path / "run.ckpt", model, driver=driver)
+    assert "ema.module.head.weight" in load_file(tmp_path / "run.ckpt")
+
+
+def test_random_numbers_can_be_left_out(tmp_path: Path) -> None:
+    repfx.save(tmp_path / "run.ckpt", Plain(), random_state=False)
+    with pytest.raises(InvalidInput, match="holds no 'random_state'"):
+        repfx.load(tmp_path / "run.ckpt", Plain())
+    model = Plain()
+    state = torch.get_rng_state()
+    repfx.load(tmp_path / "run.ckpt", model, random_state=False)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_an_optimizer_of_other_parameters_is_refused(tmp_path: Path) -> None:

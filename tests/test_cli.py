@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from repfx.dataset import DataSource, InputForm
 from repfx.errors import ExportError
 from repfx.rule import PASSES
 from repfx.run_folder import CHECKPOINT, METRICS, MODEL, STRUCTURE, RunFolder
+from repfx.schedule import SCHEDULES
 from repfx.spec import PRESETS
 from repfx.testing import relative_error
 from tests.tiny import net
@@ -114,9 +116,41 @@ def test_a_run_that_is_there_is_kept_unless_overwriting_is_asked_for(tmp_path: P
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_train_with_a_schedule_tells_each_change_and_verifies_the_end(  # type: ignore[no-untyped-def]
+    schedule: str, tmp_path: Path, repfx_command
+) -> None:
+    out = tmp_path / "out"
+    outcome = repfx_command(*TRAIN, "--schedule", schedule, "--spec", "1x1,1xk", "--epochs", 3, "--out", out)
+    assert outcome.code == 0, outcome.err
+    told = outcome.err.splitlines()
+    assert told
+    assert all(re.match(r"(after epoch \d|at the beginning): (expand|drop|fuse|restore) ", line) for line in told)
+    assert any("expand" in line and "1x1, 1xk" in line for line in told)
+    metrics = json.loads((out / METRICS).read_text())
+    assert metrics["flips"] == {"fused": 0, "onnxruntime": 0}
+    assert metrics["accuracy"]["fused"] > 0.5
+    assert json.loads((out / STRUCTURE).read_text())["schedule"]["name"] == schedule
+    model = RunFolder(out).load()
+    assert len(repfx.journal(model)) == len(told)
+    again = repfx_command("fuse", out, "--onnx", tmp_path / "again.onnx")
+    assert again.code == 0, again.err
+
+
+def test_options_of_a_schedule_are_its_own(tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    options = ("--schedule", "dyrep", "--schedule-option", "metric=snip", "--schedule-option", "drop=false")
+    assert repfx_command(*TRAIN, *options, "--epochs", 2, "--out", tmp_path).code == 0
+    schedule = json.loads((tmp_path / STRUCTURE).read_text())["schedule"]
+    assert (schedule["metric"], schedule["drop"]) == ("snip", False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--schedule", "dyrap"], "no schedule 'dyrap'; did you mean 'dyrep'?"),
+        (["--schedule-option", "interval=1"], "options for a schedule, and no schedule"),
+        (["--schedule", "dyrep", "--schedule-option", "speed=1"], "DyRep has no option speed"),
+        (["--schedule", "repan", "--schedule-option", "cycles=7"], "2 epochs can't be split into 7 cycles"),
         (["--spec", "dbbb"], "no preset 'dbbb'; did you mean 'dbb'?"),
         (["--spec", "1x1,1x2"], "no branch kind '1x2'"),
         (["--spec", "{1x1}"], "is no JSON"),
@@ -226,7 +260,9 @@ def test_inspect_shows_the_branches_of_a_finished_run(finished: Path, repfx_comm
     assert "1x1, 1x1-kxk, 1x1-avg" in repfx_command("inspect", finished).out
 
 
-@pytest.mark.parametrize(("what", "names"), [("branches", KINDS), ("presets", PRESETS), ("passes", PASSES)])
+@pytest.mark.parametrize(
+    ("what", "names"), [("branches", KINDS), ("presets", PRESETS), ("passes", PASSES), ("schedules", SCHEDULES)]
+)
 def test_list_shows_each_name_once(what: str, names: dict[str, object], repfx_command) -> None:  # type: ignore[no-untyped-def]
     lines = repfx_command("list", what).out.splitlines()
     assert [line.split()[0] for line in lines] == list(names)

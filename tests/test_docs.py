@@ -20,6 +20,7 @@ from docs.tables import MARK, TABLES, on_page_markdown
 from repfx.branch import KINDS
 from repfx.commands import app
 from repfx.rule import PASSES, RULES
+from repfx.schedule import SCHEDULES
 from repfx.spec import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,13 @@ TEXTS = [*PAGES, ROOT / "CHANGELOG.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 DOCTEST_FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+REGISTRIES: dict[str, dict[str, Any]] = {
+    "presets": PRESETS,
+    "branches": KINDS,
+    "passes": PASSES,
+    "schedules": SCHEDULES,
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ PAGES_WITH_CODE = [page for page in PAGES if code_of(page)]
 @pytest.fixture
 def registries_restored() -> Iterator[None]:
     """Pages that show how to register something leave nothing registered."""
-    registries: list[dict[str, Any]] = [KINDS, PASSES, PRESETS, RULES]
+    registries = [*REGISTRIES.values(), RULES]
     before = [dict(registry) for registry in registries]
     yield
     for registry, kept in zip(registries, before):
@@ -114,7 +122,7 @@ def test_the_preset_table_of_the_readme_is_the_registry() -> None:
     assert table == TABLES["presets"]()
 
 
-@pytest.mark.parametrize(("table", "registry"), [("presets", PRESETS), ("branches", KINDS), ("passes", PASSES)])
+@pytest.mark.parametrize(("table", "registry"), REGISTRIES.items())
 def test_a_generated_table_names_everything_registered(table: str, registry: dict[str, object]) -> None:
     assert registry
     named_there = re.findall(r"^\| `([^`]+)`", on_page_markdown(f"<!-- table: {table} -->"), re.MULTILINE)

@@ -3,8 +3,8 @@
     python -m benchmarks.drift
 
 Every site that DyRep's branches fit is expanded at once, in float64: as repfx does it, and as the public code does, which resets the
-BatchNorms of the origins. Both keep the eval output for the moment. Then come five forward passes in training mode, without a step of
-an optimizer.
+BatchNorms of the origins. Both keep the eval output for the moment. Then come five forward passes in training mode, on other data than
+the statistics are of, without a step of an optimizer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from repfx.moments import set_kernel
 from repfx.testing import relative_error
 
 OUT = Path(__file__).parent / "results" / "drift.json"
-PASSES, GAMMA = 5, 0.01
+SEEN, PASSES, GAMMA = 10, 5, 0.01
 WAYS = ("untouched", "repfx", "reset")
 
 
@@ -55,27 +55,38 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def subject(name: str, count: int) -> tuple[nn.Module, list[Tensor]]:
-    """A model in float64 with γ and β as training leaves them, statistics of the data, and the data, a batch for each pass."""
+def subject(name: str, count: int) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
+    """A model in float64 with γ and β as training leaves them and statistics of some data; these, and others for the passes."""
     torch.manual_seed(0)
     model = MODELS[name]().double().train()
-    data = [torch.randn(count, 3, 32, 24, dtype=torch.float64) for _ in range(PASSES)]
+    data = [torch.randn(count, 3, 32, 24, dtype=torch.float64) for _ in range(SEEN + PASSES)]
+    seen, fresh = data[:SEEN], data[SEEN:]
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    norms: list[Layer] = [module for module in model.modules() if is_batch_norm(module)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
+    for norm in batch_norms(model):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.uniform_(norm.bias, -0.5, 0.5)
+    settle(model, seen)
+    return model, seen, fresh
+
+
+def batch_norms(model: nn.Module) -> list[Layer]:
+    """All of a model's."""
+    return [module for module in model.modules() if is_batch_norm(module)]
+
+
+@torch.no_grad()
+def settle(model: nn.Module, data: list[Tensor]) -> None:
+    """Give BatchNorms the statistics that training on the data would leave, without training."""
+    momenta = {norm: norm.momentum for norm in batch_norms(model)}
+    for norm in momenta:
         norm.reset_running_stats()
         norm.momentum = None  # torch's sign for a cumulative average
-    with torch.no_grad():
-        for x in data:
-            model(x)
-    for norm, momentum in zip(norms, momenta):
+    for x in data:
+        model.train()(x)
+    for norm, momentum in momenta.items():
         norm.momentum = momentum
-    return model, data
 
 
 @torch.no_grad()
@@ -113,14 +124,14 @@ def drift(model: nn.Module, data: list[Tensor]) -> float:
 
 def measure(name: str, count: int) -> list[Row]:
     """A row for each way."""
-    model, data = subject(name, count)
-    ours = repfx.expand(model, "dyrep", gamma=GAMMA, calibrate=data)
-    before = outputs(model, data[0])
+    model, seen, fresh = subject(name, count)
+    ours = repfx.expand(model, "dyrep", gamma=GAMMA, calibrate=seen)
+    before = outputs(model, fresh[0])
     rows: list[Row] = []
     for way, changed in zip(WAYS, (model, ours, reset(ours))):
-        after = outputs(changed, data[0])
+        after = outputs(changed, fresh[0])
         moved = {mode: relative_error(after[mode], before[mode]) for mode in before}
-        rows.append({"model": name, "way": way, **moved, "drift": drift(changed, data)})
+        rows.append({"model": name, "way": way, **moved, "drift": drift(changed, fresh)})
     return rows
 
 

@@ -79,6 +79,37 @@ def latency() -> str:
     return "\n\n".join(parts)
 
 
+def drift() -> str:
+    """The committed result of `benchmarks/drift.py`: for each model, how far each way moves it."""
+    result = json.loads((RESULTS / "drift.json").read_text(encoding="utf-8"))
+    head = ("model", "way", "eval output, at once", "in training mode, at once", "eval output, after five passes")
+    rows = [
+        (row["model"], row["way"], *(f"{row[key]:.1e}" if row[key] else "0" for key in ("eval", "train", "drift")))
+        for row in result["rows"]
+    ]
+    setting = f"γ at first {result['gamma']}; input {result['input']}; torch {result['torch']}"
+    return f"{_table(head, rows)}\n\nRelative to the largest output; {setting}."
+
+
+def observation() -> str:
+    """The committed results of `benchmarks/observation.py`."""
+    parts = []
+    for file in sorted(RESULTS.glob("observation-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows = [
+            (
+                row["form"],
+                f"`{row['metric']}`",
+                f"{row['step'] * 1e3:.0f} ms",
+                f"{row['median']:.4f} ({row['low']:.4f}–{row['high']:.4f})",
+            )
+            for row in result["rows"]
+        ]
+        setting = f"ResNet-18, input {result['input']}; {result['hardware']}; torch {result['torch']}:"
+        parts += [setting, _table(("form", "saliency", "step", "with observation / without"), rows)]
+    return "\n\n".join(parts)
+
+
 def _spelled(parameter: Any) -> str:
     return str(parameter.name).upper() if parameter.param_type_name == "argument" else str(parameter.opts[0])
 
@@ -95,6 +126,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "passes": passes,
     "schedules": schedules,
     "latency": latency,
+    "drift": drift,
+    "observation": observation,
     **{f"options_of_{command}": partial(options, command) for command in ("train", "fuse", "inspect")},
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from repfx.activated_norm import joined
 from repfx.block import RepBlock, block_at
-from repfx.calibration import set_kernels_measured
+from repfx.calibration import PartialSum, measure_sums
 from repfx.journaling import Action, record
 from repfx.module_tree import set_submodule
 from repfx.moments import set_kernel
@@ -31,19 +31,11 @@ class Drop(Action):
 
     @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Drop], calibrate: Iterable[Any] | None) -> None:
-        blocks = {action.site: block_at(model, action.site) for action in actions}
+        leaving: dict[str, list[str]] = {}
         for action in actions:
-            blocks[action.site].require(action.branch)
-        for action in actions:
-            blocks[action.site].absorb(action.branch)
-        try:
-            if calibrate is not None:
-                _measure(model, [block for block in blocks.values() if block.norm is not None], calibrate)
-        finally:  # with the statistics of the sum at worst
-            for site, block in blocks.items():
-                if not block.branches:
-                    collapse(model, site, block)
-            record(model, actions)
+            leaving.setdefault(action.site, []).append(action.branch)
+        absorb(model, leaving, calibrate)
+        record(model, actions)
 
     def __str__(self) -> str:
         return f"drop {self.site}.{self.branch}"
@@ -75,10 +67,32 @@ def drop(model: nn.Module, site: str, branch: str, *, calibrate: Iterable[Any] |
     return model
 
 
-def _measure(model: nn.Module, blocks: list[RepBlock], batches: Iterable[Any]) -> None:
-    places = [(block.conv, block.norm, block.origin_kernel()) for block in blocks]
-    if places:
-        set_kernels_measured(model, places, batches)
+def absorb(model: nn.Module, leaving: Mapping[str, Sequence[str]], calibrate: Iterable[Any] | None) -> None:
+    """Let origins of blocks, by path, absorb branches; a block that is left with none becomes a conv again.
+
+    Raises:
+        UnknownName, InvalidInput: as `drop`, or the data can't be used; nothing has been changed.
+    """
+    blocks = {site: block_at(model, site) for site in leaving}
+    for site, block in blocks.items():
+        for branch in leaving[site]:
+            block.require(branch)
+    measured = [site for site, block in blocks.items() if block.norm is not None and calibrate is not None]
+    sums = [PartialSum(blocks[site], _factors(blocks[site], leaving[site])) for site in measured]
+    moments = dict(zip(measured, measure_sums(model, sums, calibrate) if calibrate is not None and sums else ()))
+    for site, block in blocks.items():
+        for branch in leaving[site]:
+            block.absorb(branch)
+        if site in moments:
+            set_kernel(block.conv, block.norm, block.origin_kernel(), moments[site])
+        if not block.branches:
+            collapse(model, site, block)
+
+
+def _factors(block: RepBlock, leaving: Sequence[str]) -> dict[nn.Module, float]:
+    """What the origin has to give out afterwards: what it and these branches do, λ included."""
+    rate = 1.0 if block.attach_rate is None else float(block.attach_rate)
+    return {block.origin: 1.0, **{block.branches[branch]: rate for branch in leaving}}
 
 
 def collapse(model: nn.Module, site: str, block: RepBlock) -> None:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from repfx.activated_norm import norm_of, rest_of
 from repfx.block import RepBlock
 from repfx.branch import Branch, fitting, kind_of
-from repfx.calibration import calibrate_norms, set_kernels_measured
+from repfx.calibration import PartialSum, calibrate_norms, measure_sums
 from repfx.errors import InvalidInput
 from repfx.journaling import Action, record
 from repfx.kernel import Kernel
 from repfx.meaning import Layer, is_batch_norm, is_conv
 from repfx.module_tree import set_submodule
-from repfx.moments import set_kernel
+from repfx.moments import Moments, set_kernel
 from repfx.notes import copy_of
 from repfx.pipeline import verb
 from repfx.reporting import Edit, Report, Skip
@@ -262,21 +262,30 @@ def _begin_with(
     DyRep's own code resets the origins' statistics instead of measuring them, so that the output drifts.
     """
     origins = [block for block in blocks if _norms_of_branches(block)]
-    bare = {block: block.origin_kernel() for block in origins if block.norm is None}
-    for block, kernel in bare.items():
-        undo.callback(_take_norm, block, copy.deepcopy(block.conv.state_dict()))
-        _give_norm(block, kernel)
-    _measure(model, bare, batches)
-    kernels = {}
     for block in origins:
         block.require_affine("the branches")
-        undo.callback(block.origin.load_state_dict, copy.deepcopy(block.origin.state_dict()))
-        own = bare.get(block) or block.origin_kernel()
+        undo.callback(_put_back, block, block.norm, copy.deepcopy(block.origin.state_dict()))
+    kernels = {block: block.origin_kernel() for block in origins}
+    bare = [block for block in origins if block.norm is None]
+    for block, moments in zip(bare, measure_sums(model, [_alone(block) for block in bare], batches) if bare else ()):
+        _give_norm(block, kernels[block], moments)
+    for block in origins:
         for norm in _norms_of_branches(block):
             norm.weight.copy_(gamma * block.norm.weight.abs())  # type: ignore[union-attr]
-        kernels[block] = reduce(Kernel.subtract, (block.kernel_of(name, own.weight) for name in block.branches), own)
-        set_kernel(block.conv, block.norm, kernels[block], None)
-    _measure(model, kernels, batches)
+    without = [PartialSum(block, _signs(block), instead=block.origin) for block in origins]
+    for block, moments in zip(origins, measure_sums(model, without, batches)):
+        own = kernels[block]
+        kernel = reduce(Kernel.subtract, (block.kernel_of(name, own.weight) for name in block.branches), own)
+        set_kernel(block.conv, block.norm, kernel, moments)
+
+
+def _alone(block: RepBlock) -> PartialSum:
+    return PartialSum(block, {block.origin: 1.0})
+
+
+def _signs(block: RepBlock) -> dict[nn.Module, float]:
+    """What the origin has to give out so that the sum stays: less what the branches do."""
+    return {block.origin: 1.0, **dict.fromkeys(block.branches.values(), -1.0)}
 
 
 def _norms_of_branches(block: RepBlock) -> list[Layer]:
@@ -284,25 +293,19 @@ def _norms_of_branches(block: RepBlock) -> list[Layer]:
     return [branch.last_norm for branch in block.branches.values() if branch.last_norm is not None]
 
 
-def _give_norm(block: RepBlock, kernel: Kernel) -> None:
+def _give_norm(block: RepBlock, kernel: Kernel, moments: Moments | None) -> None:
     """Put a BatchNorm behind an origin that has none; what the two compute stays in eval mode."""
     conv = block.conv
     norm = Norm().batch_norm(kernel.out_channels, kernel.dimensions or 1, conv.weight)
     norm.requires_grad_(conv.weight.requires_grad)
-    set_kernel(conv, norm, kernel, None)
+    set_kernel(conv, norm, kernel, moments)
     block.origin.add_module("norm", norm.train(conv.training))
 
 
-def _take_norm(block: RepBlock, weights: dict[str, Tensor]) -> None:
-    del block.origin.norm
-    block.conv.load_state_dict(weights)
-
-
-def _measure(model: nn.Module, kernels: dict[RepBlock, Kernel], batches: Iterable[Any]) -> None:
-    """Give the origins' BatchNorms the statistics of what enters them, and γ and β that leave the function as it is."""
-    places = [(block.conv, block.norm, kernel) for block, kernel in kernels.items()]
-    if places:
-        set_kernels_measured(model, places, batches)
+def _put_back(block: RepBlock, norm: Layer | None, state: dict[str, Tensor]) -> None:
+    if norm is None and block.norm is not None:
+        del block.origin.norm
+    block.origin.load_state_dict(state)
 
 
 def _rebuild(model: nn.Module, actions: list[Expand]) -> None:
@@ -312,7 +315,7 @@ def _rebuild(model: nn.Module, actions: list[Expand]) -> None:
     for action in actions:
         block = model.get_submodule(action.site)
         if action.gamma and isinstance(block, RepBlock) and block.norm is None and _norms_of_branches(block):
-            _give_norm(block, block.origin_kernel())
+            _give_norm(block, block.origin_kernel(), None)
 
 
 def _new_norms(block: RepBlock) -> list[nn.Module]:

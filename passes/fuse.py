@@ -18,7 +18,7 @@ from repfx.leaves import calls_conv
 from repfx.meaning import is_conv
 from repfx.module_tree import set_submodule
 from repfx.moments import Moments, set_kernel
-from repfx.passes.drop import collapse
+from repfx.passes.drop import absorb
 from repfx.pipeline import rewrite, verb
 from repfx.rule import RULES
 from repfx.site import find_sites
@@ -34,14 +34,8 @@ class Fuse(Action):
     @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Fuse], calibrate: Iterable[Any] | None) -> None:
         blocks = {action.site: model.get_submodule(action.site) for action in actions}
-        for block in blocks.values():
-            if isinstance(block, RepBlock):
-                block.require_affine("its branches")
-        for path, block in blocks.items():
-            if isinstance(block, RepBlock):
-                for branch in list(block.branches):
-                    block.absorb(branch)
-                collapse(model, path, block)
+        branches = {path: list(block.branches) for path, block in blocks.items() if isinstance(block, RepBlock)}
+        absorb(model, branches, calibrate)
         sites = {site.path: site for site in find_sites(model)}
         for path in blocks:
             if path not in sites:

@@ -11,6 +11,7 @@ from repfx.branch import Branch as Branch
 from repfx.carrying import carry as carry
 from repfx.checkpoint import load as load
 from repfx.checkpoint import save as save
+from repfx.distillation import distillation_loss as distillation_loss
 from repfx.driver import Driver as Driver
 from repfx.equivalence import check_equivalent as check_equivalent
 from repfx.journaling import journal as journal

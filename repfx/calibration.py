@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from repfx.errors import InvalidInput, first_line
 from repfx.kernel import Kernel
-from repfx.meaning import Layer
+from repfx.meaning import Layer, is_batch_norm
 from repfx.moments import Moments, set_kernel
 
 Batches: TypeAlias = Iterable[Any]
@@ -55,6 +55,73 @@ def set_kernels_measured(model: nn.Module, places: Sequence[tuple[Layer, Layer, 
     for (conv, norm, kernel), moments in zip(places, measured):
         mean = moments.mean if kernel.bias is None else moments.mean + kernel.bias  # the conv itself has none
         set_kernel(conv, norm, kernel, Moments(mean, moments.variance))
+
+
+@torch.no_grad()
+def measure_sums(model: nn.Module, sums: Sequence[PartialSum], batches: Batches) -> list[Moments]:
+    """The moments that a BatchNorm in the place of each sum would have to give out in training mode.
+
+    All BatchNorms work on the statistics of the batch and keep none; everything else runs in eval mode. Means and variances are those of
+    each batch, averaged: so a BatchNorm behaves.
+    """
+    norms: list[Layer] = [module for module in model.modules() if is_batch_norm(module)]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.num_batches_tracked is not None]
+    with ExitStack() as stack:
+        stack.enter_context(in_eval_mode(model))
+        for norm, momentum, count in kept:
+            norm.train()
+            norm.momentum = 0.0
+            norm.num_batches_tracked = count.clone()
+            stack.callback(_give_back, norm, momentum, count)
+        for each in sums:
+            for part in each.parts:
+                stack.callback(part.register_forward_hook(each.hear).remove)
+            stack.callback(each.block.register_forward_hook(each.close).remove)
+        run(model, batches)
+    return [each.moments() for each in sums]
+
+
+def _give_back(norm: Layer, momentum: float | None, count: Tensor) -> None:
+    norm.momentum = momentum
+    norm.num_batches_tracked = count
+
+
+class PartialSum:
+    """Part of a block's sum, listened to.
+
+    Args:
+        block: gives the sum out.
+        parts: the modules whose outputs are summed, with the factor of each.
+        instead: a part whose output the block gives out alone while it is listened to.
+    """
+
+    def __init__(self, block: nn.Module, parts: Mapping[nn.Module, float], instead: nn.Module | None = None) -> None:
+        self.block = block
+        self.parts = parts
+        self.instead = instead
+        self._outputs: dict[nn.Module, Tensor] = {}
+        self._all: list[Moments] = []
+
+    def hear(self, part: nn.Module, inputs: Any, output: Tensor) -> None:
+        """A forward hook of each part."""
+        self._outputs[part] = output
+
+    def close(self, block: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        """The forward hook of the block."""
+        total = sum(self._outputs[part].double() * factor for part, factor in self.parts.items())
+        assert isinstance(total, Tensor)
+        channels = total.transpose(0, 1).flatten(1)
+        self._all.append(Moments(channels.mean(1), channels.var(1, correction=0)))
+        instead = None if self.instead is None else self._outputs[self.instead]
+        self._outputs = {}
+        return instead
+
+    def moments(self) -> Moments:
+        """Averaged over all calls."""
+        if not self._all:
+            raise InvalidInput("calibrate gave data that never reached the block to be measured.")
+        means, variances = ([getattr(each, name) for each in self._all] for name in ("mean", "variance"))
+        return Moments(torch.stack(means).mean(0), torch.stack(variances).mean(0))
 
 
 class _Sums:

@@ -40,7 +40,7 @@ class Driver:
         steps_per_epoch: how many calls of `after_backward` an epoch has, for schedules that change something by step.
 
     Raises:
-        InvalidInput: the schedule needs data and `calibrate` isn't given.
+        InvalidInput: the schedule needs data and `calibrate` isn't given, or the model's parameters are sharded.
 
     >>> import repfx
     >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
@@ -70,6 +70,7 @@ class Driver:
                 f"{type(schedule).__name__} measures new BatchNorms on data: give `calibrate`, the training data's loader."
             )
         self.model = _bare(model)
+        _require_whole(self.model)
         self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         self.schedule = schedule
         self.ema = ema
@@ -253,6 +254,14 @@ def _bare(model: nn.Module) -> nn.Module:
             model = model.get_submodule("_orig_mod")
         else:
             return model
+
+
+def _require_whole(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh") or hasattr(parameter, "_is_flat_param"):
+            raise InvalidInput(
+                f"{name} is sharded over several processes, so its structure can't be changed: use DistributedDataParallel."
+            )
 
 
 def _depth(path: str, blocks: Mapping[str, RepBlock]) -> int:

@@ -25,7 +25,7 @@ class Moments:
 
     >>> norm = nn.BatchNorm2d(1)
     >>> both = Moments.after(norm).add(Moments.after(norm))
-    >>> both.mean.tolist(), both.variance.tolist()
+    >>> both.mean.tolist(), [round(variance, 3) for variance in both.variance.tolist()]
     ([0.0], [2.0])
     """
 
@@ -34,11 +34,11 @@ class Moments:
 
     @classmethod
     def after(cls, norm: Layer) -> Moments:
-        """Of a BatchNorm's output in training mode: β and γ²."""
+        """Of a BatchNorm's output in training mode: β and γ² · σ² / (σ² + ε), which is γ² but for channels that hardly vary."""
         like = norm.running_mean
         gamma = torch.ones_like(like) if norm.weight is None else norm.weight.detach()
         beta = torch.zeros_like(like) if norm.bias is None else norm.bias.detach()
-        return cls(beta.double(), gamma.double().square())
+        return cls(beta.to(torch.float64, copy=True), gamma.double().square() * _share_of_variance(norm))
 
     def add(self, other: Moments) -> Moments:
         """Of a sum: means add exactly, variances as if the terms were uncorrelated."""
@@ -48,6 +48,12 @@ class Moments:
         """Of scale · y + shift."""
         mean = self.mean * scale
         return Moments(mean if shift is None else mean + shift, self.variance * scale.square())
+
+
+def _share_of_variance(norm: Layer) -> Tensor:
+    variance: Tensor = norm.running_var.double()
+    share: Tensor = variance / (variance + norm.eps)
+    return share
 
 
 @torch.no_grad()

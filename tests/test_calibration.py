@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from repfx.calibration import calibrate_norms, in_eval_mode, measure_inputs, run
+import repfx
+from repfx.calibration import PartialSum, calibrate_norms, in_eval_mode, measure_inputs, measure_sums, run
 from repfx.errors import InvalidInput
 from repfx.testing import randomize_batch_norm, relative_error
 from tests.inline_net import image, same_state
@@ -267,3 +268,47 @@ def test_eval_mode_ends_with_the_block() -> None:
         run(net, [batch()])
     assert modes == [module.training for module in net.modules()]
     assert randomize_batch_norm(net) is net
+
+
+# ---- measure_sums
+
+
+def test_a_sum_is_measured_as_batch_norms_in_training_mode_give_it() -> None:
+    model: Any = repfx.expand(SmallNet(), {"stem": ["1x1", "1xk"]}).double()
+    randomize_batch_norm(model)
+    block = model.stem
+    chosen = {block.origin: 1.0, block.branches["1xk"]: -0.5}
+    state = copy.deepcopy(model.state_dict())
+    (found,) = measure_sums(model, [PartialSum(block, chosen)], batches())
+    assert same_state(model.state_dict(), state)
+    assert all(module.training for module in model.modules())
+    outputs = []
+    for x in batches():
+        copied = copy.deepcopy(block).train()
+        outputs.append(copied.origin(x) - 0.5 * copied.branches["1xk"](x))
+    mean = torch.stack([output.mean((0, 2, 3)) for output in outputs]).mean(0)
+    variance = torch.stack([output.var((0, 2, 3), correction=0) for output in outputs]).mean(0)
+    assert torch.allclose(found.mean, mean)
+    assert torch.allclose(found.variance, variance)
+
+
+def test_a_block_can_give_out_a_part_while_it_is_listened_to() -> None:
+    model: Any = repfx.expand(SmallNet(), {"stem": ["1x1"], "depthwise": ["1x1"]}).double()
+    randomize_batch_norm(model)
+    plain: Any = copy.deepcopy(model)
+    plain.stem = plain.stem.origin
+    x = batches()
+    alone = [PartialSum(net.depthwise, {net.depthwise.origin: 1.0}) for net in (model, plain)]
+    first = PartialSum(model.stem, {model.stem.origin: 1.0}, instead=model.stem.origin)
+    (_, found), (expected,) = measure_sums(model, [first, alone[0]], x), measure_sums(plain, [alone[1]], x)
+    assert torch.allclose(found.mean, expected.mean)
+    assert torch.allclose(found.variance, expected.variance)
+
+
+def test_a_block_that_is_never_reached_is_not_measured() -> None:
+    model: Any = repfx.expand(SmallNet(), {"stem": ["1x1"]}).double()
+    model.add_module("elsewhere", repfx.expand(SmallNet(), {"stem": ["1x1"]}).double())
+    block = model.elsewhere.stem
+    with pytest.raises(InvalidInput, match="never reached the block"):
+        measure_sums(model, [PartialSum(block, {block.origin: 1.0})], batches())
+    assert not block._forward_hooks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,9 @@ def run(page: Path, block: Block, namespace: dict[str, Any]) -> None:
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    namespace: dict[str, Any] = {"__name__": page.stem}
+    module = ModuleType(page.stem)  # dataclasses look up the module that they are defined in
+    monkeypatch.setitem(sys.modules, page.stem, module)
+    namespace = vars(module)
     assert code_of(page)
     for block in code_of(page):
         run(page, block, namespace)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
+import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -47,6 +51,9 @@ def main(name: str) -> None:
     assert journals[0] == journals[1], journals
     assert torch.equal(gathered[0], gathered[1]), float((gathered[0] - gathered[1]).abs().max())
     assert len(driver.history) > 2
+    sharded: Any = fully_shard(nn.Sequential(nn.Conv2d(3, 8, 3)), mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(repfx.errors.InvalidInput, match=r"0\.weight is sharded"):
+        repfx.Driver(sharded, [], SCHEDULES["repan"])
     if rank == 0:
         print(*(action for _, action in driver.history), sep="\n")
     distributed.destroy_process_group()

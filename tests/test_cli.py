@@ -121,7 +121,7 @@ def test_train_with_a_schedule_tells_each_change_and_verifies_the_end(  # type: 
     schedule: str, tmp_path: Path, repfx_command
 ) -> None:
     out = tmp_path / "out"
-    outcome = repfx_command(*TRAIN, "--schedule", schedule, "--spec", "1x1,1xk", "--epochs", 3, "--out", out)
+    outcome = repfx_command(*TRAIN, "--schedule", schedule, "--spec", "1x1,1xk", "--epochs", 6, "--out", out)
     assert outcome.code == 0, outcome.err
     told = outcome.err.splitlines()
     assert told

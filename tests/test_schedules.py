@@ -151,7 +151,7 @@ def test_repan_s_rate() -> None:
 
 
 def test_repan_over_so_many_epochs() -> None:
-    for epochs, cycles in ((150, 5), (5, 5), (6, 3), (8, 4), (7, 1)):
+    for epochs, cycles in ((150, 5), (15, 5), (12, 4), (8, 2), (6, 2), (5, 1), (1, 1)):
         repan = repfx.schedules.RepAn.over(epochs)
         assert (repan.cycles, repan.cycles * repan.epochs) == (cycles, epochs)
     assert repfx.schedules.RepAn.over(150) == repfx.schedules.RepAn()
@@ -184,7 +184,7 @@ def test_deciding_is_repeatable_and_never_acts_out_of_season(name: str) -> None:
         ("dyrep", {"batches": 0}, InvalidInput, "batches is 0"),
         ("dyrep", {"speed": 1}, InvalidInput, "DyRep has no option speed; it has interval, until"),
         ("repan", {"cycles": 0, "epochs": 3}, InvalidInput, "cycles is 0"),
-        ("repan", {"warm_up": 99}, InvalidInput, "warm_up is 99 epochs; it must be from 0 to the 2 of a cycle"),
+        ("repan", {"warm_up": 99}, InvalidInput, "warm_up is 99 epochs; it must be from 0 to the 5 of a cycle"),
         ("repan", {"statistics": "guessed"}, UnknownName, "statistics 'guessed'"),
         ("repan", {"spec": "nosuch"}, UnknownName, "preset 'nosuch'"),
     ],

@@ -103,8 +103,11 @@ class RepAn(Schedule):
 
     @classmethod
     def _proportions(cls, epochs: int, options: Mapping[str, Any]) -> dict[str, Any]:
-        """As many cycles of equal length as there can be, up to the paper's 5; a sixth of each is warm-up."""
-        cycles = options.get("cycles") or next(number for number in (5, 4, 3, 2, 1) if epochs % number == 0)
+        """As many cycles of equal length as there can be, up to the paper's 5, of three epochs at least; a sixth is warm-up."""
+        longer = [number for number in (5, 4, 3, 2) if epochs % number == 0 and epochs // number >= 3]
+        cycles = options.get("cycles", max(longer, default=1))
+        if cycles < 1:
+            return {"epochs": epochs}  # which is refused
         if epochs % cycles and "epochs" not in options:
             raise InvalidInput(f"{epochs} epochs can't be split into {cycles} cycles of equal length.")
         each = options.get("epochs", epochs // cycles)

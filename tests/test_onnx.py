@@ -249,3 +249,33 @@ def test_a_detection_model_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"depends on values inside its tensors .*such as its backbone"):
         export_onnx(model, tmp_path / "net.onnx", ([torch.rand(3, 320, 320)],))
     assert not list(tmp_path.iterdir())
+
+
+def far_from_zero() -> nn.Module:
+    """What float32 rounds to steps of 2⁻¹¹ on its way."""
+    conv: Any = nn.Conv2d(3, 8, 3)
+    nn.init.constant_(conv.bias, 4096.0)
+    shift: Any = nn.Conv2d(8, 8, 1)
+    nn.init.dirac_(shift.weight)
+    nn.init.constant_(shift.bias, -4096.0)
+    return nn.Sequential(conv, nn.ReLU(), shift)
+
+
+def test_a_file_is_held_against_what_torch_itself_rounds(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    report = export_onnx(far_from_zero(), tmp_path / "m.onnx", torch.randn(2, 3, 12, 10))
+    assert 1e-4 < report.max_error <= report.tolerance < 1e-2
+
+
+def test_what_is_further_off_than_rounding_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slightly_wrong(model: Any, *arguments: Any, **options: Any) -> None:
+        wrong = copy.deepcopy(model)
+        with torch.no_grad():
+            wrong.get_parameter("0.bias")[0] += 0.02
+        repfx.onnx_program.write_program(wrong, *arguments, **options)
+
+    monkeypatch.setattr("repfx.onnx.write_program", slightly_wrong)
+    torch.manual_seed(0)
+    with pytest.raises(ExportError, match="worst relative difference"):
+        export_onnx(far_from_zero(), tmp_path / "m.onnx", torch.randn(2, 3, 12, 10))
+    assert not (tmp_path / "m.onnx").exists()

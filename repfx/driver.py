@@ -13,7 +13,7 @@ from repfx.activated_norm import norm_of
 from repfx.block import RepBlock
 from repfx.carrying import carry
 from repfx.errors import InvalidInput
-from repfx.journaling import Action, apply, journal
+from repfx.journaling import Action, apply, from_json, journal, to_json
 from repfx.meaning import Layer
 from repfx.passes.freeze import Freeze
 from repfx.saliency import METRICS
@@ -136,11 +136,16 @@ class Driver:
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands; what was done to the model is in its journal."""
         saliency = None if self._saliency is None else self._saliency.state_dict()
-        return {"epoch": self.epoch, "step": self._step, "saliency": saliency}
+        epochs, actions = [epoch for epoch, _ in self.history], [action for _, action in self.history]
+        history = {"epochs": epochs, "actions": to_json(actions)}
+        return {"epoch": self.epoch, "step": self._step, "saliency": saliency, "history": history}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The reverse of `state_dict`."""
         saliency = state["saliency"]
+        history = state["history"]
+        actions = from_json(history["actions"])
+        self.history = list(zip(history["epochs"], actions, strict=True))
         self.epoch, self._step = int(state["epoch"]), int(state["step"])
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         self._saliency = None if saliency is None else _Saliency.from_state(saliency, device)
@@ -165,10 +170,11 @@ class Driver:
             averages = [] if self.ema is None else [self.ema]
             with carry(self.model, *self.optimizers, *averages):
                 apply(self.model, actions, None if self._calibrate is None else _First(self._calibrate, self.schedule))
-            for optimizer in self.optimizers if self.schedule.fresh_optimizer else ():
-                optimizer.state.clear()
             _take_from_first_rank(self.model, *averages)
             self.history += [(self.epoch, action) for action in actions]
+        if self.schedule.cycle is not None and self.epoch % self.schedule.cycle == 0:
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
         self._set_attach_rate()
         return actions
 

@@ -81,13 +81,11 @@ class Schedule:
     - `metric`: which saliency of the candidates is observed, of `repfx.saliency.METRICS`; None for none.
     - `batches`: how many batches of the data new BatchNorms are calibrated on at most; None for all.
     - `needs_data`: whether its actions can't be done without.
-    - `fresh_optimizer`: whether the optimizers' state begins anew after each adjustment.
-    - `cycle`: after how many epochs the learning rate should begin anew; None for never.
+    - `cycle`: after how many epochs the state of the optimizers begins anew, and the learning rate should; None for never.
     """
 
     name: ClassVar[str]
     needs_data: ClassVar[bool] = False
-    fresh_optimizer: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):

@@ -242,10 +242,11 @@ def test_repan_begins_at_once_and_its_rate_rises_by_step() -> None:
     assert rates == pytest.approx([*first, *[1.0] * len(DATA), *first])
 
 
-def test_an_optimizer_begins_each_cycle_anew() -> None:
-    run = Run(repfx.schedules.RepAn(cycles=2, epochs=1, warm_up=0.5)).go(len(DATA) - 1)
+def test_an_optimizer_begins_each_cycle_anew_and_not_in_between() -> None:
+    run = Run(repfx.schedules.RepAn(cycles=2, epochs=2, warm_up=1, freeze=True)).go(len(DATA))
+    assert str(run.driver.history[-1][1]).startswith("thaw")
     assert run.optimizer.state
-    run.step()
+    run.go(2 * len(DATA))
     assert not run.optimizer.state
     assert run.optimizer.param_groups[0]["momentum"] == 0.9
 
@@ -296,6 +297,31 @@ def test_a_decision_that_can_t_be_done_leaves_all_as_it_was() -> None:
     assert [len(group["params"]) for group in run.optimizer.param_groups] == groups
 
 
+def test_a_scaler_and_a_rate_scheduler_go_on_over_a_change() -> None:
+    torch.manual_seed(0)
+    model: Any = small_net().float()
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    rates = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    data = [x.float() for x in DATA]
+    driver = repfx.Driver(model, optimizer, SHORT["dyrep"], calibrate=data, scaler=scaler)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.train()(data[0]).square().mean()
+        scaler.scale(loss).backward()
+        driver.after_backward()
+        scaler.unscale_(optimizer)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        scaler.step(optimizer)
+        scaler.update()
+        rates.step()
+        assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+        driver.after_epoch()
+    assert [action.kind for action in repfx.journal(model)].count("expand") == 2
+    assert optimizer.param_groups[0]["lr"] == 0.005
+
+
 # ---- resuming
 
 
@@ -312,6 +338,7 @@ def test_a_run_goes_on_to_the_same_bits(tmp_path: Path, name: str, killed_after:
     for ours, theirs in ((resumed.model, whole.model), (resumed.driver.ema, whole.driver.ema)):
         assert same_state(ours.state_dict(), theirs.state_dict())  # type: ignore[union-attr]
     assert repfx.journal(resumed.model) == repfx.journal(whole.model)
+    assert resumed.driver.history == whole.driver.history
     assert str(resumed.optimizer.state_dict()) == str(whole.optimizer.state_dict())
 
 

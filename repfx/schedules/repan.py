@@ -44,8 +44,6 @@ class RepAn(Schedule):
     """
 
     name: ClassVar[str] = "repan"
-    fresh_optimizer: ClassVar[bool] = True
-
     cycles: int = 5
     epochs: int = 30
     warm_up: float = 5

@@ -11,6 +11,7 @@ from torch import nn
 from repfx.activated_norm import joined
 from repfx.block import RepBlock, block_at
 from repfx.calibration import PartialSum, measure_sums
+from repfx.errors import InvalidInput
 from repfx.journaling import Action, record
 from repfx.module_tree import set_submodule
 from repfx.moments import set_kernel
@@ -77,6 +78,9 @@ def absorb(model: nn.Module, leaving: Mapping[str, Sequence[str]], calibrate: It
     for site, block in blocks.items():
         for branch in leaving[site]:
             block.require(branch)
+            within = [other for other in blocks if other.startswith(f"{site}.{branch}.")]
+            if within:
+                raise InvalidInput(f"{within[0]!r} lies in {f'{site}.{branch}'!r}, which leaves as a whole.")
     measured = [site for site, block in blocks.items() if block.norm is not None and calibrate is not None]
     sums = [PartialSum(blocks[site], _factors(blocks[site], leaving[site])) for site in measured]
     moments = dict(zip(measured, measure_sums(model, sums, calibrate) if calibrate is not None and sums else ()))

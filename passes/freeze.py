@@ -8,10 +8,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from repfx.block import block_at
+from repfx.block import RepBlock, block_at
 from repfx.journaling import Action, record
+from repfx.notes import keep, kept
 from repfx.pipeline import verb
 from repfx.reporting import Edit, Report
+
+_ATTRIBUTE = "repfx_frozen"
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Freeze(Action):
 def freeze(model: nn.Module, site: str, *, frozen: bool = True) -> nn.Module:
     """Let an optimizer leave a block's own conv and BatchNorm alone, or train them again.
 
-    The model is changed in place and returned. Only parameters are frozen: in training mode the BatchNorm goes on taking the statistics of
-    each batch, for its input changes with what is trained.
+    The model is changed in place and returned. What was frozen before stays so afterwards. Only parameters are frozen: in training mode
+    the BatchNorm goes on taking the statistics of each batch, for its input changes with what is trained.
 
     Args:
         site: path of the block.
@@ -53,9 +56,24 @@ def freeze(model: nn.Module, site: str, *, frozen: bool = True) -> nn.Module:
     >>> sorted({name.split(".")[1] for name, parameter in model.named_parameters() if parameter.requires_grad})
     ['1xk', 'kx1']
     """
-    for parameter in block_at(model, site).origin.parameters():
-        parameter.requires_grad_(not frozen)
-        parameter.grad = None
+    block = block_at(model, site)
+    parameters = dict(block.origin.named_parameters())
+    chosen = [name for name, each in parameters.items() if each.requires_grad] if frozen else _frozen(block)
+    for name in chosen:
+        parameters[name].requires_grad_(not frozen)
+        parameters[name].grad = None
+    keep(block, _ATTRIBUTE, tuple(dict.fromkeys((*_frozen(block), *chosen))) if frozen else ())
     record(model, [Freeze(site, frozen)])
     Report("freeze", (Edit("freeze", site),)).attach(model)
     return model
+
+
+def is_frozen(block: RepBlock) -> bool:
+    """Whether `freeze` left a block's own conv alone."""
+    return bool(_frozen(block))
+
+
+def _frozen(block: RepBlock) -> tuple[str, ...]:
+    """The names of the origin's parameters that `freeze` froze."""
+    found = kept(block, _ATTRIBUTE)
+    return found if isinstance(found, tuple) else ()

@@ -33,13 +33,17 @@ class Fuse(Action):
 
     @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Fuse], calibrate: Iterable[Any] | None) -> None:
-        blocks = {action.site: model.get_submodule(action.site) for action in actions}
-        branches = {path: list(block.branches) for path, block in blocks.items() if isinstance(block, RepBlock)}
-        absorb(model, branches, calibrate)
+        paths = [action.site for action in actions]
         sites = {site.path: site for site in find_sites(model)}
-        for path in blocks:
+        for path in paths:
             if path not in sites:
                 raise UnknownName("site", path, sites)
+            if any(path.startswith(f"{other}.") for other in paths):
+                raise InvalidInput(f"{path!r} lies in another site that is to be fused.")
+        blocks = {path: module for path in paths if isinstance(module := model.get_submodule(path), RepBlock)}
+        absorb(model, {path: list(block.branches) for path, block in blocks.items()}, calibrate)
+        sites = {site.path: site for site in find_sites(model)}
+        for path in paths:
             if sites[path].norm is not None and sites[path].refusal is None:
                 _fold(model, path, str(sites[path].norm))
         record(model, actions)

@@ -46,10 +46,10 @@ class Restore(Action):
             if folded_norm(model.get_submodule(action.site)) is None:
                 raise InvalidInput(f"{action.site!r} has absorbed no BatchNorm, so none can be put back.")
         places = [_put_back(model, action) for action in actions]
-        if calibrate is not None:
-            measured = [place for place, action in zip(places, actions) if action.measured]
+        record(model, actions)  # should the data fail, the statistics are the inherited ones
+        measured = [place for place, action in zip(places, actions) if action.measured]
+        if calibrate is not None and measured:
             set_kernels_measured(model, measured, calibrate)
-        record(model, actions)
 
     def __str__(self) -> str:
         return f"restore {self.site}{', measured' if self.measured else ''}"

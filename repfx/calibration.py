@@ -65,7 +65,8 @@ def measure_sums(model: nn.Module, sums: Sequence[PartialSum], batches: Batches)
     each batch, averaged: so a BatchNorm behaves.
     """
     norms: list[Layer] = [module for module in model.modules() if is_batch_norm(module)]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.num_batches_tracked is not None]
+    counts = {norm: getattr(norm, "num_batches_tracked", None) for norm in norms}  # none if they keep no statistics
+    kept = [(norm, norm.momentum, count) for norm, count in counts.items() if count is not None]
     with ExitStack() as stack:
         stack.enter_context(in_eval_mode(model))
         for norm, momentum, count in kept:

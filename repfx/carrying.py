@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from repfx.activated_norm import norm_of
 from repfx.block import RepBlock
+from repfx.branch import Chain
 from repfx.errors import InvalidInput
 from repfx.journaling import Action, journal, replay
 from repfx.kernel import Kernel
 from repfx.moments import Moments, set_kernel
 from repfx.provenance import provenance_of
+from repfx.site import find_sites
+from repfx.spec import ConvSpec
 
 
 @contextmanager
@@ -60,7 +65,8 @@ def _copy_in(follower: nn.Module, model: nn.Module) -> nn.Module:
     """The copy of a model that a module holds."""
     names = [name for name, _ in model.named_parameters()]
     for inner in follower.modules():
-        same = type(inner) is type(model) and journal(inner) == journal(model)
+        kinds = [fx.GraphModule if isinstance(each, fx.GraphModule) else type(each) for each in (inner, model)]
+        same = kinds[0] is kinds[1] and journal(inner) == journal(model)  # each GraphModule has a class of its own
         if same and inner is not model and [name for name, _ in inner.named_parameters()] == names:
             return inner
     raise InvalidInput(
@@ -81,8 +87,26 @@ def _go_through(copied: nn.Module, model: nn.Module, actions: tuple[Action, ...]
             ]
             if new:
                 _begin_as(block, model.get_submodule(name), new)
+    _share_moments(copied, model, {action.site for action in actions})
     for module, training in modes.items():
         module.training = training
+
+
+def _share_moments(copied: nn.Module, model: nn.Module, sites: set[str]) -> None:
+    """Write the sites' BatchNorms by the moments of the model's, for averaging takes over the model's statistics."""
+    for site in find_sites(copied) if sites else ():
+        if site.path not in sites or site.norm is None:
+            continue
+        nets: list[Any] = [each.get_submodule(site.path) for each in (copied, model)]
+        if isinstance(nets[0], RepBlock):
+            conv, norms = nets[0].conv, [each.norm for each in nets]
+        else:
+            conv, norms = nets[0], [norm_of(each.get_submodule(site.norm)) for each in (copied, model)]
+        norm, other = norms
+        if other.weight is not None and other.bias is not None:
+            stages = copy.deepcopy(nn.ModuleDict({"conv": conv, "norm": norm}))
+            kernel = Chain(iter(stages.items()), ConvSpec.of(conv)).equivalent_kernel(conv.weight.double())
+            set_kernel(conv, norm, kernel, Moments.after(other))
 
 
 def _begin_as(block: RepBlock, other: Any, branches: list[str]) -> None:

@@ -59,8 +59,8 @@ def save(
         optimizer: of the model's parameters.
         driver: of the model's structure, with the averaged model that it knows.
         random_state: whether Python's and torch's random numbers are written, too.
-        parts: what else belongs to the run, by names of your choice: schedulers, a `GradScaler`, an `AveragedModel`, a `torch.Generator`,
-            anything with `state_dict` and `load_state_dict`, or a dict of plain values.
+        parts: what else belongs to the run, by names of your choice: further optimizers of the model, schedulers, a `GradScaler`, an
+            `AveragedModel`, a `torch.Generator`, anything with `state_dict` and `load_state_dict`, or a dict of plain values.
 
     Raises:
         InvalidInput: the path can't be written, or something in the state can't be saved without pickling.
@@ -80,9 +80,10 @@ def save(
     parts = _all_parts(driver, parts)
     save_file = _package("safetensors.torch").save_file
     tensors: dict[str, Tensor] = {}
-    states: dict[str, Any] = {name: _state_of(part) for name, part in {_MODEL: model, **parts}.items()}
-    if optimizer is not None:
-        states[_OPTIMIZER] = _by_name(optimizer, model)
+    optimizers = _optimizers(optimizer, parts)
+    states: dict[str, Any] = {_MODEL: model.state_dict()}
+    states |= {name: _state_of(part) for name, part in parts.items() if name not in optimizers}
+    states |= {name: _by_name(each, model) for name, each in optimizers.items()}
     if random_state:
         states[_RANDOM] = _random_state()
     written = {name: take_apart(state, name, tensors) for name, state in states.items()}
@@ -131,16 +132,17 @@ def load(
     modules = _modules(model, parts)
     for name, module in modules.items():
         found.try_module(name, module)
-    others = {name: (part, found.state(name)) for name, part in parts.items() if name not in modules}
-    state = found.state(_OPTIMIZER) if optimizer is not None else None
+    optimizers = _optimizers(optimizer, parts)
+    others = {name: (part, found.state(name)) for name, part in parts.items() if name not in {*modules, *optimizers}}
+    groups = {name: found.state(name) for name in optimizers}
     numbers = found.state(_RANDOM) if random_state else None
-    if optimizer is not None:
-        _check_groups(optimizer, state, found.path)
+    for name, each in optimizers.items():
+        _check_groups(each, groups[name], found.path)
     _load_all(others, found.path)
     for name, module in modules.items():
         found.load_module(name, module)
-    if optimizer is not None:
-        _load_optimizer(optimizer, model, state)
+    for name, each in optimizers.items():
+        _load_optimizer(each, model, groups[name])
     if numbers is not None:
         _set_random_state(numbers)
     return model
@@ -248,6 +250,12 @@ def _journals(module: nn.Module) -> dict[str, str]:
 
 
 # ---- optimizers
+
+
+def _optimizers(optimizer: torch.optim.Optimizer | None, parts: Mapping[str, Part]) -> dict[str, torch.optim.Optimizer]:
+    """All of them by name; they are of the model's parameters."""
+    own = {} if optimizer is None else {_OPTIMIZER: optimizer}
+    return own | {name: part for name, part in parts.items() if isinstance(part, torch.optim.Optimizer)}
 
 
 def _by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

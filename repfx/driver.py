@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -13,9 +14,9 @@ from repfx.activated_norm import norm_of
 from repfx.block import RepBlock
 from repfx.carrying import carry
 from repfx.errors import InvalidInput
-from repfx.journaling import Action, apply, from_json, journal, to_json
+from repfx.journaling import Action, apply, from_json, to_json
 from repfx.meaning import Layer
-from repfx.passes.freeze import Freeze
+from repfx.passes.freeze import is_frozen
 from repfx.saliency import METRICS
 from repfx.schedule import Block, Candidate, Observation, Schedule
 from repfx.site import Site, find_sites
@@ -118,7 +119,6 @@ class Driver:
             for site in self._candidates()
             if site.conv is not None
         ]
-        frozen = {action.site: action.frozen for action in journal(self.model) if isinstance(action, Freeze)}
         seen = [
             Block(
                 path,
@@ -127,9 +127,10 @@ class Driver:
                 _scales(block),
                 block.norm_path is not None,
                 _depth(path, blocks),
-                frozen.get(path, False),
+                is_frozen(block),
             )
             for path, block in blocks.items()
+            if block.conv.weight.requires_grad or is_frozen(block)
         ]
         return Observation(self.epoch, candidates, seen)
 
@@ -154,7 +155,10 @@ class Driver:
         return [
             site
             for site in find_sites(self.model)
-            if site.refusal is None and not site.branches and _is_affine(self.model, site.norm)
+            if site.refusal is None
+            and not site.branches
+            and self.model.get_submodule(site.path).weight.requires_grad
+            and _is_affine(self.model, site.norm)
         ]
 
     def _adjust(self) -> tuple[Action, ...]:
@@ -180,8 +184,9 @@ class Driver:
 
     @torch.no_grad()
     def _set_attach_rate(self) -> None:
-        time = self.epoch + (self._step / self._steps_per_epoch if self._steps_per_epoch else 0.0)
-        rate = self.schedule.attach_rate(time)
+        done = min(self._step / self._steps_per_epoch, 1.0) if self._steps_per_epoch else 0.0
+        over = math.nextafter(self.epoch + 1, self.epoch)  # an epoch ends when `after_epoch` says so, not before
+        rate = self.schedule.attach_rate(min(self.epoch + done, over))
         if rate is not None:
             for module in self.model.modules():
                 if isinstance(module, AttachRate):

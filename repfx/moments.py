@@ -5,6 +5,8 @@ known, conv + BatchNorm can stand for it in both modes: W and b the kernel, m an
 
     conv weight W, no bias;   μ = m - b,   σ² = v,   γ = √(v + ε),   β = m.
 
+A channel whose γ was negative stays so, with -W and -μ.
+
 In eval mode this is W·x + b exactly, whatever m and v are. In training mode it is as right as they are. No γ is divided by.
 """
 
@@ -62,19 +64,31 @@ def set_kernel(conv: Layer, norm: Layer | None, kernel: Kernel, moments: Moments
 
     Without a BatchNorm the bias goes to the conv, which gets one where it had none.
     """
-    conv.weight.copy_(kernel.weight)
     bias = kernel.weight.new_zeros(kernel.out_channels) if kernel.bias is None else kernel.bias
     if norm is None:
+        conv.weight.copy_(kernel.weight)
         if conv.bias is not None:
             conv.bias.copy_(bias)
         elif kernel.bias is not None:
             conv.bias = nn.Parameter(bias.to(conv.weight), requires_grad=conv.weight.requires_grad)
         return
     known = moments or Moments(bias.double(), torch.ones_like(bias, dtype=torch.float64))
-    norm.running_mean.copy_(known.mean - bias)
+    mean, variance = known.mean.to(bias.device), known.variance.to(bias.device)
+    sign = torch.where(
+        norm.weight < 0, -1.0, 1.0
+    ).double()  # stays, so that the weights' momentum still points their way
+    conv.weight.copy_(kernel.weight if kernel.transposed else kernel.weight * _along(sign, kernel.weight))
+    if kernel.transposed:
+        sign = torch.ones_like(sign)
+    norm.running_mean.copy_(sign * (mean - bias))
     if conv.bias is not None:
         conv.bias.zero_()
-    norm.running_var.copy_(known.variance)
+    norm.running_var.copy_(variance)
     # from the rounded variance, so that √(σ² + ε) in eval mode cancels γ to the last digit
-    norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
-    norm.bias.copy_(known.mean)
+    norm.weight.copy_(sign * (norm.running_var.double() + norm.eps).sqrt())
+    norm.bias.copy_(mean)
+
+
+def _along(channels: Tensor, weight: Tensor) -> Tensor:
+    """For each output channel of a weight, in the weight's dtype."""
+    return channels.to(weight).reshape(-1, *(1,) * (weight.ndim - 1))

@@ -64,7 +64,7 @@ class Observation:
 
     Args:
         epoch: how many epochs are over.
-        candidates, blocks: in the model's order.
+        candidates, blocks: in the model's order; without those whose own conv isn't trained, but for what `Freeze` froze.
     """
 
     epoch: int

@@ -158,6 +158,40 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(
     assert repfx.journal(model) == ()
 
 
+@pytest.mark.parametrize(
+    "actions",
+    [
+        [Drop("stem", "1x1-kxk"), Drop("stem.1x1-kxk.conv2", "1xk")],
+        [Fuse("stem"), Fuse("stem.1x1-kxk.conv2")],
+        [Fuse("stem"), Fuse("head")],
+    ],
+    ids=str,
+)
+def test_what_can_t_be_done_together_is_refused_as_a_whole(actions: list[Action]) -> None:
+    model: Any = repfx.expand(small_net(), {"stem": "dbb"})
+    repfx.expand(model, {"stem.1x1-kxk.conv2": ["1xk"]}, inplace=True)
+    text, done = str(model), repfx.journal(model)
+    with pytest.raises(RepfxError, match=r"lies in|no site 'head'"):
+        apply(model, actions, None)
+    assert str(model) == text
+    assert repfx.journal(model) == done
+
+
+def test_data_that_fail_leave_a_model_that_its_journal_describes() -> None:
+    model = trained()
+    reference = copy.deepcopy(model).eval()
+    with pytest.raises(InvalidInput, match="calibrate gave no batch"):
+        apply(model, [Fuse("stem")], iter(()))
+    assert repfx.journal(model) == repfx.journal(trained())
+    apply(model, [Fuse("stem")], None)
+    with pytest.raises(InvalidInput, match="calibrate gave no batch"):
+        apply(model, [Restore("stem", measured=True)], iter(()))
+    base: Any = SmallNet().double()
+    replay(base, repfx.journal(model))
+    base.load_state_dict(model.state_dict(), strict=True)
+    assert_same_map(base.eval(), reference, batch(seed=9))
+
+
 def test_a_frozen_block_s_own_conv_is_not_trained() -> None:
     model = trained()
     apply(model, [Freeze("stem")], None)

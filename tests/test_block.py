@@ -117,17 +117,17 @@ def test_absorbing_keeps_the_dtype(dtype: torch.dtype) -> None:
 
 
 def test_moments_of_absorbed_branches_add_up() -> None:
-    """In training mode the origin's BatchNorm gives mean Σβ and variance Σγ²."""
+    """In training mode the origin's BatchNorm gives mean Σβ and variance Σγ²·σ² / (σ² + ε)."""
     block = block_of(conv_of("plain"), kinds=("1x1", "identity"))
     norms: list[Layer] = [block.norm, *(branch.last_norm for branch in block.branches.values())]
     beta = sum(norm.bias.detach() for norm in norms)
-    variance = sum(norm.weight.detach().square() for norm in norms)
+    shares = [norm.running_var / (norm.running_var + norm.eps) for norm in norms]
+    variance = sum(norm.weight.detach().square() * share for norm, share in zip(norms, shares))
     block.absorb("1x1")
     block.absorb("identity")
     assert block.norm is not None
     torch.testing.assert_close(block.norm.bias.detach(), beta, rtol=1e-9, atol=1e-9)
-    # σ² + ε each time
-    expected = variance + 2 * block.norm.eps
+    expected = variance + block.norm.eps
     torch.testing.assert_close(block.norm.weight.detach().square(), expected, rtol=1e-9, atol=1e-9)
 
 

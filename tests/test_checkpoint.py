@@ -329,6 +329,28 @@ def test_a_driver_s_average_is_saved_under_its_own_name(tmp_path: Path) -> None:
     assert "ema.module.head.weight" in load_file(tmp_path / "run.ckpt")
 
 
+def test_two_optimizers_come_back(tmp_path: Path) -> None:
+    def start() -> tuple[Plain, list[torch.optim.Optimizer]]:
+        model = Plain()
+        rest = [parameter for name, parameter in model.named_parameters() if not name.startswith("head")]
+        return model, [
+            torch.optim.SGD(rest, 0.1, momentum=0.9),
+            torch.optim.SGD(model.head.parameters(), 0.1, momentum=0.9),
+        ]
+
+    model, optimizers = start()
+    with repfx.carry(model, *optimizers):
+        repfx.expand(model, "acb", inplace=True)
+    model(torch.randn(2, 3, 7, 8)).mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    repfx.save(tmp_path / "run.ckpt", model, optimizers[1], body=optimizers[0])
+    again, fresh = start()
+    repfx.load(tmp_path / "run.ckpt", again, fresh[1], body=fresh[0])
+    for ours, theirs in zip(fresh, optimizers):
+        assert str(ours.state_dict()) == str(theirs.state_dict())
+
+
 def test_random_numbers_can_be_left_out(tmp_path: Path) -> None:
     repfx.save(tmp_path / "run.ckpt", Plain(), random_state=False)
     with pytest.raises(InvalidInput, match="holds no 'random_state'"):

@@ -46,12 +46,8 @@ ACTIONS: dict[str, Callable[[nn.Module], list[Action]]] = {
     "drop one": lambda model: [Drop(path, next(iter(block.branches))) for path, block in blocks(model).items()],
     "drop all": lambda model: [Drop(path, name) for path, block in blocks(model).items() for name in block.branches],
     "fuse": lambda model: [Fuse(path) for path in blocks(model)],
-    "fuse and restore": lambda model: [each(path) for each in (Fuse, _measured) for path in blocks(model)],
+    "fuse and restore": lambda model: [each(path) for each in (Fuse, Restore) for path in blocks(model)],
 }
-
-
-def _measured(path: str) -> Restore:
-    return Restore(path, measured=True)
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -16,8 +16,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import repfx
 from repfx.errors import InvalidInput
-from repfx.journaling import Action
+from repfx.journaling import Action, apply
+from repfx.passes.drop import Drop
 from repfx.passes.expand import Expand
+from repfx.passes.freeze import Freeze
+from repfx.passes.fuse import Fuse
+from repfx.passes.restore import Restore
 from repfx.schedule import SCHEDULES, Observation, Schedule
 from repfx.spec import BranchSpec
 from repfx.stages import AttachRate
@@ -295,6 +299,99 @@ def test_a_decision_that_can_t_be_done_leaves_all_as_it_was() -> None:
     assert str(run.model) == text
     assert same_state(run.model.state_dict(), before)
     assert [len(group["params"]) for group in run.optimizer.param_groups] == groups
+
+
+def test_what_a_cycle_learnt_is_folded_at_its_end() -> None:
+    """The last step of an epoch still belongs to it: λ stays 1 until the fold."""
+    run = Run(repfx.schedules.RepAn(cycles=2, epochs=1, warm_up=0.5))
+    for _ in range(len(DATA)):
+        x = DATA[run.done % len(DATA)]
+        run.optimizer.zero_grad()
+        run.model.train()(x).square().mean().backward()
+        run.driver.after_backward()
+        run.optimizer.step()
+        run.done += 1
+    assert float(run.model.stem.attach_rate) == 1
+    trained = copy.deepcopy(run.model).eval()
+    assert {action.kind for action in run.driver.after_epoch()} >= {"fuse", "restore", "expand"}
+    assert_same_map(copy.deepcopy(run.model).eval(), trained, batch(seed=50))
+
+
+def test_what_the_user_froze_neither_grows_nor_thaws() -> None:
+    for schedule in (SHORT["dyrep"], repfx.schedules.RepAn(cycles=2, epochs=1, warm_up=1, freeze=True)):
+        model: Any = small_net()
+        model.stem.requires_grad_(False)
+        model.norm.bias.requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        driver = repfx.Driver(model, optimizer, schedule, calibrate=DATA)
+        for _ in range(2):
+            model.train()(DATA[0]).square().mean().backward()
+            driver.after_backward()
+            driver.after_epoch()
+        assert isinstance(model.stem, nn.Conv2d)
+        assert driver.history
+        assert not model.stem.weight.requires_grad
+
+
+def test_thawing_gives_back_what_was_trained_before() -> None:
+    model: Any = repfx.expand(small_net(), {"stem": ["1x1"]})
+    model.stem.norm.bias.requires_grad_(False)
+    apply(model, [Freeze("stem"), Freeze("stem", frozen=False)], None)
+    assert model.stem.conv.weight.requires_grad
+    assert not model.stem.norm.bias.requires_grad
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+def test_an_average_computes_the_same_after_its_next_update(use_buffers: bool) -> None:
+    model: Any = repfx.expand(small_net(), {"stem": "dbb", "depthwise": "repvgg"})
+    randomize_batch_norm(model)
+    for _ in range(60):
+        for x in DATA:
+            model.train()(x)
+    average: Any = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=use_buffers)
+    average.update_parameters(model)
+    before = copy.deepcopy(model).eval()
+    actions = [Drop("stem", "1x1"), Fuse("depthwise"), Restore("depthwise", measured=True)]
+    with repfx.carry(model, average):
+        apply(model, actions, DATA)
+    average.update_parameters(model)
+    assert_same_map(average.eval(), before, batch(seed=50), 1e-3)
+
+
+def test_a_frozen_batch_norm_is_no_obstacle() -> None:
+    frozen = pytest.importorskip("torchvision.ops").FrozenBatchNorm2d(4)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), frozen, nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    data = [x.float() for x in DATA]
+    driver = repfx.Driver(model, [], repfx.schedules.DyRep(interval=1, metric="snip"), calibrate=data)
+    model(data[0]).square().mean().backward()
+    driver.after_backward()
+    before = copy.deepcopy(model).eval()
+    assert len(driver.after_epoch()) == 1
+    assert relative_error(copy.deepcopy(model).eval()(data[0]), before(data[0])) < 1e-5
+
+
+def test_a_graph_module_has_an_average_too() -> None:
+    model = repfx.restore(repfx.fuse(small_net().train()))
+    average = AveragedModel(model)
+    driver = repfx.Driver(model, [], repfx.schedules.RepAn(), calibrate=DATA, ema=average)
+    assert len(driver.history) == 3
+
+
+def test_momentum_points_where_the_gradient_does_whatever_the_sign_of_gamma() -> None:
+    model: Any = small_net().train()
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.tensor([-1.0, -0.5, 0.5, 1.0] * 2))
+    signs = model.norm.weight.detach().sign()
+    driver = repfx.Driver(model, [], SHORT["dyrep"], calibrate=DATA)
+    model(DATA[0]).square().mean().backward()
+    gradient = model.stem.weight.grad.clone()
+    with torch.no_grad():
+        apply(driver.model, [Expand("stem", (BranchSpec("1xk"),), gamma=0.01)], DATA)
+    model.zero_grad()
+    model(DATA[0]).square().mean().backward()
+    cosine = F.cosine_similarity(model.stem.conv.weight.grad.flatten(1), gradient.flatten(1))
+    assert float(cosine.min()) > 0.9
+    assert torch.equal(model.stem.norm.weight.sign(), signs)
 
 
 def test_a_scaler_and_a_rate_scheduler_go_on_over_a_change() -> None:

@@ -278,7 +278,7 @@ def test_with_gamma_a_conv_alone_gets_a_batch_norm_of_its_own() -> None:
     batches = [batch(seed=seed) for seed in range(3)]
     expanded: Any = repfx.expand(model, "acb", gamma=0.01, calibrate=batches)
     assert_same_map(expanded.eval(), model, batch(seed=9))
-    assert_same_map(copy.deepcopy(expanded).train(), model, torch.cat(batches), 1e-3)
+    assert_same_map(copy.deepcopy(expanded).train(), model, torch.cat(batches), 5e-3)
     assert [name for name, _ in expanded[0].origin.named_children()] == ["conv", "norm"]
     for site in ("0", "2"):
         for branch in ("1xk", "kx1"):

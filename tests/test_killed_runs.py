@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs.killable import PER_EPOCH, SCHEDULES, STEPS
+from tests.programs.killable import PER_EPOCH, STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +32,7 @@ def go_until(process: subprocess.Popen[str], step: int) -> list[int]:
     return steps
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["dyrep", pytest.param("repan", marks=pytest.mark.slow)])
 def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path: Path, schedule: str) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()

@@ -33,8 +33,9 @@ class RepAn(Schedule):
         warm_up: epochs of a cycle in which λ rises from 0 to 1, by each step if the driver knows how many an epoch has, else by epoch.
         spec: the branches that convs get, as far as they fit.
         weights: first values of their convs, as in `Spec`.
-        statistics: of the BatchNorms put back: ``measured`` on data, as far as the driver has some, or ``inherited`` from those that were
-            folded, as if the outputs of the branches were uncorrelated.
+        statistics: of the BatchNorms put back. ``inherited``: of the sum that was folded, measured in training mode as far as the driver
+            has data, so that neither mode moves. ``measured``: of the fused model in eval mode; where the running statistics lag behind,
+            as they do while λ rises, training mode then takes over what eval mode computes.
         freeze: leave the inherited convs and BatchNorms alone while λ rises.
         batches: how many batches BatchNorms are calibrated on.
 
@@ -49,7 +50,7 @@ class RepAn(Schedule):
     warm_up: float = 5
     spec: SpecLike = "repvgg"
     weights: Weights = "small"
-    statistics: Literal["measured", "inherited"] = "measured"
+    statistics: Literal["inherited", "measured"] = "inherited"
     freeze: bool = False
     batches: int = 32
 
@@ -60,8 +61,8 @@ class RepAn(Schedule):
             0 <= self.warm_up <= self.epochs,
             f"warm_up is {self.warm_up} epochs; it must be from 0 to the {self.epochs} of a cycle.",
         )
-        if self.statistics not in ("measured", "inherited"):
-            raise UnknownName("statistics", str(self.statistics), ["measured", "inherited"])
+        if self.statistics not in ("inherited", "measured"):
+            raise UnknownName("statistics", str(self.statistics), ["inherited", "measured"])
         resolve_spec(self.spec)
 
     @property

@@ -261,6 +261,8 @@ def _exported(model: nn.Module, inputs: Inputs) -> float | str:
         try:
             return repfx.export_onnx(model, file, narrow).max_error
         except ExportError as refused:
+            if "something else than torch" in str(refused):
+                raise
             backbone = getattr(model, "backbone", None)
             if not isinstance(backbone, nn.Module):
                 return first_line(refused)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import repfx
-from benchmarks.drift import GAMMA, MODELS, drift, outputs, reset, settle, subject
+from benchmarks.drift import GAMMA, drift, outputs, reset, settle, subject
 from repfx.branch import fitting
 from repfx.journaling import Action, apply
 from repfx.passes.drop import Drop
@@ -50,7 +50,10 @@ ACTIONS: dict[str, Callable[[nn.Module], list[Action]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "mobilenet_v2")]
+
+
+@pytest.fixture(scope="module", params=["dilated", "reflect-padded", *LARGE])
 def plain_and_grown(request: pytest.FixtureRequest) -> Case:
     """A model, the same with blocks whose branches have learnt something, and data."""
     plain, seen, fresh = subject(request.param, 6)

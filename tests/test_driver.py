@@ -422,7 +422,7 @@ def test_a_scaler_and_a_rate_scheduler_go_on_over_a_change() -> None:
 # ---- resuming
 
 
-@pytest.mark.parametrize("killed_after", [0, 1, 5, 6, 7, 11, 12, 13, 20])
+@pytest.mark.parametrize("killed_after", [0, 5, 6, 7, 13])
 @pytest.mark.parametrize("name", SHORT)
 def test_a_run_goes_on_to_the_same_bits(tmp_path: Path, name: str, killed_after: int) -> None:
     whole = Run(SHORT[name], ema=True).go(21)

@@ -10,7 +10,7 @@ from torch import nn
 
 from repfx.activated_norm import norm_of, rest_of
 from repfx.block import RepBlock
-from repfx.branch import Chain
+from repfx.branch import kernel_of_both
 from repfx.errors import InvalidInput, UnknownName
 from repfx.folded_norm import FoldedNorm, remember_norm
 from repfx.journaling import Action, record
@@ -22,7 +22,6 @@ from repfx.passes.drop import absorb
 from repfx.pipeline import rewrite, verb
 from repfx.rule import RULES
 from repfx.site import find_sites
-from repfx.spec import ConvSpec
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ def _fold(model: nn.Module, site: str, norm_path: str) -> None:
     conv: Any = model.get_submodule(site)
     whole = model.get_submodule(norm_path)
     norm: Any = norm_of(whole)
-    like = conv.weight.detach().double()
-    kernel = Chain(iter({"conv": conv, "norm": norm}.items()), ConvSpec.of(conv)).equivalent_kernel(like)
+    kernel = kernel_of_both(conv, norm)
     settings = norm.eps, norm.momentum, conv.bias is not None, Moments.after(norm), isinstance(norm, nn.SyncBatchNorm)
     remember_norm(conv, FoldedNorm(site, norm_path, *settings))
     set_kernel(conv, None, kernel, None)

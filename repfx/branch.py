@@ -6,6 +6,7 @@ yields its stages. Everything else (forward, equivalent kernel, the command line
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterable
 from functools import reduce
@@ -52,6 +53,12 @@ class Chain(nn.Sequential):
         if hasattr(stages[-1], "origin"):
             return stages[-1].origin.last_norm
         return stages[-1] if is_batch_norm(stages[-1]) else None
+
+
+def kernel_of_both(conv: Layer, norm: Layer) -> Kernel:
+    """What a conv and a BatchNorm behind it amount to, in float64 and in tensors of its own."""
+    stages = copy.deepcopy(nn.ModuleDict({"conv": conv, "norm": norm}))
+    return Chain(iter(stages.items()), ConvSpec.of(conv)).equivalent_kernel(conv.weight.detach().double())
 
 
 class Branch(Chain):

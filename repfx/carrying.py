@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
@@ -13,14 +12,13 @@ from torch import fx, nn
 
 from repfx.activated_norm import norm_of
 from repfx.block import RepBlock
-from repfx.branch import Chain
+from repfx.branch import kernel_of_both
 from repfx.errors import InvalidInput
 from repfx.journaling import Action, journal, replay
 from repfx.kernel import Kernel
 from repfx.moments import Moments, set_kernel
 from repfx.provenance import provenance_of
 from repfx.site import find_sites
-from repfx.spec import ConvSpec
 
 
 @contextmanager
@@ -104,9 +102,7 @@ def _share_moments(copied: nn.Module, model: nn.Module, sites: set[str]) -> None
             conv, norms = nets[0], [norm_of(each.get_submodule(site.norm)) for each in (copied, model)]
         norm, other = norms
         if other.weight is not None and other.bias is not None:
-            stages = copy.deepcopy(nn.ModuleDict({"conv": conv, "norm": norm}))
-            kernel = Chain(iter(stages.items()), ConvSpec.of(conv)).equivalent_kernel(conv.weight.double())
-            set_kernel(conv, norm, kernel, Moments.after(other))
+            set_kernel(conv, norm, kernel_of_both(conv, norm), Moments.after(other))
 
 
 def _begin_as(block: RepBlock, other: Any, branches: list[str]) -> None:

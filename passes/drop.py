@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from repfx.activated_norm import joined
-from repfx.block import RepBlock, block_at
+from repfx.block import ORIGIN, RepBlock, block_at
 from repfx.calibration import PartialSum, measure_sums
 from repfx.errors import InvalidInput
 from repfx.journaling import Action, record
@@ -25,17 +25,39 @@ class Drop(Action):
 
     Args:
         branch: its name in the block.
+        closed: whether its gate was closed, so that there was nothing to absorb.
     """
 
     kind: ClassVar[str] = "drop"
     branch: str
+    closed: bool = False
 
     @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Drop], calibrate: Iterable[Any] | None) -> None:
+        for action in actions:
+            block = block_at(model, action.site)
+            block.require_branch(action.branch)
+            if action.closed and action.branch in block.running_in(training=False):
+                raise InvalidInput(f"{action.site}.{action.branch} runs, so it can't leave as a closed one.")
+        cls._do(model, actions, calibrate)
+
+    @classmethod
+    def replay(cls, model: nn.Module, actions: Sequence[Drop]) -> None:
+        cls._do(model, actions, None)
+
+    @classmethod
+    def _do(cls, model: nn.Module, actions: Sequence[Drop], calibrate: Iterable[Any] | None) -> None:
         leaving: dict[str, list[str]] = {}
         for action in actions:
-            leaving.setdefault(action.site, []).append(action.branch)
+            if action.closed:
+                block_at(model, action.site).remove(action.branch)
+            else:
+                leaving.setdefault(action.site, []).append(action.branch)
         absorb(model, leaving, calibrate)
+        for site in dict.fromkeys(action.site for action in actions if action.site not in leaving):
+            block = block_at(model, site)
+            if not block.branches:
+                collapse(model, site, block)
         record(model, actions)
 
     def __str__(self) -> str:
@@ -48,7 +70,8 @@ def drop(model: nn.Module, site: str, branch: str, *, calibrate: Iterable[Any] |
 
     The model is changed in place and returned; its parameters stay the same objects. In eval mode it computes the same; in training mode
     as far as the outputs of the two branches are uncorrelated, or, with `calibrate`, as far as the statistics of those data are those of
-    a batch. When the last branch leaves, the block becomes a conv again, and its BatchNorm returns to where it stood.
+    a batch. A branch whose gate is closed just leaves. When the last branch leaves, the block becomes a conv again, and its BatchNorm
+    returns to where it stood.
 
     Args:
         site: path of the block.
@@ -63,7 +86,9 @@ def drop(model: nn.Module, site: str, branch: str, *, calibrate: Iterable[Any] |
     >>> list(drop(model, "0", "1xk")[0].branches)
     ['kx1']
     """
-    Drop.apply(model, [Drop(site, branch)], calibrate)
+    block = block_at(model, site)
+    block.require_branch(branch)
+    Drop.apply(model, [Drop(site, branch, branch not in block.running_in(training=False))], calibrate)
     Report("drop", (Edit("drop", site, (f"{site}.{branch}",)),)).attach(model)
     return model
 
@@ -94,9 +119,9 @@ def absorb(model: nn.Module, leaving: Mapping[str, Sequence[str]], calibrate: It
 
 
 def _factors(block: RepBlock, leaving: Sequence[str]) -> dict[nn.Module, float]:
-    """What the origin has to give out afterwards: what it and these branches do, λ included."""
-    rate = 1.0 if block.attach_rate is None else float(block.attach_rate)
-    return {block.origin: 1.0, **{block.branches[branch]: rate for branch in leaving}}
+    """What the origin has to give out afterwards: what it and these branches do in eval mode, λ and gates included."""
+    running = block.running_in(training=False)
+    return {block.paths[name]: block.factor_of(name) for name in (ORIGIN, *leaving) if name in running}
 
 
 def collapse(model: nn.Module, site: str, block: RepBlock) -> None:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from repfx.activated_norm import norm_of, rest_of
+from repfx.architecture import Architecture
 from repfx.block import RepBlock
 from repfx.branch import Branch, fitting, kind_of
 from repfx.calibration import PartialSum, calibrate_norms, measure_sums
+from repfx.cropped_conv import share
 from repfx.errors import InvalidInput
 from repfx.journaling import Action, record
 from repfx.kernel import Kernel
@@ -38,9 +40,10 @@ class Expand(Action):
 
     Args:
         branches: beside the site's own conv, in order.
-        norm, weights: how they are normalised and what their convs begin with, as in `Spec`.
+        norm, weights, origin: as in `Spec`.
         gamma: of their last BatchNorms at first, as in `expand`.
         attach_rate: λ of the block at first, if it gets one.
+        preserve: False where the branches began as in their papers, and the function didn't stay.
     """
 
     kind: ClassVar[str] = "expand"
@@ -49,12 +52,14 @@ class Expand(Action):
     weights: Weights = "default"
     gamma: float = 0.0
     attach_rate: float | None = None
+    preserve: bool = True
+    origin: bool = True
 
     @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Expand], calibrate: Iterable[Any] | None) -> None:
         for group in _apart(actions):
-            options = {"gamma": group[0].gamma, "attach_rate": group[0].attach_rate, "calibrate": calibrate}
-            expand(model, _specs(group), **options, inplace=True, strict=True)
+            options: dict[str, Any] = {name: getattr(group[0], name) for name in _ALIKE}
+            expand(model, _specs(group), **options, calibrate=calibrate, inplace=True, strict=True)
 
     @classmethod
     def replay(cls, model: nn.Module, actions: Sequence[Expand]) -> None:
@@ -73,11 +78,14 @@ class Expand(Action):
         return cls(**{**values, "branches": tuple(BranchSpec(**branch) for branch in values["branches"])})
 
 
+_ALIKE = ("gamma", "attach_rate", "preserve")
+
+
 def _apart(actions: Sequence[Expand]) -> Iterator[list[Expand]]:
     """In groups that can be done at once: alike, and none inside a block that another one makes."""
     group: list[Expand] = []
     for action in actions:
-        alike = not group or (action.gamma, action.attach_rate) == (group[0].gamma, group[0].attach_rate)
+        alike = not group or all(getattr(action, name) == getattr(group[0], name) for name in _ALIKE)
         if not alike or any(action.site.startswith(f"{other.site}.") for other in group):
             yield group
             group = []
@@ -87,15 +95,18 @@ def _apart(actions: Sequence[Expand]) -> Iterator[list[Expand]]:
 
 
 def _specs(actions: list[Expand]) -> dict[str, Spec]:
-    return {action.site: Spec(action.branches, action.norm, weights=action.weights) for action in actions}
+    return {
+        action.site: Spec(action.branches, action.norm, weights=action.weights, origin=action.origin)
+        for action in actions
+    }
 
 
 @verb
 def expand(
     model: nn.Module,
-    spec: SpecLike,
+    spec: SpecLike | Architecture,
     *,
-    preserve: bool = True,
+    preserve: bool | None = None,
     gamma: float = 0.0,
     attach_rate: float | None = None,
     calibrate: Iterable[Any] | None = None,
@@ -109,9 +120,11 @@ def expand(
     unless `spec` names it by its exact path.
 
     Args:
-        spec: a preset's name, a list of branch kinds, a `Spec`, or a dict from patterns of site paths to any of these.
+        spec: a preset's name, a list of branch kinds, a `Spec`, a dict from patterns of site paths to any of these, or an
+            `Architecture` that a search has found, which can be the name of its ``.json`` file.
         preserve: keep the function, in training mode too: the branches' last BatchNorms begin with γ = 0, and a branch that has none
-            is taken off the site's own weights. Otherwise the branches begin as in their papers.
+            is taken off the site's own weights. Otherwise the branches begin as in their papers. By default the function is kept unless
+            the spec lets a site's own conv rest (`Spec.origin`), where it can't be.
         gamma: with `preserve`, another γ for the branches' last BatchNorms to begin with, as DyRep's 0.01, relative to that of the site's
             own BatchNorm, channel by channel; a site that has none gets one inside its block. What the branches then compute is taken
             off the site's own conv, whose BatchNorm gets the statistics that this leaves; so `calibrate` is needed, and is gone through
@@ -135,6 +148,12 @@ def expand(
     ['1x1', 'identity']
     """
     selection = Selection.of(spec)
+    if preserve is None:
+        preserve = selection.keeps_origins
+    if preserve and not selection.keeps_origins:
+        raise InvalidInput(
+            "the spec lets the own conv of a site rest, so the function can't be kept: give preserve=False."
+        )
     if gamma and (calibrate is None or not preserve):
         raise InvalidInput(
             f"gamma={gamma} needs preserve and calibrate: the site's own BatchNorm has to be measured anew."
@@ -163,7 +182,16 @@ def expand(
     record(
         target,
         [
-            Expand(plan.site.path, plan.branches, plan.spec.norm, plan.spec.weights, gamma, attach_rate)
+            Expand(
+                plan.site.path,
+                plan.branches,
+                plan.spec.norm,
+                plan.spec.weights,
+                gamma,
+                attach_rate,
+                preserve,
+                plan.spec.origin,
+            )
             for plan in plans
         ],
     )
@@ -183,7 +211,7 @@ class _Plan:
 
 def _plan(sites: list[Site], selection: Selection) -> tuple[list[_Plan], list[Skip]]:
     open_sites = [site for site in sites if site.block is None or selection.names(site.path)]
-    selection.require_used([site.path for site in open_sites])
+    selection.require_used({site.path: str(site.conv or "?") for site in open_sites})
     plans, skips = [], []
     for site in open_sites:
         spec = selection.spec_for(site.path)
@@ -210,10 +238,13 @@ def _block(model: nn.Module, plan: _Plan, attach_rate: float | None, *, quiet: b
     branches: dict[str, Branch] = {}
     for branch in plan.branches:
         built = kind_of(branch)(ConvSpec.of(conv), norm, conv.weight, **branch.options)
+        if plan.spec.weights == "shared":
+            share(built, conv)
         _initialise(built, plan.spec, quiet=quiet)
         branches[_free_name(branch.kind, branches)] = built.train(conv.training)
     moved = own_norm if plan.spec.norm == "batch_norm" else None
-    return RepBlock(conv, moved, branches, plan.site.norm if moved is not None else None, attach_rate)
+    norm_path = plan.site.norm if moved is not None else None
+    return RepBlock(conv, moved, branches, norm_path, attach_rate)
 
 
 def _free_name(kind: str, taken: Container[str]) -> str:
@@ -233,6 +264,9 @@ def _initialise(branch: Branch, spec: Spec, *, quiet: bool) -> None:
 def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *, quiet: bool) -> None:
     """Put a block in the place of its conv; `undo` takes it back if something fails later."""
     conv = block.conv
+    if not plan.spec.origin:
+        undo.callback(block.wake)
+        block.rest()
     if quiet and plan.spec.norm != "batch_norm":
         weight = conv.weight.detach().clone()
         undo.callback(lambda: conv.weight.detach().copy_(weight))
@@ -311,7 +345,7 @@ def _put_back(block: RepBlock, norm: Layer | None, state: dict[str, Tensor]) -> 
 def _rebuild(model: nn.Module, actions: list[Expand]) -> None:
     """Make blocks whose branches add nothing yet, without data."""
     rate = None if actions[0].attach_rate is None else 0.0
-    expand(model, _specs(actions), attach_rate=rate, inplace=True)
+    expand(model, _specs(actions), attach_rate=rate, preserve=actions[0].preserve, inplace=True)
     for action in actions:
         block = model.get_submodule(action.site)
         if action.gamma and isinstance(block, RepBlock) and block.norm is None and _norms_of_branches(block):

@@ -8,21 +8,28 @@ from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from repfx.branch import Branch, Chain
+from repfx.cropped_conv import is_shared, unshare
 from repfx.errors import InvalidInput, UnknownName
+from repfx.gates import Gates, StraightThrough
 from repfx.kernel import Kernel
 from repfx.meaning import Layer
 from repfx.moments import Moments, set_kernel
 from repfx.spec import ConvSpec
 from repfx.stages import AttachRate
 
+ORIGIN = "origin"
 _CONV_ATTRIBUTES = set(ConvSpec.__dataclass_fields__)
 
 
 class RepBlock(nn.Module):
     """``origin(x) + Σ branch(x)``, or ``origin(x) + λ · Σ branch(x)``; the branches are children by name.
+
+    Its *paths* are the origin and the branches. Each can have a gate, and doesn't run while that is closed; the origin can also rest for
+    good, and then is only the place that takes over what branches leave.
 
     Args:
         conv: the site's own conv, the same object.
@@ -43,6 +50,7 @@ class RepBlock(nn.Module):
         attach_rate: float | None = None,
     ) -> None:
         super().__init__()
+        self._resting: tuple[str, ...] | None = None  # the origin's parameters that were trained
         self.site = ConvSpec.of(conv)
         self.norm_path = norm_path
         stages = {"conv": conv} if norm is None else {"conv": conv, "norm": norm}
@@ -75,23 +83,105 @@ class RepBlock(nn.Module):
         """λ, by which the branches are attached; a buffer without axes, or None."""
         return self.attach.rate if "attach" in self._modules else None
 
+    @property
+    def paths(self) -> dict[str, Chain]:
+        """All that is summed: the origin, unless it rests, and the branches."""
+        origin = {} if self.rests else {ORIGIN: self.origin}
+        return origin | self.branches
+
+    @property
+    def gates(self) -> Gates | None:
+        """The gates of the paths, if there are any."""
+        return self._modules.get("gate")  # type: ignore[return-value]
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The paths that run in the mode that the block is in."""
+        return self.running_in(self.training)
+
+    def running_in(self, training: bool) -> tuple[str, ...]:
+        """The paths that run in one mode."""
+        gates = self.gates
+        if gates is None:
+            return tuple(self.paths)
+        closed = set(gates.names) - set(gates.open_in(training))
+        return tuple(name for name in self.paths if name not in closed)
+
     def forward(self, input: Tensor) -> Tensor:
         """``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
-        outputs = [self.origin(input), *(branch(input) for branch in self.branches.values())]
-        if "attach" in self._modules and len(outputs) > 1:
-            outputs = [outputs[0], self.attach(reduce(operator.add, outputs[1:]))]
-        total: Tensor = reduce(operator.add, outputs)
-        return total
+        paths, gates = self.paths, self.gates
+        outputs: dict[str, Tensor] = {name: paths[name](input) for name in self.running}
+        if not outputs:
+            nothing: Tensor = self.origin(input) * 0
+            return nothing
+        if gates is not None:
+            outputs = {name: gates.of[name](x) if name in gates.of else x for name, x in outputs.items()}
+        own = [outputs.pop(ORIGIN)] if ORIGIN in outputs else []
+        if outputs:
+            own.append(reduce(_apply, self._shared_factors, reduce(operator.add, outputs.values())))
+        return reduce(operator.add, own)
+
+    @property
+    def _shared_factors(self) -> list[nn.Module]:
+        """What the sum of the branches is multiplied by."""
+        found = [self._modules.get("attach"), None if self.gates is None else self.gates._modules.get("block")]
+        return [factor for factor in found if factor is not None]
 
     def equivalent_kernel(self, like: Tensor) -> Kernel:
         """The one kernel that the block amounts to in eval mode; differentiable. `like` gives dtype and device."""
-        branches = [self.kernel_of(name, like) for name in self.branches]
-        return reduce(Kernel.add, branches, self.origin.equivalent_kernel(like))
+        running = self.running_in(training=False)
+        kernels = [self.kernel_of(name, like) for name in running] or [self._nothing(like)]
+        return reduce(Kernel.add, kernels)
 
     def kernel_of(self, name: str, like: Tensor) -> Kernel:
-        """What a branch adds to the block's kernel: its own kernel, times λ if there is one."""
-        kernel = self.branches[name].equivalent_kernel(like)
-        return kernel if self.attach_rate is None else kernel.compose(self.attach.kernel(like))
+        """What a path adds to the block's kernel if it runs: its own kernel, times its gates, and for a branch times λ if there is one."""
+        kernel = self.paths[name].equivalent_kernel(like)
+        factors = [] if self.gates is None else [factor.kernel(like) for factor in self.gates.factors(name)]
+        if name != ORIGIN and self.attach_rate is not None:
+            factors.append(self.attach.kernel(like))
+        return reduce(Kernel.compose, factors, kernel)
+
+    def _nothing(self, like: Tensor) -> Kernel:
+        nothing = like.new_zeros(self.site.out_channels)
+        return self.origin.equivalent_kernel(like).fold_affine(nothing)
+
+    @property
+    def rests(self) -> bool:
+        """Whether the origin doesn't run."""
+        return self._resting is not None
+
+    def rest(self) -> None:
+        """Let the origin no longer run, nor be trained but for weights that branches share."""
+        if not self.branches:
+            raise InvalidInput("the origin of a block without branches can't rest.")
+        if self.rests:
+            return
+        trained = {name: each for name, each in self.origin.named_parameters() if each.requires_grad}
+        if any(is_shared(branch) for branch in self.branches.values()):
+            trained = {name: each for name, each in trained.items() if each is not self.conv.weight}
+        for parameter in trained.values():
+            parameter.requires_grad_(False)
+        self._resting = tuple(trained)
+
+    def wake(self) -> None:
+        """The reverse of `rest`."""
+        parameters = dict(self.origin.named_parameters())
+        for name in self._resting or ():
+            parameters[name].requires_grad_(True)
+        self._resting = None
+
+    def set_gates(self, style: str, *, origin: bool = False) -> None:
+        """Give the branches gates, and the origin, too, if it is asked for; all are open."""
+        if origin and style != StraightThrough.style:
+            raise InvalidInput(f"the origin can have a {StraightThrough.style} gate, not a {style} one.")
+        names = [name for name in self.paths if origin or name != ORIGIN]
+        site = self.site
+        gates = Gates(names, style, site.out_channels, site.dimensions, self.conv.weight)
+        self.add_module("gate", gates.train(self.training))
+
+    def remove_gates(self) -> None:
+        """Take the gates away; all paths run then."""
+        del self.gate
 
     def require_affine(self, what: str) -> None:
         """Raise `InvalidInput` if the origin can't take over `what`: its BatchNorm has no γ or β to put it into."""
@@ -100,39 +190,69 @@ class RepBlock(nn.Module):
             missing = "γ" if norm.weight is None else "β"
             raise InvalidInput(f"the origin can't absorb {what}: its BatchNorm has no {missing} to put it into.")
 
-    def require(self, name: str) -> None:
-        """Raise `UnknownName` if there is no branch of that name, `InvalidInput` if the origin can't absorb it."""
+    def require_branch(self, name: str) -> None:
+        """Raise `UnknownName` if there is no branch of that name."""
         if name not in self.branches:
             raise UnknownName("branch", name, self.branches)
+
+    def require(self, name: str) -> None:
+        """Raise `UnknownName` if there is no branch of that name, `InvalidInput` if the origin can't absorb it."""
+        self.require_branch(name)
         self.require_affine(repr(name))
+        if not self.rests and ORIGIN not in self.running_in(training=False):
+            raise InvalidInput(f"the origin can't absorb {name!r}: its own gate is closed.")
 
     def origin_kernel(self) -> Kernel:
         """What the site's own conv and BatchNorm amount to, in float64 and in tensors of its own."""
         return copy.deepcopy(self.origin).equivalent_kernel(self.conv.weight.detach().double())
 
     def absorb(self, name: str) -> None:
-        """Remove a branch; the origin takes its kernel over, in float64 and rounded once, so that the function stays."""
+        """Remove a branch; the origin takes its kernel over, in float64 and rounded once, so that the function stays.
+
+        Branches that shared the origin's weights get weights of their own.
+        """
         self.require(name)
+        for branch in self.branches.values():
+            unshare(branch)
         conv, norm = self.conv, self.norm
         like: Tensor = conv.weight.detach().double()
-        kernel = self.origin.equivalent_kernel(like).add(self.kernel_of(name, like))
-        set_kernel(conv, norm, kernel, self._moments_with(name))
+        own = self._nothing(like) if self.rests else self.kernel_of(ORIGIN, like)
+        is_open = name in self.running_in(training=False)
+        set_kernel(conv, norm, own.add(self.kernel_of(name, like)) if is_open else own, self._moments_with(name))
+        self.wake()
+        self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Take a branch away, and its gate, and leave everything else as it is."""
         delattr(self, name)
+        if self.gates is not None:
+            self.gates.remove(name)
 
     def _moments_with(self, name: str) -> Moments | None:
         """Of the origin's output and a branch's together."""
         norm, other = self.norm, self.branches[name].last_norm
         if norm is None or other is None:
             return None if norm is None else Moments.after(norm)
-        added = Moments.after(other)
-        if self.attach_rate is not None:
-            added = added.affine(self.attach_rate.double().expand_as(added.mean), None)
-        return Moments.after(norm).add(added)
+        added = self._times_factor(name, Moments.after(other))
+        return added if self.rests else self._times_factor(ORIGIN, Moments.after(norm)).add(added)
+
+    def _times_factor(self, name: str, moments: Moments) -> Moments:
+        return moments.affine(torch.full_like(moments.mean, self.factor_of(name)), None)
+
+    def factor_of(self, name: str) -> float:
+        """What the output of a path is multiplied by if it runs: its gates, and for a branch λ."""
+        rate = 1.0 if name == ORIGIN or self.attach_rate is None else float(self.attach_rate)
+        return rate if self.gates is None else rate * self.gates.factor_of(name)
 
     def __getattr__(self, name: str) -> Any:
         if name in _CONV_ATTRIBUTES or name == "bias":  # of which code may ask whether there is one
             return getattr(self.conv, name)
         return super().__getattr__(name)
+
+
+def _apply(x: Tensor, factor: nn.Module) -> Tensor:
+    scaled: Tensor = factor(x)
+    return scaled
 
 
 def block_at(model: nn.Module, site: str) -> RepBlock:

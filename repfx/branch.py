@@ -83,6 +83,13 @@ class Branch(Chain):
 
     def __init__(self, site: ConvSpec, norm: Norm, like: Tensor, **options: Any) -> None:
         super().__init__(self.stages(site, norm, like, **options), site)
+        self.normalisation = norm.kind
+        self.options = options
+
+    @property
+    def spec(self) -> BranchSpec:
+        """What a branch like this one is asked for with."""
+        return BranchSpec(self.kind, self.options)
 
     @classmethod
     def refusal(cls, site: ConvSpec, *_: Any, **options: Any) -> str | None:

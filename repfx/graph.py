@@ -7,6 +7,7 @@
   plain conv. Where they can't be, they are leaves.
 - A graph is accepted only if the module traces to the same graph in training and in eval mode; ``F.dropout(…, self.training)`` does.
 - Where code inside a module is what can't be traced, that part becomes a leaf and the rest is tried again; then the part child by child.
+- Of a gated block the graph has the paths that run in eval mode.
 - Tracing runs on a copy that shares nothing but parameters; the model is not touched.
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from repfx.activated_norm import separate
 from repfx.functional_dropout import let_dropout_follow_the_mode
+from repfx.gates import gates_in
 from repfx.leaves import is_container, is_leaf, stays_whole
 from repfx.meaning import code_of_its_own, is_conv, is_plain_sequence
 from repfx.module_tree import require_module
@@ -68,6 +70,8 @@ def trace(model: nn.Module) -> Traces:
     untraced: dict[str, str] = {}
     require_module(model)
     scratch = copy_of(model, {id(parameter): parameter for parameter in model.parameters()})
+    for gates in gates_in(scratch).values():
+        gates.choose(gates.open_in(training=False))
     pending = [("", scratch, Around())]
     while pending:
         path, module, around = pending.pop()

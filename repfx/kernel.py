@@ -159,10 +159,12 @@ class Kernel:
             return transpose(
                 x, self.weight, self.bias, self.stride, cut, self.output_padding, self.groups, self.dilation
             )
-        conv = _CONV[self.dimensions]
-        return conv(
-            pad(x, self.padding, self.padding_mode), self.weight, self.bias, self.stride, 0, self.dilation, self.groups
-        )
+        around: Ints | int = 0
+        if self.padding_mode == "zeros" and is_symmetric(self.padding):
+            around = tuple(before for before, _ in self.padding)
+        else:
+            x = pad(x, self.padding, self.padding_mode)
+        return _CONV[self.dimensions](x, self.weight, self.bias, self.stride, around, self.dilation, self.groups)
 
     def to(self, like: Tensor | torch.dtype | torch.device | str) -> Kernel:
         """The same kernel in another dtype or on another device."""

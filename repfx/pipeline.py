@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from repfx.cropped_conv import unshare
 from repfx.editor import Editor
 from repfx.explanation import UNTRACED, all_that_stays, left_alone, left_outside
 from repfx.graph import Island, call_counts, trace
@@ -57,6 +58,8 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     rules = tuple(rules)
     target = copy_of(model)
     target.eval()  # a parametrized weight may change when it is read in training mode
+    for module in list(target.modules()):
+        unshare(module)
     traces = trace(target)
     calls, registered, axes = call_counts(traces), module_paths(target), InputAxes(model)
     edits: list[Edit] = []

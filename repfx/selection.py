@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from repfx.architecture import Architecture
 from repfx.errors import InvalidInput
 from repfx.spec import Spec, SpecLike, resolve_spec
 
@@ -21,15 +22,25 @@ class Selection:
     """
 
     patterns: tuple[tuple[str, Spec], ...]
+    architecture: Architecture | None = None
 
     @classmethod
-    def of(cls, spec: SpecLike) -> Selection:
+    def of(cls, spec: SpecLike | Architecture) -> Selection:
         """From all that `expand` takes."""
+        found = Architecture.load(spec) if isinstance(spec, str) and spec.endswith(".json") else spec
+        if isinstance(found, Architecture):
+            return cls(tuple(found.specs.items()), found)
+        spec = found
         if not isinstance(spec, Mapping):
             return cls((("*", resolve_spec(spec)),))
         if not spec:
             raise InvalidInput("the spec is an empty dict; it takes at least one pattern of site paths.")
         return cls(tuple((str(pattern), resolve_spec(value)) for pattern, value in spec.items()))
+
+    @property
+    def keeps_origins(self) -> bool:
+        """Whether the own conv of every site that gets a block runs."""
+        return all(spec.origin for _, spec in self.patterns)
 
     def spec_for(self, path: str) -> Spec | None:
         """The spec of a site, or None."""
@@ -39,9 +50,11 @@ class Selection:
         """Whether a pattern is exactly this path."""
         return any(pattern == path for pattern, _ in self.patterns)
 
-    def require_used(self, paths: Iterable[str]) -> None:
-        """Raise if a pattern fits none of the paths."""
-        known = list(paths)
+    def require_used(self, convs: Mapping[str, str]) -> None:
+        """Raise if a pattern fits no site, or an architecture is of another net; `convs` are sizes by path."""
+        known = list(convs)
+        if self.architecture is not None:
+            self.architecture.require_fits(convs)
         for pattern, _ in self.patterns:
             if not any(fnmatchcase(path, pattern) for path in known):
                 near = difflib.get_close_matches(pattern, known, n=1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from torch import fx, nn
 
 from repfx.activated_norm import norm_of
+from repfx.architecture import Architecture
 from repfx.block import RepBlock
 from repfx.branch import fitting
 from repfx.graph import Island, Traces, call_counts, trace
@@ -71,7 +72,7 @@ class SiteTable:
         return "\n".join(f"{path:<{widths[0]}}  {conv:<{widths[1]}}  {branches}" for path, conv, branches in rows)
 
 
-def sites(model: nn.Module, spec: SpecLike | None = None) -> SiteTable:
+def sites(model: nn.Module, spec: SpecLike | Architecture | None = None) -> SiteTable:
     """The sites of a model: path, conv, branches, or why a conv was left alone; with `spec`, what it would add.
 
     >>> print(sites(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 8, 2)), "repvgg"))

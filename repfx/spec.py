@@ -104,7 +104,7 @@ class BranchSpec:
 
 
 Normalisation = Literal["batch_norm", "scale", "none"]
-Weights = Literal["default", "fan_out", "small"]
+Weights = Literal["default", "fan_out", "small", "shared"]
 BranchesOf = Callable[[ConvSpec], Sequence[BranchSpec | str]]
 
 
@@ -118,7 +118,9 @@ class Spec:
             nothing, or a learned scale per channel, in the branches; the site's own BatchNorm stays where it is, after the sum.
         gamma: γ of each branch's last BatchNorm where the function is not preserved.
         weights: first values of the branches' convs: ``default`` is torch's own, ``fan_out`` is DyRep's N(0, √(2 / (window · out))),
-            ``small`` is RepAn's U(−0.1 / √out, 0.1 / √out).
+            ``small`` is RepAn's U(−0.1 / √out, 0.1 / √out). ``shared``: as far as channels and window allow, they have no weights of their
+            own but the centre crop of the site's (RepNAS, eq. 5).
+        origin: whether the site's own conv runs. Without it the block is the sum of its branches alone, another function.
 
     >>> Spec(["1x1", "1xk"], norm="none").branches
     (BranchSpec(kind='1x1', options={}), BranchSpec(kind='1xk', options={}))
@@ -128,12 +130,17 @@ class Spec:
     norm: Normalisation = "batch_norm"
     gamma: float = 1.0
     weights: Weights = "default"
+    origin: bool = True
 
     def __post_init__(self) -> None:
         if self.norm not in get_args(Normalisation):
             raise UnknownName("norm", str(self.norm), get_args(Normalisation))
         if self.weights not in get_args(Weights):
             raise UnknownName("first value of weights", str(self.weights), get_args(Weights))
+        if self.weights == "shared" and self.norm != "batch_norm":
+            raise InvalidInput(
+                f'weights="shared" needs norm="batch_norm": with {self.norm!r} a branch that begins is taken off the weights it shares.'
+            )
         if not callable(self.branches):
             object.__setattr__(self, "branches", _branch_specs(self.branches))
 

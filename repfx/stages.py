@@ -171,4 +171,5 @@ FIRST_WEIGHTS: dict[str, Callable[[Layer], object]] = {
     "default": lambda conv: None,  # torch has drawn them
     "fan_out": _fan_out,
     "small": _small,
+    "shared": lambda conv: None,  # those that are left are torch's
 }

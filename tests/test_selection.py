@@ -66,10 +66,13 @@ def test_only_an_exact_path_names_a_site() -> None:
     assert [path for path in PATHS if selection.names(path)] == ["layer1.0.conv1"]
 
 
+CONVS = dict.fromkeys(PATHS, "3×3 8→8")
+
+
 def test_what_all_patterns_fit_is_used() -> None:
-    Selection.of({"layer1.0.conv1": "acb", "*": "dbb", "*.conv": "acb"}).require_used(iter(PATHS))
+    Selection.of({"layer1.0.conv1": "acb", "*": "dbb", "*.conv": "acb"}).require_used(CONVS)
     with pytest.raises(InvalidInput, match=r"'\*' fits no site; there are 0"):
-        Selection.of("acb").require_used([])
+        Selection.of("acb").require_used({})
 
 
 BAD: list[tuple[Any, type[Exception], str]] = [
@@ -89,7 +92,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
 @pytest.mark.parametrize(("spec", "error", "message"), BAD)
 def test_what_can_t_be_used_says_so_and_names_the_nearest(spec: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        Selection.of(spec).require_used(PATHS)
+        Selection.of(spec).require_used(CONVS)
 
 
 # ---- sites inside blocks

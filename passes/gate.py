@@ -1,0 +1,70 @@
+"""`gate`: the paths of a block get gates, by which a search decides what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from repfx.block import block_at
+from repfx.errors import InvalidInput
+from repfx.journaling import Action, record
+from repfx.pipeline import verb
+from repfx.reporting import Edit, Report
+
+
+@dataclass(frozen=True)
+class Gate(Action):
+    """The branches of a block got gates, all of them open.
+
+    Args:
+        style: of the gates.
+        origin: whether the site's own conv has one, too.
+    """
+
+    kind: ClassVar[str] = "gate"
+    style: str = "straight_through"
+    origin: bool = False
+
+    @classmethod
+    def apply(cls, model: nn.Module, actions: Sequence[Gate], calibrate: Iterable[Any] | None) -> None:
+        for action in actions:
+            gate(model, action.site, action.style, origin=action.origin)
+
+    def __str__(self) -> str:
+        return f"gate {self.site}: {self.style}{', its own conv too' if self.origin else ''}"
+
+
+@verb
+def gate(model: nn.Module, site: str, style: str = "straight_through", *, origin: bool = False) -> nn.Module:
+    """Give the branches of a block gates: one learned number α each, in `block.gates`; all are open.
+
+    A path whose gate is closed doesn't run: it costs neither time nor memory. `block.gates.choose` closes and opens them, for training and
+    for eval mode apart. Gates are part of the kernel, so `fuse`, `drop` and `ungate` absorb them.
+
+    The model is changed in place and returned. With ``straight_through`` (RepNAS) an open gate multiplies by 1, and the function stays.
+    With ``sigmoid`` (IRepNAS) what the branches add is multiplied by σ(α) · σ(β), a quarter at first.
+
+    Args:
+        site: path of the block.
+        style: ``straight_through`` or ``sigmoid``.
+        origin: let the site's own conv have a gate, too; for ``straight_through`` only.
+
+    Raises:
+        UnknownName: no block at that path, or no such style; InvalidInput: the block has gates already.
+
+    >>> from repfx.passes.expand import expand
+    >>> block = gate(expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "acb"), "0")[0]
+    >>> block.gates.choose(["kx1"])
+    >>> block.running
+    ('origin', 'kx1')
+    """
+    block = block_at(model, site)
+    if block.gates is not None:
+        raise InvalidInput(f"{site!r} has gates already; repfx.passes.ungate takes them away.")
+    block.set_gates(style, origin=origin)
+    record(model, [Gate(site, style, origin)])
+    Report("gate", (Edit("gate", site),)).attach(model)
+    return model

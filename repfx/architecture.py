@@ -1,0 +1,166 @@
+"""`Architecture`: which branches each site of a net has, as a search found them; a value and a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from repfx.block import ORIGIN, RepBlock
+from repfx.cropped_conv import is_shared
+from repfx.errors import InvalidInput, RepfxError
+from repfx.spec import BranchSpec, Normalisation, Spec, Weights
+from repfx.target_file import staged
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SiteCode:
+    """What a site can have, and what it has.
+
+    Args:
+        conv: the sizes of its own conv, as text.
+        branches: all that the search chose from, in order.
+        code: one digit for the site's own conv and one for each branch, 1 for what it has; as in IRepNAS, figure A2.
+        norm, weights: as in `Spec`.
+    """
+
+    conv: str
+    branches: tuple[BranchSpec, ...]
+    code: str
+    norm: Normalisation = "batch_norm"
+    weights: Weights = "default"
+
+    @property
+    def chosen(self) -> tuple[BranchSpec, ...]:
+        """The branches that the site has."""
+        return tuple(branch for branch, digit in zip(self.branches, self.code[1:]) if digit == "1")
+
+    @property
+    def spec(self) -> Spec:
+        """What the site is to be expanded with."""
+        return Spec(self.chosen, self.norm, weights=self.weights, origin=self.code[0] == "1")
+
+    @classmethod
+    def of(cls, block: RepBlock, code: str) -> SiteCode:
+        """Of a block, whose origin and branches the digits stand for."""
+        branches = list(block.branches.values())
+        weights: Weights = "shared" if any(map(is_shared, branches)) else "default"
+        norm: Any = branches[0].normalisation if branches else "batch_norm"
+        return cls(str(block.site), tuple(branch.spec for branch in branches), code, norm, weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        branches = [{"kind": branch.kind, "options": dict(branch.options)} for branch in self.branches]
+        return {
+            "conv": self.conv,
+            "branches": branches,
+            "code": self.code,
+            "norm": self.norm,
+            "weights": self.weights,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SiteCode:
+        """The reverse of `to_dict`."""
+        found = cls(**{**values, "branches": tuple(BranchSpec(**branch) for branch in values["branches"])})
+        if len(found.code) != len(found.branches) + 1 or set(found.code) - {"0", "1"}:
+            raise InvalidInput(
+                f"the code {found.code!r} isn't one digit 0 or 1 for each of {len(found.branches) + 1} paths"
+            )
+        if "1" not in found.code:
+            raise InvalidInput("a site's code leaves it nothing at all")
+        return found
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Which branches each site of a net has.
+
+    `repfx.expand(model, "arch.json")` builds it again from the plain net.
+
+    Args:
+        sites: by path, in the model's order.
+
+    >>> import repfx
+    >>> model = repfx.expand(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)), "repvgg")
+    >>> print(Architecture.of(repfx.drop(model, "0", "identity")))
+    0  11  origin, 1x1
+    """
+
+    sites: Mapping[str, SiteCode]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Architecture:
+        """Of the blocks of a model: the paths that run in eval mode.
+
+        Raises:
+            InvalidInput: the model has no blocks, or blocks inside blocks.
+        """
+        blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
+        if not blocks:
+            raise InvalidInput(f"{type(model).__name__} has no blocks; repfx.expand makes them.")
+        nested = [path for path in blocks if any(path.startswith(f"{other}.") for other in blocks)]
+        if nested:
+            raise InvalidInput(f"{nested[0]!r} is a block inside a block, which no architecture describes.")
+        return cls({path: SiteCode.of(block, _code(block)) for path, block in blocks.items()})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON; the file appears whole or not at all."""
+        sites = {site: code.to_dict() for site, code in self.sites.items()}
+        with staged(path, ".json") as (_, staging):
+            staging.write_text(json.dumps({"format": _FORMAT, "sites": sites}, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Architecture:
+        """Read what `save` wrote.
+
+        Raises:
+            InvalidInput: it is something else; OSError: the file can't be read.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            found = json.loads(text)
+            if found["format"] != _FORMAT:
+                raise InvalidInput(f"it has format {found['format']}, and this version of repfx reads {_FORMAT}")
+            return cls({site: SiteCode.from_dict(code) for site, code in found["sites"].items()})
+        except RepfxError as error:
+            raise InvalidInput(f"{str(path)!r} is no architecture: {str(error).rstrip('.')}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidInput(f"{str(path)!r} is no architecture that a search wrote.") from error
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """What `expand` takes, by site; a site that has its own conv alone stays plain."""
+        return {site: code.spec for site, code in self.sites.items() if code.chosen}
+
+    def require_fits(self, convs: Mapping[str, str]) -> None:
+        """Raise `InvalidInput` if it isn't of a net with these convs, sizes as text by path."""
+        for site, code in self.sites.items():
+            found = convs.get(site)
+            if found != code.conv:
+                there = "has none there" if found is None else f"has {found} there"
+                raise InvalidInput(
+                    f"the architecture is of another net: it has a conv {code.conv} at {site!r}, this one {there}."
+                )
+
+    def __str__(self) -> str:
+        rows = [(site, code.code, ", ".join(_names(code))) for site, code in self.sites.items()]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+        return "\n".join(f"{site:<{widths[0]}}  {code:<{widths[1]}}  {names}" for site, code, names in rows)
+
+
+def _code(block: RepBlock) -> str:
+    running = block.running_in(training=False)
+    return "".join("01"[name in running] for name in (ORIGIN, *block.branches))
+
+
+def _names(code: SiteCode) -> list[str]:
+    own = [ORIGIN] if code.code[0] == "1" else []
+    return own + [branch.kind for branch in code.chosen]

@@ -29,6 +29,8 @@ class SiteCode:
         branches: all that the search chose from, in order.
         code: one digit for the site's own conv and one for each branch, 1 for what it has; as in IRepNAS, figure A2.
         norm, weights: as in `Spec`.
+        importance: what a search has learned of each path, in the order of the code: α of RepNAS, σ(α) · σ(β) of DES; None where there is
+            nothing to learn. Empty without a search.
     """
 
     conv: str
@@ -36,6 +38,7 @@ class SiteCode:
     code: str
     norm: Normalisation = "batch_norm"
     weights: Weights = "default"
+    importance: tuple[float | None, ...] = ()
 
     @property
     def chosen(self) -> tuple[BranchSpec, ...]:
@@ -48,12 +51,16 @@ class SiteCode:
         return Spec(self.chosen, self.norm, weights=self.weights, origin=self.code[0] == "1")
 
     @classmethod
-    def of(cls, block: RepBlock, code: str) -> SiteCode:
-        """Of a block, whose origin and branches the digits stand for."""
-        branches = list(block.branches.values())
+    def of(cls, block: RepBlock) -> SiteCode:
+        """Of a block: the paths that run in eval mode."""
+        branches, gates = list(block.branches.values()), block.gates
+        names, running = (ORIGIN, *block.branches), block.running_in(training=False)
+        code = "".join("01"[name in running] for name in names)
+        importance = () if gates is None else tuple(gates.importance_of(name) for name in names)
         weights: Weights = "shared" if any(map(is_shared, branches)) else "default"
         norm: Any = branches[0].normalisation if branches else "batch_norm"
-        return cls(str(block.site), tuple(branch.spec for branch in branches), code, norm, weights)
+        specs = tuple(branch.spec for branch in branches)
+        return cls(str(block.site), specs, code, norm, weights, importance)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -64,12 +71,14 @@ class SiteCode:
             "code": self.code,
             "norm": self.norm,
             "weights": self.weights,
+            "importance": list(self.importance),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SiteCode:
         """The reverse of `to_dict`."""
-        found = cls(**{**values, "branches": tuple(BranchSpec(**branch) for branch in values["branches"])})
+        branches = tuple(BranchSpec(**branch) for branch in values["branches"])
+        found = cls(**{**values, "branches": branches, "importance": tuple(values.get("importance", ()))})
         if len(found.code) != len(found.branches) + 1 or set(found.code) - {"0", "1"}:
             raise InvalidInput(
                 f"the code {found.code!r} isn't one digit 0 or 1 for each of {len(found.branches) + 1} paths"
@@ -109,13 +118,17 @@ class Architecture:
         nested = [path for path in blocks if any(path.startswith(f"{other}.") for other in blocks)]
         if nested:
             raise InvalidInput(f"{nested[0]!r} is a block inside a block, which no architecture describes.")
-        return cls({path: SiteCode.of(block, _code(block)) for path, block in blocks.items()})
+        return cls({path: SiteCode.of(block) for path, block in blocks.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON; the file appears whole or not at all."""
-        sites = {site: code.to_dict() for site, code in self.sites.items()}
         with staged(path, ".json") as (_, staging):
-            staging.write_text(json.dumps({"format": _FORMAT, "sites": sites}, indent=2) + "\n", encoding="utf-8")
+            staging.write_text(self.to_json() + "\n", encoding="utf-8")
+
+    def to_json(self) -> str:
+        """As text."""
+        sites = {site: code.to_dict() for site, code in self.sites.items()}
+        return json.dumps({"format": _FORMAT, "sites": sites}, indent=2)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Architecture:
@@ -124,16 +137,27 @@ class Architecture:
         Raises:
             InvalidInput: it is something else; OSError: the file can't be read.
         """
-        text = Path(path).read_text(encoding="utf-8")
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except RepfxError as error:
+            raise InvalidInput(f"{str(path)!r}: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Architecture:
+        """The reverse of `to_json`.
+
+        Raises:
+            InvalidInput: it is something else.
+        """
         try:
             found = json.loads(text)
             if found["format"] != _FORMAT:
                 raise InvalidInput(f"it has format {found['format']}, and this version of repfx reads {_FORMAT}")
             return cls({site: SiteCode.from_dict(code) for site, code in found["sites"].items()})
         except RepfxError as error:
-            raise InvalidInput(f"{str(path)!r} is no architecture: {str(error).rstrip('.')}.") from error
+            raise InvalidInput(f"this is no architecture: {str(error).rstrip('.')}.") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InvalidInput(f"{str(path)!r} is no architecture that a search wrote.") from error
+            raise InvalidInput(f"this is no architecture that a search wrote: {text[:80]!r}.") from error
 
     @property
     def specs(self) -> dict[str, Spec]:
@@ -154,11 +178,6 @@ class Architecture:
         rows = [(site, code.code, ", ".join(_names(code))) for site, code in self.sites.items()]
         widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
         return "\n".join(f"{site:<{widths[0]}}  {code:<{widths[1]}}  {names}" for site, code, names in rows)
-
-
-def _code(block: RepBlock) -> str:
-    running = block.running_in(training=False)
-    return "".join("01"[name in running] for name in (ORIGIN, *block.branches))
 
 
 def _names(code: SiteCode) -> list[str]:

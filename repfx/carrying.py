@@ -14,6 +14,7 @@ from repfx.activated_norm import norm_of
 from repfx.block import RepBlock
 from repfx.branch import kernel_of_both
 from repfx.errors import InvalidInput
+from repfx.gates import gates_in
 from repfx.journaling import Action, journal, replay
 from repfx.kernel import Kernel
 from repfx.moments import Moments, set_kernel
@@ -28,7 +29,8 @@ def carry(model: nn.Module, *followers: torch.optim.Optimizer | nn.Module) -> It
     Parameters that stay keep their state, momentum say: also those of a conv that absorbed a branch, whose gradient goes on along
     the same direction. Those of a branch that left leave the optimizer with their state. Those of a new branch join the group that
     trains their site's own conv; vectors, as γ and β, that of its own vectors, if there are any. So rates by layer and groups without
-    weight decay stay. Where a site's own conv isn't trained by an optimizer, neither are its branches.
+    weight decay stay. Where a site's own conv isn't trained by an optimizer, neither are its branches. What gates learn joins no group: a
+    driver trains it by itself.
 
     An averaged copy goes through the same changes with its own numbers, so that what it computes stays, too.
 
@@ -48,7 +50,7 @@ def carry(model: nn.Module, *followers: torch.optim.Optimizer | nn.Module) -> It
     [3, 6]
     """
     before, done = dict(model.named_parameters()), journal(model)
-    copies = [_copy_in(follower, model) for follower in followers if isinstance(follower, nn.Module)]
+    copies = [copy_in(follower, model) for follower in followers if isinstance(follower, nn.Module)]
     try:
         yield
     finally:
@@ -59,7 +61,7 @@ def carry(model: nn.Module, *followers: torch.optim.Optimizer | nn.Module) -> It
             _go_through(copied, model, journal(model)[len(done) :])
 
 
-def _copy_in(follower: nn.Module, model: nn.Module) -> nn.Module:
+def copy_in(follower: nn.Module, model: nn.Module) -> nn.Module:
     """The copy of a model that a module holds."""
     names = [name for name, _ in model.named_parameters()]
     for inner in follower.modules():
@@ -127,8 +129,9 @@ def _follow(model: nn.Module, optimizer: torch.optim.Optimizer, before: dict[str
         group["params"][:] = [parameter for parameter in group["params"] if parameter not in gone]
     for parameter in gone:
         optimizer.state.pop(parameter, None)
+    gates = {parameter for each in gates_in(model).values() for parameter in each.parameters()}
     for name, parameter in model.named_parameters():
-        if parameter in known or parameter in groups:
+        if parameter in known or parameter in groups or parameter in gates:
             continue
         relatives = [relative for relative in _relatives(model, name, before) if relative in groups]
         alike = [relative for relative in relatives if (relative.ndim > 1) == (parameter.ndim > 1)]

@@ -129,6 +129,9 @@ def train(
     if as_json:
         typer.echo(json.dumps(metrics.as_dict(), indent=2))
         return
+    found = RunFolder(out).architecture
+    if found is not None:
+        typer.echo(f"What the search has found (own conv first, 1 is kept):\n{found}")
     Console().print(metrics_table(metrics))
     typer.echo(
         f"Flips are against the model before fusing; MACs and latency are for one image. All files are in {out}."

@@ -81,7 +81,12 @@ def every_fifth(labels: Tensor) -> Tensor:
     >>> every_fifth(torch.tensor([0, 1, 1, 0, 1, 1, 1])).nonzero().flatten().tolist()
     [6]
     """
-    test = torch.zeros(len(labels), dtype=torch.bool)
+    return every(5, labels)
+
+
+def every(number: int, labels: Tensor) -> Tensor:
+    """A mask that is True for every so manyth entry of each class."""
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
-        test[(labels == label).nonzero().flatten()[4::5]] = True
-    return test
+        chosen[(labels == label).nonzero().flatten()[number - 1 :: number]] = True
+    return chosen

@@ -19,6 +19,8 @@ from repfx.meaning import Layer
 from repfx.passes.freeze import is_frozen
 from repfx.saliency import METRICS
 from repfx.schedule import Block, Candidate, Observation, Schedule
+from repfx.search import Search
+from repfx.searcher import Score, Searcher, require_score
 from repfx.site import Site, find_sites
 from repfx.stages import AttachRate
 
@@ -39,6 +41,7 @@ class Driver:
         scaler: the `torch.amp.GradScaler` of the run, so that saliency is that of unscaled gradients, and a step that overflowed counts for
             nothing.
         steps_per_epoch: how many calls of `after_backward` an epoch has, for schedules that change something by step.
+        score: what a candidate of a search is worth, from the plain net that it is when fused, in eval mode; the higher the better.
 
     Raises:
         InvalidInput: the schedule needs data and `calibrate` isn't given, or the model's parameters are sharded.
@@ -65,6 +68,7 @@ class Driver:
         ema: nn.Module | None = None,
         scaler: torch.amp.GradScaler | None = None,
         steps_per_epoch: int | None = None,
+        score: Score | None = None,
     ) -> None:
         if schedule.needs_data and calibrate is None:
             raise InvalidInput(
@@ -82,6 +86,12 @@ class Driver:
         self._steps_per_epoch = steps_per_epoch
         self._step = 0
         self._saliency: _Saliency | None = None
+        self.search: Searcher | None = None
+        if isinstance(schedule, Search):
+            require_score(schedule, score)
+            averages = [] if ema is None else [ema]
+            data = None if calibrate is None else _First(calibrate, schedule)
+            self.search = Searcher(self.model, schedule, self.optimizers, averages, score, data)
         self._adjust()
 
     @property
@@ -97,8 +107,23 @@ class Driver:
                 self._saliency = _Saliency.of(self._candidates())
             weights = [self.model.get_submodule(site).weight for site in self._saliency.sites]
             self._saliency.add(metric, weights, self._scaler)
+        if self.search is not None:
+            self.search.after_backward(self.epoch, self._scaler)
         self._step += 1
+        if self.search is not None:
+            self.search.open(self.epoch, self._step)
         self._set_attach_rate()
+
+    def shares(self) -> Iterator[float]:
+        """What the loss of the next step is multiplied by: once by 1, unless a search averages the step over several nets.
+
+        Go through it with a forward and a backward pass each, and call `after_backward` afterwards:
+        ``for share in driver.shares(): (share * loss_fn(model(x), y)).backward()``.
+        """
+        if self.search is None:
+            yield 1.0
+        else:
+            yield from self.search.shares(self.epoch, self._step)
 
     def after_epoch(self) -> tuple[Action, ...]:
         """Do what the schedule decides, in place.
@@ -128,9 +153,11 @@ class Driver:
                 block.norm_path is not None,
                 _depth(path, blocks),
                 is_frozen(block),
+                block.gates is not None,
+                block.running_in(training=False),
             )
             for path, block in blocks.items()
-            if block.conv.weight.requires_grad or is_frozen(block)
+            if block.conv.weight.requires_grad or is_frozen(block) or block.rests
         ]
         return Observation(self.epoch, candidates, seen)
 
@@ -139,7 +166,8 @@ class Driver:
         saliency = None if self._saliency is None else self._saliency.state_dict()
         epochs, actions = [epoch for epoch, _ in self.history], [action for _, action in self.history]
         history = {"epochs": epochs, "actions": to_json(actions)}
-        return {"epoch": self.epoch, "step": self._step, "saliency": saliency, "history": history}
+        search = None if self.search is None else self.search.state_dict()
+        return {"epoch": self.epoch, "step": self._step, "saliency": saliency, "history": history, "search": search}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The reverse of `state_dict`."""
@@ -150,6 +178,8 @@ class Driver:
         self.epoch, self._step = int(state["epoch"]), int(state["step"])
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         self._saliency = None if saliency is None else _Saliency.from_state(saliency, device)
+        if self.search is not None:
+            self.search.load_state_dict(state["search"])
 
     def _candidates(self) -> list[Site]:
         return [
@@ -163,6 +193,8 @@ class Driver:
 
     def _adjust(self) -> tuple[Action, ...]:
         actions: tuple[Action, ...] = ()
+        if self.search is not None and self.epoch:
+            self.search.after_epoch(self.epoch)
         if self.schedule.due(self.epoch):
             if self.schedule.metric is not None and self._saliency is None:
                 raise InvalidInput(
@@ -179,6 +211,8 @@ class Driver:
         if self.schedule.cycle is not None and self.epoch % self.schedule.cycle == 0:
             for optimizer in self.optimizers:
                 optimizer.state.clear()
+        if self.search is not None:
+            self.search.begin(self.epoch)
         self._set_attach_rate()
         return actions
 

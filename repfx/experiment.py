@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,11 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Watcher:
-    """Hears what goes on: one `on_stage` for each part of the work, `on_step` and `on_action` while training."""
+    """Hears what goes on: one `on_stage` for each part of the work, `on_step` and `on_actions` while training."""
 
     on_stage: Callable[[str], None] = lambda stage: None
     on_step: Callable[[Step], None] = lambda step: None
-    on_action: Callable[[int, Action], None] = lambda epoch, action: None
+    on_actions: Callable[[int, Sequence[Action]], None] = lambda epoch, actions: None
 
 
 def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics:
@@ -107,9 +107,11 @@ def _run(experiment: Experiment, folder: RunFolder, watcher: Watcher) -> Metrics
         expanded = copy_of(plain)
     expanded = to_device(expanded, recipe.device)
     watcher.on_stage("train")
-    losses = train(expanded, data, recipe, watcher.on_step, schedule, watcher.on_action)
+    trained = train(expanded, data, recipe, watcher.on_step, schedule, watcher.on_actions)
     expanded = expanded.cpu().eval()
     folder.clear()
+    if trained.architecture is not None:
+        folder.write_architecture(trained.architecture)
     how = None if schedule is None else {"name": schedule.name, **asdict(schedule)}
     folder.write_checkpoint(expanded, Structure(reference, None if how else spec, how, data.preparation))
     watcher.on_stage("fuse")
@@ -127,7 +129,7 @@ def _run(experiment: Experiment, folder: RunFolder, watcher: Watcher) -> Metrics
     }
     watcher.on_stage("measure")
     errors = {"fused": equivalence.max_error, "onnxruntime": exported.max_error}
-    metrics = _metrics(losses, tests, errors, forms, session, x[:1])
+    metrics = _metrics(trained.losses, tests, errors, forms, session, x[:1])
     folder.write_metrics(metrics.as_dict())
     return metrics
 

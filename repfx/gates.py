@@ -63,7 +63,7 @@ class StraightThrough(Gate):
 
     def __init__(self, channels: int, dimensions: int, like: Tensor) -> None:
         super().__init__(channels, dimensions, like)
-        self.register_buffer("noise", like.new_zeros(()), persistent=False)
+        self.register_buffer("noise", like.new_zeros(()))
 
     def factor(self) -> Tensor:
         slope = torch.sigmoid(self.alpha + self.noise)
@@ -139,6 +139,12 @@ class Gates(nn.Module):
     def factor_of(self, name: str) -> float:
         """What the output of a path is multiplied by if it runs."""
         return math.prod(float(gate.factor().detach()) for gate in self.factors(name))
+
+    def importance_of(self, name: str) -> float | None:
+        """What has been learned of a path: α, or σ(α) · σ(β) where gates multiply by it; None for a path without a gate."""
+        if name not in self.of:
+            return None
+        return self.factor_of(name) if self.style == Sigmoid.style else float(self.factors(name)[0].alpha.detach())
 
     def remove(self, name: str) -> None:
         """Take the gate of a path away, which leaves."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -23,6 +25,9 @@ _STAGES = {
 }
 
 
+_LINES = 12  # more changes than this at a time are told in short
+
+
 @contextmanager
 def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
     """A watcher that shows what it hears."""
@@ -39,7 +44,9 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
         yield Watcher()
         return
     if not console.is_terminal:
-        yield Watcher(on_action=lambda epoch, action: print(_told(epoch, action), file=sys.stderr, flush=True))
+        yield Watcher(
+            on_actions=lambda epoch, actions: _tell(epoch, actions, partial(print, file=sys.stderr, flush=True))
+        )
         return
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("loading", total=None, note="")
@@ -55,10 +62,19 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
             note = f"epoch {step.epoch}, loss {step.loss:.3f}"
             progress.update(task, completed=step.number, total=step.total, note=note)
 
-        yield Watcher(
-            on_stage, on_step, lambda epoch, action: progress.console.print(_told(epoch, action), markup=False)
-        )
+        say = partial(progress.console.print, markup=False)
+        yield Watcher(on_stage, on_step, lambda epoch, actions: _tell(epoch, actions, say))
 
 
-def _told(epoch: int, action: Action) -> str:
-    return f"{f'after epoch {epoch}' if epoch else 'at the beginning'}: {action}"
+def _tell(epoch: int, actions: Sequence[Action], say: Callable[[str], object]) -> None:
+    """Each change in a line; of many at a time, those of a kind together."""
+    when = f"after epoch {epoch}" if epoch else "at the beginning"
+    for kind, group in groupby(actions, lambda action: action.kind):
+        alike = list(group)
+        if len(actions) <= _LINES or len(alike) == 1:
+            for action in alike:
+                say(f"{when}: {action}")
+        else:
+            sites = list(dict.fromkeys(action.site for action in alike))
+            named = ", ".join(sites[:3]) + (", …" if len(sites) > 3 else "")
+            say(f"{when}: {kind} {len(alike)} times, at {len(sites)} sites: {named}")

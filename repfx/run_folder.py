@@ -13,13 +13,16 @@ from typing import Any
 from torch import nn
 
 import repfx
+from repfx.architecture import Architecture
 from repfx.branch import KINDS
 from repfx.errors import InvalidInput
+from repfx.heat_map import draw
 from repfx.models import ModelReference
 from repfx.spec import SpecLike
 
 CHECKPOINT, STRUCTURE, MODEL, METRICS = "checkpoint.safetensors", "structure.json", "model.onnx", "metrics.json"
-_FILES = (METRICS, STRUCTURE, CHECKPOINT, MODEL)
+ARCHITECTURE, HEAT_MAP = "architecture.json", "architecture.png"
+_FILES = (METRICS, STRUCTURE, CHECKPOINT, MODEL, ARCHITECTURE, HEAT_MAP)
 _FORMAT = 2
 
 
@@ -87,7 +90,7 @@ def spec_of(text: Any) -> SpecLike:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder with the four files of a run."""
+    """A folder with the files of a run."""
 
     path: Path
 
@@ -126,6 +129,17 @@ class RunFolder:
         """The training form, and what it was built from."""
         self.write(STRUCTURE, lambda path: _write_text(path, structure.to_json() + "\n"))
         repfx.save(self.path / CHECKPOINT, model, random_state=False)
+
+    def write_architecture(self, architecture: Architecture) -> None:
+        """What a search has found, as JSON and as a picture."""
+        self.write(ARCHITECTURE, architecture.save)
+        self.write(HEAT_MAP, lambda path: draw(architecture, path))
+
+    @property
+    def architecture(self) -> Architecture | None:
+        """What a search has found; None if the run was none."""
+        path = self.path / ARCHITECTURE
+        return Architecture.load(path) if path.is_file() else None
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """All numbers of the run; the last file."""

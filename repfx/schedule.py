@@ -47,6 +47,8 @@ class Block:
         normalised: whether the site's own BatchNorm is the origin's.
         depth: how many blocks it lies in.
         frozen: whether its own conv is left alone at present.
+        gated: whether its paths have gates.
+        running: the paths that run in eval mode: ``origin``, its own conv, and branches.
     """
 
     site: str
@@ -56,6 +58,8 @@ class Block:
     normalised: bool = True
     depth: int = 0
     frozen: bool = False
+    gated: bool = False
+    running: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

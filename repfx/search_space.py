@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -33,6 +33,17 @@ class Space:
     def of(cls, model: nn.Module) -> Space:
         """Of all gates of a model."""
         return cls(tuple((site, name) for site, gates in gates_in(model).items() for name in gates.names))
+
+    @classmethod
+    def counted(cls, branches: Mapping[str, int], origins: bool) -> Space:
+        """Of sites with so many branches each, whose names don't matter."""
+        return cls(
+            tuple(
+                (site, name)
+                for site, count in branches.items()
+                for name in ([ORIGIN] if origins else []) + [str(number) for number in range(count)]
+            )
+        )
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 import repfx
-from repfx.dataset import DataSet, Images
+from repfx.architecture import Architecture
+from repfx.dataset import DataSet, Images, every
 from repfx.errors import InvalidInput, RepfxError, first_line
 from repfx.journaling import Action
 from repfx.schedule import Schedule, Unchanged
+from repfx.search import Search
 
 
 @dataclass(frozen=True)
@@ -49,33 +52,47 @@ class Step:
     loss: float
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What training gives beside the model: the mean loss of each epoch, and what a search has found."""
+
+    losses: list[float]
+    architecture: Architecture | None
+
+
 def train(
     model: nn.Module,
     data: DataSet,
     recipe: Recipe,
     on_step: Callable[[Step], None] = lambda step: None,
     schedule: Schedule | None = None,
-    on_action: Callable[[int, Action], None] = lambda epoch, action: None,
-) -> list[float]:
-    """Train a model in place on a data set; gives the mean loss of each epoch. Equal seeds give equal weights.
+    on_actions: Callable[[int, Sequence[Action]], None] = lambda epoch, actions: None,
+) -> Trained:
+    """Train a model in place on a data set. Equal seeds give equal weights.
 
     Args:
-        schedule: changes the model's structure on the way; the learning rate begins anew with each of its cycles.
-        on_action: hears each change, and after how many epochs it was made.
+        schedule: changes the model's structure on the way; the learning rate begins anew with each of its cycles. If it scores candidates,
+            it does so on every tenth training image of each class, on which the model is then not trained.
+        on_actions: hears what was changed at a time, and after how many epochs.
 
     Raises:
         InvalidInput: the model doesn't take the images or gives no logits for their classes.
         RepfxError: the loss is no longer finite.
     """
     check_fit(model, data, recipe.device)
-    loader = _training_batches(data.train, recipe)
+    images, score = data.train, None
+    if isinstance(schedule, Search) and schedule.needs_score:
+        images, held_out = hold_out(images)
+        score = partial(mean_log_likelihood, images=held_out, batch_size=recipe.batch_size, device=recipe.device)
+    loader = _training_batches(images, recipe)
     optimizer = torch.optim.AdamW(
         model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
     total = recipe.epochs * len(loader)
-    driver = repfx.Driver(model, optimizer, schedule or Unchanged(), calibrate=loader, steps_per_epoch=len(loader))
-    for _, action in driver.history:
-        on_action(0, action)
+    driver = repfx.Driver(
+        model, optimizer, schedule or Unchanged(), calibrate=loader, steps_per_epoch=len(loader), score=score
+    )
+    on_actions(0, [action for _, action in driver.history])
     cycle = (driver.schedule.cycle or recipe.epochs) * len(loader)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: share_of_rate(done % cycle, cycle))
     losses, number = [], 0
@@ -93,10 +110,32 @@ def train(
             sum_of_losses += loss
             on_step(Step(number, total, epoch, loss))
         losses.append(sum_of_losses / len(loader))
-        for action in driver.after_epoch():
-            on_action(epoch, action)
+        on_actions(epoch, driver.after_epoch())
     model.eval()
-    return losses
+    return Trained(losses, None if driver.search is None else driver.search.architecture)
+
+
+def hold_out(images: Images) -> tuple[Images, Images]:
+    """All but every tenth image of each class, and these.
+
+    Raises:
+        InvalidInput: there are too few.
+    """
+    labels = torch.tensor([int(images[index][1]) for index in range(len(images))])  # type: ignore[arg-type]
+    chosen = every(10, labels)
+    if not chosen.any():
+        raise InvalidInput("there are fewer than 10 training images of each class: too few to score candidates on.")
+    return Subset(images, (~chosen).nonzero().flatten().tolist()), Subset(images, chosen.nonzero().flatten().tolist())
+
+
+@torch.no_grad()
+def mean_log_likelihood(net: nn.Module, images: Images, batch_size: int, device: str) -> float:
+    """Of the true classes, over images; finer than accuracy, where candidates are nearly alike."""
+    total, count = 0.0, 0
+    for x, y in DataLoader(images, batch_size):
+        total -= F.cross_entropy(logits_of(net(x.to(device))), y.to(device), reduction="sum").item()
+        count += len(y)
+    return total / count
 
 
 def share_of_rate(done: int, total: int) -> float:
@@ -127,11 +166,14 @@ def _training_batches(images: Images, recipe: Recipe) -> DataLoader[Any]:
 
 def _step(model: nn.Module, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, driver: repfx.Driver) -> float:
     optimizer.zero_grad()
-    loss = F.cross_entropy(logits_of(model(x)), y)
-    loss.backward()
+    total = 0.0
+    for share in driver.shares():
+        loss = share * F.cross_entropy(logits_of(model(x)), y)
+        loss.backward()
+        total += loss.item()
     driver.after_backward()
     optimizer.step()
-    return loss.item()
+    return total
 
 
 def logits_of(output: Any) -> Tensor:

@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-@pytest.mark.parametrize("schedule", ["dyrep", pytest.param("repan", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "schedule", ["dyrep", *(pytest.param(name, marks=pytest.mark.slow) for name in ("repan", "repnas", "des"))]
+)
 def test_both_ranks_end_with_the_same_model(schedule: str) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "tests.programs.on_two_ranks", schedule]

@@ -36,7 +36,7 @@ def weights_after(seed: int, data: DataSet) -> Tensor:
 def test_it_learns_and_tells_each_step() -> None:
     data, model = bright_or_dark(), net(2)
     steps: list[Step] = []
-    losses = train(model, data, Recipe(epochs=3, batch_size=8, learning_rate=0.01), steps.append)
+    losses = train(model, data, Recipe(epochs=3, batch_size=8, learning_rate=0.01), steps.append).losses
     assert [step.number for step in steps] == list(range(1, 13))  # the 33rd image alone would be no batch
     assert (steps[-1].total, steps[-1].epoch) == (12, 3)
     assert losses[-1] < losses[0]

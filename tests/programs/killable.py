@@ -21,6 +21,8 @@ STEPS, PER_EPOCH = 24, 4
 SCHEDULES = {
     "dyrep": repfx.schedules.DyRep(interval=1, until=9, deviation=0.0, spec=["1x1", "1xk", "identity"]),
     "repan": repfx.schedules.RepAn(cycles=3, epochs=2, warm_up=1, freeze=True),
+    "repnas": repfx.schedules.RepNAS(warm_up=1, epochs=5, learning_rate=0.1),
+    "des": repfx.schedules.DES(population=4, warm_up=1, epochs=5, generation=1, nets=2, learning_rate=0.1),
 }
 
 
@@ -36,7 +38,15 @@ def main(schedule: str, folder: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    driver = repfx.Driver(model, optimizer, SCHEDULES[schedule], calibrate=data, ema=average, steps_per_epoch=PER_EPOCH)
+    driver = repfx.Driver(
+        model,
+        optimizer,
+        SCHEDULES[schedule],
+        calibrate=data,
+        ema=average,
+        steps_per_epoch=PER_EPOCH,
+        score=lambda net: -float(net(data[0]).square().mean()),
+    )
     progress = {"step": 0}
     parts: dict[str, Any] = {"rates": rates, "generator": generator, "progress": progress}
     checkpoint = folder / "run.ckpt"
@@ -45,7 +55,8 @@ def main(schedule: str, folder: Path) -> None:
     while progress["step"] < STEPS:
         x = torch.randn(6, 3, 9, 7, generator=generator)
         optimizer.zero_grad()
-        model.train()(x).square().mean().backward()
+        for share in driver.shares():
+            (share * model.train()(x).square().mean()).backward()
         driver.after_backward()
         optimizer.step()
         rates.step()

@@ -18,6 +18,8 @@ import repfx
 SCHEDULES = {
     "dyrep": repfx.schedules.DyRep(interval=1, until=9, deviation=0.0, metric="random", spec=["1x1", "1xk"]),
     "repan": repfx.schedules.RepAn(cycles=3, epochs=1, warm_up=0.5),
+    "repnas": repfx.schedules.RepNAS(warm_up=1, epochs=2, learning_rate=0.1),
+    "des": repfx.schedules.DES(population=5, warm_up=1, epochs=3, generation=1, nets=2, learning_rate=0.1),
 }
 
 
@@ -33,17 +35,28 @@ def main(name: str) -> None:
     average = AveragedModel(net)
     torch.manual_seed(rank)  # from here on, all that is random differs
     data = [torch.randn(4, 3, 9, 7) + rank for _ in range(3)]
-    driver = repfx.Driver(net, optimizer, SCHEDULES[name], calibrate=data, ema=average, steps_per_epoch=3)
-    model = DistributedDataParallel(net)
+    images = torch.randn(4, 3, 9, 7, generator=torch.Generator().manual_seed(5))  # the same ones for all
+    driver = repfx.Driver(
+        net,
+        optimizer,
+        SCHEDULES[name],
+        calibrate=data,
+        ema=average,
+        steps_per_epoch=3,
+        score=lambda candidate: -float(candidate(images).square().mean()),
+    )
+    searches = driver.search is not None  # then some branches don't run
+    model = DistributedDataParallel(net, find_unused_parameters=searches)
     for _ in range(3):
         for x in data:
             optimizer.zero_grad()
-            model(x).square().mean().backward()
+            for share in driver.shares():
+                (share * model(x).square().mean()).backward()
             driver.after_backward()
             optimizer.step()
             average.update_parameters(net)
         if driver.after_epoch():
-            model = DistributedDataParallel(net)
+            model = DistributedDataParallel(net, find_unused_parameters=searches)
     mine = [tensor.detach().double().flatten() for each in (net, average) for tensor in each.parameters()]
     numbers, journals = [torch.cat(mine)] * 2, [""] * 2
     gathered = [torch.empty_like(numbers[0]) for _ in range(2)]

@@ -1,0 +1,84 @@
+"""`calibrate`: the running statistics of BatchNorms are measured anew on data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from repfx.calibration import calibrate_norms
+from repfx.errors import InvalidInput
+from repfx.journaling import Action, record
+from repfx.meaning import is_batch_norm
+from repfx.pipeline import verb
+from repfx.reporting import Edit, Report
+
+
+@dataclass(frozen=True)
+class Calibrate(Action):
+    """The statistics of all BatchNorms in a module were measured; without data they were left as they were.
+
+    Args:
+        site: path of the module; empty for the whole model.
+    """
+
+    kind: ClassVar[str] = "calibrate"
+
+    @classmethod
+    def apply(cls, model: nn.Module, actions: Sequence[Calibrate], calibrate: Iterable[Any] | None) -> None:
+        for action in actions:
+            if calibrate is not None:
+                _measure(model, action.site, calibrate)
+        record(model, actions)
+
+    @classmethod
+    def replay(cls, model: nn.Module, actions: Sequence[Calibrate]) -> None:
+        record(model, actions)
+
+    def __str__(self) -> str:
+        return f"calibrate {self.site or 'all BatchNorms'}"
+
+
+@verb
+def calibrate(model: nn.Module, batches: Iterable[Any], *, site: str = "") -> nn.Module:
+    """Set the running statistics of BatchNorms to what they see in a pass over data, in place; returns the model.
+
+    Each gets the average over all batches. Everything else runs in eval mode, and parameters stay. So a net whose paths were trained in changing company, or whose weights are an average, computes in eval mode what it computes
+    in training mode.
+
+    Args:
+        batches: inputs of the model, or a data loader.
+        site: path of a module, to measure the BatchNorms in it alone.
+
+    Raises:
+        InvalidInput: no BatchNorm with running statistics is there, or the data can't be used.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    >>> batch = torch.randn(16, 3, 9, 7)
+    >>> before = float(calibrate(model, [batch]).eval()(batch).var(correction=0))
+    >>> round(before, 2)
+    1.0
+    """
+    _measure(model, site, batches)
+    record(model, [Calibrate(site)])
+    Report("calibrate", (Edit("calibrate", site),)).attach(model)
+    return model
+
+
+def _measure(model: nn.Module, site: str, batches: Iterable[Any]) -> None:
+    part = model.get_submodule(site)
+    norms: list[Any] = [module for module in part.modules() if is_batch_norm(module)]
+    kept = [norm for norm in norms if getattr(norm, "num_batches_tracked", None) is not None]
+    if not kept:
+        raise InvalidInput(f"{site or type(model).__name__} has no BatchNorm with running statistics.")
+    before = [copy.deepcopy(norm.state_dict()) for norm in kept]
+    try:
+        calibrate_norms(model, kept, batches)
+    except Exception:
+        for norm, state in zip(kept, before):
+            norm.load_state_dict(state)
+        raise

@@ -1,0 +1,63 @@
+"""RepNAS: learn the importance of each branch while the weights are trained, and run the most important ones alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from repfx.schedule import require
+from repfx.search import Draw, Gated, Search
+from repfx.search_space import Code
+from repfx.spec import Weights
+
+
+@dataclass(frozen=True)
+class RepNAS(Search):
+    """Differentiable search under a budget (Zhang et al., RepNAS: Searching for Efficient Re-parameterizing Blocks).
+
+    Each step runs the branches of the highest α + ζ in the whole net, ζ ~ Logistic(0, 1), and nothing else: time and memory follow
+    the budget. α learns by a straight-through gradient (eq. 11 to 13). Eval mode, and the end of the search, take the highest α.
+
+    Args:
+        budget: how many branches run; with `origin` a site's own conv counts as one, and each site keeps one path at least.
+        warm_up: epochs in which all sets of branches are drawn alike and α isn't trained.
+        epochs: after so many in all, the branches of the highest α stay, and training can go on.
+        spec: the search space.
+        weights: ``shared``: branches take the centre of the site's own weights (eq. 5); ``default``: weights of their own.
+        origin: whether the site's own conv can be closed, too.
+        preserve: whether branches add nothing at first; for a trained model, together with ``origin=False``.
+        learning_rate, betas: of Adam for α.
+        batches: how many batches BatchNorms are measured on at the end.
+        seed: of ζ.
+
+    >>> search = RepNAS(budget=0.5, warm_up=10, epochs=40)
+    >>> search.trains_gates(9), search.trains_gates(10), search.due(40)
+    (False, True, True)
+    """
+
+    name: ClassVar[str] = "repnas"
+
+    weights: Weights = "shared"
+    origin: bool = True  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(not (self.origin and self.preserve), "a conv that can be closed can't be preserved: give origin=False.")
+
+    def draws(self, seen: Gated, epoch: int, step: int) -> Sequence[Draw]:
+        numbers = self.random(epoch, step)
+        noise = [_logistic(numbers.random()) for _ in seen.space.paths]
+        return [Draw(self._best(seen, [alpha + each for alpha, each in zip(seen.alphas, noise)]), noise)]
+
+    def choice(self, seen: Gated) -> Code:
+        return self._best(seen, seen.alphas)
+
+    def _best(self, seen: Gated, scores: Sequence[float]) -> Code:
+        return seen.space.best(scores, seen.space.budget(self.budget))
+
+
+def _logistic(uniform: float) -> float:
+    uniform = min(max(uniform, 1e-12), 1 - 1e-12)
+    return math.log(uniform / (1 - uniform))

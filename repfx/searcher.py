@@ -1,0 +1,242 @@
+"""`Searcher`: does for a driver what a `Search` decides: opens gates, trains what is learned of them, scores candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repfx.architecture import Architecture
+from repfx.carrying import copy_in
+from repfx.errors import InvalidInput
+from repfx.gates import gates_in
+from repfx.journaling import journal
+from repfx.scoring import scores
+from repfx.search import Draw, Gated, PopulationSearch, Search
+from repfx.search_space import Code, Space
+
+Score = Callable[[nn.Module], float]
+_TRAINING, _EVAL = (True,), (False,)
+
+
+class Searcher:
+    """The state of a search in a model.
+
+    Args:
+        model: with or, later, without gates.
+        search: what decides.
+        optimizers: of the model's weights; what is learned of gates is taken out of them.
+        averages: modules that hold a copy of the model, which run the same paths.
+        score: what a candidate is worth, from the plain net that it is when fused; higher is better.
+        calibrate: inputs for statistics that are measured for each candidate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        search: Search,
+        optimizers: Sequence[torch.optim.Optimizer],
+        averages: Sequence[nn.Module],
+        score: Score | None,
+        calibrate: Iterable[Any] | None,
+    ) -> None:
+        self.model = model
+        self.search = search
+        self.population: tuple[Code, ...] = ()
+        self.scores: tuple[float, ...] = ()
+        self.history: list[dict[str, Any]] = []
+        self._optimizers = optimizers
+        self._averages = averages
+        self._score = score
+        self._calibrate = calibrate
+        self._found: Architecture | None = None
+        self._known: _Parts | None = None
+        self._drawn: tuple[tuple[int, int], Sequence[Draw]] | None = None
+        self._state: dict[str, Any] | None = None
+
+    @property
+    def space(self) -> Space:
+        """The gated paths; none after the search."""
+        return self._parts.space
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the search has found, or, before its end, what runs in eval mode, among all that it chooses from."""
+        return self._found or Architecture.of(self.model)
+
+    def observe(self) -> Gated:
+        """What the search decides by."""
+        values = self._parts.values()
+        alphas = [values[id(parameter)] for parameter in self._parts.alphas]
+        betas = {site: values[id(parameter)] for site, parameter in self._parts.betas.items()}
+        return Gated(self.space, alphas, betas, self.population, self.scores)
+
+    def begin(self, epoch: int) -> None:
+        """Once there are gates: draw the first population, and let eval mode and the next step run what they have to."""
+        if self.space.paths and not self.population:
+            self.population = tuple(self.search.first_population(self.space))
+            self._choose()
+        self.open(epoch, 0)
+
+    def shares(self, epoch: int, step: int) -> Iterator[float]:
+        """For each net of a step its share in the gradient; its gates are open meanwhile."""
+        draws = self._draws(epoch, step) if self.space.paths else ()
+        for draw in draws:
+            self._open(draw)
+            yield 1 / len(draws)
+        if not draws:
+            yield 1.0
+
+    def open(self, epoch: int, step: int) -> None:
+        """Open the gates of the first net of a step."""
+        if self.space.paths:
+            self._open(self._draws(epoch, step)[0])
+
+    def after_backward(self, epoch: int, scaler: torch.amp.GradScaler | None) -> None:
+        """Train what is learned of the gates by the gradients that are there, and remove these."""
+        parameters = self._parts.parameters
+        optimizer = self._parts.optimizer
+        if optimizer is not None and self.search.trains_gates(epoch) and _unscale(parameters, scaler):
+            optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+
+    def after_epoch(self, epoch: int) -> None:
+        """Score the population if it is time, and make the next one unless it is the end; let eval mode run the best."""
+        if not self.space.paths:
+            return
+        if not isinstance(self.search, PopulationSearch):
+            self._choose()
+        elif self.search.evaluates(epoch):
+            self._evaluate(self.search, epoch)
+        if epoch == self.search.epochs:
+            self._found = Architecture.of(self.model)
+
+    def _evaluate(self, search: PopulationSearch, epoch: int) -> None:
+        assert self._score is not None
+        calibrate = self._calibrate if search.statistics == "measured" else None
+        self.scores = tuple(
+            scores(self.model, self.population, self._score, statistics=search.statistics, calibrate=calibrate)
+        )
+        best, code = max(zip(self.scores, self.population), key=lambda pair: pair[0])
+        self.history.append({"epoch": epoch, "best": best, "code": self.space.digits(code)})
+        self._choose()
+        if epoch < search.epochs:
+            self.population = tuple(search.next_population(self.observe(), epoch))
+            self.scores = ()
+
+    def _choose(self) -> None:
+        code = self.search.choice(self.observe())
+        for model in self._parts.models:
+            self.space.choose(model, code, _EVAL)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the search stands; α, β and what is open are in the model's state."""
+        return {
+            "population": [list(code) for code in self.population],
+            "scores": list(self.scores),
+            "history": self.history,
+            "found": None if self._found is None else self._found.to_json(),
+            "optimizer": None if self._parts.optimizer is None else self._parts.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The reverse of `state_dict`."""
+        self.population = tuple(tuple(bool(is_open) for is_open in code) for code in state["population"])
+        self.scores = tuple(state["scores"])
+        self.history = list(state["history"])
+        self._found = None if state["found"] is None else Architecture.from_json(state["found"])
+        self._state = state["optimizer"]
+        self._known = self._drawn = None  # the model itself may be loaded later
+
+    def _draws(self, epoch: int, step: int) -> Sequence[Draw]:
+        if self._drawn is None or self._drawn[0] != (epoch, step):
+            self._drawn = (epoch, step), self.search.draws(self.observe(), epoch, step)
+        return self._drawn[1]
+
+    def _open(self, draw: Draw) -> None:
+        for model in self._parts.models:
+            self.space.choose(model, draw.code, _TRAINING)
+        noises = self._parts.noises
+        if draw.noise and noises:
+            values = torch.tensor(draw.noise, dtype=noises[0].dtype, device=noises[0].device)
+            torch._foreach_copy_(noises, list(values.unbind()))
+
+    @property
+    def _parts(self) -> _Parts:
+        if self._known is None or self._known.done is not journal(self.model):
+            old = {} if self._known is None else self._known.optimizer_state
+            self._known = _Parts(self.model, self._averages, self.search)
+            self._known.leave(self._optimizers)
+            self._known.take_over(old)
+            if self._state is not None and self._known.optimizer is not None:
+                self._known.optimizer.load_state_dict(self._state)
+                self._state = None
+        return self._known
+
+
+class _Parts:
+    """The gates of a model as it is now, and the optimizer of what they learn."""
+
+    def __init__(self, model: nn.Module, averages: Sequence[nn.Module], search: Search) -> None:
+        gates = gates_in(model)
+        self.done = journal(model)
+        self.space = Space.of(model)
+        self.models = [model, *(copy_in(average, model) for average in averages)]
+        single: list[Any] = [gate for each in gates.values() for gate in each.of.values()]
+        self.alphas: list[nn.Parameter] = [gate.alpha for gate in single]
+        self.betas: dict[str, nn.Parameter] = {
+            site: each.block.alpha for site, each in gates.items() if hasattr(each, "block")
+        }
+        self.noises: list[Tensor] = [gate.noise for gate in single if hasattr(gate, "noise")]
+        self.parameters = [*self.alphas, *self.betas.values()]
+        self.optimizer = (
+            torch.optim.Adam(self.parameters, search.learning_rate, search.betas) if self.parameters else None
+        )
+
+    @property
+    def optimizer_state(self) -> dict[Any, Any]:
+        """By parameter."""
+        return {} if self.optimizer is None else dict(self.optimizer.state)
+
+    def take_over(self, state: dict[Any, Any]) -> None:
+        """Go on with what is known of the parameters that were there before."""
+        if self.optimizer is not None:
+            self.optimizer.state.update(
+                {parameter: each for parameter, each in state.items() if parameter in set(self.parameters)}
+            )
+
+    def values(self) -> dict[int, float]:
+        """Of all that is learned, by the id of the parameter; one transfer from the device."""
+        if not self.parameters:
+            return {}
+        found = torch.stack([parameter.detach() for parameter in self.parameters]).tolist()
+        return {id(parameter): value for parameter, value in zip(self.parameters, found)}
+
+    def leave(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Take the parameters of gates out of the optimizers of the weights."""
+        own = set(self.parameters)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["params"][:] = [parameter for parameter in group["params"] if parameter not in own]
+
+
+@torch.no_grad()
+def _unscale(parameters: Sequence[nn.Parameter], scaler: torch.amp.GradScaler | None) -> bool:
+    """Divide gradients by a scaler's scale, if it is in use; gives whether they are finite."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if scaler is None or not scaler.is_enabled() or not grads:
+        return True
+    torch._foreach_div_(grads, scaler.get_scale())
+    return bool(torch.stack(grads).isfinite().all())
+
+
+def require_score(search: Search, score: Score | None) -> None:
+    """Raise `InvalidInput` if a search scores candidates and there is nothing to do so with."""
+    if search.needs_score and score is None:
+        raise InvalidInput(
+            f"{type(search).__name__} scores candidates: give `score`, a function from a net to a number, the higher the better, "
+            "as its accuracy on data that it isn't trained on."
+        )

@@ -110,6 +110,59 @@ def observation() -> str:
     return "\n\n".join(parts)
 
 
+def scoring() -> str:
+    """The committed results of `benchmarks/scoring.py`, in the form of IRepNAS, table 1."""
+    parts = []
+    for file in sorted(RESULTS.glob("scoring-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        sizes = list(dict.fromkeys(row["population"] for row in result["rows"]))
+        cells: dict[tuple[str, str], list[str]] = {}
+        for row in result["rows"]:
+            saved = f" (−{row['saved']:.1%})" if row["form"] != "multi-branch" else ""
+            cells.setdefault((row["model"], row["form"]), []).append(f"{row['seconds']:.0f} s{saved}")
+        counts = f"scaled from {result['candidates']} candidates of each model, scored on {result['images']} images"
+        setting = f"{result['hardware']}; batches {result['input']}; torch {result['torch']}; {counts}:"
+        parts += [setting, _table(("model", "form", *map(str, sizes)), [(*key, *row) for key, row in cells.items()])]
+    return "\n\n".join(parts)
+
+
+def search() -> str:
+    """The committed result of `benchmarks/search.py`: what each search found, seed by seed."""
+    result = json.loads((RESULTS / "search.json").read_text(encoding="utf-8"))
+    rows = []
+    for name in dict.fromkeys(row["search"] for row in result["rows"]):
+        own = [row for row in result["rows"] if row["search"] == name]
+        found = ", ".join(str(row["found"]) for row in own)
+        errors = ", ".join(f"{row['error']:.1e}" for row in own)
+        rows.append((f"`{name}`", f"{found} of {own[0]['budget']}", errors))
+    head = (
+        "search",
+        "right branches, seed by seed",
+        "error of the fused net, relative to the variance of what it has to give out",
+    )
+    return (
+        f"{_table(head, rows)}\n\n{result['epochs']} epochs of search and as many afterwards; kinds: {result['kinds']}."
+    )
+
+
+def gates() -> str:
+    """The committed results of `benchmarks/gates.py`."""
+    parts = []
+    for file in sorted(RESULTS.glob("gates-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows = [
+            (
+                row["budget"],
+                *(f"{row[key]:.2f}" for key in ("step_to_plain", "memory_to_plain")),
+                *(f"{row[key]:.0%}" if key in row else "" for key in ("branch_time", "branch_memory")),
+            )
+            for row in result["rows"]
+        ]
+        head = ("budget", "step / plain step", "memory / plain", "share of the branches' whole time", "and memory")
+        parts += [f"{result['hardware']}; input {result['input']}; torch {result['torch']}:", _table(head, rows)]
+    return "\n\n".join(parts)
+
+
 def _spelled(parameter: Any) -> str:
     return str(parameter.name).upper() if parameter.param_type_name == "argument" else str(parameter.opts[0])
 
@@ -128,6 +181,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "latency": latency,
     "drift": drift,
     "observation": observation,
+    "scoring": scoring,
+    "search": search,
+    "gates": gates,
     **{f"options_of_{command}": partial(options, command) for command in ("train", "fuse", "inspect")},
 }
 

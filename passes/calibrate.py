@@ -46,8 +46,8 @@ class Calibrate(Action):
 def calibrate(model: nn.Module, batches: Iterable[Any], *, site: str = "") -> nn.Module:
     """Set the running statistics of BatchNorms to what they see in a pass over data, in place; returns the model.
 
-    Each gets the average over all batches. Everything else runs in eval mode, and parameters stay. So a net whose paths were trained in changing company, or whose weights are an average, computes in eval mode what it computes
-    in training mode.
+    Each gets the average over all batches. Everything else runs in eval mode, and parameters stay. So a net whose paths were trained in
+    changing company, or whose weights are an average, computes in eval mode what it computes in training mode.
 
     Args:
         batches: inputs of the model, or a data loader.

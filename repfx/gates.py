@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Gate(nn.Module):
     """
 
     style: ClassVar[str]
+    meaning: ClassVar[Literal["affine", "identity"]] = "affine"  # what an open one is in a kernel
 
     def __init_subclass__(cls) -> None:
         GATES[cls.style] = cls
@@ -52,13 +53,14 @@ class Gate(nn.Module):
 
 
 def _read_gate(gate: Layer) -> Meaning:
-    return Meaning("affine", gate.dimensions, gate.channels, lambda like, channels, dimensions: gate.kernel(like))
+    return Meaning(gate.meaning, gate.dimensions, gate.channels, lambda like, channels, dimensions: gate.kernel(like))
 
 
 class StraightThrough(Gate):
     """1, with the gradient of σ(α + ζ); ζ is a buffer that is set for each step (RepNAS)."""
 
     style = "straight_through"
+    meaning = "identity"
     noise: Tensor
 
     def __init__(self, channels: int, dimensions: int, like: Tensor) -> None:

@@ -12,6 +12,7 @@ import pytest
 from benchmarks._comparison import Ratio, compare
 from benchmarks._record import Row, machine, write
 from benchmarks._zoo_page import page
+from benchmarks.scoring import BRANCHES, FUSED, POPULATIONS, population_row
 
 RESULTS_FOLDER = Path(__file__).parents[1] / "benchmarks" / "results"
 RESULTS = sorted(RESULTS_FOLDER.glob("latency-*.json"))
@@ -71,6 +72,30 @@ def test_committed_results_name_their_hardware_and_carry_their_noise(file: Path)
     assert found["torch"]
     assert all(row["low"] <= row["ratio"] <= row["high"] for row in found["rows"])
     assert {"by hand, again", "fused"} <= {row["form"] for row in found["rows"]}
+
+
+# ---- scoring
+
+
+def test_what_a_population_takes_is_scaled_from_its_candidates() -> None:
+    """Ratios are taken turn by turn; what is done once counts once, and so weighs less in a large population."""
+    fused, branches = [1.0, 10.0, 3.0], [4.0, 40.0, 12.0]
+    small, large = (population_row(size, fused, branches, once=24.0) for size in (8, 80))
+    assert (small["seconds"], large["seconds"]) == (8 * 3 + 24, 80 * 3 + 24)
+    assert (small["saved"], large["saved"]) == (1 - 0.25 - 24 / 96, 1 - 0.25 - 24 / 960)
+    uneven = population_row(8, [1.0, 1.0, 1.0], [2.0, 4.0, 5.0], once=0.0)
+    assert (uneven["low"], uneven["saved"], uneven["high"]) == (0.5, 0.75, 0.8)
+
+
+def test_committed_scores_are_those_of_the_nets_with_their_branches() -> None:
+    files = sorted(RESULTS_FOLDER.glob("scoring-*.json"))
+    assert files
+    for file in files:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        assert {row["population"] for row in found["rows"]} == set(POPULATIONS)
+        assert {row["form"] for row in found["rows"]} >= {BRANCHES, FUSED}
+        assert all(row["low"] <= row["saved"] <= row["high"] for row in found["rows"])
+        assert all(row["difference"] < 1e-6 for row in found["rows"])
 
 
 # ---- the zoo's page

@@ -15,6 +15,7 @@ from repfx.cropped_conv import CroppedConv
 from repfx.errors import InvalidInput, UnknownName
 from repfx.gates import GATES
 from repfx.journaling import replay
+from repfx.passes.fuse import Fuse
 from repfx.passes.gate import gate
 from repfx.passes.ungate import ungate
 from repfx.testing import randomize_batch_norm
@@ -190,6 +191,22 @@ def test_ungate_keeps_the_function(style: str, spec: Any) -> None:
     expected = model(x)
     ungate(model, "3")
     assert block(model).gates is None
+    assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("style", "origin"), [("sigmoid", False), ("straight_through", False), ("straight_through", True)]
+)
+def test_the_action_fuse_and_restore_absorb_gates(style: str, origin: bool) -> None:
+    model = gated(style, origin=origin).eval()
+    choose(model, "3", *(["origin"] if origin else []), "1x1", "kx1")
+    x = images()
+    expected = model(x)
+    restored = repfx.restore(repfx.fuse(model))
+    assert_close(restored.eval()(x), expected)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in restored.modules()) == 2
+    Fuse.apply(model, [Fuse("3")], None)
+    assert isinstance(model[3], nn.Conv2d)
     assert_close(model(x), expected)
 
 

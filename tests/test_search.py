@@ -310,7 +310,10 @@ def test_a_preserved_model_computes_the_same_at_first() -> None:
     model = small_net()
     x = batch(3, seed=9)
     expected = model.eval()(x)
-    for search in (replace(SHORT["repnas"], preserve=True, origin=False), replace(SHORT["des"], preserve=True)):
+    for search in (
+        RepNAS(budget=0.5, warm_up=1, epochs=3, preserve=True, origin=False),
+        replace(SHORT["des"], preserve=True),
+    ):
         run = Run(search, model=copy.deepcopy(model))
         torch.testing.assert_close(run.model.eval()(x), expected, rtol=1e-5, atol=1e-5)
 

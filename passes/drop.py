@@ -121,7 +121,7 @@ def absorb(model: nn.Module, leaving: Mapping[str, Sequence[str]], calibrate: It
 def _factors(block: RepBlock, leaving: Sequence[str]) -> dict[nn.Module, float]:
     """What the origin has to give out afterwards: what it and these branches do in eval mode, λ and gates included."""
     running = block.running_in(training=False)
-    return {block.paths[name]: block.factor_of(name) for name in (ORIGIN, *leaving) if name in running}
+    return {block.paths[name]: float(block.factor_of(name)) for name in (ORIGIN, *leaving) if name in running}
 
 
 def collapse(model: nn.Module, site: str, block: RepBlock) -> None:

@@ -73,7 +73,7 @@ def ungate(model: nn.Module, site: str) -> nn.Module:
     block = block_at(model, site)
     gates, rests = _gates(block, site)
     with torch.no_grad():
-        factors = {branch: gates.factor_of(name) for name, branch in block.branches.items()}
+        factors = {branch: float(gates.factor_of(name)) for name, branch in block.branches.items()}
         places = [(_place(branch, site), factor) for branch, factor in factors.items() if factor != 1]
         for tensors, factor in places:
             for tensor in tensors:

@@ -237,12 +237,13 @@ class RepBlock(nn.Module):
         return added if self.rests else self._times_factor(ORIGIN, Moments.after(norm)).add(added)
 
     def _times_factor(self, name: str, moments: Moments) -> Moments:
-        return moments.affine(torch.full_like(moments.mean, self.factor_of(name)), None)
+        return moments.affine(self.factor_of(name).to(moments.mean).expand_as(moments.mean), None)
 
-    def factor_of(self, name: str) -> float:
-        """What the output of a path is multiplied by if it runs: its gates, and for a branch λ."""
-        rate = 1.0 if name == ORIGIN or self.attach_rate is None else float(self.attach_rate)
-        return rate if self.gates is None else rate * self.gates.factor_of(name)
+    def factor_of(self, name: str) -> Tensor:
+        """What the output of a path is multiplied by if it runs, in float64: its gates, and for a branch λ."""
+        one = torch.ones((), dtype=torch.float64, device=self.conv.weight.device)
+        rate = one if name == ORIGIN or self.attach_rate is None else self.attach_rate.double()
+        return rate if self.gates is None else rate * self.gates.factor_of(name).to(rate.device)
 
     def __getattr__(self, name: str) -> Any:
         if name in _CONV_ATTRIBUTES or name == "bias":  # of which code may ask whether there is one

@@ -138,15 +138,16 @@ class Gates(nn.Module):
             return []
         return [self.of[name], *([self.block] if "block" in self._modules else [])]  # type: ignore[list-item]
 
-    def factor_of(self, name: str) -> float:
-        """What the output of a path is multiplied by if it runs."""
-        return math.prod(float(gate.factor().detach()) for gate in self.factors(name))
+    def factor_of(self, name: str) -> Tensor:
+        """What the output of a path is multiplied by if it runs, in float64."""
+        factors = [gate.factor().detach().double() for gate in self.factors(name)]
+        return math.prod(factors[1:], start=factors[0]) if factors else torch.ones((), dtype=torch.float64)
 
     def importance_of(self, name: str) -> float | None:
         """What has been learned of a path: α, or σ(α) · σ(β) where gates multiply by it; None for a path without a gate."""
         if name not in self.of:
             return None
-        return self.factor_of(name) if self.style == Sigmoid.style else float(self.factors(name)[0].alpha.detach())
+        return float(self.factor_of(name)) if self.style == Sigmoid.style else float(self.factors(name)[0].alpha.detach())
 
     def remove(self, name: str) -> None:
         """Take the gate of a path away, which leaves."""

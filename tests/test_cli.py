@@ -20,9 +20,11 @@ from repfx.cli import main
 from repfx.data import load_data
 from repfx.dataset import DataSource, InputForm
 from repfx.errors import ExportError
+from repfx.journaling import ACTIONS
 from repfx.rule import PASSES
-from repfx.run_folder import CHECKPOINT, METRICS, MODEL, STRUCTURE, RunFolder
+from repfx.run_folder import ARCHITECTURE, CHECKPOINT, HEAT_MAP, METRICS, MODEL, STRUCTURE, RunFolder
 from repfx.schedule import SCHEDULES
+from repfx.search import Search
 from repfx.spec import PRESETS
 from repfx.testing import relative_error
 from tests.tiny import net
@@ -125,7 +127,8 @@ def test_train_with_a_schedule_tells_each_change_and_verifies_the_end(  # type: 
     assert outcome.code == 0, outcome.err
     told = outcome.err.splitlines()
     assert told
-    assert all(re.match(r"(after epoch \d|at the beginning): (expand|drop|fuse|restore) ", line) for line in told)
+    kinds = "|".join(ACTIONS)
+    assert all(re.match(rf"(after epoch \d|at the beginning): ({kinds}) ", line) for line in told)
     assert any("expand" in line and "1x1, 1xk" in line for line in told)
     metrics = json.loads((out / METRICS).read_text())
     assert metrics["flips"] == {"fused": 0, "onnxruntime": 0}
@@ -133,6 +136,9 @@ def test_train_with_a_schedule_tells_each_change_and_verifies_the_end(  # type: 
     assert json.loads((out / STRUCTURE).read_text())["schedule"]["name"] == schedule
     model = RunFolder(out).load()
     assert len(repfx.journal(model)) == len(told)
+    searches = issubclass(SCHEDULES[schedule], Search)
+    assert ("What the search has found" in outcome.out) == searches
+    assert [(out / name).is_file() for name in (ARCHITECTURE, HEAT_MAP)] == [searches] * 2
     again = repfx_command("fuse", out, "--onnx", tmp_path / "again.onnx")
     assert again.code == 0, again.err
 

@@ -144,13 +144,9 @@ def population_row(size: int, seconds: Sequence[float], baseline: Sequence[float
     ratio = Ratio.of(seconds, baseline)
     share = once / (size * statistics.median(baseline))
     saved = {"saved": ratio.median, "low": ratio.high, "high": ratio.low}
+    shares = {name: round(1 - each - share, 4) for name, each in saved.items()}
     total = once + size * statistics.median(seconds)
-    return {
-        "population": size,
-        "seconds": total,
-        "once": once,
-        **{name: 1 - each - share for name, each in saved.items()},
-    }
+    return {"population": size, "seconds": round(total, 2), "once": round(once, 2), **shares}
 
 
 def show(rows: Sequence[Row], candidates: int, images: int) -> None:

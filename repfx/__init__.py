@@ -6,6 +6,7 @@ import repfx.branches
 import repfx.passes as _passes
 from repfx import errors as errors
 from repfx import schedules as schedules
+from repfx.architecture import Architecture as Architecture
 from repfx.block import RepBlock as RepBlock
 from repfx.branch import Branch as Branch
 from repfx.carrying import carry as carry

@@ -147,7 +147,9 @@ class Gates(nn.Module):
         """What has been learned of a path: α, or σ(α) · σ(β) where gates multiply by it; None for a path without a gate."""
         if name not in self.of:
             return None
-        return float(self.factor_of(name)) if self.style == Sigmoid.style else float(self.factors(name)[0].alpha.detach())
+        return (
+            float(self.factor_of(name)) if self.style == Sigmoid.style else float(self.factors(name)[0].alpha.detach())
+        )
 
     def remove(self, name: str) -> None:
         """Take the gate of a path away, which leaves."""

@@ -13,6 +13,7 @@ from benchmarks._comparison import Ratio, compare
 from benchmarks._record import Row, machine, write
 from benchmarks._zoo_page import page
 from benchmarks.scoring import BRANCHES, FUSED, POPULATIONS, population_row
+from benchmarks.search import BUDGET, run, searches
 
 RESULTS_FOLDER = Path(__file__).parents[1] / "benchmarks" / "results"
 RESULTS = sorted(RESULTS_FOLDER.glob("latency-*.json"))
@@ -72,6 +73,27 @@ def test_committed_results_name_their_hardware_and_carry_their_noise(file: Path)
     assert found["torch"]
     assert all(row["low"] <= row["ratio"] <= row["high"] for row in found["rows"])
     assert {"by hand, again", "fused"} <= {row["form"] for row in found["rows"]}
+
+
+# ---- searches
+
+
+def test_the_committed_searches_find_what_is_there_and_chance_does_not() -> None:
+    rows = json.loads((RESULTS_FOLDER / "search.json").read_text(encoding="utf-8"))["rows"]
+    by_chance = {row["seed"]: row for row in rows if row["search"] == "random_search"}
+    learned = [row for row in rows if row["search"] != "random_search"]
+    assert len(by_chance) == 5
+    assert len(learned) == 10
+    for row in learned:
+        assert row["found"] == row["kept"] == row["budget"] == BUDGET
+        assert row["error"] < 1e-3 < by_chance[row["seed"]]["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["repnas", "des"])
+def test_a_search_finds_what_is_there(name: str) -> None:
+    row = run(name, searches(40, 7)[name], 7, 1024)
+    assert row["found"] == BUDGET
 
 
 # ---- scoring

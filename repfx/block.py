@@ -9,7 +9,7 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from repfx.branch import Branch, Chain
 from repfx.cropped_conv import is_shared, unshare
@@ -117,14 +117,17 @@ class RepBlock(nn.Module):
         if gates is not None:
             outputs = {name: gates.of[name](x) if name in gates.of else x for name, x in outputs.items()}
         own = [outputs.pop(ORIGIN)] if ORIGIN in outputs else []
-        if outputs:
-            own.append(reduce(_apply, self._shared_factors, reduce(operator.add, outputs.values())))
-        return reduce(operator.add, own)
+        factors, branches = self._shared_factors, list(outputs.values())
+        if isinstance(input, fx.Proxy):  # each branch by itself, so that it can be merged with the origin
+            branches = [reduce(lambda x, factor: x * factor.factor(), factors, branch) for branch in branches]
+        elif branches:
+            branches = [reduce(lambda x, factor: factor(x), factors, reduce(operator.add, branches))]
+        return reduce(operator.add, own + branches)
 
     @property
-    def _shared_factors(self) -> list[nn.Module]:
+    def _shared_factors(self) -> list[Layer]:
         """What the sum of the branches is multiplied by."""
-        found = [self._modules.get("attach"), None if self.gates is None else self.gates._modules.get("block")]
+        found: list[Layer] = [self._modules.get("attach"), None if self.gates is None else self.gates._modules.get("block")]
         return [factor for factor in found if factor is not None]
 
     def equivalent_kernel(self, like: Tensor) -> Kernel:
@@ -249,11 +252,6 @@ class RepBlock(nn.Module):
         if name in _CONV_ATTRIBUTES or name == "bias":  # of which code may ask whether there is one
             return getattr(self.conv, name)
         return super().__getattr__(name)
-
-
-def _apply(x: Tensor, factor: nn.Module) -> Tensor:
-    scaled: Tensor = factor(x)
-    return scaled
 
 
 def block_at(model: nn.Module, site: str) -> RepBlock:

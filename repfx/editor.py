@@ -168,6 +168,7 @@ class Editor:
 
     def lower(self) -> None:
         """Write every merged kernel into a plain conv; one that is all that is left of a block takes the block's path."""
+        self._erase_unused_constants()
         for node, notes in self.merged.items():
             kernel = self.view.kernels[node]
             block_path = self._block_path(node)
@@ -181,7 +182,6 @@ class Editor:
                 self._pad_before(node, kernel)
             node.target = path or notes.path  # an island that is a block has no other place for its conv
             set_submodule(self.view.root, str(node.target), conv)
-        self._erase_unused_constants()
         self._remove_unused_places()
 
     def _erase_unused_constants(self) -> None:

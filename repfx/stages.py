@@ -84,6 +84,10 @@ class AttachRate(nn.Module):
         self.channels = channels
         self.dimensions = dimensions
 
+    def factor(self) -> Tensor:
+        """λ."""
+        return self.rate
+
     def forward(self, x: Tensor) -> Tensor:
         return x * self.rate
 

@@ -120,6 +120,25 @@ def test_fuse_absorbs_gates(style: str, names: tuple[str, ...]) -> None:
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
 
 
+@pytest.mark.parametrize("rate", [None, 0.3])
+def test_factors_of_a_whole_block_leave_nothing_behind(rate: float | None) -> None:
+    """1×1 and 1×1–average alone would be merged to a conv with more weights than the two of them have."""
+    kinds = ["1x1", "1x1-avg"]
+    if rate is None:
+        model = gated("sigmoid", kinds).eval()
+    else:
+        plain = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)).double()
+        model = randomize_batch_norm(repfx.expand(plain, kinds, attach_rate=rate, preserve=False)).eval()  # type: ignore[assignment]
+    x = images()
+    fused = repfx.fuse(model)
+    assert_close(fused(x), model(x))
+    left = [module for module in fused.modules() if not list(module.children())]
+    assert {type(module).__name__ for module in left} <= {"Conv2d", "ReLU"}
+    assert sum(isinstance(module, nn.Conv2d) for module in left) == sum(
+        isinstance(m, RepBlock) for m in model.modules()
+    )
+
+
 def test_fuse_takes_what_is_open_in_eval_mode() -> None:
     model = gated("straight_through")
     choose(model, "3", "1x1", modes=(True,))

@@ -15,14 +15,14 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import torchvision
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import repfx
+from benchmarks._nets import resnet18
 from benchmarks._record import Row, machine, write
 from repfx.cost import measure_times
 
@@ -34,7 +34,7 @@ class Step:
 
     def __init__(self, budget: float | None, batch: int, device: str) -> None:
         torch.manual_seed(0)
-        self.model = small_resnet().to(device)
+        self.model = resnet18().to(device)
         self.x, self.y = torch.randn(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9)
         search = None if budget is None else repfx.schedules.RepNAS(budget=budget, warm_up=0, epochs=9)
@@ -69,14 +69,6 @@ class Step:
         loss.backward()
         self.driver.after_backward()
         return total
-
-
-def small_resnet() -> nn.Module:
-    """ResNet-18 with the stem for images of 32 × 32."""
-    model: nn.Module = torchvision.models.resnet18(num_classes=10)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    return model
 
 
 def share(values: list[float], plain: list[float], full: list[float]) -> float:

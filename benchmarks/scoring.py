@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torchvision
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 
 import repfx
 from benchmarks._comparison import Ratio
+from benchmarks._nets import resnet18, vgg16
 from benchmarks._record import Row, machine, write
 from benchmarks.drift import settle
 from repfx.cost import measure_times
@@ -40,20 +40,6 @@ BRANCHES, FUSED = "multi-branch", "fused"
 LAYOUTS = {"": torch.contiguous_format, ", channels last": torch.channels_last}
 POPULATIONS = (64, 128, 256)
 BUDGET = 2 / 3
-
-
-def vgg16() -> nn.Module:
-    """With BatchNorm, for ten classes of images of 32 px."""
-    features = torchvision.models.vgg16_bn().features
-    return nn.Sequential(features, nn.Flatten(), nn.Linear(512, 10))
-
-
-def resnet18() -> nn.Module:
-    """For ten classes of images of 32 px: it begins with a 3×3 conv and doesn't pool."""
-    model: nn.Module = torchvision.models.resnet18(num_classes=10)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    return model
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"VGG-16": vgg16, "ResNet-18": resnet18}

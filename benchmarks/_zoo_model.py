@@ -266,7 +266,10 @@ def _exported(model: nn.Module, inputs: Inputs) -> float | str:
             backbone = getattr(model, "backbone", None)
             if not isinstance(backbone, nn.Module):
                 return first_line(refused)
-            image = torch.randn(2, 3, 96, 128)
+            fixed: Any = getattr(
+                getattr(model, "transform", None), "fixed_size", None
+            )  # what the detector scales its images to
+            image = torch.randn(2, 3, *(fixed or (96, 128)))
             return f"{first_line(refused)} Its backbone: {repfx.export_onnx(backbone, file, image).max_error:.1e}"
 
 

@@ -38,7 +38,7 @@ def page(record: dict[str, Any]) -> str:
     """The whole page."""
     rows: list[Row] = record["rows"]
     limit = record["structure_only_above"] / 1e6
-    anyway = [_short(row["name"]) for row in rows if row["parameters"] > limit and row["input"] != STRUCTURE]
+    anyway = [_short(row["name"]) for row in rows if row.get("parameters", 0) > limit and row["input"] != STRUCTURE]
     versions = ", ".join(f"{name} {record[name]}" for name in ("torch", "torchvision", "timm", "onnxruntime", "python"))
     parts = [INTRODUCTION.format(limit=round(limit), anyway=", ".join(anyway))]
     if len(rows) < record["listed"]:

@@ -27,10 +27,14 @@ class Calibrate(Action):
 
     kind: ClassVar[str] = "calibrate"
 
+    @property
+    def moves_kernels(self) -> bool:
+        return False
+
     @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Calibrate], calibrate: Iterable[Any] | None) -> None:
         for action in actions:
-            if calibrate is not None:
+            if calibrate is not None and _norms(model, action.site):
                 _measure(model, action.site, calibrate)
         record(model, actions)
 
@@ -70,9 +74,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, site: str = "") -> nn
 
 
 def _measure(model: nn.Module, site: str, batches: Iterable[Any]) -> None:
-    part = model.get_submodule(site)
-    norms: list[Any] = [module for module in part.modules() if is_batch_norm(module)]
-    kept = [norm for norm in norms if getattr(norm, "num_batches_tracked", None) is not None]
+    kept = _norms(model, site)
     if not kept:
         raise InvalidInput(f"{site or type(model).__name__} has no BatchNorm with running statistics.")
     before = [copy.deepcopy(norm.state_dict()) for norm in kept]
@@ -82,3 +84,9 @@ def _measure(model: nn.Module, site: str, batches: Iterable[Any]) -> None:
         for norm, state in zip(kept, before):
             norm.load_state_dict(state)
         raise
+
+
+def _norms(model: nn.Module, site: str) -> list[Any]:
+    """Those with running statistics."""
+    norms: list[Any] = [module for module in model.get_submodule(site).modules() if is_batch_norm(module)]
+    return [norm for norm in norms if getattr(norm, "num_batches_tracked", None) is not None]

@@ -32,13 +32,22 @@ class Drop(Action):
     branch: str
     closed: bool = False
 
+    @property
+    def moves_kernels(self) -> bool:
+        return not self.closed
+
     @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Drop], calibrate: Iterable[Any] | None) -> None:
         for action in actions:
             block = block_at(model, action.site)
             block.require_branch(action.branch)
-            if action.closed and action.branch in block.running_in(training=False):
+            running = block.running_in(training=False)
+            if action.closed and action.branch in running:
                 raise InvalidInput(f"{action.site}.{action.branch} runs, so it can't leave as a closed one.")
+            if not running:
+                raise InvalidInput(
+                    f"nothing of {action.site!r} runs, so nothing can leave: open one of its gates first."
+                )
         cls._do(model, actions, calibrate)
 
     @classmethod

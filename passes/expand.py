@@ -41,7 +41,7 @@ class Expand(Action):
     Args:
         branches: beside the site's own conv, in order.
         norm, weights, origin: as in `Spec`.
-        gamma: of their last BatchNorms at first, as in `expand`.
+        gamma: of their last BatchNorms at first, as in `expand`; where `preserve` is False, as in `Spec`, and 0 stands for its default.
         attach_rate: λ of the block at first, if it gets one.
         preserve: False where the branches began as in their papers, and the function didn't stay.
     """
@@ -55,10 +55,15 @@ class Expand(Action):
     preserve: bool = True
     origin: bool = True
 
+    @property
+    def changes_function(self) -> bool:
+        return not self.preserve
+
     @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Expand], calibrate: Iterable[Any] | None) -> None:
         for group in _apart(actions):
             options: dict[str, Any] = {name: getattr(group[0], name) for name in _ALIKE}
+            options["gamma"] = group[0].gamma if group[0].preserve else 0.0
             expand(model, _specs(group), **options, calibrate=calibrate, inplace=True, strict=True)
 
     @classmethod
@@ -96,9 +101,13 @@ def _apart(actions: Sequence[Expand]) -> Iterator[list[Expand]]:
 
 def _specs(actions: list[Expand]) -> dict[str, Spec]:
     return {
-        action.site: Spec(action.branches, action.norm, weights=action.weights, origin=action.origin)
+        action.site: Spec(action.branches, action.norm, _first_gamma(action), action.weights, action.origin)
         for action in actions
     }
+
+
+def _first_gamma(action: Expand) -> float:
+    return action.gamma if action.gamma and not action.preserve else 1.0
 
 
 @verb
@@ -158,6 +167,10 @@ def expand(
         raise InvalidInput(
             f"gamma={gamma} needs preserve and calibrate: the site's own BatchNorm has to be measured anew."
         )
+    if gamma and any(spec.weights == "shared" for _, spec in selection.patterns):
+        raise InvalidInput(
+            "gamma can't be given to branches with shared weights: what they add can't be taken off the weights they share."
+        )
     if attach_rate and preserve:
         raise InvalidInput(f"attach_rate={attach_rate} changes the function: begin with 0, or give preserve=False.")
     if gamma and attach_rate is not None:
@@ -187,7 +200,7 @@ def expand(
                 plan.branches,
                 plan.spec.norm,
                 plan.spec.weights,
-                gamma,
+                gamma if preserve else plan.spec.gamma,
                 attach_rate,
                 preserve,
                 plan.spec.origin,
@@ -223,6 +236,8 @@ def _plan(sites: list[Site], selection: Selection) -> tuple[list[_Plan], list[Sk
             continue
         wanted = spec.branches_for(site.conv)
         branches, refusals = fitting(wanted, site.conv)
+        if refusals and selection.architecture is not None:
+            raise InvalidInput(f"the architecture doesn't fit {site.path!r}: {refusals}.")
         if refusals or not wanted:
             skips.append(Skip(site.path, refusals or "the spec has no branches for this window", "expand"))
         if branches:
@@ -241,7 +256,7 @@ def _block(model: nn.Module, plan: _Plan, attach_rate: float | None, *, quiet: b
         if plan.spec.weights == "shared":
             share(built, conv)
         _initialise(built, plan.spec, quiet=quiet)
-        branches[_free_name(branch.kind, branches)] = built.train(conv.training)
+        branches[branch.name or _free_name(branch.kind, branches)] = built.train(conv.training)
     moved = own_norm if plan.spec.norm == "batch_norm" else None
     norm_path = plan.site.norm if moved is not None else None
     return RepBlock(conv, moved, branches, norm_path, attach_rate)
@@ -348,7 +363,13 @@ def _rebuild(model: nn.Module, actions: list[Expand]) -> None:
     expand(model, _specs(actions), attach_rate=rate, preserve=actions[0].preserve, inplace=True)
     for action in actions:
         block = model.get_submodule(action.site)
-        if action.gamma and isinstance(block, RepBlock) and block.norm is None and _norms_of_branches(block):
+        if (
+            action.gamma
+            and action.preserve
+            and isinstance(block, RepBlock)
+            and block.norm is None
+            and _norms_of_branches(block)
+        ):
             _give_norm(block, block.origin_kernel(), None)
 
 

@@ -28,6 +28,10 @@ class Freeze(Action):
     kind: ClassVar[str] = "freeze"
     frozen: bool = True
 
+    @property
+    def moves_kernels(self) -> bool:
+        return False
+
     @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Freeze], calibrate: Iterable[Any] | None) -> None:
         for action in actions:

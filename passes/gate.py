@@ -28,6 +28,10 @@ class Gate(Action):
     style: str = "straight_through"
     origin: bool = False
 
+    @property
+    def moves_kernels(self) -> bool:
+        return False
+
     @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Gate], calibrate: Iterable[Any] | None) -> None:
         for action in actions:

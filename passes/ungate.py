@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from repfx.block import ORIGIN, RepBlock, block_at
-from repfx.branch import Branch
+from repfx.branch import Chain
 from repfx.errors import InvalidInput
-from repfx.gates import Gates
 from repfx.journaling import Action, record
-from repfx.meaning import Layer, is_conv
+from repfx.meaning import Layer, is_batch_norm, is_conv
 from repfx.pipeline import verb
 from repfx.reporting import Edit, Report
 from repfx.stages import Scale
@@ -31,6 +30,10 @@ class Ungate(Action):
     kind: ClassVar[str] = "ungate"
     rests: bool = False
 
+    @property
+    def moves_kernels(self) -> bool:
+        return False
+
     @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Ungate], calibrate: Iterable[Any] | None) -> None:
         for action in actions:
@@ -39,10 +42,7 @@ class Ungate(Action):
     @classmethod
     def replay(cls, model: nn.Module, actions: Sequence[Ungate]) -> None:
         for action in actions:
-            block = block_at(model, action.site)
-            block.remove_gates()
-            if action.rests:
-                block.rest()
+            _remove(block_at(model, action.site), rests=action.rests)
 
     def __str__(self) -> str:
         return f"ungate {self.site}{': its own conv rests' if self.rests else ''}"
@@ -52,8 +52,9 @@ class Ungate(Action):
 def ungate(model: nn.Module, site: str) -> nn.Module:
     """Take the gates of a block away; branches absorb what they multiplied by, so that eval mode stays the same.
 
-    Branches whose gates are closed have to be dropped before. A site's own conv whose gate is closed rests from now on: it stays in its
-    place, to take over what branches leave, but neither runs nor learns.
+    A branch without any number that its output is proportional to gets a `Scale` at its end. Branches whose gates are closed have to be
+    dropped before. A site's own conv whose gate is closed rests from now on: it stays in its place, to take over what branches leave,
+    but neither runs nor learns.
 
     The model is changed in place and returned.
 
@@ -61,8 +62,7 @@ def ungate(model: nn.Module, site: str) -> nn.Module:
         site: path of the block.
 
     Raises:
-        UnknownName: no block at that path; InvalidInput: it has no gates, one of a branch is closed, or a branch has nothing that could
-            absorb what its gate multiplies by.
+        UnknownName: no block at that path; InvalidInput: it has no gates, or one of a branch is closed.
 
     >>> from repfx.passes.expand import expand
     >>> from repfx.passes.gate import gate
@@ -71,41 +71,51 @@ def ungate(model: nn.Module, site: str) -> nn.Module:
     True
     """
     block = block_at(model, site)
-    gates, rests = _gates(block, site)
-    with torch.no_grad():
-        factors = {branch: float(gates.factor_of(name)) for name, branch in block.branches.items()}
-        places = [(_place(branch, site), factor) for branch, factor in factors.items() if factor != 1]
-        for tensors, factor in places:
-            for tensor in tensors:
-                tensor.mul_(factor)
-    block.remove_gates()
-    if rests:
-        block.rest()
+    rests = _rests(block, site)
+    _remove(block, rests=rests)
     record(model, [Ungate(site, rests)])
     Report("ungate", (Edit("ungate", site),)).attach(model)
     return model
 
 
-def _gates(block: RepBlock, site: str) -> tuple[Gates, bool]:
-    """The gates, and whether the origin's is closed; raises if a closed branch would run again."""
+@torch.no_grad()
+def _remove(block: RepBlock, *, rests: bool) -> None:
+    assert block.gates is not None
+    for name, branch in block.branches.items():
+        if block.gates.multiplies:
+            _multiply(branch, block.gates.factor_of(name), block.conv.weight)
+    block.remove_gates()
+    if rests:
+        block.rest()
+
+
+def _rests(block: RepBlock, site: str) -> bool:
+    """Whether the origin's gate is closed; raises if a closed branch would run again."""
     if block.gates is None:
         raise InvalidInput(f"{site!r} has no gates; repfx.passes.gate gives it some.")
     running = block.running_in(training=False)
     closed = [name for name in block.branches if name not in running]
     if closed:
         raise InvalidInput(f"{site!r} has closed branches, which would run again: drop {', '.join(closed)} first.")
-    return block.gates, not block.rests and ORIGIN not in running
+    return not block.rests and ORIGIN not in running
 
 
-def _place(branch: Branch, site: str) -> list[torch.Tensor]:
-    """The tensors at the end of a branch to which its output is proportional."""
-    norm = branch.last_norm
-    if norm is not None and norm.weight is not None and norm.bias is not None:
-        return [norm.weight, norm.bias]
-    last: Layer = [stage for stage in branch if not isinstance(stage, nn.Identity)][-1:]
-    if last and (isinstance(last[0], Scale) or (is_conv(last[0]))) and last[0].weight is not None:
-        bias = getattr(last[0], "bias", None)
-        return [last[0].weight] if bias is None else [last[0].weight, bias]
-    raise InvalidInput(
-        f"the branch {branch.kind!r} of {site!r} has nothing that could absorb what its gate multiplies by."
-    )
+def _multiply(branch: Chain, factor: Tensor, like: Tensor) -> None:
+    """Let a chain give out so many times as much."""
+    stages: list[Layer] = [stage for stage in branch if not isinstance(stage, nn.Identity)]
+    last: Layer = stages[-1] if stages else nn.Identity()
+    if isinstance(last, RepBlock):
+        for path in last.paths.values():
+            _multiply(path, factor, like)
+    elif isinstance(last, Scale) or is_conv(last) or _is_affine(last):
+        for tensor in (last.weight, getattr(last, "bias", None)):
+            if tensor is not None:
+                tensor.mul_(factor.to(tensor))
+    else:
+        scale = Scale(branch.site.out_channels, branch.site.dimensions, device=like.device, dtype=like.dtype)
+        scale.weight.mul_(factor.to(scale.weight))
+        branch.add_module("scale", scale.train(branch.training))
+
+
+def _is_affine(module: Layer) -> bool:
+    return is_batch_norm(module) and module.weight is not None and module.bias is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import nn
 from repfx.block import ORIGIN, RepBlock
 from repfx.cropped_conv import is_shared
 from repfx.errors import InvalidInput, RepfxError
-from repfx.spec import BranchSpec, Normalisation, Spec, Weights
+from repfx.meaning import CONVS, is_conv, torch_class
+from repfx.spec import BranchSpec, ConvSpec, Normalisation, Spec, Weights
 from repfx.target_file import staged
 
 _FORMAT = 1
@@ -59,12 +60,14 @@ class SiteCode:
         importance = () if gates is None else tuple(gates.importance_of(name) for name in names)
         weights: Weights = "shared" if any(map(is_shared, branches)) else "default"
         norm: Any = branches[0].normalisation if branches else "batch_norm"
-        specs = tuple(branch.spec for branch in branches)
+        specs = tuple(
+            replace(branch.spec, name=None if name == branch.kind else name) for name, branch in block.branches.items()
+        )
         return cls(str(block.site), specs, code, norm, weights, importance)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        branches = [{"kind": branch.kind, "options": dict(branch.options)} for branch in self.branches]
+        branches = [{**asdict(branch), "options": dict(branch.options)} for branch in self.branches]
         return {
             "conv": self.conv,
             "branches": branches,
@@ -83,6 +86,10 @@ class SiteCode:
             raise InvalidInput(
                 f"the code {found.code!r} isn't one digit 0 or 1 for each of {len(found.branches) + 1} paths"
             )
+        if len(found.importance) not in (0, len(found.code)):
+            raise InvalidInput(f"{len(found.importance)} importances can't be those of {len(found.code)} paths")
+        if any(isinstance(value, (str, bool)) for value in found.importance):
+            raise InvalidInput("importances are numbers")
         if "1" not in found.code:
             raise InvalidInput("a site's code leaves it nothing at all")
         return found
@@ -96,6 +103,7 @@ class Architecture:
 
     Args:
         sites: by path, in the model's order.
+        others: the sizes, as text, of the net's further convs, by path, by which another net is told.
 
     >>> import repfx
     >>> model = repfx.expand(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)), "repvgg")
@@ -104,6 +112,7 @@ class Architecture:
     """
 
     sites: Mapping[str, SiteCode]
+    others: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> Architecture:
@@ -118,7 +127,12 @@ class Architecture:
         nested = [path for path in blocks if any(path.startswith(f"{other}.") for other in blocks)]
         if nested:
             raise InvalidInput(f"{nested[0]!r} is a block inside a block, which no architecture describes.")
-        return cls({path: SiteCode.of(block) for path, block in blocks.items()})
+        others = {
+            path: _sizes(module)
+            for path, module in model.named_modules()
+            if is_conv(module) and not any(path.startswith(f"{block}.") for block in blocks)
+        }
+        return cls({path: SiteCode.of(block) for path, block in blocks.items()}, others)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON; the file appears whole or not at all."""
@@ -128,7 +142,7 @@ class Architecture:
     def to_json(self) -> str:
         """As text."""
         sites = {site: code.to_dict() for site, code in self.sites.items()}
-        return json.dumps({"format": _FORMAT, "sites": sites}, indent=2)
+        return json.dumps({"format": _FORMAT, "sites": sites, "others": dict(self.others)}, indent=2)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Architecture:
@@ -153,7 +167,10 @@ class Architecture:
             found = json.loads(text)
             if found["format"] != _FORMAT:
                 raise InvalidInput(f"it has format {found['format']}, and this version of repfx reads {_FORMAT}")
-            return cls({site: SiteCode.from_dict(code) for site, code in found["sites"].items()})
+            sites = {site: SiteCode.from_dict(code) for site, code in found["sites"].items()}
+            if not sites:
+                raise InvalidInput("it has no sites")
+            return cls(sites, {path: str(sizes) for path, sizes in found["others"].items()})
         except RepfxError as error:
             raise InvalidInput(f"this is no architecture: {str(error).rstrip('.')}.") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -166,18 +183,22 @@ class Architecture:
 
     def require_fits(self, convs: Mapping[str, str]) -> None:
         """Raise `InvalidInput` if it isn't of a net with these convs, sizes as text by path."""
-        for site, code in self.sites.items():
-            found = convs.get(site)
-            if found != code.conv:
-                there = "has none there" if found is None else f"has {found} there"
+        known = {site: code.conv for site, code in self.sites.items()} | dict(self.others)
+        for site in dict.fromkeys((*known, *convs)):
+            if known.get(site) != convs.get(site):
+                told = [f"a conv {each}" if each else "none" for each in (known.get(site), convs.get(site))]
                 raise InvalidInput(
-                    f"the architecture is of another net: it has a conv {code.conv} at {site!r}, this one {there}."
+                    f"the architecture is of another net: it has {told[0]} at {site!r}, this one has {told[1]}."
                 )
 
     def __str__(self) -> str:
         rows = [(site, code.code, ", ".join(_names(code))) for site, code in self.sites.items()]
         widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
         return "\n".join(f"{site:<{widths[0]}}  {code:<{widths[1]}}  {names}" for site, code, names in rows)
+
+
+def _sizes(conv: nn.Module) -> str:
+    return str(ConvSpec.of(conv)) if torch_class(conv) in CONVS else "?"
 
 
 def _names(code: SiteCode) -> list[str]:

@@ -22,6 +22,7 @@ from repfx.spec import ConvSpec
 from repfx.stages import AttachRate
 
 ORIGIN = "origin"
+_RESERVED = ("attach", "gate")
 _CONV_ATTRIBUTES = set(ConvSpec.__dataclass_fields__)
 
 
@@ -56,7 +57,7 @@ class RepBlock(nn.Module):
         stages = {"conv": conv} if norm is None else {"conv": conv, "norm": norm}
         self.origin = Chain(iter(stages.items()), self.site)
         for name, branch in branches.items():
-            if hasattr(self, name):
+            if hasattr(self, name) or name in _RESERVED:
                 raise InvalidInput(f"a branch can't be named {name!r}: a block has an attribute of that name.")
             self.add_module(name, branch)
         if attach_rate is not None:
@@ -127,7 +128,10 @@ class RepBlock(nn.Module):
     @property
     def _shared_factors(self) -> list[Layer]:
         """What the sum of the branches is multiplied by."""
-        found: list[Layer] = [self._modules.get("attach"), None if self.gates is None else self.gates._modules.get("block")]
+        found: list[Layer] = [
+            self._modules.get("attach"),
+            None if self.gates is None else self.gates._modules.get("block"),
+        ]
         return [factor for factor in found if factor is not None]
 
     def equivalent_kernel(self, like: Tensor) -> Kernel:

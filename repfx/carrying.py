@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any
@@ -13,6 +13,7 @@ from torch import fx, nn
 from repfx.activated_norm import norm_of
 from repfx.block import RepBlock
 from repfx.branch import kernel_of_both
+from repfx.cropped_conv import is_shared
 from repfx.errors import InvalidInput
 from repfx.gates import gates_in
 from repfx.journaling import Action, journal, replay
@@ -54,9 +55,7 @@ def carry(model: nn.Module, *followers: torch.optim.Optimizer | nn.Module) -> It
     try:
         yield
     finally:
-        for follower in followers:
-            if isinstance(follower, torch.optim.Optimizer):
-                _follow(model, follower, before)
+        _follow(model, [each for each in followers if isinstance(each, torch.optim.Optimizer)], before)
         for copied in copies:
             _go_through(copied, model, journal(model)[len(done) :])
 
@@ -80,14 +79,15 @@ def _go_through(copied: nn.Module, model: nn.Module, actions: tuple[Action, ...]
     present = set(copied.parameters())
     modes = {module: module.training for module in copied.modules()}
     replay(copied, actions)
+    changed = {action.site for action in actions if action.changes_function}
     for name, block in copied.named_modules():
         if isinstance(block, RepBlock):
             new = [
                 branch for branch, part in block.branches.items() if not any(p in present for p in part.parameters())
             ]
             if new:
-                _begin_as(block, model.get_submodule(name), new)
-    _share_moments(copied, model, {action.site for action in actions})
+                _begin_as(block, model.get_submodule(name), new, preserve=name not in changed)
+    _share_moments(copied, model, {action.site for action in actions if action.moves_kernels})
     for module, training in modes.items():
         module.training = training
 
@@ -99,6 +99,8 @@ def _share_moments(copied: nn.Module, model: nn.Module, sites: set[str]) -> None
             continue
         nets: list[Any] = [each.get_submodule(site.path) for each in (copied, model)]
         if isinstance(nets[0], RepBlock):
+            if any(map(is_shared, nets[0].branches.values())):
+                continue  # whose weights follow the conv's
             conv, norms = nets[0].conv, [each.norm for each in nets]
         else:
             conv, norms = nets[0], [norm_of(each.get_submodule(site.norm)) for each in (copied, model)]
@@ -107,28 +109,33 @@ def _share_moments(copied: nn.Module, model: nn.Module, sites: set[str]) -> None
             set_kernel(conv, norm, kernel_of_both(conv, norm), Moments.after(other))
 
 
-def _begin_as(block: RepBlock, other: Any, branches: list[str]) -> None:
-    """Give these branches of a block the state of another block's; the function stays."""
+def _begin_as(block: RepBlock, other: Any, branches: list[str], *, preserve: bool) -> None:
+    """Give these branches of a block the state of another block's; with `preserve` the function stays."""
     like = block.conv.weight.double()
     before = block.equivalent_kernel(like)
     for branch in branches:
         block.branches[branch].load_state_dict(other.branches[branch].state_dict())
     if block.attach_rate is not None:
         block.attach_rate.copy_(other.attach_rate)
+    if not preserve:
+        return
     added = [block.kernel_of(branch, like) for branch in branches]
     if any(bool(kernel.weight.any()) for kernel in added):
         kernel = reduce(Kernel.subtract, (block.kernel_of(branch, like) for branch in block.branches), before)
         set_kernel(block.conv, block.norm, kernel, None if other.norm is None else Moments.after(other.norm))
 
 
-def _follow(model: nn.Module, optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter]) -> None:
+def _follow(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], before: dict[str, nn.Parameter]) -> None:
+    """Each new parameter joins one group, of all optimizers the one that trains its nearest relative of the same sort."""
     present, known = set(model.parameters()), set(before.values())
     gone = known - present
-    groups = {parameter: group["params"] for group in optimizer.param_groups for parameter in group["params"]}
-    for group in optimizer.param_groups:
-        group["params"][:] = [parameter for parameter in group["params"] if parameter not in gone]
-    for parameter in gone:
-        optimizer.state.pop(parameter, None)
+    all_groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
+    groups = {parameter: params for params in all_groups for parameter in params}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"][:] = [parameter for parameter in group["params"] if parameter not in gone]
+        for parameter in gone:
+            optimizer.state.pop(parameter, None)
     gates = {parameter for each in gates_in(model).values() for parameter in each.parameters()}
     for name, parameter in model.named_parameters():
         if parameter in known or parameter in groups or parameter in gates:

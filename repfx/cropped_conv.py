@@ -33,7 +33,8 @@ class CroppedConv(nn.Module):
         """Whether the weights of `conv` could be cropped from those of `source`."""
         inner, outer = conv.weight.shape, source.weight.shape
         alike = inner[:2] == outer[:2] and conv.groups == source.groups
-        return alike and all(small <= large for small, large in zip(inner[2:], outer[2:]))
+        steps = zip(inner[2:], outer[2:], conv.dilation, source.dilation)
+        return alike and all(small <= large and (small == 1 or step == own) for small, large, step, own in steps)
 
     @property
     def weight(self) -> Tensor:

@@ -131,9 +131,15 @@ class Driver:
         Returns:
             What was done. If that is anything, wrap the model anew in its `DistributedDataParallel`.
         """
+        step = self._step
         self.epoch += 1
         self._step = 0
-        return self._adjust()
+        try:
+            return self._adjust()
+        except Exception:  # so that it can be tried again
+            self.epoch -= 1
+            self._step = step
+            raise
 
     def observe(self) -> Observation:
         """What a schedule would decide by now, of all ranks together."""
@@ -153,11 +159,11 @@ class Driver:
                 block.norm_path is not None,
                 _depth(path, blocks),
                 is_frozen(block),
-                block.gates is not None,
+                None if block.gates is None else block.gates.style,
                 block.running_in(training=False),
             )
             for path, block in blocks.items()
-            if block.conv.weight.requires_grad or is_frozen(block) or block.rests
+            if block.conv.weight.requires_grad or is_frozen(block) or block.rests or block.gates is not None
         ]
         return Observation(self.epoch, candidates, seen)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Gate(nn.Module):
     """One learned factor for all channels of ``(batch, channels, *axes)``; a subclass says what α makes of it.
 
     Args:
-        like: gives dtype and device of α, a parameter without axes that begins with 0.
+        like: gives the device of α, a parameter without axes that begins with 0, and its dtype, float32 at least.
     """
 
     style: ClassVar[str]
@@ -36,7 +36,8 @@ class Gate(nn.Module):
 
     def __init__(self, channels: int, dimensions: int, like: Tensor) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(like.new_zeros(()))
+        wide = torch.promote_types(like.dtype, torch.float32)  # else Adam's small steps vanish
+        self.alpha = nn.Parameter(like.new_zeros((), dtype=wide))
         self.channels = channels
         self.dimensions = dimensions
 
@@ -65,7 +66,7 @@ class StraightThrough(Gate):
 
     def __init__(self, channels: int, dimensions: int, like: Tensor) -> None:
         super().__init__(channels, dimensions, like)
-        self.register_buffer("noise", like.new_zeros(()))
+        self.register_buffer("noise", torch.zeros_like(self.alpha.detach()))
 
     def factor(self) -> Tensor:
         slope = torch.sigmoid(self.alpha + self.noise)
@@ -103,6 +104,11 @@ class Gates(nn.Module):
         if style == Sigmoid.style:
             self.block = Sigmoid(channels, dimensions, like)
         self._open = dict.fromkeys((True, False), tuple(self.of))
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether an open gate multiplies by something else than 1."""
+        return GATES[self.style].meaning == "affine"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -173,6 +179,6 @@ class Gates(nn.Module):
         return f"open: {', '.join(self.open) or 'none'}"
 
 
-def gates_in(model: nn.Module) -> dict[str, Any]:
+def gates_in(model: nn.Module) -> dict[str, Gates]:
     """The `Gates` of a model by the paths of their blocks."""
     return {path.rpartition(".")[0]: found for path, found in model.named_modules() if isinstance(found, Gates)}

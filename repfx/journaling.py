@@ -32,6 +32,16 @@ class Action:
     kind: ClassVar[str]
     site: str
 
+    @property
+    def moves_kernels(self) -> bool:
+        """Whether what the site computes is shared out otherwise among its conv, its BatchNorm and its branches."""
+        return True
+
+    @property
+    def changes_function(self) -> bool:
+        """Whether the model computes something else afterwards, in eval mode."""
+        return False
+
     def __init_subclass__(cls) -> None:
         ACTIONS[cls.kind] = cls
 

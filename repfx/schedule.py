@@ -47,7 +47,7 @@ class Block:
         normalised: whether the site's own BatchNorm is the origin's.
         depth: how many blocks it lies in.
         frozen: whether its own conv is left alone at present.
-        gated: whether its paths have gates.
+        gates: the style of its paths' gates, if they have any.
         running: the paths that run in eval mode: ``origin``, its own conv, and branches.
     """
 
@@ -58,7 +58,7 @@ class Block:
     normalised: bool = True
     depth: int = 0
     frozen: bool = False
-    gated: bool = False
+    gates: str | None = None
     running: tuple[str, ...] = ()
 
 

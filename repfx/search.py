@@ -71,6 +71,7 @@ class Search(Schedule):
 
     origin: ClassVar[bool] = False  # whether the sites' own convs have gates, too
     style: ClassVar[str] = "straight_through"
+    needs_data: ClassVar[bool] = True  # statistics are measured at the end
     needs_score: ClassVar[bool] = False
 
     budget: int | float = 0.5
@@ -85,7 +86,15 @@ class Search(Schedule):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.budget > 0, f"budget is {self.budget!r}; it must be positive.")
+        require(
+            isinstance(self.budget, (int, float)) and self.budget > 0,
+            f"budget is {self.budget!r}; it must be a positive number.",
+        )
+        require(isinstance(self.epochs, int), f"epochs is {self.epochs!r}; it must be a whole number.")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"betas is {self.betas!r}; it must be two numbers from 0 to less than 1.",
+        )
         require(
             isinstance(self.budget, int) or self.budget <= 1,
             f"budget is {self.budget!r}; a fraction is at most 1, a number of branches is a whole number.",
@@ -105,16 +114,32 @@ class Search(Schedule):
         return epoch in (0, self.epochs)
 
     def decide(self, seen: Observation) -> Sequence[Action]:
-        blocks = [block for block in seen.blocks if not block.depth]
+        self._require_searchable(seen.blocks)
+        blocks = seen.blocks
         if seen.epoch == self.epochs:
             return self._settle(blocks)
         expands = [action for candidate in seen.candidates for action in self._expand(candidate)]
-        sites = [block.site for block in blocks if not block.gated] + [action.site for action in expands]
+        sites = [block.site for block in blocks if block.gates is None] + [action.site for action in expands]
         require(bool(blocks or sites), f"{type(self).__name__} finds no conv that it could search branches for.")
-        choices = {block.site: len(block.branches) for block in blocks}
-        choices |= {action.site: len(action.branches) for action in expands}
-        Space.counted(choices, self.origin).budget(self.budget)  # before anything is changed
+        choices = {block.site: self._paths(block) for block in blocks}
+        own = ("origin",) if self.origin else ()
+        choices |= {action.site: (*own, *map(str, range(len(action.branches)))) for action in expands}
+        space = Space(tuple((site, path) for site, paths in choices.items() for path in paths))
+        space.budget(self.budget)  # before anything is changed
         return [*expands, *(Gate(site, self.style, self.origin) for site in sites)]
+
+    def _require_searchable(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            require(not block.depth, f"{block.site!r} is a block inside a block; a search takes none of these.")
+            require(
+                block.gates in (None, self.style),
+                f"{block.site!r} has {block.gates} gates, and {type(self).__name__} takes {self.style} ones: ungate it.",
+            )
+
+    def _paths(self, block: Block) -> tuple[str, ...]:
+        """Those of a block that have gates, or get some."""
+        own = ("origin",) if self.origin and "origin" in block.running else ()
+        return (*own, *block.branches)
 
     def _expand(self, candidate: Candidate) -> list[Expand]:
         if self.spec is None or candidate.depth or candidate.conv.is_pointwise:
@@ -122,11 +147,12 @@ class Search(Schedule):
         spec = resolve_spec(self.spec)
         branches, _ = fitting(spec.branches_for(candidate.conv), candidate.conv)
         weights = self.weights if spec.weights == "default" else spec.weights
-        return [Expand(candidate.site, branches, spec.norm, weights, preserve=self.preserve)] if branches else []
+        gamma = 0.0 if self.preserve else spec.gamma
+        return [Expand(candidate.site, branches, spec.norm, weights, gamma, preserve=self.preserve)] if branches else []
 
-    def _settle(self, blocks: list[Block]) -> list[Action]:
+    def _settle(self, blocks: Sequence[Block]) -> list[Action]:
         """What is closed leaves, the gates too, and BatchNorms get the statistics of the net that is left."""
-        gated = [block for block in blocks if block.gated]
+        gated = [block for block in blocks if block.gates is not None]
         drops = [
             Drop(block.site, branch, closed=True)
             for block in gated
@@ -138,7 +164,7 @@ class Search(Schedule):
             for block in gated
             if set(block.branches) & set(block.running)
         ]
-        return [*drops, *ungates, *([Calibrate("")] if gated else [])]
+        return [*drops, *ungates, Calibrate("")]
 
     # ---- what runs
 
@@ -191,6 +217,8 @@ class PopulationSearch(Search):
 
     needs_score: ClassVar[bool] = True
 
+    budget: int | float = 2 / 3
+    spec: SpecLike | None = "ireps"
     population: int = 128
     generation: int = 10
     nets: int = 5

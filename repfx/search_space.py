@@ -10,7 +10,7 @@ from torch import nn
 
 from repfx.block import ORIGIN
 from repfx.errors import InvalidInput
-from repfx.gates import gates_in
+from repfx.gates import Gates, gates_in
 
 Code: TypeAlias = tuple[bool, ...]  # for each path of a space, whether it is open
 
@@ -33,17 +33,6 @@ class Space:
     def of(cls, model: nn.Module) -> Space:
         """Of all gates of a model."""
         return cls(tuple((site, name) for site, gates in gates_in(model).items() for name in gates.names))
-
-    @classmethod
-    def counted(cls, branches: Mapping[str, int], origins: bool) -> Space:
-        """Of sites with so many branches each, whose names don't matter."""
-        return cls(
-            tuple(
-                (site, name)
-                for site, count in branches.items()
-                for name in ([ORIGIN] if origins else []) + [str(number) for number in range(count)]
-            )
-        )
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -91,7 +80,10 @@ class Space:
 
     def choose(self, model: nn.Module, code: Code, modes: Sequence[bool] = (True, False)) -> None:
         """Open and close the gates of a model; True among `modes` is training mode."""
-        gates = gates_in(model)
+        self.open(gates_in(model), code, modes)
+
+    def open(self, gates: Mapping[str, Gates], code: Code, modes: Sequence[bool] = (True, False)) -> None:
+        """The same for gates that are known, by site."""
         for site, names in self.open_at(code).items():
             gates[site].choose(names, modes)
 

@@ -98,7 +98,7 @@ class Searcher:
         """Train what is learned of the gates by the gradients that are there, and remove these."""
         parameters = self._parts.parameters
         optimizer = self._parts.optimizer
-        if optimizer is not None and self.search.trains_gates(epoch) and _unscale(parameters, scaler):
+        if optimizer is not None and self.search.trains_gates(epoch) and _are_finite(parameters, scaler):
             optimizer.step()
         for parameter in parameters:
             parameter.grad = None
@@ -129,8 +129,8 @@ class Searcher:
 
     def _choose(self) -> None:
         code = self.search.choice(self.observe())
-        for model in self._parts.models:
-            self.space.choose(model, code, _EVAL)
+        for gates in self._parts.gates:
+            self.space.open(gates, code, _EVAL)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the search stands; α, β and what is open are in the model's state."""
@@ -157,8 +157,8 @@ class Searcher:
         return self._drawn[1]
 
     def _open(self, draw: Draw) -> None:
-        for model in self._parts.models:
-            self.space.choose(model, draw.code, _TRAINING)
+        for gates in self._parts.gates:
+            self.space.open(gates, draw.code, _TRAINING)
         noises = self._parts.noises
         if draw.noise and noises:
             values = torch.tensor(draw.noise, dtype=noises[0].dtype, device=noises[0].device)
@@ -181,10 +181,10 @@ class _Parts:
     """The gates of a model as it is now, and the optimizer of what they learn."""
 
     def __init__(self, model: nn.Module, averages: Sequence[nn.Module], search: Search) -> None:
-        gates = gates_in(model)
+        gates: dict[str, Any] = gates_in(model)
         self.done = journal(model)
         self.space = Space.of(model)
-        self.models = [model, *(copy_in(average, model) for average in averages)]
+        self.gates = [gates, *(gates_in(copy_in(average, model)) for average in averages)]
         single: list[Any] = [gate for each in gates.values() for gate in each.of.values()]
         self.alphas: list[nn.Parameter] = [gate.alpha for gate in single]
         self.betas: dict[str, nn.Parameter] = {
@@ -221,15 +221,18 @@ class _Parts:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["params"][:] = [parameter for parameter in group["params"] if parameter not in own]
+            for parameter in own:
+                optimizer.state.pop(parameter, None)
 
 
 @torch.no_grad()
-def _unscale(parameters: Sequence[nn.Parameter], scaler: torch.amp.GradScaler | None) -> bool:
+def _are_finite(parameters: Sequence[nn.Parameter], scaler: torch.amp.GradScaler | None) -> bool:
     """Divide gradients by a scaler's scale, if it is in use; gives whether they are finite."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if scaler is None or not scaler.is_enabled() or not grads:
-        return True
-    torch._foreach_div_(grads, scaler.get_scale())
+    if not grads:
+        return False
+    if scaler is not None and scaler.is_enabled():
+        torch._foreach_div_(grads, scaler.get_scale())
     return bool(torch.stack(grads).isfinite().all())
 
 

@@ -101,6 +101,9 @@ class BranchSpec:
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    name: str | None = field(
+        default=None, repr=False
+    )  # in its block; by default its kind, with a number from the second on
 
 
 Normalisation = Literal["batch_norm", "scale", "none"]

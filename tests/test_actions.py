@@ -86,7 +86,7 @@ def test_actions_say_what_they_do() -> None:
 
 
 def test_the_actions_are_known() -> None:
-    assert ACTIONS.keys() == {"expand", "drop", "fuse", "restore", "freeze"}
+    assert ACTIONS.keys() == {"expand", "drop", "fuse", "restore", "freeze", "gate", "ungate", "calibrate"}
 
 
 def test_fused_is_a_plain_conv_and_restored_is_what_there_was() -> None:

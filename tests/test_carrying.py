@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import repfx
+from repfx.carrying import carry
 from repfx.errors import InvalidInput
 from repfx.journaling import apply
 from repfx.passes.fuse import Fuse
+from repfx.passes.gate import gate
 from repfx.passes.restore import Restore
 from repfx.testing import randomize_batch_norm, relative_error
+from tests.small_net import batch, small_net
 
 X = torch.randn(2, 4, 6, 7)
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -225,3 +228,33 @@ def test_a_module_without_a_copy_is_refused() -> None:
     with pytest.raises(InvalidInput, match="AveragedModel holds no copy of the Sequential in the structure"):
         with repfx.carry(model, average):
             pass
+
+
+def test_a_new_parameter_joins_one_optimizer_of_several() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+    matrices = torch.optim.SGD([model[0].weight], 0.1)
+    vectors = torch.optim.SGD(model[1].parameters(), 0.1)
+    with carry(model, matrices, vectors):
+        repfx.expand(model, "acb", inplace=True)
+    groups = [list(each.param_groups[0]["params"]) for each in (matrices, vectors)]
+    assert all(parameter.ndim > 1 for parameter in groups[0])
+    assert all(parameter.ndim == 1 for parameter in groups[1])
+    assert {id(parameter) for group in groups for parameter in group} == {id(p) for p in model.parameters()}
+    assert sum(map(len, groups)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("weights", ["default", "shared"])
+def test_an_average_of_branches_that_share_weights_keeps_its_function(weights: Any) -> None:
+    spec = repfx.Spec(["1x1", "1xk", "kx1"], weights=weights)
+    model = repfx.expand(small_net(), {"stem": spec}, preserve=False)
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    randomize_batch_norm(average.module, 5)
+    x = batch(3, seed=9)
+    before = average.eval()(x)
+    with carry(model, average):
+        gate(model, "stem")
+    torch.testing.assert_close(average.eval()(x), before, rtol=1e-9, atol=1e-9)
+    with carry(model, average):
+        repfx.drop(model, "stem", "1xk")
+    torch.testing.assert_close(average.eval()(x), before, rtol=1e-9, atol=1e-9)

@@ -252,13 +252,61 @@ def test_ungate_lets_a_closed_origin_rest() -> None:
 
 def test_ungate_refuses() -> None:
     model = gated("sigmoid", "qarepvgg").eval()
-    with pytest.raises(InvalidInput, match="'identity' of '3' has nothing that could absorb"):
-        ungate(model, "3")
     choose(model, "3", "1x1")
     with pytest.raises(InvalidInput, match="drop identity first"):
         ungate(model, "3")
     with pytest.raises(InvalidInput, match="has no gates"):
         ungate(net(), "3")
+
+
+def test_a_branch_without_any_number_gets_a_scale(tmp_path: Any) -> None:
+    model = gated("sigmoid", "qarepvgg").eval()
+    x = images()
+    expected = model(x)
+    for site in ("0", "3"):
+        ungate(model, site)
+    assert_close(model(x), expected)
+    assert_close(repfx.fuse(model)(x), expected)
+    repfx.save(tmp_path / "run.ckpt", model)
+    plain = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+    ).double()
+    # the base was expanded before it was gated, so its journal knows all
+    assert_close(repfx.load(tmp_path / "run.ckpt", plain).eval()(x), expected)
+
+
+def test_ungate_reaches_into_a_block_at_the_end_of_a_branch() -> None:
+    model = repfx.expand(net("dbb").float(), {"3.1x1-kxk.conv2": "acb"}, preserve=False).double().eval()
+    model.get_submodule("3.1x1-kxk.norm")
+    del model.get_submodule("3.1x1-kxk").norm  # the block's own BatchNorm is inside it
+    randomize_batch_norm(model)
+    gate(model, "3", "sigmoid")
+    x = images()
+    expected = model(x)
+    ungate(model, "3")
+    assert_close(model(x), expected)
+
+
+def test_nothing_leaves_a_block_in_which_nothing_runs() -> None:
+    model = gated("straight_through", "acb", origin=True).eval()
+    choose(model, "3")
+    with pytest.raises(InvalidInput, match="nothing of '3' runs"):
+        repfx.drop(model, "3", "1xk")
+    assert not model[3](torch.randn(1, 8, 5, 4, dtype=torch.float64)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_learned_of_gates_has_float32_at_least(dtype: torch.dtype) -> None:
+    model = net("acb").to(dtype)
+    gate(model, "3")
+    gates = block(model).gates
+    assert gates is not None
+    assert {parameter.dtype for parameter in gates.parameters()} == {torch.promote_types(dtype, torch.float32)}
+    assert model(images().to(dtype)).dtype == dtype
 
 
 def test_gate_refuses() -> None:
@@ -381,6 +429,20 @@ def test_shared_weights_stay_trained_while_the_origin_rests() -> None:
 def test_sharing_needs_batch_norms() -> None:
     with pytest.raises(InvalidInput, match='weights="shared" needs norm="batch_norm"'):
         repfx.Spec(["1x1"], norm="none", weights="shared")
+
+
+def test_a_dilated_conv_on_other_taps_shares_nothing() -> None:
+    found = block(net(repfx.Spec(["dilated-1x2", "dilated-2x2", "1xk"], weights="shared")))
+    shares = {
+        name: any(isinstance(m, CroppedConv) for m in branch.modules()) for name, branch in found.branches.items()
+    }
+    assert shares == {"dilated-1x2": False, "dilated-2x2": False, "1xk": True}
+
+
+def test_what_shared_branches_add_can_t_be_taken_off_what_they_share() -> None:
+    plain = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)).double()
+    with pytest.raises(InvalidInput, match="gamma can't be given to branches with shared weights"):
+        repfx.expand(plain, repfx.Spec(["1x1"], weights="shared"), gamma=0.1, calibrate=[images()])
 
 
 def test_origin_is_a_path() -> None:

@@ -195,5 +195,5 @@ def test_options_that_can_t_be(name: str, options: dict[str, Any], error: type[E
 
 
 def test_an_unknown_schedule() -> None:
-    with pytest.raises(AttributeError, match="no schedule Nosuch; it has DyRep, RepAn"):
+    with pytest.raises(AttributeError, match="no schedule Nosuch; it has DES, DyRep, RandomSearch, RepAn, RepNAS"):
         repfx.schedules.Nosuch  # noqa: B018

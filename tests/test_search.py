@@ -363,6 +363,52 @@ def test_an_average_runs_the_same_paths() -> None:
     torch.testing.assert_close(fused(x), average.module(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SHORT)
+def test_an_average_is_changed_exactly_by_the_end_of_a_search(name: str) -> None:
+    run = Run(SHORT[name], ema=True)
+    for _ in range(run.driver.schedule.epochs - 1):  # type: ignore[attr-defined]
+        run.epoch()
+    for x in DATA:
+        run.step(x)
+    average: Any = run.driver.ema
+    average.eval()
+    x = batch(3, seed=9)
+    run.driver.after_epoch()
+    codes = {site: code.code for site, code in run.search.architecture.sites.items()}
+    again = Run(SHORT[name], ema=True)
+    for _ in range(run.driver.schedule.epochs - 1):  # type: ignore[attr-defined]
+        again.epoch()
+    for each in DATA:
+        again.step(each)
+    other: Any = again.driver.ema
+    for site, gates in gates_in(other.module).items():
+        names = ("origin", *other.module.get_submodule(site).branches)
+        gates.choose([n for n, digit in zip(names, codes[site]) if digit == "1" and n in gates.names], (False,))
+    torch.testing.assert_close(average(x), other.eval()(x), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_an_equal_copy_is_equal_after_the_beginning(name: str) -> None:
+    """timm's averages are deep copies, and don't begin as a copy of the first update."""
+    torch.manual_seed(0)
+    model = small_net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.02)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    average.update_parameters(model)
+    repfx.Driver(model, optimizer, SHORT[name], calibrate=DATA, score=score, ema=average)
+    x = batch(3, seed=9)
+    torch.testing.assert_close(average.eval()(x), model.eval()(x), rtol=1e-9, atol=1e-9)
+
+
+def test_gates_learn_nothing_from_a_step_that_is_not_finite() -> None:
+    run = Run(replace(SHORT["repnas"], warm_up=0))
+    for factor in (1.0, math.inf, math.nan, 1.0):
+        run.optimizer.zero_grad()
+        (run.model.train()(DATA[0]).square().mean() * factor).backward()
+        run.driver.after_backward()
+    assert all(map(math.isfinite, run.search.observe().alphas))
+
+
 def test_a_scaler_changes_nothing_for_gates() -> None:
     runs = []
     for scale in (None, 2.0**12):
@@ -415,6 +461,91 @@ def test_a_search_goes_on_from_a_checkpoint_to_the_same_bits(name: str, stop: in
     assert again.search.architecture == whole.search.architecture
 
 
+# ---- what goes wrong on the way
+
+
+def test_a_score_that_fails_can_be_asked_again() -> None:
+    failures = [OSError("the disk"), OSError("the disk")]
+
+    def failing(net: nn.Module) -> float:
+        if run.driver.epoch == 4 and failures:
+            raise failures.pop()
+        return score(net)
+
+    run = Run(SHORT["des"], score=failing)
+    for _ in range(3):
+        run.epoch()
+    for x in DATA:
+        run.step(x)
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk"):
+            run.driver.after_epoch()
+        assert run.driver.epoch == 3
+    assert run.driver.after_epoch()
+    assert not gates_in(run.model)
+    whole = Run(SHORT["des"]).to_the_end()
+    assert run.search.architecture == whole.search.architecture
+
+
+def test_a_net_without_batch_norms_has_none_to_measure() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(1)).double()
+    spec = repfx.Spec(["1x1", "1xk"], norm="scale")
+    run = Run(RepNAS(budget=0.5, warm_up=0, epochs=2, weights="default", spec=spec), model=model).to_the_end()
+    assert not gates_in(run.model)
+
+
+def test_a_conv_that_is_frozen_on_the_way_is_settled_all_the_same() -> None:
+    run = Run(SHORT["repnas"])
+    run.model.stem.conv.weight.requires_grad_(False)
+    run.to_the_end()
+    assert not gates_in(run.model)
+
+
+def test_a_second_search_counts_what_has_gates() -> None:
+    run = Run(SHORT["repnas"]).to_the_end()
+    assert any(module.rests for module in run.model.modules() if isinstance(module, RepBlock))
+    total = sum(len(module.running) for module in run.model.modules() if isinstance(module, RepBlock))
+    again = Run(RepNAS(budget=total, warm_up=0, epochs=2, spec=None), model=run.model)
+    assert len(again.search.space.paths) == total
+
+
+def test_blocks_with_other_gates_are_refused() -> None:
+    model = repfx.expand(small_net(), {"stem": "acb"})
+    gate(model, "stem", "sigmoid")
+    with pytest.raises(InvalidInput, match="'stem' has sigmoid gates, and RepNAS takes straight_through ones"):
+        Run(SHORT["repnas"], model=model)
+    nested = repfx.expand(repfx.expand(small_net(), {"stem": "dbb"}), {"stem.1x1-kxk.conv2": "acb"})
+    with pytest.raises(InvalidInput, match="is a block inside a block"):
+        Run(SHORT["repnas"], model=nested)
+
+
+def test_what_an_optimizer_knows_of_gates_leaves_with_them() -> None:
+    model = repfx.expand(small_net(), "acb", preserve=False)
+    for site in [path for path, module in model.named_modules() if isinstance(module, RepBlock)]:
+        gate(model, site, origin=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    model(DATA[0]).square().mean().backward()
+    optimizer.step()
+    repfx.Driver(model, optimizer, replace(SHORT["repnas"], spec=None), calibrate=DATA)
+    assert optimizer.state_dict()["state"]
+
+
+def test_branches_begin_as_the_spec_says() -> None:
+    run = Run(RepNAS(budget=0.5, warm_up=0, epochs=2, spec="dyrep"))
+    assert all(float(each.norm.weight.mean()) == 0.01 for each in [run.model.stem.get_submodule("1x1")])
+
+
+@pytest.mark.parametrize("population", [2, 3, 7, 12])
+@pytest.mark.parametrize(("parents", "directed"), [(0.5, 0.5), (0.0, 1.0), (1.0, 0.0), (0.25, 0.25)])
+def test_populations_keep_their_size(population: int, parents: float, directed: float) -> None:
+    search = DES(population=population, budget=5, parents=parents, directed=directed)
+    codes = search.first_population(BRANCHES)
+    scores = [float(index) for index in range(population)]
+    alphas = [0.1 * index for index in range(20)]
+    seen = Gated(BRANCHES, alphas, dict.fromkeys("abcd", 0.2), codes, scores)
+    assert len(search.next_population(seen, 10)) == len(codes) == population
+
+
 # ---- what can't be
 
 
@@ -450,6 +581,10 @@ def test_a_search_that_scores_needs_a_score() -> None:
         (lambda: RepNAS(budget=1.5), InvalidInput, "a fraction is at most 1"),
         (lambda: RepNAS(warm_up=400), InvalidInput, "less than the 400"),
         (lambda: RepNAS(preserve=True), InvalidInput, "give origin=False"),
+        (lambda: RepNAS(budget="0.5"), InvalidInput, "budget is '0.5'; it must be a positive number"),
+        (lambda: RepNAS(epochs=2.5, warm_up=1), InvalidInput, "epochs is 2.5; it must be a whole number"),
+        (lambda: RepNAS(betas=(2, 1)), InvalidInput, "betas is"),
+        (lambda: RepNAS(betas=(0.9,)), InvalidInput, "betas is"),
         (lambda: DES(learning_rate=0), InvalidInput, "learning_rate is 0"),
         (lambda: DES(population=1), InvalidInput, "population is 1; it must be at least 2"),
         (lambda: DES(generation=0), InvalidInput, "generation is 0"),
@@ -473,7 +608,8 @@ def found(**more: Any) -> dict[str, Any]:
         "norm": "batch_norm",
         "weights": "default",
     }
-    return {"format": 1, "sites": {"stem": {**site, **more}}}
+    others = {"plain": "3×3 8→8", "depthwise": "7×7 8→8 depthwise"}
+    return {"format": 1, "sites": {"stem": {**site, **more}}, "others": others}
 
 
 @pytest.mark.parametrize(
@@ -485,8 +621,16 @@ def found(**more: Any) -> dict[str, Any]:
         (json.dumps(found(code="1")), "isn't one digit 0 or 1 for each of 2 paths"),
         (json.dumps(found(code="12")), "isn't one digit 0 or 1"),
         (json.dumps(found(code="00")), "leaves it nothing at all"),
-        (json.dumps(found(conv="5×5 3→8")), "of another net: it has a conv 5×5 3→8 at 'stem', this one has 3×3 3→8"),
-        (json.dumps({"format": 1, "sites": {"stam": found()["sites"]["stem"]}}), "at 'stam', this one has none there"),
+        (
+            json.dumps(found(conv="5×5 3→8")),
+            "of another net: it has a conv 5×5 3→8 at 'stem', this one has a conv 3×3 3→8",
+        ),
+        (json.dumps({**found(), "sites": {"stam": found()["sites"]["stem"]}}), "at 'stam', this one has none"),
+        (json.dumps({**found(), "others": {}}), "it has none at 'plain', this one has a conv 3×3 8→8"),
+        (json.dumps({**found(), "sites": {}}), "it has no sites"),
+        (json.dumps(found(importance=[0.1])), "1 importances can't be those of 2 paths"),
+        (json.dumps(found(importance=["a", "b"])), "importances are numbers"),
+        (json.dumps(found(branches=[{"kind": "identity"}])), "doesn't fit 'stem': not identity: 3 channels go in"),
         (json.dumps(found(branches=[{"kind": "2x9", "options": {}}])), "no branch kind '2x9'"),
     ],
 )
@@ -507,6 +651,24 @@ def test_an_own_conv_that_rests_can_t_be_preserved(tmp_path: Path) -> None:
     model: Any = repfx.expand(small_net(), str(path))
     assert model.stem.running == ("1x1",)
     assert model.stem.rests
+
+
+def test_the_names_of_branches_of_one_kind_are_kept(tmp_path: Path) -> None:
+    model = repfx.expand(small_net(), "mobileone", preserve=False)
+    gate(model, "stem")
+    stem: Any = model.stem
+    stem.gates.choose(["kxk-2", "kxk-3", "1x1"])
+    Architecture.of(model).save(tmp_path / "architecture.json")
+    again = repfx.expand(small_net(), str(tmp_path / "architecture.json"))
+    assert list(again.get_submodule("stem").branches) == ["kxk-2", "kxk-3", "1x1"]
+    assert repfx.journal(again)[0].to_dict()["branches"][0]["name"] == "kxk-2"
+
+
+def test_paths_with_brackets_are_no_patterns(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("a[1]", nn.Conv2d(3, 8, 3))
+    Architecture.of(repfx.expand(model, ["1x1"])).save(tmp_path / "architecture.json")
+    assert isinstance(repfx.expand(model, str(tmp_path / "architecture.json")).get_submodule("a[1]"), RepBlock)
 
 
 def test_an_architecture_needs_blocks() -> None:

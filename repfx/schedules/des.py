@@ -11,7 +11,6 @@ from typing import ClassVar
 from repfx.schedule import require
 from repfx.search import Gated, PopulationSearch
 from repfx.search_space import Code, Space
-from repfx.spec import SpecLike
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,6 @@ class DES(PopulationSearch):
     name: ClassVar[str] = "des"
     style: ClassVar[str] = "sigmoid"
 
-    budget: int | float = 2 / 3
-    spec: SpecLike | None = "ireps"
     parents: float = 0.25
     directed: float = 0.25
     crossover: float = 0.5
@@ -69,9 +66,8 @@ class DES(PopulationSearch):
         numbers = self.random(epoch)
         order = sorted(range(len(seen.scores)), key=lambda index: -seen.scores[index])
         parents = [seen.population[index] for index in order[: max(1, round(self.parents * self.population))]]
-        directed = self._distinct(
-            lambda: self._directed(seen, numbers), round(self.directed * self.population), parents
-        )
+        directed_ones = min(round(self.directed * self.population), self.population - len(parents))
+        directed = self._distinct(lambda: self._directed(seen, numbers), directed_ones, parents)
         rest = self.population - len(parents) - len(directed)
         children = self._distinct(lambda: self._child(parents, seen.space, numbers), rest, [*parents, *directed])
         known = [*parents, *directed, *children]

@@ -309,6 +309,15 @@ def test_what_is_learned_of_gates_has_float32_at_least(dtype: torch.dtype) -> No
     assert model(images().to(dtype)).dtype == dtype
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_fixed_gates_compile_without_a_break(style: str) -> None:
+    model = gated(style)
+    choose(model, "3", "1x1", "kx1")
+    x = images()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(compiled(x), model(x))
+
+
 def test_gate_refuses() -> None:
     model = gated("sigmoid")
     with pytest.raises(InvalidInput, match="has gates already"):

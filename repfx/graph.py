@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repfx.activated_norm import separate
+from repfx.block import RepBlock
 from repfx.functional_dropout import let_dropout_follow_the_mode
 from repfx.gates import gates_in
 from repfx.leaves import is_container, is_leaf, stays_whole
@@ -77,9 +78,16 @@ def trace(model: nn.Module) -> Traces:
         path, module, around = pending.pop()
         closed = code_of_its_own(module) or around.order_of_children
         if closed is not None:
-            if not is_leaf(module):
-                untraced[path] = closed
-            continue
+            if isinstance(module, RepBlock) and code_of_its_own(module) is None:
+                around = Around()  # what it becomes takes its place among its neighbours
+            else:
+                if not is_leaf(module):
+                    untraced[path] = closed
+                if code_of_its_own(module) is None:
+                    pending += [
+                        (f"{path}.{name}" if path else name, child, around) for name, child in _with_blocks(module)
+                    ]
+                continue
         result = _graph_of(path, module, around)
         if isinstance(result, str):
             if not is_leaf(module) and not is_container(module):
@@ -98,6 +106,13 @@ def trace(model: nn.Module) -> Traces:
             (island.full_path(name), module.get_submodule(name), around) for name in _opaque_calls(module, graph)
         ]
     return Traces(tuple(reversed(islands)), untraced)
+
+
+def _with_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children that are blocks or hold some."""
+    for name, child in module.named_children():
+        if any(isinstance(inner, RepBlock) for inner in child.modules()):
+            yield name, child
 
 
 def _graph_of(path: str, module: nn.Module, around: Around) -> _Traced | str:

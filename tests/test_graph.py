@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 import repfx
 from repfx.errors import InvalidInput
 from repfx.graph import trace
+from repfx.testing import randomize_batch_norm
 from tests.inline_net import Net, convs, error_of, fused_exactly, image, norms, ready, reasons, same_state
 
 
@@ -412,3 +413,29 @@ def test_a_block_that_is_called_more_than_once_becomes_one_conv(forward: Any, pr
     fused = fused_exactly(expanded, image())
     assert convs(fused) == [path]
     assert norms(fused) == (["c.1"] if norm else [])
+
+
+class ByOrder(nn.Module):
+    """Goes through its children by their order, depending on a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        for child in self.children():
+            x = child(x)
+        return x
+
+
+def test_blocks_are_fused_where_the_code_around_goes_through_children_by_their_order() -> None:
+    model = ByOrder().double().eval()
+    expanded = repfx.expand(model, {"inner.0": ["1x1", "1xk"]}, preserve=False)
+    randomize_batch_norm(expanded)
+    x = torch.randn(2, 3, 7, 9, dtype=torch.float64)
+    fused = repfx.fuse(expanded.eval())
+    torch.testing.assert_close(fused(x), expanded(x), rtol=1e-9, atol=1e-9)
+    assert type(fused.get_submodule("inner.0")) is nn.Conv2d

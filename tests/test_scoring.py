@@ -509,6 +509,7 @@ def test_it_refuses_what_is_not_finite_in_all_candidates() -> None:
 # ---- several processes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_ranks_share_the_work_and_get_the_same_scores() -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -426,9 +426,10 @@ class ByOrder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 1e9:
             return x
-        for child in self.children():
+        for child in self.inner.children():
             x = child(x)
-        return x
+        output: Tensor = self.last(x)
+        return output
 
 
 def test_blocks_are_fused_where_the_code_around_goes_through_children_by_their_order() -> None:

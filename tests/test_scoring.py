@@ -524,3 +524,30 @@ def test_origin_is_a_path_of_the_space() -> None:
     assert ("3", ORIGIN) in FusedSupernet(model).space.paths
     ungate(model, "3")
     assert FusedSupernet(model).space.sites == ("0",)
+
+
+@pytest.mark.parametrize("flatten", ["module", "view"])
+def test_on_a_cpu_the_net_has_channels_last_unless_code_could_mind(flatten: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+            self.norm = nn.BatchNorm2d(8)
+            self.conv2 = nn.Conv2d(8, 8, 3)
+            self.flatten = nn.Flatten()
+            self.head = nn.Linear(8 * 5 * 7, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.conv2(torch.relu(self.norm(self.conv(x)))))
+            output: Tensor = self.head(self.flatten(x) if flatten == "module" else x.view(x.shape[0], -1))
+            return output
+
+    model = repfx.expand(Net(), {"conv": "acb"}, preserve=False)
+    randomize_batch_norm(model)
+    model = gate(model, "conv", "sigmoid").eval()
+    x = torch.randn(2, 3, 7, 9)
+    Space.of(model).choose(model, (True, False))
+    net = FusedSupernet(model).net((True, False))
+    torch.testing.assert_close(net(x), model(x), rtol=1e-5, atol=1e-5)
+    last = [tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (net.conv.weight, net.conv2.weight)]  # type: ignore[union-attr, operator]
+    assert last == [flatten == "module"] * 2

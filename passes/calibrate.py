@@ -63,8 +63,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, site: str = "") -> nn
     >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     >>> batch = torch.randn(16, 3, 9, 7)
-    >>> before = float(calibrate(model, [batch]).eval()(batch).var(correction=0))
-    >>> round(before, 2)
+    >>> round(calibrate(model, [batch]).eval()(batch).var(correction=0).item(), 2)
     1.0
     """
     _measure(model, site, batches)

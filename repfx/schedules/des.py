@@ -15,7 +15,7 @@ from repfx.search_space import Code, Space
 
 @dataclass(frozen=True)
 class DES(PopulationSearch):
-    """Directional evolution strategy in the IREPS space (Yu et al., Re-parameterization Operations Search for Easy-to-Deploy Network).
+    """Directional evolution strategy in the IREPS space (Yu et al., Efficient Re-parameterization Operations Search).
 
     What the branches of a site add is multiplied by σ(α) each and by σ(β) together (eq. 6 and 7), the site's own conv always runs. After
     the warm-up of the whole supernet each step trains candidates of a population. A generation on, all candidates are fused and

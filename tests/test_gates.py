@@ -23,16 +23,21 @@ from repfx.testing import randomize_batch_norm
 STYLES = sorted(GATES)
 
 
-def net(spec: Any = "odbb") -> nn.Sequential:
-    """Two blocks with random gates in float64."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
+def plain_net() -> nn.Sequential:
+    """Two convs with BatchNorms."""
+    return nn.Sequential(
         nn.Conv2d(4, 8, 3, padding=1, bias=False),
         nn.BatchNorm2d(8),
         nn.ReLU(),
         nn.Conv2d(8, 8, 3, padding=1, bias=False),
         nn.BatchNorm2d(8),
     )
+
+
+def net(spec: Any = "odbb") -> nn.Sequential:
+    """Two blocks with random gates in float64."""
+    torch.manual_seed(0)
+    model = plain_net()
     expanded = repfx.expand(model, spec, preserve=False).double()
     randomize_batch_norm(expanded)
     assert isinstance(expanded, nn.Sequential)
@@ -268,13 +273,7 @@ def test_a_branch_without_any_number_gets_a_scale(tmp_path: Any) -> None:
     assert_close(model(x), expected)
     assert_close(repfx.fuse(model)(x), expected)
     repfx.save(tmp_path / "run.ckpt", model)
-    plain = nn.Sequential(
-        nn.Conv2d(4, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-    ).double()
+    plain = plain_net().double()
     # the base was expanded before it was gated, so its journal knows all
     assert_close(repfx.load(tmp_path / "run.ckpt", plain).eval()(x), expected)
 
@@ -358,13 +357,7 @@ def test_a_journal_with_gates_is_replayed(style: str, tmp_path: Any) -> None:
         for name in ("1x1-kxk", "1x1-avg", "1xk", "kx1"):
             repfx.drop(model, "3", name)
     ungate(model, "3")
-    base = nn.Sequential(
-        nn.Conv2d(4, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-    ).double()
+    base = plain_net().double()
     repfx.save(tmp_path / "run.ckpt", model)
     again = repfx.load(tmp_path / "run.ckpt", copy.deepcopy(base))
     x = images()

@@ -258,8 +258,7 @@ def _block(model: nn.Module, plan: _Plan, attach_rate: float | None, *, quiet: b
         _initialise(built, plan.spec, quiet=quiet)
         branches[branch.name or _free_name(branch.kind, branches)] = built.train(conv.training)
     moved = own_norm if plan.spec.norm == "batch_norm" else None
-    norm_path = plan.site.norm if moved is not None else None
-    return RepBlock(conv, moved, branches, norm_path, attach_rate)
+    return RepBlock(conv, moved, branches, plan.site.norm if moved is not None else None, attach_rate)
 
 
 def _free_name(kind: str, taken: Container[str]) -> str:

@@ -68,10 +68,9 @@ class Searcher:
 
     def observe(self) -> Gated:
         """What the search decides by."""
-        values = self._parts.values()
-        alphas = [values[id(parameter)] for parameter in self._parts.alphas]
-        betas = {site: values[id(parameter)] for site, parameter in self._parts.betas.items()}
-        return Gated(self.space, alphas, betas, self.population, self.scores)
+        parts, values = self._parts, self._parts.values()
+        count = len(parts.alphas)
+        return Gated(parts.space, values[:count], dict(zip(parts.betas, values[count:])), self.population, self.scores)
 
     def begin(self, epoch: int) -> None:
         """Once there are gates: draw the first population, and let eval mode and the next step run what they have to."""
@@ -204,16 +203,14 @@ class _Parts:
     def take_over(self, state: dict[Any, Any]) -> None:
         """Go on with what is known of the parameters that were there before."""
         if self.optimizer is not None:
-            self.optimizer.state.update(
-                {parameter: each for parameter, each in state.items() if parameter in set(self.parameters)}
-            )
+            self.optimizer.state.update({each: state[each] for each in self.parameters if each in state})
 
-    def values(self) -> dict[int, float]:
-        """Of all that is learned, by the id of the parameter; one transfer from the device."""
+    def values(self) -> list[float]:
+        """Of all `parameters`, in one transfer from the device."""
         if not self.parameters:
-            return {}
-        found = torch.stack([parameter.detach() for parameter in self.parameters]).tolist()
-        return {id(parameter): value for parameter, value in zip(self.parameters, found)}
+            return []
+        found: list[float] = torch.stack([parameter.detach() for parameter in self.parameters]).tolist()
+        return found
 
     def leave(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Take the parameters of gates out of the optimizers of the weights."""

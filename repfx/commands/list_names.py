@@ -1,0 +1,36 @@
+"""`repfx list`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from repfx.branch import KINDS
+from repfx.commands.app import app
+from repfx.rule import PASSES
+from repfx.schedule import SCHEDULES
+from repfx.spec import PRESETS
+from repfx.tables import listing
+
+
+class Registry(str, Enum):
+    """What can be listed."""
+
+    branches = "branches"
+    presets = "presets"
+    passes = "passes"
+    schedules = "schedules"
+
+
+@app.command("list")
+def list_names(what: Annotated[Registry, typer.Argument(help="Which names.", show_default=False)]) -> None:
+    """List the branch kinds, the presets, the passes or the schedules, with one line on each."""
+    rows = {
+        Registry.branches: [(kind, (branch.__doc__ or "").splitlines()[0]) for kind, branch in KINDS.items()],
+        Registry.presets: [(preset.name, preset.description) for preset in PRESETS.values()],
+        Registry.passes: [(found.name, found.description) for found in PASSES.values()],
+        Registry.schedules: [(name, (found.__doc__ or "").splitlines()[0]) for name, found in SCHEDULES.items()],
+    }[what]
+    typer.echo(listing(rows))

@@ -45,8 +45,7 @@ def accelerator_for(recipe: Recipe, logs: Path | None = None, *, unused_paramete
         nn.Linear(1, 1).to(accelerator.device)
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:
         _forget()
-        asked = f"device {recipe.device!r} with mixed_precision {recipe.mixed_precision!r}"
-        raise InvalidInput(f"{asked} can't be used: {first_line(error)}.") from error
+        raise InvalidInput(f"device {recipe.device!r} can't be used: {first_line(error)}.") from error
     try:
         with _algorithms(deterministic=recipe.deterministic):
             yield accelerator

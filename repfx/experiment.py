@@ -117,7 +117,7 @@ def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | Non
         if (folder.path / METRICS).is_file():
             return Metrics.from_dict(folder.metrics)
     with accelerator_for(
-        experiment.training, folder.path, unused_parameters=isinstance(schedule, Search)
+        experiment.training, folder.logs, unused_parameters=isinstance(schedule, Search)
     ) as accelerator:
         if not accelerator.is_main_process:
             accelerator.wait_for_everyone()  # until the folder is there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,10 +118,16 @@ class RunFolder:
         finally:
             _remove_empty(new)
 
+    @property
+    def logs(self) -> Path:
+        """Where a tracker writes."""
+        return self.path / "logs"
+
     def clear(self) -> None:
         """Remove an older run, its metrics first: they say that a run is complete."""
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.logs, ignore_errors=True)
 
     def write(self, name: str, fill: Callable[[Path], None]) -> None:
         """Let `fill` write a file, which appears under its name once it is whole."""

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,6 @@ from torch.utils.data import DataLoader, Subset
 
 import repfx
 from repfx.architecture import Architecture
-from repfx.augmentation import AugmentedImages
-from repfx.batches import Batches
 from repfx.branch_scales import gammas_in
 from repfx.cost import count_macs, count_parameters
 from repfx.dataset import DataSet, Images, every, labels_of, part_of
@@ -31,11 +29,14 @@ from repfx.journaling import Action
 from repfx.learning_rate import share_of_rate
 from repfx.loss import loss_of
 from repfx.optimizers import make_optimizer
+from repfx.place import Place
+from repfx.plain_values import flat, to_plain
 from repfx.predictions import check_fit, logits_of, mean_log_likelihood
 from repfx.recipe import Recipe
 from repfx.schedule import Schedule, Unchanged
 from repfx.search import Search
 from repfx.seeds import seed_of
+from repfx.supply import Supply
 
 _STEPS_BETWEEN_LOOKS = 10  # at the loss, where a look makes the host wait for the device
 
@@ -126,22 +127,22 @@ class _Training:
         plain: nn.Module,
     ) -> None:
         _require_possible(recipe, schedule)
-        self.recipe, self.accelerator = recipe, accelerator
-        self.watcher = watcher if accelerator.is_main_process else Watcher()
-        self.model, self.data = self._placed(model), data
-        check_fit(self.model, data, accelerator.device)
-        self._placed(plain)
+        self.recipe, self.place = recipe, Place(accelerator, recipe)
+        self.accelerator = accelerator
+        self.watcher = watcher if self.place.is_first else Watcher()
+        self.model, self.data = self.place.put(model), data
+        self.place.put(plain)
+        check_fit(model, data, self.place.device)
         images, score = data.train, None
         if isinstance(schedule, Search) and schedule.needs_score:
             images, held_out = hold_out(images)
-            score = partial(
-                mean_log_likelihood, images=held_out, batch_size=recipe.batch_size, device=accelerator.device
-            )
-        self.images = recipe.augmentation.of_images(images, recipe.seed)
+            size, device = recipe.batch_size, self.place.device
+            score = partial(mean_log_likelihood, images=held_out, batch_size=size, device=device)
+        self.supply = Supply(images, recipe, self.place)
+        self.steps = self.supply.steps
         self.mix = recipe.augmentation.of_batch(len(data.classes))
-        self.loss = loss_of(recipe, len(data.classes), self._placed)
-        self.steps = self._batches(0).steps
-        self.optimizer = make_optimizer(model, recipe, accelerator.device)
+        self.loss = loss_of(recipe, len(data.classes), self.place.put)
+        self.optimizer = make_optimizer(model, recipe, self.place.device)
         self.average = _average(model, recipe.average) if recipe.average else None
         self.progress = _Progress()
         before = self._cost(plain)
@@ -149,7 +150,7 @@ class _Training:
             model,
             self.optimizer,
             schedule,
-            calibrate=_Calibration(self),
+            calibrate=self.supply,
             ema=self.average,
             scaler=accelerator.scaler,
             steps_per_epoch=self.steps,
@@ -161,51 +162,43 @@ class _Training:
 
     def go(self, checkpoint: Path | None, stopping: Callable[[], bool]) -> Trained:
         """Train to the end."""
-        self._wrap()
+        self._prepare()
+        if self.recipe.log_with:
+            self.accelerator.init_trackers("repfx", config=_loggable(self.recipe))
         self.watcher.on_epoch(self.history)
         while self.progress.epoch < self.recipe.epochs:
             for x, y in self._rest_of_epoch():
                 self._step(x, y)
-                if self._agreed(stopping()) and checkpoint is not None:
+                if self.place.agree(stopping()):
                     self.save(checkpoint)
                     raise Interrupted(f"stopped in epoch {self.progress.epoch + 1} after step {self.progress.step}")
             self._end_epoch()
-            if checkpoint is not None:
-                self.save(checkpoint)
+            self.save(checkpoint)
+        if self.place.agree(stopping()):
+            raise Interrupted("stopped after the last epoch")
         search = self.driver.search
         model = self.model if self.average is None else self.average.module
         return Trained(model.eval(), self.history, None if search is None else search.architecture)
+
+    def _prepare(self) -> None:
+        """What runs in training; made anew when the structure has changed."""
+        self.net = self.place.wrap(self.model)
+        self.stepper = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
 
     # ---- a step
 
     def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._began = time.perf_counter()
         self.model.train()
-        yield from self.loader(self.progress.epoch, self.progress.step)
-
-    def loader(self, epoch: int, begin: int = 0) -> DataLoader[Any]:
-        """This process's batches of an epoch."""
-        if isinstance(self.images, AugmentedImages):
-            self.images.epoch = epoch
-        pinned = self.accelerator.device.type == "cuda"
-        workers = self.recipe.workers
-        return DataLoader(
-            self.images, batch_sampler=self._batches(epoch, begin), num_workers=workers, pin_memory=pinned
-        )
-
-    def _batches(self, epoch: int, begin: int = 0) -> Batches:
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        count = len(self.images)  # type: ignore[arg-type]
-        return Batches(count, self.recipe.batch_size, self.recipe.seed, epoch, process, processes, begin)
+        yield from self.supply.loader(self.progress.epoch, self.progress.step)
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         number = self.progress.epoch * self.steps + self.progress.step
-        torch.manual_seed(seed_of(self.recipe.seed, self.accelerator.process_index, number))
-        x, y = (each.to(self.accelerator.device, non_blocking=True) for each in (x, y))
-        x, labels = self.mix(self._laid_out(x), y)
+        torch.manual_seed(seed_of(self.recipe.seed, self.place.process, number))
+        x, labels = self.mix(self.place.bring(x), self.place.bring(y))
         self._set_rate(number)
         self.optimizer.zero_grad()
-        loss = torch.zeros((), device=self.accelerator.device)
+        loss = torch.zeros((), device=self.place.device)
         for share in self.driver.shares():
             with self.accelerator.autocast():
                 logits = self.net(x)
@@ -220,7 +213,7 @@ class _Training:
             self.average.update_parameters(self.model)
         self.progress.step += 1
         self.progress.sum_of_losses = self.progress.sum_of_losses + loss
-        if self.accelerator.device.type == "cpu" or number % _STEPS_BETWEEN_LOOKS == 0:
+        if self.place.device.type == "cpu" or number % _STEPS_BETWEEN_LOOKS == 0:
             self._tell(number, loss.item())
 
     def _set_rate(self, number: int) -> None:
@@ -253,8 +246,9 @@ class _Training:
         accuracy = self._accuracy(self.model) if tested else None
         average = self._accuracy(self.average.module) if tested and self.average is not None else None
         cost, gammas = self._cost(self.model), gammas_in(self.model)
+        self.supply.epoch += 1
         if self.driver.after_epoch():
-            self._wrap()
+            self._prepare()
         seconds = progress.seconds + time.perf_counter() - self._began
         rate = self.optimizer.param_groups[0]["lr"]
         number = progress.epoch + 1
@@ -274,57 +268,28 @@ class _Training:
 
     def _accuracy(self, model: nn.Module) -> float:
         """Over the test images, which the processes share."""
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
         count = len(self.data.test)  # type: ignore[arg-type]
-        own = Subset(self.data.test, range(process, count, processes))
-        right = torch.zeros((), dtype=torch.long, device=self.accelerator.device)
+        own = Subset(self.data.test, range(self.place.process, count, self.place.processes))
+        right = torch.zeros((), dtype=torch.long, device=self.place.device)
         training = model.training
         model.eval()
         with torch.no_grad():
             for x, y in DataLoader(own, self.recipe.batch_size, num_workers=self.recipe.workers):
-                logits = logits_of(model(self._laid_out(x.to(self.accelerator.device))))
-                right += (logits.argmax(1) == y.to(logits.device)).sum()
+                right += (logits_of(model(self.place.bring(x))).argmax(1) == self.place.bring(y)).sum()
         model.train(training)
         return int(self.accelerator.reduce(right)) / count
 
     def _cost(self, model: nn.Module) -> tuple[int, int]:
-        return count_parameters(model), count_macs(model, self.data.test[0][0][None].to(self.accelerator.device))
-
-    # ---- where it runs
-
-    def _placed(self, model: nn.Module) -> nn.Module:
-        model = model.to(self.accelerator.device)
-        if self.recipe.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        return model
-
-    def _laid_out(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last and x.ndim == 4 else x
-
-    def _wrap(self) -> None:
-        """What runs in training; made anew when the structure has changed."""
-        self._placed(self.model)
-        self.accelerator.free_memory()
-        self.net: nn.Module = self.accelerator.prepare_model(_Logits(self.model))
-        if self.recipe.compile:
-            torch.compiler.reset()
-            self.net = torch.compile(self.net)  # type: ignore[assignment]
-        self.stepper = self.accelerator.prepare_optimizer(self.optimizer)
-
-    def _agreed(self, stopping: bool) -> bool:
-        """Whether any process is asked to stop."""
-        if self.accelerator.num_processes == 1:
-            return stopping
-        if stopping:
-            self.accelerator.set_trigger()
-        return bool(self.accelerator.check_trigger())
+        return count_parameters(model), count_macs(model, self.place.bring(self.data.test[0][0][None]))
 
     # ---- checkpoints
 
-    def save(self, path: Path) -> None:
-        """Write all that the run needs to go on."""
+    def save(self, path: Path | None) -> None:
+        """Write all that the run needs to go on, if there is a file for it."""
+        if path is None:
+            return
         self.driver.synchronize()
-        if self.accelerator.is_main_process:
+        if self.place.is_first:
             seconds = self.progress.seconds + time.perf_counter() - self._began if self.progress.step else 0.0
             sum_of_losses, history = float(self.progress.sum_of_losses), self.history.to_json()
             state = asdict(self.progress) | {"seconds": seconds, "sum_of_losses": sum_of_losses, "history": history}
@@ -339,6 +304,7 @@ class _Training:
         repfx.load(path, self.model, self.optimizer, self.driver, random_state=False, progress=state, **self._parts())
         self.history = History.from_json(state.pop("history"), path)
         self.progress = _Progress(**state)
+        self.supply.epoch = self.progress.epoch
 
     def _parts(self) -> dict[str, Any]:
         return {} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler}
@@ -352,28 +318,6 @@ class _Progress:
     step: int = 0
     seconds: float = 0.0
     sum_of_losses: float | Tensor = 0.0
-
-
-class _Logits(nn.Module):
-    """What is wrapped for several processes, so that the model itself never is."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return logits_of(self.model(x))
-
-
-@dataclass(frozen=True)
-class _Calibration:
-    """Batches for new BatchNorms: those of the epoch that comes next."""
-
-    training: _Training = field(repr=False)
-
-    def __iter__(self) -> Iterator[Any]:
-        driver = getattr(self.training, "driver", None)
-        return iter(self.training.loader(0 if driver is None else driver.epoch))
 
 
 def hold_out(images: Images) -> tuple[Images, Images]:
@@ -391,6 +335,13 @@ def hold_out(images: Images) -> tuple[Images, Images]:
 
 def _average(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def _loggable(recipe: Recipe) -> dict[str, Any]:
+    return {
+        key: value if isinstance(value, (int, float, str)) else str(value)
+        for key, value in flat(to_plain(recipe)).items()
+    }
 
 
 def _require_possible(recipe: Recipe, schedule: Schedule) -> None:

@@ -51,9 +51,9 @@ def test_it_learns_and_tells_each_step() -> None:
     ).history
     assert sorted({step.number for step in steps}) == list(range(1, 13))  # the 33rd image alone would be no batch
     assert (steps[-1].total, steps[-1].epoch) == (12, 3)
-    losses = [epoch.loss for epoch in history.epochs]
-    assert losses[0] is None
-    assert losses[3] < losses[1]
+    first, *losses = [epoch.loss for epoch in history.epochs]
+    assert first is None
+    assert losses[2] < losses[0]  # type: ignore[operator]
     assert history.epochs[-1].accuracy == 1
     assert predict(model, data.test, 7).accuracy == 1
     assert not model.training
@@ -246,7 +246,7 @@ def test_a_teacher_is_learnt_from(tmp_path: Path) -> None:
     reference = ModelReference(f"{Path(__file__).with_name('tiny.py')}:net")
     told = Distillation(reference, str(tmp_path / "teacher.pt"), alpha=1.0, temperature=1.0)
     data, student = pictures(), net(2)
-    x = torch.stack([data.test[index][0] for index in range(40)])  # type: ignore[misc]
+    x = torch.stack([data.test[index][0] for index in range(40)])
 
     def distance() -> float:
         with torch.no_grad():
@@ -306,7 +306,7 @@ def test_a_search_is_not_compiled() -> None:
         ({"average": 1.0}, "average is 1.0"),
         ({"rates": "up"}, "no shape of rates 'up'"),
         ({"mixed_precision": "fp16"}, "mixed_precision is 'fp16', for which"),
-        ({"device": "cuda:7"}, "device 'cuda:7' with mixed_precision 'no' can't be used"),
+        ({"device": "cuda:7"}, "device 'cuda:7' can't be used"),
         ({"log_with": "chalk"}, "no tracker 'chalk'"),
     ],
 )

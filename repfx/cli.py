@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from repfx.errors import Interrupted, RepfxError
 
+_FOR_TRAINING = ("accelerate", "PIL", "sklearn", "tomli", "tomli_w", "torchvision")
 _WAIT_POLICY = "OMP_WAIT_POLICY"
 _SHORT_WAITS = {_WAIT_POLICY: "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(None if arguments is None else list(arguments), prog_name="repfx")
     except ModuleNotFoundError as error:
         needs = f"the command line needs packages that repfx alone does not ({error.name} is missing)"
-        _fail(f"{needs}: pip install 'repfx[cli]'")
+        extra = "train" if error.name in _FOR_TRAINING else "cli"
+        _fail(f"{needs}: pip install 'repfx[{extra}]'")
     except KeyboardInterrupt:
         _fail("interrupted.", 130)
     except (RepfxError, OSError) as error:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from repfx.augmentation import Augmentation, AugmentedImages
 from repfx.batches import Batches
 from repfx.dataset import DataSet, PreparedImages, Stages
+from repfx.engine import accelerator_for
 from repfx.errors import Interrupted, InvalidInput, RepfxError
 from repfx.history import History
 from repfx.models import ModelReference
@@ -278,6 +279,19 @@ def test_channels_last_changes_only_the_order_of_sums() -> None:
         train(model, DataSet(double, double, data.classes), recipe, SCHEDULES["dyrep"].over(1))
         weights.append(torch.cat([weight.flatten() for weight in model.parameters()]))
     assert (weights[0] - weights[1]).abs().max() < 1e-5  # logits are taken as float32 for the loss
+
+
+@pytest.mark.slow
+def test_a_tracker_gets_each_epoch(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = Recipe(epochs=3, batch_size=8, log_with="tensorboard")
+    with accelerator_for(recipe, tmp_path) as accelerator:
+        history = train(net(2), pictures(), recipe, accelerator=accelerator).history
+    (events,) = (tmp_path / "repfx").glob("events*")
+    written = EventAccumulator(str(events)).Reload()
+    losses = [(event.step, event.value) for event in written.Scalars("loss")]
+    assert losses == [(entry.epoch, pytest.approx(entry.loss)) for entry in history.epochs[1:]]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import groupby
 
@@ -56,11 +56,26 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
             progress.update(task, description="trained")
             progress.console.print(f"[dim]{_STAGES[stage]} …")
 
+        tested = ""
+
         def on_step(step: Step) -> None:
-            note = f"epoch {step.epoch}, loss {step.loss:.3f}"
+            note = f"epoch {step.epoch}, loss {step.loss:.3f}{tested}"
             progress.update(task, completed=step.number, total=step.total, note=note)
 
-        yield Watcher(on_stage, on_step, _Teller(partial(progress.console.print, markup=False)))
+        tell = _Teller(partial(progress.console.print, markup=False))
+
+        def on_epoch(history: History) -> None:
+            nonlocal tested
+            accuracy = history.epochs[-1].accuracy
+            tested = tested if accuracy is None else f", accuracy {accuracy:.2%}"
+            tell(history)
+
+        yield Watcher(on_stage, on_step, on_epoch)
+
+
+def busy(doing: str) -> AbstractContextManager[object]:
+    """A spinner on stderr beside what goes on; nothing where stderr is no terminal."""
+    return Console(stderr=True).status(f"{doing} …")
 
 
 class _Teller:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import random
@@ -374,9 +375,8 @@ def _checksum(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise InvalidInput(
-            "checkpoints need safetensors, which is missing: pip install 'repfx[checkpoint]'."
-        ) from error
+    # numpy is only looked for: once imported, its random numbers would be part of what `save` writes
+    missing = [each for each in ("numpy", "safetensors") if importlib.util.find_spec(each) is None]
+    if missing:
+        raise InvalidInput(f"checkpoints need {missing[0]}, which is missing: pip install 'repfx[checkpoint]'.")
+    return importlib.import_module(name)

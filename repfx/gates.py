@@ -113,7 +113,7 @@ class Gates(nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         """The paths that have a gate."""
-        return tuple(self.of)
+        return tuple(self.of.keys())  # not tuple(self.of): torch.compile of torch 2.8 can't iterate over a ModuleDict
 
     @property
     def open(self) -> tuple[str, ...]:

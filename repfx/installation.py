@@ -171,5 +171,5 @@ def _save_as_before(compiled: fx.GraphModule, saved: set[str]) -> None:
 
 
 def _is_own_copy(compiled: fx.GraphModule, name: str) -> bool:
-    """Whether a buffer belongs to the graph and not to a module that it calls."""
-    return any(node.op == "get_attr" and node.target == name for node in compiled.graph.nodes)
+    """Whether a buffer belongs to the module itself or its graph, and not to a module that it calls."""
+    return "." not in name or any(node.op == "get_attr" and node.target == name for node in compiled.graph.nodes)

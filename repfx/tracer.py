@@ -56,6 +56,12 @@ class Tracer(fx.Tracer):
         self.running.pop()
         return result
 
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
+    ) -> fx.Node:
+        """Without annotations that are texts, as ``from __future__ import annotations`` makes them: torch 2.8 can't pickle such a graph."""
+        return super().create_node(kind, target, args, kwargs, name, None if isinstance(type_expr, str) else type_expr)
+
     def create_arg(self, a: Any) -> Any:
         """numpy's numbers, and others of a class of their own, as plain ones, for the graph is written as text."""
         if issubclass(type(a), fx.Proxy):

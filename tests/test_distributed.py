@@ -13,6 +13,7 @@ import torch
 
 from repfx.history import History
 from repfx.run_folder import HISTORY, RunFolder
+from tests.two_ranks import run_on_two_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,11 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
     "schedule", ["dyrep", *(pytest.param(name, marks=pytest.mark.slow) for name in ("repan", "repnas", "des"))]
 )
 def test_both_ranks_end_with_the_same_model(schedule: str) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "tests.programs.on_two_ranks", schedule]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "expand" in done.stdout
+    assert "expand" in run_on_two_ranks("on_two_ranks", schedule)
 
 
 @pytest.mark.slow

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
-from tests.programs.killable import PER_EPOCH, STEPS
+from tests.programs.killable import PER_EPOCH, STEPS, train
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def start(schedule: str, folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.programs.killable", schedule, str(folder)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+# Processes of their own, forked from one that has loaded torch once.
+FORKS = get_context("forkserver")
+FORKS.set_forkserver_preload(["torch._dynamo", "tests.programs.killable"])
 
 
-def go_until(process: subprocess.Popen[str], step: int) -> list[int]:
-    """The steps that it went, to this one at least."""
-    assert process.stdout is not None
-    steps = []
-    for line in process.stdout:
-        steps.append(int(line))
-        if steps[-1] >= step:
-            break
-    return steps
+class Life:
+    """A run in a process of its own, which tells each step when it has been saved."""
+
+    def __init__(self, schedule: str, folder: Path) -> None:
+        self.steps, tell = FORKS.Pipe(duplex=False)
+        self.process = FORKS.Process(target=train, args=(schedule, folder, tell.send))
+        self.process.start()
+        tell.close()
+
+    def go_until(self, step: int) -> list[int]:
+        """The steps that it went, to this one at least."""
+        went = [self.steps.recv()]
+        while went[-1] < step:
+            went.append(self.steps.recv())
+        return went
 
 
 @pytest.mark.parametrize(
@@ -39,18 +40,21 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path: Path, sched
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    assert go_until(start(schedule, whole), STEPS)[-1] == STEPS
+    steps: list[int] = []
+    train(schedule, whole, steps.append)  # here, so that the order of sets is another one than in the killed runs
+    assert steps[-1] == STEPS
     chance = random.Random(schedule)
     # right before a rewrite, right after one, and somewhere
     for step in (PER_EPOCH - 1, 2 * PER_EPOCH, chance.randrange(2 * PER_EPOCH + 1, STEPS - 3)):
-        process = start(schedule, killed)
-        went = go_until(process, step)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        life = Life(schedule, killed)
+        went = life.go_until(step)
+        life.process.kill()
+        life.process.join()
+        assert life.process.exitcode == -signal.SIGKILL
         assert went[-1] == step
-    last = start(schedule, killed)
-    assert go_until(last, STEPS)[0] > PER_EPOCH
-    assert last.wait(60) == 0
+    last = Life(schedule, killed)
+    assert last.go_until(STEPS)[0] > PER_EPOCH
+    last.process.join(60)
+    assert last.process.exitcode == 0
     assert (killed / "run.ckpt").read_bytes() == (whole / "run.ckpt").read_bytes()
     assert [path.name for path in killed.iterdir() if not path.name.startswith(".")] == ["run.ckpt"]

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,8 +25,8 @@ from repfx.passes.ungate import ungate
 from repfx.scoring import FusedSupernet, SummedConv, scores
 from repfx.search_space import Code, Space
 from repfx.testing import randomize_batch_norm, relative_error
+from tests.two_ranks import run_on_two_ranks
 
-ROOT = Path(__file__).resolve().parents[1]
 GATES: dict[str, dict[str, Any]] = {
     "straight_through": {"style": "straight_through"},
     "straight_through, own convs too": {"style": "straight_through", "origin": True},
@@ -512,11 +509,7 @@ def test_it_refuses_what_is_not_finite_in_all_candidates() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_ranks_share_the_work_and_get_the_same_scores() -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "tests.programs.score_on_two_ranks"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "as on one process" in done.stdout
+    assert run_on_two_ranks("score_on_two_ranks").count("as on one process") == 2
 
 
 def test_origin_is_a_path_of_the_space() -> None:

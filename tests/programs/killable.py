@@ -1,12 +1,9 @@
-"""A training run that saves itself after every step and goes on from where it was killed.
-
-python -m tests.programs.killable SCHEDULE FOLDER
-"""
+"""A training run that saves itself after every step and goes on from where it was killed."""
 
 from __future__ import annotations
 
 import random
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,8 @@ SCHEDULES = {
 }
 
 
-def main(schedule: str, folder: Path) -> None:
+def train(schedule: str, folder: Path, tell: Callable[[int], None]) -> None:
+    """Go on from what the folder holds, to the end; each step is told when it has been saved."""
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
@@ -65,8 +63,4 @@ def main(schedule: str, folder: Path) -> None:
         if progress["step"] % PER_EPOCH == 0:
             driver.after_epoch()
         repfx.save(checkpoint, model, optimizer, driver, **parts)
-        print(progress["step"], flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+        tell(progress["step"])

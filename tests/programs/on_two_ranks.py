@@ -1,4 +1,4 @@
-"""A training run on two processes, of which each sees data of its own: torchrun … tests/programs/on_two_ranks.py SCHEDULE."""
+"""A training run on two processes, of which each sees data of its own: torchrun … -m tests.programs.on_two_ranks SCHEDULE."""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ def conv_from_kernel(kernel: Kernel, template: Layer, path: str) -> nn.Module:
             raise InvalidInput(
                 f"the merged {name} of {path!r} is not finite in {tensor.dtype}; look for NaN or Inf in the model."
             )
-        laid_out = tensor.contiguous(memory_format=_memory_format(tensor, template.weight))
+        # Copied: `contiguous` keeps odd strides over axes of one, by which torch takes what a 1×1 conv gives out for channels last.
+        laid_out = torch.empty_like(tensor, memory_format=_memory_format(tensor, template.weight)).copy_(tensor)
         setattr(conv, name, nn.Parameter(laid_out, requires_grad=template.weight.requires_grad))
     return conv
 

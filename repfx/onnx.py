@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repfx.baking import rounded
 from repfx.difference import Difference, count_numbers, differences, leaves, worst
 from repfx.equivalence import TOLERANCES
 from repfx.errors import ExportError, InvalidInput, first_line
@@ -155,7 +156,7 @@ class _Pair:
             return cls(deployed, deployed, None)
         exact = fuse(double_copy(model)).to(CPU).eval()
         reference = copy.deepcopy(exact).to(torch.float32)
-        deployed = exact.to(dtype)
+        deployed = exact._apply(lambda tensor: rounded(tensor, dtype) if tensor.is_floating_point() else tensor)
         for path, tensor in deployed.state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ExportError(f"{path!r} is not finite in {dtype}, which ends at {torch.finfo(dtype).max:.0f}.")

@@ -3,8 +3,8 @@
     python -m benchmarks.quantization --data cifar10.npz --out benchmarks/results/quantization.json
 
 A net like RepVGG-A0, narrower and less deep, is trained as it is, with the branches of `repvgg` and with those of `qarepvgg`: same data,
-same order, same recipe, whose weight decay is on all parameters. Each is fused, exported, and quantized with the same calibration images, with
-one scale for each channel of a weight or for each tensor, and with 7 bits. Each net is compared with itself in float32: how many test
+same order, same recipe, whose weight decay is on all parameters. Each is fused, exported, and quantized with the same calibration images,
+with one scale for each channel of a weight or for each tensor, and with 7 bits. Each net is compared with itself in float32: how many test
 images get another class. The net is small and the training short, so the accuracies themselves are no match for the papers'.
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any
@@ -40,7 +40,7 @@ def carry(model: nn.Module, *followers: torch.optim.Optimizer | nn.Module) -> It
             `torch.optim.swa_utils.AveragedModel` does.
 
     Raises:
-        InvalidInput: a module holds no copy of the model in the structure that it has now.
+        InvalidInput: a module holds no copy of the model in the structure that it has now, or an optimizer can't take up new parameters.
 
     >>> import repfx
     >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8))
@@ -50,6 +50,7 @@ def carry(model: nn.Module, *followers: torch.optim.Optimizer | nn.Module) -> It
     >>> [len(group["params"]) for group in optimizer.param_groups]
     [3, 6]
     """
+    require_open(follower for follower in followers if isinstance(follower, torch.optim.Optimizer))
     before, done = dict(model.named_parameters()), journal(model)
     copies = [copy_in(follower, model) for follower in followers if isinstance(follower, nn.Module)]
     try:
@@ -123,6 +124,17 @@ def _begin_as(block: RepBlock, other: Any, branches: list[str], *, preserve: boo
     if any(bool(kernel.weight.any()) for kernel in added):
         kernel = reduce(Kernel.subtract, (block.kernel_of(branch, like) for branch in block.branches), before)
         set_kernel(block.conv, block.norm, kernel, None if other.norm is None else Moments.after(other.norm))
+
+
+def require_open(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Raise `InvalidInput` for an optimizer that fails as soon as some of its parameters have been trained and others haven't."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.SGD) and any(
+            group["fused"] and group["momentum"] for group in optimizer.param_groups
+        ):
+            raise InvalidInput(
+                "torch's fused SGD with momentum can't take up parameters that come later, as those of new branches: leave out fused=True."
+            )
 
 
 def _follow(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], before: dict[str, nn.Parameter]) -> None:

@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from repfx.errors import RepfxError
+from repfx.errors import Interrupted, RepfxError
 
+_FOR_TRAINING = ("accelerate", "PIL", "sklearn", "tomli", "tomli_w", "torchvision")
 _WAIT_POLICY = "OMP_WAIT_POLICY"
 _SHORT_WAITS = {_WAIT_POLICY: "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
@@ -16,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line on `arguments`, by default those of the process.
 
     Raises:
-        SystemExit: always; code 0 if all went well, 2 for an error of the input or of a file.
+        SystemExit: always; code 0 if all went well, 2 for an error of the input or of a file, 130 after an interruption.
     """
     if arguments is None and sys.argv[1:2] == ["train"]:
         _restart_without_spinning()
@@ -26,9 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(None if arguments is None else list(arguments), prog_name="repfx")
     except ModuleNotFoundError as error:
         needs = f"the command line needs packages that repfx alone does not ({error.name} is missing)"
-        _fail(f"{needs}: pip install 'repfx[cli]'")
+        extra = "train" if error.name in _FOR_TRAINING else "cli"
+        _fail(f"{needs}: pip install 'repfx[{extra}]'")
+    except KeyboardInterrupt:
+        _fail("interrupted.", 130)
     except (RepfxError, OSError) as error:
-        _fail(str(error))
+        _fail(str(error), 130 if isinstance(error, Interrupted) else 2)
 
 
 def _restart_without_spinning() -> None:
@@ -40,6 +44,6 @@ def _restart_without_spinning() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **_SHORT_WAITS})
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     print(f"repfx: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

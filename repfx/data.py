@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from repfx import image_files
-from repfx.dataset import DataSet, DataSource, InputForm, every_fifth
+from repfx.dataset import DataSet, DataSource, InputForm, PreparedImages, Stages, every_fifth
 from repfx.errors import InvalidInput
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -72,8 +73,12 @@ def _arrays(path: Path, form: InputForm) -> DataSet:
         if y.is_floating_point() or y.is_complex() or int(y.min()) < 0:
             raise InvalidInput(f"in {str(path)!r} y_{name} must hold whole numbers from 0, the classes.")
     classes = int(max(y_train.max(), y_test.max())) + 1
-    layout = [_channels_first(x.float(), form, path) for x in (x_train, x_test)]
+    layout = [_channels_first(_bytes_or_floats(x), form, path) for x in (x_train, x_test)]
     return _in_memory((layout[0], y_train.long(), layout[1], y_test.long()), form, tuple(map(str, range(classes))))
+
+
+def _bytes_or_floats(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.uint8 else x.float()
 
 
 def _channels_first(x: Tensor, form: InputForm, path: Path) -> Tensor:
@@ -93,12 +98,32 @@ def _channels_first(x: Tensor, form: InputForm, path: Path) -> Tensor:
 
 
 def _in_memory(split: tuple[Tensor, ...], form: InputForm, classes: tuple[str, ...]) -> DataSet:
-    """Standardize by the training images' mean and deviation, then fit to the form."""
+    """Fit to the form, and standardize by each channel's mean and deviation over the training images."""
     x_train, y_train, x_test, y_test = split
-    mean, deviation = x_train.mean(), x_train.std(correction=0).clamp_min(1e-12)
-    images = [fit_to((x - mean) / deviation, form) for x in (x_train, x_test)]
-    preparation = {"mean": float(mean), "std": float(deviation), "shape": list(images[0].shape[1:])}
-    return DataSet(TensorDataset(images[0], y_train), TensorDataset(images[1], y_test), classes, preparation)
+    images = [fit_to(x, form) for x in (x_train, x_test)]
+    mean, deviation = _moments(images[0])
+    axes = tuple(images[0].shape[2:])
+    stages = Stages(axes, _as_it_is, partial(_standardize, mean=mean, deviation=deviation))
+    preparation = {"mean": mean.tolist(), "std": deviation.tolist(), "shape": list(images[0].shape[1:])}
+    train, test = (PreparedImages(TensorDataset(x, y), stages) for x, y in zip(images, (y_train, y_test)))
+    return DataSet(train, test, classes, preparation)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel `(channels,)`, a channel at a time: bytes need not all become floats at once."""
+    channels = [x[:, channel].double() for channel in range(x.shape[1])]
+    mean = torch.stack([channel.mean() for channel in channels])
+    deviation = torch.stack([channel.std(correction=0) for channel in channels]).clamp_min(1e-12)
+    return mean.float(), deviation.float()
+
+
+def _as_it_is(image: Tensor) -> Tensor:
+    return image
+
+
+def _standardize(image: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    shape = (-1, *[1] * (image.ndim - 1))
+    return (image.float() - mean.view(shape)) / deviation.view(shape)
 
 
 def fit_to(x: Tensor, form: InputForm) -> Tensor:
@@ -110,11 +135,13 @@ def fit_to(x: Tensor, form: InputForm) -> Tensor:
     torch.Size([2, 3, 32, 32])
     """
     x = x[:, None] if x.ndim == form.dimensions + 1 else x
+    fits = form.size is None or set(x.shape[2:]) == {form.size}
     if x.shape[1] != form.channels and 1 not in (x.shape[1], form.channels):
         raise InvalidInput(f"the images have {x.shape[1]} channels, the model's first conv takes {form.channels}.")
     if x.shape[1] != form.channels:
-        x = x.mean(1, keepdim=True).expand(-1, form.channels, *x.shape[2:])
-    if form.size is not None and set(x.shape[2:]) != {form.size}:
+        x = x if x.shape[1] == 1 else x.float().mean(1, keepdim=True)
+        x = x.expand(-1, form.channels, *x.shape[2:])
+    if not fits:
         mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[form.dimensions]
-        x = F.interpolate(x, (form.size,) * form.dimensions, mode=mode, align_corners=False)
+        x = F.interpolate(x.float(), (form.size or 1,) * form.dimensions, mode=mode, align_corners=False)
     return x.contiguous()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from repfx.errors import InvalidInput
 from repfx.meaning import is_conv
@@ -54,6 +55,64 @@ class InputForm:
         if conv is None:
             raise InvalidInput(f"{type(model).__name__} has no conv.")
         return cls(conv.in_channels, len(conv.kernel_size), size)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """How a raw image becomes what a model takes.
+
+    Args:
+        size: of an image, `(*axes,)`.
+        fit: gives a raw image this size, and as many channels as the model takes.
+        normalize: turns that into a float tensor `(channels, *axes)`.
+    """
+
+    size: tuple[int, ...]
+    fit: Callable[[Any], Any]
+    normalize: Callable[[Any], Tensor]
+
+    def __call__(self, image: Any) -> Tensor:
+        """Both in turn."""
+        return self.normalize(self.fit(image))
+
+
+class PreparedImages(Dataset[Any]):
+    """Raw images with labels, of which each is prepared when it is asked for.
+
+    Args:
+        raw: pairs of an image and its label.
+    """
+
+    def __init__(self, raw: Images, stages: Stages) -> None:
+        self.raw = raw
+        self.stages = stages
+
+    def __len__(self) -> int:
+        return len(self.raw)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        image, label = self.raw[index]
+        return self.stages(image), label
+
+
+def part_of(images: Images, indices: list[int]) -> Images:
+    """Some of the images, still with their stages if they have any."""
+    if isinstance(images, PreparedImages):
+        return PreparedImages(Subset(images.raw, indices), images.stages)
+    return Subset(images, indices)
+
+
+def labels_of(images: Images) -> Tensor:
+    """All labels, without a look at the images where that can be."""
+    if isinstance(images, PreparedImages):
+        return labels_of(images.raw)
+    if isinstance(images, Subset):
+        return labels_of(images.dataset)[list(images.indices)]
+    if isinstance(images, TensorDataset):
+        return images.tensors[1].long()
+    known = getattr(images, "targets", None)
+    labels = [images[index][1] for index in range(len(images))] if known is None else known  # type: ignore[arg-type]
+    return torch.tensor([int(label) for label in labels])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,13 @@ from repfx.errors import InvalidInput
 
 
 def distillation_loss(
-    student: Tensor, teacher: Tensor, labels: Tensor, *, alpha: float = 0.9, temperature: float = 10.0
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 0.9,
+    temperature: float = 10.0,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """``α · T² · KL(teacher / T ‖ student / T) + (1 - α) · cross entropy`` (Hinton et al.; RepAn, §3.4).
 
@@ -17,9 +23,10 @@ def distillation_loss(
 
     Args:
         student, teacher: logits of the same images, `(images, classes)`, from any two models.
-        labels: the true classes, `(images,)`.
+        labels: the true classes, `(images,)`, or their probabilities, `(images, classes)`.
         alpha: the teacher's part, from 0 to 1. RepAn takes 0.9 on CIFAR and 0.5 on ImageNet.
         temperature: by which both logits are divided.
+        label_smoothing: of the cross entropy.
 
     Raises:
         InvalidInput: the logits are of different shapes, or alpha or temperature can't be.
@@ -40,4 +47,6 @@ def distillation_loss(
         reduction="batchmean",
         log_target=True,
     )
-    return alpha * temperature**2 * soft + (1 - alpha) * F.cross_entropy(student, labels)
+    return alpha * temperature**2 * soft + (1 - alpha) * F.cross_entropy(
+        student, labels, label_smoothing=label_smoothing
+    )

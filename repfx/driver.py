@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from repfx.activated_norm import norm_of
 from repfx.block import RepBlock
-from repfx.carrying import carry
+from repfx.branch_scales import gammas_of
+from repfx.carrying import carry, require_open
 from repfx.errors import InvalidInput
 from repfx.journaling import Action, apply, from_json, to_json
 from repfx.meaning import Layer
 from repfx.passes.freeze import is_frozen
 from repfx.saliency import METRICS
-from repfx.schedule import Block, Candidate, Observation, Schedule
+from repfx.schedule import Block, Candidate, Observation, Schedule, Unchanged
 from repfx.search import Search
 from repfx.searcher import Score, Searcher, require_score
 from repfx.site import Site, find_sites
@@ -44,7 +45,8 @@ class Driver:
         score: what a candidate of a search is worth, from the plain net that it is when fused, in eval mode; the higher the better.
 
     Raises:
-        InvalidInput: the schedule needs data and `calibrate` isn't given, or the model's parameters are sharded.
+        InvalidInput: the schedule needs data and `calibrate` isn't given, the model's parameters are sharded, or an optimizer can't take up
+            new ones.
 
     >>> import repfx
     >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
@@ -77,6 +79,8 @@ class Driver:
         self.model = _bare(model)
         _require_whole(self.model)
         self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        if not isinstance(schedule, Unchanged):
+            require_open(self.optimizers)
         self.schedule = schedule
         self.ema = ema
         self.epoch = 0
@@ -155,7 +159,7 @@ class Driver:
                 path,
                 block.site,
                 tuple(block.branches),
-                _scales(block),
+                _relative_scales(block),
                 block.norm_path is not None,
                 _depth(path, blocks),
                 is_frozen(block),
@@ -166,6 +170,11 @@ class Driver:
             if block.conv.weight.requires_grad or is_frozen(block) or block.rests or block.gates is not None
         ]
         return Observation(self.epoch, candidates, seen)
+
+    def synchronize(self) -> None:
+        """Share out among all ranks what each has observed, so that the state of one stands for all; call it on all before one saves."""
+        if self._saliency is not None:
+            self._saliency.share()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands; what was done to the model is in its journal."""
@@ -267,6 +276,13 @@ class _Saliency:
         self.sums += torch.where(counts, values, torch.zeros_like(values))
         self.steps += counts
 
+    def share(self) -> None:
+        """Let each rank have the mean of what all have."""
+        if self.sums is not None and self.steps is not None and _is_distributed():
+            for tensor in (self.sums, self.steps):
+                torch.distributed.all_reduce(tensor)
+                tensor /= torch.distributed.get_world_size()
+
     def means(self) -> dict[str, float]:
         """By site, over all steps and ranks."""
         if self.sums is None or self.steps is None:
@@ -319,15 +335,11 @@ def _depth(path: str, blocks: Mapping[str, RepBlock]) -> int:
     return sum(path.startswith(f"{block}.") for block in blocks)
 
 
-def _scales(block: RepBlock) -> dict[str, float]:
-    own = None if block.norm is None else block.norm.weight
-    if own is None:
+def _relative_scales(block: RepBlock) -> dict[str, float]:
+    own, *others = gammas_of(block).items()
+    if own[1] is None:
         return {}
-    norms = {name: branch.last_norm for name, branch in block.branches.items()}
-    gammas = {name: norm.weight for name, norm in norms.items() if norm is not None and norm.weight is not None}
-    means = [gamma.detach().abs().mean() for gamma in (own, *gammas.values())]
-    reference, *others = torch.stack(means).tolist()
-    return {name: mean / reference if reference else float("inf") for name, mean in zip(gammas, others)}
+    return {name: mean / own[1] if own[1] else math.inf for name, mean in others if mean is not None}
 
 
 def _is_affine(model: nn.Module, norm_path: str | None) -> bool:

@@ -47,6 +47,10 @@ class ExportError(RepfxError):
     """A model could not be exported, or what was exported computes something else."""
 
 
+class Interrupted(RepfxError):
+    """A signal has ended the work early; what is needed to go on is in a file."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without its full stop."""
     text = str(error).strip() or type(error).__name__

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,24 @@ import repfx
 from repfx.cost import count_macs, count_parameters, measure_latency
 from repfx.data import load_data
 from repfx.dataset import DataSet, DataSource, InputForm
-from repfx.errors import InvalidInput, UnknownName, first_line
-from repfx.journaling import Action
+from repfx.engine import accelerator_for
+from repfx.errors import Interrupted, InvalidInput, UnknownName
+from repfx.history import History
 from repfx.models import ModelReference, load_weights
 from repfx.notes import copy_of
 from repfx.onnx import export_onnx
-from repfx.run_folder import MODEL, RunFolder, Structure, spec_of
+from repfx.plain_values import flat, to_plain
+from repfx.predictions import Predictions, predict
+from repfx.recipe import Recipe
+from repfx.recipe_file import to_toml
+from repfx.run_folder import METRICS, MODEL, STATE, RunFolder, Structure, spec_of
 from repfx.schedule import SCHEDULES, Schedule
-from repfx.training import Predictions, Recipe, Step, predict, train
+from repfx.search import Search
+from repfx.training import Trained, Watcher, train
 
 _TEST_BATCH = 64
 _SPEC = "dbb"
+_MAY_DIFFER = {"data.root", "data.download", "training.device", "training.workers", "training.log_with"}
 
 
 @dataclass(frozen=True)
@@ -33,20 +40,33 @@ class Experiment:
 
     Args:
         spec: what the model is expanded with; or what `schedule` expands convs with, None for its own.
-        schedule: its name and options; the model then begins plain, and is changed while it trains.
+        schedule: its `name` and options; the model then begins plain, and is changed while it trains.
         weights: a file to begin from; then expanding preserves the function instead of starting as the papers do.
+        out: the folder of the run.
+        overwrite: whether an older run there is replaced.
+        resume: whether a run there is gone on with.
     """
 
     model: ModelReference = field(default_factory=lambda: ModelReference("torchvision:resnet18"))
     data: DataSource = field(default_factory=DataSource)
-    spec: str | None = None
-    schedule: str | None = None
-    schedule_options: Mapping[str, Any] = field(default_factory=dict)
-    recipe: Recipe = field(default_factory=Recipe)
-    out: Path = Path("runs/first")
-    overwrite: bool = False
+    spec: Any = None
+    schedule: Mapping[str, Any] | None = None
+    training: Recipe = field(default_factory=Recipe)
     weights: Path | None = None
     image_size: int | None = None
+    out: Path = Path("runs/first")
+    overwrite: bool = False
+    resume: bool = False
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What stands in the file of a recipe: all but where the run goes. Files are named from the root."""
+        found: dict[str, Any] = to_plain(replace(self, model=self.model.from_root, weights=_from_root(self.weights)))
+        return {key: value for key, value in found.items() if key not in ("out", "overwrite", "resume")}
+
+
+def _from_root(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
 
 
 @dataclass(frozen=True)
@@ -74,46 +94,48 @@ class Metrics:
         """Plain values, for JSON."""
         return asdict(self)
 
-
-@dataclass(frozen=True)
-class Watcher:
-    """Hears what goes on: one `on_stage` for each part of the work, `on_step` and `on_actions` while training."""
-
-    on_stage: Callable[[str], None] = lambda stage: None
-    on_step: Callable[[Step], None] = lambda step: None
-    on_actions: Callable[[int, Sequence[Action]], None] = lambda epoch, actions: None
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Metrics:
+        """The reverse of `as_dict`."""
+        return cls(**{**values, "cost": {name: Cost(**cost) for name, cost in values["cost"].items()}})
 
 
-def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics:
-    """Do it all and leave the files in `experiment.out`; the checkpoint stays there even if a later step fails.
+def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | None:
+    """Do it all and leave the files in `experiment.out`.
+
+    Returns:
+        What was measured; None in all processes but the first.
 
     Raises:
         RepfxError: something asked for can't be done; before the training wherever that can be known.
+        Interrupted: by a signal; `resume` goes on from there.
         OSError: a file can't be read or written.
     """
-    watcher = watcher or Watcher()
-    with RunFolder(experiment.out).new_run(overwrite=experiment.overwrite) as folder:
-        return _run(experiment, folder, watcher)
+    schedule, folder = _schedule(experiment), RunFolder(experiment.out)
+    if experiment.resume:
+        _require_same(experiment, folder)
+        if (folder.path / METRICS).is_file():
+            return Metrics.from_dict(folder.metrics)
+    with accelerator_for(
+        experiment.training, folder.logs, unused_parameters=isinstance(schedule, Search)
+    ) as accelerator:
+        if not accelerator.is_main_process:
+            accelerator.wait_for_everyone()  # until the folder is there
+            _train(experiment, schedule, folder, Watcher(), accelerator)
+            return None
+        with folder.new_run(overwrite=experiment.overwrite, resume=experiment.resume):
+            accelerator.wait_for_everyone()
+            return _run(experiment, schedule, folder, watcher or Watcher(), accelerator)
 
 
-def _run(experiment: Experiment, folder: RunFolder, watcher: Watcher) -> Metrics:
-    recipe, schedule = experiment.recipe, _schedule(experiment)
-    plain, data, reference = _prepare(experiment)
-    watcher.on_stage("expand")
-    spec = experiment.spec or _SPEC
-    if schedule is None:
-        expanded = repfx.expand(plain, spec_of(spec), preserve=experiment.weights is not None)
-    else:
-        expanded = copy_of(plain)
-    expanded = to_device(expanded, recipe.device)
-    watcher.on_stage("train")
-    trained = train(expanded, data, recipe, watcher.on_step, schedule, watcher.on_actions)
-    expanded = expanded.cpu().eval()
-    folder.clear()
+def _run(
+    experiment: Experiment, schedule: Schedule | None, folder: RunFolder, watcher: Watcher, accelerator: Any
+) -> Metrics:
+    trained, plain, data = _train(experiment, schedule, folder, watcher, accelerator)
+    expanded = trained.model.cpu()
     if trained.architecture is not None:
         folder.write_architecture(trained.architecture)
-    how = None if schedule is None else {"name": schedule.name, **asdict(schedule)}
-    folder.write_checkpoint(expanded, Structure(reference, None if how else spec, how, data.preparation))
+    folder.write_checkpoint(expanded)
     watcher.on_stage("fuse")
     x = torch.stack([data.test[i][0] for i in range(min(2, len(data.test)))])  # type: ignore[arg-type]
     fused = repfx.fuse(expanded)
@@ -121,55 +143,100 @@ def _run(experiment: Experiment, folder: RunFolder, watcher: Watcher) -> Metrics
     watcher.on_stage("export")
     exported = export_onnx(fused, folder.path / MODEL, x)
     watcher.on_stage("test")
-    forms = {"plain": plain.eval(), "expanded": expanded, "fused": fused}
+    forms = {"plain": plain.cpu().eval(), "expanded": expanded, "fused": fused}
     session = onnx_session(folder.path / MODEL)
     tests = {
-        name: predict(compute, data.test, _TEST_BATCH, recipe.workers)
+        name: predict(compute, data.test, _TEST_BATCH, experiment.training.workers)
         for name, compute in {"expanded": expanded, "fused": fused, "onnxruntime": session}.items()
     }
     watcher.on_stage("measure")
     errors = {"fused": equivalence.max_error, "onnxruntime": exported.max_error}
-    metrics = _metrics(trained.losses, tests, errors, forms, session, x[:1])
+    losses = [epoch.loss for epoch in trained.history.epochs if epoch.loss is not None]
+    metrics = _metrics(losses, tests, errors, forms, session, x[:1])
     folder.write_metrics(metrics.as_dict())
+    folder.forget_state()
     return metrics
+
+
+def _train(
+    experiment: Experiment, schedule: Schedule | None, folder: RunFolder, watcher: Watcher, accelerator: Any
+) -> tuple[Trained, nn.Module, DataSet]:
+    """In every process."""
+    plain, data, reference = _prepare(experiment)
+    watcher.on_stage("expand")
+    spec = experiment.spec or _SPEC
+    if schedule is None:
+        model = repfx.expand(plain, spec_of(spec), preserve=experiment.weights is not None)
+    else:
+        model = copy_of(plain)
+    how = None if schedule is None else {"name": schedule.name, **asdict(schedule)}
+    structure = Structure(reference, None if how else spec, how, data.preparation)
+    goes_on = experiment.resume and (folder.path / STATE).is_file()
+
+    def on_epoch(history: History) -> None:
+        if len(history.epochs) == 1 and not goes_on:
+            folder.begin(structure, to_toml(experiment.values))
+        folder.write_history(history)
+        watcher.on_epoch(history)
+
+    watcher.on_stage("train")
+    try:
+        trained = train(
+            model,
+            data,
+            experiment.training,
+            schedule,
+            watcher=replace(watcher, on_epoch=on_epoch),
+            plain=plain,
+            checkpoint=folder.path / STATE,
+            resume=experiment.resume,
+            accelerator=accelerator,
+        )
+    except Interrupted as error:
+        raise Interrupted(f"{error}; go on with: repfx train --resume --out {folder.path}") from error
+    return trained, plain, data
+
+
+def _require_same(experiment: Experiment, folder: RunFolder) -> None:
+    """Raise if the run in the folder was begun otherwise."""
+    begun = folder.recipe
+    if begun is None:
+        return
+    now, then = (flat(values) for values in (experiment.values, begun))
+    differing = [key for key in sorted({*now, *then}) if now.get(key) != then.get(key) and key not in _MAY_DIFFER]
+    if differing:
+        key = differing[0]
+        found = f"{key} = {then.get(key)!r}, and now it is {now.get(key)!r}"
+        raise InvalidInput(
+            f"the run in {str(folder.path)!r} was begun with {found}: leave it out, or --overwrite the run."
+        )
 
 
 def _schedule(experiment: Experiment) -> Schedule | None:
     if experiment.schedule is None:
-        if experiment.schedule_options:
-            raise InvalidInput("there are options for a schedule, and no schedule.")
         return None
-    if experiment.schedule not in SCHEDULES:
-        raise UnknownName("schedule", experiment.schedule, SCHEDULES)
+    options = dict(experiment.schedule)
+    name = options.pop("name", None)
+    if name is None:
+        raise InvalidInput("there are options for a schedule, and no schedule.")
+    if name not in SCHEDULES:
+        raise UnknownName("schedule", name, SCHEDULES)
     spec = {} if experiment.spec is None else {"spec": spec_of(experiment.spec)}
-    return SCHEDULES[experiment.schedule].over(experiment.recipe.epochs, **spec, **experiment.schedule_options)
+    return SCHEDULES[name].over(experiment.training.epochs, **spec, **options)
 
 
 def _prepare(experiment: Experiment) -> tuple[nn.Module, DataSet, ModelReference]:
     """The plain model and its data; the model gets as many classes as the data has, unless told otherwise."""
-    torch.manual_seed(experiment.recipe.seed)
-    to_device(nn.Linear(1, 1), experiment.recipe.device)
+    torch.manual_seed(experiment.training.seed)
     form = InputForm.of(experiment.model.build(), experiment.image_size)
     data = load_data(experiment.data, form)
     classes = experiment.model.num_classes or len(data.classes)
     reference = ModelReference(experiment.model.name, classes, experiment.model.options)
-    torch.manual_seed(experiment.recipe.seed)
+    torch.manual_seed(experiment.training.seed)
     plain = reference.build()
     if experiment.weights is not None:
         load_weights(plain, experiment.weights)
     return plain, data, reference
-
-
-def to_device(model: nn.Module, device: str) -> nn.Module:
-    """The model on a device.
-
-    Raises:
-        InvalidInput: there is no such device here.
-    """
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidInput(f"device {device!r} can't be used: {first_line(error)}.") from error
 
 
 def onnx_session(path: Path) -> Callable[[Tensor], Tensor]:

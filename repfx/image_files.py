@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Subset
 
-from repfx.dataset import DataSet, DataSource, InputForm, every_fifth
+from repfx.dataset import DataSet, DataSource, InputForm, PreparedImages, Stages, every_fifth, labels_of
 from repfx.errors import InvalidInput, first_line
 
 _SIZE = 224
@@ -26,15 +26,15 @@ def folder(path: Path, form: InputForm) -> DataSet:
     from torchvision.datasets import ImageFolder
 
     size = form.size or _SIZE
-    transform = _transform(form, size)
+    stages = _stages(form, size)
     test_folder = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
     try:
         if not (path / "train").is_dir() or test_folder is None:
-            images = ImageFolder(str(path), transform)
+            images = ImageFolder(str(path))
             test_mask = every_fifth(torch.tensor(images.targets))
             train, test = (Subset(images, mask.nonzero().flatten().tolist()) for mask in (~test_mask, test_mask))
-            return _checked(path, train, test, images.classes, size, form)
-        train_images, test_images = (ImageFolder(str(part), transform) for part in (path / "train", test_folder))
+            return _checked(path, train, test, images.classes, stages, form)
+        train_images, test_images = (ImageFolder(str(part)) for part in (path / "train", test_folder))
     except FileNotFoundError as error:
         raise InvalidInput(
             f"{str(path)!r} is no image folder (one folder of images per class): {first_line(error)}."
@@ -42,15 +42,16 @@ def folder(path: Path, form: InputForm) -> DataSet:
     if train_images.classes != test_images.classes:
         differing = sorted(set(train_images.classes) ^ set(test_images.classes))
         raise InvalidInput(f"{str(path)!r} has other classes for training than for testing: {', '.join(differing)}.")
-    return _checked(path, train_images, test_images, train_images.classes, size, form)
+    return _checked(path, train_images, test_images, train_images.classes, stages, form)
 
 
 def _checked(
-    path: Path, train: Dataset[Any], test: Dataset[Any], classes: list[str], size: int, form: InputForm
+    path: Path, train: Dataset[Any], test: Dataset[Any], classes: list[str], stages: Stages, form: InputForm
 ) -> DataSet:
     if not len(train) or not len(test):  # type: ignore[arg-type]
         raise InvalidInput(f"{str(path)!r} has too few images: a class needs five for one of them to be in the test.")
-    return DataSet(train, test, tuple(classes), _preparation(form, size))
+    prepared = PreparedImages(train, stages), PreparedImages(test, stages)
+    return DataSet(*prepared, tuple(classes), _preparation(form, stages))
 
 
 def torchvision_data(source: DataSource, form: InputForm) -> DataSet:
@@ -66,16 +67,16 @@ def torchvision_data(source: DataSource, form: InputForm) -> DataSet:
     if kind is None:
         forms = "digits, an image folder, an .npz file or a torchvision data set's name"
         raise InvalidInput(f"no data set {source.name!r}: it must be {forms}.")
-    parts = [_part(kind, source, train, None) for train in (True, False)]
-    size = form.size or _own_size(parts[0])
-    train, test = (_part(kind, source, is_train, _transform(form, size)) for is_train in (True, False))
-    classes = getattr(train, "classes", None) or _labels(train, test)
-    return DataSet(train, test, tuple(map(str, classes)), _preparation(form, size))
+    train, test = (_part(kind, source, is_train) for is_train in (True, False))
+    stages = _stages(form, form.size or _own_size(train))
+    classes = getattr(train, "classes", None) or range(1 + max(int(labels_of(part).max()) for part in (train, test)))
+    train, test = PreparedImages(train, stages), PreparedImages(test, stages)
+    return DataSet(train, test, tuple(map(str, classes)), _preparation(form, stages))
 
 
-def _part(kind: type[Any], source: DataSource, train: bool, transform: Any) -> Any:
+def _part(kind: type[Any], source: DataSource, train: bool) -> Any:
     parameters = inspect.signature(kind).parameters
-    options: dict[str, Any] = {"transform": transform}
+    options: dict[str, Any] = {}
     if "train" in parameters:
         options["train"] = train
     elif "split" in parameters:
@@ -97,34 +98,27 @@ def _own_size(images: Any) -> int:
     return int(width) if width == height else _SIZE
 
 
-def _labels(*parts: Any) -> list[int]:
-    return list(range(1 + max(int(label) for part in parts for _, label in part)))
-
-
-def _transform(form: InputForm, size: int) -> Any:
-    from torchvision import transforms
+def _stages(form: InputForm, size: int) -> Stages:
+    from torchvision.transforms import v2
 
     if form.dimensions != 2 or form.channels not in _MEANS:
         raise InvalidInput(
             f"image files have 1 or 3 channels and 2 axes; the model's first conv takes {form.channels} channels and "
             f"{form.dimensions} axes: give --data an .npz file."
         )
-    return transforms.Compose(
-        [
-            transforms.Grayscale(form.channels) if form.channels == 1 else _to_colour,
-            transforms.Resize(size),
-            transforms.CenterCrop(size),
-            transforms.ToTensor(),
-            transforms.Normalize(_MEANS[form.channels], _DEVIATIONS[form.channels]),
-        ]
+    colour = v2.Grayscale(form.channels) if form.channels == 1 else _to_colour
+    floats = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    normalize = v2.Compose(
+        [*floats, v2.Normalize(_MEANS[form.channels], _DEVIATIONS[form.channels]), v2.ToPureTensor()]
     )
+    return Stages((size, size), v2.Compose([colour, v2.Resize(size), v2.CenterCrop(size)]), normalize)
 
 
 def _to_colour(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def _preparation(form: InputForm, size: int) -> dict[str, Any]:
+def _preparation(form: InputForm, stages: Stages) -> dict[str, Any]:
     """What a pixel from 0 to 1 goes through."""
-    shape = [form.channels, size, size]
+    shape = [form.channels, *stages.size]
     return {"mean": list(_MEANS[form.channels]), "std": list(_DEVIATIONS[form.channels]), "shape": shape}

@@ -11,9 +11,9 @@ from itertools import groupby
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from repfx.experiment import Watcher
+from repfx.history import History
 from repfx.journaling import Action
-from repfx.training import Step
+from repfx.training import Step, Watcher
 
 _STAGES = {
     "expand": "expanding",
@@ -44,9 +44,7 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
         yield Watcher()
         return
     if not console.is_terminal:
-        yield Watcher(
-            on_actions=lambda epoch, actions: _tell(epoch, actions, partial(print, file=sys.stderr, flush=True))
-        )
+        yield Watcher(on_epoch=_Teller(partial(print, file=sys.stderr, flush=True)))
         return
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("loading", total=None, note="")
@@ -62,8 +60,23 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
             note = f"epoch {step.epoch}, loss {step.loss:.3f}"
             progress.update(task, completed=step.number, total=step.total, note=note)
 
-        say = partial(progress.console.print, markup=False)
-        yield Watcher(on_stage, on_step, lambda epoch, actions: _tell(epoch, actions, say))
+        yield Watcher(on_stage, on_step, _Teller(partial(progress.console.print, markup=False)))
+
+
+class _Teller:
+    """Tells what was done after each epoch, once; what was told before an interruption isn't told again."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self.say = say
+        self.told: int | None = None
+
+    def __call__(self, history: History) -> None:
+        epochs = history.epochs
+        if self.told is None and len(epochs) > 1:
+            self.told = len(epochs)
+        for entry in epochs[self.told or 0 :]:
+            _tell(entry.epoch, entry.actions, self.say)
+        self.told = len(epochs)
 
 
 def _tell(epoch: int, actions: Sequence[Action], say: Callable[[str], object]) -> None:

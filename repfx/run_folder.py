@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ from repfx.architecture import Architecture
 from repfx.branch import KINDS
 from repfx.errors import InvalidInput
 from repfx.heat_map import draw
+from repfx.history import History
 from repfx.models import ModelReference
+from repfx.recipe_file import read_recipe
 from repfx.spec import SpecLike
 
 CHECKPOINT, STRUCTURE, MODEL, METRICS = "checkpoint.safetensors", "structure.json", "model.onnx", "metrics.json"
 ARCHITECTURE, HEAT_MAP = "architecture.json", "architecture.png"
-_FILES = (METRICS, STRUCTURE, CHECKPOINT, MODEL, ARCHITECTURE, HEAT_MAP)
+RECIPE, HISTORY, STATE = "recipe.toml", "history.json", "state.safetensors"
+_FILES = (METRICS, STRUCTURE, CHECKPOINT, MODEL, ARCHITECTURE, HEAT_MAP, RECIPE, HISTORY, STATE)
 _FORMAT = 2
 
 
@@ -95,16 +99,17 @@ class RunFolder:
     path: Path
 
     @contextmanager
-    def new_run(self, *, overwrite: bool) -> Iterator[RunFolder]:
-        """Make the folder, free of an older run's files; if nothing is written into a new folder, it is removed again.
+    def new_run(self, *, overwrite: bool, resume: bool) -> Iterator[RunFolder]:
+        """Make the folder; if nothing is written into a new one, it is removed again.
 
         Raises:
-            InvalidInput: a run is there already and `overwrite` is not set.
+            InvalidInput: a run is there already and neither `overwrite` nor `resume` is set.
             OSError: the folder can't be made or written.
         """
         there = [name for name in _FILES if (self.path / name).exists()]
-        if there and not overwrite:
-            raise InvalidInput(f"{str(self.path)!r} holds a run already ({', '.join(there)}): --overwrite replaces it.")
+        if there and not (overwrite or resume):
+            advice = "--overwrite replaces it" + ("" if METRICS in there else ", --resume goes on with it")
+            raise InvalidInput(f"{str(self.path)!r} holds a run already ({', '.join(there)}): {advice}.")
         new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -113,10 +118,16 @@ class RunFolder:
         finally:
             _remove_empty(new)
 
+    @property
+    def logs(self) -> Path:
+        """Where a tracker writes."""
+        return self.path / "logs"
+
     def clear(self) -> None:
         """Remove an older run, its metrics first: they say that a run is complete."""
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.logs, ignore_errors=True)
 
     def write(self, name: str, fill: Callable[[Path], None]) -> None:
         """Let `fill` write a file, which appears under its name once it is whole."""
@@ -125,10 +136,23 @@ class RunFolder:
             fill(staged)
             staged.replace(self.path / name)
 
-    def write_checkpoint(self, model: nn.Module, structure: Structure) -> None:
-        """The training form, and what it was built from."""
+    def begin(self, structure: Structure, recipe: str) -> None:
+        """Remove an older run, and write down what this one is."""
+        self.clear()
+        self.write(RECIPE, lambda path: _write_text(path, recipe))
         self.write(STRUCTURE, lambda path: _write_text(path, structure.to_json() + "\n"))
+
+    def write_history(self, history: History) -> None:
+        """The epochs so far."""
+        self.write(HISTORY, lambda path: _write_text(path, history.to_json()))
+
+    def write_checkpoint(self, model: nn.Module) -> None:
+        """The training form at the end."""
         repfx.save(self.path / CHECKPOINT, model, random_state=False)
+
+    def forget_state(self) -> None:
+        """Remove what only an unfinished run needs."""
+        (self.path / STATE).unlink(missing_ok=True)
 
     def write_architecture(self, architecture: Architecture) -> None:
         """What a search has found, as JSON and as a picture."""
@@ -144,6 +168,24 @@ class RunFolder:
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """All numbers of the run; the last file."""
         self.write(METRICS, lambda path: _write_text(path, json.dumps(metrics, indent=2) + "\n"))
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Read from the folder."""
+        found: dict[str, Any] = json.loads((self.path / METRICS).read_text(encoding="utf-8"))
+        return found
+
+    @property
+    def history(self) -> History | None:
+        """The epochs so far; None if none was written down."""
+        path = self.path / HISTORY
+        return History.from_json(path.read_text(encoding="utf-8"), path) if path.is_file() else None
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """What the run was asked for; None if that wasn't written down."""
+        path = self.path / RECIPE
+        return read_recipe(path) if path.is_file() else None
 
     @property
     def structure(self) -> Structure:

@@ -1,45 +1,44 @@
-"""A plain training loop: AdamW, a learning rate that rises and falls once, and what a classifier predicts."""
+"""`train`: trains a model on a data set as a recipe says, in one process or many, and goes on where it was interrupted."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
 import repfx
 from repfx.architecture import Architecture
-from repfx.dataset import DataSet, Images, every
-from repfx.errors import InvalidInput, RepfxError, first_line
+from repfx.branch_scales import gammas_in
+from repfx.cost import count_macs, count_parameters
+from repfx.dataset import DataSet, Images, every, labels_of, part_of
+from repfx.engine import accelerator_for
+from repfx.errors import Interrupted, InvalidInput, RepfxError
+from repfx.history import Epoch, History
+from repfx.interruption import noticed_signals
 from repfx.journaling import Action
+from repfx.learning_rate import share_of_rate
+from repfx.loss import loss_of
+from repfx.optimizers import make_optimizer
+from repfx.place import Place
+from repfx.plain_values import flat, to_plain
+from repfx.predictions import check_fit, logits_of, mean_log_likelihood
+from repfx.recipe import Recipe
 from repfx.schedule import Schedule, Unchanged
 from repfx.search import Search
+from repfx.seeds import seed_of
+from repfx.supply import Supply
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. `learning_rate` is the highest of the cycle."""
-
-    epochs: int = 5
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.01
-    seed: int = 0
-    device: str = "cpu"
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        for name, lowest in (("epochs", 1), ("batch_size", 2), ("workers", 0)):
-            if getattr(self, name) < lowest:
-                raise InvalidInput(f"{name} is {getattr(self, name)}; it must be at least {lowest}.")
-        if not 0 < self.learning_rate < math.inf:
-            raise InvalidInput(f"learning_rate is {self.learning_rate}; it must be a positive number.")
+_STEPS_BETWEEN_LOOKS = 10  # at the loss, where a look makes the host wait for the device
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,26 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What training gives beside the model: the mean loss of each epoch, and what a search has found."""
+class Watcher:
+    """Hears what goes on: `on_stage` for each part of the work, the others while training."""
 
-    losses: list[float]
+    on_stage: Callable[[str], None] = lambda stage: None
+    on_step: Callable[[Step], None] = lambda step: None
+    on_epoch: Callable[[History], None] = lambda history: None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training ends with.
+
+    Args:
+        model: in eval mode; the averaged one, if there is an average.
+        history: epoch by epoch.
+        architecture: what a search has found.
+    """
+
+    model: nn.Module
+    history: History
     architecture: Architecture | None
 
 
@@ -64,55 +79,245 @@ def train(
     model: nn.Module,
     data: DataSet,
     recipe: Recipe,
-    on_step: Callable[[Step], None] = lambda step: None,
     schedule: Schedule | None = None,
-    on_actions: Callable[[int, Sequence[Action]], None] = lambda epoch, actions: None,
+    *,
+    watcher: Watcher | None = None,
+    plain: nn.Module | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    accelerator: Any = None,
 ) -> Trained:
-    """Train a model in place on a data set. Equal seeds give equal weights.
+    """Train a model in place on a data set. Equal seeds give equal weights, also after an interruption.
 
     Args:
         schedule: changes the model's structure on the way; the learning rate begins anew with each of its cycles. If it scores candidates,
             it does so on every tenth training image of each class, on which the model is then not trained.
-        on_actions: hears what was changed at a time, and after how many epochs.
+        watcher: hears of each step and epoch, in the first process.
+        plain: what the history compares costs with; None is the model as it is given.
+        checkpoint: the file that holds the state of the run, written after each epoch and when the run is interrupted.
+        resume: whether to go on from that file if it is there.
+        accelerator: the process that this is, as `accelerator_for` gives it; None sets one up.
 
     Raises:
-        InvalidInput: the model doesn't take the images or gives no logits for their classes.
+        InvalidInput: the model doesn't take the images or gives no logits for their classes, or the recipe can't be followed here.
         RepfxError: the loss is no longer finite.
+        Interrupted: by SIGINT or SIGTERM; the state is in the checkpoint.
     """
-    check_fit(model, data, recipe.device)
-    images, score = data.train, None
-    if isinstance(schedule, Search) and schedule.needs_score:
-        images, held_out = hold_out(images)
-        score = partial(mean_log_likelihood, images=held_out, batch_size=recipe.batch_size, device=recipe.device)
-    loader = _training_batches(images, recipe)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
-    total = recipe.epochs * len(loader)
-    driver = repfx.Driver(
-        model, optimizer, schedule or Unchanged(), calibrate=loader, steps_per_epoch=len(loader), score=score
-    )
-    on_actions(0, [action for _, action in driver.history])
-    cycle = (driver.schedule.cycle or recipe.epochs) * len(loader)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: share_of_rate(done % cycle, cycle))
-    losses, number = [], 0
-    for epoch in range(1, recipe.epochs + 1):
-        model.train()
-        sum_of_losses = 0.0
-        for x, y in loader:
-            loss = _step(model, x.to(recipe.device), y.to(recipe.device), optimizer, driver)
-            rates.step()
-            number += 1
-            if not math.isfinite(loss):
-                raise RepfxError(
-                    f"the loss is {loss} in epoch {epoch}: try a lower learning rate than {recipe.learning_rate}."
-                )
-            sum_of_losses += loss
-            on_step(Step(number, total, epoch, loss))
-        losses.append(sum_of_losses / len(loader))
-        on_actions(epoch, driver.after_epoch())
-    model.eval()
-    return Trained(losses, None if driver.search is None else driver.search.architecture)
+    with ExitStack() as stack:
+        if accelerator is None:
+            unused = isinstance(schedule, Search)
+            accelerator = stack.enter_context(accelerator_for(recipe, unused_parameters=unused))
+        run = _Training(model, data, recipe, schedule or Unchanged(), accelerator, watcher or Watcher(), plain or model)
+        if checkpoint is not None and resume and checkpoint.is_file():
+            run.load(checkpoint)
+        return run.go(checkpoint, stack.enter_context(noticed_signals()))
+
+
+class _Training:
+    """A training on its way."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: DataSet,
+        recipe: Recipe,
+        schedule: Schedule,
+        accelerator: Any,
+        watcher: Watcher,
+        plain: nn.Module,
+    ) -> None:
+        _require_possible(recipe, schedule)
+        self.recipe, self.place = recipe, Place(accelerator, recipe)
+        self.accelerator = accelerator
+        self.watcher = watcher if self.place.is_first else Watcher()
+        self.model, self.data = self.place.put(model), data
+        self.place.put(plain)
+        check_fit(model, data, self.place.device)
+        images, score = data.train, None
+        if isinstance(schedule, Search) and schedule.needs_score:
+            images, held_out = hold_out(images)
+            size, device = recipe.batch_size, self.place.device
+            score = partial(mean_log_likelihood, images=held_out, batch_size=size, device=device)
+        self.supply = Supply(images, recipe, self.place)
+        self.steps = self.supply.steps
+        self.mix = recipe.augmentation.of_batch(len(data.classes))
+        self.loss = loss_of(recipe, len(data.classes), self.place.put)
+        self.optimizer = make_optimizer(model, recipe, self.place.device)
+        self.average = _average(model, recipe.average) if recipe.average else None
+        self.progress = _Progress()
+        before = self._cost(plain)
+        self.driver = repfx.Driver(
+            model,
+            self.optimizer,
+            schedule,
+            calibrate=self.supply,
+            ema=self.average,
+            scaler=accelerator.scaler,
+            steps_per_epoch=self.steps,
+            score=score,
+        )
+        self.history = History(
+            (Epoch(0, None, None, None, None, None, *before, self._last_actions(), gammas_in(model)),)
+        )
+
+    def go(self, checkpoint: Path | None, stopping: Callable[[], bool]) -> Trained:
+        """Train to the end."""
+        self._prepare()
+        if self.recipe.log_with:
+            self.accelerator.init_trackers("repfx", config=_loggable(self.recipe))
+        self.watcher.on_epoch(self.history)
+        while self.progress.epoch < self.recipe.epochs:
+            for x, y in self._rest_of_epoch():
+                self._step(x, y)
+                if self.place.agree(stopping()):
+                    self.save(checkpoint)
+                    raise Interrupted(f"stopped in epoch {self.progress.epoch + 1} after step {self.progress.step}")
+            self._end_epoch()
+            self.save(checkpoint)
+        if self.place.agree(stopping()):
+            raise Interrupted("stopped after the last epoch")
+        search = self.driver.search
+        model = self.model if self.average is None else self.average.module
+        return Trained(model.eval(), self.history, None if search is None else search.architecture)
+
+    def _prepare(self) -> None:
+        """What runs in training; made anew when the structure has changed."""
+        self.net = self.place.wrap(self.model)
+        self.stepper = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
+
+    # ---- a step
+
+    def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self._began = time.perf_counter()
+        self.model.train()
+        yield from self.supply.loader(self.progress.epoch, self.progress.step)
+
+    def _step(self, x: Tensor, y: Tensor) -> None:
+        number = self.progress.epoch * self.steps + self.progress.step
+        torch.manual_seed(seed_of(self.recipe.seed, self.place.process, number))
+        x, labels = self.mix(self.place.bring(x), self.place.bring(y))
+        self._set_rate(number)
+        self.optimizer.zero_grad()
+        loss = torch.zeros((), device=self.place.device)
+        for share in self.driver.shares():
+            with self.accelerator.autocast():
+                logits = self.net(x)
+            part = share * self.loss(logits.float(), x, labels)
+            self.accelerator.backward(part)
+            loss += part.detach()
+        self.driver.after_backward()
+        if self.recipe.clip:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.stepper.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.progress.step += 1
+        self.progress.sum_of_losses = self.progress.sum_of_losses + loss
+        if self.place.device.type == "cpu" or number % _STEPS_BETWEEN_LOOKS == 0:
+            self._tell(number, loss.item())
+
+    def _set_rate(self, number: int) -> None:
+        recipe, steps = self.recipe, self.steps
+        cycle = (self.driver.schedule.cycle or recipe.epochs) * steps
+        share = share_of_rate(
+            number % cycle,
+            cycle,
+            shape=recipe.rates,
+            warm_up=None if recipe.warm_up is None else round(recipe.warm_up * steps),
+            steps_down=[epoch * steps for epoch in recipe.milestones],
+            factor=recipe.milestone_factor,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * share
+
+    def _tell(self, number: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            epoch, rate = self.progress.epoch + 1, self.recipe.learning_rate
+            raise RepfxError(f"the loss is {loss} in epoch {epoch}: try a lower learning rate than {rate}.")
+        self.watcher.on_step(Step(number + 1, self.recipe.epochs * self.steps, self.progress.epoch + 1, loss))
+
+    # ---- an epoch
+
+    def _end_epoch(self) -> None:
+        progress = self.progress
+        loss = float(progress.sum_of_losses) / self.steps
+        self._tell((progress.epoch + 1) * self.steps - 1, loss)
+        tested = (progress.epoch + 1) % self.recipe.test_every == 0 or progress.epoch + 1 == self.recipe.epochs
+        accuracy = self._accuracy(self.model) if tested else None
+        average = self._accuracy(self.average.module) if tested and self.average is not None else None
+        cost, gammas = self._cost(self.model), gammas_in(self.model)
+        self.supply.epoch += 1
+        if self.driver.after_epoch():
+            self._prepare()
+        seconds = progress.seconds + time.perf_counter() - self._began
+        rate = self.optimizer.param_groups[0]["lr"]
+        number = progress.epoch + 1
+        entry = Epoch(number, loss, accuracy, average, rate, seconds, *cost, self._last_actions(), gammas)
+        self.history = History((*self.history.epochs, entry))
+        self.progress = _Progress(number)
+        self.watcher.on_epoch(self.history)
+        self._log(entry)
+
+    def _last_actions(self) -> tuple[Action, ...]:
+        return tuple(action for epoch, action in self.driver.history if epoch == self.driver.epoch)
+
+    def _log(self, entry: Epoch) -> None:
+        values = {"loss": entry.loss, "accuracy": entry.accuracy, "accuracy of the average": entry.ema_accuracy}
+        values |= {"learning rate": entry.learning_rate, "parameters": entry.parameters, "MACs": entry.macs}
+        self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=entry.epoch)
+
+    def _accuracy(self, model: nn.Module) -> float:
+        """Over the test images, which the processes share."""
+        count = len(self.data.test)  # type: ignore[arg-type]
+        own = Subset(self.data.test, range(self.place.process, count, self.place.processes))
+        right = torch.zeros((), dtype=torch.long, device=self.place.device)
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            for x, y in DataLoader(own, self.recipe.batch_size, num_workers=self.recipe.workers):
+                right += (logits_of(model(self.place.bring(x))).argmax(1) == self.place.bring(y)).sum()
+        model.train(training)
+        return int(self.accelerator.reduce(right)) / count
+
+    def _cost(self, model: nn.Module) -> tuple[int, int]:
+        return count_parameters(model), count_macs(model, self.place.bring(self.data.test[0][0][None]))
+
+    # ---- checkpoints
+
+    def save(self, path: Path | None) -> None:
+        """Write all that the run needs to go on, if there is a file for it."""
+        if path is None:
+            return
+        self.driver.synchronize()
+        if self.place.is_first:
+            seconds = self.progress.seconds + time.perf_counter() - self._began if self.progress.step else 0.0
+            sum_of_losses, history = float(self.progress.sum_of_losses), self.history.to_json()
+            state = asdict(self.progress) | {"seconds": seconds, "sum_of_losses": sum_of_losses, "history": history}
+            repfx.save(
+                path, self.model, self.optimizer, self.driver, random_state=False, progress=state, **self._parts()
+            )
+        self.accelerator.wait_for_everyone()
+
+    def load(self, path: Path) -> None:
+        """The reverse of `save`."""
+        state: dict[str, Any] = {}
+        repfx.load(path, self.model, self.optimizer, self.driver, random_state=False, progress=state, **self._parts())
+        self.history = History.from_json(state.pop("history"), path)
+        self.progress = _Progress(**state)
+        self.supply.epoch = self.progress.epoch
+
+    def _parts(self) -> dict[str, Any]:
+        return {} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler}
+
+
+@dataclass
+class _Progress:
+    """How far the training has come: whole epochs, and steps of the next one."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    sum_of_losses: float | Tensor = 0.0
 
 
 def hold_out(images: Images) -> tuple[Images, Images]:
@@ -121,118 +326,27 @@ def hold_out(images: Images) -> tuple[Images, Images]:
     Raises:
         InvalidInput: there are too few.
     """
-    labels = torch.tensor([int(images[index][1]) for index in range(len(images))])  # type: ignore[arg-type]
-    chosen = every(10, labels)
+    chosen = every(10, labels_of(images))
     if not chosen.any():
         raise InvalidInput("there are fewer than 10 training images of each class: too few to score candidates on.")
-    return Subset(images, (~chosen).nonzero().flatten().tolist()), Subset(images, chosen.nonzero().flatten().tolist())
+    kept, held_out = ((mask).nonzero().flatten().tolist() for mask in (~chosen, chosen))
+    return part_of(images, kept), part_of(images, held_out)
 
 
-@torch.no_grad()
-def mean_log_likelihood(net: nn.Module, images: Images, batch_size: int, device: str) -> float:
-    """Of the true classes, over images; finer than accuracy, where candidates are nearly alike."""
-    total, count = 0.0, 0
-    for x, y in DataLoader(images, batch_size):
-        total -= F.cross_entropy(logits_of(net(x.to(device))), y.to(device), reduction="sum").item()
-        count += len(y)
-    return total / count
+def _average(model: nn.Module, decay: float) -> AveragedModel:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
-def share_of_rate(done: int, total: int) -> float:
-    """What part of the highest learning rate a step has: linearly up for a fifth of the steps, then a cosine down.
-
-    >>> [round(share_of_rate(done, 10), 2) for done in range(10)]
-    [0.5, 1.0, 1.0, 0.96, 0.85, 0.69, 0.5, 0.31, 0.15, 0.04]
-    """
-    warm_up = max(1, total // 5)
-    if done < warm_up:
-        return (done + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / max(1, total - warm_up)))
+def _loggable(recipe: Recipe) -> dict[str, Any]:
+    return {
+        key: value if isinstance(value, (int, float, str)) else str(value)
+        for key, value in flat(to_plain(recipe)).items()
+    }
 
 
-def _training_batches(images: Images, recipe: Recipe) -> DataLoader[Any]:
-    count = len(images)  # type: ignore[arg-type]
-    if count < 2:
-        raise InvalidInput(f"there are {count} images to train on; BatchNorm needs at least 2.")
-    return DataLoader(
-        images,
-        recipe.batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(recipe.seed),
-        drop_last=count % recipe.batch_size == 1,  # BatchNorm can't train on a batch of one
-        num_workers=recipe.workers,
-    )
-
-
-def _step(model: nn.Module, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, driver: repfx.Driver) -> float:
-    optimizer.zero_grad()
-    total = 0.0
-    for share in driver.shares():
-        loss = share * F.cross_entropy(logits_of(model(x)), y)
-        loss.backward()
-        total += loss.item()
-    driver.after_backward()
-    optimizer.step()
-    return total
-
-
-def logits_of(output: Any) -> Tensor:
-    """The main output of a classifier, which may come in a tuple or a dict with auxiliary ones."""
-    if isinstance(output, Mapping):
-        output = output.get("out", next(iter(output.values()), None))
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise InvalidInput(f"the model is no classifier: its output is {found}, not (images, classes).")
-    return output
-
-
-def check_fit(model: nn.Module, data: DataSet, device: str) -> None:
-    """Run one image in eval mode.
-
-    Raises:
-        InvalidInput: the model doesn't take the images or gives no logits for their classes.
-    """
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = logits_of(model(data.test[0][0][None].to(device)))
-    except InvalidInput:
-        raise
-    except Exception as error:
-        advice = "the model may need another --image-size"
+def _require_possible(recipe: Recipe, schedule: Schedule) -> None:
+    if recipe.compile and isinstance(schedule, Search):
+        name = type(schedule).__name__
         raise InvalidInput(
-            f"the model fails on an image {data.example_shape} ({first_line(error)}): {advice}."
-        ) from error
-    if logits.shape[1] < len(data.classes):
-        raise InvalidInput(
-            f"the model gives {logits.shape[1]} classes, the data has {len(data.classes)}: set --num-classes."
+            f"{name} opens other gates in each step, for which torch.compile would compile anew: leave it out."
         )
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Predicted classes and the true ones, `(images,)` each."""
-
-    predicted: Tensor
-    labels: Tensor
-
-    @property
-    def accuracy(self) -> float:
-        """Fraction that is right."""
-        return (self.predicted == self.labels).double().mean().item()
-
-    def flips(self, other: Predictions) -> int:
-        """How many images the other predicts differently."""
-        return int((self.predicted != other.predicted).sum())
-
-
-def predict(compute: Callable[[Tensor], Any], images: Images, batch_size: int, workers: int = 0) -> Predictions:
-    """Run a classifier over images: anything that maps a batch to logits."""
-    predicted, labels = [], []
-    with torch.no_grad():
-        for x, y in DataLoader(images, batch_size, num_workers=workers):
-            predicted.append(logits_of(compute(x)).argmax(1).cpu())
-            labels.append(y)
-    return Predictions(torch.cat(predicted), torch.cat(labels))

@@ -42,6 +42,17 @@ def step(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
 
 
+def test_an_optimizer_that_can_not_take_up_new_parameters_is_refused_before_anything_changes() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
+    step(model, optimizer)
+    with pytest.raises(InvalidInput, match="leave out fused=True"), carry(model, optimizer):
+        repfx.expand(model, "acb", inplace=True)
+    assert not repfx.journal(model)
+    with pytest.raises(InvalidInput, match="leave out fused=True"):
+        repfx.Driver(model, optimizer, repfx.schedules.DyRep(), calibrate=[X])
+
+
 def names_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[set[str]]:
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [{names[parameter] for parameter in group["params"]} for group in optimizer.param_groups]

@@ -22,7 +22,7 @@ from repfx.dataset import DataSource, InputForm
 from repfx.errors import ExportError
 from repfx.journaling import ACTIONS
 from repfx.rule import PASSES
-from repfx.run_folder import ARCHITECTURE, CHECKPOINT, HEAT_MAP, METRICS, MODEL, STRUCTURE, RunFolder
+from repfx.run_folder import ARCHITECTURE, CHECKPOINT, HEAT_MAP, HISTORY, METRICS, MODEL, RECIPE, STRUCTURE, RunFolder
 from repfx.schedule import SCHEDULES
 from repfx.search import Search
 from repfx.spec import PRESETS
@@ -64,8 +64,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- train ----------------------------------------------------------------------------------------------------------
 
 
-def test_train_leaves_the_four_files_and_nothing_else(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == {CHECKPOINT, STRUCTURE, MODEL, METRICS}
+def test_train_leaves_its_files_and_nothing_else(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {CHECKPOINT, STRUCTURE, MODEL, METRICS, RECIPE, HISTORY}
 
 
 def test_train_learns_and_fusing_changes_no_prediction(finished: Path) -> None:
@@ -143,6 +143,48 @@ def test_train_with_a_schedule_tells_each_change_and_verifies_the_end(  # type: 
     assert again.code == 0, again.err
 
 
+def test_a_recipe_gives_the_same_run_again(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    assert repfx_command("train", "--recipe", finished / RECIPE, "--out", tmp_path / "again").code == 0
+    assert (tmp_path / "again" / CHECKPOINT).read_bytes() == (finished / CHECKPOINT).read_bytes()
+    assert (tmp_path / "again" / RECIPE).read_text() == (finished / RECIPE).read_text()
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from repfx.cli import main; main(sys.argv[1:])",
+        *TRAIN,
+        "--out",
+        str(out),
+    ]
+    interrupt = "import signal; from repfx import training; tell = training._Training._tell\n"
+    interrupt += (
+        "def stop(run, number, loss): tell(run, number, loss); number == 15 and signal.raise_signal(signal.SIGINT)\n"
+    )
+    interrupt += "training._Training._tell = stop\n"
+    stopped = subprocess.run([*command[:2], interrupt + command[2], *command[3:]], capture_output=True, text=True)
+    assert stopped.returncode == 130, stopped.stderr
+    advice = f"go on with: repfx train --resume --out {out}"
+    assert stopped.stderr == f"repfx: stopped in epoch 2 after step 4; {advice}\n"
+    with pytest.raises(SystemExit) as done:
+        main(["train", "--resume", "--out", str(out), "--json"])
+    assert not done.value.code
+    assert (out / CHECKPOINT).read_bytes() == (finished / CHECKPOINT).read_bytes()
+    assert {path.name for path in out.iterdir()} == {path.name for path in finished.iterdir()}
+
+
+def test_a_finished_run_is_not_run_again_and_not_changed(finished: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    before = (finished / METRICS).read_bytes()
+    outcome = repfx_command("train", "--resume", "--out", finished, "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out) == json.loads(before)
+    refused = repfx_command("train", "--resume", "--out", finished, "--epochs", 3)
+    assert "was begun with training.epochs = 2, and now it is 3" in refused.err
+    assert (finished / METRICS).read_bytes() == before
+
+
 def test_options_of_a_schedule_are_its_own(tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     options = ("--schedule", "dyrep", "--schedule-option", "metric=snip", "--schedule-option", "drop=false")
     assert repfx_command(*TRAIN, *options, "--epochs", 2, "--out", tmp_path).code == 0
@@ -167,6 +209,15 @@ def test_options_of_a_schedule_are_its_own(tmp_path: Path, repfx_command) -> Non
         (["--option", "depth=3"], "can't be built: TypeError"),
         (["--weights", "no/such/file.pt"], "No such file"),
         (["--learning-rate", "-1"], "must be a positive number"),
+        (["--recipe", "vgg"], "no recipe (a name, or a file that ends in .toml) 'vgg'"),
+        (["--set", "training.epoch=1"], "no key in training 'epoch'; did you mean 'epochs'?"),
+        (["--set", "training.clip=high"], "training.clip is 'high'; it must be a number"),
+        (["--mixed-precision", "fp8"], "no mixed_precision 'fp8'"),
+        (["--log-with", "paper"], "no tracker 'paper'"),
+        (
+            ["--set", "training.augmentation.flip=0.5", "--set", "training.augmentation.auto_augment=rand"],
+            "needs pictures of bytes",
+        ),
     ],
 )
 def test_what_train_can_not_do_is_one_line_and_leaves_nothing(  # type: ignore[no-untyped-def]

@@ -36,7 +36,7 @@ def test_the_digits_are_standardized_by_the_training_images() -> None:
     images = stacked(data.train)
     assert images.mean().item() == pytest.approx(0, abs=1e-5)
     assert images.std(correction=0).item() == pytest.approx(1, abs=1e-4)
-    raw = images[0] * data.preparation["std"] + data.preparation["mean"]
+    raw = images[0] * data.preparation["std"][0] + data.preparation["mean"][0]
     assert torch.allclose(raw, raw.round(), atol=1e-4)
     assert raw.max() <= 16.001
 

@@ -1,0 +1,5 @@
+"""`python -m repfx`, which launchers of several processes need: ``torchrun --nproc-per-node 2 -m repfx train``."""
+
+from repfx.cli import main
+
+main()

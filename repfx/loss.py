@@ -1,0 +1,50 @@
+"""What a training makes smaller: cross entropy, with the labels and maybe a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from repfx.distillation import distillation_loss
+from repfx.errors import InvalidInput
+from repfx.models import ModelReference, load_weights
+from repfx.predictions import logits_of
+from repfx.recipe import Recipe
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of logits, images and labels
+
+
+def loss_of(recipe: Recipe, classes: int, placed: Callable[[nn.Module], nn.Module]) -> Loss:
+    """The recipe's.
+
+    Args:
+        classes: how many there are; a teacher gets as many.
+        placed: puts a teacher on the device.
+
+    Raises:
+        InvalidInput: the teacher can't be built, or its weights don't fit.
+    """
+    smoothing = recipe.label_smoothing
+    if recipe.distillation is None:
+        return lambda logits, x, labels: F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    known = recipe.distillation
+    reference = ModelReference(known.teacher.name, known.teacher.num_classes or classes, known.teacher.options)
+    teacher = reference.build()
+    load_weights(teacher, Path(known.weights))
+    teacher = placed(teacher).eval().requires_grad_(False)
+
+    def loss(logits: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            told = logits_of(teacher(x)).float()
+        if told.shape != logits.shape:
+            found = f"{told.shape[1]} classes, and the model {logits.shape[1]}"
+            raise InvalidInput(f"the teacher {known.teacher.name!r} tells apart {found}: they must be as many.")
+        return distillation_loss(
+            logits, told, labels, alpha=known.alpha, temperature=known.temperature, label_smoothing=smoothing
+        )
+
+    return loss

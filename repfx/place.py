@@ -1,0 +1,67 @@
+"""`Place`: where a model is trained, and in which form it runs there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repfx.predictions import logits_of
+from repfx.recipe import Recipe
+
+
+class Place:
+    """One process of a training.
+
+    Args:
+        accelerator: as `repfx.engine.accelerator_for` gives it.
+    """
+
+    def __init__(self, accelerator: Any, recipe: Recipe) -> None:
+        self.accelerator = accelerator
+        self.channels_last = recipe.channels_last
+        self.compile = recipe.compile
+        self.device: torch.device = accelerator.device
+        self.process, self.processes = accelerator.process_index, accelerator.num_processes
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes files."""
+        return bool(self.accelerator.is_main_process)
+
+    def put(self, model: nn.Module) -> nn.Module:
+        """A model onto the device, in place."""
+        model = model.to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+
+    def bring(self, x: Tensor) -> Tensor:
+        """Images or labels to the device."""
+        x = x.to(self.device, non_blocking=True)
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """What gives the logits in training, in all processes and compiled if that is asked for; the model itself is left as it is."""
+        self.accelerator.free_memory()
+        net: nn.Module = self.accelerator.prepare_model(_Logits(self.put(model)))
+        if self.compile:
+            torch.compiler.reset()
+            net = torch.compile(net)  # type: ignore[assignment]
+        return net
+
+    def agree(self, wish: bool) -> bool:
+        """Whether any process wishes it."""
+        if self.processes == 1:
+            return wish
+        if wish:
+            self.accelerator.set_trigger()
+        return bool(self.accelerator.check_trigger())
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits_of(self.model(x))

@@ -1,0 +1,44 @@
+"""`Supply`: the batches that one process trains on, epoch by epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from repfx.augmentation import AugmentedImages
+from repfx.batches import Batches
+from repfx.dataset import Images
+from repfx.place import Place
+from repfx.recipe import Recipe
+
+
+class Supply:
+    """Batches of images, varied as the recipe says; to iterate over it gives those of the epoch that comes next."""
+
+    def __init__(self, images: Images, recipe: Recipe, place: Place) -> None:
+        self.images = recipe.augmentation.of_images(images, recipe.seed)
+        self.recipe = recipe
+        self.place = place
+        self.epoch = 0
+        self.steps = self._batches(0, 0).steps
+
+    def loader(self, epoch: int, begin: int = 0) -> DataLoader[Any]:
+        """The batches of an epoch, from a step on."""
+        if isinstance(self.images, AugmentedImages):
+            self.images.epoch = epoch
+        return DataLoader(
+            self.images,
+            batch_sampler=self._batches(epoch, begin),
+            num_workers=self.recipe.workers,
+            pin_memory=self.place.device.type == "cuda",
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader(self.epoch))
+
+    def _batches(self, epoch: int, begin: int) -> Batches:
+        count = len(self.images)  # type: ignore[arg-type]
+        process, processes = self.place.process, self.place.processes
+        return Batches(count, self.recipe.batch_size, self.recipe.seed, epoch, process, processes, begin)

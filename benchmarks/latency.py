@@ -30,6 +30,7 @@ import repfx
 from benchmarks._comparison import Measurement, compare
 from benchmarks._record import machine, write
 from repfx.cost import count_macs, measure_times
+from repfx.free_axes import FreeAxes
 from repfx.onnx_program import write_program
 from repfx.testing import randomize_batch_norm, relative_error
 
@@ -99,7 +100,7 @@ def in_onnxruntime(models: Mapping[str, nn.Module], x: Tensor, folder: Path) -> 
     calls: dict[str, Callable[[], Any]] = {}
     for name, model in models.items():
         file = folder / f"{name}.onnx"
-        write_program(copy.deepcopy(model), x, file, batched=[], opset=None, outputs=["output"])
+        write_program(copy.deepcopy(model), x, file, free=FreeAxes(), opset=None, outputs=["output"])
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         calls[name] = partial(session.run, None, {session.get_inputs()[0].name: x.numpy()})
     return calls

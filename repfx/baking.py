@@ -17,6 +17,22 @@ def float64_like(weight: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.float64, device="cpu" if weight.device.type == "mps" else weight.device)
 
 
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in another dtype, rounded once, where torch takes float64 to float16 by way of float32 and so rounds twice.
+
+    Float32 is rounded to odd, which tells the second rounding of each tie on which side of it the number was (Boldo and Melquiond, 2008).
+
+    >>> rounded(torch.tensor(1 + 2**-11 + 2**-30, dtype=torch.float64), torch.float16).item()
+    1.0009765625
+    """
+    if x.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):
+        return x.to(dtype)
+    near = x.float()
+    other = torch.nextafter(near, torch.where(x > near, torch.inf, -torch.inf).float())
+    keep = (near.double() == x) | (near.view(torch.int32) % 2 == 1)
+    return torch.where(keep, near, other).to(dtype)
+
+
 def conv_from_kernel(kernel: Kernel, template: Layer, path: str) -> nn.Module:
     """A plain conv or linear layer with this kernel, rounded once to the dtype of `template`, on its device.
 
@@ -28,12 +44,13 @@ def conv_from_kernel(kernel: Kernel, template: Layer, path: str) -> nn.Module:
         value = getattr(kernel, name)
         if value is None:
             continue
-        tensor = value.detach().to(template.weight.device, template.weight.dtype)
+        tensor = rounded(value.detach(), template.weight.dtype).to(template.weight.device)
         if tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
             raise InvalidInput(
                 f"the merged {name} of {path!r} is not finite in {tensor.dtype}; look for NaN or Inf in the model."
             )
-        laid_out = tensor.contiguous(memory_format=_memory_format(tensor, template.weight))
+        # Copied: `contiguous` keeps odd strides over axes of one, by which torch takes what a 1×1 conv gives out for channels last.
+        laid_out = torch.empty_like(tensor, memory_format=_memory_format(tensor, template.weight)).copy_(tensor)
         setattr(conv, name, nn.Parameter(laid_out, requires_grad=template.weight.requires_grad))
     return conv
 

@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import os
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from repfx.baking import rounded
 from repfx.difference import Difference, count_numbers, differences, leaves, worst
 from repfx.equivalence import TOLERANCES
 from repfx.errors import ExportError, InvalidInput, first_line
+from repfx.free_axes import AxisNames, FreeAxes, tensors_of
 from repfx.module_tree import require_module
-from repfx.onnx_program import quiet, reason, write_program
+from repfx.onnx_file import OnnxFile, Value, open_session, package, require_packages, runtime_reason
+from repfx.onnx_opset import LOWEST
+from repfx.onnx_program import quiet, write_program
 from repfx.passes.fuse import fuse
 from repfx.precision import Inputs, as_arguments, describe, double_copy, map_tensors, run_double, seeded
 from repfx.target_file import staged
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Value:
-    """An input or output of an ONNX file; an axis of free size is given by name."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.dtype} [{', '.join(map(str, self.shape))}]"
+DTYPES = (torch.float32, torch.float16)
+HALF = 2e-2  # of float16 against float32: deep nets are off by some 1e-3
 
 
 @dataclass(frozen=True)
@@ -84,12 +74,15 @@ def export_onnx(
     x: Inputs,
     *,
     dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    dynamic_axes: AxisNames | None = None,
+    dtype: torch.dtype | None = None,
     opset: int | None = None,
     tolerance: float = 1e-4,
 ) -> ExportReport:
-    """Fuse a model, export it in eval mode and its own dtype, and run the file in onnxruntime on x before it is kept.
+    """Fuse a model, export it in eval mode, and run the file in onnxruntime on x before it is kept.
 
-    The model stays as it is. With a free batch size a second batch, of another size, is compared as well. The file
+    The model stays as it is. Where axes are free, an input of another size along all of them is compared as well. The file
     appears at `path` only when all of this has passed; one that was there is replaced in one step.
 
     Args:
@@ -97,10 +90,16 @@ def export_onnx(
         path: of the file, ending in ``.onnx``; its folder exists.
         x: an example: a tensor, a tuple of positional inputs or a dict of keyword inputs.
         dynamic_batch: leave the first axis free, of every tensor in x that is as long there as the first one is.
-        opset: version of ONNX's operators; None takes torch's.
+        dynamic_size: leave the axes from the third on free, of the same tensors.
+        dynamic_axes: the free axes by name, in place of these two: ``{"x": {0: "batch", 2: "height"}}``. An input goes by the name that
+            the model's forward gives it; axes of one name are always of one size.
+        dtype: of the weights and of what the file takes and gives, ``torch.float16`` or ``torch.float32``; the model is then fused in
+            float64 and rounded once. None keeps the model's own.
+        opset: version of ONNX's operators, from 13 on; None takes torch's.
         tolerance: allowed ``max |a - b| / max |a|`` for each output a of the fused model. 1e-4 leaves room for another
             order of summation in float32. Where torch's own output is that far from the one in float64, four times that is
-            allowed, up to a hundred times the tolerance. Float16 is allowed at least 1e-1, as `check_equivalent` does.
+            allowed, up to a hundred times the tolerance. A model in float16 is allowed at least 1e-1, as `check_equivalent` does;
+            with ``dtype=torch.float16`` the file is held against the same model in float32, and allowed at least 2e-2.
 
     Raises:
         InvalidInput: the path can't be written, or the model can't run on x.
@@ -110,31 +109,31 @@ def export_onnx(
     require_module(model)
     if not tolerance > 0:
         raise InvalidInput(f"tolerance is {tolerance}: it must be a number above 0.")
+    if dtype not in (None, *DTYPES):
+        raise InvalidInput(f"dtype is {dtype}: onnxruntime runs convs in {' and '.join(map(str, DTYPES))} on a CPU.")
     with staged(path, ".onnx") as (target, staging):
-        _require_packages()
+        require_packages()
         _check_opset(opset)
         x = map_tensors(lambda tensor: tensor.detach().to(CPU, copy=True), x)
-        deployed = copy.deepcopy(fuse(model)).to(CPU).eval()
-        expected = _run_torch(deployed, x)
-        batched = _batched(x) if dynamic_batch else []
-        example = x
-        if batched and len(batched[0]) == 1:
-            # torch.export takes a size of 1 for a constant.
-            example, batched = _resized(x, batched, 2)
+        pair = _Pair.of(model, dtype)
+        x = pair.rounded(x)
+        expected = pair.run(x)
+        if dynamic_axes is None:
+            free = FreeAxes.usual(x, batch=dynamic_batch, size=dynamic_size)
+        else:
+            free = FreeAxes.named(pair.deployed, x, dynamic_axes)
+        # torch.export takes a size of 1 for a constant.
+        example = free.resized(x, {name: 2 for name, size in free.sizes(x).items() if size == 1})
         outputs = _output_names(expected, x)
-        write_program(deployed, example, staging, batched=batched, opset=opset, outputs=outputs)
-        bound = _bound(deployed, tolerance)
+        write_program(pair.deployed, example, staging, free=free, opset=opset, outputs=outputs)
         runs = [(x, expected)]
-        if batched:
-            other, _ = _resized(example, batched, len(batched[0]) + 1)
-            runs.append((other, _run_torch(deployed, other)))
-        found = [_difference(staging, deployed, *each) for each in runs]
-        if worst(found).error > bound:
-            rounding = max(_rounding(deployed, *each) for each in runs)
-            bound = max(bound, min(4 * rounding, 100 * tolerance))
-        report = _report(target, staging, worst(found).error, bound)
+        if free:
+            runs.append(_run_resized(pair, example, free))
+        found = [_difference(staging, pair.deployed, *each) for each in runs]
+        bound = pair.bound(tolerance, worst(found), runs)
         if not worst(found).error <= bound:
             raise ExportError(_mismatch(worst(found), bound))
+        report = _report(target, staging, worst(found).error, bound)
         if opset is not None and report.opset != opset:
             raise ExportError(
                 f"torch wrote opset {report.opset} and can't convert it to opset {opset}: leave opset out."
@@ -142,22 +141,70 @@ def export_onnx(
     return report
 
 
-def _require_packages() -> None:
-    for name in PACKAGES:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ExportError(f"exporting needs {name}, which can't be imported: pip install 'repfx[onnx]'.") from error
+@dataclass(frozen=True)
+class _Pair:
+    """The model that is exported, and the one whose outputs it is held against: the same, or the same before rounding."""
+
+    deployed: nn.Module
+    reference: nn.Module
+    dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, model: nn.Module, dtype: torch.dtype | None) -> _Pair:
+        if dtype is None:
+            deployed = copy.deepcopy(fuse(model)).to(CPU).eval()
+            return cls(deployed, deployed, None)
+        exact = fuse(double_copy(model)).to(CPU).eval()
+        reference = copy.deepcopy(exact).to(torch.float32)
+        deployed = exact._apply(lambda tensor: rounded(tensor, dtype) if tensor.is_floating_point() else tensor)
+        for path, tensor in deployed.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ExportError(f"{path!r} is not finite in {dtype}, which ends at {torch.finfo(dtype).max:.0f}.")
+        return cls(deployed, reference, dtype)
+
+    def rounded(self, x: Inputs) -> Any:
+        """x in the dtype that the file takes."""
+        if self.dtype is None:
+            return x
+        return map_tensors(lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor, x)
+
+    def run(self, x: Inputs) -> dict[str, Tensor]:
+        """What the file has to give for x."""
+        if self.dtype is None:
+            return _run_torch(self.reference, x)
+        wide = map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, x)
+        return _run_torch(self.reference, wide)
+
+    def bound(self, tolerance: float, found: Difference, runs: list[tuple[Any, dict[str, Tensor]]]) -> float:
+        """What `found` is held against."""
+        if any(parameter.dtype == torch.float16 for parameter in self.deployed.parameters()):
+            return max(tolerance, TOLERANCES[torch.float16] if self.dtype is None else HALF)
+        if found.error <= tolerance:
+            return tolerance
+        rounding = max(_rounding(self.reference, *each) for each in runs)
+        return max(tolerance, min(4 * rounding, 100 * tolerance))
 
 
 def _check_opset(opset: int | None) -> None:
-    newest = _package("onnx").defs.onnx_opset_version()
-    if opset is not None and not (isinstance(opset, int) and 1 <= opset <= newest):
-        raise InvalidInput(f"there is no opset {opset!r}: the installed onnx knows 1 to {newest}.")
+    newest = package("onnx").defs.onnx_opset_version()
+    if opset is not None and not (isinstance(opset, int) and LOWEST <= opset <= newest):
+        raise InvalidInput(
+            f"opset {opset!r} can't be written: it must be one from {LOWEST} to {newest}, the newest of the installed onnx."
+        )
 
 
-def _package(name: str) -> ModuleType:
-    return importlib.import_module(name)
+def _run_resized(pair: _Pair, x: Inputs, free: FreeAxes) -> tuple[Any, dict[str, Tensor]]:
+    """An input of another size along each free axis, and what the file has to give for it."""
+    failure = None
+    for sizes in free.others(x):
+        other = free.resized(x, sizes)
+        try:
+            return other, pair.run(other)
+        except InvalidInput as error:
+            failure = failure or error
+    raise ExportError(
+        f"the model takes no other {free} than in x, so these axes can't all be free: {failure}"
+    ) from failure
 
 
 def _run_torch(model: nn.Module, x: Inputs) -> dict[str, Tensor]:
@@ -173,34 +220,11 @@ def _run_torch(model: nn.Module, x: Inputs) -> dict[str, Tensor]:
     return {where: leaf for where, leaf in leaves(outputs) if isinstance(leaf, Tensor)}
 
 
-def _bound(model: nn.Module, tolerance: float) -> float:
-    is_half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
-    return max(tolerance, TOLERANCES[torch.float16]) if is_half else tolerance
-
-
 def _rounding(model: nn.Module, x: Inputs, expected: Mapping[str, Tensor]) -> float:
     """How far torch's own outputs are from those in float64, relatively; 0 where that can't be said."""
     exact = [leaf for _, leaf in leaves(run_double(double_copy(model), x)) if isinstance(leaf, Tensor)]
     found = worst(differences(exact, list(expected.values())))
     return 0.0 if found.problem else found.error
-
-
-def _tensors(x: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(lambda tensor: found.append(tensor) or tensor, x)  # type: ignore[func-returns-value]
-    return found
-
-
-def _batched(x: Inputs) -> list[Tensor]:
-    """The tensors whose first axis is the batch: as long as that of the first tensor."""
-    tensors = [tensor for tensor in _tensors(x) if tensor.dim()]
-    return [tensor for tensor in tensors if len(tensor) == len(tensors[0])]
-
-
-def _resized(x: Inputs, batched: Sequence[Tensor], size: int) -> tuple[Any, list[Tensor]]:
-    """x with a batch of another size, from the same samples in reversed order."""
-    resized = {id(tensor): tensor.flip(0)[torch.arange(size) % len(tensor)] for tensor in batched}
-    return map_tensors(lambda tensor: resized.get(id(tensor), tensor), x), list(resized.values())
 
 
 def _output_names(outputs: Mapping[str, Tensor], x: Inputs) -> list[str]:
@@ -214,24 +238,17 @@ def _output_names(outputs: Mapping[str, Tensor], x: Inputs) -> list[str]:
 
 def _difference(path: Path, model: nn.Module, x: Inputs, expected: Mapping[str, Tensor]) -> Difference:
     """The worst difference between torch's outputs and onnxruntime's."""
-    runtime = _package("onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
     try:
-        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        feeds = {value.name: tensor.numpy() for value, tensor in zip(session.get_inputs(), _tensors(x), strict=True)}
+        session = open_session(path)
+        feeds = {value.name: tensor.numpy() for value, tensor in zip(session.get_inputs(), tensors_of(x), strict=True)}
         given = session.run(None, feeds)
     except Exception as error:
         dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
         advice = "" if dtypes <= {"float32"} else f"; its weights are {', '.join(sorted(dtypes))}: try model.float()"
         raise ExportError(
-            f"onnxruntime can't run the exported model on {describe(x)}: {_runtime_reason(error)}{advice}."
+            f"onnxruntime can't run the exported model on {describe(x)}: {runtime_reason(error)}{advice}."
         ) from error
     return worst(differences(list(expected.values()), [torch.from_numpy(output) for output in given]))
-
-
-def _runtime_reason(error: Exception) -> str:
-    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:\s*)?", "", reason(error))
 
 
 def _mismatch(found: Difference, bound: float) -> str:
@@ -244,25 +261,6 @@ def _mismatch(found: Difference, bound: float) -> str:
 
 
 def _report(target: Path, staging: Path, error: float, bound: float) -> ExportReport:
-    onnx = _package("onnx")
-    try:
-        onnx.checker.check_model(str(staging))
-    except onnx.checker.ValidationError as invalid:
-        raise ExportError(f"torch wrote a file that onnx finds invalid: {first_line(invalid)}.") from invalid
-    model = onnx.load(staging, load_external_data=False)
-    return ExportReport(
-        path=target,
-        max_error=error,
-        tolerance=bound,
-        opset=next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
-        inputs=tuple(map(_value, model.graph.input)),
-        outputs=tuple(map(_value, model.graph.output)),
-        size=sum(file.stat().st_size for file in staging.parent.iterdir()),
-        nodes=dict(Counter(node.op_type for node in model.graph.node)),
-    )
-
-
-def _value(value: Any) -> Value:
-    tensor = value.type.tensor_type
-    dtype = _package("onnx").TensorProto.DataType.Name(tensor.elem_type).lower()
-    return Value(value.name, dtype, tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim))
+    file = OnnxFile.read(staging)
+    size = sum(each.stat().st_size for each in staging.parent.iterdir())
+    return ExportReport(target, error, bound, file.opset, file.inputs, file.outputs, size, file.nodes)

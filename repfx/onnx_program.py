@@ -12,39 +12,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from repfx.errors import ExportError, first_line
-from repfx.precision import Inputs, as_arguments, seeded
+from repfx.free_axes import BATCH, FreeAxes
+from repfx.onnx_opset import LOWEST_OF_TORCH, lowered
+from repfx.precision import Inputs, as_arguments, map_tensors, seeded
 
 SINGLE_FILE_LIMIT = 2_000_000_000  # bytes of weights; protobuf ends at 2 GiB with all else in the file
-BATCH = "batch"
 
 
 def write_program(
-    model: nn.Module, x: Inputs, path: Path, *, batched: Sequence[Tensor], opset: int | None, outputs: Sequence[str]
+    model: nn.Module, x: Inputs, path: Path, *, free: FreeAxes, opset: int | None, outputs: Sequence[str]
 ) -> None:
     """Export a model in eval mode to `path`; weights past protobuf's limit go to ``<name>.data`` beside it.
 
     Args:
-        batched: the tensors of x whose first axis is to be free.
+        free: the axes of x that are to be free.
+        opset: version of ONNX's operators; None takes torch's.
         outputs: names for the outputs.
 
     Raises:
-        ExportError: the model can't be exported, or not with a free batch size.
+        ExportError: the model can't be exported, or not with these axes free, or not in this opset.
     """
-    program = _export(model, x, batched)
+    program = _export(model, x, free)
     large = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()}) > SINGLE_FILE_LIMIT
     with quiet():
         try:
             converted = torch.onnx.export(
-                program, dynamo=True, verbose=False, opset_version=opset, output_names=list(outputs)
+                program,
+                dynamo=True,
+                verbose=False,
+                opset_version=opset and max(opset, LOWEST_OF_TORCH),
+                output_names=list(outputs),
             )
             assert converted is not None
             converted.save(path, external_data=large)
         except Exception as error:
             raise ExportError(f"the model can't be exported: {reason(error)}.") from error
-    _name_batch_axis(path)
+    _finish(path, free, opset)
 
 
 @contextmanager
@@ -77,39 +83,38 @@ def reason(error: BaseException) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", first_line(chain[-1]))
 
 
-def _export(model: nn.Module, x: Inputs, batched: Sequence[Tensor]) -> torch.export.ExportedProgram:
+def _export(model: nn.Module, x: Inputs, free: FreeAxes) -> torch.export.ExportedProgram:
     try:
-        return _exported(model, x, batched)
+        return _exported(model, x, free)
     except Exception as error:
-        if not batched:
+        if not free:
             raise ExportError(f"the model can't be exported: {reason(error)}.") from error
         cause = error
     try:
-        _exported(model, x, ())
+        _exported(model, x, FreeAxes())
     except Exception as error:
         raise ExportError(f"the model can't be exported: {reason(error)}.") from error
-    raise ExportError(
-        f"the model can't be exported with a free batch size, since it fixes the first axis of its input "
-        f"({len(batched[0])} in this example): pass dynamic_batch=False."
-    ) from cause
+    raise ExportError(_fixed(free, x)) from cause
 
 
-def _exported(model: nn.Module, x: Inputs, batched: Sequence[Tensor]) -> torch.export.ExportedProgram:
+def _fixed(free: FreeAxes, x: Inputs) -> str:
+    sizes = free.sizes(x)
+    if list(sizes) == [BATCH]:
+        return (
+            "the model can't be exported with a free batch size, since it fixes the first axis of its input "
+            f"({sizes[BATCH]} in this example): pass dynamic_batch=False."
+        )
+    listed = ", ".join(f"{name} ({size} in this example)" for name, size in sizes.items())
+    return (
+        f"the model can't be exported with free axes {listed}, since it fixes at least one of them: leave fewer free."
+    )
+
+
+def _exported(model: nn.Module, x: Inputs, free: FreeAxes) -> torch.export.ExportedProgram:
+    x = map_tensors(torch.clone, x)  # torch.export marks the tensors themselves as of free size
     args, kwargs = as_arguments(x)
-    shapes = _shapes(kwargs or args, {id(tensor) for tensor in batched}, torch.export.Dim(BATCH))
     with quiet(), torch.no_grad(), seeded(model):
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes if batched else None, strict=False)
-
-
-def _shapes(value: Any, batched: set[int], batch: Any) -> Any:
-    """`value` with each tensor replaced by what torch.export wants to know of its axes."""
-    if isinstance(value, Tensor):
-        return {0: batch} if id(value) in batched else None
-    if isinstance(value, dict):
-        return {key: _shapes(child, batched, batch) for key, child in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_shapes(child, batched, batch) for child in value)
-    return None
+        return torch.export.export(model, args, kwargs, dynamic_shapes=free.specification(x), strict=False)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -119,15 +124,24 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__
 
 
-def _name_batch_axis(path: Path) -> None:
-    """Call the free axis ``batch`` in the file, where the exporter calls it by a number."""
+def _finish(path: Path, free: FreeAxes, opset: int | None) -> None:
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    values = [*model.graph.input, *model.graph.output, *model.graph.value_info]
-    axes = [axis for value in values for axis in value.type.tensor_type.shape.dim if axis.dim_param]
-    symbols = [axis.dim_param for value in model.graph.input for axis in value.type.tensor_type.shape.dim[:1]]
-    for symbol in filter(None, symbols):
-        for axis in axes:
-            axis.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", BATCH, axis.dim_param)
+    _name_axes(model.graph, free)
+    if opset is not None and opset < LOWEST_OF_TORCH:
+        model = lowered(model, opset)
     onnx.save(model, path)
+
+
+def _name_axes(graph: Any, free: FreeAxes) -> None:
+    """Call the free axes by their names in the file, where the exporter calls them by numbers."""
+    names: dict[str, str] = {}
+    for value, own in zip(graph.input, free.names):
+        for axis, name in own.items():
+            names.setdefault(value.type.tensor_type.shape.dim[axis].dim_param, name)
+    symbol = re.compile(rf"\b({'|'.join(map(re.escape, filter(None, names)))})\b")
+    for value in [*graph.input, *graph.output, *graph.value_info]:
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_param = symbol.sub(lambda found: names[found[1]], size.dim_param)

@@ -315,6 +315,13 @@ def test_new_convs_are_where_the_old_ones_were(device: str) -> None:
         assert error_of(fused.eval(), model.eval(), batch().to(device)) < 1e-9
 
 
+def test_a_merged_1x1_lies_in_memory_as_torch_lays_it() -> None:
+    """By odd strides over axes of one torch takes what the conv gives out for channels last; exporters then write pools as gathers."""
+    fused = repfx.fuse(ready(nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 5, 1))))
+    assert repfx.report(fused).counts == {"merge_sequential": 1}
+    assert all(weight.stride() == torch.empty(weight.shape).stride() for weight in fused.parameters())
+
+
 def test_weights_lie_in_memory_as_they_did() -> None:
     model: Any = ready(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))).to(memory_format=torch.channels_last)
     fused = repfx.fuse(model)

@@ -17,12 +17,14 @@ from repfx.architecture import Architecture
 from repfx.branch import KINDS
 from repfx.errors import InvalidInput
 from repfx.heat_map import draw
+from repfx.history import History
 from repfx.models import ModelReference
 from repfx.spec import SpecLike
 
 CHECKPOINT, STRUCTURE, MODEL, METRICS = "checkpoint.safetensors", "structure.json", "model.onnx", "metrics.json"
 ARCHITECTURE, HEAT_MAP = "architecture.json", "architecture.png"
-_FILES = (METRICS, STRUCTURE, CHECKPOINT, MODEL, ARCHITECTURE, HEAT_MAP)
+HISTORY, RECIPE, REPORT = "history.json", "recipe.toml", "report.html"
+_FILES = (METRICS, STRUCTURE, CHECKPOINT, MODEL, ARCHITECTURE, HEAT_MAP, HISTORY, RECIPE, REPORT)
 _FORMAT = 2
 
 
@@ -144,6 +146,36 @@ class RunFolder:
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """All numbers of the run; the last file."""
         self.write(METRICS, lambda path: _write_text(path, json.dumps(metrics, indent=2) + "\n"))
+
+    @property
+    def metrics(self) -> dict[str, Any] | None:
+        """All numbers of the run; None as long as it isn't finished.
+
+        Raises:
+            InvalidInput: the file is none that `repfx train` wrote.
+        """
+        path = self.path / METRICS
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InvalidInput(f"{str(path)!r} holds no metrics that `repfx train` wrote.") from error
+        if not isinstance(found, dict):
+            raise InvalidInput(f"{str(path)!r} holds no metrics that `repfx train` wrote.")
+        return found
+
+    @property
+    def history(self) -> History | None:
+        """How the run went, epoch by epoch, as far as it has come; None if that was not written down."""
+        path = self.path / HISTORY
+        return History.from_json(path.read_text(encoding="utf-8"), path) if path.is_file() else None
+
+    @property
+    def recipe(self) -> str | None:
+        """What the run was asked to do, as text; None if that was not written down."""
+        path = self.path / RECIPE
+        return path.read_text(encoding="utf-8") if path.is_file() else None
 
     @property
     def structure(self) -> Structure:

@@ -169,13 +169,13 @@ class RunFolder:
     def history(self) -> History | None:
         """How the run went, epoch by epoch, as far as it has come; None if that was not written down."""
         path = self.path / HISTORY
-        return History.from_json(path.read_text(encoding="utf-8"), path) if path.is_file() else None
+        return History.from_json(path.read_text(encoding="utf-8", errors="replace"), path) if path.is_file() else None
 
     @property
     def recipe(self) -> str | None:
         """What the run was asked to do, as text; None if that was not written down."""
         path = self.path / RECIPE
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
     @property
     def structure(self) -> Structure:

@@ -24,7 +24,7 @@ from repfx.plain_values import flat, to_plain
 from repfx.predictions import Predictions, predict
 from repfx.recipe import Recipe
 from repfx.recipe_file import to_toml
-from repfx.run_folder import METRICS, MODEL, STATE, RunFolder, Structure, spec_of
+from repfx.run_folder import MODEL, STATE, RunFolder, Structure, spec_of
 from repfx.schedule import SCHEDULES, Schedule
 from repfx.search import Search
 from repfx.training import Trained, Watcher, train
@@ -114,8 +114,9 @@ def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | Non
     schedule, folder = _schedule(experiment), RunFolder(experiment.out)
     if experiment.resume:
         _require_same(experiment, folder)
-        if (folder.path / METRICS).is_file():
-            return Metrics.from_dict(folder.metrics)
+        done = folder.metrics
+        if done is not None:
+            return Metrics.from_dict(done)
     with accelerator_for(
         experiment.training, folder.logs, unused_parameters=isinstance(schedule, Search)
     ) as accelerator:

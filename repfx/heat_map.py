@@ -30,11 +30,11 @@ def draw(architecture: Architecture, path: str | os.PathLike[str]) -> None:
     >>> with TemporaryDirectory() as folder:
     ...     draw(Architecture.of(model), f"{folder}/architecture.png")
     """
-    rows = {site: _cells(code) for site, code in architecture.sites.items()}
-    columns = list(dict.fromkeys(name for cells in rows.values() for name in cells))
+    rows = {site: cells(code) for site, code in architecture.sites.items()}
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     figure, axes = _figure(len(rows), len(columns))
-    for y, cells in enumerate(rows.values()):
-        for name, (chosen, importance) in cells.items():
+    for y, row in enumerate(rows.values()):
+        for name, (chosen, importance) in row.items():
             x = columns.index(name)
             axes.add_patch(_package("patches").Rectangle((x, y), 0.94, 0.9, color=_CHOSEN if chosen else _LEFT_OUT))
             if importance is not None:
@@ -42,13 +42,13 @@ def draw(architecture: Architecture, path: str | os.PathLike[str]) -> None:
                 axes.text(x + 0.47, y + 0.45, f"{importance:.2g}", ha="center", va="center", fontsize=7, color=ink)
     axes.set_xticks([x + 0.47 for x in range(len(columns))], columns, rotation=35, ha="left", rotation_mode="anchor")
     axes.set_yticks([y + 0.45 for y in range(len(rows))], list(rows))
-    kept = sum(chosen for cells in rows.values() for chosen, _ in cells.values())
+    kept = sum(chosen for row in rows.values() for chosen, _ in row.values())
     axes.set_xlabel(f"{kept} of {sum(map(len, rows.values()))} paths", color=_INK)
     with staged(path, ".png") as (_, staging):
         figure.savefig(staging, dpi=144, bbox_inches="tight", facecolor="white")
 
 
-def _cells(code: SiteCode) -> dict[str, tuple[bool, float | None]]:
+def cells(code: SiteCode) -> dict[str, tuple[bool, float | None]]:
     """By the names of columns: whether the site has it, and how much it matters, if that was learned."""
     found: dict[str, tuple[bool, float | None]] = {}
     importance = code.importance or (None,) * len(code.code)

@@ -1,90 +1,95 @@
-"""`History`: what a training run was like, epoch by epoch, as plain values that stand in `history.json`."""
+"""`History`: how a training run went, epoch by epoch; what `history.json` holds."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from repfx.errors import InvalidInput
-from repfx.journaling import ACTIONS, Action
+from repfx.errors import InvalidInput, RepfxError
+from repfx.journaling import Action, from_json
 
 _FORMAT = 1
+_NUMBERS = ("epoch", "loss", "accuracy", "ema_accuracy", "learning_rate", "seconds", "parameters", "macs")
+_None = type(None)
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch; number 0 is the state before the training.
+    """One epoch of a run.
 
     Args:
-        epoch: its number.
-        loss: mean over the steps of the training; None in epoch 0.
-        accuracy: fraction of the test images that is right, in eval mode; None where it wasn't measured.
-        ema_accuracy: that of the averaged model, if there is one.
-        learning_rate: of the last step.
-        seconds: that the epoch took, tests included.
-        parameters, macs: of the form that was trained; multiply-adds of one image, forward. In epoch 0, of the plain model.
-        actions: what was done to the structure at the end of the epoch; in epoch 0, before the training.
-        blocks: by site, mean |γ| of the last BatchNorm of its own conv (``origin``) and of each branch, None where there is no γ; before
-            the actions of this epoch, but in epoch 0 after them.
+        epoch: 0 for the state before training, then counted from 1.
+        loss: mean over the training steps; None for epoch 0.
+        accuracy: on the test images in eval mode, from 0 to 1; None where it wasn't measured.
+        ema_accuracy: the same of the averaged model, if there is one.
+        learning_rate: of the last step; None for epoch 0.
+        seconds: that it took; None for epoch 0.
+        parameters, macs: of the training form of this epoch, MACs for one image forward; of the plain model in epoch 0.
+        actions: what was changed at the end of this epoch; in epoch 0, before training.
+        blocks: by the paths of sites, mean |γ| of the own conv's BatchNorm as ``origin`` and of each branch's last one; None where there is
+            none. At the end of the epoch and before its actions; in epoch 0, after them.
     """
 
     epoch: int
-    loss: float | None
-    accuracy: float | None
-    ema_accuracy: float | None
-    learning_rate: float | None
-    seconds: float | None
-    parameters: int
-    macs: int
+    loss: float | None = None
+    accuracy: float | None = None
+    ema_accuracy: float | None = None
+    learning_rate: float | None = None
+    seconds: float | None = None
+    parameters: int = 0
+    macs: int = 0
     actions: tuple[Action, ...] = ()
     blocks: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        blocks = {site: dict(scales) for site, scales in self.blocks.items()}
-        return values | {"actions": [action.to_dict() for action in self.actions], "blocks": blocks}
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        blocks = {site: dict(gammas) for site, gammas in self.blocks.items()}
+        return {**own, "actions": [action.to_dict() for action in self.actions], "blocks": blocks}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Epoch:
         """The reverse of `to_dict`."""
-        entries = [dict(entry) for entry in values["actions"]]
-        actions = tuple(ACTIONS[entry.pop("action")].from_dict(entry) for entry in entries)
-        return cls(**{**values, "actions": actions})
+        found = cls(**{**values, "actions": from_json(json.dumps(values.get("actions", [])))})
+        numbers = [getattr(found, name) for name in _NUMBERS]
+        numbers += [gamma for gammas in found.blocks.values() for gamma in gammas.values()]
+        if found.epoch is None or any(isinstance(x, bool) or not isinstance(x, (int, float, _None)) for x in numbers):
+            raise InvalidInput(f"epoch {found.epoch!r} has something else where a number has to be.")
+        return found
 
 
 @dataclass(frozen=True)
 class History:
-    """All epochs of a run so far, from number 0.
+    """The epochs of a run, from 0 on, as far as it has come.
 
-    >>> history = History((Epoch(0, None, None, None, None, None, 10, 20),))
-    >>> History.from_json(history.to_json(), Path("history.json")) == history
+    >>> history = History((Epoch(0, parameters=9, macs=90), Epoch(1, loss=0.5, parameters=9, macs=90)))
+    >>> History.from_json(history.to_json()) == history
     True
     """
 
-    epochs: tuple[Epoch, ...] = ()
+    epochs: tuple[Epoch, ...]
 
     def to_json(self) -> str:
-        """As text, a line for each epoch."""
-        lines = ",\n".join(json.dumps(epoch.to_dict()) for epoch in self.epochs)
-        return f'{{"format": {_FORMAT}, "epochs": [\n{lines}\n]}}\n'
+        """As text."""
+        return json.dumps({"format": _FORMAT, "epochs": [epoch.to_dict() for epoch in self.epochs]})
 
     @classmethod
-    def from_json(cls, text: str, path: Path) -> History:
+    def from_json(cls, text: str, path: Path | None = None) -> History:
         """Read what `to_json` wrote; `path` is named in errors.
 
         Raises:
             InvalidInput: it is something else.
         """
+        where = "this" if path is None else repr(str(path))
         try:
             found = json.loads(text)
-            version = found["format"]
-            epochs = tuple(map(Epoch.from_dict, found["epochs"])) if version == _FORMAT else ()
+            if found["format"] != _FORMAT:
+                raise InvalidInput(f"it has format {found['format']}, and this version of repfx reads {_FORMAT}.")
+            return cls(tuple(Epoch.from_dict(values) for values in found["epochs"]))
+        except RepfxError as error:
+            raise InvalidInput(f"{where} is no history of a run: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InvalidInput(f"{str(path)!r} is no history that `repfx train` wrote.") from error
-        if version != _FORMAT:
-            raise InvalidInput(f"{str(path)!r} has format {version}; this version of repfx reads {_FORMAT}.")
-        return cls(epochs)
+            raise InvalidInput(f"{where} is no history that `repfx train` wrote.") from error

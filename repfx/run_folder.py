@@ -25,8 +25,8 @@ from repfx.spec import SpecLike
 
 CHECKPOINT, STRUCTURE, MODEL, METRICS = "checkpoint.safetensors", "structure.json", "model.onnx", "metrics.json"
 ARCHITECTURE, HEAT_MAP = "architecture.json", "architecture.png"
-RECIPE, HISTORY, STATE = "recipe.toml", "history.json", "state.safetensors"
-_FILES = (METRICS, STRUCTURE, CHECKPOINT, MODEL, ARCHITECTURE, HEAT_MAP, RECIPE, HISTORY, STATE)
+RECIPE, HISTORY, STATE, REPORT = "recipe.toml", "history.json", "state.safetensors", "report.html"
+_FILES = (METRICS, STRUCTURE, CHECKPOINT, MODEL, ARCHITECTURE, HEAT_MAP, RECIPE, HISTORY, STATE, REPORT)
 _FORMAT = 2
 
 
@@ -170,20 +170,38 @@ class RunFolder:
         self.write(METRICS, lambda path: _write_text(path, json.dumps(metrics, indent=2) + "\n"))
 
     @property
-    def metrics(self) -> dict[str, Any]:
-        """Read from the folder."""
-        found: dict[str, Any] = json.loads((self.path / METRICS).read_text(encoding="utf-8"))
+    def metrics(self) -> dict[str, Any] | None:
+        """All numbers of the run; None as long as it isn't finished.
+
+        Raises:
+            InvalidInput: the file is none that `repfx train` wrote.
+        """
+        path = self.path / METRICS
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InvalidInput(f"{str(path)!r} holds no metrics that `repfx train` wrote.") from error
+        if not isinstance(found, dict):
+            raise InvalidInput(f"{str(path)!r} holds no metrics that `repfx train` wrote.")
         return found
 
     @property
     def history(self) -> History | None:
-        """The epochs so far; None if none was written down."""
+        """How the run went, epoch by epoch, as far as it has come; None if that was not written down."""
         path = self.path / HISTORY
-        return History.from_json(path.read_text(encoding="utf-8"), path) if path.is_file() else None
+        return History.from_json(path.read_text(encoding="utf-8", errors="replace"), path) if path.is_file() else None
+
+    @property
+    def recipe_text(self) -> str | None:
+        """What the run was asked to do, as text; None if that was not written down."""
+        path = self.path / RECIPE
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
     @property
     def recipe(self) -> dict[str, Any] | None:
-        """What the run was asked for; None if that wasn't written down."""
+        """The same, as values."""
         path = self.path / RECIPE
         return read_recipe(path) if path.is_file() else None
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from repfx.cost import count_macs, count_parameters
 from repfx.experiment import Metrics
 from repfx.meaning import is_batch_norm, is_conv
+from repfx.number_text import engineering
 
 _TITLES = {"plain": "plain", "expanded": "expanded, trained", "fused": "fused", "onnxruntime": "in onnxruntime"}
 
@@ -43,18 +44,6 @@ def listing(rows: Iterable[tuple[str, str]]) -> str:
     rows = list(rows)
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {description}" for name, description in rows)
-
-
-def engineering(number: int) -> str:
-    """Three digits and a unit.
-
-    >>> engineering(11181642), engineering(950)
-    ('11.2 M', '950')
-    """
-    for factor, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
-    return str(number)
 
 
 def _table(first: str, *columns: str) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,7 +23,18 @@ from repfx.dataset import DataSource, InputForm
 from repfx.errors import ExportError
 from repfx.journaling import ACTIONS
 from repfx.rule import PASSES
-from repfx.run_folder import ARCHITECTURE, CHECKPOINT, HEAT_MAP, HISTORY, METRICS, MODEL, RECIPE, STRUCTURE, RunFolder
+from repfx.run_folder import (
+    ARCHITECTURE,
+    CHECKPOINT,
+    HEAT_MAP,
+    HISTORY,
+    METRICS,
+    MODEL,
+    RECIPE,
+    REPORT,
+    STRUCTURE,
+    RunFolder,
+)
 from repfx.schedule import SCHEDULES
 from repfx.search import Search
 from repfx.spec import PRESETS
@@ -317,6 +329,26 @@ def test_inspect_shows_the_branches_of_a_finished_run(finished: Path, repfx_comm
     assert "1x1, 1x1-kxk, 1x1-avg" in repfx_command("inspect", finished).out
 
 
+def test_inspect_writes_a_page_in_place_of_the_list(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    outcome = repfx_command("inspect", finished, "--html", tmp_path / "model.html")
+    assert (outcome.code, outcome.out.count("\n")) == (0, 1), outcome.err
+    assert "Equivalent." in (tmp_path / "model.html").read_text()
+    refused = repfx_command("inspect", TINY, "--html", tmp_path / "no" / "model.html")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "there is no folder" in refused.err
+
+
+def test_report_writes_the_page_of_a_run_into_its_folder(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    assert repfx_command("report", finished, "--out", tmp_path / "page.html").code == 0
+    run = shutil.copytree(finished, tmp_path / "run")
+    outcome = repfx_command("report", run)
+    assert outcome.out == f"The page is {run / REPORT}.\n"
+    assert "<h1>run</h1>" in (run / REPORT).read_text()
+    refused = repfx_command("report", tmp_path)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "holds no training run" in refused.err
+
+
 @pytest.mark.parametrize(
     ("what", "names"), [("branches", KINDS), ("presets", PRESETS), ("passes", PASSES), ("schedules", SCHEDULES)]
 )
@@ -329,7 +361,7 @@ def test_list_shows_each_name_once(what: str, names: dict[str, object], repfx_co
 # --- the command itself ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["train", "fuse", "inspect", "list"])
+@pytest.mark.parametrize("command", ["train", "fuse", "inspect", "report", "list"])
 def test_each_command_explains_itself(command: str, repfx_command) -> None:  # type: ignore[no-untyped-def]
     outcome = repfx_command(command, "--help")
     assert outcome.code == 0

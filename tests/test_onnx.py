@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import repfx.onnx_program
 from repfx.errors import ExportError, InvalidInput
-from repfx.onnx import Value, export_onnx
+from repfx.onnx import export_onnx
+from repfx.onnx_file import Value
 from repfx.target_file import staged
 
 onnx = pytest.importorskip("onnx")

@@ -32,7 +32,9 @@ class DownAndUp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.conv(x))
-        return y + self.up(torch.relu(self.down(y)))
+        up: Tensor = self.up(torch.relu(self.down(y)))
+        total: Tensor = y + up
+        return total
 
 
 class Scaled(nn.Module):
@@ -43,7 +45,8 @@ class Scaled(nn.Module):
         self.conv = nn.Conv2d(3, 4, 3)
 
     def forward(self, image: Tensor, scale: Tensor) -> Tensor:
-        return self.conv(image) * scale[:, None, None, None]
+        y: Tensor = self.conv(image)
+        return y * scale[:, None, None, None]
 
 
 class Head(nn.Module):

@@ -23,7 +23,9 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MODULES = sorted(path.relative_to(ROOT) for folder in ("repfx", "repfx/*/") for path in ROOT.glob(f"{folder}/*.py"))
+DATA = {str(path.relative_to(ROOT)) for path in ROOT.glob("repfx/pages/templates/*")} | {"repfx/py.typed"}
 OPTIONAL = {
+    "jinja2",
     "matplotlib",
     "numpy",
     "onnx",
@@ -144,7 +146,7 @@ def test_the_import_check_sees_every_form_of_import() -> None:
 # --- The wheel ------------------------------------------------------------------------------------------------------
 
 
-def test_the_wheel_made_from_the_sdist_holds_every_module(tmp_path: Path) -> None:
+def test_the_wheel_made_from_the_sdist_holds_every_module_and_template(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     checkout.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -156,4 +158,4 @@ def test_the_wheel_made_from_the_sdist_holds_every_module(tmp_path: Path) -> Non
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert held == {str(path) for path in MODULES} | {"repfx/py.typed"}
+    assert held == {str(path) for path in MODULES} | DATA

@@ -32,6 +32,11 @@ Options = Annotated[
     typer.Option("--option", help="NAME=VALUE for what builds the model, VALUE as JSON; may be repeated."),
 ]
 
+InputShape = Annotated[
+    str | None,
+    typer.Option(help="One input without the batch, as 3x224x224.", show_default="what the model takes, at 224x224"),
+]
+
 
 def load_model(
     name: str, weights: Path | None, num_classes: int | None, option: list[str] | None

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import repfx
 from repfx.commands.app import app
-from repfx.commands.arguments import Classes, Model, Options, Weights, example_input, load_model
+from repfx.commands.arguments import Classes, InputShape, Model, Options, Weights, example_input, load_model
 from repfx.onnx import export_onnx
 from repfx.tables import fusion_table
 
@@ -22,12 +22,7 @@ def fuse(
     weights: Weights = None,
     num_classes: Classes = None,
     option: Options = None,
-    input_shape: Annotated[
-        str | None,
-        typer.Option(
-            help="One input without the batch, as 3x224x224.", show_default="what the model takes, at 224x224"
-        ),
-    ] = None,
+    input_shape: InputShape = None,
     opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators.", show_default="torch's")] = None,
 ) -> None:
     """Fuse a model into plain convs, check that it computes the same, and export it to ONNX, checked in onnxruntime."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import Tensor, nn
 
 import repfx
 from repfx.commands.app import app
-from repfx.commands.arguments import Classes, Model, Options, load_model
-from repfx.errors import InvalidInput
+from repfx.commands.arguments import Classes, InputShape, Model, Options, example_input, load_model
+from repfx.errors import EquivalenceError, InvalidInput
+from repfx.pages.model_page import write_model_page
 from repfx.run_folder import spec_of
 
 
@@ -23,14 +26,31 @@ def inspect(
     fused: Annotated[
         bool, typer.Option("--fused", help="Say of each conv and BatchNorm that is left after fusing why it stays.")
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write one HTML page instead, with the net before and after fusing.", show_default=False),
+    ] = None,
+    input_shape: InputShape = None,
     num_classes: Classes = None,
     option: Options = None,
 ) -> None:
     """List the convs of a model: their sizes, their branches, and what a spec would add or why it can't."""
-    found, _ = load_model(model, None, num_classes, option)
-    if fused and spec is not None:
+    found, shape = load_model(model, None, num_classes, option)
+    if fused and spec is not None and html is None:
         raise InvalidInput("--spec asks about expanding and --fused about fusing: give one of them.")
-    if fused:
+    if html is not None:
+        _write_page(found, html, model, spec, example_input(found, input_shape, shape), trained=shape is not None)
+    elif fused:
         typer.echo("\n".join(f"{skip.path}: {skip.reason}" for skip in repfx.report(repfx.fuse(found)).stays))
     else:
         typer.echo(str(repfx.sites(found, None if spec is None else spec_of(spec))))
+
+
+def _write_page(model: nn.Module, html: Path, name: str, spec: str | None, x: Tensor, *, trained: bool) -> None:
+    wanted = None if spec is None else spec_of(spec)
+    check = write_model_page(model, html, x, name=name, spec=wanted, trained=trained)
+    if check.report is not None and not check.report.equivalent:
+        raise EquivalenceError(f"{check.report} The page {str(html)!r} says so, too.")
+    typer.echo(f"The page is {html}.")
+    if check.problem is not None:
+        typer.echo(f"Not compared: {check.problem}.")

@@ -1,0 +1,23 @@
+"""`repfx report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from repfx.commands.app import app
+from repfx.pages.run_page import write_run_page
+from repfx.run_folder import RunFolder
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a training run, finished or not.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file to write.", show_default="report.html in the run's folder")
+    ] = None,
+) -> None:
+    """Write one HTML page on a training run: curves, structure, costs, the net before and after fusing."""
+    typer.echo(f"The page is {write_run_page(RunFolder(run), out)}.")

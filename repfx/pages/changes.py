@@ -1,0 +1,137 @@
+"""`Changes`: what the actions of an epoch did to the branches of each site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, count
+
+from repfx.block import ORIGIN
+from repfx.history import Epoch
+from repfx.journaling import Action
+from repfx.passes.drop import Drop
+from repfx.passes.expand import Expand
+from repfx.passes.fuse import Fuse
+
+Names = tuple[str, ...]
+_NAMED = {Expand.kind: "grown", Drop.kind: "dropped"}
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What happened to a model's structure at the end of an epoch, or, for epoch 0, before training.
+
+    Args:
+        epoch: its number.
+        grown, dropped: branches by site. One that was folded and grown anew is in both.
+        others: paths of the sites by the kind of any further action.
+        order: ``grown``, ``dropped`` and those kinds, as they came.
+    """
+
+    epoch: int
+    grown: Mapping[str, Names] = field(default_factory=dict)
+    dropped: Mapping[str, Names] = field(default_factory=dict)
+    others: Mapping[str, Names] = field(default_factory=dict)
+    order: Names = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.order)
+
+
+@dataclass(frozen=True)
+class Deed:
+    """The same thing done at one site or several.
+
+    Args:
+        what: ``grown``, ``dropped``, or the kind of another action.
+        branches: empty where it isn't about branches.
+    """
+
+    what: str
+    branches: Names
+    sites: Names
+
+
+def changes_of(epoch: Epoch) -> Changes:
+    """Follow an epoch's actions from the branches that it had."""
+    before = epoch.blocks if epoch.epoch else {}
+    branches = {site: [name for name in names if name != ORIGIN] for site, names in before.items()}
+    grown: dict[str, list[str]] = {}
+    dropped: dict[str, list[str]] = {}
+    others: dict[str, list[str]] = {}
+    for action in epoch.actions:
+        if isinstance(action, Expand):
+            names = _names(action, branches.setdefault(action.site, []))
+            branches[action.site] += names
+            grown.setdefault(action.site, []).extend(names)
+            continue
+        for site, leaving in _leaving(action, branches):
+            branches[site] = [name for name in branches.get(site, ()) if name not in leaving]
+            dropped.setdefault(site, []).extend(leaving)
+        if not isinstance(action, Drop):
+            others.setdefault(action.kind, []).append(action.site)
+    order = tuple(dict.fromkeys(_NAMED.get(action.kind, action.kind) for action in epoch.actions))
+    return Changes(epoch.epoch, _fixed(grown), _fixed(dropped), _fixed(others), order)
+
+
+def deeds(changes: Changes) -> list[Deed]:
+    """Told in few lines: sites to which the same was done stand together. What a fold took is not told once more."""
+    folded = set(changes.others.get(Fuse.kind, ()))
+    dropped = {site: names for site, names in changes.dropped.items() if not _lies_in(site, folded)}
+    found = [
+        Deed(what, branches, sites)
+        for what, by_site in (("grown", changes.grown), ("dropped", dropped))
+        for branches, sites in _together(by_site).items()
+    ]
+    found += [Deed(kind, (), sites) for kind, sites in changes.others.items()]
+    return sorted(found, key=lambda deed: changes.order.index(deed.what))
+
+
+def when(epoch: int) -> str:
+    """At which time its actions were done, in words.
+
+    >>> when(0), when(3)
+    ('before training', 'after epoch 3')
+    """
+    return f"after epoch {epoch}" if epoch else "before training"
+
+
+def count_of(by_site: Mapping[str, Names]) -> int:
+    """How many branches there are in all."""
+    return sum(map(len, by_site.values()))
+
+
+def _names(action: Expand, taken: Iterable[str]) -> list[str]:
+    """The names that the branches get, as `expand` gives them."""
+    found = list(taken)
+    for branch in action.branches:
+        free = chain([branch.kind], (f"{branch.kind}-{number}" for number in count(2)))
+        found.append(branch.name or next(name for name in free if name not in found))
+    return found[len(found) - len(action.branches) :]
+
+
+def _leaving(action: Action, branches: Mapping[str, list[str]]) -> list[tuple[str, list[str]]]:
+    """What goes with an action, by site; a block inside a branch goes with it."""
+    if isinstance(action, Fuse):
+        gone, prefix = list(branches.get(action.site, ())), f"{action.site}."
+    elif isinstance(action, Drop):
+        gone, prefix = [action.branch], f"{action.site}.{action.branch}."
+    else:
+        return []
+    inside = [(site, list(names)) for site, names in branches.items() if site.startswith(prefix) and names]
+    return [(action.site, gone), *inside] if gone else inside
+
+
+def _fixed(by_key: Mapping[str, list[str]]) -> dict[str, Names]:
+    return {key: tuple(names) for key, names in by_key.items()}
+
+
+def _together(by_site: Mapping[str, Names]) -> dict[Names, Names]:
+    found: dict[Names, list[str]] = {}
+    for site, names in by_site.items():
+        found.setdefault(names, []).append(site)
+    return {names: tuple(sites) for names, sites in found.items()}
+
+
+def _lies_in(site: str, others: Iterable[str]) -> bool:
+    return any(f"{site}.".startswith(f"{other}.") for other in others)

@@ -1,0 +1,43 @@
+"""`Column`: one or several epochs of a run that a figure shows as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from repfx.history import Epoch
+
+
+@dataclass(frozen=True)
+class Column:
+    """Consecutive epochs; what is shown of them is how things are at the last one, and all that was changed in any of them."""
+
+    epochs: tuple[Epoch, ...]
+
+    @property
+    def last(self) -> Epoch:
+        """The epoch that is shown."""
+        return self.epochs[-1]
+
+    def __str__(self) -> str:
+        first, last = self.epochs[0].epoch, self.last.epoch
+        return str(last) if first == last else f"{first}–{last}"
+
+
+def columns_of(epochs: Sequence[Epoch], most: int) -> tuple[Column, ...]:
+    """At most so many columns: the first epoch by itself, and then as many a column as needed, a round number.
+
+    >>> [str(column) for column in columns_of([Epoch(number) for number in range(13)], 8)]
+    ['0', '1–2', '3–4', '5–6', '7–8', '9–10', '11–12']
+    """
+    rest = epochs[1:]
+    step = next(step for step in _round_numbers() if math.ceil(len(rest) / step) + 1 <= max(most, 2))
+    groups = [epochs[:1], *(rest[first : first + step] for first in range(0, len(rest), step))]
+    return tuple(Column(tuple(group)) for group in groups if group)
+
+
+def _round_numbers() -> Iterator[int]:
+    yield from (1, 2, 5, 10, 15, 20, 25, 30, 40)
+    yield from count(50, 50)

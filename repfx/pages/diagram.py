@@ -1,0 +1,239 @@
+"""What each conv of a deployed model was made from: blocks and their branches, taken apart into values that a page can draw."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from repfx.block import ORIGIN, RepBlock
+from repfx.branch import Chain
+from repfx.cropped_conv import CroppedConv
+from repfx.meaning import CONVS, Layer, is_batch_norm, is_conv, torch_class
+from repfx.passes.merge_parallel import MERGE_PARALLEL
+from repfx.provenance import provenance_of
+from repfx.spec import ConvSpec
+from repfx.stages import Pad
+
+_FEW_PARTS = 2
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One layer.
+
+    Args:
+        text: what it is.
+        sort: ``conv``, ``norm`` or ``other``; ``block`` for one that has branches of its own.
+        lanes: those, if it has.
+    """
+
+    text: str
+    sort: str
+    lanes: tuple[Lane, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Layers one after another, from a name on; `note` says what else is to be known of it."""
+
+    name: str
+    chips: tuple[Chip, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parallel lanes, and the one layer that they are when fused.
+
+    Args:
+        factor: what the sum of the branches is multiplied by, if it is.
+        result: None where nothing was fused.
+        rules: what was used.
+    """
+
+    lanes: tuple[Lane, ...]
+    result: Chip | None
+    rules: tuple[str, ...] = ()
+    factor: str = ""
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether lanes were added up. Those of a model that repfx didn't expand may also stand one behind the other."""
+        return MERGE_PARALLEL.name in self.rules
+
+
+@dataclass(frozen=True)
+class Count:
+    """Convs and BatchNorms."""
+
+    convs: int
+    norms: int
+
+    @classmethod
+    def of(cls, model: nn.Module, under: str = "", without: Sequence[str] = ()) -> Count:
+        """In a model, or in what of it lies under a path and not under others."""
+        start, other = f"{under}." if under else "", tuple(f"{path}." for path in without)
+        found = [(f"{path}.", module) for path, module in model.named_modules()]
+        inside = [module for path, module in found if path.startswith(start) and not path.startswith(other)]
+        return cls(sum(map(is_conv, inside)), sum(map(is_batch_norm, inside)))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The same unit at one place or several, by their paths in the deployed model."""
+
+    unit: Unit
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model, such as ``layer1``; the whole model has the name ``""``."""
+
+    name: str
+    groups: tuple[Group, ...]
+    before: Count
+    after: Count
+
+    @property
+    def size(self) -> int:
+        """How many units it has."""
+        return sum(len(group.paths) for group in self.groups)
+
+
+def parts_of(before: nn.Module, fused: nn.Module) -> tuple[Part, ...]:
+    """A model and what `repfx.fuse` made of it, part by part; in each part, what is alike stands together."""
+    units = units_of(before, fused)
+    name_of = _names_of_parts(list(units))
+    found: dict[str, dict[Unit, list[str]]] = {}
+    for path, unit in units.items():
+        found.setdefault(name_of[path], {}).setdefault(unit, []).append(path)
+    parts = []
+    for name, units_of_part in found.items():
+        groups = tuple(Group(unit, tuple(paths)) for unit, paths in units_of_part.items())
+        others = [
+            other for other in found if other and other != name and f"{other}.".startswith(f"{name}.".lstrip("."))
+        ]
+        parts.append(Part(name, groups, *(Count.of(model, name, others) for model in (before, fused))))
+    return tuple(parts)
+
+
+def units_of(before: nn.Module, fused: nn.Module) -> dict[str, Unit]:
+    """By path in the deployed model: its convs, and other layers that were made from several."""
+    modules = dict(before.named_modules(remove_duplicate=False))
+    found: dict[str, Unit] = {}
+    for path, module in fused.named_modules():
+        if path.startswith(tuple(f"{block}." for block, unit in found.items() if unit.result is None)):
+            continue
+        provenance = provenance_of(module)
+        if isinstance(module, RepBlock):
+            found[path] = Unit(_lanes(module), None, (), _factor(module))
+        elif provenance is not None and provenance.sources:
+            known = [source for source in provenance.sources if source in modules]
+            found[path] = _unit(known, modules, chip_of(module), provenance.rules)
+        elif is_conv(module):
+            found[path] = Unit((Lane("", (chip_of(module),)),), chip_of(module))
+    return found
+
+
+def chip_of(module: nn.Module) -> Chip:
+    """A layer in a few words."""
+    if isinstance(module, RepBlock):
+        return Chip(f"block {module.site}", "block", _lanes(module))
+    if isinstance(module, CroppedConv):
+        return Chip(f"{module.site}, shared weights", "conv")
+    if is_conv(module):
+        return Chip(_conv(module), "conv")
+    if is_batch_norm(module):
+        return Chip("BN", "norm")
+    if isinstance(module, nn.Linear):
+        return Chip(f"linear {module.in_features}→{module.out_features}", "conv")
+    if isinstance(module, Pad):
+        return Chip("pad", "other")
+    if isinstance(module, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
+        size = module.kernel_size
+        return Chip(f"average {'×'.join(map(str, size if isinstance(size, tuple) else (size,)))}", "other")
+    return Chip(type(module).__name__, "other")
+
+
+def _conv(conv: Layer) -> str:
+    if torch_class(conv) in CONVS:
+        return f"conv {ConvSpec.of(conv)}"
+    return f"{type(conv).__name__} {conv.in_channels}→{conv.out_channels}"
+
+
+def _lanes(block: RepBlock) -> tuple[Lane, ...]:
+    running = block.running_in(training=False)
+    lanes = [_lane("own conv", block.origin, "" if ORIGIN in running else "rests" if block.rests else "gate closed")]
+    for name, branch in block.branches.items():
+        lanes.append(_lane(name, branch, "" if name in running else "gate closed"))
+    return tuple(lanes)
+
+
+def _lane(name: str, chain: Chain, note: str) -> Lane:
+    chips = [chip_of(stage) for stage in chain if not _does_nothing(stage)]
+    return Lane(name, tuple(chips), note)
+
+
+def _does_nothing(stage: nn.Module) -> bool:
+    return isinstance(stage, nn.Identity) or (isinstance(stage, Pad) and not any(map(any, stage.padding)))
+
+
+def _factor(block: RepBlock) -> str:
+    return "" if block.attach_rate is None else f"branches × λ = {float(block.attach_rate):.2g}"
+
+
+def _unit(sources: Sequence[str], modules: Mapping[str, nn.Module], result: Chip, rules: tuple[str, ...]) -> Unit:
+    """Of sources that lie in blocks, the blocks; of others, those in one parent as one lane."""
+    blocks = dict.fromkeys(block for source in sources if (block := _block_around(source, modules)) is not None)
+    others = [source for source in sources if _block_around(source, modules) is None]
+    others = [source for source in others if not _does_nothing(modules[source])]
+    parents = Counter(_parent(source) for source in others)
+    keys = {source: _parent(source) if parents[_parent(source)] > 1 else source for source in others}
+    shared = _common(list(keys.values()))
+    lanes: dict[str, list[Chip]] = {}
+    for source, key in keys.items():
+        lanes.setdefault(key[len(shared) :].lstrip("."), []).append(chip_of(modules[source]))
+    found = [modules[path] for path in blocks]
+    inner = [block for block in found if isinstance(block, RepBlock)]
+    own = inner[0] if len(inner) == 1 else None
+    if own is not None:
+        behind = [Lane("together with", tuple(chips)) for chips in lanes.values()]
+        return Unit((*_lanes(own), *behind), result, rules, _factor(own))
+    drawn = [Lane(path, (chip_of(modules[path]),)) for path in blocks]
+    return Unit((*drawn, *(Lane(name, tuple(chips)) for name, chips in lanes.items())), result, rules)
+
+
+def _block_around(path: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The outermost block that a module lies in."""
+    parts = path.split(".")
+    outer = (".".join(parts[:length]) for length in range(1, len(parts)))
+    return next((path for path in outer if isinstance(modules.get(path), RepBlock)), None)
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _common(paths: Sequence[str]) -> str:
+    """What all paths begin with, in whole names; of one path, all of it."""
+    split = [path.split(".") for path in paths]
+    shared = []
+    for names in zip(*split):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    return ".".join(shared)
+
+
+def _names_of_parts(paths: Sequence[str]) -> dict[str, str]:
+    """For each path the part that it belongs to: its first name, or its first two; none if this would leave most parts with one unit."""
+    for depth in (1, 2):
+        names = {path: ".".join(path.split(".")[:-1][:depth]) for path in paths}
+        parts = set(names.values())
+        if len(parts) >= _FEW_PARTS and len(paths) >= 2 * len(parts):
+            return names
+    return dict.fromkeys(paths, "")

@@ -1,0 +1,69 @@
+"""The forms of a model side by side: what each gets right, costs, and how far it is from the one before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from repfx.cost import count_macs, count_parameters
+from repfx.errors import InvalidInput
+from repfx.pages.diagram import Count
+
+TITLES = {"plain": "plain model", "expanded": "training form", "fused": "fused", "onnxruntime": "in onnxruntime"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """One row of the table; None where nothing is known."""
+
+    title: str
+    accuracy: float | None = None
+    flips: int | None = None
+    error: float | None = None
+    parameters: int | None = None
+    macs: int | None = None
+    latency: float | None = None
+    count: Count | None = None
+
+    def times(self, other: Form | None, field: str) -> float | None:
+        """A cost as a multiple of another form's."""
+        own, reference = getattr(self, field), getattr(other, field, None)
+        return own / reference if own and reference else None
+
+
+def forms_of_run(metrics: Mapping[str, Any]) -> dict[str, Form]:
+    """From what `metrics.json` holds, by their names there.
+
+    Raises:
+        InvalidInput: it holds something else.
+    """
+    try:
+        return _forms(metrics)
+    except (AttributeError, TypeError) as error:
+        raise InvalidInput("the metrics of the run are none that `repfx train` wrote.") from error
+
+
+def _forms(metrics: Mapping[str, Any]) -> dict[str, Form]:
+    accuracy, flips, errors, costs = (metrics.get(key) or {} for key in ("accuracy", "flips", "max_error", "cost"))
+    found = {}
+    for name in dict.fromkeys([*TITLES, *costs, *accuracy]):
+        cost = costs.get(name, {})
+        latency = metrics.get("onnx_latency") if name == "onnxruntime" else cost.get("latency")
+        known = accuracy.get(name), flips.get(name), errors.get(name), cost.get("parameters"), cost.get("macs"), latency
+        if not all(value is None or isinstance(value, (int, float)) for value in known):
+            raise TypeError(f"{name}: {known}")
+        if any(value is not None for value in known):
+            found[name] = Form(TITLES.get(name, name), *known)
+    return found
+
+
+def form_of_model(title: str, model: nn.Module, x: Tensor) -> Form:
+    """What a model costs for one image; MACs are left out where it can't run on `x`."""
+    try:
+        macs = count_macs(model, x[:1])
+    except Exception:  # whatever its code raises: the page says elsewhere that it can't run
+        macs = None
+    return Form(title, parameters=count_parameters(model), macs=macs, count=Count.of(model))

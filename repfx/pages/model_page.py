@@ -1,0 +1,89 @@
+"""`write_model_page`: the sites of a model, what it becomes when it is fused, and that it stays the same, as one HTML page."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+import repfx
+from repfx.block import RepBlock
+from repfx.equivalence import EquivalenceReport
+from repfx.errors import RepfxError, first_line
+from repfx.notes import copy_of
+from repfx.pages.diagram import parts_of
+from repfx.pages.forms import form_of_model
+from repfx.pages.rendering import write_page
+from repfx.spec import SpecLike
+from repfx.testing import randomize_batch_norm
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether fusing kept the function.
+
+    Args:
+        report: None where the model couldn't be run.
+        problem: why.
+        randomized: whether its BatchNorms had random numbers in them.
+    """
+
+    report: EquivalenceReport | None = None
+    problem: str | None = None
+    randomized: bool = False
+
+
+def write_model_page(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    x: Tensor,
+    *,
+    name: str,
+    spec: SpecLike | None = None,
+    trained: bool = False,
+) -> Check:
+    """Write the page of a model; the model stays as it is.
+
+    Args:
+        x: a batch of inputs, on which it is compared with what it becomes and its multiply-adds are counted.
+        name: what the page calls it.
+        spec: what it is expanded with first.
+        trained: whether its weights mean something. If not, its BatchNorms get random numbers for the comparison: fresh ones do
+            nothing, and would hide a mistake.
+
+    Raises:
+        InvalidInput: there is nothing to fuse, jinja2 is missing, or the page can't be written.
+    """
+    training = copy_of(model) if spec is None else repfx.expand(model, spec)
+    if not trained:
+        randomize_batch_norm(training)
+    fused = repfx.fuse(training)
+    check = _check(training, fused, x, randomized=not trained)
+    is_expanded = any(isinstance(module, RepBlock) for module in training.modules())
+    forms = {"training": form_of_model("training form" if is_expanded else "model", training, x)}
+    if spec is not None:
+        forms = {"plain": form_of_model("plain model", model, x), **forms}
+    write_page(
+        "model.html",
+        path,
+        name=name,
+        spec=spec if spec is None or isinstance(spec, str) else json.dumps(spec, default=str),
+        shape="×".join(map(str, x.shape[1:])),
+        expanded=is_expanded,
+        sites=repfx.sites(training),
+        parts=parts_of(training, fused),
+        forms={**forms, "fused": form_of_model("fused", fused, x)},
+        check=check,
+        stays=repfx.report(fused).stays,
+        skipped=repfx.report(fused).skipped,
+    )
+    return check
+
+
+def _check(training: nn.Module, fused: nn.Module, x: Tensor, *, randomized: bool) -> Check:
+    try:
+        return Check(repfx.check_equivalent(training, fused, x, raises=False), randomized=randomized)
+    except RepfxError as error:
+        return Check(problem=first_line(error))

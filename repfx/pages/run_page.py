@@ -1,0 +1,131 @@
+"""`write_run_page`: what a training run did, and what came of it, as one HTML page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import repfx
+from repfx.architecture import Architecture
+from repfx.errors import InvalidInput, first_line
+from repfx.heat_map import cells
+from repfx.history import Epoch, History
+from repfx.pages.changes import changes_of, deeds
+from repfx.pages.diagram import Part, parts_of
+from repfx.pages.forms import forms_of_run
+from repfx.pages.rendering import write_page
+from repfx.pages.run_charts import cost_chart, learning_chart
+from repfx.pages.structure_map import LEVELS, structure_map
+from repfx.pages.summary import cost_tiles, facts_of, progress_tiles, result_tiles, structure_tiles
+from repfx.run_folder import CHECKPOINT, HISTORY, METRICS, REPORT, STRUCTURE, RunFolder
+
+_FEW_SITES = 6
+
+
+def write_run_page(folder: RunFolder, out: str | os.PathLike[str] | None = None) -> Path:
+    """Write the page of a run, by default into its folder; what the run hasn't left yet, the page leaves out.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        InvalidInput: the folder holds no run, one of its files is malformed, jinja2 is missing, or the page can't be written.
+        OSError: a file can't be read.
+    """
+    if not any((folder.path / name).is_file() for name in (METRICS, STRUCTURE, HISTORY)):
+        raise InvalidInput(
+            f"{str(folder.path)!r} holds no training run: it has none of {METRICS}, {STRUCTURE}, {HISTORY}."
+        )
+    target = folder.path / REPORT if out is None else Path(out)
+    write_page("run.html", target, **_shown(folder))
+    return target
+
+
+def _shown(folder: RunFolder) -> dict[str, Any]:
+    metrics = folder.metrics
+    structure = folder.structure if (folder.path / STRUCTURE).is_file() else None
+    epochs = _epochs(folder.history, metrics)
+    changes = [change for epoch in epochs if (change := changes_of(epoch))]
+    graph = _graph(folder)
+    forms = {} if metrics is None else forms_of_run(metrics)
+    has_blocks = any(epoch.blocks or epoch.actions for epoch in epochs)
+    return {
+        "name": folder.path.resolve().name,
+        "finished": metrics is not None,
+        "facts": facts_of(structure, epochs),
+        "tiles": progress_tiles(epochs) if metrics is None else result_tiles(metrics, forms),
+        "forms": forms,
+        "test_images": None if metrics is None else metrics.get("test_images"),
+        "learning": learning_chart(epochs) if epochs else [],
+        "changes": [(change.epoch, deeds(change)) for change in changes],
+        "structure_tiles": structure_tiles(changes),
+        "map": structure_map(epochs, graph.order) if has_blocks else None,
+        "levels": LEVELS,
+        "few_sites": _FEW_SITES,
+        "cost": cost_chart(epochs) if epochs else [],
+        "cost_tiles": cost_tiles(epochs),
+        "epochs": epochs,
+        "graph": graph,
+        "architecture": _architecture(folder.architecture),
+        "recipe": folder.recipe_text,
+    }
+
+
+def _epochs(history: History | None, metrics: Mapping[str, Any] | None) -> tuple[Epoch, ...]:
+    """Of a run that kept no history, the losses."""
+    if history is not None:
+        return history.epochs
+    losses = (metrics or {}).get("losses")
+    known = [loss for loss in losses if isinstance(loss, float)] if isinstance(losses, list) else []
+    return tuple(Epoch(number, loss) for number, loss in enumerate(known, start=1))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model before and after fusing.
+
+    Args:
+        order: the paths of its layers.
+        problem: why there is nothing to show, if so.
+    """
+
+    parts: tuple[Part, ...] = ()
+    order: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+def _graph(folder: RunFolder) -> Graph:
+    if not all((folder.path / name).is_file() for name in (STRUCTURE, CHECKPOINT)):
+        return Graph(problem="the run has left no trained model yet")
+    try:
+        trained = folder.load()
+        fused = repfx.fuse(trained)
+    except Exception as error:  # building a model runs its author's code, which may be gone or may raise anything
+        return Graph(problem=f"its model can't be built again here: {first_line(error)}")
+    return Graph(parts_of(trained, fused), tuple(path for path, _ in trained.named_modules()))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has found: by site what it has of each kind, and how much that matters."""
+
+    kinds: tuple[str, ...]
+    sites: Mapping[str, Mapping[str, tuple[bool, float | None]]]
+
+    @property
+    def kept(self) -> int:
+        return sum(chosen for row in self.sites.values() for chosen, _ in row.values())
+
+    @property
+    def all(self) -> int:
+        return sum(map(len, self.sites.values()))
+
+
+def _architecture(found: Architecture | None) -> Found | None:
+    if found is None:
+        return None
+    sites = {site: cells(code) for site, code in found.sites.items()}
+    return Found(tuple(dict.fromkeys(kind for row in sites.values() for kind in row)), sites)

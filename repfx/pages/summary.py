@@ -1,0 +1,132 @@
+"""What stands at the top of a page: the facts about a run, and the figures that sum it up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from repfx.history import Epoch
+from repfx.number_text import duration, engineering, grouped, percent, plural
+from repfx.pages.changes import Changes, count_of
+from repfx.pages.forms import Form
+from repfx.run_folder import Structure
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure that sums something up."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something that was given; `code` if it is written as it is given on the command line."""
+
+    name: str
+    text: str
+
+
+def facts_of(structure: Structure | None, epochs: Sequence[Epoch]) -> list[Fact]:
+    """The model, how its structure came about, what it was trained on, as far as the run has left that."""
+    found = []
+    if structure is not None:
+        model = structure.model
+        options = {"num_classes": model.num_classes, **model.options}
+        found.append(Fact("Model", f"{model.name} {_options(options)}".strip()))
+        if structure.schedule is not None:
+            name, options = structure.schedule.get("name", "?"), {**structure.schedule}
+            options.pop("name", None)
+            found.append(Fact("Schedule", f"{name} {_options(options)}".strip()))
+        elif structure.spec is not None:
+            found.append(Fact("Expanded with", str(structure.spec)))
+        shape = structure.preparation.get("shape")
+        if shape:
+            found.append(Fact("Image", "×".join(map(str, shape))))
+    trained = [epoch for epoch in epochs if epoch.epoch]
+    if trained:
+        seconds = [epoch.seconds for epoch in trained if epoch.seconds is not None]
+        time = f", {duration(sum(seconds))}" if seconds else ""
+        found.append(Fact("Trained", f"{plural(trained[-1].epoch, 'epoch')}{time}"))
+    return found
+
+
+def result_tiles(metrics: Mapping[str, Any], forms: Mapping[str, Form]) -> list[Tile]:
+    """Of a finished run: the deployed model beside the trained one."""
+    trained, fused = forms.get("expanded"), forms.get("fused")
+    if fused is None:
+        return []
+    found = []
+    if fused.accuracy is not None:
+        images = metrics.get("test_images")
+        flips = f"{fused.flips} of {images} predictions flip by fusing" if fused.flips is not None and images else ""
+        found.append(Tile("Accuracy, fused", percent(fused.accuracy), flips))
+    if fused.error is not None:
+        found.append(Tile("Worst difference", f"{fused.error:.1e}", "fused against training form, relative"))
+    for name, field, text in (
+        ("MACs, fused", "macs", engineering),
+        ("Parameters, fused", "parameters", engineering),
+        ("Latency, fused", "latency", duration),
+    ):
+        own, before = getattr(fused, field), getattr(trained, field, None)
+        if own is not None:
+            note = f"{text(before)} in training form" if before is not None else ""
+            found.append(Tile(name, text(own), note))
+    return found
+
+
+def progress_tiles(epochs: Sequence[Epoch]) -> list[Tile]:
+    """Of a run that isn't finished: how far it has come."""
+    if not epochs:
+        return []
+    last = epochs[-1]
+    found = [Tile("Epochs", str(last.epoch))]
+    measured = [epoch for epoch in epochs if epoch.accuracy is not None]
+    if last.loss is not None:
+        found.append(Tile("Loss", f"{last.loss:.3g}", f"in epoch {last.epoch}"))
+    if measured and measured[-1].accuracy is not None:
+        found.append(Tile("Accuracy", percent(measured[-1].accuracy), f"after epoch {measured[-1].epoch}"))
+    return found
+
+
+def structure_tiles(changes: Iterable[Changes]) -> list[Tile]:
+    """How much was changed in all."""
+    changes = list(changes)
+    if not changes:
+        return []
+    grown, dropped = (sum(count_of(getattr(each, name)) for each in changes) for name in ("grown", "dropped"))
+    times = plural(len(changes), "adjustment")
+    told = [("Branches grown", grown, f"in {times}"), ("Branches dropped", dropped, "")]
+    return [Tile(name, grouped(number), note) for name, number, note in told if number]
+
+
+def cost_tiles(epochs: Sequence[Epoch]) -> list[Tile]:
+    """What training cost beside training the plain model."""
+    trained = [epoch for epoch in epochs if epoch.epoch and epoch.macs]
+    if not trained:
+        return []
+    mean = fmean(epoch.macs for epoch in trained)
+    found = []
+    if epochs[0].epoch == 0 and epochs[0].macs:
+        times = f"{mean / epochs[0].macs:.2f} ×"
+        found.append(Tile("MACs of training", times, f"of the plain model's {engineering(epochs[0].macs)}, mean"))
+    most = max(trained, key=lambda epoch: epoch.macs)
+    found.append(Tile("Largest", engineering(most.macs), f"MACs, first in epoch {most.epoch}"))
+    seconds = [epoch.seconds for epoch in trained if epoch.seconds is not None]
+    if seconds:
+        found.append(Tile("Time", duration(sum(seconds)), f"{duration(fmean(seconds))} an epoch, mean"))
+    return found
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    """As text, without what is None."""
+    told = [f"{name}={_value(value)}" for name, value in options.items() if value is not None]
+    return f"({', '.join(told)})" if told else ""
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import pkgutil
 import re
 import shlex
 import sys
@@ -20,12 +21,13 @@ import repfx
 from docs.tables import MARK, TABLES, on_page_markdown
 from repfx.branch import KINDS
 from repfx.commands import app
+from repfx.journaling import ACTIONS
 from repfx.rule import PASSES, RULES
 from repfx.schedule import SCHEDULES
 from repfx.spec import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = [*PAGES, ROOT / "CHANGELOG.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
@@ -100,8 +102,8 @@ def run(page: Path, block: Block, namespace: dict[str, Any]) -> None:
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    module = ModuleType(page.stem)  # dataclasses look up the module that they are defined in
-    monkeypatch.setitem(sys.modules, page.stem, module)
+    module = ModuleType(f"page of {page.stem}")  # dataclasses look up the module that they are defined in
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     namespace = vars(module)
     assert code_of(page)
     for block in code_of(page):
@@ -142,10 +144,24 @@ def is_public(value: object) -> bool:
     return not isinstance(value, ModuleType) and getattr(value, "__module__", "").startswith("repfx")
 
 
+def names_of_the_reference() -> list[str]:
+    """What the reference shows, by full names."""
+    return re.findall(r"^::: (repfx\.[\w.]+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+
+
 def test_the_reference_lists_every_public_name() -> None:
-    public = {name for name, value in vars(repfx).items() if name[0] != "_" and is_public(value)}
-    listed = re.findall(r"^::: repfx\.(\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(public | {"errors"})
+    public = {f"repfx.{name}" for name, value in vars(repfx).items() if name[0] != "_" and is_public(value)}
+    public |= {f"{cls.__module__}.{cls.__name__}" for cls in (*SCHEDULES.values(), *ACTIONS.values())}
+    verbs = {name for name in PASSES.keys() - RULES.keys() if f"repfx.{name}" not in public}
+    public |= {f"repfx.passes.{name}.{name}" for name in verbs} | {"repfx.errors", "repfx.testing", "repfx.strategies"}
+    listed = names_of_the_reference()
+    assert len(listed) == len(set(listed))
+    assert not public - set(listed)
+
+
+def test_what_the_reference_lists_exists_and_says_what_it_is() -> None:
+    silent = [name for name in names_of_the_reference() if not (pkgutil.resolve_name(name).__doc__ or "").strip()]
+    assert not silent
 
 
 def shell_commands() -> list[str]:

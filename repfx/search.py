@@ -201,6 +201,7 @@ class Search(Schedule):
     def _proportions(cls, epochs: int, options: Mapping[str, Any]) -> dict[str, Any]:
         """A sixth of the epochs without learning of gates, and a third afterwards with what was found."""
         end = int(options.get("epochs", max(1, epochs * 2 // 3)))
+        require(end <= epochs, f"the search takes {end} epochs and the training {epochs}: give the search fewer.")
         return {"warm_up": min(epochs // 6, end - 1), "epochs": end}
 
 

@@ -193,6 +193,12 @@ def test_a_spec_by_patterns_leaves_other_sites_alone(name: str, epoch: int) -> N
         ("dyrep", {"depth": 0}, InvalidInput, "depth is 0"),
         ("dyrep", {"batches": 0}, InvalidInput, "batches is 0"),
         ("dyrep", {"speed": 1}, InvalidInput, "DyRep has no option speed; it has interval, until"),
+        (
+            "repnas",
+            {"epochs": 600},
+            InvalidInput,
+            "the search takes 600 epochs and the training 10: give the search fewer",
+        ),
         ("repan", {"cycles": 0, "epochs": 3}, InvalidInput, "cycles is 0"),
         ("repan", {"warm_up": 99}, InvalidInput, "warm_up is 99 epochs; it must be from 0 to the 5 of a cycle"),
         ("repan", {"statistics": "guessed"}, UnknownName, "statistics 'guessed'"),

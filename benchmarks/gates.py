@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import repfx
-from benchmarks._nets import resnet18
 from benchmarks._record import Row, machine, write
 from repfx.cost import measure_times
+from repfx.recipes.nets import resnet18
 
 BUDGETS: dict[str, float] = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "all": 1.0}
 

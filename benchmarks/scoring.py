@@ -27,11 +27,11 @@ from torch.nn import functional as F
 
 import repfx
 from benchmarks._comparison import Ratio
-from benchmarks._nets import resnet18, vgg16
 from benchmarks._record import Row, machine, write
 from benchmarks.drift import settle
 from repfx.cost import measure_times
 from repfx.passes.gate import gate
+from repfx.recipes.nets import resnet18, vgg16
 from repfx.scoring import FusedSupernet
 from repfx.search_space import Code, Space
 from repfx.spec import BranchSpec, ConvSpec, resolve_spec

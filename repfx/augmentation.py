@@ -96,9 +96,9 @@ class Augmentation:
         from torchvision.transforms import v2
 
         stages, size = images.stages, images.stages.size
-        steps: list[Callable[[Any], Any]] = []
+        steps: list[Callable[[Any], Any]] = [stages.convert]
         if self.resized_crop:
-            steps += [v2.RandomResizedCrop(size, (self.resized_crop, 1.0)), stages.fit]
+            steps += [v2.RandomResizedCrop(size, (self.resized_crop, 1.0))]
         else:
             steps += [stages.fit]
         if self.crop_padding:

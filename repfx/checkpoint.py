@@ -149,6 +149,22 @@ def load(
     return model
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file, of whatever kind, says that `save` wrote it.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    safetensors = _package("safetensors")
+    with path.open("rb"):
+        pass
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return _HEAD in (file.metadata() or {})
+    except safetensors.SafetensorError:
+        return False
+
+
 @dataclass(frozen=True)
 class _Checkpoint:
     """A file's content, after it has been checked in itself."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from repfx import image_files
-from repfx.dataset import DataSet, DataSource, InputForm, PreparedImages, Stages, every_fifth
+from repfx.dataset import DataSet, DataSource, InputForm, PreparedImages, Stages, as_it_is, every_fifth
 from repfx.errors import InvalidInput
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -36,7 +36,7 @@ def load_data(source: DataSource, form: InputForm) -> DataSet:
     if path.suffix == ".npz":
         return _arrays(path, form)
     if path.is_dir():
-        return image_files.folder(path, form)
+        return image_files.folder(source, form)
     return image_files.torchvision_data(source, form)
 
 
@@ -103,7 +103,7 @@ def _in_memory(split: tuple[Tensor, ...], form: InputForm, classes: tuple[str, .
     images = [fit_to(x, form) for x in (x_train, x_test)]
     mean, deviation = _moments(images[0])
     axes = tuple(images[0].shape[2:])
-    stages = Stages(axes, _as_it_is, partial(_standardize, mean=mean, deviation=deviation))
+    stages = Stages(axes, as_it_is, partial(_standardize, mean=mean, deviation=deviation))
     preparation = {"mean": mean.tolist(), "std": deviation.tolist(), "shape": list(images[0].shape[1:])}
     train, test = (PreparedImages(TensorDataset(x, y), stages) for x, y in zip(images, (y_train, y_test)))
     return DataSet(train, test, classes, preparation)
@@ -115,10 +115,6 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = torch.stack([channel.mean() for channel in channels])
     deviation = torch.stack([channel.std(correction=0) for channel in channels]).clamp_min(1e-12)
     return mean.float(), deviation.float()
-
-
-def _as_it_is(image: Tensor) -> Tensor:
-    return image
 
 
 def _standardize(image: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:

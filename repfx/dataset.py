@@ -25,11 +25,18 @@ class DataSource:
         name: `digits`, a folder, an `.npz` file, or a torchvision data set's name.
         root: where a torchvision data set's files are.
         download: let torchvision download them if they aren't.
+        crop: of image files, which part of height and width is shown, from the middle; 0.875 is 224 of 256 pixels. A random crop in
+            training takes the whole image.
     """
 
     name: str = "digits"
     root: Path = Path("data")
     download: bool = False
+    crop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise InvalidInput(f"crop is {self.crop}; it must be more than 0 and at most 1.")
 
 
 @dataclass(frozen=True)
@@ -57,23 +64,30 @@ class InputForm:
         return cls(conv.in_channels, len(conv.kernel_size), size)
 
 
+def as_it_is(image: Any) -> Any:
+    """The image; a stage that has nothing to do."""
+    return image
+
+
 @dataclass(frozen=True)
 class Stages:
     """How a raw image becomes what a model takes.
 
     Args:
         size: of an image, `(*axes,)`.
-        fit: gives a raw image this size, and as many channels as the model takes.
+        fit: gives an image this size.
         normalize: turns that into a float tensor `(channels, *axes)`.
+        convert: gives a raw image as many channels as the model takes, before all else.
     """
 
     size: tuple[int, ...]
     fit: Callable[[Any], Any]
     normalize: Callable[[Any], Tensor]
+    convert: Callable[[Any], Any] = as_it_is
 
     def __call__(self, image: Any) -> Tensor:
-        """Both in turn."""
-        return self.normalize(self.fit(image))
+        """All in turn."""
+        return self.normalize(self.fit(self.convert(image)))
 
 
 class PreparedImages(Dataset[Any]):

@@ -27,6 +27,7 @@ from repfx.recipe_file import to_toml
 from repfx.run_folder import MODEL, STATE, RunFolder, Structure, spec_of
 from repfx.schedule import SCHEDULES, Schedule
 from repfx.search import Search
+from repfx.selection import Selection
 from repfx.training import Trained, Watcher, train
 
 _TEST_BATCH = 64
@@ -39,9 +40,14 @@ class Experiment:
     """What `repfx train` is asked to do.
 
     Args:
-        spec: what the model is expanded with; or what `schedule` expands convs with, None for its own.
+        model: to be trained, in its plain form.
+        data: to train and test on.
+        spec: what the model is expanded with, an empty list for nothing; or what `schedule` expands convs with. None for dbb, or the
+            schedule's own.
         schedule: its `name` and options; the model then begins plain, and is changed while it trains.
+        training: how.
         weights: a file to begin from; then expanding preserves the function instead of starting as the papers do.
+        image_size: height and width of an image; None takes the data's own.
         out: the folder of the run.
         overwrite: whether an older run there is replaced.
         resume: whether a run there is gone on with.
@@ -165,10 +171,11 @@ def _train(
     """In every process."""
     plain, data, reference = _prepare(experiment)
     watcher.on_stage("expand")
-    spec = experiment.spec or _SPEC
+    spec = _SPEC if experiment.spec is None else experiment.spec
     if schedule is None:
         model = repfx.expand(plain, spec_of(spec), preserve=experiment.weights is not None)
     else:
+        _require_sites(schedule, plain)
         model = copy_of(plain)
     how = None if schedule is None else {"name": schedule.name, **asdict(schedule)}
     structure = Structure(reference, None if how else spec, how, data.preparation)
@@ -223,7 +230,14 @@ def _schedule(experiment: Experiment) -> Schedule | None:
     if name not in SCHEDULES:
         raise UnknownName("schedule", name, SCHEDULES)
     spec = {} if experiment.spec is None else {"spec": spec_of(experiment.spec)}
-    return SCHEDULES[name].over(experiment.training.epochs, **spec, **options)
+    return SCHEDULES[name].over(experiment.training.epochs, **{**spec, **options})
+
+
+def _require_sites(schedule: Schedule, plain: nn.Module) -> None:
+    """Raise if the schedule's spec has a pattern that fits no conv of the model."""
+    spec = getattr(schedule, "spec", None)
+    if isinstance(spec, Mapping):
+        Selection.of(spec).require_used({site.path: str(site.conv or "?") for site in repfx.sites(plain)})
 
 
 def _prepare(experiment: Experiment) -> tuple[nn.Module, DataSet, ModelReference]:

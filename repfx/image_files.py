@@ -17,7 +17,7 @@ _MEANS = {1: (0.449,), 3: (0.485, 0.456, 0.406)}  # of ImageNet, as torchvision'
 _DEVIATIONS = {1: (0.226,), 3: (0.229, 0.224, 0.225)}
 
 
-def folder(path: Path, form: InputForm) -> DataSet:
+def folder(source: DataSource, form: InputForm) -> DataSet:
     """`path/train/CLASS/…` with `path/test/CLASS/…` (or `val`); or `path/CLASS/…`, of which every fifth image of a class is for the test.
 
     Raises:
@@ -25,15 +25,15 @@ def folder(path: Path, form: InputForm) -> DataSet:
     """
     from torchvision.datasets import ImageFolder
 
-    size = form.size or _SIZE
-    stages = _stages(form, size)
+    path = Path(source.name)
+    stages = _stages(form, form.size or _SIZE, source.crop)
     test_folder = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
     try:
         if not (path / "train").is_dir() or test_folder is None:
             images = ImageFolder(str(path))
             test_mask = every_fifth(torch.tensor(images.targets))
             train, test = (Subset(images, mask.nonzero().flatten().tolist()) for mask in (~test_mask, test_mask))
-            return _checked(path, train, test, images.classes, stages, form)
+            return _checked(source, train, test, images.classes, stages, form)
         train_images, test_images = (ImageFolder(str(part)) for part in (path / "train", test_folder))
     except FileNotFoundError as error:
         raise InvalidInput(
@@ -42,16 +42,16 @@ def folder(path: Path, form: InputForm) -> DataSet:
     if train_images.classes != test_images.classes:
         differing = sorted(set(train_images.classes) ^ set(test_images.classes))
         raise InvalidInput(f"{str(path)!r} has other classes for training than for testing: {', '.join(differing)}.")
-    return _checked(path, train_images, test_images, train_images.classes, stages, form)
+    return _checked(source, train_images, test_images, train_images.classes, stages, form)
 
 
 def _checked(
-    path: Path, train: Dataset[Any], test: Dataset[Any], classes: list[str], stages: Stages, form: InputForm
+    source: DataSource, train: Dataset[Any], test: Dataset[Any], classes: list[str], stages: Stages, form: InputForm
 ) -> DataSet:
     if not len(train) or not len(test):  # type: ignore[arg-type]
-        raise InvalidInput(f"{str(path)!r} has too few images: a class needs five for one of them to be in the test.")
+        raise InvalidInput(f"{source.name!r} has too few images: a class needs five for one of them to be in the test.")
     prepared = PreparedImages(train, stages), PreparedImages(test, stages)
-    return DataSet(*prepared, tuple(classes), _preparation(form, stages))
+    return DataSet(*prepared, tuple(classes), _preparation(form, stages, source.crop))
 
 
 def torchvision_data(source: DataSource, form: InputForm) -> DataSet:
@@ -68,10 +68,10 @@ def torchvision_data(source: DataSource, form: InputForm) -> DataSet:
         forms = "digits, an image folder, an .npz file or a torchvision data set's name"
         raise InvalidInput(f"no data set {source.name!r}: it must be {forms}.")
     train, test = (_part(kind, source, is_train) for is_train in (True, False))
-    stages = _stages(form, form.size or _own_size(train))
+    stages = _stages(form, form.size or _own_size(train), source.crop)
     classes = getattr(train, "classes", None) or range(1 + max(int(labels_of(part).max()) for part in (train, test)))
     train, test = PreparedImages(train, stages), PreparedImages(test, stages)
-    return DataSet(train, test, tuple(map(str, classes)), _preparation(form, stages))
+    return DataSet(train, test, tuple(map(str, classes)), _preparation(form, stages, source.crop))
 
 
 def _part(kind: type[Any], source: DataSource, train: bool) -> Any:
@@ -98,7 +98,7 @@ def _own_size(images: Any) -> int:
     return int(width) if width == height else _SIZE
 
 
-def _stages(form: InputForm, size: int) -> Stages:
+def _stages(form: InputForm, size: int, crop: float) -> Stages:
     from torchvision.transforms import v2
 
     if form.dimensions != 2 or form.channels not in _MEANS:
@@ -111,14 +111,15 @@ def _stages(form: InputForm, size: int) -> Stages:
     normalize = v2.Compose(
         [*floats, v2.Normalize(_MEANS[form.channels], _DEVIATIONS[form.channels]), v2.ToPureTensor()]
     )
-    return Stages((size, size), v2.Compose([colour, v2.Resize(size), v2.CenterCrop(size)]), normalize)
+    fit = v2.Compose([v2.Resize(round(size / crop)), v2.CenterCrop(size)])
+    return Stages((size, size), fit, normalize, colour)
 
 
 def _to_colour(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def _preparation(form: InputForm, stages: Stages) -> dict[str, Any]:
-    """What a pixel from 0 to 1 goes through."""
-    shape = [form.channels, *stages.size]
-    return {"mean": list(_MEANS[form.channels]), "std": list(_DEVIATIONS[form.channels]), "shape": shape}
+def _preparation(form: InputForm, stages: Stages, crop: float) -> dict[str, Any]:
+    """What a pixel from 0 to 1 goes through; and which part of an image has that shape."""
+    mean, deviation = list(_MEANS[form.channels]), list(_DEVIATIONS[form.channels])
+    return {"mean": mean, "std": deviation, "shape": [form.channels, *stages.size], "crop": crop}

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from repfx.checkpoint import is_checkpoint, load
 from repfx.distillation import distillation_loss
 from repfx.errors import InvalidInput
 from repfx.models import ModelReference, load_weights
 from repfx.predictions import logits_of
-from repfx.recipe import Recipe
+from repfx.recipe import Distillation, Recipe
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of logits, images and labels
 
@@ -32,10 +33,7 @@ def loss_of(recipe: Recipe, classes: int, placed: Callable[[nn.Module], nn.Modul
     if recipe.distillation is None:
         return lambda logits, x, labels: F.cross_entropy(logits, labels, label_smoothing=smoothing)
     known = recipe.distillation
-    reference = ModelReference(known.teacher.name, known.teacher.num_classes or classes, known.teacher.options)
-    teacher = reference.build()
-    load_weights(teacher, Path(known.weights))
-    teacher = placed(teacher).eval().requires_grad_(False)
+    teacher = placed(_teacher(known, classes)).eval().requires_grad_(False)
 
     def loss(logits: Tensor, x: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
@@ -48,3 +46,12 @@ def loss_of(recipe: Recipe, classes: int, placed: Callable[[nn.Module], nn.Modul
         )
 
     return loss
+
+
+def _teacher(known: Distillation, classes: int) -> nn.Module:
+    teacher = ModelReference(known.teacher.name, known.teacher.num_classes or classes, known.teacher.options).build()
+    path = Path(known.weights)
+    if is_checkpoint(path):
+        return load(path, teacher, random_state=False)
+    load_weights(teacher, path)
+    return teacher

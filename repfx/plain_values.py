@@ -19,7 +19,7 @@ def to_plain(value: Any) -> Any:
 
     >>> from repfx.dataset import DataSource
     >>> to_plain(DataSource("digits"))
-    {'name': 'digits', 'root': 'data', 'download': False}
+    {'name': 'digits', 'root': 'data', 'download': False, 'crop': 1.0}
     """
     if is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in fields(value)}

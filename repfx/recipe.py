@@ -24,7 +24,7 @@ class Distillation:
 
     Args:
         teacher: any classifier of the same images.
-        weights: its file.
+        weights: their file; or the checkpoint.safetensors of a run that trained it.
         alpha: the teacher's part of the loss.
         temperature: by which both logits are divided.
     """

@@ -22,7 +22,8 @@ from repfx.passes.gate import Gate
 from repfx.passes.ungate import Ungate
 from repfx.schedule import Block, Candidate, Observation, Schedule, require
 from repfx.search_space import Code, Space
-from repfx.spec import SpecLike, Weights, resolve_spec
+from repfx.selection import spec_at
+from repfx.spec import SpecLike, Weights
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Search(Schedule):
         require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive.")
         require(self.batches >= 1, f"batches is {self.batches}; it must be at least 1.")
         if self.spec is not None:
-            resolve_spec(self.spec)
+            spec_at(self.spec, "")
 
     # ---- structure
 
@@ -144,7 +145,7 @@ class Search(Schedule):
     def _expand(self, candidate: Candidate) -> list[Expand]:
         if self.spec is None or candidate.depth or candidate.conv.is_pointwise:
             return []
-        spec = resolve_spec(self.spec)
+        spec = spec_at(self.spec, candidate.site)
         branches, _ = fitting(spec.branches_for(candidate.conv), candidate.conv)
         weights = self.weights if spec.weights == "default" else spec.weights
         gamma = 0.0 if self.preserve else spec.gamma
@@ -200,6 +201,7 @@ class Search(Schedule):
     def _proportions(cls, epochs: int, options: Mapping[str, Any]) -> dict[str, Any]:
         """A sixth of the epochs without learning of gates, and a third afterwards with what was found."""
         end = int(options.get("epochs", max(1, epochs * 2 // 3)))
+        require(end <= epochs, f"the search takes {end} epochs and the training {epochs}: give the search fewer.")
         return {"warm_up": min(epochs // 6, end - 1), "epochs": end}
 
 

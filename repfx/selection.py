@@ -65,5 +65,19 @@ class Selection:
                 )
 
 
+def spec_at(spec: SpecLike, path: str) -> Spec:
+    """What a schedule's spec says of one site: a dict of patterns may leave it without branches.
+
+    Raises:
+        InvalidInput: the spec can't be used, wherever; UnknownName for a preset or branch kind that isn't known.
+
+    >>> [len(spec_at({"layer*": "acb"}, path).branches) for path in ("conv1", "layer1.0.conv1")]
+    [0, 2]
+    """
+    if isinstance(spec, Mapping):
+        return Selection.of(spec).spec_for(path) or Spec([])
+    return resolve_spec(spec)
+
+
 def _fits(path: str, pattern: str) -> bool:
     return path == pattern or fnmatchcase(path, pattern)

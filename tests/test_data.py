@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from repfx.augmentation import Augmentation
 from repfx.data import load_data
 from repfx.dataset import DataSet, DataSource, InputForm
 from repfx.errors import InvalidInput
@@ -129,6 +130,25 @@ def test_a_folder_of_classes_is_split(tmp_path: Path) -> None:
     assert (len(data.train), len(data.test)) == (10, 2)  # type: ignore[arg-type]
     assert data.classes == ("a", "b")
     assert data.example_shape == (3, 8, 8)
+
+
+def test_the_middle_of_an_image_is_shown_and_a_random_crop_takes_the_whole(tmp_path: Path) -> None:
+    pixels = np.full((16, 16, 3), 255, np.uint8)
+    pixels[4:12, 4:12] = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for index in range(5):
+            Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+    data = load_data(DataSource(str(tmp_path), crop=0.5), InputForm(3, size=8))
+    middle = torch.arange(64).reshape(8, 8) / 255
+    shown = data.test[0][0][0] * data.preparation["std"][0] + data.preparation["mean"][0]
+    assert torch.allclose(shown, middle, atol=1e-6)
+    assert data.preparation["crop"] == 0.5
+    varied = Augmentation(resized_crop=1.0).of_images(data.train, 0)[0][0][0]
+    assert varied.shape == shown.shape
+    assert varied.max() > 2 > data.test[0][0].max()
+    with pytest.raises(InvalidInput, match=r"crop is 1\.5; it must be"):
+        DataSource("digits", crop=1.5)
 
 
 def test_a_folder_with_parts_keeps_them(tmp_path: Path) -> None:

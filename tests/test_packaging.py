@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -23,7 +24,12 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MODULES = sorted(path.relative_to(ROOT) for folder in ("repfx", "repfx/*/") for path in ROOT.glob(f"{folder}/*.py"))
-DATA = {str(path.relative_to(ROOT)) for path in ROOT.glob("repfx/pages/templates/*")} | {"repfx/py.typed"}
+LINKED = ("passes", "recipes")  # folders at the top level
+DATA = {
+    str(path.relative_to(ROOT))
+    for pattern in ("repfx/pages/templates/*", "repfx/recipes/*.toml")
+    for path in ROOT.glob(pattern)
+} | {"repfx/py.typed"}
 OPTIONAL = {
     "jinja2",
     "matplotlib",
@@ -46,20 +52,17 @@ def test_the_packages_listed_are_the_packages_on_disk() -> None:
 
 
 def test_no_package_lies_deeper_than_the_listed_ones() -> None:
-    assert not [path for folder in ("repfx", "passes") for path in ROOT.glob(f"{folder}/*/*/*.py")]
+    assert not [path for folder in ("repfx", *LINKED) for path in ROOT.glob(f"{folder}/*/*/*.py")]
 
 
-def test_passes_is_a_link_to_the_folder_at_the_top() -> None:
-    link = ROOT / "repfx" / "passes"
+@pytest.mark.parametrize("name", LINKED)
+def test_a_folder_at_the_top_is_linked_and_gives_one_module(name: str) -> None:
+    link = ROOT / "repfx" / name
     assert link.is_symlink()
-    assert link.resolve() == ROOT / "passes"
-
-
-def test_importing_a_pass_through_the_link_gives_one_module() -> None:
-    import repfx.passes
-
-    assert "passes" not in sys.modules
-    assert Path(str(repfx.passes.__file__)).resolve().parent == ROOT / "passes"
+    assert link.resolve() == ROOT / name
+    module = importlib.import_module(f"repfx.{name}")
+    assert name not in sys.modules
+    assert Path(str(module.__file__)).resolve().parent == ROOT / name
 
 
 def test_import_repfx_needs_torch_alone() -> None:
@@ -146,12 +149,12 @@ def test_the_import_check_sees_every_form_of_import() -> None:
 # --- The wheel ------------------------------------------------------------------------------------------------------
 
 
-def test_the_wheel_made_from_the_sdist_holds_every_module_and_template(tmp_path: Path) -> None:
+def test_the_wheel_made_from_the_sdist_holds_every_module_and_data_file(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     checkout.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, checkout)
-    for name in ("repfx", "passes"):
+    for name in ("repfx", *LINKED):
         shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(checkout)]
     built = subprocess.run(command, capture_output=True, text=True)

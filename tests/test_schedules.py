@@ -173,16 +173,32 @@ def test_deciding_is_repeatable_and_never_acts_out_of_season(name: str) -> None:
     assert (SCHEDULES[name].__doc__ or "").strip()
 
 
+@pytest.mark.parametrize(("name", "epoch"), [("repan", 0), ("dyrep", 2), ("des", 0)])
+def test_a_spec_by_patterns_leaves_other_sites_alone(name: str, epoch: int) -> None:
+    schedule = SCHEDULES[name].over(80, spec={"layer*": "acb"})
+    seen = Observation(epoch, [Candidate("stem", K3, saliency=9.0), Candidate("layer1.0", K3), Candidate("head", K3)])
+    expands = [action for action in schedule.decide(seen) if isinstance(action, Expand)]
+    assert [(action.site, kinds(action)) for action in expands] == [("layer1.0", ["1xk", "kx1"])]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
         ("dyrep", {"interval": 0}, InvalidInput, "interval is 0"),
         ("dyrep", {"metric": "taste"}, UnknownName, "saliency 'taste'"),
         ("dyrep", {"spec": "nosuch"}, UnknownName, "preset 'nosuch'"),
+        ("dyrep", {"spec": {"a": "nosuch"}}, UnknownName, "preset 'nosuch'"),
+        ("dyrep", {"spec": {}}, InvalidInput, "the spec is an empty dict"),
         ("dyrep", {"gamma": 0.0}, InvalidInput, "gamma is 0.0"),
         ("dyrep", {"depth": 0}, InvalidInput, "depth is 0"),
         ("dyrep", {"batches": 0}, InvalidInput, "batches is 0"),
         ("dyrep", {"speed": 1}, InvalidInput, "DyRep has no option speed; it has interval, until"),
+        (
+            "repnas",
+            {"epochs": 600},
+            InvalidInput,
+            "the search takes 600 epochs and the training 10: give the search fewer",
+        ),
         ("repan", {"cycles": 0, "epochs": 3}, InvalidInput, "cycles is 0"),
         ("repan", {"warm_up": 99}, InvalidInput, "warm_up is 99 epochs; it must be from 0 to the 5 of a cycle"),
         ("repan", {"statistics": "guessed"}, UnknownName, "statistics 'guessed'"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import repfx
 from repfx.augmentation import Augmentation, AugmentedImages
 from repfx.batches import Batches
 from repfx.dataset import DataSet, PreparedImages, Stages
@@ -240,12 +241,17 @@ def test_mixed_labels_are_probabilities() -> None:
     assert not torch.equal(mixed, x)
 
 
-def test_a_teacher_is_learnt_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["teacher.pt", "checkpoint.safetensors"])
+def test_a_teacher_is_learnt_from(name: str, tmp_path: Path) -> None:
     torch.manual_seed(5)
     teacher = net(2)
-    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    if name == "teacher.pt":
+        torch.save(teacher.state_dict(), tmp_path / name)
+    else:
+        repfx.save(tmp_path / name, repfx.expand(teacher, "acb"), random_state=False)
+    torch.manual_seed(6)
     reference = ModelReference(f"{Path(__file__).with_name('tiny.py')}:net")
-    told = Distillation(reference, str(tmp_path / "teacher.pt"), alpha=1.0, temperature=1.0)
+    told = Distillation(reference, str(tmp_path / name), alpha=1.0, temperature=1.0)
     data, student = pictures(), net(2)
     x = torch.stack([data.test[index][0] for index in range(40)])
 

@@ -26,7 +26,7 @@ class DES(PopulationSearch):
         budget: how many branches a candidate has at most.
         warm_up: epochs in which all branches run.
         epochs: after so many in all, the best candidate stays, and training can go on.
-        spec: the search space.
+        spec: the search space, as in `RepNAS`.
         population: how many candidates there are.
         generation: how many epochs one takes.
         nets: over how many candidates each step averages (eq. 3), in a loop over `Driver.shares`; else over one.

@@ -14,7 +14,8 @@ from repfx.passes.drop import Drop
 from repfx.passes.expand import Expand
 from repfx.saliency import METRICS
 from repfx.schedule import Block, Candidate, Observation, Schedule, require
-from repfx.spec import SpecLike, resolve_spec
+from repfx.selection import spec_at
+from repfx.spec import SpecLike
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class DyRep(Schedule):
         until: no adjustment after this many epochs or more.
         metric: the saliency: ``synflow`` is Σ g·W over the weights, as in the paper; of a conv in front of a BatchNorm it is zero but for
             ε, for such a conv's scale makes no difference. ``snip`` is Σ |g·W|, ``gradient_norm`` is ‖g‖, ``random`` is a random number.
-        spec: the branches that a conv gets, as far as they fit.
+        spec: the branches that a conv gets, as far as they fit; or a dict of these by patterns of site paths.
         gamma: of the branches' last BatchNorms at first, relative to the origin's.
         depth: how deep blocks may lie in each other.
         drop: whether branches leave, too (the paper's Dep); else they only grow (Rep).
@@ -63,7 +64,7 @@ class DyRep(Schedule):
         require(self.gamma > 0, f"gamma is {self.gamma}; it must be positive, or the branches' convs get no gradient.")
         if self.metric not in METRICS:
             raise UnknownName("saliency", self.metric, METRICS)
-        resolve_spec(self.spec)
+        spec_at(self.spec, "")
 
     def due(self, epoch: int) -> bool:
         return 0 < epoch < self.until and epoch % self.interval == 0
@@ -82,8 +83,8 @@ class DyRep(Schedule):
 
     def _growth(self, candidates: list[Candidate]) -> list[Action]:
         """The one of the highest saliency becomes a block."""
-        spec = resolve_spec(self.spec)
         for best in sorted(candidates, key=lambda candidate: -candidate.saliency):
+            spec = spec_at(self.spec, best.site)
             branches, _ = fitting(spec.branches_for(best.conv), best.conv)
             if branches and not best.conv.is_pointwise:
                 return [Expand(best.site, branches, spec.norm, spec.weights, self.gamma)]

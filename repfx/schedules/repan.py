@@ -16,7 +16,8 @@ from repfx.passes.freeze import Freeze
 from repfx.passes.fuse import Fuse
 from repfx.passes.restore import Restore
 from repfx.schedule import Block, Observation, Schedule, require
-from repfx.spec import ConvSpec, SpecLike, Weights, resolve_spec
+from repfx.selection import spec_at
+from repfx.spec import ConvSpec, SpecLike, Weights
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class RepAn(Schedule):
         cycles: how many.
         epochs: of each.
         warm_up: epochs of a cycle in which λ rises from 0 to 1, by each step if the driver knows how many an epoch has, else by epoch.
-        spec: the branches that convs get, as far as they fit.
+        spec: the branches that convs get, as far as they fit; or a dict of these by patterns of site paths.
         weights: first values of their convs, as in `Spec`.
         statistics: of the BatchNorms put back. ``inherited``: of the sum that was folded, measured in training mode as far as the driver
             has data, so that neither mode moves. ``measured``: of the fused model in eval mode; where the running statistics lag behind,
@@ -63,7 +64,7 @@ class RepAn(Schedule):
         )
         if self.statistics not in ("inherited", "measured"):
             raise UnknownName("statistics", str(self.statistics), ["inherited", "measured"])
-        resolve_spec(self.spec)
+        spec_at(self.spec, "")
 
     @property
     def cycle(self) -> int:
@@ -92,7 +93,7 @@ class RepAn(Schedule):
         return [*drops, *map(Fuse, normalised), *(Restore(site, measured) for site in normalised)]
 
     def _expand(self, site: str, conv: ConvSpec) -> list[Expand]:
-        spec = resolve_spec(self.spec)
+        spec = spec_at(self.spec, site)
         branches, _ = fitting(spec.branches_for(conv), conv)
         return [Expand(site, branches, spec.norm, self.weights, attach_rate=0.0)] if branches else []
 

@@ -24,7 +24,7 @@ class RepNAS(Search):
         budget: how many branches run; with `origin` a site's own conv counts as one, and each site keeps one path at least.
         warm_up: epochs in which all sets of branches are drawn alike and α isn't trained.
         epochs: after so many in all, the branches of the highest α stay, and training can go on.
-        spec: the search space.
+        spec: the search space; a dict by patterns of site paths leaves the other sites alone.
         weights: ``shared``: branches take the centre of the site's own weights (eq. 5); ``default``: weights of their own.
         origin: whether the site's own conv can be closed, too.
         preserve: whether branches add nothing at first; for a trained model, together with ``origin=False``.

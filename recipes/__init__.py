@@ -1,0 +1,4 @@
+"""What the papers trained, and how: their plain nets in `nets`, and one TOML file for each training.
+
+`repfx list recipes` names them, `repfx train --recipe NAME` runs one. Importing this needs torch alone.
+"""

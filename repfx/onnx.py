@@ -95,7 +95,7 @@ def export_onnx(
     Args:
         model: any model; what can't be fused is exported as it is.
         path: of the file, ending in ``.onnx``; its folder exists.
-        x: an example: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+        x: an example: a tensor, a tuple of positional inputs, a dict of keyword inputs, or a list that is one input.
         dynamic_batch: leave the first axis free, of every tensor in x that is as long there as the first one is.
         opset: version of ONNX's operators; None takes torch's.
         tolerance: allowed ``max |a - b| / max |a|`` for each output a of the fused model. 1e-4 leaves room for another

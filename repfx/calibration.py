@@ -46,7 +46,7 @@ def measure_inputs(model: nn.Module, modules: Sequence[nn.Module], batches: Batc
         for module, total in sums.items():
             stack.callback(module.register_forward_pre_hook(total).remove)
         run(model, batches)
-    return [sums[module].moments() for module in modules]
+    return _all_of(model, [(module, sums[module].known) for module in modules])
 
 
 def set_kernels_measured(model: nn.Module, places: Sequence[tuple[Layer, Layer, Kernel]], batches: Batches) -> None:
@@ -79,7 +79,20 @@ def measure_sums(model: nn.Module, sums: Sequence[PartialSum], batches: Batches)
                 stack.callback(part.register_forward_hook(each.hear).remove)
             stack.callback(each.block.register_forward_hook(each.close).remove)
         run(model, batches)
-    return [each.moments() for each in sums]
+    return _all_of(model, [(each.block, each.moments) for each in sums])
+
+
+def _all_of(model: nn.Module, measured: Sequence[tuple[nn.Module, Moments | None]]) -> list[Moments]:
+    """What was measured at each module; raises if that is nothing at one of them."""
+    paths = {module: path for path, module in model.named_modules()}
+    found = []
+    for module, moments in measured:
+        if moments is None:
+            raise InvalidInput(
+                f"calibrate gave data that never reached {paths[module]!r}, whose statistics are needed."
+            )
+        found.append(moments)
+    return found
 
 
 def _give_back(norm: Layer, momentum: float | None, count: Tensor) -> None:
@@ -112,15 +125,17 @@ class PartialSum:
         total = sum(self._outputs[part].double() * factor for part, factor in self.parts.items())
         assert isinstance(total, Tensor)
         channels = total.transpose(0, 1).flatten(1)
-        self._all.append(Moments(channels.mean(1), channels.var(1, correction=0)))
+        if channels.shape[1]:
+            self._all.append(Moments(channels.mean(1), channels.var(1, correction=0)))
         instead = None if self.instead is None else self._outputs[self.instead]
         self._outputs = {}
         return instead
 
-    def moments(self) -> Moments:
-        """Averaged over all calls."""
+    @property
+    def moments(self) -> Moments | None:
+        """Averaged over all calls that got any data; None if none did."""
         if not self._all:
-            raise InvalidInput("calibrate gave data that never reached the block to be measured.")
+            return None
         means, variances = ([getattr(each, name) for each in self._all] for name in ("mean", "variance"))
         return Moments(torch.stack(means).mean(0), torch.stack(variances).mean(0))
 
@@ -141,11 +156,6 @@ class _Sums:
         self.count += count
         self.known = new if self.known is None else _pooled(self.known, new, count / self.count)
 
-    def moments(self) -> Moments:
-        if self.known is None:
-            raise InvalidInput("calibrate gave data that never reached the BatchNorm to be measured.")
-        return self.known
-
 
 def _pooled(a: Moments, b: Moments, share: float) -> Moments:
     """Of two sets of data together, of which `share` is the second."""
@@ -158,14 +168,17 @@ def run(model: nn.Module, batches: Batches) -> None:
     """Run the model on every batch."""
     count = 0
     for batch in batches:
+        several = isinstance(batch, (tuple, list))
         try:
             if isinstance(batch, dict):
                 model(**batch)
             else:
-                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+                model(batch[0] if several else batch)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            what = f"the first entry of batch {count}" if several else f"batch {count}"
+            hint = "; a list that is one input goes inside a tuple" if isinstance(batch, list) else ""
             raise InvalidInput(
-                f"batch {count} of calibrate doesn't fit {type(model).__name__}: {first_line(error)}."
+                f"{what} of calibrate doesn't fit {type(model).__name__}: {first_line(error)}{hint}."
             ) from error
         count += 1
     if not count:

@@ -224,6 +224,10 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "wrong dtype": (lambda: [batch().float()], "batch 0 of calibrate doesn't fit SmallNet"),
     "an empty tuple": (lambda: [()], "batch 0 of calibrate doesn't fit"),
     "no tensor": (lambda: ["image.png"], "batch 0 of calibrate doesn't fit"),
+    "a list of inputs": (
+        lambda: [[batch()[0], batch()[0]]],
+        "the first entry of batch 0 of calibrate doesn't fit SmallNet: .* a list that is one input goes inside a tuple",
+    ),
     "another keyword": (lambda: [{"image": batch()}], "batch 0 of calibrate doesn't fit .*'image'"),
 }
 
@@ -244,7 +248,7 @@ def test_a_failure_says_which_batch_and_leaves_modes_and_hooks(bad: str, measure
 def test_data_that_never_arrive_measure_nothing() -> None:
     net = small_net()
     net.add_module("elsewhere", nn.BatchNorm2d(8))
-    with pytest.raises(InvalidInput, match="never reached the BatchNorm"):
+    with pytest.raises(InvalidInput, match="never reached 'elsewhere'"):
         measure_inputs(net, [net.get_submodule("elsewhere")], batches())
 
 
@@ -305,10 +309,22 @@ def test_a_block_can_give_out_a_part_while_it_is_listened_to() -> None:
     assert torch.allclose(found.variance, expected.variance)
 
 
+def test_a_sum_over_nothing_counts_for_nothing() -> None:
+    """A mask head runs on the boxes that were found, of which there may be none."""
+    model: Any = repfx.expand(SmallNet(), {"stem": ["1x1"]}).double()
+    block, x = model.stem, batches()[1]
+    with_nothing, found, nothing = ([x[:0], x], [x], [x[:0]])
+    both = [measure_sums(model, [PartialSum(block, {block.origin: 1.0})], data)[0] for data in (with_nothing, found)]
+    assert torch.equal(both[0].mean, both[1].mean)
+    assert torch.equal(both[0].variance, both[1].variance)
+    with pytest.raises(InvalidInput, match="never reached 'stem'"):
+        measure_sums(model, [PartialSum(block, {block.origin: 1.0})], nothing)
+
+
 def test_a_block_that_is_never_reached_is_not_measured() -> None:
     model: Any = repfx.expand(SmallNet(), {"stem": ["1x1"]}).double()
     model.add_module("elsewhere", repfx.expand(SmallNet(), {"stem": ["1x1"]}).double())
     block = model.elsewhere.stem
-    with pytest.raises(InvalidInput, match="never reached the block"):
+    with pytest.raises(InvalidInput, match=r"never reached 'elsewhere\.stem'"):
         measure_sums(model, [PartialSum(block, {block.origin: 1.0})], batches())
     assert not block._forward_hooks

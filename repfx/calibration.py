@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
@@ -21,20 +22,29 @@ Batches: TypeAlias = Iterable[Any]
 def calibrate_norms(model: nn.Module, norms: Sequence[Layer], batches: Batches) -> None:
     """Set the running statistics of `norms` to their mean over `batches`; all else runs in eval mode and is not touched.
 
+    Those that no data reach keep theirs.
+
     Args:
         batches: inputs of the model: tensors, or what a data loader gives, of whose tuples the first entry is the input.
     """
-    momenta = [norm.momentum for norm in norms]
-    with in_eval_mode(model):
-        for norm in norms:
+    before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
+    with ExitStack() as stack:
+        stack.enter_context(in_eval_mode(model))
+        for norm, (momentum, _) in zip(norms, before):
             norm.reset_running_stats()
-            norm.train()
             norm.momentum = None  # torch's sign for a cumulative average
-        try:
-            run(model, batches)
-        finally:
-            for norm, momentum in zip(norms, momenta):
-                norm.momentum = momentum
+            stack.callback(setattr, norm, "momentum", momentum)
+            stack.callback(norm.register_forward_pre_hook(_count_if_there_is_any, with_kwargs=True).remove)
+        run(model, batches)
+    for norm, (_, state) in zip(norms, before):
+        if not norm.num_batches_tracked:
+            norm.load_state_dict(state)
+
+
+def _count_if_there_is_any(norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+    """A pre-hook: a batch of nothing would be averaged in as zeros."""
+    (x,) = (*inputs, *named.values())
+    norm.train(x.numel() > 0)
 
 
 @torch.no_grad()

@@ -88,6 +88,19 @@ def test_all_else_stays(momentum: float | None) -> None:
     assert torch.equal(random, torch.get_rng_state())
 
 
+def test_a_norm_that_no_data_reach_keeps_its_statistics() -> None:
+    """A mask head runs on the boxes that were found, of which there may be none."""
+    net, x = mixed_modes(), batch()
+    before = copy.deepcopy(net.norm2.state_dict())
+    calibrate_norms(net, [net.norm2], [x[:0]])
+    assert same_state(net.norm2.state_dict(), before)
+    calibrate_norms(net, [net.norm2], [x])
+    expected = copy.deepcopy(net.norm2.state_dict())
+    calibrate_norms(net, [net.norm2], [x[:0], x, x[:0]])
+    assert same_state(net.norm2.state_dict(), expected)
+    assert not net.norm2._forward_pre_hooks
+
+
 def test_no_norms_are_no_obstacle() -> None:
     net = mixed_modes()
     before = copy.deepcopy(net.state_dict())

@@ -17,7 +17,7 @@ from repfx.journaling import Action, record
 from repfx.leaves import calls_conv
 from repfx.meaning import is_conv
 from repfx.module_tree import set_submodule
-from repfx.moments import Moments, set_kernel
+from repfx.moments import set_kernel
 from repfx.passes.drop import absorb
 from repfx.pipeline import rewrite, verb
 from repfx.rule import RULES
@@ -56,8 +56,7 @@ def _fold(model: nn.Module, site: str, norm_path: str) -> None:
     whole = model.get_submodule(norm_path)
     norm: Any = norm_of(whole)
     kernel = kernel_of_both(conv, norm)
-    settings = norm.eps, norm.momentum, conv.bias is not None, Moments.after(norm), isinstance(norm, nn.SyncBatchNorm)
-    remember_norm(conv, FoldedNorm(site, norm_path, *settings))
+    remember_norm(conv, FoldedNorm.of(norm, norm_path, site, bias=conv.bias is not None))
     set_kernel(conv, None, kernel, None)
     set_submodule(model, norm_path, rest_of(whole))
 

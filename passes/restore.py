@@ -202,7 +202,9 @@ def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice, pa
 
 def _norm_behind(conv: Layer, folded: FoldedNorm | None) -> tuple[Layer, Kernel]:
     """A new BatchNorm that together with the conv, which is changed, computes the conv's kernel; and this."""
-    settings = Norm() if folded is None else Norm("batch_norm", folded.eps, folded.momentum, folded.synchronized)
+    settings = Norm()
+    if folded is not None:
+        settings = Norm("batch_norm", folded.eps, folded.momentum, folded.synchronized, folded.frozen)
     kernel = kernel_of(copy.deepcopy(conv), conv.weight.detach().double(), 0, 0)
     norm = settings.batch_norm(kernel.out_channels, kernel.dimensions or 1, conv.weight)
     norm.requires_grad_(conv.weight.requires_grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
@@ -21,20 +22,29 @@ Batches: TypeAlias = Iterable[Any]
 def calibrate_norms(model: nn.Module, norms: Sequence[Layer], batches: Batches) -> None:
     """Set the running statistics of `norms` to their mean over `batches`; all else runs in eval mode and is not touched.
 
+    Those that no data reach keep theirs.
+
     Args:
         batches: inputs of the model: tensors, or what a data loader gives, of whose tuples the first entry is the input.
     """
-    momenta = [norm.momentum for norm in norms]
-    with in_eval_mode(model):
-        for norm in norms:
+    before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
+    with ExitStack() as stack:
+        stack.enter_context(in_eval_mode(model))
+        for norm, (momentum, _) in zip(norms, before):
             norm.reset_running_stats()
-            norm.train()
             norm.momentum = None  # torch's sign for a cumulative average
-        try:
-            run(model, batches)
-        finally:
-            for norm, momentum in zip(norms, momenta):
-                norm.momentum = momentum
+            stack.callback(setattr, norm, "momentum", momentum)
+            stack.callback(norm.register_forward_pre_hook(_count_if_there_is_any, with_kwargs=True).remove)
+        run(model, batches)
+    for norm, (_, state) in zip(norms, before):
+        if not norm.num_batches_tracked:
+            norm.load_state_dict(state)
+
+
+def _count_if_there_is_any(norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+    """A pre-hook: a batch of nothing would be averaged in as zeros."""
+    (x,) = (*inputs, *named.values())
+    norm.train(x.numel() > 0)
 
 
 @torch.no_grad()
@@ -46,7 +56,7 @@ def measure_inputs(model: nn.Module, modules: Sequence[nn.Module], batches: Batc
         for module, total in sums.items():
             stack.callback(module.register_forward_pre_hook(total).remove)
         run(model, batches)
-    return [sums[module].moments() for module in modules]
+    return _all_of(model, [(module, sums[module].known) for module in modules])
 
 
 def set_kernels_measured(model: nn.Module, places: Sequence[tuple[Layer, Layer, Kernel]], batches: Batches) -> None:
@@ -79,7 +89,20 @@ def measure_sums(model: nn.Module, sums: Sequence[PartialSum], batches: Batches)
                 stack.callback(part.register_forward_hook(each.hear).remove)
             stack.callback(each.block.register_forward_hook(each.close).remove)
         run(model, batches)
-    return [each.moments() for each in sums]
+    return _all_of(model, [(each.block, each.moments) for each in sums])
+
+
+def _all_of(model: nn.Module, measured: Sequence[tuple[nn.Module, Moments | None]]) -> list[Moments]:
+    """What was measured at each module; raises if that is nothing at one of them."""
+    paths = {module: path for path, module in model.named_modules()}
+    found = []
+    for module, moments in measured:
+        if moments is None:
+            raise InvalidInput(
+                f"calibrate gave data that never reached {paths[module]!r}, whose statistics are needed."
+            )
+        found.append(moments)
+    return found
 
 
 def _give_back(norm: Layer, momentum: float | None, count: Tensor) -> None:
@@ -112,15 +135,17 @@ class PartialSum:
         total = sum(self._outputs[part].double() * factor for part, factor in self.parts.items())
         assert isinstance(total, Tensor)
         channels = total.transpose(0, 1).flatten(1)
-        self._all.append(Moments(channels.mean(1), channels.var(1, correction=0)))
+        if channels.shape[1]:
+            self._all.append(Moments(channels.mean(1), channels.var(1, correction=0)))
         instead = None if self.instead is None else self._outputs[self.instead]
         self._outputs = {}
         return instead
 
-    def moments(self) -> Moments:
-        """Averaged over all calls."""
+    @property
+    def moments(self) -> Moments | None:
+        """Averaged over all calls that got any data; None if none did."""
         if not self._all:
-            raise InvalidInput("calibrate gave data that never reached the block to be measured.")
+            return None
         means, variances = ([getattr(each, name) for each in self._all] for name in ("mean", "variance"))
         return Moments(torch.stack(means).mean(0), torch.stack(variances).mean(0))
 
@@ -141,11 +166,6 @@ class _Sums:
         self.count += count
         self.known = new if self.known is None else _pooled(self.known, new, count / self.count)
 
-    def moments(self) -> Moments:
-        if self.known is None:
-            raise InvalidInput("calibrate gave data that never reached the BatchNorm to be measured.")
-        return self.known
-
 
 def _pooled(a: Moments, b: Moments, share: float) -> Moments:
     """Of two sets of data together, of which `share` is the second."""
@@ -158,14 +178,17 @@ def run(model: nn.Module, batches: Batches) -> None:
     """Run the model on every batch."""
     count = 0
     for batch in batches:
+        several = isinstance(batch, (tuple, list))
         try:
             if isinstance(batch, dict):
                 model(**batch)
             else:
-                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+                model(batch[0] if several else batch)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            what = f"the first entry of batch {count}" if several else f"batch {count}"
+            hint = "; a list that is one input goes inside a tuple" if isinstance(batch, list) else ""
             raise InvalidInput(
-                f"batch {count} of calibrate doesn't fit {type(model).__name__}: {first_line(error)}."
+                f"{what} of calibrate doesn't fit {type(model).__name__}: {first_line(error)}{hint}."
             ) from error
         count += 1
     if not count:

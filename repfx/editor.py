@@ -19,7 +19,7 @@ from repfx.folded_norm import FoldedNorm, remember_norm
 from repfx.functional_conv import is_functional_conv, path_for, settings_of
 from repfx.graph import Island
 from repfx.kernel import Kernel, is_symmetric
-from repfx.meaning import BATCH_NORMS, Layer, torch_class
+from repfx.meaning import BATCH_NORMS, Layer, is_frozen_norm, torch_class
 from repfx.module_tree import has, set_submodule
 from repfx.moments import Moments
 from repfx.operations import Op
@@ -155,11 +155,8 @@ class Editor:
             module: Layer | None = self.view.module(op.node)
             if op.node in self.merged:
                 norm = self.merged[op.node].norm
-            elif module is not None and torch_class(module) in BATCH_NORMS:
-                path = self.island.full_path(str(op.node.target))
-                known = Moments.after(module)
-                synchronized = isinstance(module, nn.SyncBatchNorm)
-                norm = FoldedNorm("", path, module.eps, module.momentum, False, known, synchronized)
+            elif module is not None and (torch_class(module) in BATCH_NORMS or is_frozen_norm(module)):
+                norm = FoldedNorm.of(module, self.island.full_path(str(op.node.target)))
             elif op.meaning.kind != "identity":
                 norm = None
         return norm

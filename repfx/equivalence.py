@@ -91,7 +91,7 @@ def check_equivalent(
     Args:
         reference: the model that is right.
         model: the model to check.
-        x: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+        x: a tensor, a tuple of positional inputs, a dict of keyword inputs, or a list that is one input, as a detector's images.
         tolerance: allowed ``max |a - b| / max |a|`` of each output a of the reference (``max |a - b|`` for integers,
             and where a is zero). None takes it from the coarsest floating parameter of both models, since weights that
             were rewritten have been rounded once to that dtype:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from repfx.meaning import Layer
+from torch import nn
+
+from repfx.meaning import Layer, is_frozen_norm
 from repfx.moments import Moments
 from repfx.notes import keep, kept
 
@@ -20,6 +22,7 @@ class FoldedNorm:
         bias: whether the conv had a bias all the same.
         moments: of the conv's output in training mode, as far as they are known.
         synchronized: whether it was a SyncBatchNorm.
+        frozen: its class, if it was one whose numbers are never trained.
     """
 
     conv: str
@@ -29,6 +32,16 @@ class FoldedNorm:
     bias: bool
     moments: Moments | None = None
     synchronized: bool = False
+    frozen: type[nn.Module] | None = None
+
+    @classmethod
+    def of(cls, norm: Layer, path: str, conv: str = "", *, bias: bool = False) -> FoldedNorm:
+        """As it stands at a path, behind a conv."""
+        frozen = type(norm) if is_frozen_norm(norm) else None
+        momentum = None if frozen else norm.momentum
+        return cls(
+            conv, path, norm.eps, momentum, bias, Moments.after(norm), isinstance(norm, nn.SyncBatchNorm), frozen
+        )
 
 
 def folded_norm(conv: Layer) -> FoldedNorm | None:

@@ -2,7 +2,8 @@
 
 - A module that holds neither a conv nor a BatchNorm, and is no plain sequence, stays a leaf, so dropout, stochastic depth and
   attention keep their own behaviour in both modes. So does a module with hooks; its children are tried one by one.
-- Containers, and sequences of more than mere layers, are tried member by member where code around them can't be traced: it may index them.
+- Lists and dicts of modules that have no forward, and sequences of more than mere layers, are tried member by member where code around
+  them can't be traced: it may index them.
 - Conv classes with a forward of their own, and modules that call a function for convs, are traced through: what they compute may be a
   plain conv. Where they can't be, they are leaves.
 - A graph is accepted only if the module traces to the same graph in training and in eval mode; ``F.dropout(…, self.training)`` does.
@@ -26,7 +27,7 @@ from repfx.activated_norm import separate
 from repfx.block import RepBlock
 from repfx.functional_dropout import let_dropout_follow_the_mode
 from repfx.gates import gates_in
-from repfx.leaves import is_container, is_leaf, stays_whole
+from repfx.leaves import holds_modules, is_container, is_leaf, stays_whole
 from repfx.meaning import code_of_its_own, is_conv, is_plain_sequence
 from repfx.module_tree import require_module
 from repfx.notes import copy_of
@@ -120,7 +121,7 @@ def _graph_of(path: str, module: nn.Module, around: Around) -> _Traced | str:
     is_root = not path
     if is_container(module) and not (is_root and is_plain_sequence(module)):
         return "a container: its members are tried"
-    if is_plain_sequence(module) and around.takes_apart(path):
+    if (is_plain_sequence(module) or holds_modules(module)) and around.takes_apart(path):
         return "a container: its members are tried"
     if is_leaf(module) and not is_root:
         return "a leaf"

@@ -15,11 +15,16 @@ CONV_FUNCTIONS = frozenset(f"{name}{n}d" for name in ("conv", "conv_transpose") 
 def is_container(module: nn.Module) -> bool:
     """Whether code around a module may index it or iterate over it, so that it has to stay what it is.
 
-    A sequence of mere layers does so as an island too.
+    A sequence of mere layers does so as an island too, and a list or dict that is run itself is first of all a module.
     """
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        return True
+    if holds_modules(module):
+        return type(module).forward is nn.Module.forward
     return is_plain_sequence(module) and not all(_is_layer(child) for child in module.children())
+
+
+def holds_modules(module: nn.Module) -> bool:
+    """Whether a module is a list or a dict of others."""
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -95,7 +95,7 @@ def meaning_of(module: nn.Module) -> Meaning | None:
     """The linear map that `module` is in eval mode, or None; `refusal_of` says why a conv or BatchNorm is none."""
     if refusal_of(module) is not None:
         return None
-    if qualified_name(module) in FROZEN_BATCH_NORMS:
+    if is_frozen_norm(module):
         return _read_batch_norm(module)
     known = torch_class(module)
     return None if known is None else _READERS[known](module)
@@ -131,6 +131,11 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, BATCH_NORMS + _LAZY_BATCH_NORMS) or qualified_name(module) in known
 
 
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether `module` is a BatchNorm whose numbers are buffers, the same map in both modes."""
+    return qualified_name(module) in FROZEN_BATCH_NORMS
+
+
 def is_plain_sequence(module: nn.Module) -> bool:
     """Whether a module runs its children one after another and nothing else."""
     return getattr(type(module), "forward", None) is nn.Sequential.forward and code_of_its_own(module) is None
@@ -146,8 +151,7 @@ def refusal_of(module: Layer) -> str | None:
         return f"{name} is lazy and not initialized yet: run the model once"
     if has_hooks(module):
         return f"{name} has hooks, which would no longer see what they see now"
-    frozen = qualified_name(module) in FROZEN_BATCH_NORMS
-    if is_patched(module) if frozen else torch_class(module) is None:
+    if is_patched(module) if is_frozen_norm(module) else torch_class(module) is None:
         return f"{name} runs code of its own, not {_nearest(module)}'s"
     other = next((tensor.dtype for tensor in module.parameters(recurse=False) if not tensor.is_floating_point()), None)
     if other is not None:
@@ -249,7 +253,7 @@ def _read_batch_norm(norm: Layer) -> Meaning:
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
         return Kernel.diagonal(*affine_of(norm, like), dimensions)
 
-    dimensions = 2 if qualified_name(norm) in FROZEN_BATCH_NORMS else _BATCH_NORM_DIMENSIONS[torch_class(norm)]
+    dimensions = 2 if is_frozen_norm(norm) else _BATCH_NORM_DIMENSIONS[torch_class(norm)]
     return Meaning("affine", dimensions, norm.running_mean.shape[0], build)
 
 

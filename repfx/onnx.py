@@ -88,7 +88,7 @@ def export_onnx(
     Args:
         model: any model; what can't be fused is exported as it is.
         path: of the file, ending in ``.onnx``; its folder exists.
-        x: an example: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+        x: an example: a tensor, a tuple of positional inputs, a dict of keyword inputs, or a list that is one input.
         dynamic_batch: leave the first axis free, of every tensor in x that is as long there as the first one is.
         dynamic_size: leave the axes from the third on free, of the same tensors.
         dynamic_axes: the free axes by name, in place of these two: ``{"x": {0: "batch", 2: "height"}}``. An input goes by the name that

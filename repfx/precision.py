@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from repfx.errors import InvalidInput
 from repfx.notes import copy_of
 
-Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 _WIDE = {
     torch.float16: torch.float64,
@@ -59,20 +59,22 @@ def as_arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional and the keyword arguments that x stands for.
 
     Raises:
-        InvalidInput: x is not a tensor, a tuple or a dict with string keys.
+        InvalidInput: x is not a tensor, a tuple, a list or a dict with string keys.
 
-    >>> as_arguments((1, 2)), as_arguments({"mask": 3})
-    (((1, 2), {}), ((), {'mask': 3}))
+    >>> as_arguments((1, 2)), as_arguments([1, 2]), as_arguments({"mask": 3})
+    (((1, 2), {}), (([1, 2],), {}), ((), {'mask': 3}))
     """
     if isinstance(x, Tensor):
         return (x,), {}
     if isinstance(x, tuple):
         return x, {}
+    if isinstance(x, list):
+        return (x,), {}
     if isinstance(x, Mapping) and all(isinstance(key, str) for key in x):
         return (), dict(x)
     raise InvalidInput(
-        f"x is of type {type(x).__name__}: give a tensor, a tuple of positional inputs or a dict of keyword inputs "
-        "(a list or dict that is one input goes inside a tuple)."
+        f"x is of type {type(x).__name__}: give a tensor, a tuple of positional inputs, a dict of keyword inputs or a list "
+        "that is one input (a dict or tuple that is one input goes inside a tuple)."
     )
 
 
@@ -86,8 +88,10 @@ def describe(x: object) -> str:
         return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
     if isinstance(x, Mapping):
         return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in x.items()) + "}"
-    if isinstance(x, (tuple, list)):
-        return "(" + ", ".join(describe(value) for value in x) + ")"
+    if isinstance(x, list):
+        return "[" + ", ".join(map(describe, x)) + "]"
+    if isinstance(x, tuple):
+        return "(" + ", ".join(map(describe, x)) + ")"
     return repr(x) if isinstance(x, (int, float, str, bool, type(None))) else type(x).__name__
 
 

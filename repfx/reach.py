@@ -65,9 +65,9 @@ class Around:
     def reason(self, module: nn.Module) -> str | None:
         """Why a module can't become a graph, or None."""
         what = "code around it, which can't be traced,"
-        layer = next((path for path, each in module.named_modules() if self._reads(path, each)), None)
-        if layer is not None:
-            return f"{what} reaches for its {layer!r}"
+        part = next((path for path, each in module.named_modules() if self._reads(path, each)), None)
+        if part is not None:
+            return f"{what} reaches for its {part!r}"
         if is_plain_sequence(module):
             return None
         asked = asked_for(module, self.classes)
@@ -101,9 +101,12 @@ class Around:
         """Whether a plain sequence at a path may be run in parts."""
         return self.indexes or path.rpartition(".")[2] in self.taken_apart
 
-    def _reads(self, path: str, layer: nn.Module) -> bool:
+    def _reads(self, path: str, part: nn.Module) -> bool:
+        """Whether a part of a module is read by its name, and is or holds a layer that may be merged."""
         named = path.rpartition(".")[2] in self.names
-        return named and (is_conv(layer) or is_batch_norm(layer) or isinstance(layer, nn.Linear))
+        return named and any(
+            is_conv(inner) or is_batch_norm(inner) or isinstance(inner, nn.Linear) for inner in part.modules()
+        )
 
 
 _LISTS = frozenset({"children", "named_children", "_modules"})

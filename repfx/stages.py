@@ -103,12 +103,16 @@ def _read_attach_rate(attach: Layer) -> Meaning:
 
 @dataclass(frozen=True)
 class Norm:
-    """How the outputs of a branch are normalised: `kind` as in `Spec.norm`; the rest are BatchNorm's own settings."""
+    """How the outputs of a branch are normalised: `kind` as in `Spec.norm`; the rest are BatchNorm's own settings.
+
+    `frozen` is the class of one whose numbers are never trained.
+    """
 
     kind: str = "batch_norm"
     eps: float = 1e-5
     momentum: float | None = 0.1
     synchronized: bool = False
+    frozen: type[nn.Module] | None = None
 
     @classmethod
     def like(cls, kind: str, norm: Layer | None) -> Norm:
@@ -119,6 +123,8 @@ class Norm:
 
     def batch_norm(self, channels: int, dimensions: int, like: Tensor) -> nn.Module:
         """A fresh BatchNorm for `channels`, on the device and in the dtype of `like`."""
+        if self.frozen is not None:
+            return self.frozen(channels, self.eps).to(like.device, like.dtype)
         kind = nn.SyncBatchNorm if self.synchronized else BATCH_NORM_OF[dimensions]
         return kind(channels, self.eps, self.momentum, device=like.device, dtype=like.dtype)
 

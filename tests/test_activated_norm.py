@@ -104,7 +104,9 @@ def test_expanding_in_place_keeps_the_parameters_and_a_failure_the_model() -> No
     assert list(dict(model.bn1.named_children())) == ["drop", "act"]
 
 
-@pytest.mark.parametrize("form", ["ReLU in place", "SiLU", "with parameters", "with dropout", "no activation"])
+@pytest.mark.parametrize(
+    "form", ["ReLU in place", "SiLU", "with parameters", "with dropout", "no activation", "frozen"]
+)
 @pytest.mark.parametrize("spec", [None, "acb"])
 def test_restored_it_loads_strictly_into_the_original(form: str, spec: str | None) -> None:
     model, x = model_with(form), image()

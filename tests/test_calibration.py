@@ -88,6 +88,19 @@ def test_all_else_stays(momentum: float | None) -> None:
     assert torch.equal(random, torch.get_rng_state())
 
 
+def test_a_norm_that_no_data_reach_keeps_its_statistics() -> None:
+    """A mask head runs on the boxes that were found, of which there may be none."""
+    net, x = mixed_modes(), batch()
+    before = copy.deepcopy(net.norm2.state_dict())
+    calibrate_norms(net, [net.norm2], [x[:0]])
+    assert same_state(net.norm2.state_dict(), before)
+    calibrate_norms(net, [net.norm2], [x])
+    expected = copy.deepcopy(net.norm2.state_dict())
+    calibrate_norms(net, [net.norm2], [x[:0], x, x[:0]])
+    assert same_state(net.norm2.state_dict(), expected)
+    assert not net.norm2._forward_pre_hooks
+
+
 def test_no_norms_are_no_obstacle() -> None:
     net = mixed_modes()
     before = copy.deepcopy(net.state_dict())
@@ -224,6 +237,10 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "wrong dtype": (lambda: [batch().float()], "batch 0 of calibrate doesn't fit SmallNet"),
     "an empty tuple": (lambda: [()], "batch 0 of calibrate doesn't fit"),
     "no tensor": (lambda: ["image.png"], "batch 0 of calibrate doesn't fit"),
+    "a list of inputs": (
+        lambda: [[batch()[0], batch()[0]]],
+        "the first entry of batch 0 of calibrate doesn't fit SmallNet: .* a list that is one input goes inside a tuple",
+    ),
     "another keyword": (lambda: [{"image": batch()}], "batch 0 of calibrate doesn't fit .*'image'"),
 }
 
@@ -244,7 +261,7 @@ def test_a_failure_says_which_batch_and_leaves_modes_and_hooks(bad: str, measure
 def test_data_that_never_arrive_measure_nothing() -> None:
     net = small_net()
     net.add_module("elsewhere", nn.BatchNorm2d(8))
-    with pytest.raises(InvalidInput, match="never reached the BatchNorm"):
+    with pytest.raises(InvalidInput, match="never reached 'elsewhere'"):
         measure_inputs(net, [net.get_submodule("elsewhere")], batches())
 
 
@@ -305,10 +322,22 @@ def test_a_block_can_give_out_a_part_while_it_is_listened_to() -> None:
     assert torch.allclose(found.variance, expected.variance)
 
 
+def test_a_sum_over_nothing_counts_for_nothing() -> None:
+    """A mask head runs on the boxes that were found, of which there may be none."""
+    model: Any = repfx.expand(SmallNet(), {"stem": ["1x1"]}).double()
+    block, x = model.stem, batches()[1]
+    with_nothing, found, nothing = ([x[:0], x], [x], [x[:0]])
+    both = [measure_sums(model, [PartialSum(block, {block.origin: 1.0})], data)[0] for data in (with_nothing, found)]
+    assert torch.equal(both[0].mean, both[1].mean)
+    assert torch.equal(both[0].variance, both[1].variance)
+    with pytest.raises(InvalidInput, match="never reached 'stem'"):
+        measure_sums(model, [PartialSum(block, {block.origin: 1.0})], nothing)
+
+
 def test_a_block_that_is_never_reached_is_not_measured() -> None:
     model: Any = repfx.expand(SmallNet(), {"stem": ["1x1"]}).double()
     model.add_module("elsewhere", repfx.expand(SmallNet(), {"stem": ["1x1"]}).double())
     block = model.elsewhere.stem
-    with pytest.raises(InvalidInput, match="never reached the block"):
+    with pytest.raises(InvalidInput, match=r"never reached 'elsewhere\.stem'"):
         measure_sums(model, [PartialSum(block, {block.origin: 1.0})], batches())
     assert not block._forward_hooks

@@ -312,11 +312,24 @@ def test_a_model_with_weight_norm_can_be_checked() -> None:
     assert check_equivalent(nn.Sequential(net), nn.Sequential(plain), X).equivalent
 
 
+def test_a_list_is_one_input() -> None:
+    """Detectors take a list of images of different sizes, and give a list of as many dicts."""
+    images = [X[0], X[1, :, 2:]]
+    double = Functional(lambda images: [{"sums": image.sum((1, 2)) * 2} for image in images])
+    twice = Functional(lambda images: [{"sums": image.add(image).sum((1, 2))} for image in images])
+    assert check_equivalent(double, twice, images).equivalent
+
+
 @pytest.mark.parametrize(
     ("reference", "x", "message"),
     [
         (Net(), X[:, :2], r"the reference, Net, can't run on x = float32 \[2, 2, 8, 8\]: Given groups=1, .* channels"),
-        (Net(), [X], "x is of type list: give a tensor, a tuple of positional inputs or a dict of keyword inputs"),
+        (
+            Net(),
+            {X},
+            "x is of type set: give a tensor, a tuple of positional inputs, a dict of keyword inputs or a list",
+        ),
+        (Net(), [X], r"the reference, Net, can't run on x = \[float32 \[2, 3, 8, 8\]\]"),
         (Functional(lambda x: None), X, "gives no numbers for x = "),
         (Functional(lambda x: x[:0]), X, "gives no numbers for x = "),
         (Functional(lambda x: object()), X, "gives no numbers for x = "),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import repfx
 from repfx.errors import InvalidInput, Refused
@@ -40,6 +41,23 @@ def test_a_synchronized_batch_norm_returns_as_one() -> None:
     assert isinstance(restored.norm, nn.SyncBatchNorm)
     assert isinstance(restored.norm2, nn.SyncBatchNorm)
     assert_same_map(restored.eval(), model, batch())
+
+
+@pytest.mark.parametrize("preset", [None, "dbb"])
+def test_a_frozen_batch_norm_returns_as_one(preset: str | None) -> None:
+    """Detectors' backbones have them: in training mode, too, the restored model is the same function."""
+    model: Any = small_net().eval()
+    model.norm = FrozenBatchNorm2d(8, eps=1e-3).double()
+    model.norm2 = FrozenBatchNorm2d(8).double()
+    plain = copy.deepcopy(randomize_batch_norm(model, seed=3))
+    if preset is not None:
+        model = randomize_batch_norm(repfx.expand(model, preset), seed=7)
+    restored: Any = repfx.restore(repfx.fuse(model.train()))
+    assert type(restored.norm) is type(restored.norm2) is FrozenBatchNorm2d
+    assert (restored.norm.eps, restored.norm.running_var.dtype) == (1e-3, torch.float64)
+    assert_same_map(restored, model.eval(), batch())
+    plain.load_state_dict(restored.state_dict(), strict=True)
+    assert_same_map(plain.train(), model, batch())
 
 
 def test_the_restored_model_trains_and_fuses_again() -> None:

@@ -232,6 +232,56 @@ class Indexes(Slices):
         return x if x.sum() > 1e9 else self.f[0](x).sin() + self.f[1](x)
 
 
+class ReachesFarther(nn.Module):
+    """For a part of a part, which is no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b: Any = Net(lambda m, x: m.part(x).sin(), part=Block())
+
+    def forward(self, x: Tensor) -> Any:
+        return x if x.sum() > 1e9 else self.b(x) + self.b.part(x)
+
+
+class Features(nn.ModuleDict):
+    """Runs its layers by itself, as the backbone of a detector does."""
+
+    def __init__(self) -> None:
+        super().__init__({"conv": nn.Conv2d(4, 4, 3, padding=1), "bn": nn.BatchNorm2d(4), "act": nn.ReLU()})
+
+    def forward(self, x: Tensor) -> Any:
+        for layer in self.values():
+            x = layer(x)
+        return x
+
+
+class CallsFeatures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Features()
+
+    def forward(self, x: Tensor) -> Any:
+        return x if x.sum() > 1e9 else self.f(x)
+
+
+class IndexesFeatures(CallsFeatures):
+    def forward(self, x: Tensor) -> Any:
+        return x if x.sum() > 1e9 else self.f["conv"](x) + self.f(x)
+
+
+class GoesThroughFeatures(CallsFeatures):
+    def forward(self, x: Tensor) -> Any:
+        taps = [x] if x.sum() < 1e9 else []
+        for name, layer in self.f.items():
+            taps.append(layer(taps[-1]).sin() if name == "conv" else layer(taps[-1]))
+        return self.f(x) + taps[-1]
+
+
+class CountsFeatures(CallsFeatures):
+    def forward(self, x: Tensor) -> Any:
+        return x if x.sum() > 1e9 else self.f(x) * len(self.f)
+
+
 class Children(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -495,6 +545,12 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "indexed": Indexes,
     "indexed, by another name": CallsItselfThis,
     "calls of other things": ViewsAndZips,
+    "features": Features,
+    "features, called": CallsFeatures,
+    "features, indexed": IndexesFeatures,
+    "features, gone through": GoesThroughFeatures,
+    "features, counted": CountsFeatures,
+    "a part of a part": ReachesFarther,
     "helper function": WithHelper,
     "children": Children,
     "asks for blocks": AsksForBlocks,
@@ -695,6 +751,8 @@ def test_a_frozen_norm_stays_frozen_in_an_expanded_model() -> None:
         (ByKeyword, 0),
         (Annotates, 0),
         (ViewsAndZips, 0),
+        (Features, 0),
+        (CallsFeatures, 0),
     ],
 )
 def test_what_only_asks_is_fused_all_the_same(make: Any, left: int) -> None:

@@ -15,7 +15,7 @@ import random
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,11 +24,9 @@ from torch import Tensor, nn
 
 from repfx.driver import Driver
 from repfx.errors import InvalidInput, RepfxError, first_line
-from repfx.folded_norm import folded_norm, remember_norm
-from repfx.journaling import Action, from_json, journal, replay, to_json
-from repfx.moments import Moments
 from repfx.nested_state import put_together, take_apart
 from repfx.notes import copy_without_numbers
+from repfx.structure import Structure
 from repfx.target_file import staged
 
 Part: TypeAlias = Any  # a module, an optimizer, a generator, a dict, or anything with state_dict and load_state_dict
@@ -88,8 +86,9 @@ def save(
         states[_RANDOM] = _random_state()
     written = {name: take_apart(state, name, tensors) for name, state in states.items()}
     modules = _modules(model, parts)
-    journals = {name: _journals(part) for name, part in modules.items()}
-    folded = {name: take_apart(_folded(part), f"{_FOLDED}.{name}", tensors) for name, part in modules.items()}
+    structures = {name: Structure.of(part) for name, part in modules.items()}
+    journals = {name: each.journals for name, each in structures.items()}
+    folded = {name: take_apart(each.folded, f"{_FOLDED}.{name}", tensors) for name, each in structures.items()}
     head = {"format": _FORMAT, "journals": journals, "states": written, _FOLDED: folded}
     text = json.dumps({**head, "checksum": _checksum(head, tensors)})
     with staged(path) as (_, staging):
@@ -193,7 +192,7 @@ class _Checkpoint:
         state = self.state(name)
         scratch: nn.Module = copy_without_numbers(module)
         try:
-            self._rebuild(name, scratch)
+            self.structure(name).rebuild(scratch)
         except RepfxError as error:
             raise InvalidInput(
                 f"{str(self.path)!r} doesn't fit {name!r}, a {type(module).__name__}: its structure can't be rebuilt, "
@@ -212,41 +211,16 @@ class _Checkpoint:
 
     def load_module(self, name: str, module: nn.Module) -> None:
         """Rebuild the structure in place and fill it."""
-        self._rebuild(name, module)
+        self.structure(name).rebuild(module)
         module.load_state_dict(self.state(name))
-        for path, (mean, variance) in put_together(self.folded[name], dict(self.tensors)).items():
-            conv = module.get_submodule(path)
-            note = folded_norm(conv)
-            if note is not None:
-                remember_norm(conv, replace(note, moments=Moments(mean, variance)))
 
-    def _rebuild(self, name: str, module: nn.Module) -> None:
-        for path, text in self.journals[name].items():
-            inner = module.get_submodule(path)
-            done, wanted = journal(inner), from_json(text)
-            if wanted[: len(done)] != done:
-                raise InvalidInput("the model has been through other changes than the one that was saved")
-            replay(inner, wanted[len(done) :])
+    def structure(self, name: str) -> Structure:
+        """How a module is built."""
+        return Structure(self.journals[name], put_together(self.folded[name], dict(self.tensors)))
 
 
 def _modules(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, nn.Module]:
     return {name: part for name, part in {_MODEL: model, **parts}.items() if isinstance(part, nn.Module)}
-
-
-def _folded(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """What convs remember of the outputs of the BatchNorms that they have absorbed, for `restore`."""
-    notes = {path: folded_norm(inner) for path, inner in module.named_modules()}
-    return {
-        path: (note.moments.mean, note.moments.variance)
-        for path, note in notes.items()
-        if note is not None and note.moments is not None
-    }
-
-
-def _journals(module: nn.Module) -> dict[str, str]:
-    """The journals of a module and of all inside it, as an `AveragedModel` has one of the model that it holds."""
-    found: dict[str, tuple[Action, ...]] = {path: journal(inner) for path, inner in module.named_modules()}
-    return {path: to_json(actions) for path, actions in found.items() if actions}
 
 
 # ---- optimizers

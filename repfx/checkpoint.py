@@ -11,8 +11,6 @@ import hashlib
 import importlib
 import json
 import os
-import random
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +24,8 @@ from repfx.driver import Driver
 from repfx.errors import InvalidInput, RepfxError, first_line
 from repfx.nested_state import put_together, take_apart
 from repfx.notes import copy_without_numbers
+from repfx.optimizer_groups import fill_groups, names_by_group
+from repfx.random_state import read_random_state, set_random_state
 from repfx.structure import Structure
 from repfx.target_file import staged
 
@@ -83,7 +83,7 @@ def save(
     states |= {name: _state_of(part) for name, part in parts.items() if name not in optimizers}
     states |= {name: _by_name(each, model) for name, each in optimizers.items()}
     if random_state:
-        states[_RANDOM] = _random_state()
+        states[_RANDOM] = read_random_state()
     written = {name: take_apart(state, name, tensors) for name, state in states.items()}
     modules = _modules(model, parts)
     structures = {name: Structure.of(part) for name, part in modules.items()}
@@ -143,7 +143,7 @@ def load(
     for name, each in optimizers.items():
         _load_optimizer(each, model, groups[name])
     if numbers is not None:
-        _set_random_state(numbers)
+        set_random_state(numbers)
     return model
 
 
@@ -234,16 +234,7 @@ def _optimizers(optimizer: torch.optim.Optimizer | None, parts: Mapping[str, Par
 
 def _by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """The optimizer's state with names of parameters in the place of numbers."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = []
-    for index, group in enumerate(optimizer.param_groups):
-        strangers = [tuple(parameter.shape) for parameter in group["params"] if id(parameter) not in names]
-        if strangers:
-            raise InvalidInput(
-                f"group {index} of the optimizer has {len(strangers)} parameters that aren't the model's, of shapes "
-                f"{', '.join(map(str, strangers[:3]))}: put the modules that hold them into one model."
-            )
-        groups.append([names[id(parameter)] for parameter in group["params"]])
+    groups = names_by_group(optimizer, model)
     state = optimizer.state_dict()
     flat = [name for group in groups for name in group]
     return {
@@ -259,9 +250,7 @@ def _check_groups(optimizer: torch.optim.Optimizer, state: Any, path: Path) -> N
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: Any) -> None:
-    parameters = dict(model.named_parameters())
-    for group, saved in zip(optimizer.param_groups, state["param_groups"]):
-        group["params"] = [parameters[name] for name in saved["params"]]
+    fill_groups(optimizer, model, [saved["params"] for saved in state["param_groups"]])
     numbers = {name: n for n, name in enumerate(n for group in state["param_groups"] for n in group["params"])}
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]
     optimizer.load_state_dict(
@@ -317,25 +306,7 @@ def _load_all(parts: Mapping[str, tuple[Part, Any]], path: Path) -> None:
         undo.append((part, old))
 
 
-# ---- random numbers, and the checksum
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    state = {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
-    if "numpy" in sys.modules:
-        kind, keys, *rest = sys.modules["numpy"].random.get_state()
-        state["numpy"] = (kind, keys.tolist(), *rest)
-    return state
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
-    if "numpy" in state:
-        importlib.import_module("numpy").random.set_state(state["numpy"])
+# ---- the checksum
 
 
 def _checksum(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -42,6 +42,7 @@ class Driver:
             nothing.
         steps_per_epoch: how many calls of `after_backward` an epoch has, for schedules that change something by step.
         score: what a candidate of a search is worth, from the plain net that it is when fused, in eval mode; the higher the better.
+        state: of an earlier driver of this model, which has its structure already, as `state_dict` gave it; then nothing is done at once.
 
     Raises:
         InvalidInput: the schedule needs data and `calibrate` isn't given, or the model's parameters are sharded.
@@ -69,6 +70,7 @@ class Driver:
         scaler: torch.amp.GradScaler | None = None,
         steps_per_epoch: int | None = None,
         score: Score | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         if schedule.needs_data and calibrate is None:
             raise InvalidInput(
@@ -92,7 +94,10 @@ class Driver:
             averages = [] if ema is None else [ema]
             data = None if calibrate is None else _First(calibrate, schedule)
             self.search = Searcher(self.model, schedule, self.optimizers, averages, score, data)
-        self._adjust()
+        if state is None:
+            self._adjust()
+        else:
+            self.load_state_dict(state)
 
     @property
     def parts(self) -> dict[str, Any]:

@@ -439,6 +439,26 @@ def test_a_run_goes_on_to_the_same_bits(tmp_path: Path, name: str, killed_after:
     assert str(resumed.optimizer.state_dict()) == str(whole.optimizer.state_dict())
 
 
+@pytest.mark.parametrize("name", SHORT)
+def test_a_new_driver_takes_over_from_an_old_one(name: str) -> None:
+    """As a training framework needs it, which builds a model's structure and its optimizer before it asks for anything else."""
+    whole = Run(SHORT[name], ema=True).go(14)
+    run = Run(SHORT[name], ema=True).go(8)
+    old = run.driver
+    run.driver = repfx.Driver(
+        run.model,
+        run.optimizer,
+        SHORT[name],
+        calibrate=DATA[:3],
+        ema=old.ema,
+        steps_per_epoch=len(DATA),
+        state=old.state_dict(),
+    )
+    run.go(14)
+    assert same_state(run.model.state_dict(), whole.model.state_dict())
+    assert run.driver.history == whole.driver.history
+
+
 def test_what_conv_remember_of_their_batch_norms_is_saved(tmp_path: Path) -> None:
     """Fused, saved, loaded, restored: with the statistics of the run, not with those of the base model."""
     model: Any = randomize_batch_norm(small_net(), seed=5)

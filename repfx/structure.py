@@ -92,18 +92,19 @@ class Skeleton:
 
     def take_back(self, model: nn.Module) -> None:
         """Put the layers of then in the place of those that differ, in place; they hold zeros, for a checkpoint to fill."""
-        _take_back(model, self._layers)
+        device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        _take_back(model, self._layers, device)
         forget(model)
         record(model, self.journal)
 
 
-def _take_back(model: nn.Module, layers: nn.Module) -> None:
+def _take_back(model: nn.Module, layers: nn.Module, device: torch.device) -> None:
     for name, wanted in layers.named_children():
         found = model.get_submodule(name)
         if _is_alike(found, wanted):
-            _take_back(found, wanted)
+            _take_back(found, wanted, device)
         else:
-            setattr(model, name, _with_zeros(wanted, found))
+            setattr(model, name, _with_zeros(wanted, device).train(found.training))
 
 
 def _is_alike(found: nn.Module, wanted: nn.Module) -> bool:
@@ -118,9 +119,8 @@ def _is_alike(found: nn.Module, wanted: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _with_zeros(layers: nn.Module, instead_of: nn.Module) -> nn.Module:
-    device = next((tensor.device for tensor in instead_of.parameters()), torch.device("cpu"))
+def _with_zeros(layers: nn.Module, device: torch.device) -> nn.Module:
     made: nn.Module = copy.deepcopy(layers).to_empty(device=device)
     for tensor in (*made.parameters(), *made.buffers()):
         tensor.zero_()
-    return made.train(instead_of.training)
+    return made

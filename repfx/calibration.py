@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -155,14 +156,15 @@ def _pooled(a: Moments, b: Moments, share: float) -> Moments:
 
 
 def run(model: nn.Module, batches: Batches) -> None:
-    """Run the model on every batch."""
+    """Run the model on every batch, as it is written: code that was compiled hears no hook."""
     count = 0
     for batch in batches:
         try:
-            if isinstance(batch, dict):
-                model(**batch)
-            else:
-                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            with _uncompiled():
+                if isinstance(batch, dict):
+                    model(**batch)
+                else:
+                    model(batch[0] if isinstance(batch, (tuple, list)) else batch)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise InvalidInput(
                 f"batch {count} of calibrate doesn't fit {type(model).__name__}: {first_line(error)}."
@@ -170,6 +172,11 @@ def run(model: nn.Module, batches: Batches) -> None:
         count += 1
     if not count:
         raise InvalidInput("calibrate gave no batch; it takes an iterable of inputs.")
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Asked for only where something was compiled, for it takes a second to load."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

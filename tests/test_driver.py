@@ -487,6 +487,18 @@ def test_a_compiled_model_follows(name: str) -> None:
     assert relative_error(compiled(x), copy.deepcopy(run.model)(x)) < 1e-12
 
 
+@pytest.mark.slow
+def test_a_model_compiled_in_place_follows() -> None:
+    run = Run(SHORT["dyrep"])
+    run.model.compile(backend="eager")
+    run.go(2 * len(DATA))
+    plain = Run(SHORT["dyrep"]).go(2 * len(DATA))
+    assert run.driver.history == plain.driver.history
+    assert len(run.driver.history) > 1
+    run.model.eval(), plain.model.eval()
+    assert relative_error(run.model(DATA[0]), plain.model(DATA[0])) < 1e-9
+
+
 # ---- real data
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -218,6 +219,7 @@ class Driver:
             with carry(self.model, *self.optimizers, *averages):
                 apply(self.model, actions, None if self._calibrate is None else _First(self._calibrate, self.schedule))
             _take_from_first_rank(self.model, *averages)
+            _forget_compiled()
             self.history += [(self.epoch, action) for action in actions]
         if self.schedule.cycle is not None and self.epoch % self.schedule.cycle == 0:
             for optimizer in self.optimizers:
@@ -318,6 +320,12 @@ def _require_whole(model: nn.Module) -> None:
             raise InvalidInput(
                 f"{name} is sharded over several processes, so its structure can't be changed: use DistributedDataParallel."
             )
+
+
+def _forget_compiled() -> None:
+    """What was compiled for an earlier structure would stay, and count: after eight, `torch.compile` gives up and says so in a warning."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _depth(path: str, blocks: Mapping[str, RepBlock]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -485,6 +485,25 @@ def test_a_compiled_model_follows(name: str) -> None:
         run.go(run.done + len(DATA))
     run.model.eval()
     assert relative_error(compiled(x), copy.deepcopy(run.model)(x)) < 1e-12
+
+
+@pytest.mark.slow
+def test_a_model_that_changes_often_stays_compiled() -> None:
+    """After eight versions of a function `torch.compile` runs it uncompiled from then on."""
+    compiled: list[int] = []
+
+    def backend(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        compiled.append(len(graph.graph.nodes))
+        return graph.forward
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()).double()
+    run = torch.compile(model, backend=backend)
+    changes: list[Action] = [Expand("0", (BranchSpec("1x1"),)), Drop("0", "1x1")]
+    driver = repfx.Driver(model, [], Listed(tuple((epoch, changes[epoch % 2 - 1]) for epoch in range(1, 12)), None))
+    for epoch in range(12):
+        run(DATA[0]).mean().backward()
+        assert len(compiled) == epoch + 1
+        driver.after_epoch()
 
 
 @pytest.mark.slow

@@ -157,7 +157,7 @@ class RepFXCallback(_callback_class()):  # type: ignore[misc]
             self._first_epoch = trainer.current_epoch - self.driver.epoch
         else:
             self._first_epoch = self._resumed["first_epoch"]
-            if state["step"]:  # within an epoch, whose data have just been shuffled once more
+            if trainer.fit_loop.restarting:  # an epoch that is to be ended; its data have been shuffled once too often
                 self._take_over_random_state(trainer)
         if state is None:
             self._follow(trainer, pl_module, [action for _, action in self.driver.history])

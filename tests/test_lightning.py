@@ -156,7 +156,7 @@ def by_hand(schedule: Schedule, accumulate: int = 1, score: Any = None, clip: fl
     return driver
 
 
-@pytest.mark.parametrize(("name", "accumulate"), [("dyrep", 2), ("repan", 1), ("repnas", 1)])
+@pytest.mark.parametrize(("name", "accumulate"), [("dyrep", 1), ("repan", 2), ("repnas", 1)])
 def test_it_trains_as_a_loop_by_hand(name: str, accumulate: int) -> None:
     module, callback = Classifier(0.0), lightning.RepFXCallback(SHORT[name])
     trainer = trainer_of(3, Seeded(), callback, accumulate_grad_batches=accumulate, gradient_clip_val=0.5)
@@ -264,6 +264,16 @@ def test_an_end_of_an_epoch_that_was_cut_off_is_made_up_for(tmp_path: Path) -> N
         histories.append(callback.driver.history)
     assert histories[0][0] == histories[1][0]
     assert [{epoch for epoch, _ in history} for history in histories] == [{1, 2}] * 2
+
+
+def test_an_epoch_that_lightning_ends_once_more_is_ended_once(tmp_path: Path) -> None:
+    """As it does after a checkpoint of a run that counts steps."""
+    checkpoints = pl.callbacks.ModelCheckpoint(tmp_path, "run")
+    trainer_of(1, lightning.RepFXCallback(SHORT["dyrep"]), checkpoints).fit(Classifier(), loader())
+    callback = lightning.RepFXCallback(SHORT["dyrep"])
+    trainer = trainer_of(-1, callback, max_steps=10)
+    trainer.fit(Classifier(), loader(), ckpt_path=tmp_path / "run.ckpt")
+    assert (trainer.global_step, callback.driver.epoch) == (10, 2)
 
 
 def test_a_second_fit_goes_on_where_the_first_one_ended() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -175,15 +176,16 @@ def _pooled(a: Moments, b: Moments, share: float) -> Moments:
 
 
 def run(model: nn.Module, batches: Batches) -> None:
-    """Run the model on every batch."""
+    """Run the model on every batch, as it is written: code that was compiled hears no hook."""
     count = 0
     for batch in batches:
         several = isinstance(batch, (tuple, list))
         try:
-            if isinstance(batch, dict):
-                model(**batch)
-            else:
-                model(batch[0] if several else batch)
+            with _uncompiled():
+                if isinstance(batch, dict):
+                    model(**batch)
+                else:
+                    model(batch[0] if several else batch)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             what = f"the first entry of batch {count}" if several else f"batch {count}"
             hint = "; a list that is one input goes inside a tuple" if isinstance(batch, list) else ""
@@ -193,6 +195,11 @@ def run(model: nn.Module, batches: Batches) -> None:
         count += 1
     if not count:
         raise InvalidInput("calibrate gave no batch; it takes an iterable of inputs.")
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Asked for only where something was compiled, for it takes a second to load."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

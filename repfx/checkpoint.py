@@ -12,11 +12,9 @@ import importlib
 import importlib.util
 import json
 import os
-import random
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,11 +23,11 @@ from torch import Tensor, nn
 
 from repfx.driver import Driver
 from repfx.errors import InvalidInput, RepfxError, first_line
-from repfx.folded_norm import folded_norm, remember_norm
-from repfx.journaling import Action, from_json, journal, replay, to_json
-from repfx.moments import Moments
 from repfx.nested_state import put_together, take_apart
 from repfx.notes import copy_without_numbers
+from repfx.optimizer_groups import fill_groups, names_by_group
+from repfx.random_state import read_random_state, set_random_state
+from repfx.structure import Structure
 from repfx.target_file import staged
 
 Part: TypeAlias = Any  # a module, an optimizer, a generator, a dict, or anything with state_dict and load_state_dict
@@ -86,11 +84,12 @@ def save(
     states |= {name: _state_of(part) for name, part in parts.items() if name not in optimizers}
     states |= {name: _by_name(each, model) for name, each in optimizers.items()}
     if random_state:
-        states[_RANDOM] = _random_state()
+        states[_RANDOM] = read_random_state()
     written = {name: take_apart(state, name, tensors) for name, state in states.items()}
     modules = _modules(model, parts)
-    journals = {name: _journals(part) for name, part in modules.items()}
-    folded = {name: take_apart(_folded(part), f"{_FOLDED}.{name}", tensors) for name, part in modules.items()}
+    structures = {name: Structure.of(part) for name, part in modules.items()}
+    journals = {name: each.journals for name, each in structures.items()}
+    folded = {name: take_apart(each.folded, f"{_FOLDED}.{name}", tensors) for name, each in structures.items()}
     head = {"format": _FORMAT, "journals": journals, "states": written, _FOLDED: folded}
     text = json.dumps({**head, "checksum": _checksum(head, tensors)})
     with staged(path) as (_, staging):
@@ -145,7 +144,7 @@ def load(
     for name, each in optimizers.items():
         _load_optimizer(each, model, groups[name])
     if numbers is not None:
-        _set_random_state(numbers)
+        set_random_state(numbers)
     return model
 
 
@@ -210,7 +209,7 @@ class _Checkpoint:
         state = self.state(name)
         scratch: nn.Module = copy_without_numbers(module)
         try:
-            self._rebuild(name, scratch)
+            self.structure(name).rebuild(scratch)
         except RepfxError as error:
             raise InvalidInput(
                 f"{str(self.path)!r} doesn't fit {name!r}, a {type(module).__name__}: its structure can't be rebuilt, "
@@ -229,41 +228,16 @@ class _Checkpoint:
 
     def load_module(self, name: str, module: nn.Module) -> None:
         """Rebuild the structure in place and fill it."""
-        self._rebuild(name, module)
+        self.structure(name).rebuild(module)
         module.load_state_dict(self.state(name))
-        for path, (mean, variance) in put_together(self.folded[name], dict(self.tensors)).items():
-            conv = module.get_submodule(path)
-            note = folded_norm(conv)
-            if note is not None:
-                remember_norm(conv, replace(note, moments=Moments(mean, variance)))
 
-    def _rebuild(self, name: str, module: nn.Module) -> None:
-        for path, text in self.journals[name].items():
-            inner = module.get_submodule(path)
-            done, wanted = journal(inner), from_json(text)
-            if wanted[: len(done)] != done:
-                raise InvalidInput("the model has been through other changes than the one that was saved")
-            replay(inner, wanted[len(done) :])
+    def structure(self, name: str) -> Structure:
+        """How a module is built."""
+        return Structure(self.journals[name], put_together(self.folded[name], dict(self.tensors)))
 
 
 def _modules(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, nn.Module]:
     return {name: part for name, part in {_MODEL: model, **parts}.items() if isinstance(part, nn.Module)}
-
-
-def _folded(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """What convs remember of the outputs of the BatchNorms that they have absorbed, for `restore`."""
-    notes = {path: folded_norm(inner) for path, inner in module.named_modules()}
-    return {
-        path: (note.moments.mean, note.moments.variance)
-        for path, note in notes.items()
-        if note is not None and note.moments is not None
-    }
-
-
-def _journals(module: nn.Module) -> dict[str, str]:
-    """The journals of a module and of all inside it, as an `AveragedModel` has one of the model that it holds."""
-    found: dict[str, tuple[Action, ...]] = {path: journal(inner) for path, inner in module.named_modules()}
-    return {path: to_json(actions) for path, actions in found.items() if actions}
 
 
 # ---- optimizers
@@ -277,16 +251,7 @@ def _optimizers(optimizer: torch.optim.Optimizer | None, parts: Mapping[str, Par
 
 def _by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """The optimizer's state with names of parameters in the place of numbers."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = []
-    for index, group in enumerate(optimizer.param_groups):
-        strangers = [tuple(parameter.shape) for parameter in group["params"] if id(parameter) not in names]
-        if strangers:
-            raise InvalidInput(
-                f"group {index} of the optimizer has {len(strangers)} parameters that aren't the model's, of shapes "
-                f"{', '.join(map(str, strangers[:3]))}: put the modules that hold them into one model."
-            )
-        groups.append([names[id(parameter)] for parameter in group["params"]])
+    groups = names_by_group(optimizer, model)
     state = optimizer.state_dict()
     flat = [name for group in groups for name in group]
     return {
@@ -302,9 +267,7 @@ def _check_groups(optimizer: torch.optim.Optimizer, state: Any, path: Path) -> N
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: Any) -> None:
-    parameters = dict(model.named_parameters())
-    for group, saved in zip(optimizer.param_groups, state["param_groups"]):
-        group["params"] = [parameters[name] for name in saved["params"]]
+    fill_groups(optimizer, model, [saved["params"] for saved in state["param_groups"]])
     numbers = {name: n for n, name in enumerate(n for group in state["param_groups"] for n in group["params"])}
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]
     optimizer.load_state_dict(
@@ -360,25 +323,7 @@ def _load_all(parts: Mapping[str, tuple[Part, Any]], path: Path) -> None:
         undo.append((part, old))
 
 
-# ---- random numbers, and the checksum
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    state = {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
-    if "numpy" in sys.modules:
-        kind, keys, *rest = sys.modules["numpy"].random.get_state()
-        state["numpy"] = (kind, keys.tolist(), *rest)
-    return state
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
-    if "numpy" in state:
-        importlib.import_module("numpy").random.set_state(state["numpy"])
+# ---- the checksum
 
 
 def _checksum(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -43,6 +44,7 @@ class Driver:
             nothing.
         steps_per_epoch: how many calls of `after_backward` an epoch has, for schedules that change something by step.
         score: what a candidate of a search is worth, from the plain net that it is when fused, in eval mode; the higher the better.
+        state: of an earlier driver of this model, which has its structure already, as `state_dict` gave it; then nothing is done at once.
 
     Raises:
         InvalidInput: the schedule needs data and `calibrate` isn't given, the model's parameters are sharded, or an optimizer can't take up
@@ -71,6 +73,7 @@ class Driver:
         scaler: torch.amp.GradScaler | None = None,
         steps_per_epoch: int | None = None,
         score: Score | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         if schedule.needs_data and calibrate is None:
             raise InvalidInput(
@@ -96,7 +99,10 @@ class Driver:
             averages = [] if ema is None else [ema]
             data = None if calibrate is None else _First(calibrate, schedule)
             self.search = Searcher(self.model, schedule, self.optimizers, averages, score, data)
-        self._adjust()
+        if state is None:
+            self._adjust()
+        else:
+            self.load_state_dict(state)
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -222,6 +228,7 @@ class Driver:
             with carry(self.model, *self.optimizers, *averages):
                 apply(self.model, actions, None if self._calibrate is None else _First(self._calibrate, self.schedule))
             _take_from_first_rank(self.model, *averages)
+            _forget_compiled()
             self.history += [(self.epoch, action) for action in actions]
         if self.schedule.cycle is not None and self.epoch % self.schedule.cycle == 0:
             for optimizer in self.optimizers:
@@ -329,6 +336,12 @@ def _require_whole(model: nn.Module) -> None:
             raise InvalidInput(
                 f"{name} is sharded over several processes, so its structure can't be changed: use DistributedDataParallel."
             )
+
+
+def _forget_compiled() -> None:
+    """What was compiled for an earlier structure would stay, and count: after eight, `torch.compile` gives up and says so in a warning."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _depth(path: str, blocks: Mapping[str, RepBlock]) -> int:

@@ -45,7 +45,6 @@ class Place:
         self.accelerator.free_memory()
         net: nn.Module = self.accelerator.prepare_model(_Logits(self.put(model)))
         if self.compile:
-            torch.compiler.reset()
             net = torch.compile(net)  # type: ignore[assignment]
         return net
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -439,6 +439,26 @@ def test_a_run_goes_on_to_the_same_bits(tmp_path: Path, name: str, killed_after:
     assert str(resumed.optimizer.state_dict()) == str(whole.optimizer.state_dict())
 
 
+@pytest.mark.parametrize("name", SHORT)
+def test_a_new_driver_takes_over_from_an_old_one(name: str) -> None:
+    """As a training framework needs it, which builds a model's structure and its optimizer before it asks for anything else."""
+    whole = Run(SHORT[name], ema=True).go(14)
+    run = Run(SHORT[name], ema=True).go(8)
+    old = run.driver
+    run.driver = repfx.Driver(
+        run.model,
+        run.optimizer,
+        SHORT[name],
+        calibrate=DATA[:3],
+        ema=old.ema,
+        steps_per_epoch=len(DATA),
+        state=old.state_dict(),
+    )
+    run.go(14)
+    assert same_state(run.model.state_dict(), whole.model.state_dict())
+    assert run.driver.history == whole.driver.history
+
+
 def test_what_conv_remember_of_their_batch_norms_is_saved(tmp_path: Path) -> None:
     """Fused, saved, loaded, restored: with the statistics of the run, not with those of the base model."""
     model: Any = randomize_batch_norm(small_net(), seed=5)
@@ -465,6 +485,37 @@ def test_a_compiled_model_follows(name: str) -> None:
         run.go(run.done + len(DATA))
     run.model.eval()
     assert relative_error(compiled(x), copy.deepcopy(run.model)(x)) < 1e-12
+
+
+@pytest.mark.slow
+def test_a_model_that_changes_often_stays_compiled() -> None:
+    """After eight versions of a function `torch.compile` runs it uncompiled from then on."""
+    compiled: list[int] = []
+
+    def backend(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        compiled.append(len(graph.graph.nodes))
+        return graph.forward
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()).double()
+    run = torch.compile(model, backend=backend)
+    changes: list[Action] = [Expand("0", (BranchSpec("1x1"),)), Drop("0", "1x1")]
+    driver = repfx.Driver(model, [], Listed(tuple((epoch, changes[epoch % 2 - 1]) for epoch in range(1, 12)), None))
+    for epoch in range(12):
+        run(DATA[0]).mean().backward()
+        assert len(compiled) == epoch + 1
+        driver.after_epoch()
+
+
+@pytest.mark.slow
+def test_a_model_compiled_in_place_follows() -> None:
+    run = Run(SHORT["dyrep"])
+    run.model.compile(backend="eager")
+    run.go(2 * len(DATA))
+    plain = Run(SHORT["dyrep"]).go(2 * len(DATA))
+    assert run.driver.history == plain.driver.history
+    assert len(run.driver.history) > 1
+    run.model.eval(), plain.model.eval()
+    assert relative_error(run.model(DATA[0]), plain.model(DATA[0])) < 1e-9
 
 
 # ---- real data

@@ -184,7 +184,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scoring": scoring,
     "search": search,
     "gates": gates,
-    **{f"options_of_{command}": partial(options, command) for command in ("train", "fuse", "inspect")},
+    **{f"options_of_{command}": partial(options, command) for command in ("train", "fuse", "inspect", "report")},
 }
 
 

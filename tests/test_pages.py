@@ -262,8 +262,8 @@ def test_a_fold_drops_all_branches_and_what_grows_anew_is_both() -> None:
 
 def test_where_epochs_share_a_column_no_change_is_lost() -> None:
     actions = {7: (Expand("0", branches("1x1")),), 9: (Drop("0", "1x1"),)}
-    blocks = {"0": {"origin": 1.0, "1x1": 0.25}}
-    epochs = [Epoch(n, actions=actions.get(n, ()), blocks=blocks if n in (8, 9) else {}) for n in range(101)]
+    blocks = {n: {"0": {"origin": 1.0, "1x1": gamma}} for n, gamma in ((8, 0.5), (9, 0.25))}
+    epochs = [Epoch(n, actions=actions.get(n, ()), blocks=blocks.get(n, {})) for n in range(101)]
     found = structure_map(epochs)
     assert found.step == 5
     (site,) = found.sites
@@ -341,8 +341,11 @@ def test_the_page_of_a_model_says_what_it_becomes_and_that_it_is_equal(tmp_path:
 
 
 def test_a_model_that_can_not_run_on_the_input_gets_its_page_all_the_same(tmp_path: Path) -> None:
-    check = write_model_page(tiny.net(), tmp_path / "m.html", torch.randn(2, 3, 9, 7), name="tiny")
+    model = tiny.net()
+    check = write_model_page(model, tmp_path / "m.html", torch.randn(2, 3, 9, 7), name="tiny")
     assert check.report is None
+    gamma = model.state_dict()["1.weight"]
+    assert torch.equal(gamma, torch.ones_like(gamma)), "the user's BatchNorms got random numbers"
     page = Page(tmp_path / "m.html")
     assert "Not compared" in page.text
     assert page.row("model")[-1] == "–"

@@ -1,16 +1,18 @@
-"""The tables of presets, branch kinds, passes and options, written from the code, and those of measurements; a hook of the docs' build.
+"""The tables of what is registered and of options, written from the code, and those of measurements; a hook of the docs' build.
 
 A page asks for one with ``<!-- table: presets -->`` on a line of its own. Whatever is registered shows up by itself.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MARK = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
@@ -51,6 +53,42 @@ def schedules() -> str:
 
     rows = [(f"`{name}`", _first_line(cls), f"`{_file_of(cls)}`") for name, cls in SCHEDULES.items()]
     return _table(("schedule", "what it is", "file"), rows)
+
+
+def recipes() -> str:
+    """Each shipped recipe with its first line."""
+    from repfx.recipe_file import description_of, shipped_recipes
+
+    rows = [(f"`{name}`", description_of(path)) for name, path in shipped_recipes().items()]
+    return _table(("recipe", "what it is"), rows)
+
+
+def recipe_keys() -> str:
+    """Each key of a recipe's file with its default and what its dataclass says of it."""
+    from repfx.experiment import Experiment
+
+    elsewhere = ("out", "overwrite", "resume")  # where a run goes is no part of its recipe
+    rows = [row for row in _keys(Experiment) if row[0].strip("`") not in elsewhere]
+    return _table(("key", "default", "what it is"), rows)
+
+
+def _keys(cls: Any, inside: str = "") -> Iterator[tuple[str, str, str]]:
+    """Of a dataclass, and of those that it holds, with dots between."""
+    told, kinds = _arguments(cls), get_type_hints(cls)
+    for field in fields(cls):
+        inner = next((each for each in (kinds[field.name], *get_args(kinds[field.name])) if is_dataclass(each)), None)
+        if inner is None:
+            default = "" if field.default in (MISSING, None, "") else f"`{json.dumps(field.default, default=str)}`"
+            yield f"`{inside}{field.name}`", default, told[field.name]
+        else:
+            yield from _keys(inner, f"{inside}{field.name}.")
+
+
+def _arguments(cls: type) -> dict[str, str]:
+    """What a docstring says under `Args:`, by name; `mixup, cutmix: …` is of both."""
+    text = inspect.cleandoc(cls.__doc__ or "").split("Args:\n")[1].split("\n\n")[0]
+    entries = re.findall(r"^    (\w[\w, ]*): (.*(?:\n        .*)*)", text, re.MULTILINE)
+    return {name: " ".join(told.split()) for names, told in entries for name in names.split(", ")}
 
 
 def options(command: str) -> str:
@@ -178,6 +216,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "branches": branches,
     "passes": passes,
     "schedules": schedules,
+    "recipes": recipes,
+    "recipe_keys": recipe_keys,
     "latency": latency,
     "drift": drift,
     "observation": observation,

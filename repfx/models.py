@@ -29,7 +29,7 @@ class ModelReference:
     """A model by name: enough to build it again elsewhere.
 
     Args:
-        name: one of the forms above.
+        name: `torchvision:NAME`, `timm:NAME`, `package.module:callable` or `file.py:callable`.
         num_classes: passed on to what builds the model, if it takes it; None leaves the model's own number.
         options: further keyword arguments for it.
     """

@@ -24,7 +24,7 @@ class Distillation:
 
     Args:
         teacher: any classifier of the same images.
-        weights: their file; or the checkpoint.safetensors of a run that trained it.
+        weights: the file of its weights, or the `checkpoint.safetensors` of the run that trained it.
         alpha: the teacher's part of the loss.
         temperature: by which both logits are divided.
     """
@@ -47,12 +47,15 @@ class Recipe:
     Args:
         epochs: passes over the training images.
         batch_size: images in a step, of all processes together.
-        optimizer: a class of `torch.optim`; it gets `optimizer_options` beside the rate and the decay.
+        optimizer: a class of `torch.optim`.
+        optimizer_options: what it gets beside the rate and the decay, as momentum.
         learning_rate: the highest one.
-        weight_decay: of all parameters; without `decay_vectors`, not of biases, γ and β.
+        weight_decay: how much weights decay.
+        decay_vectors: whether biases, γ and β decay, too.
         rates: how the learning rate goes down: cosine, linear or constant; in each cycle of a schedule that has some.
         warm_up: epochs over which it rises; None is a fifth of all.
-        milestones: epochs after which it is multiplied by `milestone_factor`.
+        milestones: epochs after which it is multiplied by `milestone_factor`, each time.
+        milestone_factor: by which it is multiplied there.
         label_smoothing: part of the label that is spread over all classes.
         clip: greatest norm of the gradient; 0 leaves it as it is.
         average: decay of an exponential moving average of the model, which then is what is fused; 0 for none.

@@ -22,6 +22,7 @@ from repfx.data import load_data
 from repfx.dataset import DataSource, InputForm
 from repfx.errors import ExportError
 from repfx.journaling import ACTIONS
+from repfx.recipe_file import shipped_recipes
 from repfx.rule import PASSES
 from repfx.run_folder import (
     ARCHITECTURE,
@@ -350,7 +351,14 @@ def test_report_writes_the_page_of_a_run_into_its_folder(finished: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("what", "names"), [("branches", KINDS), ("presets", PRESETS), ("passes", PASSES), ("schedules", SCHEDULES)]
+    ("what", "names"),
+    [
+        ("branches", KINDS),
+        ("presets", PRESETS),
+        ("passes", PASSES),
+        ("schedules", SCHEDULES),
+        ("recipes", shipped_recipes()),
+    ],
 )
 def test_list_shows_each_name_once(what: str, names: dict[str, object], repfx_command) -> None:  # type: ignore[no-untyped-def]
     lines = repfx_command("list", what).out.splitlines()

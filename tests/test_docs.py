@@ -21,7 +21,13 @@ import repfx
 from docs.tables import MARK, TABLES, on_page_markdown
 from repfx.branch import KINDS
 from repfx.commands import app
+from repfx.dataset import DataSource
+from repfx.experiment import Experiment
 from repfx.journaling import ACTIONS
+from repfx.models import ModelReference
+from repfx.plain_values import flat, from_plain
+from repfx.recipe import Distillation, Recipe
+from repfx.recipe_file import read_recipe, shipped_recipes
 from repfx.rule import PASSES, RULES
 from repfx.schedule import SCHEDULES
 from repfx.spec import PRESETS
@@ -38,6 +44,7 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "branches": KINDS,
     "passes": PASSES,
     "schedules": SCHEDULES,
+    "recipes": shipped_recipes(),
 }
 
 
@@ -112,7 +119,15 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("page", TEXTS, ids=named)
 def test_every_block_names_a_language_that_is_run_or_is_no_code(page: Path) -> None:
-    assert {block.language for block in blocks_of(page)} <= {"python", "pycon", "sh", "text"}
+    assert {block.language for block in blocks_of(page)} <= {"python", "pycon", "sh", "text", "toml"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```toml" in page.read_text()], ids=named)
+def test_the_recipes_that_a_page_shows_can_be_read(page: Path, tmp_path: Path) -> None:
+    for block in blocks_of(page):
+        if block.language == "toml":
+            (tmp_path / "shown.toml").write_text(block.code)
+            assert from_plain(Experiment, read_recipe(tmp_path / "shown.toml")) != Experiment()
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=named)
@@ -132,6 +147,15 @@ def test_a_generated_table_names_everything_registered(table: str, registry: dic
     assert registry
     named_there = re.findall(r"^\| `([^`]+)`", on_page_markdown(f"<!-- table: {table} -->"), re.MULTILINE)
     assert sorted(named_there) == sorted(registry)
+
+
+def test_the_table_of_keys_explains_all_that_a_recipe_can_hold() -> None:
+    model = ModelReference("torchvision:resnet18", 10, {"width": 1})
+    training = Recipe(optimizer_options={"eps": 1e-7}, warm_up=0.0, distillation=Distillation(model, "teacher.pt"))
+    whole = Experiment(model, DataSource(), "dbb", {"name": "repan"}, training, Path("begin.pt"), image_size=32)
+    keys = {re.sub(r"(options|schedule)\..*", r"\1", key) for key in flat(whole.values)}
+    rows = re.findall(r"^\| `([\w.]+)` \| .* \| (.+) \|$", TABLES["recipe_keys"](), re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(keys)
 
 
 def test_every_table_that_a_page_asks_for_exists() -> None:

@@ -9,6 +9,7 @@ import typer
 
 from repfx.branch import KINDS
 from repfx.commands.app import app
+from repfx.recipe_file import description_of, shipped_recipes
 from repfx.rule import PASSES
 from repfx.schedule import SCHEDULES
 from repfx.spec import PRESETS
@@ -22,15 +23,17 @@ class Registry(str, Enum):
     presets = "presets"
     passes = "passes"
     schedules = "schedules"
+    recipes = "recipes"
 
 
 @app.command("list")
 def list_names(what: Annotated[Registry, typer.Argument(help="Which names.", show_default=False)]) -> None:
-    """List the branch kinds, the presets, the passes or the schedules, with one line on each."""
+    """List the branch kinds, the presets, the passes, the schedules or the recipes, with one line on each."""
     rows = {
         Registry.branches: [(kind, (branch.__doc__ or "").splitlines()[0]) for kind, branch in KINDS.items()],
         Registry.presets: [(preset.name, preset.description) for preset in PRESETS.values()],
         Registry.passes: [(found.name, found.description) for found in PASSES.values()],
         Registry.schedules: [(name, (found.__doc__ or "").splitlines()[0]) for name, found in SCHEDULES.items()],
+        Registry.recipes: [(name, description_of(path)) for name, path in shipped_recipes().items()],
     }[what]
     typer.echo(listing(rows))

@@ -77,8 +77,11 @@ class Augmentation:
             raise InvalidInput(
                 "images can be augmented only where they are pictures, of two axes: leave augmentation out."
             )
-        if self.auto_augment and getattr(images.raw[0][0], "dtype", torch.uint8) != torch.uint8:
-            raise InvalidInput(f"auto_augment = {self.auto_augment!r} needs pictures of bytes, and these hold floats.")
+        if (self.auto_augment or self.color_jitter) and getattr(images.raw[0][0], "dtype", torch.uint8) != torch.uint8:
+            name = "auto_augment" if self.auto_augment else "color_jitter"
+            raise InvalidInput(
+                f"{name} needs pictures of bytes, and these hold floats, which resizing makes of bytes, too."
+            )
         return AugmentedImages(images.raw, self._transform(images), seed)
 
     def of_batch(self, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

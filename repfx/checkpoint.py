@@ -25,7 +25,7 @@ from repfx.driver import Driver
 from repfx.errors import InvalidInput, RepfxError, first_line
 from repfx.nested_state import put_together, take_apart
 from repfx.notes import copy_without_numbers
-from repfx.optimizer_groups import fill_groups, names_by_group
+from repfx.optimizer_groups import fill_groups, lay_out_state, names_by_group
 from repfx.random_state import read_random_state, set_random_state
 from repfx.structure import Structure
 from repfx.target_file import staged
@@ -273,6 +273,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: A
     optimizer.load_state_dict(
         {"state": {numbers[name]: value for name, value in state["state"].items()}, "param_groups": groups}
     )
+    lay_out_state(optimizer)
 
 
 # ---- other parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ from repfx.onnx import export_onnx
 from repfx.plain_values import flat, to_plain
 from repfx.predictions import Predictions, predict
 from repfx.recipe import Recipe
-from repfx.recipe_file import to_toml
+from repfx.recipe_file import from_root, to_toml
 from repfx.run_folder import MODEL, STATE, RunFolder, Structure, spec_of
 from repfx.schedule import SCHEDULES, Schedule
-from repfx.search import Search
 from repfx.selection import Selection
 from repfx.training import Trained, Watcher, train
 
+OF_A_CALL = ("out", "overwrite", "resume")  # what no recipe says
 _TEST_BATCH = 64
 _SPEC = "dbb"
 _MAY_DIFFER = {"data.root", "data.download", "training.device", "training.workers", "training.log_with"}
@@ -67,12 +68,7 @@ class Experiment:
     @property
     def values(self) -> dict[str, Any]:
         """What stands in the file of a recipe: all but where the run goes. Files are named from the root."""
-        found: dict[str, Any] = to_plain(replace(self, model=self.model.from_root, weights=_from_root(self.weights)))
-        return {key: value for key, value in found.items() if key not in ("out", "overwrite", "resume")}
-
-
-def _from_root(path: Path | None) -> Path | None:
-    return None if path is None else path.absolute()
+        return from_root({key: value for key, value in to_plain(self).items() if key not in OF_A_CALL})
 
 
 @dataclass(frozen=True)
@@ -117,29 +113,30 @@ def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | Non
         Interrupted: by a signal; `resume` goes on from there.
         OSError: a file can't be read or written.
     """
-    schedule, folder = _schedule(experiment), RunFolder(experiment.out)
+    if experiment.overwrite and experiment.resume:
+        raise InvalidInput("a run can be replaced or gone on with: give --overwrite or --resume.")
+    schedule, folder, watcher = _schedule(experiment), RunFolder(experiment.out), watcher or Watcher()
     if experiment.resume:
         _require_same(experiment, folder)
-        done = folder.metrics
-        if done is not None:
-            return Metrics.from_dict(done)
-    with accelerator_for(
-        experiment.training, folder.logs, unused_parameters=isinstance(schedule, Search)
-    ) as accelerator:
-        if not accelerator.is_main_process:
+    with ExitStack() as stack:
+        with accelerator_for(experiment.training, folder.logs) as accelerator:
+            is_first: bool = accelerator.is_main_process
+            done = folder.metrics if experiment.resume else None
+            if done is not None:
+                return Metrics.from_dict(done) if is_first else None
+            if is_first:
+                stack.enter_context(folder.new_run(overwrite=experiment.overwrite, resume=experiment.resume))
             accelerator.wait_for_everyone()  # until the folder is there
-            _train(experiment, schedule, folder, Watcher(), accelerator)
-            return None
-        with folder.new_run(overwrite=experiment.overwrite, resume=experiment.resume):
-            accelerator.wait_for_everyone()
-            return _run(experiment, schedule, folder, watcher or Watcher(), accelerator)
+            results = _train(experiment, schedule, folder, watcher if is_first else Watcher(), accelerator)
+        return _finish(experiment, folder, watcher, *results) if is_first else None
 
 
-def _run(
-    experiment: Experiment, schedule: Schedule | None, folder: RunFolder, watcher: Watcher, accelerator: Any
+def _finish(
+    experiment: Experiment, folder: RunFolder, watcher: Watcher, trained: Trained, plain: nn.Module, data: DataSet
 ) -> Metrics:
-    trained, plain, data = _train(experiment, schedule, folder, watcher, accelerator)
-    expanded = trained.model.cpu()
+    """Fuse, export and measure, in the first process alone."""
+    expanded = trained.model.cpu().to(memory_format=torch.contiguous_format)
+    plain = plain.cpu().to(memory_format=torch.contiguous_format)
     if trained.architecture is not None:
         folder.write_architecture(trained.architecture)
     folder.write_checkpoint(expanded)
@@ -150,7 +147,7 @@ def _run(
     watcher.on_stage("export")
     exported = export_onnx(fused, folder.path / MODEL, x)
     watcher.on_stage("test")
-    forms = {"plain": plain.cpu().eval(), "expanded": expanded, "fused": fused}
+    forms = {"plain": plain.eval(), "expanded": expanded, "fused": fused}
     session = onnx_session(folder.path / MODEL)
     tests = {
         name: predict(compute, data.test, _TEST_BATCH, experiment.training.workers)
@@ -169,7 +166,8 @@ def _train(
     experiment: Experiment, schedule: Schedule | None, folder: RunFolder, watcher: Watcher, accelerator: Any
 ) -> tuple[Trained, nn.Module, DataSet]:
     """In every process."""
-    plain, data, reference = _prepare(experiment)
+    with accelerator.main_process_first():  # it may download the data
+        plain, data, reference = _prepare(experiment)
     watcher.on_stage("expand")
     spec = _SPEC if experiment.spec is None else experiment.spec
     if schedule is None:

@@ -13,6 +13,7 @@ from repfx.dataset import DataSet, DataSource, InputForm, PreparedImages, Stages
 from repfx.errors import InvalidInput, first_line
 
 _SIZE = 224
+_VALIDATED = ("ImageNet", "Imagenette", "Places365")  # of which torchvision has no test part
 _MEANS = {1: (0.449,), 3: (0.485, 0.456, 0.406)}  # of ImageNet, as torchvision's and timm's weights expect
 _DEVIATIONS = {1: (0.226,), 3: (0.229, 0.224, 0.225)}
 
@@ -80,7 +81,7 @@ def _part(kind: type[Any], source: DataSource, train: bool) -> Any:
     if "train" in parameters:
         options["train"] = train
     elif "split" in parameters:
-        options["split"] = "train" if train else "test"
+        options["split"] = "train" if train else "val" if kind.__name__ in _VALIDATED else "test"
     else:
         raise InvalidInput(f"torchvision's {kind.__name__} has no training and test parts.")
     if source.download and "download" in parameters:

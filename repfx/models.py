@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,12 +62,6 @@ class ModelReference:
         if not isinstance(model, nn.Module):
             raise InvalidInput(f"{self.name!r} gave {type(model).__name__}, not a torch.nn.Module.")
         return model
-
-    @property
-    def from_root(self) -> ModelReference:
-        """The same, with a file named from the root."""
-        source, _, name = self.name.rpartition(":")
-        return replace(self, name=f"{Path(source).absolute()}:{name}") if source.endswith(".py") else self
 
     def _arguments(self, builder: Callable[..., Any], *, always: bool) -> dict[str, Any]:
         arguments = dict(self.options)

@@ -29,6 +29,14 @@ def names_by_group(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[l
     return groups
 
 
+def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
+    """Lay momenta out in memory as their parameters are: fused steps read both in one order."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
 def fill_groups(optimizer: torch.optim.Optimizer, model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
     """Give each group the parameters of these names, in this order.
 

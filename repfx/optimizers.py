@@ -28,13 +28,17 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> to
     """
     kind = getattr(torch.optim, recipe.optimizer)
     known = inspect.signature(kind).parameters
-    options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    options: dict[str, Any] = {"lr": recipe.learning_rate}
+    if "weight_decay" in known:
+        options["weight_decay"] = recipe.weight_decay
     if (
         recipe.optimizer in _FUSED
         and device.type in _FUSED_DEVICES
         and not {"foreach", "differentiable"} & recipe.optimizer_options.keys()
     ):
         options["fused"] = True
+    if "lr" in recipe.optimizer_options:
+        raise InvalidInput("optimizer_options has lr, which is set step by step: set learning_rate.")
     options |= recipe.optimizer_options
     unknown = ", ".join(sorted(options.keys() - known.keys()))
     if unknown:

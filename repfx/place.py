@@ -40,13 +40,29 @@ class Place:
         x = x.to(self.device, non_blocking=True)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """What gives the logits in training, in all processes and compiled if that is asked for; the model itself is left as it is."""
+    def wrap(self, model: nn.Module, *, unused_parameters: bool) -> nn.Module:
+        """What gives the logits in training, in all processes and compiled if that is asked for; the model itself is left as it is.
+
+        Args:
+            unused_parameters: whether some parameters have no part in some steps.
+        """
         self.accelerator.free_memory()
+        self.accelerator.ddp_handler.find_unused_parameters = unused_parameters
         net: nn.Module = self.accelerator.prepare_model(_Logits(self.put(model)))
         if self.compile:
             net = torch.compile(net)  # type: ignore[assignment]
         return net
+
+    def mean(self, value: float | Tensor) -> float:
+        """Of what each process has."""
+        tensor = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+        return float(self.accelerator.reduce(tensor, "mean")) if self.processes > 1 else float(value)
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all processes the first one's statistics, as the next step would."""
+        if self.processes > 1:
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def agree(self, wish: bool) -> bool:
         """Whether any process wishes it."""

@@ -27,8 +27,11 @@ def logits_of(output: Any) -> Tensor:
     return output
 
 
-def check_fit(model: nn.Module, data: DataSet, device: str | torch.device) -> None:
+def check_fit(model: nn.Module, data: DataSet, device: str | torch.device) -> int:
     """Run one image in eval mode.
+
+    Returns:
+        How many logits there are.
 
     Raises:
         InvalidInput: the model doesn't take the images or gives no logits for their classes.
@@ -48,6 +51,7 @@ def check_fit(model: nn.Module, data: DataSet, device: str | torch.device) -> No
         raise InvalidInput(
             f"the model gives {logits.shape[1]} classes, the data has {len(data.classes)}: set --num-classes."
         )
+    return logits.shape[1]
 
 
 @torch.no_grad()

@@ -15,7 +15,16 @@ from repfx.learning_rate import SHAPES
 from repfx.models import ModelReference
 
 PRECISIONS = ("no", "bf16", "fp16")
-_LEAST = {"epochs": 1, "batch_size": 2, "workers": 0, "weight_decay": 0, "test_every": 1}
+_LEAST = {
+    "epochs": 1,
+    "batch_size": 2,
+    "workers": 0,
+    "weight_decay": 0,
+    "test_every": 1,
+    "clip": 0,
+    "seed": 0,
+    "milestone_factor": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,8 @@ class Recipe:
         mixed_precision: no, bf16 or fp16.
         channels_last: whether images and kernels are laid out channels last.
         compile: whether `torch.compile` runs the model in training.
-        seed: of weights, order, augmentation and whatever else is drawn. Equal seeds give equal weights on one kind of machine.
+        seed: of weights, order, augmentation and whatever else is drawn. Equal seeds give equal weights on one kind of machine; on a GPU,
+            with `deterministic`.
         deterministic: whether torch takes deterministic algorithms alone, even if they are slower.
         device: cpu, cuda, cuda:1, mps, …; auto takes the accelerator that is there.
         workers: processes that load images.

@@ -11,7 +11,14 @@ from typing import Any
 from repfx.errors import InvalidInput, UnknownName, first_line
 
 SHIPPED = Path(__file__).parent / "recipes"
-_PATHS = ("weights", "data.name", "model.name", "training.distillation.teacher.name", "training.distillation.weights")
+_PATHS = (
+    "weights",
+    "spec",
+    "data.name",
+    "model.name",
+    "training.distillation.teacher.name",
+    "training.distillation.weights",
+)
 
 
 def read_recipe(source: str | Path) -> dict[str, Any]:
@@ -33,8 +40,13 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
         values: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InvalidInput(f"{str(path)!r} is no TOML: {first_line(error)}.") from error
-    for key in _PATHS:
-        _start_from(path.parent, values, key)
+    _start_from(path.parent, values, _PATHS)
+    return values
+
+
+def from_root(values: dict[str, Any]) -> dict[str, Any]:
+    """The same values, with the files and folders in them named from the root."""
+    _start_from(Path.cwd(), values, (*_PATHS, "data.root"))
     return values
 
 
@@ -63,13 +75,15 @@ def to_toml(values: Mapping[str, Any]) -> str:
     return text
 
 
-def _start_from(folder: Path, values: dict[str, Any], key: str) -> None:
-    *outer, last = key.split(".")
-    for name in outer:
-        values = values.get(name, {})
-    value = values.get(last)
-    if not isinstance(value, str):
-        return
-    path, separator, name = value.rpartition(":") if ".py:" in value else (value, "", "")
-    if Path(path).suffix and (folder / path).exists():
-        values[last] = f"{folder / path}{separator}{name}"
+def _start_from(folder: Path, values: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Name what is in a folder by it, in place."""
+    for key in keys:
+        *outer, last = key.split(".")
+        table: Any = values
+        for name in outer:
+            table = table.get(name) if isinstance(table, dict) else None
+        value = table.get(last) if isinstance(table, dict) else None
+        if isinstance(value, str) and value not in ("", "digits") and (key != "spec" or value.endswith(".json")):
+            path, separator, name = value.rpartition(":") if ".py:" in value else (value, "", "")
+            if (folder / path).exists():
+                table[last] = f"{folder / path}{separator}{name}"

@@ -26,7 +26,7 @@ from repfx.spec import SpecLike
 CHECKPOINT, STRUCTURE, MODEL, METRICS = "checkpoint.safetensors", "structure.json", "model.onnx", "metrics.json"
 ARCHITECTURE, HEAT_MAP = "architecture.json", "architecture.png"
 RECIPE, HISTORY, STATE, REPORT = "recipe.toml", "history.json", "state.safetensors", "report.html"
-_FILES = (METRICS, STRUCTURE, CHECKPOINT, MODEL, ARCHITECTURE, HEAT_MAP, RECIPE, HISTORY, STATE, REPORT)
+_FILES = (METRICS, STATE, STRUCTURE, CHECKPOINT, MODEL, ARCHITECTURE, HEAT_MAP, RECIPE, HISTORY, REPORT)
 _FORMAT = 2
 
 
@@ -127,6 +127,8 @@ class RunFolder:
         """Remove an older run, its metrics first: they say that a run is complete."""
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
+            for left in self.path.glob(f".{name}.*"):  # by a run that was killed while it wrote
+                shutil.rmtree(left, ignore_errors=True)
         shutil.rmtree(self.logs, ignore_errors=True)
 
     def write(self, name: str, fill: Callable[[Path], None]) -> None:

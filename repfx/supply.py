@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,7 @@ class Supply:
             self.images,
             batch_sampler=self._batches(epoch, begin),
             num_workers=self.recipe.workers,
+            worker_init_fn=_leave_interrupts_to_the_parent,
             pin_memory=self.place.device.type == "cuda",
         )
 
@@ -42,3 +44,7 @@ class Supply:
         count = len(self.images)  # type: ignore[arg-type]
         process, processes = self.place.process, self.place.processes
         return Batches(count, self.recipe.batch_size, self.recipe.seed, epoch, process, processes, begin)
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

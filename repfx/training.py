@@ -22,12 +22,14 @@ from repfx.branch_scales import gammas_in
 from repfx.cost import count_macs, count_parameters
 from repfx.dataset import DataSet, Images, every, labels_of, part_of
 from repfx.engine import accelerator_for
-from repfx.errors import Interrupted, InvalidInput, RepfxError
+from repfx.errors import Interrupted, InvalidInput, RepfxError, first_line
 from repfx.history import Epoch, History
 from repfx.interruption import noticed_signals
 from repfx.journaling import Action
 from repfx.learning_rate import share_of_rate
 from repfx.loss import loss_of
+from repfx.notes import copy_of
+from repfx.optimizer_groups import lay_out_state
 from repfx.optimizers import make_optimizer
 from repfx.place import Place
 from repfx.plain_values import flat, to_plain
@@ -38,7 +40,7 @@ from repfx.search import Search
 from repfx.seeds import seed_of
 from repfx.supply import Supply
 
-_STEPS_BETWEEN_LOOKS = 10  # at the loss, where a look makes the host wait for the device
+_STEPS_BETWEEN_LOOKS = 10  # where a look makes the host wait for the device
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,7 @@ def train(
     """
     with ExitStack() as stack:
         if accelerator is None:
-            unused = isinstance(schedule, Search)
-            accelerator = stack.enter_context(accelerator_for(recipe, unused_parameters=unused))
+            accelerator = stack.enter_context(accelerator_for(recipe))
         run = _Training(model, data, recipe, schedule or Unchanged(), accelerator, watcher or Watcher(), plain or model)
         if checkpoint is not None and resume and checkpoint.is_file():
             run.load(checkpoint)
@@ -132,7 +133,7 @@ class _Training:
         self.watcher = watcher if self.place.is_first else Watcher()
         self.model, self.data = self.place.put(model), data
         self.place.put(plain)
-        check_fit(model, data, self.place.device)
+        logits = check_fit(model, data, self.place.device)
         images, score = data.train, None
         if isinstance(schedule, Search) and schedule.needs_score:
             images, held_out = hold_out(images)
@@ -140,8 +141,12 @@ class _Training:
             score = partial(mean_log_likelihood, images=held_out, batch_size=size, device=device)
         self.supply = Supply(images, recipe, self.place)
         self.steps = self.supply.steps
-        self.mix = recipe.augmentation.of_batch(len(data.classes))
-        self.loss = loss_of(recipe, len(data.classes), self.place.put)
+        self.mix = recipe.augmentation.of_batch(logits)
+        self.loss = loss_of(recipe, logits, self.place.put)
+        self._try_loss(logits)
+        self.unused_parameters = isinstance(schedule, Search) or (
+            self.place.processes > 1 and self._has_other_outputs()
+        )
         self.optimizer = make_optimizer(model, recipe, self.place.device)
         self.average = _average(model, recipe.average) if recipe.average else None
         self.progress = _Progress()
@@ -163,13 +168,13 @@ class _Training:
     def go(self, checkpoint: Path | None, stopping: Callable[[], bool]) -> Trained:
         """Train to the end."""
         self._prepare()
+        self.watcher.on_epoch(self.history)  # which may clear the folder that a tracker writes into
         if self.recipe.log_with:
             self.accelerator.init_trackers("repfx", config=_loggable(self.recipe))
-        self.watcher.on_epoch(self.history)
         while self.progress.epoch < self.recipe.epochs:
             for x, y in self._rest_of_epoch():
                 self._step(x, y)
-                if self.place.agree(stopping()):
+                if self._looks and self.place.agree(stopping()):
                     self.save(checkpoint)
                     raise Interrupted(f"stopped in epoch {self.progress.epoch + 1} after step {self.progress.step}")
             self._end_epoch()
@@ -182,8 +187,23 @@ class _Training:
 
     def _prepare(self) -> None:
         """What runs in training; made anew when the structure has changed."""
-        self.net = self.place.wrap(self.model)
+        self.net = self.place.wrap(self.model, unused_parameters=self.unused_parameters)
         self.stepper = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
+
+    def _has_other_outputs(self) -> bool:
+        """Whether the model in training has heads beside the one that is trained."""
+        images = torch.stack([self.data.train[index][0] for index in range(2)])
+        with torch.no_grad():
+            return not isinstance(copy_of(self.model).train()(self.place.bring(images)), Tensor)
+
+    def _try_loss(self, logits: int) -> None:
+        """Let a teacher or a mix that doesn't fit the images fail now, not after an older run has been replaced."""
+        images = [self.data.train[index][0] for index in range(2)]
+        x, labels = self.mix(self.place.bring(torch.stack(images)), self.place.bring(torch.tensor([0, 1 % logits])))
+        try:
+            self.loss(torch.zeros(2, logits, device=self.place.device), x, labels)
+        except RuntimeError as error:
+            raise InvalidInput(f"the teacher fails on images {tuple(x.shape[1:])}: {first_line(error)}.") from error
 
     # ---- a step
 
@@ -213,8 +233,16 @@ class _Training:
             self.average.update_parameters(self.model)
         self.progress.step += 1
         self.progress.sum_of_losses = self.progress.sum_of_losses + loss
-        if self.place.device.type == "cpu" or number % _STEPS_BETWEEN_LOOKS == 0:
-            self._tell(number, loss.item())
+        if self._looks:
+            value = loss.item()
+            self._require_finite(value)
+            self.watcher.on_step(Step(number + 1, self.recipe.epochs * self.steps, self.progress.epoch + 1, value))
+
+    @property
+    def _looks(self) -> bool:
+        """Whether to look, after this step, at the loss and for a wish to stop; all processes look at the same time."""
+        step = self.progress.step
+        return self.place.device.type == "cpu" or step % _STEPS_BETWEEN_LOOKS == 0 or step == self.steps
 
     def _set_rate(self, number: int) -> None:
         recipe, steps = self.recipe, self.steps
@@ -230,23 +258,23 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate * share
 
-    def _tell(self, number: int, loss: float) -> None:
+    def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
             epoch, rate = self.progress.epoch + 1, self.recipe.learning_rate
             raise RepfxError(f"the loss is {loss} in epoch {epoch}: try a lower learning rate than {rate}.")
-        self.watcher.on_step(Step(number + 1, self.recipe.epochs * self.steps, self.progress.epoch + 1, loss))
 
     # ---- an epoch
 
     def _end_epoch(self) -> None:
         progress = self.progress
-        loss = float(progress.sum_of_losses) / self.steps
-        self._tell((progress.epoch + 1) * self.steps - 1, loss)
+        loss = self.place.mean(progress.sum_of_losses) / self.steps
+        self._require_finite(loss)
         tested = (progress.epoch + 1) % self.recipe.test_every == 0 or progress.epoch + 1 == self.recipe.epochs
         accuracy = self._accuracy(self.model) if tested else None
         average = self._accuracy(self.average.module) if tested and self.average is not None else None
         cost, gammas = self._cost(self.model), gammas_in(self.model)
         self.supply.epoch += 1
+        torch.manual_seed(seed_of(self.recipe.seed, progress.epoch))  # of new branches, wherever the run was begun
         if self.driver.after_epoch():
             self._prepare()
         seconds = progress.seconds + time.perf_counter() - self._began
@@ -272,6 +300,7 @@ class _Training:
         own = Subset(self.data.test, range(self.place.process, count, self.place.processes))
         right = torch.zeros((), dtype=torch.long, device=self.place.device)
         training = model.training
+        self.place.share_buffers(model)
         model.eval()
         with torch.no_grad():
             for x, y in DataLoader(own, self.recipe.batch_size, num_workers=self.recipe.workers):
@@ -302,6 +331,8 @@ class _Training:
         """The reverse of `save`."""
         state: dict[str, Any] = {}
         repfx.load(path, self.model, self.optimizer, self.driver, random_state=False, progress=state, **self._parts())
+        self.place.put(self.model)
+        lay_out_state(self.optimizer)
         self.history = History.from_json(state.pop("history"), path)
         self.progress = _Progress(**state)
         self.supply.epoch = self.progress.epoch
@@ -345,6 +376,11 @@ def _loggable(recipe: Recipe) -> dict[str, Any]:
 
 
 def _require_possible(recipe: Recipe, schedule: Schedule) -> None:
+    cycle = schedule.cycle or recipe.epochs
+    if recipe.warm_up is not None and recipe.warm_up >= cycle:
+        raise InvalidInput(
+            f"warm_up is {recipe.warm_up} epochs; it must end before the {cycle} of the learning rate's cycle."
+        )
     if recipe.compile and isinstance(schedule, Search):
         name = type(schedule).__name__
         raise InvalidInput(

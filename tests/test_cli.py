@@ -33,6 +33,7 @@ from repfx.run_folder import (
     MODEL,
     RECIPE,
     REPORT,
+    STATE,
     STRUCTURE,
     RunFolder,
 )
@@ -172,11 +173,10 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path
         "--out",
         str(out),
     ]
-    interrupt = "import signal; from repfx import training; tell = training._Training._tell\n"
-    interrupt += (
-        "def stop(run, number, loss): tell(run, number, loss); number == 15 and signal.raise_signal(signal.SIGINT)\n"
-    )
-    interrupt += "training._Training._tell = stop\n"
+    interrupt = "import signal; from repfx.training import _Training; step = _Training._step\n"
+    interrupt += "def stop(run, x, y):\n    step(run, x, y)\n"
+    interrupt += "    (run.progress.epoch, run.progress.step) == (1, 4) and signal.raise_signal(signal.SIGINT)\n"
+    interrupt += "_Training._step = stop\n"
     stopped = subprocess.run([*command[:2], interrupt + command[2], *command[3:]], capture_output=True, text=True)
     assert stopped.returncode == 130, stopped.stderr
     advice = f"go on with: repfx train --resume --out {out}"
@@ -226,6 +226,11 @@ def test_options_of_a_schedule_are_its_own(tmp_path: Path, repfx_command) -> Non
         (["--set", "training.epoch=1"], "no key in training 'epoch'; did you mean 'epochs'?"),
         (["--set", "training.clip=high"], "training.clip is 'high'; it must be a number"),
         (["--mixed-precision", "fp8"], "no mixed_precision 'fp8'"),
+        (["--set", "out=x"], "out can't be set in a recipe: give the option --out"),
+        (["--set", "data=digits"], "data is 'digits'; it must be a table"),
+        (["--overwrite", "--resume"], "give --overwrite or --resume"),
+        (["--set", "training.warm_up=2"], "warm_up is 2.0 epochs; it must end before the 2"),
+        (["--set", "training.augmentation.color_jitter=0.5"], "color_jitter needs pictures of bytes"),
         (["--log-with", "paper"], "no tracker 'paper'"),
         (
             ["--set", "training.augmentation.flip=0.5", "--set", "training.augmentation.auto_augment=rand"],
@@ -262,7 +267,7 @@ def test_a_failed_export_keeps_the_trained_weights(  # type: ignore[no-untyped-d
     outcome = repfx_command(*TRAIN, "--out", tmp_path / "out", "--epochs", 1)
     assert outcome.code == 2
     assert "no export today" in outcome.err
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {CHECKPOINT, STRUCTURE}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {CHECKPOINT, STRUCTURE, RECIPE, HISTORY, STATE}
 
 
 # --- fuse -----------------------------------------------------------------------------------------------------------

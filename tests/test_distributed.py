@@ -30,7 +30,7 @@ def test_both_ranks_end_with_the_same_model(schedule: str) -> None:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_a_training_on_two_ranks_goes_on_after_ctrl_c(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "repfx"]
-    options = ["--model", f"{ROOT / 'tests' / 'tiny.py'}:net", "--image-size=8", "--epochs=16", "--device=cpu"]
+    options = ["--model", f"{ROOT / 'tests' / 'tiny.py'}:net", "--image-size=8", "--epochs=16"]
     options += ["--schedule=dyrep", "--schedule-option=interval=4", "--learning-rate=0.02", "--average=0.9"]
     interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"
     with subprocess.Popen(

@@ -159,6 +159,7 @@ def trained(
             12,
             {"augmentation": PICTURES, "average": 0.9, "optimizer": "SGD", "optimizer_options": {"momentum": 0.9}},
         ),
+        ("dyrep", 10, {"channels_last": True}),
         ("repnas", 8, {"decay_vectors": False}),
         pytest.param("des", 12, {}, marks=pytest.mark.slow),
         pytest.param("repan", 8, {"optimizer": "RMSprop", "mixed_precision": "bf16"}, marks=pytest.mark.slow),

@@ -12,7 +12,7 @@ from rich.console import Console
 from repfx.commands.app import app
 from repfx.commands.arguments import MODEL_FORMS, Options, Weights, parse_options
 from repfx.errors import InvalidInput
-from repfx.experiment import Experiment, run
+from repfx.experiment import OF_A_CALL, Experiment, run
 from repfx.plain_values import from_plain
 from repfx.progress import shown_progress
 from repfx.recipe import PRECISIONS, Recipe
@@ -180,10 +180,14 @@ def train(
     }
     given |= {f"model.options.{name}": value for name, value in parse_options(option).items()}
     given |= {f"schedule.{name}": value for name, value in parse_options(schedule_option).items()}
-    given |= parse_options(set_)
     for key, value in given.items():
         if value is not None:
             _set(values, key, value)
+    for key, value in parse_options(set_).items():
+        _set(values, key, value)
+    misplaced = [key for key in OF_A_CALL if key in values]
+    if misplaced:
+        raise InvalidInput(f"{misplaced[0]} can't be set in a recipe: give the option --{misplaced[0]}.")
     experiment = from_plain(Experiment, {**values, "out": out, "overwrite": overwrite, "resume": resume})
     with shown_progress(quiet=as_json) as watcher:
         metrics = run(experiment, watcher)
@@ -203,10 +207,10 @@ def train(
 
 def _base(recipe: str | None, out: Path, *, resume: bool) -> dict[str, Any]:
     """The values that options change: those of the run that is gone on with, or of the recipe."""
+    if recipe is not None:
+        return read_recipe(recipe)
     begun = RunFolder(out).recipe if resume else None
-    if begun is not None:
-        return begun
-    return {"model": {"name": _DEFAULT.model.name}} if recipe is None else read_recipe(recipe)
+    return {"model": {"name": _DEFAULT.model.name}} if begun is None else begun
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -215,4 +219,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
             raise InvalidInput(f"{key} can't be set: {name} is no table.")
-    values[last] = value
+    if value is None:
+        values.pop(last, None)
+    else:
+        values[last] = value

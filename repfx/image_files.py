@@ -89,7 +89,10 @@ def _part(kind: type[Any], source: DataSource, train: bool) -> Any:
     try:
         return kind(str(source.root), **options)
     except Exception as error:
-        advice = "put it there, name another --root, or let --download fetch it"
+        other = (
+            "let --download fetch it" if "download" in parameters else "give --data a folder with one folder per class"
+        )
+        advice = f"put it there, name another --root, or {other}"
         where = f"torchvision's {kind.__name__} is not usable in --root {str(source.root)!r}"
         raise InvalidInput(f"{where} ({first_line(error)}): {advice}.") from error
 

@@ -196,7 +196,8 @@ def test_a_torchvision_data_set_is_read_from_its_root(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("CIFAR10", "put it there, name another --root"),
+        ("CIFAR10", "put it there, name another --root, or let --download fetch it"),
+        ("imagenet", "name another --root, or give --data a folder with one folder per class"),
         ("CocoDetection", "no training and test"),
         ("nix", "no data set"),
     ],

@@ -42,8 +42,8 @@ def body(norm: Callable[..., nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
         short = Conv2dNormActivation(channels, 16, 1, 2, norm_layer=norm, activation_layer=None)
         return BasicBlock(channels, 16, 2, short, norm_layer=norm)
 
-    stem = Conv2dNormActivation(3, 8, 3, 2, norm_layer=norm)
-    return nn.Sequential(OrderedDict(stem=stem, layer1=down(8), layer2=down(16), layer3=down(16)))
+    stem = {"conv1": nn.Conv2d(3, 8, 3, 2, 1, bias=False), "bn1": norm(8), "relu": nn.ReLU(inplace=True)}
+    return nn.Sequential(OrderedDict(**stem, layer1=down(8), layer2=down(16), layer3=down(16)))
 
 
 def pyramid(norm: Callable[..., nn.Module] = nn.BatchNorm2d, channels: int = 16) -> BackboneWithFPN:

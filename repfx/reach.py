@@ -10,6 +10,7 @@ import builtins
 import inspect
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -49,7 +50,7 @@ class Around:
         attributes = [node for node in code if isinstance(node, ast.Attribute)]
         used_whole = {id(call.func) for call in calls} | {id(node.value) for node in attributes}
         return Around(
-            self.names | _names_read(attributes) | _names_by_text(calls),
+            self.names | _names_read(attributes, _results(code, module)) | _names_by_text(calls),
             self.classes | _classes_asked_for(calls),
             frozenset(node.attr for node in attributes if _is_self(node.value) and id(node) not in used_whole),
             self.indexes or any(isinstance(call.func, ast.Subscript) for call in calls),
@@ -128,9 +129,42 @@ def _own_classes(module: nn.Module) -> tuple[type, ...]:
     return classes[: classes.index(nn.Module)]
 
 
-def _names_read(attributes: list[ast.Attribute]) -> frozenset[str]:
-    """What is read from anything but `self`."""
-    return frozenset(node.attr for node in attributes if not _is_self(node.value))
+def _names_read(attributes: list[ast.Attribute], results: frozenset[str]) -> frozenset[str]:
+    """What is read from anything but `self` and what is no module."""
+    return frozenset(
+        node.attr
+        for node in attributes
+        if not (_is_self(node.value) or (isinstance(node.value, ast.Name) and node.value.id in results))
+    )
+
+
+def _results(code: list[ast.AST], module: nn.Module) -> frozenset[str]:
+    """The names that only ever stand for what children have given out, or for new objects that are no modules."""
+    assigned: Counter[str] = Counter()
+    for node in code:
+        if isinstance(node, ast.Assign) and _gives_no_module(node.value, module):
+            assigned.update(target.id for target in node.targets if isinstance(target, ast.Name))
+    bound = Counter(map(_bound, code))
+    return frozenset(name for name, times in assigned.items() if bound[name] == times)
+
+
+def _bound(node: ast.AST) -> str | None:
+    """The name that a piece of code gives a meaning, if it does."""
+    if isinstance(node, ast.Name):
+        return node.id if isinstance(node.ctx, ast.Store) else None
+    if isinstance(node, ast.alias):
+        return node.asname or node.name
+    return node.arg if isinstance(node, ast.arg) else None
+
+
+def _gives_no_module(value: ast.expr, module: nn.Module) -> bool:
+    if not isinstance(value, ast.Call):
+        return False
+    if isinstance(value.func, ast.Attribute) and _is_self(value.func.value):
+        return isinstance(getattr(module, value.func.attr, None), nn.Module)
+    name = value.func.id if isinstance(value.func, ast.Name) else ""
+    made = _globals(type(module)).get(name, getattr(builtins, name, None))
+    return isinstance(made, type) and not issubclass(made, nn.Module)
 
 
 def _classes_asked_for(calls: list[ast.Call]) -> frozenset[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -247,7 +248,7 @@ class Features(nn.ModuleDict):
     """Runs its layers by itself, as the backbone of a detector does."""
 
     def __init__(self) -> None:
-        super().__init__({"conv": nn.Conv2d(4, 4, 3, padding=1), "bn": nn.BatchNorm2d(4), "act": nn.ReLU()})
+        super().__init__({"conv": nn.Conv2d(4, 4, 3, padding=1), "norm": nn.BatchNorm2d(4), "act": nn.ReLU()})
 
     def forward(self, x: Tensor) -> Any:
         for layer in self.values():
@@ -275,6 +276,35 @@ class GoesThroughFeatures(CallsFeatures):
         for name, layer in self.f.items():
             taps.append(layer(taps[-1]).sin() if name == "conv" else layer(taps[-1]))
         return self.f(x) + taps[-1]
+
+
+class NormalisesWhatItGets(CallsFeatures):
+    """Reads, by the names that a dict of layers and one of these have, something of what it has computed."""
+
+    def forward(self, x: Tensor) -> Any:
+        if x.sum() > 1e9:
+            return x
+        y = self.f(x)
+        found = OrderedDict(whole=y, half=y / 2)
+        return y / y.norm() + sum(found.values())
+
+
+class GoesThroughThemByAName(nn.Module):
+    """A name that has stood for something else before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([Features(), Features()])
+
+    def forward(self, x: Tensor) -> Any:
+        if x.sum() > 1e9:
+            return x
+        part: Any
+        part = OrderedDict(whole=x)
+        x = sum(part.values())
+        for part in self.stages:
+            x = part(x) + next(iter(part.values()))(x)
+        return x
 
 
 class CountsFeatures(CallsFeatures):
@@ -550,6 +580,8 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "features, indexed": IndexesFeatures,
     "features, gone through": GoesThroughFeatures,
     "features, counted": CountsFeatures,
+    "features, and other values": NormalisesWhatItGets,
+    "features, by another name": GoesThroughThemByAName,
     "a part of a part": ReachesFarther,
     "helper function": WithHelper,
     "children": Children,
@@ -753,6 +785,7 @@ def test_a_frozen_norm_stays_frozen_in_an_expanded_model() -> None:
         (ViewsAndZips, 0),
         (Features, 0),
         (CallsFeatures, 0),
+        (NormalisesWhatItGets, 0),
     ],
 )
 def test_what_only_asks_is_fused_all_the_same(make: Any, left: int) -> None:

@@ -31,8 +31,9 @@ class DownAndUp(nn.Module):
         self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.conv(x))
-        return y + self.up(torch.relu(self.down(y)))
+        y: Tensor = self.norm(self.conv(x))
+        lower: Tensor = self.up(torch.relu(self.down(y)))
+        return y + lower
 
 
 class Scaled(nn.Module):
@@ -43,7 +44,8 @@ class Scaled(nn.Module):
         self.conv = nn.Conv2d(3, 4, 3)
 
     def forward(self, image: Tensor, scale: Tensor) -> Tensor:
-        return self.conv(image) * scale[:, None, None, None]
+        y: Tensor = self.conv(image)
+        return y * scale[:, None, None, None]
 
 
 class Head(nn.Module):
@@ -105,6 +107,13 @@ REFUSED: dict[str, tuple[nn.Module, Any, dict[str, Any], type[Exception], str]] 
         {"dynamic_size": True},
         ExportError,
         "takes no other batch, height, width than in x.*can't run on x",
+    ),
+    "file of one size": (
+        nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(4)),
+        X,
+        {"dynamic_size": True},
+        ExportError,
+        "onnxruntime.* with x itself it runs, so leave fewer axes free than batch, height, width|else than torch",
     ),
     "no sides": (nn.Linear(3, 2), X[:, :, 0, 0], {"dynamic_size": True}, InvalidInput, "x has 2 axes: give dynamic_ax"),
     "input": (Scaled(), (X, X[:, 0, 0, 0]), {"dynamic_axes": {"img": {0: "n"}}}, InvalidInput, "'img'; did you mean"),

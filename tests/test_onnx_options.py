@@ -49,7 +49,7 @@ class Scaled(nn.Module):
 
 
 class Head(nn.Module):
-    """Operators that changed between opsets 13 and 18: pooling, parts, shapes."""
+    """Operators that changed between opsets 13 and 18: pooling, parts, shapes, activations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,8 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = torch.relu(self.conv(x)).chunk(2, 1)
-        return a.mean((2, 3)) + b.amax((2, 3)).reshape(-1, 2, 2).flatten(1)
+        a, b = nn.functional.hardswish(a), b.transpose(0, 1).flatten(1).reshape(4, b.shape[0], -1).transpose(0, 1)
+        return a.mean((2, 3)) + b.amax(2).reshape(-1, 2, 2).flatten(1)
 
 
 def flat(size: int) -> nn.Module:

@@ -55,9 +55,7 @@ class OnnxFile:
         try:
             onnx.checker.check_model(str(path))
         except onnx.checker.ValidationError as invalid:
-            raise ExportError(
-                f"the file that was written is one that onnx finds invalid: {first_line(invalid)}."
-            ) from invalid
+            raise ExportError(f"onnx finds the file invalid: {first_line(invalid)}.") from invalid
         model = onnx.load(path, load_external_data=False)
         return cls(
             opset=next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),

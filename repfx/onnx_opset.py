@@ -1,7 +1,8 @@
 """Older versions of ONNX's operators than torch writes, for runtimes that know no newer ones.
 
 Between two versions an operator mostly gains types, or an attribute whose default means what it did before; such a node is as good in
-the older version. A few take as an input what was an attribute. What else a node uses that the older version doesn't have is refused.
+the older version. A few take as an input what was an attribute, or were written out. What else a node uses that the older version doesn't
+have is refused.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from repfx.errors import ExportError, first_line
 
 LOWEST = 13
 LOWEST_OF_TORCH = 18
-_AXES_AS_INPUT = {
+_OWN = ("", "ai.onnx")
+_WITH_AXES = {
     f"Reduce{name}" for name in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 }
 
@@ -25,11 +27,11 @@ def lowered(model: Any, opset: int) -> Any:
     """
     import onnx
 
-    constants = {each.name: each for each in model.graph.initializer}
-    (domain,) = (entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    for node in model.graph.node:
-        if node.domain in ("", "ai.onnx"):
-            _lower(node, onnx.defs.get_schema(node.op_type, domain.version, ""), opset, constants)
+    (domain,) = (entry for entry in model.opset_import if entry.domain in _OWN)
+    older = _Older(opset, domain.version, model.graph)
+    nodes = [new for node in model.graph.node for new in older.instead_of(node)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     domain.version = opset
     model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
     try:
@@ -41,37 +43,76 @@ def lowered(model: Any, opset: int) -> Any:
     return model
 
 
-def _lower(node: Any, schema: Any, opset: int, constants: dict[str, Any]) -> None:
-    import onnx
+class _Older:
+    """What stands for the nodes of a graph in an older opset."""
 
-    if not onnx.defs.has(node.op_type, opset, ""):
-        raise ExportError(f"opset {opset} has no {node.op_type}, which the model needs: choose a newer one.")
-    older = onnx.defs.get_schema(node.op_type, opset, "")
-    if schema.since_version == older.since_version:
-        return
-    if node.op_type in _AXES_AS_INPUT and len(node.input) == 2 and node.input[1] in constants:
-        node.attribute.append(onnx.helper.make_attribute("axes", _values(node.input[1], constants)))
-        del node.input[1]
-    kept = [
-        each
-        for each in node.attribute
-        if each.name in older.attributes or not (_is_default(each, schema) or _says_nothing(each, node, constants))
-    ]
-    del node.attribute[:]
-    node.attribute.extend(kept)
+    def __init__(self, opset: int, newer: int, graph: Any) -> None:
+        self._opset, self._newer, self._graph = opset, newer, graph
+        self._constants = {each.name: each for each in graph.initializer}
 
+    def instead_of(self, node: Any) -> list[Any]:
+        """One node or several; a node that is as good as it is stays the same object."""
+        import onnx
 
-def _says_nothing(attribute: Any, node: Any, constants: dict[str, Any]) -> bool:
-    """Whether a node does the same without an attribute that is no default: even parts are as many as outputs, and no size is 0."""
-    if (node.op_type, attribute.name) == ("Split", "num_outputs"):
-        return True
-    return (node.op_type, attribute.name) == ("Reshape", "allowzero") and 0 not in _values(node.input[1], constants)
+        if node.domain not in _OWN:
+            return [node]
+        if node.op_type == "HardSwish" and self._opset < 14:
+            return self._hard_swish(node)
+        if not onnx.defs.has(node.op_type, self._opset, ""):
+            raise ExportError(f"opset {self._opset} has no {node.op_type}, which the model needs: choose a newer one.")
+        newer, older = (onnx.defs.get_schema(node.op_type, version, "") for version in (self._newer, self._opset))
+        if newer.since_version == older.since_version:
+            return [node]
+        if node.op_type == "Shape" and self._opset < 15:
+            return self._part_of_shape(node)
+        if node.op_type in _WITH_AXES and len(node.input) == 2 and node.input[1] in self._constants:
+            node.attribute.append(onnx.helper.make_attribute("axes", self._values(node.input[1])))
+            del node.input[1]
+        kept = [
+            each
+            for each in node.attribute
+            if each.name in older.attributes or not (_is_default(each, newer) or self._says_nothing(each, node))
+        ]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        return [node]
 
+    def _hard_swish(self, node: Any) -> list[Any]:
+        """x · HardSigmoid(x), which is what it is defined as."""
+        import onnx
 
-def _values(name: str, constants: dict[str, Any]) -> list[int]:
-    import onnx
+        part = f"{node.output[0]}_hard_sigmoid"
+        return [
+            onnx.helper.make_node("HardSigmoid", [node.input[0]], [part], alpha=1 / 6, beta=0.5),
+            onnx.helper.make_node("Mul", [node.input[0], part], [node.output[0]], name=node.name),
+        ]
 
-    return onnx.numpy_helper.to_array(constants[name]).tolist() if name in constants else []
+    def _part_of_shape(self, node: Any) -> list[Any]:
+        """The shape's sizes from `start` to `end`, which older versions take out by a slice."""
+        import onnx
+
+        limits = {each.name: each.i for each in node.attribute}
+        del node.attribute[:]
+        if not limits.get("start") and "end" not in limits:
+            return [node]
+        whole, part = f"{node.output[0]}_whole", node.output[0]
+        node.output[0] = whole
+        names = []
+        for name, value in (("start", limits.get("start", 0)), ("end", limits.get("end", 2**31))):
+            names.append(f"{part}_{name}")
+            self._graph.initializer.append(onnx.helper.make_tensor(names[-1], onnx.TensorProto.INT64, [1], [value]))
+        return [node, onnx.helper.make_node("Slice", [whole, *names], [part], name=f"{node.name}_part")]
+
+    def _says_nothing(self, attribute: Any, node: Any) -> bool:
+        """Whether a node does the same without an attribute that is no default: even parts are as many as outputs, and no size is 0."""
+        if (node.op_type, attribute.name) == ("Split", "num_outputs"):
+            return True
+        return (node.op_type, attribute.name) == ("Reshape", "allowzero") and 0 not in self._values(node.input[1])
+
+    def _values(self, name: str) -> list[int]:
+        import onnx
+
+        return onnx.numpy_helper.to_array(self._constants[name]).tolist() if name in self._constants else []
 
 
 def _is_default(attribute: Any, schema: Any) -> bool:

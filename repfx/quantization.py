@@ -106,10 +106,11 @@ class QuantizationReport:
 
     def __str__(self) -> str:
         bits = f"{7 if self.reduce_range else 8} bits and one scale a {'channel' if self.per_channel else 'tensor'}"
+        weakest = min(self.layers, key=lambda layer: layer.output_sqnr)
         lines = [
             f"{self.path} ({self.size / 1e6:.2f} MB; {self.size_before / 1e6:.2f} MB in float32)",
             f"  ranges  {self.method} over {self.images} inputs; weights with {bits}",
-            f"  weakest {min(self.layers, key=lambda layer: layer.output_sqnr)}",
+            f"  weakest {weakest.name}: outputs {weakest.output_sqnr:.1f} dB above the noise, weights {weakest.weight_sqnr:.1f} dB",
         ]
         if self.accuracy:
             lines.append(f"  gives   {self.accuracy}")

@@ -12,6 +12,7 @@ from repfx.cost import count_macs, count_parameters
 from repfx.experiment import Metrics
 from repfx.meaning import is_batch_norm, is_conv
 from repfx.number_text import engineering
+from repfx.quantization import QuantizationReport
 
 _TITLES = {"plain": "plain", "expanded": "expanded, trained", "fused": "fused", "onnxruntime": "in onnxruntime"}
 
@@ -36,6 +37,26 @@ def fusion_table(forms: Mapping[str, nn.Module], x: Tensor) -> Table:
         modules = list(model.modules())
         counts = str(sum(map(is_conv, modules))), str(sum(map(is_batch_norm, modules)))
         table.add_row(name, *counts, engineering(count_parameters(model)), engineering(count_macs(model, x[:1])))
+    return table
+
+
+def quantization_table(report: QuantizationReport) -> Table:
+    """One row for each layer; those below the report's bound are marked."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("layer")
+    for column in ("largest\nweight", "× median\nchannel", "outputs", "99.9 %\nin", "weights\nSQNR", "outputs\nSQNR"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for layer in report.layers:
+        table.add_row(
+            layer.name,
+            f"{layer.weight_range:.3g}",
+            f"{layer.channel_spread:.1f}",
+            f"{layer.low:.3g} to {layer.high:.3g}",
+            f"{layer.share:.0%}",
+            f"{layer.weight_sqnr:.1f} dB" if layer.quantized else "float32",
+            f"{layer.output_sqnr:.1f} dB",
+            style="bold red" if layer.output_sqnr < report.bound else None,
+        )
     return table
 
 

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import onnxruntime
 import pytest
 import torch
@@ -295,10 +296,49 @@ def test_fuse_takes_a_model_with_weights(tmp_path: Path, repfx_command) -> None:
     assert relative_error(torch.from_numpy(found), model(x)) < 1e-5
 
 
+def test_fuse_writes_8_bits_and_says_what_that_costs(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    arguments = ("fuse", finished, "--int8", "--data", "digits", "--calibration-images", 100)
+    outcome = repfx_command(*arguments, "--onnx", tmp_path / "m.onnx", "--json", "--keep-float", "8")
+    assert outcome.code == 0, outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+    found = json.loads(outcome.out)["quantization"]
+    assert [layer["name"] for layer in found["layers"] if layer["quantized"]] == ["0", "3"]
+    assert found["images"] == 100
+    accuracy = json.loads((finished / METRICS).read_text())["accuracy"]["onnxruntime"]
+    assert found["accuracy"]["float32"] == accuracy
+    assert abs(found["accuracy"]["int8"] - accuracy) <= found["accuracy"]["flips"] / 355 < 0.05
+
+    outcome = repfx_command(*arguments, "--onnx", tmp_path / "m.onnx", "--bound", 99)
+    assert re.search(r"^  3 +[\d.]+ +[\d.]+ +0 to [\d.]+ +\d+% +[\d.]+ dB +[\d.]+ dB", outcome.out, re.MULTILINE)
+    assert "first layer below 99 dB: 0" in outcome.out
+    assert outcome.err == ""
+
+
+def test_fuse_writes_float16_for_a_fixed_batch(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    outcome = repfx_command("fuse", finished, "--fp16", "--fixed-batch", "--onnx", tmp_path / "m.onnx", "--json")
+    assert outcome.code == 0, outcome.err
+    (taken,) = json.loads(outcome.out)["export"]["inputs"]
+    assert (taken["dtype"], taken["shape"]) == ("float16", [2, 1, 8, 8])
+
+
+def test_ranges_are_not_measured_on_images_prepared_otherwise(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    images, labels = torch.rand(20, 8, 8).numpy(), torch.arange(20).numpy() % 10
+    numpy.savez(tmp_path / "d.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    outcome = repfx_command("fuse", finished, "--int8", "--data", tmp_path / "d.npz", "--onnx", tmp_path / "m.onnx")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "was trained on images prepared otherwise (mean" in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["d.npz"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nix"], "has the wrong form"),
+        ([TINY, "--int8"], "--int8 measures ranges on real images: give --data"),
+        ([TINY, "--data", "digits"], "--data is what --int8 measures ranges on"),
+        ([TINY, "--int8", "--fp16", "--data", "digits"], "--int8 and --fp16 exclude each other"),
+        ([TINY, "--int8", "--data", "digits", "--input-shape", "1x8x6"], "are as high as they are wide"),
+        ([TINY, "--input-shape", "1x8x8", "--dynamic-size"], "leave fewer axes free than batch, height, width"),
         ([".."], "holds no training run"),
         ([TINY, "--weights", __file__], "can't be read as weights"),
         ([TINY, "--input-shape", "1xbx8"], "must be whole numbers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,8 +41,8 @@ InputShape = Annotated[
 
 def load_model(
     name: str, weights: Path | None, num_classes: int | None, option: list[str] | None
-) -> tuple[nn.Module, tuple[int, ...] | None]:
-    """A model in eval mode and, if it is of a run, the shape of its images."""
+) -> tuple[nn.Module, Mapping[str, Any] | None]:
+    """A model in eval mode and, if it is of a run, what its images went through."""
     folder = RunFolder(Path(name))
     if not Path(name).is_dir():
         model = ModelReference(name, num_classes, parse_options(option)).build()
@@ -52,20 +53,24 @@ def load_model(
         raise InvalidInput(f"folder {name!r} holds no training run: it has no {STRUCTURE}.")
     if weights is not None or num_classes is not None or option:
         raise InvalidInput(f"{name!r} is a training run, which has its own weights and options: leave them out.")
-    return folder.load(), tuple(folder.structure.preparation["shape"])
+    return folder.load(), folder.structure.preparation
 
 
-def example_input(model: nn.Module, asked: str | None, known: tuple[int, ...] | None) -> torch.Tensor:
+def shape_of_input(asked: str | None, preparation: Mapping[str, Any] | None) -> tuple[int, ...] | None:
+    """Of one input, if the user or a run says so."""
+    if asked is None:
+        return None if preparation is None else tuple(preparation["shape"])
+    parts = asked.replace(",", "x").split("x")
+    if not all(part.strip().isdigit() and int(part) for part in parts):
+        raise InvalidInput(f"input shape {asked!r} must be whole numbers from 1 with x between, as 3x224x224.")
+    return tuple(map(int, parts))
+
+
+def example_input(model: nn.Module, shape: tuple[int, ...] | None) -> torch.Tensor:
     """A batch of two random inputs, the same ones every time."""
-    if asked is not None:
-        parts = asked.replace(",", "x").split("x")
-        if not all(part.strip().isdigit() and int(part) for part in parts):
-            raise InvalidInput(f"input shape {asked!r} must be whole numbers from 1 with x between, as 3x224x224.")
-        shape = tuple(map(int, parts))
-    else:
-        form = InputForm.of(model)
-        own: Any = getattr(model, "default_cfg", None) or {}
-        shape = known or own.get("input_size") or (form.channels, *_AXES[form.dimensions])
+    form = InputForm.of(model)
+    own: Any = getattr(model, "default_cfg", None) or {}
+    shape = shape or own.get("input_size") or (form.channels, *_AXES[form.dimensions])
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
 
 

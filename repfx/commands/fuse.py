@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
+from torch import Tensor, nn
 
 import repfx
 from repfx.commands.app import app
-from repfx.commands.arguments import Classes, InputShape, Model, Options, Weights, example_input, load_model
-from repfx.onnx import export_onnx
-from repfx.tables import fusion_table
+from repfx.commands.arguments import (
+    Classes,
+    InputShape,
+    Model,
+    Options,
+    Weights,
+    example_input,
+    load_model,
+    shape_of_input,
+)
+from repfx.dataset import DataSource
+from repfx.equivalence import EquivalenceReport
+from repfx.errors import InvalidInput
+from repfx.onnx import ExportReport, export_onnx
+from repfx.progress import busy
+from repfx.quantization import METHODS, QuantizationReport, quantize_onnx
+from repfx.samples import samples
+from repfx.tables import fusion_table, quantization_table
+from repfx.target_file import staged
 
 
 @app.command()
@@ -23,16 +45,117 @@ def fuse(
     num_classes: Classes = None,
     option: Options = None,
     input_shape: InputShape = None,
-    opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators.", show_default="torch's")] = None,
+    opset: Annotated[
+        int | None, typer.Option(help="Version of ONNX's operators, from 13 on.", show_default="torch's")
+    ] = None,
+    fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="Take batches of two only.")] = False,
+    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Leave height and width free.")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Weights, inputs and outputs in float16.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Weights and activations in 8 bits; needs --data.")] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="With --int8: digits, a folder, an .npz file or a torchvision data set, as for repfx train. Ranges are measured on "
+            "training images, accuracy on test images.",
+            show_default=False,
+        ),
+    ] = None,
+    root: Annotated[Path, typer.Option(help="Where the files of a torchvision data set are.")] = DataSource.root,
+    calibration: Annotated[str, typer.Option(help=f"With --int8, how ranges are chosen: {', '.join(METHODS)}.")] = next(
+        iter(METHODS)
+    ),
+    calibration_images: Annotated[int, typer.Option(min=1, help="On how many images.")] = 256,
+    per_tensor: Annotated[
+        bool, typer.Option("--per-tensor", help="One scale for each tensor of weights, not for each channel.")
+    ] = False,
+    reduce_range: Annotated[
+        bool, typer.Option("--reduce-range", help="7 bits for weights, for x86 processors without VNNI.")
+    ] = False,
+    keep_float: Annotated[
+        list[str] | None, typer.Option(help="A layer that stays in float32; may be repeated.", show_default=False)
+    ] = None,
+    bound: Annotated[
+        float, typer.Option(help="Name the first layer whose outputs stand less than so many decibels above the noise.")
+    ] = 15.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
     """Fuse a model into plain convs, check that it computes the same, and export it to ONNX, checked in onnxruntime."""
-    original, shape = load_model(model, weights, num_classes, option)
-    x = example_input(original, input_shape, shape)
+    _check(int8=int8, fp16=fp16, data=data)
+    with staged(onnx, ".onnx"):
+        pass  # say now, not after the work, that it can't be written
+    original, preparation = load_model(model, weights, num_classes, option)
+    shape = shape_of_input(input_shape, preparation)
     fused = repfx.fuse(original)
-    report = repfx.check_equivalent(original, fused, x)
-    exported = export_onnx(fused, onnx, x, opset=opset)
-    Console().print(fusion_table({"before": original, "fused": fused}, x))
-    typer.echo(f"Worst relative difference in float64 before and after fusing: {report.max_error:.1e}.")
-    for skip in repfx.report(fused).skipped[:10]:
-        typer.echo(str(skip))
-    typer.echo(str(exported))
+    real = None
+    if data is not None:
+        real = samples(fused, DataSource(data, root), calibration_images, shape=shape, preparation=preparation)
+    x = example_input(original, shape) if real is None else real.example
+    equivalence = repfx.check_equivalent(original, fused, x)
+    export = partial(export_onnx, x=x, dynamic_batch=not fixed_batch, dynamic_size=dynamic_size, opset=opset)
+    quantized = None
+    if real is None:
+        exported = export(original, onnx, dtype=torch.float16) if fp16 else export(fused, onnx)
+    else:
+        quantize = partial(
+            quantize_onnx,
+            calibrate=real.calibrate,
+            labelled=real.labelled,
+            method=calibration,
+            per_channel=not per_tensor,
+            reduce_range=reduce_range,
+            keep_float=keep_float or (),
+            bound=bound,
+        )
+        with TemporaryDirectory() as folder, busy("exporting and quantizing"):
+            exported = export(fused, Path(folder) / "float32.onnx")
+            quantized = quantize(exported.path, onnx)
+    found = _Found(original, fused, x, equivalence, exported, quantized)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2, allow_nan=False))
+    else:
+        found.show()
+
+
+def _check(*, int8: bool, fp16: bool, data: str | None) -> None:
+    if int8 and fp16:
+        raise InvalidInput("--int8 and --fp16 exclude each other: give one of them.")
+    if int8 and data is None:
+        raise InvalidInput("--int8 measures ranges on real images: give --data, such as --data digits.")
+    if data is not None and not int8:
+        raise InvalidInput("--data is what --int8 measures ranges on: give --int8 too, or leave it out.")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the command prints."""
+
+    before: nn.Module
+    fused: nn.Module
+    x: Tensor
+    equivalence: EquivalenceReport
+    exported: ExportReport
+    quantized: QuantizationReport | None
+
+    def as_dict(self) -> dict[str, Any]:
+        file = {**asdict(self.exported), "path": str(self.exported.path)}
+        if self.quantized is not None:
+            del file["path"], file["size"]  # of the file in float32, which is gone
+        return {
+            "max_error": self.equivalence.max_error,
+            "skipped": [str(skip) for skip in repfx.report(self.fused).skipped],
+            "export": file,
+            "quantization": None if self.quantized is None else self.quantized.as_dict(),
+        }
+
+    def show(self) -> None:
+        console = Console()
+        console.print(fusion_table({"before": self.before, "fused": self.fused}, self.x))
+        error = self.equivalence.max_error
+        typer.echo(f"Worst relative difference in float64 before and after fusing: {error:.1e}.")
+        for skip in repfx.report(self.fused).skipped[:10]:
+            typer.echo(str(skip))
+        if self.quantized is None:
+            typer.echo(str(self.exported))
+        else:
+            console.print(quantization_table(self.quantized))
+            typer.echo(str(self.quantized))

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.commands.app import app
-from repfx.commands.arguments import Classes, InputShape, Model, Options, example_input, load_model
+from repfx.commands.arguments import Classes, InputShape, Model, Options, example_input, load_model, shape_of_input
 from repfx.errors import EquivalenceError, InvalidInput
 from repfx.pages.model_page import write_model_page
+from repfx.progress import busy
 from repfx.run_folder import spec_of
 
 
@@ -35,11 +36,13 @@ def inspect(
     option: Options = None,
 ) -> None:
     """List the convs of a model: their sizes, their branches, and what a spec would add or why it can't."""
-    found, shape = load_model(model, None, num_classes, option)
+    found, preparation = load_model(model, None, num_classes, option)
     if fused and spec is not None and html is None:
         raise InvalidInput("--spec asks about expanding and --fused about fusing: give one of them.")
     if html is not None:
-        _write_page(found, html, model, spec, example_input(found, input_shape, shape), trained=shape is not None)
+        x = example_input(found, shape_of_input(input_shape, preparation))
+        with busy("fusing and comparing"):
+            _write_page(found, html, model, spec, x, trained=preparation is not None)
     elif fused:
         typer.echo("\n".join(f"{skip.path}: {skip.reason}" for skip in repfx.report(repfx.fuse(found)).stays))
     else:

@@ -85,7 +85,8 @@ def test_expand_train_fuse_is_exact_and_leaves_the_plain_model(name: str, preset
     assert count_macs(fused, x) == count_macs(plain, x) == count_macs(model, x)
 
 
-@pytest.mark.parametrize("name", [n if n == "resnet18" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+@pytest.mark.slow  # in the README's tests, for ResNet-18
+@pytest.mark.parametrize("name", MODELS)
 def test_fused_model_runs_in_onnxruntime(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     model = build(name).float()
     x = example(name).float()
@@ -97,7 +98,8 @@ def test_fused_model_runs_in_onnxruntime(name: str, tmp_path_factory: pytest.Tem
     assert target.is_file()
 
 
-@pytest.mark.parametrize("preset", ["dbb", pytest.param("mobileone", marks=pytest.mark.slow)])
+@pytest.mark.slow  # in the README's tests, with the preset dbb
+@pytest.mark.parametrize("preset", ["dbb", "mobileone"])
 def test_restored_model_loads_strictly_into_the_original_class(preset: str) -> None:
     model, x = build("resnet18"), example("resnet18")
     expanded = repfx.expand(model, preset)

@@ -154,8 +154,6 @@ def test_train_with_a_schedule_tells_each_change_and_verifies_the_end(  # type: 
     searches = issubclass(SCHEDULES[schedule], Search)
     assert ("What the search has found" in outcome.out) == searches
     assert [(out / name).is_file() for name in (ARCHITECTURE, HEAT_MAP)] == [searches] * 2
-    again = repfx_command("fuse", out, "--onnx", tmp_path / "again.onnx")
-    assert again.code == 0, again.err
 
 
 def test_a_recipe_gives_the_same_run_again(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
@@ -423,13 +421,3 @@ def test_each_command_explains_itself(command: str, repfx_command) -> None:  # t
 
 def test_the_version_is_told(repfx_command) -> None:  # type: ignore[no-untyped-def]
     assert repfx_command("--version").out == f"repfx {repfx.__version__}\n"
-
-
-def test_without_the_extra_packages_one_line_names_the_install() -> None:
-    program = "import sys; sys.modules['typer'] = None; from repfx.cli import main; main(['list', 'passes'])"
-    found = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
-    assert (found.returncode, found.stdout) == (2, "")
-    assert "pip install 'repfx[cli]'" in found.stderr
-    assert found.stderr.count("\n") == 1

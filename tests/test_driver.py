@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -422,10 +423,16 @@ def test_a_scaler_and_a_rate_scheduler_go_on_over_a_change() -> None:
 # ---- resuming
 
 
-@pytest.mark.parametrize("killed_after", [0, 5, 6, 7, 13])
+@functools.cache
+def whole_run(name: str) -> Run:
+    """A run that nothing has stopped; tests only read it."""
+    return Run(SHORT[name], ema=True).go(21)
+
+
+@pytest.mark.parametrize("killed_after", [0, 5, 6, 13])
 @pytest.mark.parametrize("name", SHORT)
 def test_a_run_goes_on_to_the_same_bits(tmp_path: Path, name: str, killed_after: int) -> None:
-    whole = Run(SHORT[name], ema=True).go(21)
+    whole = whole_run(name)
     first = Run(SHORT[name], ema=True).go(killed_after)
     repfx.save(tmp_path / "run.ckpt", first.model, first.optimizer, first.driver)
     resumed = Run(SHORT[name], ema=True, seed=7)

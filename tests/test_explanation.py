@@ -97,7 +97,9 @@ def test_the_reason_is_given(case: str) -> None:
         assert path in expected or reason == "nothing calls it"
 
 
-@pytest.mark.parametrize("name", ["densenet121", "googlenet", "fasterrcnn_mobilenet_v3_large_fpn"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("densenet121", marks=pytest.mark.slow), "googlenet", "fasterrcnn_mobilenet_v3_large_fpn"]
+)
 def test_nothing_that_stays_is_left_out(name: str) -> None:
     options = {"weights_backbone": None} if "rcnn" in name else {"init_weights": False} if name == "googlenet" else {}
     model = torchvision.models.get_model(name, weights=None, **options).eval()

@@ -106,7 +106,7 @@ def test_torch_alone_is_enough_and_each_further_verb_names_its_extra(tmp_path: P
     uses = [*(USES[extra].splitlines()[0] for extra in ("checkpoint", "onnx", "plot")), "repfx.load('x', plain)"]
     ended = run_with("", "".join([WITH_TORCH_ALONE, *map(refusal, uses), USES["cli"]]), tmp_path)
     assert ended.returncode == 2, ended.stderr
-    said = [*ended.stdout.splitlines(), ended.stderr]
+    said = [*ended.stdout.splitlines(), *ended.stderr.splitlines()]
     for extra, line in zip(("checkpoint", "onnx", "plot", "checkpoint", "cli"), said, strict=True):
         assert f"pip install 'repfx[{extra}]'" in line
     assert [path.name for path in tmp_path.iterdir()] == ["site"]

@@ -91,6 +91,7 @@ def test_the_file_computes_the_model_in_eval_mode_for_any_batch_size(
     assert logging.root.manager.disable == disabled
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 9), reason="torch 2.8 can't export a model that gives out None")  # type: ignore[operator]
 @pytest.mark.parametrize("as_keywords", [False, True])
 def test_several_inputs_and_nested_outputs(tmp_path: Path, as_keywords: bool) -> None:
     model = Several()
@@ -250,12 +251,14 @@ def test_torchvision_models_are_exported_as_plain_convs(tmp_path: Path, name: st
     assert "BatchNormalization" not in report.nodes
 
 
-@pytest.mark.slow
 def test_a_detection_model_is_refused_with_the_reason(tmp_path: Path) -> None:
-    detection = pytest.importorskip("torchvision.models.detection")
-    model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    ssd = pytest.importorskip("torchvision.models.detection.ssd")
+    backbone: Any = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1))
+    backbone.out_channels = [8]
+    boxes = ssd.DefaultBoxGenerator([[2]])
+    model = ssd.SSD(backbone, boxes, (32, 32), num_classes=3, detections_per_img=4, topk_candidates=4).eval()
     with pytest.raises(ExportError, match=r"depends on values inside its tensors .*such as its backbone"):
-        export_onnx(model, tmp_path / "net.onnx", ([torch.rand(3, 320, 320)],))
+        export_onnx(model, tmp_path / "net.onnx", ([torch.rand(3, 32, 32)],))
     assert not list(tmp_path.iterdir())
 
 

@@ -136,7 +136,10 @@ OTHER: dict[str, Function] = {
 }
 
 
-@pytest.mark.parametrize("way", OTHER)
+UNTRACED = {"pooling by a size of the graph"} if torch.__version__ < (2, 9) else set()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("way", [way for way in OTHER if way not in UNTRACED])
 def test_what_is_not_linear_is_left_alone(way: str) -> None:
     _, op = read(OTHER[way], ceil=nn.AvgPool2d(2, ceil_mode=True), bilinear=nn.Bilinear(10, 10, 10))
     assert op is None

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -55,14 +57,19 @@ def test_no_package_lies_deeper_than_the_listed_ones() -> None:
     assert not [path for folder in ("repfx", *LINKED) for path in ROOT.glob(f"{folder}/*/*/*.py")]
 
 
+@pytest.mark.skipif((ROOT / "PKG-INFO").exists(), reason="an unpacked sdist has copies instead of links")
 @pytest.mark.parametrize("name", LINKED)
-def test_a_folder_at_the_top_is_linked_and_gives_one_module(name: str) -> None:
+def test_a_folder_at_the_top_is_linked(name: str) -> None:
     link = ROOT / "repfx" / name
     assert link.is_symlink()
     assert link.resolve() == ROOT / name
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_importing_through_the_link_gives_one_module(name: str) -> None:
     module = importlib.import_module(f"repfx.{name}")
     assert name not in sys.modules
-    assert Path(str(module.__file__)).resolve().parent == ROOT / name
+    assert Path(str(module.__file__)).resolve().parent == (ROOT / "repfx" / name).resolve()
 
 
 def test_import_repfx_needs_torch_alone() -> None:
@@ -73,19 +80,45 @@ def test_import_repfx_needs_torch_alone() -> None:
     assert found.stdout.split() == []
 
 
-def test_every_pin_satisfies_what_pyproject_asks_for() -> None:
-    pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
-    extras = PYPROJECT["project"]["optional-dependencies"].values()
-    asked = [
-        Requirement(text)
-        for text in (*PYPROJECT["project"]["dependencies"], *(text for extra in extras for text in extra))
-    ]
-    for requirement in asked:
+EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
+ASKED = [Requirement(text) for texts in (PYPROJECT["project"]["dependencies"], *EXTRAS.values()) for text in texts]
+
+
+def pins(name: str) -> dict[str, set[str]]:
+    """The versions of each package in a file of constraints; which one of them may depend on the Python."""
+    found: dict[str, set[str]] = {}
+    for line in (ROOT / name).read_text().splitlines():
+        if line[0] != "#":
+            pin = Requirement(line)
+            found.setdefault(pin.name, set()).add(str(pin.specifier).removeprefix("=="))
+    return found
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-oldest.txt"])
+def test_every_pin_satisfies_what_pyproject_asks_for(name: str) -> None:
+    pinned = pins(name)
+    for requirement in ASKED:
         if requirement.name == "repfx":
             continue
-        versions = [str(pin.specifier).removeprefix("==") for pin in pins if pin.name == requirement.name]
-        assert versions, f"constraints.txt doesn't pin {requirement.name}"
-        assert all(requirement.specifier.contains(version) for version in versions), requirement
+        assert requirement.name in pinned, f"{name} doesn't pin {requirement.name}"
+        assert all(requirement.specifier.contains(version) for version in pinned[requirement.name]), requirement
+
+
+def test_the_oldest_pins_are_the_lowest_versions_of_what_users_install() -> None:
+    pinned = pins("constraints-oldest.txt")
+    contributors = {Requirement(text).name for extra in ("docs", "dev") for text in EXTRAS[extra]}
+    for requirement in ASKED:
+        if requirement.name in contributors | {"repfx"}:
+            continue
+        (lowest,) = [part.version for part in requirement.specifier if part.operator == ">="]
+        tested = min(map(Version, pinned[requirement.name]))
+        assert tested == Version(lowest), f"{requirement.name} {lowest} is asked for, {tested} is tested"
+
+
+def test_every_python_that_is_named_is_allowed_and_the_lowest_is_named() -> None:
+    named = [text.split(" :: ")[-1] for text in PYPROJECT["project"]["classifiers"] if " :: 3." in text]
+    assert PYPROJECT["project"]["requires-python"] == f">={named[0]}"
+    assert named == sorted(named, key=Version)
 
 
 def test_the_changelog_knows_the_version() -> None:
@@ -149,16 +182,34 @@ def test_the_import_check_sees_every_form_of_import() -> None:
 # --- The wheel ------------------------------------------------------------------------------------------------------
 
 
-def test_the_wheel_made_from_the_sdist_holds_every_module_and_data_file(tmp_path: Path) -> None:
+FILES = (
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "mkdocs.yml",
+    "constraints.txt",
+    "constraints-oldest.txt",
+)
+FOLDERS = (".ci", "benchmarks", "docs", "passes", "recipes", "repfx", "tests")
+
+
+def test_the_sdist_holds_all_that_tests_need_and_the_wheel_made_from_it_the_modules_alone(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     checkout.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, checkout)
-    for name in ("repfx", *LINKED):
+    for name in FOLDERS:
         shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(checkout)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
+    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    files = (path for folder in FOLDERS for path in checkout.glob(f"{folder}/**/*") if path.is_file())
+    assert {str(path.relative_to(checkout)) for path in files} | {*FILES} <= packed
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == {str(path) for path in MODULES} | DATA

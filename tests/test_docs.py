@@ -100,8 +100,8 @@ def run(page: Path, block: Block, namespace: dict[str, Any]) -> None:
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    module = ModuleType(page.stem)  # dataclasses look up the module that they are defined in
-    monkeypatch.setitem(sys.modules, page.stem, module)
+    module = ModuleType(f"page {page.stem}")  # dataclasses look up the module that they are defined in
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     namespace = vars(module)
     assert code_of(page)
     for block in code_of(page):

@@ -157,7 +157,7 @@ class RepFXCallback(_callback_class()):  # type: ignore[misc]
             self._first_epoch = trainer.current_epoch - self.driver.epoch
         else:
             self._first_epoch = self._resumed["first_epoch"]
-            if trainer.fit_loop.restarting:  # an epoch that is to be ended; its data have been shuffled once too often
+            if _shuffles_anew(trainer.fit_loop):
                 self._take_over_random_state(trainer)
         if state is None:
             self._follow(trainer, pl_module, [action for _, action in self.driver.history])
@@ -267,6 +267,11 @@ class RepFXCallback(_callback_class()):  # type: ignore[misc]
             take_to(copy_without_numbers(each), wanted, self._skeleton)  # raises before anything is changed
             take_to(each, wanted, self._skeleton)
         rebuild(module, {KEY: entry})
+
+
+def _shuffles_anew(loop: Any) -> bool:
+    """Whether the data that a run goes on with are shuffled later than now: where an epoch has to be ended first, or Lightning is older."""
+    return bool(loop.restarting or not getattr(loop, "is_resuming", False))
 
 
 def _groups(trainer: Any, module: Any) -> list[list[list[str]]] | None:

@@ -201,6 +201,54 @@ def gates() -> str:
     return "\n\n".join(parts)
 
 
+def quantization() -> str:
+    """The committed result of `benchmarks/quantization.py`: what each rounding costs each form, and the ranges that it meets."""
+    result = json.loads((RESULTS / "quantization.json").read_text(encoding="utf-8"))
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["rounding"], row["form"]), []).append(row)
+
+    def mean(rows: list[dict[str, Any]], key: str) -> float:
+        return sum(row[key] for row in rows) / len(rows)
+
+    def change(rows: list[dict[str, Any]], key: str) -> str:
+        return ", ".join(f"{100 * (row[key] - row['float32']):+.2f}" for row in rows)
+
+    cost = [
+        (
+            rounding,
+            f"`{form}`",
+            f"{mean(rows, 'float32'):.1%}",
+            ", ".join(f"{row['flips'] / row['images']:.1%}" for row in rows),
+            change(rows, "int8"),
+            ", ".join(f"{row['lowest_sqnr']:.1f}" for row in rows),
+        )
+        for (rounding, form), rows in groups.items()
+    ]
+    ranges = [
+        (
+            f"`{form}`",
+            *(f"{mean(rows, key):.3g}" for key in ("median_weight_range", "median_channel_spread", "median_high")),
+        )
+        for (rounding, form), rows in groups.items()
+        if rounding == result["rows"][0]["rounding"]
+    ]
+    head = (
+        "weights",
+        "branches",
+        "accuracy in float32",
+        "other class",
+        "accuracy, in points",
+        "lowest SQNR of a conv's outputs, dB",
+    )
+    setting = (
+        f"{result['images']} images of {result['data']}, {result['input']}, {result['epochs']} epochs; {result['rows'][0]['images']} test images, "
+        f"{result['calibration']} for calibration; torch {result['torch']}, onnxruntime {result['onnxruntime']}. Seed by seed."
+    )
+    ranges_head = ("branches", "largest weight of a conv", "times the median channel's", "largest output of a conv")
+    return f"{_table(head, cost)}\n\n{setting}\n\n{_table(ranges_head, ranges)}\n\nMedians over the convs, means over the seeds."
+
+
 def _spelled(parameter: Any) -> str:
     return str(parameter.name).upper() if parameter.param_type_name == "argument" else str(parameter.opts[0])
 
@@ -225,6 +273,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "search": search,
     "gates": gates,
     **{f"options_of_{command}": partial(options, command) for command in ("train", "fuse", "inspect", "report")},
+    "quantization": quantization,
 }
 
 

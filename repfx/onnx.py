@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Mapping
@@ -13,22 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repfx.baking import rounded
-from repfx.difference import Difference, count_numbers, differences, leaves, worst
-from repfx.equivalence import TOLERANCES
-from repfx.errors import ExportError, InvalidInput, first_line
+from repfx.difference import Difference, differences, worst
+from repfx.errors import ExportError, InvalidInput
 from repfx.free_axes import AxisNames, FreeAxes, tensors_of
 from repfx.module_tree import require_module
 from repfx.onnx_file import OnnxFile, Value, open_session, package, require_packages, runtime_reason
 from repfx.onnx_opset import LOWEST
-from repfx.onnx_program import quiet, write_program
-from repfx.passes.fuse import fuse
-from repfx.precision import Inputs, as_arguments, describe, double_copy, map_tensors, run_double, seeded
+from repfx.onnx_program import write_program
+from repfx.onnx_reference import CPU, DTYPES, Reference
+from repfx.precision import Inputs, describe, map_tensors
 from repfx.target_file import staged
-
-CPU = torch.device("cpu")
-DTYPES = (torch.float32, torch.float16)
-HALF = 2e-2  # of float16 against float32: deep nets are off by some 1e-3
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,8 @@ def export_onnx(
         tolerance: allowed ``max |a - b| / max |a|`` for each output a of the fused model. 1e-4 leaves room for another
             order of summation in float32. Where torch's own output is that far from the one in float64, four times that is
             allowed, up to a hundred times the tolerance. A model in float16 is allowed at least 1e-1, as `check_equivalent` does;
-            with ``dtype=torch.float16`` the file is held against the same model in float32, and allowed at least 2e-2.
+            with ``dtype=torch.float16`` the file, and torch where it rounds each operation to float16 as a GPU does, are held against
+            the same model in float32, and allowed at least 2e-2.
 
     Raises:
         InvalidInput: the path can't be written, or the model can't run on x.
@@ -115,75 +109,35 @@ def export_onnx(
         require_packages()
         _check_opset(opset)
         x = map_tensors(lambda tensor: tensor.detach().to(CPU, copy=True), x)
-        pair = _Pair.of(model, dtype)
-        x = pair.rounded(x)
-        expected = pair.run(x)
+        reference = Reference.of(model, dtype)
+        x = reference.rounded(x)
+        expected = reference.run(x)
         if dynamic_axes is None:
             free = FreeAxes.usual(x, batch=dynamic_batch, size=dynamic_size)
         else:
-            free = FreeAxes.named(pair.deployed, x, dynamic_axes)
+            free = FreeAxes.named(reference.deployed, x, dynamic_axes)
         # torch.export takes a size of 1 for a constant.
         example = free.resized(x, {name: 2 for name, size in free.sizes(x).items() if size == 1})
         outputs = _output_names(expected, x)
-        write_program(pair.deployed, example, staging, free=free, opset=opset, outputs=outputs)
+        write_program(reference.deployed, example, staging, free=free, opset=opset, outputs=outputs)
         runs = [(x, expected)]
-        found = [_difference(staging, pair.deployed, x, expected)]
+        found = [_difference(staging, reference.deployed, x, expected)]
         if free:
-            runs.append(_run_resized(pair, example, free))
-            found.append(_difference_resized(staging, pair.deployed, *runs[1], free=free))
-        bound = pair.bound(tolerance, worst(found), runs)
+            runs.append(_run_resized(reference, example, free))
+            found.append(_difference_resized(staging, reference.deployed, *runs[1], free=free))
+        bound = reference.bound(tolerance, worst(found), runs)
         if not worst(found).error <= bound:
-            raise ExportError(_mismatch(worst(found), bound))
-        report = _report(target, staging, worst(found).error, bound)
+            raise ExportError(f"onnxruntime gives something else than torch: {_mismatch(worst(found), bound)}.")
+        half = reference.rounding_throughout(x, expected)
+        if half is not None and not half.error <= bound:
+            raise ExportError(f"in float16 the model gives something else than in float32: {_mismatch(half, bound)}.")
+        error = max(each.error for each in (*found, half) if each is not None)
+        report = _report(target, staging, error, bound)
         if opset is not None and report.opset != opset:
             raise ExportError(
                 f"torch wrote opset {report.opset} and can't convert it to opset {opset}: leave opset out."
             )
     return report
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """The model that is exported, and the one whose outputs it is held against: the same, or the same before rounding."""
-
-    deployed: nn.Module
-    reference: nn.Module
-    dtype: torch.dtype | None
-
-    @classmethod
-    def of(cls, model: nn.Module, dtype: torch.dtype | None) -> _Pair:
-        if dtype is None:
-            deployed = copy.deepcopy(fuse(model)).to(CPU).eval()
-            return cls(deployed, deployed, None)
-        exact = fuse(double_copy(model)).to(CPU).eval()
-        reference = copy.deepcopy(exact).to(torch.float32)
-        deployed = exact._apply(lambda tensor: rounded(tensor, dtype) if tensor.is_floating_point() else tensor)
-        for path, tensor in deployed.state_dict().items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ExportError(f"{path!r} is not finite in {dtype}, which ends at {torch.finfo(dtype).max:.0f}.")
-        return cls(deployed, reference, dtype)
-
-    def rounded(self, x: Inputs) -> Any:
-        """x in the dtype that the file takes."""
-        if self.dtype is None:
-            return x
-        return map_tensors(lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor, x)
-
-    def run(self, x: Inputs) -> dict[str, Tensor]:
-        """What the file has to give for x."""
-        if self.dtype is None:
-            return _run_torch(self.reference, x)
-        wide = map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, x)
-        return _run_torch(self.reference, wide)
-
-    def bound(self, tolerance: float, found: Difference, runs: list[tuple[Any, dict[str, Tensor]]]) -> float:
-        """What `found` is held against."""
-        if any(parameter.dtype == torch.float16 for parameter in self.deployed.parameters()):
-            return max(tolerance, TOLERANCES[torch.float16] if self.dtype is None else HALF)
-        if found.error <= tolerance:
-            return tolerance
-        rounding = max(_rounding(self.reference, *each) for each in runs)
-        return max(tolerance, min(4 * rounding, 100 * tolerance))
 
 
 def _check_opset(opset: int | None) -> None:
@@ -194,38 +148,18 @@ def _check_opset(opset: int | None) -> None:
         )
 
 
-def _run_resized(pair: _Pair, x: Inputs, free: FreeAxes) -> tuple[Any, dict[str, Tensor]]:
+def _run_resized(reference: Reference, x: Inputs, free: FreeAxes) -> tuple[Any, dict[str, Tensor]]:
     """An input of another size along each free axis, and what the file has to give for it."""
     failure = None
     for sizes in free.others(x):
         other = free.resized(x, sizes)
         try:
-            return other, pair.run(other)
+            return other, reference.run(other)
         except InvalidInput as error:
             failure = failure or error
     raise ExportError(
         f"the model takes no other {free} than in x, so these axes can't all be free: {failure}"
     ) from failure
-
-
-def _run_torch(model: nn.Module, x: Inputs) -> dict[str, Tensor]:
-    """The model's output tensors by name."""
-    args, kwargs = as_arguments(map_tensors(torch.clone, x))  # a ReLU in place may write over its input
-    try:
-        with torch.no_grad(), seeded(model), quiet():
-            outputs = model(*args, **kwargs)
-    except Exception as error:
-        raise InvalidInput(f"the model can't run on x = {describe(x)}: {first_line(error)}.") from error
-    if not count_numbers(outputs):
-        raise InvalidInput(f"the model gives no numbers for x = {describe(x)}, so the file could not be checked.")
-    return {where: leaf for where, leaf in leaves(outputs) if isinstance(leaf, Tensor)}
-
-
-def _rounding(model: nn.Module, x: Inputs, expected: Mapping[str, Tensor]) -> float:
-    """How far torch's own outputs are from those in float64, relatively; 0 where that can't be said."""
-    exact = [leaf for _, leaf in leaves(run_double(double_copy(model), x)) if isinstance(leaf, Tensor)]
-    found = worst(differences(exact, list(expected.values())))
-    return 0.0 if found.problem else found.error
 
 
 def _output_names(outputs: Mapping[str, Tensor], x: Inputs) -> list[str]:
@@ -245,7 +179,9 @@ def _difference(path: Path, model: nn.Module, x: Inputs, expected: Mapping[str, 
         given = session.run(None, feeds)
     except Exception as error:
         dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
-        advice = "" if dtypes <= {"float32"} else f"; its weights are {', '.join(sorted(dtypes))}: try model.float()"
+        advice = (
+            "" if dtypes <= {"float32"} else f"; its weights are {', '.join(sorted(dtypes))}: give dtype=torch.float32"
+        )
         raise ExportError(
             f"onnxruntime can't run the exported model on {describe(x)}: {runtime_reason(error)}{advice}."
         ) from error
@@ -265,11 +201,8 @@ def _difference_resized(
 
 def _mismatch(found: Difference, bound: float) -> str:
     if found.problem:
-        return f"onnxruntime gives something else than torch: {found.problem} ('model' being the file)."
-    return (
-        f"onnxruntime gives something else than torch: worst relative difference {found.error:.1e} "
-        f"(allowed {bound:.0e}) at {found.where}."
-    )
+        return f"{found.problem} ('model' being the file)"
+    return f"worst relative difference {found.error:.1e} (allowed {bound:.0e}) at {found.where}"
 
 
 def _report(target: Path, staging: Path, error: float, bound: float) -> ExportReport:

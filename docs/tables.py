@@ -242,7 +242,8 @@ def quantization() -> str:
         "lowest SQNR of a conv's outputs, dB",
     )
     setting = (
-        f"{result['images']} images of {result['data']}, {result['input']}, {result['epochs']} epochs; {result['rows'][0]['images']} test images, "
+        f"{result['images']} images of {result['data']}, {result['input']}, {result['epochs']} epochs; "
+        f"{result['rows'][0]['images']} test images, "
         f"{result['calibration']} for calibration; torch {result['torch']}, onnxruntime {result['onnxruntime']}. Seed by seed."
     )
     ranges_head = ("branches", "largest weight of a conv", "times the median channel's", "largest output of a conv")

@@ -203,13 +203,16 @@ def gates() -> str:
 
 def quantization() -> str:
     """The committed result of `benchmarks/quantization.py`: what each rounding costs each form, and the ranges that it meets."""
-    result = json.loads((RESULTS / "quantization.json").read_text(encoding="utf-8"))
+    file = RESULTS / "quantization.json"
+    if not file.is_file():
+        return "There is no committed measurement yet: `python -m benchmarks.quantization --data cifar10.npz` makes one."
+    result = json.loads(file.read_text(encoding="utf-8"))
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault((row["rounding"], row["form"]), []).append(row)
 
     def mean(rows: list[dict[str, Any]], key: str) -> float:
-        return sum(row[key] for row in rows) / len(rows)
+        return float(sum(row[key] for row in rows) / len(rows))
 
     def change(rows: list[dict[str, Any]], key: str) -> str:
         return ", ".join(f"{100 * (row[key] - row['float32']):+.2f}" for row in rows)

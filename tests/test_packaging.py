@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MODULES = sorted(path.relative_to(ROOT) for folder in ("repfx", "repfx/*/") for path in ROOT.glob(f"{folder}/*.py"))
 OPTIONAL = {
+    "lightning",
     "matplotlib",
     "numpy",
     "onnx",

@@ -205,7 +205,9 @@ def quantization() -> str:
     """The committed result of `benchmarks/quantization.py`: what each rounding costs each form, and the ranges that it meets."""
     file = RESULTS / "quantization.json"
     if not file.is_file():
-        return "There is no committed measurement yet: `python -m benchmarks.quantization --data cifar10.npz` makes one."
+        return (
+            "There is no committed measurement yet: `python -m benchmarks.quantization --data cifar10.npz` makes one."
+        )
     result = json.loads(file.read_text(encoding="utf-8"))
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:

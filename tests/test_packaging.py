@@ -34,6 +34,7 @@ DATA = {
 } | {"repfx/py.typed"}
 OPTIONAL = {
     "jinja2",
+    "lightning",
     "matplotlib",
     "numpy",
     "onnx",

@@ -47,7 +47,10 @@ USES = {
     "checkpoint": "repfx.save('run.ckpt', model)\nrepfx.load('run.ckpt', plain)",
     "onnx": "repfx.export_onnx(model, 'model.onnx', x)",
     "plot": "draw(Architecture.of(model), 'architecture.png')",
-    "cli": f"main(['train', '--model', {TINY!r}, '--image-size', '8', '--epochs', '1', '--out', 'run'])",
+    "report": "from repfx.pages.model_page import write_model_page\nwrite_model_page(model, 'page.html', x, name='tiny')",
+    "cli": f"main(['inspect', {TINY!r}])",
+    "train": f"main(['train', '--model', {TINY!r}, '--image-size', '8', '--epochs', '1', '--out', 'run'])",
+    "lightning": "from repfx.integrations.lightning import RepFXCallback\nRepFXCallback(repfx.schedules.DyRep())",
 }
 FOR_CONTRIBUTORS = {"docs", "dev"}
 

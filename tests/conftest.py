@@ -17,8 +17,9 @@ settings.register_profile("ci", settings.get_profile("dev"), max_examples=30, de
 settings.register_profile("fuzz", settings.get_profile("dev"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
-# Nets in tests are small: a second thread costs more than it gives, and one thread sums in one order.
+# Nets in tests are small: a second thread costs more than it gives, and one thread sums in one order. Here, and in child processes.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -183,7 +183,8 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path
     with pytest.raises(SystemExit) as done:
         main(["train", "--resume", "--out", str(out), "--json"])
     assert not done.value.code
-    assert (out / CHECKPOINT).read_bytes() == (finished / CHECKPOINT).read_bytes()
+    same = (out / CHECKPOINT).read_bytes() == (finished / CHECKPOINT).read_bytes()
+    assert same, "the checkpoints differ"  # pytest would print them
     assert {path.name for path in out.iterdir()} == {path.name for path in finished.iterdir()}
 
 

@@ -122,8 +122,8 @@ class QuantizationReport:
 
 
 OVERFLOW = (
-    "onnxruntime's kernels for this machine give something else than the file says, {:.0%} off: a processor without VNNI adds products "
-    "in 16 bits, which overflow; with 7 bits for weights they don't"
+    "onnxruntime's kernels for this machine are {:.0%} off what the file says: without VNNI\n"
+    "  products are added in 16 bits, which overflow; with 7 bits for weights they don't"
 )
 
 

@@ -31,7 +31,8 @@ from repfx.equivalence import EquivalenceReport
 from repfx.errors import InvalidInput
 from repfx.onnx import ExportReport, export_onnx
 from repfx.progress import busy
-from repfx.quantization import METHODS, QuantizationReport, quantize_onnx
+from repfx.quantization import METHODS, quantize_onnx
+from repfx.quantization_report import QuantizationReport
 from repfx.samples import samples
 from repfx.tables import fusion_table, quantization_table
 from repfx.target_file import staged

@@ -29,7 +29,7 @@ import repfx
 from benchmarks._record import Row, machine, write
 from repfx.data import load_data
 from repfx.dataset import DataSource, Images, InputForm
-from repfx.quantization import QuantizationReport
+from repfx.quantization_report import QuantizationReport
 
 FORMS: tuple[str | None, ...] = (None, "repvgg", "qarepvgg")
 ROUNDINGS: dict[str, dict[str, Any]] = {

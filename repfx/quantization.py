@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,112 +18,15 @@ from torch import Tensor
 
 from repfx.calibration import Batches
 from repfx.errors import ExportError, InvalidInput, RepfxError, UnknownName, first_line
-from repfx.layer_ranges import LayerRanges, measure_layers, weighted_layers
+from repfx.layer_ranges import measure_layers, weighted_layers
 from repfx.onnx_file import OnnxFile, Value, open_session, package, require_packages, runtime_reason
 from repfx.onnx_program import quiet
+from repfx.quantization_report import Accuracy, QuantizationReport
 from repfx.target_file import staged
 
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 _AT_ONCE = 32  # images, if the file leaves that open
-_OVERFLOW = 0.05
 _PER_CHANNEL = 13  # the first opset whose DequantizeLinear has an axis
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Of a classifier on labelled images, before and after quantization.
-
-    Args:
-        images: how many there were.
-        float32: of the file before.
-        int8: of the quantized file, computed as it says.
-        flips: images whose predicted class that changes.
-        int8_here: of the quantized file by the kernels that onnxruntime has for this machine.
-        flips_here: images whose predicted class differs from the one in float32 then.
-    """
-
-    images: int
-    float32: float
-    int8: float
-    flips: int
-    int8_here: float
-    flips_here: int
-
-    def __str__(self) -> str:
-        return (
-            f"accuracy {self.int8:.2%}, {self.float32:.2%} in float32; {self.flips} of {self.images} predictions differ "
-            f"(on this machine {self.int8_here:.2%} and {self.flips_here})"
-        )
-
-
-@dataclass(frozen=True)
-class QuantizationReport:
-    """What `quantize_onnx` wrote.
-
-    Args:
-        path: the file.
-        method: how the ranges of activations were chosen.
-        per_channel: whether each output channel of a weight has its own scale.
-        reduce_range: whether weights have 7 bits.
-        images: how many inputs the ranges were measured on.
-        size_before: bytes of the file in float32.
-        size: bytes of the file.
-        layers: the convs and linear layers in order.
-        bound: decibels that `weak` is about.
-        kernel_error: how far the outputs by onnxruntime's kernels for this machine are from what the file says, on the inputs of calibrate:
-            the root of Σ (a - b)² / Σ a².
-        accuracy: on labelled data, where there was some.
-    """
-
-    path: Path
-    method: str
-    per_channel: bool
-    reduce_range: bool
-    images: int
-    size_before: int
-    size: int
-    layers: tuple[LayerRanges, ...]
-    bound: float
-    kernel_error: float
-    accuracy: Accuracy | None
-
-    @property
-    def weak(self) -> LayerRanges | None:
-        """The first layer whose outputs stand less than `bound` above the noise that rounding has put in up to there."""
-        return next((layer for layer in self.layers if layer.output_sqnr < self.bound), None)
-
-    @property
-    def overflows(self) -> bool:
-        """Whether the kernels of this machine give something else than the file says; rounding alone stays below 2 %."""
-        return self.kernel_error > _OVERFLOW
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; None for a ratio without noise."""
-        layers = [{key: _plain(value) for key, value in vars(layer).items()} for layer in self.layers]
-        weak = None if self.weak is None else self.weak.name
-        return asdict(self) | {"path": str(self.path), "layers": layers, "weak": weak, "overflows": self.overflows}
-
-    def __str__(self) -> str:
-        bits = f"{7 if self.reduce_range else 8} bits and one scale a {'channel' if self.per_channel else 'tensor'}"
-        weakest = min(self.layers, key=lambda layer: layer.output_sqnr)
-        lines = [
-            f"{self.path} ({self.size / 1e6:.2f} MB; {self.size_before / 1e6:.2f} MB in float32)",
-            f"  ranges  {self.method} over {self.images} inputs; weights with {bits}",
-            f"  weakest {weakest.name}: outputs {weakest.output_sqnr:.1f} dB above the noise, weights {weakest.weight_sqnr:.1f} dB",
-        ]
-        if self.accuracy:
-            lines.append(f"  gives   {self.accuracy}")
-        if self.weak:
-            lines.append(f"  first layer below {self.bound:g} dB: {self.weak.name}")
-        if self.overflows:
-            lines.append(f"  {OVERFLOW.format(self.kernel_error)}")
-        return "\n".join(lines)
-
-
-OVERFLOW = (
-    "onnxruntime's kernels for this machine give something else than the file says, {:.0%} off: a processor without VNNI adds products "
-    "in 16 bits, which overflow; with 7 bits for weights they don't"
-)
 
 
 def quantize_onnx(
@@ -182,7 +84,7 @@ def quantize_onnx(
                 OnnxFile.read(staging)
                 layers = measure_layers(path, staging, inputs)
                 kernel_error = _kernel_error(staging, inputs)
-                accuracy = None if labelled is None else _accuracy(path, staging, labelled)
+                accuracy = None if labelled is None else _accuracy(path, staging, labelled, _batch_size(taken))
         except RepfxError:
             raise
         except Exception as error:
@@ -258,7 +160,7 @@ def _nodes(path: Path, keep_float: Sequence[str]) -> list[str]:
 
 def _inputs(taken: Value, calibrate: Batches) -> list[Tensor]:
     """Batches of a size that the file takes."""
-    size = taken.shape[0] if taken.shape and isinstance(taken.shape[0], int) else None
+    size = _batch_size(taken)
     found: list[Tensor] = []
     for number, batch in enumerate(calibrate):
         x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
@@ -275,6 +177,11 @@ def _inputs(taken: Value, calibrate: Batches) -> list[Tensor]:
         wanted = "" if size is None else f" of {size} inputs, as the file takes them"
         raise InvalidInput(f"calibrate gave no batch{wanted}: ranges are measured on real inputs.")
     return found
+
+
+def _batch_size(taken: Value) -> int | None:
+    """What the file takes at a time; None if that is free."""
+    return taken.shape[0] if taken.shape and isinstance(taken.shape[0], int) else None
 
 
 def _check_fit(x: Tensor, taken: Value, number: int) -> None:
@@ -320,13 +227,12 @@ def _kernel_error(path: Path, inputs: Sequence[Tensor]) -> float:
     return math.sqrt(noise / signal) if signal else float(noise > 0)
 
 
-def _accuracy(path: Path, staging: Path, labelled: Iterable[tuple[Tensor, Tensor]]) -> Accuracy:
+def _accuracy(path: Path, staging: Path, labelled: Iterable[tuple[Tensor, Tensor]], size: int | None) -> Accuracy:
     sessions = [open_session(path), open_session(staging, optimized=False), open_session(staging)]
-    name = sessions[0].get_inputs()[0].name
     predicted, labels = [], []
     for number, (x, y) in enumerate(labelled):
         try:
-            logits = [torch.from_numpy(each.run(None, {name: x.to(torch.float32).numpy()})[0]) for each in sessions]
+            logits = [_run(each, x.to(torch.float32), size) for each in sessions]
         except Exception as error:
             raise InvalidInput(f"batch {number} of labelled doesn't fit the file: {runtime_reason(error)}.") from error
         if logits[0].ndim != 2 or y.shape != logits[0].shape[:1]:
@@ -344,8 +250,12 @@ def _accuracy(path: Path, staging: Path, labelled: Iterable[tuple[Tensor, Tensor
     return Accuracy(len(truth), right[0], right[1], flips[1], right[2], flips[2])
 
 
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _run(session: Any, x: Tensor, size: int | None) -> Tensor:
+    """The file's first output for x, in batches of `size`, of which the last is filled up."""
+    name = session.get_inputs()[0].name
+    filled = x if size is None else torch.cat([x, x[-1:].expand(-len(x) % size, *x.shape[1:])])
+    parts = [session.run(None, {name: part.numpy()})[0] for part in filled.split(size or len(x))]
+    return torch.cat([torch.from_numpy(part) for part in parts])[: len(x)]
 
 
 def _size(path: Path) -> int:

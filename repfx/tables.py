@@ -12,7 +12,7 @@ from repfx.cost import count_macs, count_parameters
 from repfx.experiment import Metrics
 from repfx.meaning import is_batch_norm, is_conv
 from repfx.number_text import engineering
-from repfx.quantization import QuantizationReport
+from repfx.quantization_report import QuantizationReport
 
 _TITLES = {"plain": "plain", "expanded": "expanded, trained", "fused": "fused", "onnxruntime": "in onnxruntime"}
 

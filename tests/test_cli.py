@@ -314,10 +314,10 @@ def test_fuse_writes_8_bits_and_says_what_that_costs(finished: Path, tmp_path: P
 
 
 def test_fuse_writes_float16_for_a_fixed_batch(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
-    outcome = repfx_command("fuse", finished, "--fp16", "--fixed-batch", "--onnx", tmp_path / "m.onnx", "--json")
+    outcome = repfx_command("fuse", finished, "--fp16", "--batch-size", 1, "--onnx", tmp_path / "m.onnx", "--json")
     assert outcome.code == 0, outcome.err
     (taken,) = json.loads(outcome.out)["export"]["inputs"]
-    assert (taken["dtype"], taken["shape"]) == ("float16", [2, 1, 8, 8])
+    assert (taken["dtype"], taken["shape"]) == ("float16", [1, 1, 8, 8])
 
 
 def test_ranges_are_not_measured_on_images_prepared_otherwise(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.errors import ExportError, InvalidInput, UnknownName
-from repfx.quantization import QuantizationReport, quantize_onnx
+from repfx.quantization import quantize_onnx
+from repfx.quantization_report import QuantizationReport
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -156,7 +157,7 @@ def test_ranges_are_chosen_as_asked_for(tmp_path: Path, exported: Path, method: 
 
 def test_kernels_that_overflow_are_told_of(report: QuantizationReport) -> None:
     assert "without VNNI" not in str(dataclasses.replace(report, kernel_error=0.01))
-    assert "12% off: a processor without VNNI" in str(dataclasses.replace(report, kernel_error=0.12))
+    assert "12% off what the file says: without VNNI" in str(dataclasses.replace(report, kernel_error=0.12))
 
 
 def nothing() -> Iterator[Tensor]:
@@ -230,7 +231,10 @@ def test_a_quantized_file_is_not_quantized_again(tmp_path: Path, report: Quantiz
 
 def test_a_file_of_a_fixed_batch_gets_batches_of_its_size(tmp_path: Path) -> None:
     path = repfx.export_onnx(net(), tmp_path / "net.onnx", X[:5], dynamic_batch=False).path
-    assert quantize_onnx(path, tmp_path / "int8.onnx", [X]).images == 95
+    found = quantize_onnx(path, tmp_path / "int8.onnx", [X], labelled=[(X, Y)])
+    assert found.images == 95
+    assert found.accuracy is not None
+    assert found.accuracy.float32 == pytest.approx(float((net()(X).argmax(1) == Y).double().mean()))
     with pytest.raises(InvalidInput, match="gave no batch of 5 inputs, as the file takes them"):
         quantize_onnx(path, tmp_path / "other.onnx", [X[:4]])
 

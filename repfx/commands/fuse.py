@@ -31,7 +31,8 @@ from repfx.equivalence import EquivalenceReport
 from repfx.errors import InvalidInput
 from repfx.onnx import ExportReport, export_onnx
 from repfx.progress import busy
-from repfx.quantization import METHODS, QuantizationReport, quantize_onnx
+from repfx.quantization import METHODS, quantize_onnx
+from repfx.quantization_report import QuantizationReport
 from repfx.samples import samples
 from repfx.tables import fusion_table, quantization_table
 from repfx.target_file import staged
@@ -48,7 +49,9 @@ def fuse(
     opset: Annotated[
         int | None, typer.Option(help="Version of ONNX's operators, from 13 on.", show_default="torch's")
     ] = None,
-    fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="Take batches of two only.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Take batches of this size only.", show_default="any")
+    ] = None,
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Leave height and width free.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Weights, inputs and outputs in float16.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Weights and activations in 8 bits; needs --data.")] = False,
@@ -91,7 +94,8 @@ def fuse(
         real = samples(fused, DataSource(data, root), calibration_images, shape=shape, preparation=preparation)
     x = example_input(original, shape) if real is None else real.example
     equivalence = repfx.check_equivalent(original, fused, x)
-    export = partial(export_onnx, x=x, dynamic_batch=not fixed_batch, dynamic_size=dynamic_size, opset=opset)
+    batch = x if batch_size is None else x[torch.arange(batch_size) % len(x)]
+    export = partial(export_onnx, x=batch, dynamic_batch=batch_size is None, dynamic_size=dynamic_size, opset=opset)
     quantized = None
     if real is None:
         exported = export(original, onnx, dtype=torch.float16) if fp16 else export(fused, onnx)

@@ -85,6 +85,12 @@ def assert_found(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor
         assert max(relative_error(ours[name], theirs[name]) for name in theirs.keys() - {"labels"}) < 1e-9
 
 
+@torch.no_grad()
+def sees_a_difference(model: Any) -> bool:
+    """Whether what a backbone gives out depends on the picture."""
+    return all(relative_error(level[0], level[1]) > 1e-3 for level in model.backbone(SCENES).values())
+
+
 QUICK = ["RetinaNet", "SSD", "Mask R-CNN", "DeepLabV3"]
 
 
@@ -103,7 +109,7 @@ def test_a_detector_trains_with_branches_and_finds_the_same_without(name: str) -
     train_two_steps(expanded, losses_of)
     settled(expanded, LOADER, seed=2)
     expected = findings(expanded)
-    assert relative_error(expected[0]["scores"][:3], expected[1]["scores"][:3]) > 1e-3  # it looks at the pictures
+    assert sees_a_difference(expanded)
     fused = repfx.fuse(expanded)
     assert type(fused) is type(model)
     assert norms(fused) == [], reasons(fused)
@@ -131,7 +137,7 @@ def test_a_segmentation_net_trains_with_branches_and_gives_the_same_maps_without
     assert expected.keys() == found.keys() == loaded.keys()
     for maps in (found, loaded):
         assert max(relative_error(maps[key], expected[key]) for key in expected) < 1e-9
-    assert relative_error(expected["out"][0], expected["out"][1]) > 1e-3
+    assert sees_a_difference(expanded)
 
 
 def test_the_backbone_alone_is_a_model_like_any_other() -> None:

@@ -374,6 +374,17 @@ def test_inspect_shows_the_branches_of_a_finished_run(finished: Path, repfx_comm
     assert "1x1, 1x1-kxk, 1x1-avg" in repfx_command("inspect", finished).out
 
 
+def test_inspect_tells_programs_the_same(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    first, second = json.loads(repfx_command("inspect", TINY, "--spec", '{"3": "acb"}', "--json").out)
+    assert (first["path"], first["note"]) == ("0", "no pattern of the spec names it")
+    assert (second["path"], second["conv"]["kernel_size"], second["norm"]) == ("3", [3, 3], "4")
+    assert json.loads(repfx_command("inspect", finished, "--json").out)[0]["branches"] == ["1x1", "1x1-kxk", "1x1-avg"]
+    assert [row["path"] for row in json.loads(repfx_command("inspect", TINY, "--fused", "--json").out)] == ["0", "3"]
+    page = tmp_path / "model.html"
+    found = json.loads(repfx_command("inspect", TINY, "--html", page, "--json").out)
+    assert found == {"page": str(page), "not_compared": None}
+
+
 def test_inspect_writes_a_page_in_place_of_the_list(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     outcome = repfx_command("inspect", finished, "--html", tmp_path / "model.html")
     assert (outcome.code, outcome.out.count("\n")) == (0, 1), outcome.err
@@ -384,7 +395,9 @@ def test_inspect_writes_a_page_in_place_of_the_list(finished: Path, tmp_path: Pa
 
 
 def test_report_writes_the_page_of_a_run_into_its_folder(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
-    assert repfx_command("report", finished, "--out", tmp_path / "page.html").code == 0
+    page = tmp_path / "page.html"
+    outcome = repfx_command("report", finished, "--out", page, "--json")
+    assert (outcome.code, json.loads(outcome.out)) == (0, {"page": str(page)})
     run = shutil.copytree(finished, tmp_path / "run")
     outcome = repfx_command("report", run)
     assert outcome.out == f"The page is {run / REPORT}.\n"
@@ -408,6 +421,9 @@ def test_list_shows_each_name_once(what: str, names: dict[str, object], repfx_co
     lines = repfx_command("list", what).out.splitlines()
     assert [line.split()[0] for line in lines] == list(names)
     assert all(len(line.split()) > 1 for line in lines)
+    rows = json.loads(repfx_command("list", what, "--json").out)
+    assert [row["name"] for row in rows] == list(names)
+    assert all(row["description"] for row in rows)
 
 
 # --- the command itself ---------------------------------------------------------------------------------------------

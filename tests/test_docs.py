@@ -74,6 +74,8 @@ def named(page: Path) -> str:
 
 
 PAGES_WITH_CODE = [page for page in PAGES if code_of(page)]
+# These train or export several models of the sizes that their readers have.
+SLOW_PAGES = ["docs/how-to/detectors.md", "docs/lightning.md", "docs/timm.md", "docs/torchvision.md"]
 
 
 @pytest.fixture
@@ -104,7 +106,9 @@ def run(page: Path, block: Block, namespace: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("registries_restored")
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(b.language.startswith("py") for b in blocks_of(page))], ids=named
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (named(page) in SLOW_PAGES)) for page in PAGES_WITH_CODE],
+    ids=map(named, PAGES_WITH_CODE),
 )
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

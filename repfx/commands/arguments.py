@@ -1,4 +1,4 @@
-"""What several commands take: a model, its weights and options, and an input for it."""
+"""What several commands take, a model, its weights and options, and an input for it; and how they print JSON."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ Options = Annotated[
     list[str] | None,
     typer.Option("--option", help="NAME=VALUE for what builds the model, VALUE as JSON; may be repeated."),
 ]
+
+Json = Annotated[bool, typer.Option("--json", help="Print what was found as JSON, for other programs.")]
 
 InputShape = Annotated[
     str | None,
@@ -72,6 +74,11 @@ def example_input(model: nn.Module, shape: tuple[int, ...] | None) -> torch.Tens
     own: Any = getattr(model, "default_cfg", None) or {}
     shape = shape or own.get("input_size") or (form.channels, *_AXES[form.dimensions])
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def print_json(found: object) -> None:
+    """What `--json` prints; sizes and reasons, so never a number that JSON doesn't know."""
+    typer.echo(json.dumps(found, indent=2, allow_nan=False))
 
 
 def parse_options(given: list[str] | None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +18,13 @@ from repfx.commands.app import app
 from repfx.commands.arguments import (
     Classes,
     InputShape,
+    Json,
     Model,
     Options,
     Weights,
     example_input,
     load_model,
+    print_json,
     shape_of_input,
 )
 from repfx.dataset import DataSource
@@ -80,7 +81,7 @@ def fuse(
     bound: Annotated[
         float, typer.Option(help="Name the first layer whose outputs stand less than so many decibels above the noise.")
     ] = 15.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Fuse a model into plain convs, check that it computes the same, and export it to ONNX, checked in onnxruntime."""
     _check(int8=int8, fp16=fp16, data=data)
@@ -115,7 +116,7 @@ def fuse(
             quantized = quantize(exported.path, onnx)
     found = _Found(original, fused, x, equivalence, exported, quantized)
     if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2, allow_nan=False))
+        print_json(found.as_dict())
     else:
         found.show()
 

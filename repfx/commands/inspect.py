@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,19 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.commands.app import app
-from repfx.commands.arguments import Classes, InputShape, Model, Options, example_input, load_model, shape_of_input
+from repfx.commands.arguments import (
+    Classes,
+    InputShape,
+    Json,
+    Model,
+    Options,
+    example_input,
+    load_model,
+    print_json,
+    shape_of_input,
+)
 from repfx.errors import EquivalenceError, InvalidInput
-from repfx.pages.model_page import write_model_page
+from repfx.pages.model_page import Check, write_model_page
 from repfx.progress import busy
 from repfx.run_folder import spec_of
 
@@ -34,6 +45,7 @@ def inspect(
     input_shape: InputShape = None,
     num_classes: Classes = None,
     option: Options = None,
+    as_json: Json = False,
 ) -> None:
     """List the convs of a model: their sizes, their branches, and what a spec would add or why it can't."""
     found, preparation = load_model(model, None, num_classes, option)
@@ -42,18 +54,32 @@ def inspect(
     if html is not None:
         x = example_input(found, shape_of_input(input_shape, preparation))
         with busy("fusing and comparing"):
-            _write_page(found, html, model, spec, x, trained=preparation is not None)
+            check = _write_page(found, html, model, spec, x, trained=preparation is not None)
+        _show(as_json, {"page": str(html), "not_compared": check.problem}, _told(html, check))
     elif fused:
-        typer.echo("\n".join(f"{skip.path}: {skip.reason}" for skip in repfx.report(repfx.fuse(found)).stays))
+        with busy("fusing"):
+            stays = repfx.report(repfx.fuse(found)).stays
+        rows = [{"path": skip.path, "reason": skip.reason} for skip in stays]
+        _show(as_json, rows, "\n".join(f"{skip.path}: {skip.reason}" for skip in stays))
     else:
-        typer.echo(str(repfx.sites(found, None if spec is None else spec_of(spec))))
+        sites = repfx.sites(found, None if spec is None else spec_of(spec))
+        _show(as_json, [asdict(site) for site in sites], str(sites))
 
 
-def _write_page(model: nn.Module, html: Path, name: str, spec: str | None, x: Tensor, *, trained: bool) -> None:
+def _show(as_json: bool, rows: object, text: str) -> None:
+    if as_json:
+        print_json(rows)
+    else:
+        typer.echo(text)
+
+
+def _write_page(model: nn.Module, html: Path, name: str, spec: str | None, x: Tensor, *, trained: bool) -> Check:
     wanted = None if spec is None else spec_of(spec)
     check = write_model_page(model, html, x, name=name, spec=wanted, trained=trained)
     if check.report is not None and not check.report.equivalent:
         raise EquivalenceError(f"{check.report} The page {str(html)!r} says so, too.")
-    typer.echo(f"The page is {html}.")
-    if check.problem is not None:
-        typer.echo(f"Not compared: {check.problem}.")
+    return check
+
+
+def _told(html: Path, check: Check) -> str:
+    return f"The page is {html}." + ("" if check.problem is None else f"\nNot compared: {check.problem}.")

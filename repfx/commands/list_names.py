@@ -9,6 +9,7 @@ import typer
 
 from repfx.branch import KINDS
 from repfx.commands.app import app
+from repfx.commands.arguments import Json, print_json
 from repfx.recipe_file import description_of, shipped_recipes
 from repfx.rule import PASSES
 from repfx.schedule import SCHEDULES
@@ -27,7 +28,9 @@ class Registry(str, Enum):
 
 
 @app.command("list")
-def list_names(what: Annotated[Registry, typer.Argument(help="Which names.", show_default=False)]) -> None:
+def list_names(
+    what: Annotated[Registry, typer.Argument(help="Which names.", show_default=False)], as_json: Json = False
+) -> None:
     """List the branch kinds, the presets, the passes, the schedules or the recipes, with one line on each."""
     rows = {
         Registry.branches: [(kind, (branch.__doc__ or "").splitlines()[0]) for kind, branch in KINDS.items()],
@@ -36,4 +39,7 @@ def list_names(what: Annotated[Registry, typer.Argument(help="Which names.", sho
         Registry.schedules: [(name, (found.__doc__ or "").splitlines()[0]) for name, found in SCHEDULES.items()],
         Registry.recipes: [(name, description_of(path)) for name, path in shipped_recipes().items()],
     }[what]
-    typer.echo(listing(rows))
+    if as_json:
+        print_json([{"name": name, "description": description} for name, description in rows])
+    else:
+        typer.echo(listing(rows))

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from repfx.commands.app import app
+from repfx.commands.arguments import Json, print_json
 from repfx.pages.run_page import write_run_page
+from repfx.progress import busy
 from repfx.run_folder import RunFolder
 
 
@@ -18,6 +20,12 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="The HTML file to write.", show_default="report.html in the run's folder")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write one HTML page on a training run: curves, structure, costs, the net before and after fusing."""
-    typer.echo(f"The page is {write_run_page(RunFolder(run), out)}.")
+    with busy("fusing, comparing and drawing"):
+        page = write_run_page(RunFolder(run), out)
+    if as_json:
+        print_json({"page": str(page)})
+    else:
+        typer.echo(f"The page is {page}.")

@@ -328,11 +328,10 @@ class Kernel:
         if self._is_channelwise:
             folded = second.fold_affine_before(self.weight.flatten(), self.bias)
             return replace(folded, padding=padding, padding_mode=mode)
-        first = self.regroup(math.gcd(self.groups, second.groups))
-        weight, dilation = _composed_weight(first, second)
+        weight, dilation = _composed_weight(self, second)
         bias = second.bias if self.bias is None else _sum(second.bias, second._response(self.bias))
         stride = tuple(s * s2 for s, s2 in zip(self.stride, second.stride))
-        return Kernel(weight, bias, stride, padding, dilation, first.groups, mode)
+        return Kernel(weight, bias, stride, padding, dilation, math.gcd(self.groups, second.groups), mode)
 
     @staticmethod
     def concat(kernels: Sequence[Kernel]) -> Kernel:
@@ -446,7 +445,9 @@ def _require_same_borders(first: Kernel, second: Kernel) -> None:
 def _composed_weight(first: Kernel, second: Kernel) -> tuple[Tensor, Ints]:
     """``W[o, i, t·f + t'·f'] += W'[o, m, t'] · W[m, i, t]``, which is one transposed conv; and the dilation of the result.
 
-    The groups of `second` are a multiple of those of `first`, which are those of the result.
+    The channels m fall into *pieces* that lie within one group of each map, so that nothing is computed of what is zero anyway: with g groups
+    of the result, p = (groups of `first`) / g and q = (groups of `second`) / g, a group has p·q pieces if p or q is 1, as it mostly is;
+    else `first` is written with g groups before.
     """
     dilation, spread, spread2 = [], [], []
     for axis, (k, k2) in enumerate(zip(first.kernel_size, second.kernel_size)):
@@ -455,14 +456,26 @@ def _composed_weight(first: Kernel, second: Kernel) -> tuple[Tensor, Ints]:
         dilation.append(step)
         spread.append(d // step if k > 1 else 1)
         spread2.append(d2 // step if k2 > 1 else 1)
-    g = second.groups
-    out, middle = second.out_channels // g, second.in_channels // g
-    taps = second.weight.reshape(g, out, middle, *second.kernel_size)
+    groups = math.gcd(first.groups, second.groups)
+    if first.groups > groups and second.groups > groups:
+        first = first.regroup(groups)
+    p, q = first.groups // groups, second.groups // groups
+    pieces = groups * p * q
+    out, channels, middle = second.weight.shape[0] // second.groups, first.weight.shape[1], first.out_channels // pieces
+    taps = second.weight.reshape(groups * q, out, p, middle, -1).transpose(1, 2).flatten(0, 1)
     if all(k == 1 for k in first.kernel_size):  # the same sum, quicker
-        mix = first.weight.reshape(g, middle, -1)
-        weight = torch.einsum("gomt,gmi->goit", taps.flatten(3) if second.dimensions else taps.unsqueeze(3), mix)
-        return weight.reshape(second.out_channels, -1, *second.kernel_size), tuple(dilation)
-    by_middle = taps.transpose(1, 2).reshape(g * middle, out, *second.kernel_size)
-    transpose = _CONV_TRANSPOSE[first.dimensions]
-    weight = transpose(first.weight.transpose(0, 1), by_middle, stride=tuple(spread), dilation=tuple(spread2), groups=g)
-    return weight.transpose(0, 1), tuple(dilation)
+        mix = first.weight.reshape(pieces, middle, channels)
+        window = second.kernel_size
+        composed = torch.einsum("gomt,gmi->goit", taps, mix)
+    elif all(k == 1 for k in second.kernel_size):
+        window = first.kernel_size
+        composed = torch.einsum("gom,gmit->goit", taps.squeeze(3), first.weight.reshape(pieces, middle, channels, -1))
+    else:
+        by_middle = taps.transpose(1, 2).reshape(pieces * middle, out, *second.kernel_size)
+        transpose = _CONV_TRANSPOSE[first.dimensions]
+        turned = first.weight.transpose(0, 1)
+        spread_out = transpose(turned, by_middle, stride=tuple(spread), dilation=tuple(spread2), groups=pieces)
+        window = tuple(spread_out.shape[2:])
+        composed = spread_out.reshape(channels, pieces, out, -1).permute(1, 2, 0, 3)
+    parts = composed.reshape(groups * q, p, out, channels, -1).transpose(1, 2)
+    return parts.reshape(second.out_channels, p * channels, *window), tuple(dilation)

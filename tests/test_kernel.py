@@ -410,12 +410,12 @@ def lines(draw: st.DrawFn) -> tuple[Kernel, Kernel]:
 
 
 def refused_without_need(first: Kernel, second: Kernel) -> bool:
-    """Modes that go through a conv which pads in the same way; the composition would be one conv, which `compose` leaves out."""
-    (p, q), extent = first.padding[0], first.dilation[0] * (first.kernel_size[0] - 1)
+    """Where the second map pads with what is alike at the ends anyway; the composition would be one conv, which `compose` leaves out."""
+    extent, padding = first.dilation[0] * (first.kernel_size[0] - 1), min(first.padding[0])
     alike = first.padding_mode == second.padding_mode
-    rotates = second.padding_mode == "circular" and first.reach == (0,) and first.stride == (1,)
-    repeats = second.padding_mode == "replicate" and min(p, q) >= extent
-    return alike and (rotates or repeats)
+    rotates = alike and second.padding_mode == "circular" and first.reach == (0,) and first.stride == (1,)
+    constant = {"zeros": padding > extent, "replicate": padding >= extent}.get(first.padding_mode, False)
+    return rotates or (constant and second.padding_mode in ("replicate", "reflect", "circular"))
 
 
 def is_refused(first: Kernel, second: Kernel) -> bool:

@@ -22,6 +22,8 @@ from repfx.passes.drop import drop as drop
 from repfx.passes.expand import expand as expand
 from repfx.passes.fuse import fuse as fuse
 from repfx.passes.restore import restore as restore
+from repfx.passes.squeeze import squeeze as squeeze
+from repfx.passes.squeeze import unsqueeze as unsqueeze
 from repfx.quantization import quantize_onnx as quantize_onnx
 from repfx.reporting import report as report
 from repfx.schedule import Schedule as Schedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -16,7 +16,7 @@ from repfx.cropped_conv import is_shared, unshare
 from repfx.errors import InvalidInput, UnknownName
 from repfx.gates import Gates, StraightThrough
 from repfx.kernel import Kernel
-from repfx.meaning import Layer
+from repfx.meaning import Layer, has_hooks, is_batch_norm, takes_batch_statistics
 from repfx.moments import Moments, set_kernel
 from repfx.spec import ConvSpec
 from repfx.stages import AttachRate
@@ -31,6 +31,9 @@ class RepBlock(nn.Module):
 
     Its *paths* are the origin and the branches. Each can have a gate, and doesn't run while that is closed; the origin can also rest for
     good, and then is only the place that takes over what branches leave.
+
+    A *squeezed* block runs as one conv, whose kernel is assembled from the trainable parameters in forward, wherever that is exact: where
+    nothing in the block takes its statistics from the batch, and no hook listens to anything in it.
 
     Args:
         conv: the site's own conv, the same object.
@@ -52,6 +55,8 @@ class RepBlock(nn.Module):
     ) -> None:
         super().__init__()
         self._resting: tuple[str, ...] | None = None  # the origin's parameters that were trained
+        self.squeezed = False
+        self.holds_statistics = False  # its BatchNorms stay in eval mode
         self.site = ConvSpec.of(conv)
         self.norm_path = norm_path
         stages = {"conv": conv} if norm is None else {"conv": conv, "norm": norm}
@@ -110,6 +115,8 @@ class RepBlock(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
+        if self.squeezed and not isinstance(input, fx.Proxy) and self._is_one_map:
+            return self._assembled()(input)
         paths, gates = self.paths, self.gates
         outputs: dict[str, Tensor] = {name: paths[name](input) for name in self.running}
         if not outputs:
@@ -126,6 +133,48 @@ class RepBlock(nn.Module):
         return reduce(operator.add, own + branches)
 
     @property
+    def nonlinear_part(self) -> str | None:
+        """The path, in the block, of a BatchNorm that takes its statistics from the batch in the mode that it is in; None if none does."""
+        return next((path for path, module in self.named_modules() if takes_batch_statistics(module)), None)
+
+    @property
+    def _is_one_map(self) -> bool:
+        heard = any(has_hooks(module) for module in self.modules() if module is not self)
+        return not heard and self.nonlinear_part is None
+
+    def _assembled(self) -> Kernel:
+        """The kernel in the mode that the block is in, in the weights' own precision; differentiable."""
+        weight = self.conv.weight
+        with torch.autocast(weight.device.type, enabled=False):
+            return self._kernel_of_all(self.running, weight)
+
+    def squeeze(self, *, hold_statistics: bool) -> None:
+        """Run as one conv wherever that is exact; everywhere, with `hold_statistics`: BatchNorms keep theirs from now on."""
+        self.squeezed = True
+        if hold_statistics:
+            self.holds_statistics = True
+            self._stop_norms()
+
+    def unsqueeze(self) -> None:
+        """The reverse of `squeeze`; BatchNorms follow the mode of the block again."""
+        self.squeezed = False
+        if self.holds_statistics:
+            self.holds_statistics = False
+            self.train(self.training)
+
+    def train(self, mode: bool = True) -> RepBlock:
+        """As torch's, but BatchNorms whose statistics are held stay in eval mode."""
+        super().train(mode)
+        if self.holds_statistics:
+            self._stop_norms()
+        return self
+
+    def _stop_norms(self) -> None:
+        for module in self.modules():
+            if is_batch_norm(module):
+                module.eval()
+
+    @property
     def _shared_factors(self) -> list[Layer]:
         """What the sum of the branches is multiplied by."""
         found: list[Layer] = [
@@ -136,8 +185,10 @@ class RepBlock(nn.Module):
 
     def equivalent_kernel(self, like: Tensor) -> Kernel:
         """The one kernel that the block amounts to in eval mode; differentiable. `like` gives dtype and device."""
-        running = self.running_in(training=False)
-        kernels = [self.kernel_of(name, like) for name in running] or [self._nothing(like)]
+        return self._kernel_of_all(self.running_in(training=False), like)
+
+    def _kernel_of_all(self, names: Iterable[str], like: Tensor) -> Kernel:
+        kernels = [self.kernel_of(name, like) for name in names] or [self._nothing(like)]
         return reduce(Kernel.add, kernels)
 
     def kernel_of(self, name: str, like: Tensor) -> Kernel:

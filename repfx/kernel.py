@@ -445,9 +445,9 @@ def _require_same_borders(first: Kernel, second: Kernel) -> None:
 def _composed_weight(first: Kernel, second: Kernel) -> tuple[Tensor, Ints]:
     """``W[o, i, t·f + t'·f'] += W'[o, m, t'] · W[m, i, t]``, which is one transposed conv; and the dilation of the result.
 
-    The channels m fall into *pieces* that lie within one group of each map, so that nothing is computed of what is zero anyway: with g groups
-    of the result, p = (groups of `first`) / g and q = (groups of `second`) / g, a group has p·q pieces if p or q is 1, as it mostly is;
-    else `first` is written with g groups before.
+    The channels m fall into *pieces* that lie within one group of each map, so that nothing is computed of what is zero anyway. With
+    g groups of the result, p·g of `first` and q·g of `second`, a group has p·q pieces if p or q is 1, as one mostly is; else `first` is
+    written with g groups before.
     """
     dilation, spread, spread2 = [], [], []
     for axis, (k, k2) in enumerate(zip(first.kernel_size, second.kernel_size)):

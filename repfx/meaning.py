@@ -131,6 +131,11 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, BATCH_NORMS + _LAZY_BATCH_NORMS) or qualified_name(module) in known
 
 
+def takes_batch_statistics(module: Layer) -> bool:
+    """Whether `module` is a BatchNorm that normalises by the batch in the mode that it is in."""
+    return is_batch_norm(module) and not is_frozen_norm(module) and (module.training or module.running_mean is None)
+
+
 def is_frozen_norm(module: nn.Module) -> bool:
     """Whether `module` is a BatchNorm whose numbers are buffers, the same map in both modes."""
     return qualified_name(module) in FROZEN_BATCH_NORMS

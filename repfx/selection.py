@@ -44,7 +44,7 @@ class Selection:
 
     def spec_for(self, path: str) -> Spec | None:
         """The spec of a site, or None."""
-        return next((spec for pattern, spec in self.patterns if _fits(path, pattern)), None)
+        return next((spec for pattern, spec in self.patterns if fits(path, pattern)), None)
 
     def names(self, path: str) -> bool:
         """Whether a pattern is exactly this path."""
@@ -56,7 +56,7 @@ class Selection:
         if self.architecture is not None:
             self.architecture.require_fits(convs)
         for pattern, _ in self.patterns:
-            if not any(_fits(path, pattern) for path in known):
+            if not any(fits(path, pattern) for path in known):
                 near = difflib.get_close_matches(pattern, known, n=1)
                 hint = f" (nearest: {near[0]!r})" if near else ""
                 shown = ", ".join(known[:5]) + (", …" if len(known) > 5 else "")
@@ -79,5 +79,6 @@ def spec_at(spec: SpecLike, path: str) -> Spec:
     return resolve_spec(spec)
 
 
-def _fits(path: str, pattern: str) -> bool:
+def fits(path: str, pattern: str) -> bool:
+    """Whether a path is what a pattern names."""
     return path == pattern or fnmatchcase(path, pattern)

@@ -155,11 +155,11 @@ _OF_NORMS = frozenset({"eps", "momentum", "num_features", "running_mean", "runni
 
 
 def _code_around(model: nn.Module) -> dict[str, _Code]:
-    """For each module, by path, the code of all that it lies in."""
+    """For each module, by path, the code of all that it lies in, but for that of blocks, which serve what becomes of their parts."""
     found = {"": _Code()}
     for path, module in model.named_modules():
         code = found.get(path, _Code())
-        if not is_leaf(module):
+        if not (is_leaf(module) or isinstance(module, RepBlock)):
             code = _Code(code.around.inside(module), code.closed or code_of_its_own(module))
         for name, _ in module.named_children():
             found[f"{path}.{name}".lstrip(".")] = code

@@ -17,6 +17,7 @@ from repfx.passes.expand import Expand
 from repfx.passes.freeze import Freeze
 from repfx.passes.fuse import Fuse
 from repfx.passes.restore import Restore
+from repfx.passes.squeeze import Squeeze, Unsqueeze
 from repfx.spec import BranchSpec
 from repfx.testing import assert_same_map, randomize_batch_norm
 from tests.inline_net import same_state
@@ -31,6 +32,9 @@ CYCLE: list[Action] = [
     Expand("depthwise.1x1.conv", (BranchSpec("identity"),)),
     Freeze("plain"),
     Drop("plain", "identity"),
+    Squeeze("plain"),
+    Unsqueeze("plain"),
+    Squeeze("stem", frozen=False),
 ]
 DATA = [batch(seed=seed) for seed in range(2)]
 
@@ -47,7 +51,8 @@ def test_the_function_stays_through_each_of_them() -> None:
     for action in CYCLE:
         apply(model, [action], DATA)
         assert_same_map(copy.deepcopy(model).eval(), reference, batch(seed=9))
-        assert all(module.training for module in model.modules())
+        held = isinstance(action, Squeeze) and action.frozen
+        assert held != all(module.training for module in model.modules())
 
 
 def test_together_they_are_the_same() -> None:
@@ -74,7 +79,7 @@ def test_a_base_model_gets_the_same_structure_from_their_text() -> None:
 
 
 def test_actions_say_what_they_do() -> None:
-    shown = [str(action) for action in (CYCLE[0], CYCLE[3], CYCLE[5], CYCLE[-2], Freeze("a", False), CYCLE[-1])]
+    shown = [str(action) for action in (CYCLE[0], CYCLE[3], CYCLE[5], CYCLE[-5], Freeze("a", False), *CYCLE[-4:])]
     assert shown == [
         "fuse stem",
         "restore stem",
@@ -82,11 +87,25 @@ def test_actions_say_what_they_do() -> None:
         "freeze plain",
         "thaw a",
         "drop plain.identity",
+        "squeeze plain: its statistics stay",
+        "unsqueeze plain",
+        "squeeze stem",
     ]
 
 
 def test_the_actions_are_known() -> None:
-    assert ACTIONS.keys() == {"expand", "drop", "fuse", "restore", "freeze", "gate", "ungate", "calibrate"}
+    assert ACTIONS.keys() == {
+        "expand",
+        "drop",
+        "fuse",
+        "restore",
+        "freeze",
+        "gate",
+        "ungate",
+        "calibrate",
+        "squeeze",
+        "unsqueeze",
+    }
 
 
 def test_fused_is_a_plain_conv_and_restored_is_what_there_was() -> None:
@@ -140,6 +159,7 @@ def test_a_batch_norm_that_also_activates_is_fused_and_restored() -> None:
         (Restore("plain"), InvalidInput, "'plain' has absorbed no BatchNorm"),
         (Drop("plain", "1x1"), InvalidInput, "has no blocks"),
         (Freeze("plain"), InvalidInput, "has no blocks"),
+        (Squeeze("plain"), InvalidInput, "has no blocks"),
         (Expand("plain", (BranchSpec("3x3x3"),)), UnknownName, "branch kind '3x3x3'"),
         (Expand("stem", (BranchSpec("identity"),)), RepfxError, "3 channels go in and 8 come out"),
         (Expand("plain", (BranchSpec("1x1"),), gamma=0.1), InvalidInput, "needs preserve and calibrate"),

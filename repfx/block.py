@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
@@ -116,7 +116,7 @@ class RepBlock(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
         if self.squeezed and not isinstance(input, fx.Proxy) and self._is_one_map:
-            return self._assembled()(input)
+            return _assembled(self)(input)
         paths, gates = self.paths, self.gates
         outputs: dict[str, Tensor] = {name: paths[name](input) for name in self.running}
         if not outputs:
@@ -141,12 +141,6 @@ class RepBlock(nn.Module):
     def _is_one_map(self) -> bool:
         heard = any(has_hooks(module) for module in self.modules() if module is not self)
         return not heard and self.nonlinear_part is None
-
-    def _assembled(self) -> Kernel:
-        """The kernel in the mode that the block is in, in the weights' own precision; differentiable."""
-        weight = self.conv.weight
-        with torch.autocast(weight.device.type, enabled=False):
-            return self._kernel_of_all(self.running, weight)
 
     def squeeze(self, *, hold_statistics: bool) -> None:
         """Run as one conv wherever that is exact; everywhere, with `hold_statistics`: BatchNorms keep theirs from now on."""
@@ -185,10 +179,11 @@ class RepBlock(nn.Module):
 
     def equivalent_kernel(self, like: Tensor) -> Kernel:
         """The one kernel that the block amounts to in eval mode; differentiable. `like` gives dtype and device."""
-        return self._kernel_of_all(self.running_in(training=False), like)
+        return self.kernel_in(False, like)
 
-    def _kernel_of_all(self, names: Iterable[str], like: Tensor) -> Kernel:
-        kernels = [self.kernel_of(name, like) for name in names] or [self._nothing(like)]
+    def kernel_in(self, training: bool, like: Tensor) -> Kernel:
+        """The same of the paths that run in one mode, BatchNorms as in eval mode."""
+        kernels = [self.kernel_of(name, like) for name in self.running_in(training)] or [self._nothing(like)]
         return reduce(Kernel.add, kernels)
 
     def kernel_of(self, name: str, like: Tensor) -> Kernel:
@@ -307,6 +302,13 @@ class RepBlock(nn.Module):
         if name in _CONV_ATTRIBUTES or name == "bias":  # of which code may ask whether there is one
             return getattr(self.conv, name)
         return super().__getattr__(name)
+
+
+def _assembled(block: RepBlock) -> Kernel:
+    """The kernel of a squeezed block in the mode that it is in, in the weights' own precision; differentiable."""
+    weight = block.conv.weight
+    with torch.autocast(weight.device.type, enabled=False):
+        return block.kernel_in(block.training, weight)
 
 
 def block_at(model: nn.Module, site: str) -> RepBlock:

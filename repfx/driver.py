@@ -216,12 +216,13 @@ class Driver:
         actions: tuple[Action, ...] = ()
         if self.search is not None and self.epoch:
             self.search.after_epoch(self.epoch)
-        if self.schedule.due(self.epoch):
-            if self.schedule.metric is not None and self._saliency is None:
+        if self.schedule.is_due(self.epoch):
+            squeezes = self.epoch == self.schedule.squeeze_from
+            if self.schedule.metric is not None and self._saliency is None and not squeezes:
                 raise InvalidInput(
                     "no gradients were observed: call after_backward() between backward() and the optimizer's step."
                 )
-            actions = tuple(self.schedule.decide(self.observe()))
+            actions = tuple(self.schedule.plan(self.observe()))
             self._saliency = None
         if actions:
             averages = [] if self.ema is None else [self.ema]

@@ -101,13 +101,20 @@ def meaning_of(module: nn.Module) -> Meaning | None:
     return None if known is None else _READERS[known](module)
 
 
+def _unchecked_meaning(module: nn.Module) -> Meaning | None:
+    """The same of a module that was read before, without what `torch.compile` can't follow."""
+    if is_frozen_norm(module):
+        return _read_batch_norm(module)
+    return next((_READERS[base](module) for base in type(module).__mro__ if base in _READERS), None)
+
+
 def kernel_of(module: nn.Module, like: Tensor, channels: int, dimensions: int) -> Kernel:
     """The kernel of a linear module for inputs of `channels` channels and `dimensions` axes, in the dtype of `like`.
 
     Raises:
         InvalidInput: the module is no linear map.
     """
-    meaning = meaning_of(module)
+    meaning = _unchecked_meaning(module) if torch.compiler.is_compiling() else meaning_of(module)
     if meaning is None:
         raise InvalidInput(
             f"{type(module).__name__} is no linear map: {refusal_of(module) or 'its class is not known'}."

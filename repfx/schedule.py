@@ -7,11 +7,12 @@ The `Driver` observes, applies the actions and carries the optimizer; a schedule
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from repfx.errors import InvalidInput
 from repfx.journaling import Action
+from repfx.passes.squeeze import Squeeze
 from repfx.spec import ConvSpec
 
 SCHEDULES: dict[str, type[Schedule]] = {}
@@ -86,10 +87,16 @@ class Schedule:
     - `batches`: how many batches of the data new BatchNorms are calibrated on at most; None for all.
     - `needs_data`: whether its actions can't be done without.
     - `cycle`: after how many epochs the state of the optimizers begins anew, and the learning rate should; None for never.
+
+    Args:
+        squeeze_from: after so many epochs the BatchNorms in all blocks keep the statistics that they have, the blocks run as one conv each,
+            and the last epochs cost about what the plain model's do; nothing else is decided from then on. None: never.
     """
 
     name: ClassVar[str]
     needs_data: ClassVar[bool] = False
+
+    squeeze_from: int | None = field(default=None, kw_only=True)
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
@@ -106,6 +113,18 @@ class Schedule:
     @property
     def cycle(self) -> int | None:
         return None
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether anything is to be done after so many epochs; 0 is before the first."""
+        if self.squeeze_from is None or epoch < self.squeeze_from:
+            return self.due(epoch)
+        return epoch == self.squeeze_from
+
+    def plan(self, seen: Observation) -> Sequence[Action]:
+        """What is to be done now, in this order."""
+        if seen.epoch == self.squeeze_from:
+            return [Squeeze(block.site) for block in seen.blocks]
+        return self.decide(seen)
 
     def due(self, epoch: int) -> bool:
         """Whether to adjust after so many epochs; 0 is before the first."""
@@ -126,9 +145,9 @@ class Schedule:
         Raises:
             InvalidInput: no such option, or a value that can't be.
         """
-        unknown = sorted(options.keys() - {field.name for field in fields(cls)})
+        unknown = sorted(options.keys() - {each.name for each in fields(cls)})
         if unknown:
-            known = ", ".join(field.name for field in fields(cls))
+            known = ", ".join(each.name for each in sorted(fields(cls), key=lambda each: bool(each.kw_only)))
             raise InvalidInput(f"{cls.__name__} has no option {', '.join(unknown)}; it has {known}.")
         return cls(**{**cls._proportions(epochs, options), **options})
 

@@ -104,6 +104,10 @@ class Search(Schedule):
             0 <= self.warm_up < self.epochs,
             f"warm_up is {self.warm_up} epochs; it must be less than the {self.epochs} of the search.",
         )
+        require(
+            self.squeeze_from is None or self.squeeze_from > self.epochs,
+            f"squeeze_from is {self.squeeze_from}; blocks can be squeezed after the {self.epochs} epochs of the search.",
+        )
         require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive.")
         require(self.batches >= 1, f"batches is {self.batches}; it must be at least 1.")
         if self.spec is not None:

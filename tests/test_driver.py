@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,27 @@ def test_data_are_asked_for_at_once() -> None:
 
 
 # ---- what it does
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_the_last_epochs_run_squeezed_and_a_resumed_run_does_too(name: str, tmp_path: Path) -> None:
+    def begin() -> Run:
+        return Run(replace(SHORT[name], squeeze_from=2), ema=True)
+
+    whole = begin().go(4 * len(DATA))
+    blocks = [module for module in whole.model.modules() if isinstance(module, repfx.RepBlock)]
+    assert blocks
+    assert all(block.squeezed and block.holds_statistics for block in blocks)
+    assert [action.kind for epoch, action in whole.driver.history if epoch >= 2] == ["squeeze"] * len(blocks)
+    half = begin().go(2 * len(DATA) + 1)
+    repfx.save(tmp_path / "run.ckpt", half.model, half.optimizer, half.driver)
+    generator = torch.get_rng_state()
+    again = begin()
+    repfx.load(tmp_path / "run.ckpt", again.model, again.optimizer, again.driver)
+    again.done = half.done
+    torch.set_rng_state(generator)
+    again.go(4 * len(DATA))
+    assert same_state(again.model.state_dict(), whole.model.state_dict())
 
 
 @pytest.mark.parametrize("name", SHORT)

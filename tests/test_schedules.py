@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from repfx.passes.expand import Expand
 from repfx.passes.freeze import Freeze
 from repfx.passes.fuse import Fuse
 from repfx.passes.restore import Restore
+from repfx.passes.squeeze import Squeeze
 from repfx.schedule import SCHEDULES, Block, Candidate, Observation, Schedule
 from repfx.spec import BranchSpec, ConvSpec
 
@@ -173,7 +175,27 @@ def test_deciding_is_repeatable_and_never_acts_out_of_season(name: str) -> None:
     assert (SCHEDULES[name].__doc__ or "").strip()
 
 
-@pytest.mark.parametrize(("name", "epoch"), [("repan", 0), ("dyrep", 2), ("des", 0)])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_all_blocks_are_squeezed_for_the_last_epochs(name: str) -> None:
+    schedule: Schedule = SCHEDULES[name].over(12)
+    last = replace(schedule, squeeze_from=13)
+    assert [epoch for epoch in range(40) if last.is_due(epoch)] == [*filter(schedule.due, range(13)), 13]
+    seen = Observation(13, [Candidate("c", K3)], [block("a", {"1x1": 0.3}), block("b", {"1xk": 0.01})])
+    assert last.plan(seen) == [Squeeze("a"), Squeeze("b")]
+    before = replace(seen, epoch=0, blocks=())
+    assert last.plan(before) == schedule.decide(before)
+
+
+def test_fixed_expands_all_convs_once() -> None:
+    seen = Observation(0, [Candidate("a", K3), Candidate("b.1x1.conv", K3, 1)])
+    (action,) = repfx.schedules.Fixed({"a": "qarepvgg"}).plan(seen)
+    assert action == Expand("a", (BranchSpec("1x1"), BranchSpec("identity")), "none", gamma=1.0, preserve=False)
+    assert repfx.schedules.Fixed(None).plan(seen) == []
+    (action,) = repfx.schedules.Fixed("acb", preserve=True).plan(seen)
+    assert (action.gamma, action.preserve) == (0.0, True)
+
+
+@pytest.mark.parametrize(("name", "epoch"), [("repan", 0), ("dyrep", 2), ("des", 0), ("fixed", 0)])
 def test_a_spec_by_patterns_leaves_other_sites_alone(name: str, epoch: int) -> None:
     schedule = SCHEDULES[name].over(80, spec={"layer*": "acb"})
     seen = Observation(epoch, [Candidate("stem", K3, saliency=9.0), Candidate("layer1.0", K3), Candidate("head", K3)])
@@ -192,6 +214,13 @@ def test_a_spec_by_patterns_leaves_other_sites_alone(name: str, epoch: int) -> N
         ("dyrep", {"gamma": 0.0}, InvalidInput, "gamma is 0.0"),
         ("dyrep", {"depth": 0}, InvalidInput, "depth is 0"),
         ("dyrep", {"batches": 0}, InvalidInput, "batches is 0"),
+        (
+            "repnas",
+            {"squeeze_from": 4, "epochs": 5},
+            InvalidInput,
+            "squeeze_from is 4; blocks can be squeezed after the 5",
+        ),
+        ("fixed", {"spec": "nosuch"}, UnknownName, "preset 'nosuch'"),
         ("dyrep", {"speed": 1}, InvalidInput, "DyRep has no option speed; it has interval, until"),
         (
             "repnas",
@@ -211,5 +240,7 @@ def test_options_that_can_t_be(name: str, options: dict[str, Any], error: type[E
 
 
 def test_an_unknown_schedule() -> None:
-    with pytest.raises(AttributeError, match="no schedule Nosuch; it has DES, DyRep, RandomSearch, RepAn, RepNAS"):
+    with pytest.raises(
+        AttributeError, match="no schedule Nosuch; it has DES, DyRep, Fixed, RandomSearch, RepAn, RepNAS"
+    ):
         repfx.schedules.Nosuch  # noqa: B018

@@ -1,0 +1,51 @@
+"""Fixed: the branches are there from the beginning; what a schedule can do beside that is to squeeze them for the last epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from repfx.branch import fitting
+from repfx.journaling import Action
+from repfx.passes.expand import Expand
+from repfx.schedule import Candidate, Observation, Schedule
+from repfx.selection import spec_at
+from repfx.spec import SpecLike
+
+
+@dataclass(frozen=True)
+class Fixed(Schedule):
+    """All convs become blocks before the first epoch, and stay so; with `squeeze_from` the last epochs cost about what the plain model's do.
+
+    Args:
+        spec: what convs are expanded with at the beginning; blocks that are there already stay as they are. None: only these.
+        preserve: whether the branches add nothing at first, so that a trained model keeps its function.
+
+    >>> Fixed("acb", squeeze_from=80).is_due(80)
+    True
+    """
+
+    name: ClassVar[str] = "fixed"
+
+    spec: SpecLike | None = "dbb"
+    preserve: bool = False
+
+    def __post_init__(self) -> None:
+        if self.spec is not None:
+            spec_at(self.spec, "")
+
+    def due(self, epoch: int) -> bool:
+        return epoch == 0
+
+    def decide(self, seen: Observation) -> Sequence[Action]:
+        return [action for candidate in seen.candidates for action in self._expand(candidate)]
+
+    def _expand(self, candidate: Candidate) -> list[Expand]:
+        if self.spec is None or candidate.depth:
+            return []
+        spec = spec_at(self.spec, candidate.site)
+        branches, _ = fitting(spec.branches_for(candidate.conv), candidate.conv)
+        gamma = 0.0 if self.preserve else spec.gamma
+        site, origin = candidate.site, spec.origin
+        return [Expand(site, branches, spec.norm, spec.weights, gamma, None, self.preserve, origin)] if branches else []

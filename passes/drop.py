@@ -122,7 +122,7 @@ def absorb(model: nn.Module, leaving: Mapping[str, Sequence[str]], calibrate: It
         for branch in leaving[site]:
             block.absorb(branch)
         if site in moments:
-            set_kernel(block.conv, block.norm, block.origin_kernel(), moments[site])
+            block.take(block.origin_kernel(), moments[site])
         if not block.branches:
             collapse(model, site, block)
 
@@ -135,7 +135,7 @@ def _factors(block: RepBlock, leaving: Sequence[str]) -> dict[nn.Module, float]:
 
 def collapse(model: nn.Module, site: str, block: RepBlock) -> None:
     """Put the conv of a block back in its place and the BatchNorm in its own; one that was made for the block goes into the conv."""
-    if block.norm is not None and block.norm_path is None:
+    if block.scale is not None or (block.norm is not None and block.norm_path is None):
         set_kernel(block.conv, None, block.origin_kernel(), None)
     elif block.norm is not None and block.norm_path is not None:
         rest = model.get_submodule(block.norm_path)

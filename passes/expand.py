@@ -22,7 +22,7 @@ from repfx.cropped_conv import share
 from repfx.errors import InvalidInput
 from repfx.journaling import Action, record
 from repfx.kernel import Kernel
-from repfx.meaning import Layer, is_batch_norm, is_conv
+from repfx.meaning import Layer, is_batch_norm, is_conv, kernel_of
 from repfx.module_tree import set_submodule
 from repfx.moments import Moments, set_kernel
 from repfx.notes import copy_of
@@ -44,6 +44,7 @@ class Expand(Action):
         gamma: of their last BatchNorms at first, as in `expand`; where `preserve` is False, as in `Spec`, and 0 stands for its default.
         attach_rate: λ of the block at first, if it gets one.
         preserve: False where the branches began as in their papers, and the function didn't stay.
+        origin_scale: as in `Spec`.
     """
 
     kind: ClassVar[str] = "expand"
@@ -54,6 +55,7 @@ class Expand(Action):
     attach_rate: float | None = None
     preserve: bool = True
     origin: bool = True
+    origin_scale: float | None = None
 
     @property
     def changes_function(self) -> bool:
@@ -101,7 +103,9 @@ def _apart(actions: Sequence[Expand]) -> Iterator[list[Expand]]:
 
 def _specs(actions: list[Expand]) -> dict[str, Spec]:
     return {
-        action.site: Spec(action.branches, action.norm, _first_gamma(action), action.weights, action.origin)
+        action.site: Spec(
+            action.branches, action.norm, _first_gamma(action), action.weights, action.origin, action.origin_scale
+        )
         for action in actions
     }
 
@@ -204,6 +208,7 @@ def expand(
                 attach_rate,
                 preserve,
                 plan.spec.origin,
+                plan.spec.origin_scale,
             )
             for plan in plans
         ],
@@ -255,10 +260,11 @@ def _block(model: nn.Module, plan: _Plan, attach_rate: float | None, *, quiet: b
         built = kind_of(branch)(ConvSpec.of(conv), norm, conv.weight, **branch.options)
         if plan.spec.weights == "shared":
             share(built, conv)
-        _initialise(built, plan.spec, quiet=quiet)
+        _initialise(built, plan.spec, branch.scale, quiet=quiet)
         branches[branch.name or _free_name(branch.kind, branches)] = built.train(conv.training)
     moved = own_norm if plan.spec.norm == "batch_norm" else None
-    return RepBlock(conv, moved, branches, plan.site.norm if moved is not None else None, attach_rate)
+    norm_path = plan.site.norm if moved is not None else None
+    return RepBlock(conv, moved, branches, norm_path, attach_rate, plan.spec.origin_scale)
 
 
 def _free_name(kind: str, taken: Container[str]) -> str:
@@ -266,13 +272,15 @@ def _free_name(kind: str, taken: Container[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _initialise(branch: Branch, spec: Spec, *, quiet: bool) -> None:
+def _initialise(branch: Branch, spec: Spec, scale: float, *, quiet: bool) -> None:
     convs: list[Layer] = [module for module in branch.modules() if is_conv(module)]
     for conv in convs:
         if conv.weight.requires_grad:
             FIRST_WEIGHTS[spec.weights](conv)
     if branch.last_norm is not None:
         nn.init.constant_(branch.last_norm.weight, 0.0 if quiet else spec.gamma)
+    if spec.norm == "scale":
+        nn.init.constant_(branch.get_submodule("scale").weight, scale)  # type: ignore[arg-type]
 
 
 def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *, quiet: bool) -> None:
@@ -282,8 +290,7 @@ def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *,
         undo.callback(block.wake)
         block.rest()
     if quiet and plan.spec.norm != "batch_norm":
-        weight = conv.weight.detach().clone()
-        undo.callback(lambda: conv.weight.detach().copy_(weight))
+        undo.callback(conv.load_state_dict, copy.deepcopy(conv.state_dict()))
         _take_off(block)
     undo.callback(set_submodule, model, plan.site.path, conv)
     set_submodule(model, plan.site.path, block)
@@ -294,11 +301,18 @@ def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *,
 
 
 def _take_off(block: RepBlock) -> None:
-    """Subtract what the branches compute from the conv's own weights, so that the sum stays."""
+    """Subtract what the branches compute from what the conv did alone, so that the sum stays."""
     weight = block.conv.weight.detach()
     like = weight.double()
     kernels = [branch.equivalent_kernel(like) for branch in block.branches.values()]
-    weight.copy_(reduce(Kernel.subtract, kernels, block.origin.equivalent_kernel(like)).weight)
+    kernel = reduce(
+        Kernel.subtract, kernels, kernel_of(block.conv, like, block.site.in_channels, block.site.dimensions)
+    )
+    if block.scale is not None:
+        kernel = kernel.fold_affine(1 / block.scale.weight.detach().double())
+    weight.copy_(kernel.weight)
+    if kernel.bias is not None:
+        block.conv.bias.detach().copy_(kernel.bias)
 
 
 @torch.no_grad()
@@ -324,7 +338,7 @@ def _begin_with(
     for block, moments in zip(origins, measure_sums(model, without, batches)):
         own = kernels[block]
         kernel = reduce(Kernel.subtract, (block.kernel_of(name, own.weight) for name in block.branches), own)
-        set_kernel(block.conv, block.norm, kernel, moments)
+        block.take(kernel, moments)
 
 
 def _alone(block: RepBlock) -> PartialSum:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from torch import nn
 
 from repfx.block import RepBlock, block_at
-from repfx.errors import InvalidInput, UnknownName
+from repfx.errors import InvalidInput, RepfxError, UnknownName
 from repfx.journaling import Action, record
 from repfx.pipeline import verb
 from repfx.reporting import Edit, Report, Skip
@@ -96,9 +97,9 @@ def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: S
         raise UnknownName("statistics", str(statistics), get_args(Statistics))
     edits, skips, actions = [], [], []
     for path, block in _blocks(model, sites).items():
-        part = block.nonlinear_part
-        if part is not None and statistics is None:
-            skips.append(Skip(path, f"{part!r} takes its statistics from the batch", "squeeze"))
+        reason = _refusal(block, hold=statistics == "frozen")
+        if reason is not None:
+            skips.append(Skip(path, reason, "squeeze"))
             continue
         actions.append(Squeeze(path, statistics == "frozen"))
         edits.append(Edit("squeeze", path))
@@ -128,6 +129,19 @@ def unsqueeze(model: nn.Module, sites: str | Sequence[str] = "*") -> nn.Module:
     Unsqueeze.apply(model, [Unsqueeze(path) for path in squeezed], None)
     Report("unsqueeze", tuple(Edit("unsqueeze", path) for path in squeezed)).attach(model)
     return model
+
+
+def _refusal(block: RepBlock, *, hold: bool) -> str | None:
+    """Why a block isn't one linear map in the mode that it is in, its statistics held or not; or None."""
+    part = None if hold else block.nonlinear_part
+    if part is not None:
+        return f"{part!r} takes its statistics from the batch"
+    try:
+        with torch.no_grad():
+            block.equivalent_kernel(block.conv.weight)
+    except RepfxError as error:
+        return str(error)
+    return None
 
 
 def _blocks(model: nn.Module, sites: str | Sequence[str]) -> dict[str, RepBlock]:

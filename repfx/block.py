@@ -19,7 +19,7 @@ from repfx.kernel import Kernel
 from repfx.meaning import Layer, has_hooks, is_batch_norm, takes_batch_statistics
 from repfx.moments import Moments, set_kernel
 from repfx.spec import ConvSpec
-from repfx.stages import AttachRate
+from repfx.stages import AttachRate, Scale
 
 ORIGIN = "origin"
 _RESERVED = ("attach", "gate")
@@ -41,6 +41,7 @@ class RepBlock(nn.Module):
         branches: by name.
         norm_path: where the site's own BatchNorm stood, relative to the model.
         attach_rate: λ to begin with; None for a block without one.
+        origin_scale: what a `Scale` behind the conv begins with; None for none, and only where there is no `norm`.
 
     The sizes of the conv (``kernel_size``, ``stride``, …) can be read from the block, for code around it that does.
     """
@@ -52,6 +53,7 @@ class RepBlock(nn.Module):
         branches: Mapping[str, Branch],
         norm_path: str | None = None,
         attach_rate: float | None = None,
+        origin_scale: float | None = None,
     ) -> None:
         super().__init__()
         self._resting: tuple[str, ...] | None = None  # the origin's parameters that were trained
@@ -59,8 +61,11 @@ class RepBlock(nn.Module):
         self.holds_statistics = False  # its BatchNorms stay in eval mode
         self.site = ConvSpec.of(conv)
         self.norm_path = norm_path
-        stages = {"conv": conv} if norm is None else {"conv": conv, "norm": norm}
-        self.origin = Chain(iter(stages.items()), self.site)
+        self.origin = Chain(iter({"conv": conv}.items()), self.site)
+        if norm is not None:
+            self.origin.add_module("norm", norm)
+        elif origin_scale is not None:
+            self.origin.add_module("scale", Scale.like(conv, origin_scale))
         for name, branch in branches.items():
             if hasattr(self, name) or name in _RESERVED:
                 raise InvalidInput(f"a branch can't be named {name!r}: a block has an attribute of that name.")
@@ -77,7 +82,12 @@ class RepBlock(nn.Module):
     @property
     def norm(self) -> Layer | None:
         """The BatchNorm behind the site's own conv, if it has one."""
-        return self.origin[1] if len(self.origin) > 1 else None
+        return self.origin._modules.get("norm")
+
+    @property
+    def scale(self) -> Layer | None:
+        """The `Scale` behind the site's own conv, if it has one."""
+        return self.origin._modules.get("scale")
 
     @property
     def branches(self) -> dict[str, Branch]:
@@ -259,6 +269,13 @@ class RepBlock(nn.Module):
         """What the site's own conv and BatchNorm amount to, in float64 and in tensors of its own."""
         return copy.deepcopy(self.origin).equivalent_kernel(self.conv.weight.detach().double())
 
+    @torch.no_grad()
+    def take(self, kernel: Kernel, moments: Moments | None) -> None:
+        """Let the site's own conv and what is behind it amount to a kernel; see `set_kernel`. A scale becomes 1."""
+        set_kernel(self.conv, self.norm, kernel, moments)
+        if self.scale is not None:
+            self.scale.weight.fill_(1.0)
+
     def absorb(self, name: str) -> None:
         """Remove a branch; the origin takes its kernel over, in float64 and rounded once, so that the function stays.
 
@@ -267,11 +284,10 @@ class RepBlock(nn.Module):
         self.require(name)
         for branch in self.branches.values():
             unshare(branch)
-        conv, norm = self.conv, self.norm
-        like: Tensor = conv.weight.detach().double()
+        like: Tensor = self.conv.weight.detach().double()
         own = self._nothing(like) if self.rests else self.kernel_of(ORIGIN, like)
         is_open = name in self.running_in(training=False)
-        set_kernel(conv, norm, own.add(self.kernel_of(name, like)) if is_open else own, self._moments_with(name))
+        self.take(own.add(self.kernel_of(name, like)) if is_open else own, self._moments_with(name))
         self.wake()
         self.remove(name)
 

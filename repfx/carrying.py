@@ -123,7 +123,7 @@ def _begin_as(block: RepBlock, other: Any, branches: list[str], *, preserve: boo
     added = [block.kernel_of(branch, like) for branch in branches]
     if any(bool(kernel.weight.any()) for kernel in added):
         kernel = reduce(Kernel.subtract, (block.kernel_of(branch, like) for branch in block.branches), before)
-        set_kernel(block.conv, block.norm, kernel, None if other.norm is None else Moments.after(other.norm))
+        block.take(kernel, None if other.norm is None else Moments.after(other.norm))
 
 
 def require_open(optimizers: Iterable[torch.optim.Optimizer]) -> None:

@@ -104,6 +104,7 @@ class BranchSpec:
     name: str | None = field(
         default=None, repr=False
     )  # in its block; by default its kind, with a number from the second on
+    scale: float = field(default=1.0, repr=False)  # what its scale begins with, where `Spec.norm` is "scale"
 
 
 Normalisation = Literal["batch_norm", "scale", "none"]
@@ -124,6 +125,7 @@ class Spec:
             ``small`` is RepAn's U(−0.1 / √out, 0.1 / √out). ``shared``: as far as channels and window allow, they have no weights of their
             own but the centre crop of the site's (RepNAS, eq. 5).
         origin: whether the site's own conv runs. Without it the block is the sum of its branches alone, another function.
+        origin_scale: with ``scale``, what a learned factor per channel behind the site's own conv begins with; None for none.
 
     >>> Spec(["1x1", "1xk"], norm="none").branches
     (BranchSpec(kind='1x1', options={}), BranchSpec(kind='1xk', options={}))
@@ -134,8 +136,11 @@ class Spec:
     gamma: float = 1.0
     weights: Weights = "default"
     origin: bool = True
+    origin_scale: float | None = None
 
     def __post_init__(self) -> None:
+        if self.origin_scale is not None and (self.norm != "scale" or not self.origin_scale):
+            raise InvalidInput(f'origin_scale={self.origin_scale} needs norm="scale", and not to be zero.')
         if self.norm not in get_args(Normalisation):
             raise UnknownName("norm", str(self.norm), get_args(Normalisation))
         if self.weights not in get_args(Weights):
@@ -191,6 +196,13 @@ def _dilated_set(site: ConvSpec) -> tuple[BranchSpec, ...]:
 
 
 _DBB = ["1x1", "1x1-kxk", "1x1-avg"]
+_OREPA = [
+    BranchSpec("1x1-avg", scale=0.25),
+    BranchSpec("frequency-prior", scale=0.0),
+    BranchSpec("1x1-kxk", {"residual": True}, scale=0.5),
+    BranchSpec("1x1"),
+    BranchSpec("separable", scale=0.5),
+]
 _ALL_SIX = [*_DBB, "1xk", "kx1", "identity"]
 
 PRESETS: dict[str, Preset] = {
@@ -216,6 +228,11 @@ PRESETS: dict[str, Preset] = {
             "qarepvgg",
             "1×1 and identity without BatchNorm, one after the sum; quantizes well (QARepVGG)",
             Spec(["1x1", "identity"], norm="none"),
+        ),
+        Preset(
+            "orepa",
+            "five branches without BatchNorm, scaled, one after the sum; squeezed, it trains at about the price of a conv (OREPA)",
+            Spec(_OREPA, norm="scale", origin_scale=0.25),
         ),
     ]
 }

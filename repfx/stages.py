@@ -53,6 +53,13 @@ class Scale(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels, **factory))
         self.dimensions = dimensions
 
+    @classmethod
+    def like(cls, conv: Layer, value: float) -> Scale:
+        """For the output of a conv, all factors alike at first."""
+        scale = cls(conv.out_channels, conv.weight.ndim - 2, device=conv.weight.device, dtype=conv.weight.dtype)
+        nn.init.constant_(scale.weight, value)
+        return scale.train(conv.training)
+
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight.reshape(-1, *(1,) * self.dimensions)
 

@@ -378,3 +378,43 @@ def test_data_that_is_used_up_leaves_the_model_as_it_was() -> None:
         repfx.expand(model, "acb", gamma=0.01, calibrate=iter([batch()]), inplace=True)
     assert str(model) == text
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_orepa_begins_as_in_its_paper() -> None:
+    site = nn.Conv2d(6, 8, 3, padding=1, bias=False)
+    weight = site.weight.detach().clone()
+    block: Any = repfx.expand(nn.Sequential(site, nn.BatchNorm2d(8)), "orepa", preserve=False)[0]
+    scales = {name: float(path.scale.weight.unique()) for name, path in block.paths.items()}
+    assert scales == {
+        "origin": 0.25,
+        "1x1-avg": 0.25,
+        "frequency-prior": 0.0,
+        "1x1-kxk": 0.5,
+        "1x1": 1.0,
+        "separable": 0.5,
+    }
+    assert torch.equal(block.conv.weight, weight)
+    inner = block.branches["1x1-kxk"].conv1
+    assert not inner.conv.weight.any()
+    assert torch.equal(inner.equivalent_kernel(weight).weight.squeeze(), torch.eye(6))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_scaled_origin_with_a_bias_keeps_the_function_until_nothing_is_left(groups: int) -> None:
+    model: Any = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=groups), nn.BatchNorm2d(8)).double()
+    reference, x = randomize_batch_norm(copy.deepcopy(model)), torch.randn(2, 8, 7, 9).double()
+    model = repfx.expand(reference, "orepa")
+    assert_same_map(model, reference, x)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    before = copy.deepcopy(model)
+    for branch in list(model[0].branches):
+        repfx.drop(model, "0", branch)
+        assert_same_map(model, before, x)
+    assert type(model[0]) is nn.Conv2d
+
+
+@pytest.mark.parametrize("options", [{"norm": "none", "origin_scale": 0.5}, {"norm": "scale", "origin_scale": 0.0}])
+def test_a_scale_of_the_origin_that_can_t_be(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match='needs norm="scale", and not to be zero'):
+        repfx.Spec(["1x1"], **options)

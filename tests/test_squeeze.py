@@ -107,6 +107,16 @@ def test_a_squeezed_model_has_the_outputs_and_gradients_of_frozen_statistics(spe
     assert convs_on_activations(model) > 3
 
 
+def test_branches_without_batch_norm_are_squeezed_in_training_mode() -> None:
+    """And the BatchNorm after the sum goes on to take its statistics."""
+    model = expanded("orepa").train()
+    reference = copy.deepcopy(model)
+    assert repfx.report(repfx.squeeze(model)).skipped == ()
+    assert_alike(model, reference)
+    assert all(torch.allclose(a, b) for a, b in zip(model.state_dict().values(), reference.state_dict().values()))
+    assert convs_on_activations(model) == 3
+
+
 def test_statistics_that_are_held_stay_and_those_outside_go_on() -> None:
     model = repfx.squeeze(expanded(repfx.Spec(["1x1"], norm="none")), statistics="frozen").train()
     before = copy.deepcopy(model.state_dict())
@@ -282,6 +292,27 @@ def test_mixed_precision_assembles_in_full() -> None:
         fused = repfx.fuse(model)(X.float())
     assert found.dtype == torch.bfloat16
     assert relative_error(found.float(), fused.float()) < 1e-2
+
+
+@pytest.mark.parametrize("spec", ["dyrep", "orepa", "dilated"])
+@pytest.mark.parametrize("training", [True, False])
+def test_it_compiles_without_a_break(spec: str, training: bool) -> None:
+    model = repfx.squeeze(expanded(spec), statistics="frozen").train(training)
+    gate(model, "6", "sigmoid") if spec == "dilated" else gate(model, "3", "sigmoid")
+    expected = outputs_and_gradients(copy.deepcopy(model))
+    torch.compiler.reset()
+    found = outputs_and_gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))  # type: ignore[arg-type]
+    assert [name.removeprefix("_orig_mod.") for name in found] == list(expected)
+    for ours, theirs in zip(found.values(), expected.values()):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_what_has_no_kernel_is_left_alone_with_the_reason() -> None:
+    model = expanded().eval()
+    model[3].branches["1x1"].conv.register_forward_hook(lambda *_: None)
+    (skip,) = repfx.report(repfx.squeeze(model)).skipped
+    assert (skip.path, "Conv2d has hooks" in skip.reason) == ("3", True)
+    assert not model[3].squeezed
 
 
 def test_refusals() -> None:

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from repfx.block import RepBlock
 from repfx.branch import Branch
+from repfx.branches.identity import Identity
 from repfx.meaning import Layer
 from repfx.spec import ConvSpec
 from repfx.stages import Norm, Pad, Stages, conv_module
@@ -15,23 +17,27 @@ from repfx.stages import Norm, Pad, Stages, conv_module
 class PointwiseFull(Branch):
     """1×1 conv, then k×k conv (DBB transform III). x is padded first, so the sequence is one conv in training mode too.
 
-    The 1×1 has as many channels as come in, twice as many in depthwise sites; where it can, it begins as the identity, as DBB's does.
+    The 1×1 has as many channels as come in, twice as many in depthwise sites; where it can, it begins as the identity, as DBB's does. With
+    `residual` it is I + P, and P begins with zero, so that weight decay pulls it to the identity (OREPA).
     """
 
     kind = "1x1-kxk"
 
     @classmethod
-    def refusal(cls, site: ConvSpec) -> str | None:
+    def refusal(cls, site: ConvSpec, residual: bool = False) -> str | None:
         return "the window is 1×1 already" if site.is_pointwise else None
 
     @classmethod
-    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor) -> Stages:
+    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor, residual: bool = False) -> Stages:
         middle = 2 * site.in_channels if site.is_depthwise else site.in_channels
         ones = (1,) * site.dimensions
         unpadded = ((0, 0),) * site.dimensions
         mix = ConvSpec(site.in_channels, middle, ones, ones, unpadded, ones, site.groups)
         pointwise: Layer = conv_module(mix, like, bias=False)
-        if middle == site.in_channels:
+        if middle == site.in_channels and residual:
+            nn.init.zeros_(pointwise.weight)
+            pointwise = RepBlock(pointwise, None, {"identity": Identity(mix, Norm("none"), like)})
+        elif middle == site.in_channels:
             nn.init.dirac_(pointwise.weight, site.groups)
         yield "pad", Pad(site.padding, site.padding_mode)
         yield "conv1", pointwise

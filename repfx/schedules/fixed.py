@@ -16,7 +16,7 @@ from repfx.spec import SpecLike
 
 @dataclass(frozen=True)
 class Fixed(Schedule):
-    """All convs become blocks before the first epoch, and stay so; with `squeeze_from` the last epochs cost about what the plain model's do.
+    """All convs become blocks before the first epoch, and stay so; with `squeeze_from` the last ones cost about what the plain model's do.
 
     Args:
         spec: what convs are expanded with at the beginning; blocks that are there already stay as they are. None: only these.

@@ -9,12 +9,11 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import nn
 
-from repfx.block import RepBlock, block_at
-from repfx.errors import InvalidInput, RepfxError, UnknownName
+from repfx.block import RepBlock, block_at, blocks_at
+from repfx.errors import RepfxError, UnknownName
 from repfx.journaling import Action, record
 from repfx.pipeline import verb
 from repfx.reporting import Edit, Report, Skip
-from repfx.selection import fits
 
 Statistics = Literal["frozen"]
 
@@ -96,7 +95,7 @@ def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: S
     if statistics not in (None, *get_args(Statistics)):
         raise UnknownName("statistics", str(statistics), get_args(Statistics))
     edits, skips, actions = [], [], []
-    for path, block in _blocks(model, sites).items():
+    for path, block in blocks_at(model, sites).items():
         reason = _refusal(block, hold=statistics == "frozen")
         if reason is not None:
             skips.append(Skip(path, reason, "squeeze"))
@@ -125,7 +124,7 @@ def unsqueeze(model: nn.Module, sites: str | Sequence[str] = "*") -> nn.Module:
     >>> unsqueeze(model)[0].squeezed
     False
     """
-    squeezed = {path: block for path, block in _blocks(model, sites).items() if block.squeezed}
+    squeezed = {path: block for path, block in blocks_at(model, sites).items() if block.squeezed}
     Unsqueeze.apply(model, [Unsqueeze(path) for path in squeezed], None)
     Report("unsqueeze", tuple(Edit("unsqueeze", path) for path in squeezed)).attach(model)
     return model
@@ -142,15 +141,3 @@ def _refusal(block: RepBlock, *, hold: bool) -> str | None:
     except RepfxError as error:
         return str(error)
     return None
-
-
-def _blocks(model: nn.Module, sites: str | Sequence[str]) -> dict[str, RepBlock]:
-    """The blocks at such paths, those inside others, too."""
-    patterns = [sites] if isinstance(sites, str) else sites
-    blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
-    if not blocks:
-        raise InvalidInput(f"{type(model).__name__} has no blocks; repfx.expand makes them.")
-    for pattern in patterns:
-        if not any(fits(path, pattern) for path in blocks):
-            raise UnknownName("block at", pattern, blocks)
-    return {path: block for path, block in blocks.items() if any(fits(path, pattern) for pattern in patterns)}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from repfx.branch import Branch, Chain
 from repfx.cropped_conv import is_shared, unshare
@@ -17,6 +19,7 @@ from repfx.errors import InvalidInput, UnknownName
 from repfx.gates import Gates, StraightThrough
 from repfx.kernel import Kernel
 from repfx.meaning import Layer, has_hooks, is_batch_norm, takes_batch_statistics
+from repfx.module_tree import fits
 from repfx.moments import Moments, set_kernel
 from repfx.spec import ConvSpec
 from repfx.stages import AttachRate, Scale
@@ -33,7 +36,8 @@ class RepBlock(nn.Module):
     good, and then is only the place that takes over what branches leave.
 
     A *squeezed* block runs as one conv, whose kernel is assembled from the trainable parameters in forward, wherever that is exact: where
-    nothing in the block takes its statistics from the batch, and no hook listens to anything in it.
+    nothing in the block takes its statistics from the batch, and no hook listens to anything in it. A block that *recomputes* keeps
+    nothing but its input for the backward pass, and runs once more there.
 
     Args:
         conv: the site's own conv, the same object.
@@ -59,6 +63,7 @@ class RepBlock(nn.Module):
         self._resting: tuple[str, ...] | None = None  # the origin's parameters that were trained
         self.squeezed = False
         self.holds_statistics = False  # its BatchNorms stay in eval mode
+        self.recomputes = False
         self.site = ConvSpec.of(conv)
         self.norm_path = norm_path
         self.origin = Chain(iter({"conv": conv}.items()), self.site)
@@ -125,8 +130,15 @@ class RepBlock(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
-        if self.squeezed and not isinstance(input, fx.Proxy) and self._is_one_map:
+        if isinstance(input, fx.Proxy):
+            return self._sum_of_paths(input)
+        if self.squeezed and self._is_one_map:
             return _assembled(self)(input)
+        if self.recomputes and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _recomputed(self, input)
+        return self._sum_of_paths(input)
+
+    def _sum_of_paths(self, input: Tensor) -> Tensor:
         paths, gates = self.paths, self.gates
         outputs: dict[str, Tensor] = {name: paths[name](input) for name in self.running}
         if not outputs:
@@ -138,9 +150,9 @@ class RepBlock(nn.Module):
         factors, branches = self._shared_factors, list(outputs.values())
         if isinstance(input, fx.Proxy):  # each branch by itself, so that it can be merged with the origin
             branches = [reduce(lambda x, factor: x * factor.factor(), factors, branch) for branch in branches]
-        elif branches:
-            branches = [reduce(lambda x, factor: factor(x), factors, reduce(operator.add, branches))]
-        return reduce(operator.add, own + branches)
+        elif branches and factors:
+            branches = [reduce(lambda x, factor: factor(x), factors, _sum(branches))]
+        return _sum(own + branches)
 
     @property
     def nonlinear_part(self) -> str | None:
@@ -320,6 +332,38 @@ class RepBlock(nn.Module):
         return super().__getattr__(name)
 
 
+def _sum(terms: list[Tensor]) -> Tensor:
+    """All of them together, in one new tensor where their types are alike."""
+    if len(terms) < 3 or isinstance(terms[0], fx.Proxy) or len({term.dtype for term in terms}) > 1:
+        return reduce(operator.add, terms)
+    return reduce(Tensor.add_, terms[2:], terms[0] + terms[1])
+
+
+def _recomputed(block: RepBlock, input: Tensor) -> Tensor:
+    """What a block gives out, of which only the input is kept; the statistics that BatchNorms keep count the batch once."""
+    output: Tensor = checkpoint(
+        block._sum_of_paths,
+        input,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing in a block is random
+        context_fn=lambda: (nullcontext(), _counting_no_batch(block)),
+    )
+    return output
+
+
+@contextmanager
+def _counting_no_batch(block: RepBlock) -> Iterator[None]:
+    norms = [module for module in block.modules() if takes_batch_statistics(module)]
+    kept = [(norm, dict(norm._buffers)) for norm in norms]
+    for norm, buffers in kept:
+        norm._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()})
+    try:
+        yield
+    finally:
+        for norm, buffers in kept:
+            norm._buffers.update(buffers)
+
+
 def _assembled(block: RepBlock) -> Kernel:
     """The kernel of a squeezed block in the mode that it is in, in the weights' own precision; differentiable."""
     weight = block.conv.weight
@@ -333,9 +377,28 @@ def block_at(model: nn.Module, site: str) -> RepBlock:
     Raises:
         InvalidInput: the model has no blocks; UnknownName: none at that path.
     """
-    blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
-    if not blocks:
-        raise InvalidInput(f"{type(model).__name__} has no blocks; repfx.expand makes them.")
+    blocks = _all_blocks(model)
     if site not in blocks:
         raise UnknownName("block at", site, blocks)
     return blocks[site]
+
+
+def blocks_at(model: nn.Module, sites: str | Sequence[str]) -> dict[str, RepBlock]:
+    """The blocks whose paths fit a pattern, or one of several; those inside others, too.
+
+    Raises:
+        InvalidInput: the model has no blocks; UnknownName: a pattern fits none.
+    """
+    blocks = _all_blocks(model)
+    patterns = [sites] if isinstance(sites, str) else sites
+    for pattern in patterns:
+        if not any(fits(path, pattern) for path in blocks):
+            raise UnknownName("block at", pattern, blocks)
+    return {path: block for path, block in blocks.items() if any(fits(path, pattern) for pattern in patterns)}
+
+
+def _all_blocks(model: nn.Module) -> dict[str, RepBlock]:
+    blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
+    if not blocks:
+        raise InvalidInput(f"{type(model).__name__} has no blocks; repfx.expand makes them.")
+    return blocks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -35,6 +36,15 @@ def has(root: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def fits(path: str, pattern: str) -> bool:
+    """Whether a path is what a pattern names; `*` goes over dots, too.
+
+    >>> fits("layer1.0.conv1", "layer1.*"), fits("a[0]", "a[0]")
+    (True, True)
+    """
+    return path == pattern or fnmatchcase(path, pattern)
 
 
 def module_paths(model: nn.Module) -> dict[int, list[str]]:

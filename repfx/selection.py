@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from repfx.architecture import Architecture
 from repfx.errors import InvalidInput
+from repfx.module_tree import fits
 from repfx.spec import Spec, SpecLike, resolve_spec
 
 
@@ -77,8 +77,3 @@ def spec_at(spec: SpecLike, path: str) -> Spec:
     if isinstance(spec, Mapping):
         return Selection.of(spec).spec_for(path) or Spec([])
     return resolve_spec(spec)
-
-
-def fits(path: str, pattern: str) -> bool:
-    """Whether a path is what a pattern names."""
-    return path == pattern or fnmatchcase(path, pattern)

@@ -294,8 +294,13 @@ def test_mixed_precision_assembles_in_full() -> None:
     assert relative_error(found.float(), fused.float()) < 1e-2
 
 
-@pytest.mark.parametrize("spec", ["dyrep", "orepa", "dilated"])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("spec", "training"),
+    [
+        ("dilated", True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("dyrep", True), ("orepa", True), ("orepa", False)]),
+    ],
+)
 def test_it_compiles_without_a_break(spec: str, training: bool) -> None:
     model = repfx.squeeze(expanded(spec), statistics="frozen").train(training)
     gate(model, "6", "sigmoid") if spec == "dilated" else gate(model, "3", "sigmoid")

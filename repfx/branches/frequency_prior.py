@@ -31,8 +31,8 @@ class FrequencyPrior(Branch):
         filters = replace(site, in_channels=site.out_channels, groups=site.out_channels, padding=unpadded)
         prior = conv_module(filters, like, bias=False)
         prior.weight = nn.Parameter(_cosines(site, like).unsqueeze(1), requires_grad=False)
-        yield "pad", Pad(site.padding, site.padding_mode)
         yield "conv", conv_module(mix, like, bias=False)
+        yield "pad", Pad(site.padding, site.padding_mode)  # of zero, a 1×1 conv gives zero
         yield from norm.inside("norm1", site.out_channels, 2, like)
         yield "prior", prior
         yield from norm.last(site.out_channels, 2, like)

@@ -10,7 +10,7 @@ from repfx.stages import AVERAGE_POOL_OF, Norm, Pad, Stages, conv_module
 
 
 class PointwiseAverage(Branch):
-    """1×1 conv, then average pooling (DBB transform V); x is padded first. In depthwise sites the pooling alone, as in DBB."""
+    """1×1 conv, then average pooling (DBB transform V), padded before what normalises. In depthwise sites the pooling alone, as in DBB."""
 
     kind = "1x1-avg"
 
@@ -28,10 +28,11 @@ class PointwiseAverage(Branch):
     def stages(cls, site: ConvSpec, norm: Norm, like: Tensor) -> Stages:
         ones = (1,) * site.dimensions
         unpadded = ((0, 0),) * site.dimensions
-        yield "pad", Pad(site.padding, site.padding_mode)
         if not site.is_depthwise:
             mix = ConvSpec(site.in_channels, site.out_channels, ones, ones, unpadded, ones, site.groups)
             yield "conv", conv_module(mix, like, bias=False)
+        yield "pad", Pad(site.padding, site.padding_mode)  # of zero, a 1×1 conv gives zero
+        if not site.is_depthwise:
             yield from norm.inside("norm1", site.out_channels, site.dimensions, like)
         yield "pool", AVERAGE_POOL_OF[site.dimensions](site.kernel_size, site.stride)
         yield from norm.last(site.out_channels, site.dimensions, like)

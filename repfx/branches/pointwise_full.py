@@ -15,7 +15,7 @@ from repfx.stages import Norm, Pad, Stages, conv_module
 
 
 class PointwiseFull(Branch):
-    """1×1 conv, then k×k conv (DBB transform III). x is padded first, so the sequence is one conv in training mode too.
+    """1×1 conv, then k×k conv (DBB transform III). Padding comes before what normalises, so the sequence is one conv in training mode too.
 
     The 1×1 has as many channels as come in, twice as many in depthwise sites; where it can, it begins as the identity, as DBB's does. With
     `residual` it is I + P, and P begins with zero, so that weight decay pulls it to the identity (OREPA).
@@ -39,8 +39,8 @@ class PointwiseFull(Branch):
             pointwise = RepBlock(pointwise, None, {"identity": Identity(mix, Norm("none"), like)})
         elif middle == site.in_channels:
             nn.init.dirac_(pointwise.weight, site.groups)
-        yield "pad", Pad(site.padding, site.padding_mode)
         yield "conv1", pointwise
+        yield "pad", Pad(site.padding, site.padding_mode)  # of zero, a 1×1 conv gives zero
         yield from norm.inside("norm1", middle, site.dimensions, like)
         yield "conv2", conv_module(replace(site, in_channels=middle, padding=unpadded), like, bias=False)
         yield from norm.last(site.out_channels, site.dimensions, like)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from repfx.branch import Branch, require_positive
 from repfx.spec import ConvSpec
-from repfx.stages import Norm, Pad, Stages, conv_module
+from repfx.stages import Norm, Stages, conv_module, conv_stages
 
 
 class Separable(Branch):
-    """Depthwise k×k conv to `expansion` filters a channel, then 1×1 conv (OREPA); x is padded first."""
+    """Depthwise k×k conv to `expansion` filters a channel, then 1×1 conv (OREPA)."""
 
     kind = "separable"
 
@@ -28,10 +28,9 @@ class Separable(Branch):
         ones = (1,) * site.dimensions
         unpadded = ((0, 0),) * site.dimensions
         middle = expansion * site.in_channels
-        depthwise = replace(site, out_channels=middle, groups=site.in_channels, padding=unpadded)
+        depthwise = replace(site, out_channels=middle, groups=site.in_channels)
         mix = ConvSpec(middle, site.out_channels, ones, ones, unpadded, ones, site.groups)
-        yield "pad", Pad(site.padding, site.padding_mode)
-        yield "conv1", conv_module(depthwise, like, bias=False)
+        yield from conv_stages("conv1", depthwise, like)
         yield from norm.inside("norm1", middle, site.dimensions, like)
         yield "conv2", conv_module(mix, like, bias=False)
         yield from norm.last(site.out_channels, site.dimensions, like)

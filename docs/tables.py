@@ -201,14 +201,32 @@ def gates() -> str:
     return "\n\n".join(parts)
 
 
+def training() -> str:
+    """The committed results of `benchmarks/training.py`."""
+    parts = []
+    for file in sorted(RESULTS.glob("training-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows = [
+            (
+                row["net"],
+                row["candidate"],
+                f"{row['step']:.3g} s",
+                f"{row['step_ratio']:.2f}",
+                f"{row['memory'] / 2**20:.0f} MiB",
+                f"{row['memory_ratio']:.2f}",
+                row["against"],
+                f"{row['step_to_textbook']:.2f}",
+            )
+            for row in result["rows"]
+        ]
+        head = ("net", "with", "step", "ratio", "memory", "ratio", "ratios to", "step / textbook DBB")
+        parts += [f"{result['hardware']}; input {result['input']}; torch {result['torch']}:", _table(head, rows)]
+    return "\n\n".join(parts)
+
+
 def quantization() -> str:
     """The committed result of `benchmarks/quantization.py`: what each rounding costs each form, and the ranges that it meets."""
-    file = RESULTS / "quantization.json"
-    if not file.is_file():
-        return (
-            "There is no committed measurement yet: `python -m benchmarks.quantization --data cifar10.npz` makes one."
-        )
-    result = json.loads(file.read_text(encoding="utf-8"))
+    result = json.loads((RESULTS / "quantization.json").read_text(encoding="utf-8"))
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault((row["rounding"], row["form"]), []).append(row)
@@ -278,6 +296,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scoring": scoring,
     "search": search,
     "gates": gates,
+    "training": training,
     **{f"options_of_{command}": partial(options, command) for command in ("train", "fuse", "inspect", "report")},
     "quantization": quantization,
 }

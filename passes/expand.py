@@ -190,7 +190,7 @@ def expand(
     blocks = [_block(target, plan, attach_rate, quiet=quiet) for plan in plans]
     with ExitStack() as undo:  # nothing was changed before all of them existed
         for plan, block in zip(plans, blocks):
-            _install(target, plan, block, undo, quiet=quiet)
+            _install(target, plan, block, undo, preserve=preserve)
         if calibrate is not None:
             calibrate_norms(target, [norm for block in blocks for norm in _new_norms(block)], calibrate)
         if gamma and calibrate is not None:
@@ -283,13 +283,13 @@ def _initialise(branch: Branch, spec: Spec, scale: float, *, quiet: bool) -> Non
         nn.init.constant_(branch.get_submodule("scale").weight, scale)  # type: ignore[arg-type]
 
 
-def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *, quiet: bool) -> None:
+def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *, preserve: bool) -> None:
     """Put a block in the place of its conv; `undo` takes it back if something fails later."""
     conv = block.conv
     if not plan.spec.origin:
         undo.callback(block.wake)
         block.rest()
-    if quiet and plan.spec.norm != "batch_norm":
+    if preserve and plan.spec.norm != "batch_norm":
         undo.callback(conv.load_state_dict, copy.deepcopy(conv.state_dict()))
         _take_off(block)
     undo.callback(set_submodule, model, plan.site.path, conv)
@@ -304,7 +304,7 @@ def _take_off(block: RepBlock) -> None:
     """Subtract what the branches compute from what the conv did alone, so that the sum stays."""
     weight = block.conv.weight.detach()
     like = weight.double()
-    kernels = [branch.equivalent_kernel(like) for branch in block.branches.values()]
+    kernels = [block.kernel_of(name, like) for name in block.branches]
     kernel = reduce(
         Kernel.subtract, kernels, kernel_of(block.conv, like, block.site.in_channels, block.site.dimensions)
     )

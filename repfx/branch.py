@@ -33,16 +33,25 @@ class Chain(nn.Sequential):
     def equivalent_kernel(self, like: Tensor) -> Kernel:
         """The one kernel that the chain amounts to in eval mode; differentiable.
 
+        What acts on each channel alone is put into the conv before it, so that a conv's weights are scaled rather than larger ones that
+        are made of several.
+
         Args:
             like: gives dtype and device of the arithmetic.
         """
-        start = Kernel.identity(like, channels=self.site.in_channels, dimensions=self.site.dimensions)
-        return reduce(self._then, self, start)
+        parts: list[Kernel] = []
+        channels = self.site.in_channels
+        for stage in self:
+            kernel = self._kernel_of(stage, like, channels)
+            channels = kernel.out_channels
+            parts[-1:] = [parts[-1].compose(kernel)] if parts and kernel.is_channelwise else [*parts[-1:], kernel]
+        return reduce(Kernel.compose, parts or [self._kernel_of(nn.Identity(), like, channels)])
 
-    def _then(self, kernel: Kernel, stage: Layer) -> Kernel:
+    def _kernel_of(self, stage: Layer, like: Tensor, channels: int) -> Kernel:
         if hasattr(stage, "equivalent_kernel"):
-            return kernel.compose(stage.equivalent_kernel(kernel.weight))
-        return kernel.compose(kernel_of(stage, kernel.weight, kernel.out_channels, kernel.dimensions))
+            kernel: Kernel = stage.equivalent_kernel(like)
+            return kernel
+        return kernel_of(stage, like, channels, self.site.dimensions)
 
     @property
     def last_norm(self) -> Layer | None:

@@ -139,10 +139,11 @@ class Kernel:
     @property
     def is_channelwise_affine(self) -> bool:
         """Whether the map is ``x · scale + shift`` per channel and nothing else, which BatchNorm in eval mode is."""
-        return self._is_channelwise and not any(side for pair in self.padding for side in pair)
+        return self.is_channelwise and not any(side for pair in self.padding for side in pair)
 
     @property
-    def _is_channelwise(self) -> bool:
+    def is_channelwise(self) -> bool:
+        """Whether the map is ``x · scale + shift`` per channel after padding x."""
         alone = not self.transposed and self.groups == self.in_channels == self.out_channels
         return alone and all(k == 1 for k in self.kernel_size) and all(s == 1 for s in self.stride)
 
@@ -208,6 +209,8 @@ class Kernel:
         self._refuse_transposed("widened")
         if min((*before, *after), default=0) < 0:
             raise NoKernel(f"a window can't be widened by {before} and {after} taps")
+        if not any((*before, *after)):
+            return self
         sides = [side for pair in zip(reversed(before), reversed(after)) for side in pair]
         padding = tuple((p + b * d, q + a * d) for (p, q), b, a, d in zip(self.padding, before, after, self.dilation))
         return replace(self, weight=F.pad(self.weight, sides), padding=padding)
@@ -325,8 +328,11 @@ class Kernel:
             (p + s * p2, q + s * q2) for (p, q), s, (p2, q2) in zip(self.padding, self.stride, second.padding)
         )
         mode = self.padding_mode if self.padded else second.padding_mode
-        if self._is_channelwise:
+        if self.is_channelwise:
             folded = second.fold_affine_before(self.weight.flatten(), self.bias)
+            return replace(folded, padding=padding, padding_mode=mode)
+        if second.is_channelwise:
+            folded = self.fold_affine(second.weight.flatten(), second.bias)
             return replace(folded, padding=padding, padding_mode=mode)
         weight, dilation = _composed_weight(self, second)
         bias = second.bias if self.bias is None else _sum(second.bias, second._response(self.bias))
@@ -462,16 +468,18 @@ def _composed_weight(first: Kernel, second: Kernel) -> tuple[Tensor, Ints]:
     p, q = first.groups // groups, second.groups // groups
     pieces = groups * p * q
     out, channels, middle = second.weight.shape[0] // second.groups, first.weight.shape[1], first.out_channels // pieces
+    window, window2 = first.kernel_size, second.kernel_size
+    if p == pieces and math.prod(window) == 1 and window2:  # the same sum as a conv over the second map's weights
+        mix = first.weight.reshape(pieces, middle, channels).transpose(1, 2).reshape(-1, middle, *window)
+        return _CONV[second.dimensions](second.weight, mix, groups=pieces), tuple(dilation)
     taps = second.weight.reshape(groups * q, out, p, middle, -1).transpose(1, 2).flatten(0, 1)
-    if all(k == 1 for k in first.kernel_size):  # the same sum, quicker
-        mix = first.weight.reshape(pieces, middle, channels)
-        window = second.kernel_size
-        composed = torch.einsum("gomt,gmi->goit", taps, mix)
-    elif all(k == 1 for k in second.kernel_size):
-        window = first.kernel_size
+    if math.prod(window) == 1:
+        composed = torch.einsum("gomt,gmi->goit", taps, first.weight.reshape(pieces, middle, channels))
+        window = window2
+    elif math.prod(window2) == 1:
         composed = torch.einsum("gom,gmit->goit", taps.squeeze(3), first.weight.reshape(pieces, middle, channels, -1))
     else:
-        by_middle = taps.transpose(1, 2).reshape(pieces * middle, out, *second.kernel_size)
+        by_middle = taps.transpose(1, 2).reshape(pieces * middle, out, *window2)
         transpose = _CONV_TRANSPOSE[first.dimensions]
         turned = first.weight.transpose(0, 1)
         spread_out = transpose(turned, by_middle, stride=tuple(spread), dilation=tuple(spread2), groups=pieces)

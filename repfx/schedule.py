@@ -90,7 +90,8 @@ class Schedule:
 
     Args:
         squeeze_from: after so many epochs the BatchNorms in all blocks keep the statistics that they have, the blocks run as one conv each,
-            and the last epochs cost about what the plain model's do; nothing else is decided from then on. None: never.
+            and the last epochs cost about what the plain model's do; nothing else is decided from then on. 0 is for branches that have
+            no BatchNorm, as those of ``orepa``. None: never.
     """
 
     name: ClassVar[str]
@@ -122,9 +123,11 @@ class Schedule:
 
     def plan(self, seen: Observation) -> Sequence[Action]:
         """What is to be done now, in this order."""
-        if seen.epoch == self.squeeze_from:
-            return [Squeeze(block.site) for block in seen.blocks]
-        return self.decide(seen)
+        if seen.epoch != self.squeeze_from:
+            return self.decide(seen)
+        first = self.decide(seen) if seen.epoch == 0 and self.due(0) else ()
+        sites = [*(block.site for block in seen.blocks), *(each.site for each in first if each.kind == "expand")]
+        return [*first, *map(Squeeze, sites)]
 
     def due(self, epoch: int) -> bool:
         """Whether to adjust after so many epochs; 0 is before the first."""

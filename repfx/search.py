@@ -153,7 +153,8 @@ class Search(Schedule):
         branches, _ = fitting(spec.branches_for(candidate.conv), candidate.conv)
         weights = self.weights if spec.weights == "default" else spec.weights
         gamma = 0.0 if self.preserve else spec.gamma
-        return [Expand(candidate.site, branches, spec.norm, weights, gamma, preserve=self.preserve)] if branches else []
+        more: dict[str, Any] = {"preserve": self.preserve, "origin_scale": spec.origin_scale}
+        return [Expand(candidate.site, branches, spec.norm, weights, gamma, **more)] if branches else []
 
     def _settle(self, blocks: Sequence[Block]) -> list[Action]:
         """What is closed leaves, the gates too, and BatchNorms get the statistics of the net that is left."""

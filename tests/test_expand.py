@@ -414,6 +414,12 @@ def test_a_scaled_origin_with_a_bias_keeps_the_function_until_nothing_is_left(gr
     assert type(model[0]) is nn.Conv2d
 
 
+def test_a_scaled_origin_keeps_the_function_under_a_rate_too() -> None:
+    reference: Any = randomize_batch_norm(small_net())
+    model = repfx.expand(reference, "orepa", attach_rate=0.0)
+    assert_same_map(model.eval(), reference.eval(), batch())
+
+
 @pytest.mark.parametrize("options", [{"norm": "none", "origin_scale": 0.5}, {"norm": "scale", "origin_scale": 0.0}])
 def test_a_scale_of_the_origin_that_can_t_be(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput, match='needs norm="scale", and not to be zero'):

@@ -18,6 +18,7 @@ from repfx.passes.fuse import Fuse
 from repfx.passes.restore import Restore
 from repfx.passes.squeeze import Squeeze
 from repfx.schedule import SCHEDULES, Block, Candidate, Observation, Schedule
+from repfx.search import Search
 from repfx.spec import BranchSpec, ConvSpec
 
 K3 = ConvSpec(8, 8, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
@@ -182,6 +183,12 @@ def test_all_blocks_are_squeezed_for_the_last_epochs(name: str) -> None:
     assert [epoch for epoch in range(40) if last.is_due(epoch)] == [*filter(schedule.due, range(13)), 13]
     seen = Observation(13, [Candidate("c", K3)], [block("a", {"1x1": 0.3}), block("b", {"1xk": 0.01})])
     assert last.plan(seen) == [Squeeze("a"), Squeeze("b")]
+    if not isinstance(schedule, Search):
+        first, seen = replace(schedule, squeeze_from=0), replace(seen, epoch=0)
+        decided = list(schedule.decide(seen)) if schedule.due(0) else []
+        new = [Squeeze(action.site) for action in decided if isinstance(action, Expand)]
+        assert [*first.plan(seen)][-len(new) - 2 :] == [Squeeze("a"), Squeeze("b"), *new]
+        assert first.is_due(0)
     before = replace(seen, epoch=0, blocks=())
     assert last.plan(before) == schedule.decide(before)
 

@@ -87,7 +87,8 @@ class DyRep(Schedule):
             spec = spec_at(self.spec, best.site)
             branches, _ = fitting(spec.branches_for(best.conv), best.conv)
             if branches and not best.conv.is_pointwise:
-                return [Expand(best.site, branches, spec.norm, spec.weights, self.gamma)]
+                scale = spec.origin_scale
+                return [Expand(best.site, branches, spec.norm, spec.weights, self.gamma, origin_scale=scale)]
         return []
 
     def _drops(self, block: Block) -> list[Drop]:

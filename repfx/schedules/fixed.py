@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from repfx.branch import fitting
 from repfx.journaling import Action
@@ -47,5 +47,5 @@ class Fixed(Schedule):
         spec = spec_at(self.spec, candidate.site)
         branches, _ = fitting(spec.branches_for(candidate.conv), candidate.conv)
         gamma = 0.0 if self.preserve else spec.gamma
-        site, origin = candidate.site, spec.origin
-        return [Expand(site, branches, spec.norm, spec.weights, gamma, None, self.preserve, origin)] if branches else []
+        more: dict[str, Any] = {"preserve": self.preserve, "origin": spec.origin, "origin_scale": spec.origin_scale}
+        return [Expand(candidate.site, branches, spec.norm, spec.weights, gamma, **more)] if branches else []

@@ -95,7 +95,11 @@ class RepAn(Schedule):
     def _expand(self, site: str, conv: ConvSpec) -> list[Expand]:
         spec = spec_at(self.spec, site)
         branches, _ = fitting(spec.branches_for(conv), conv)
-        return [Expand(site, branches, spec.norm, self.weights, attach_rate=0.0)] if branches else []
+        return (
+            [Expand(site, branches, spec.norm, self.weights, attach_rate=0.0, origin_scale=spec.origin_scale)]
+            if branches
+            else []
+        )
 
     def attach_rate(self, time: float) -> float:
         time -= self.epochs * min(int(time) // self.epochs, self.cycles - 1)

@@ -1,0 +1,229 @@
+"""What does a training step cost with branches, beside the plain net's?
+
+    python -m benchmarks.training --out benchmarks/results/training-cpu.json
+
+ResNet-18 and VGG-16 for images of 32 × 32, channels last, one step of SGD with momentum after another, all candidates in turns. *Frozen*
+means that BatchNorms keep their statistics; such candidates are set against the plain net with frozen statistics. *Textbook DBB* is the
+block as its paper describes it, branches written out and padded with what the BatchNorm makes of zero. Memory is the peak of what a step
+allocates, and what parameters, buffers and momentum take.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import repfx
+from benchmarks._record import Row, machine, write
+from repfx.cost import measure_times
+from repfx.module_tree import set_submodule
+from repfx.passes.recompute import recompute
+from repfx.recipes.nets import resnet18, vgg16
+
+NETS: dict[str, Callable[[], nn.Module]] = {"resnet18": resnet18, "vgg16": vgg16}
+PLAIN, FROZEN, TEXTBOOK = "plain", "plain, frozen", "textbook DBB"
+
+
+class NormAndPad(nn.Module):
+    """BatchNorm, and a border of what it makes of zero."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, channels, height, width)``."""
+        y: Tensor = self.norm(x)
+        norm: Any = self.norm
+        border = norm.bias - norm.running_mean * norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        p, border = self.padding, border.detach().reshape(1, -1, 1, 1)
+        wide = F.pad(y, [p] * 4)
+        for axis in (2, 3):
+            for start in (0, wide.shape[axis] - p):
+                wide.narrow(axis, start, p).copy_(border)
+        return wide
+
+
+class TextbookBlock(nn.Module):
+    """A Diverse Branch Block for a 3×3 conv with padding 1."""
+
+    def __init__(self, conv: Any) -> None:
+        super().__init__()
+        inputs, outputs, stride = conv.in_channels, conv.out_channels, conv.stride
+        self.branches = nn.ModuleList(
+            [
+                nn.Sequential(conv, nn.BatchNorm2d(outputs)),
+                nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)),
+                nn.Sequential(
+                    nn.Conv2d(inputs, inputs, 1, bias=False),
+                    NormAndPad(inputs, 1),
+                    nn.Conv2d(inputs, outputs, 3, stride, bias=False),
+                    nn.BatchNorm2d(outputs),
+                ),
+                nn.Sequential(
+                    nn.Conv2d(inputs, outputs, 1, bias=False),
+                    NormAndPad(outputs, 1),
+                    nn.AvgPool2d(3, stride),
+                    nn.BatchNorm2d(outputs),
+                ),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, channels, height, width)``."""
+        total: Tensor = self.branches[0](x)
+        for branch in self.branches[1:]:
+            total = total + branch(x)
+        return total
+
+
+def textbook(model: nn.Module) -> nn.Module:
+    """With a textbook block for each 3×3 conv and the BatchNorm behind it."""
+    for site in repfx.sites(model):
+        conv: Any = model.get_submodule(site.path)
+        if conv.kernel_size == (3, 3):
+            conv.bias = None
+            set_submodule(model, str(site.norm), nn.Identity())
+            set_submodule(model, site.path, TextbookBlock(conv))
+    return model
+
+
+def expanded(spec: str, *, frozen: bool = False, squeezed: bool = False) -> Callable[[nn.Module], nn.Module]:
+    """Branches beside every conv that takes some."""
+
+    def build(model: nn.Module) -> nn.Module:
+        model = repfx.expand(model, spec, preserve=False)
+        if squeezed:
+            repfx.squeeze(model, statistics="frozen" if frozen else None)
+        return model
+
+    return build
+
+
+CANDIDATES: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {  # with what each is set against
+    PLAIN: (PLAIN, lambda model: model),
+    TEXTBOOK: (PLAIN, textbook),
+    "dbb": (PLAIN, expanded("dbb")),
+    "dbb, recomputed": (PLAIN, lambda model: recompute(expanded("dbb")(model))),
+    "orepa": (PLAIN, expanded("orepa")),
+    "orepa, squeezed": (PLAIN, expanded("orepa", squeezed=True)),
+    FROZEN: (FROZEN, lambda model: model),
+    "repvgg, frozen, squeezed": (FROZEN, expanded("repvgg", frozen=True, squeezed=True)),
+    "dbb, frozen, squeezed": (FROZEN, expanded("dbb", frozen=True, squeezed=True)),
+    "dyrep, frozen, squeezed": (FROZEN, expanded("dyrep", frozen=True, squeezed=True)),
+}
+
+
+class Step:
+    """One training step after another."""
+
+    def __init__(self, net: str, candidate: str, batch: int, device: str) -> None:
+        torch.manual_seed(0)
+        against, build = CANDIDATES[candidate]
+        model: Any = build(NETS[net]())
+        self.model = model.to(device, memory_format=torch.channels_last).train()
+        if against == FROZEN:
+            for module in self.model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        x = torch.randn(batch, 3, 32, 32, device=device)
+        self.x, self.y = x.contiguous(memory_format=torch.channels_last), torch.randint(10, (batch,), device=device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(self.x), self.y).backward()
+        self.optimizer.step()
+
+    def memory(self) -> int:
+        """Bytes at the peak."""
+        if self.x.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self()
+            return torch.cuda.max_memory_allocated()
+        self.optimizer.zero_grad()
+        found: Any
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            self()
+        events = sorted(
+            (event.start_ns(), event.nbytes())
+            for event in found.profiler.kineto_results.events()
+            if event.name() == "[memory]"
+        )
+        now = peak = 0
+        for _, change in events:
+            now += change
+            peak = max(peak, now)
+        state: list[Tensor] = [each["momentum_buffer"] for each in self.optimizer.state.values()]
+        held: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), *state]
+        return peak + sum(tensor.nbytes for tensor in held)
+
+
+def measure(net: str, batch: int, turns: int, device: str) -> list[Row]:
+    """One row for each candidate."""
+    steps = {name: Step(net, name, batch, device) for name in CANDIDATES}
+    calls: dict[str, Callable[[], object]] = dict(steps)
+    times = measure_times(calls, rounds=turns, warm_up=1)
+    memories = {name: step.memory() for name, step in steps.items()}
+
+    def ratio(name: str, other: str) -> float:
+        return median(a / b for a, b in zip(times[name], times[other]))
+
+    return [
+        {
+            "net": net,
+            "candidate": name,
+            "against": against,
+            "step": median(times[name]),
+            "step_ratio": ratio(name, against),
+            "step_to_textbook": ratio(name, TEXTBOOK),
+            "memory": memories[name],
+            "memory_ratio": memories[name] / memories[against],
+        }
+        for name, (against, _) in CANDIDATES.items()
+    ]
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="one turn of two images")
+    arguments = parser.parse_args()
+    turns, batch = (1, 2) if arguments.smoke else (arguments.turns, arguments.batch)
+    rows = [row for net in arguments.nets for row in measure(net, batch, turns, arguments.device)]
+    table = Table("net", "candidate", "step", "ratio", "against", "to textbook", "memory", "ratio", box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(
+            str(row["net"]),
+            str(row["candidate"]),
+            f"{float(row['step']):.3g} s",
+            f"{float(row['step_ratio']):.2f}",
+            str(row["against"]),
+            f"{float(row['step_to_textbook']):.2f}",
+            f"{float(row['memory']) / 2**20:.0f} MiB",
+            f"{float(row['memory_ratio']):.2f}",
+        )
+    Console().print(table)
+    if arguments.out is not None and not arguments.smoke:
+        write(arguments.out, {**machine(arguments.device), "input": f"{batch} × 3 × 32 × 32"}, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ from repfx.installation import install, prepare
 from repfx.journaling import Action, forget, record
 from repfx.kernel import Kernel
 from repfx.meaning import CONVS, TRANSPOSED_CONVS, Layer, kernel_of, meaning_of, torch_class
-from repfx.module_tree import set_submodule
+from repfx.module_tree import module_at, set_submodule
 from repfx.moments import set_kernel
 from repfx.notes import copy_of
 from repfx.pipeline import take_over_modes, verb
@@ -170,7 +170,7 @@ def _refusal(choice: _Choice, path: str, calls: int, model: nn.Module) -> str | 
         return f"it is called {calls} times"
     if meaning_of(choice.conv) is None or nn.utils.parametrize.is_parametrized(choice.conv):
         return "its weight is not a plain parameter"
-    taken = dict(model.named_modules()).get(choice.norm_path)
+    taken = module_at(model, choice.norm_path)
     if taken is not None and not isinstance(taken, nn.Identity) and not is_rest(taken):
         return f"its BatchNorm belongs at {choice.norm_path!r}, where a {type(taken).__name__} stands"
     if folded_norm(choice.conv) is None and isinstance(choice.conv, nn.Linear):
@@ -189,7 +189,7 @@ def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice, pa
     inside = choice.norm_path.removeprefix(f"{island.path}.") if island.path else choice.norm_path
     for name, part in _rest_at(root, inside):
         norm.add_module(name, part)
-    for call in [other for other in island.graph.nodes if other.op == "call_module" and other.target == inside]:
+    for call in island.graph.find_nodes(op="call_module", target=inside):
         call.replace_all_uses_with(call.args[0])  # the identity that stood there in the meantime
         island.graph.erase_node(call)
     set_submodule(root, inside, norm)
@@ -217,7 +217,7 @@ def _norm_behind(conv: Layer, folded: FoldedNorm | None) -> tuple[Layer, Kernel]
 
 def _rest_at(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     """The drop and the activation that the graph calls after a BatchNorm which did both; they stay its children."""
-    place = dict(root.named_modules()).get(path)
+    place = module_at(root, path)
     return [] if place is None else list(place.named_children())
 
 

@@ -38,6 +38,12 @@ def has(root: nn.Module, path: str) -> bool:
     return True
 
 
+def module_at(root: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, or None."""
+    found = attribute(root, path) if has(root, path) else None
+    return found if isinstance(found, nn.Module) else None
+
+
 def fits(path: str, pattern: str) -> bool:
     """Whether a path is what a pattern names; `*` goes over dots, too.
 

@@ -223,6 +223,8 @@ def padding_of(conv: Layer) -> Padding:
 
 def affine_of(norm: Layer, like: Tensor) -> tuple[Tensor, Tensor]:
     """(scale, shift), each ``(channels,)``, of a BatchNorm in eval mode: s = γ / √(σ² + ε), β - μ·s."""
+    if like.is_meta:  # where even one operation takes long
+        return like.new_empty(norm.running_mean.shape), like.new_empty(norm.running_mean.shape)
     mean, variance = norm.running_mean.to(like), norm.running_var.to(like)
     scale = torch.rsqrt(variance + norm.eps)
     if norm.weight is not None:

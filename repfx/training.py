@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset
 import repfx
 from repfx.architecture import Architecture
 from repfx.branch_scales import gammas_in
-from repfx.cost import count_macs, count_parameters
+from repfx.cost import count_macs_in_batch, count_parameters
 from repfx.dataset import DataSet, Images, every, labels_of, part_of
 from repfx.engine import accelerator_for
 from repfx.errors import Interrupted, InvalidInput, RepfxError, first_line
@@ -309,7 +309,8 @@ class _Training:
         return int(self.accelerator.reduce(right)) / count
 
     def _cost(self, model: nn.Module) -> tuple[int, int]:
-        return count_parameters(model), count_macs(model, self.place.bring(self.data.test[0][0][None]))
+        image = self.place.bring(self.data.test[0][0][None])
+        return count_parameters(model), count_macs_in_batch(model, image, self.recipe.batch_size)
 
     # ---- checkpoints
 

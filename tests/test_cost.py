@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import repfx
-from repfx.cost import count_macs, count_parameters, measure_latency
+from repfx.cost import count_macs, count_macs_in_batch, count_parameters, measure_latency
 from tests.tiny import net
 
 
@@ -34,6 +34,17 @@ def test_a_fused_model_costs_what_the_plain_one_does() -> None:
     expanded = repfx.expand(plain, "dbb")
     x = torch.zeros(1, 1, 8, 8)
     assert count_macs(repfx.fuse(expanded), x) == count_macs(plain, x) < count_macs(expanded, x)
+
+
+def test_squeezed_blocks_share_their_kernels_among_a_batch() -> None:
+    plain = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+    model = repfx.expand(plain, ["1x1-kxk"])
+    x = torch.zeros(1, 8, 6, 5)
+    assert count_macs_in_batch(model, x, 128) == count_macs(model, x)
+    repfx.squeeze(model, statistics="frozen")
+    product = 8 * 8 * 8 * 9 + 8 * 8  # and what the second conv makes of the first one's bias
+    assert count_macs(model, x) == count_macs(plain, x) + product
+    assert count_macs_in_batch(model, x, 64) == count_macs(plain, x) + product // 64
 
 
 def test_counting_leaves_modes_and_statistics_as_they_were() -> None:

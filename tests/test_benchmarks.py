@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import repfx
 from benchmarks._comparison import Ratio, compare
+from benchmarks._evidence_page import Difference
+from benchmarks._evidence_page import page as evidence
 from benchmarks._record import Row, machine, write
 from benchmarks._zoo_page import page
+from benchmarks.accuracy import METHODS, SCALES, Record
 from benchmarks.scoring import BRANCHES, FUSED, POPULATIONS, population_row
 from benchmarks.search import BUDGET, run, searches
+from benchmarks.training import textbook
+from repfx.schedule import SCHEDULES
+from repfx.testing import assert_same_map, randomize_batch_norm
 
 RESULTS_FOLDER = Path(__file__).parents[1] / "benchmarks" / "results"
 RESULTS = sorted(RESULTS_FOLDER.glob("latency-*.json"))
@@ -73,6 +82,81 @@ def test_committed_results_name_their_hardware_and_carry_their_noise(file: Path)
     assert found["torch"]
     assert all(row["low"] <= row["ratio"] <= row["high"] for row in found["rows"])
     assert {"by hand, again", "fused"} <= {row["form"] for row in found["rows"]}
+
+
+# ---- accuracy
+
+
+def runs(method: str, accuracies: list[float], macs: int = 100) -> list[dict[str, Any]]:
+    return [
+        {
+            "scale": "cpu",
+            "data": "cifar10",
+            "method": method,
+            "seed": seed,
+            "images": 10,
+            "accuracy": {"fused": accuracy},
+            "flips": {"onnxruntime": seed},
+            "test_images": 50,
+            "training_macs": macs,
+            "config": {"training": {"epochs": 3}, "model": {"name": "net"}},
+            "hardware": "here",
+            "torch": "2",
+        }
+        for seed, accuracy in enumerate(accuracies)
+    ]
+
+
+def test_the_interval_of_paired_differences() -> None:
+    found = Difference.of([3.0, 4.0, 5.5], [1.0, 1.0, 1.0])
+    assert (found.mean, found.spread) == pytest.approx((3.1667, 3.1258), abs=1e-4)  # t = 4.3027, s = 1.2583
+    assert found.shown
+    assert not Difference.of([3.0, 0.5], [1.0, 1.0]).shown
+    assert str(Difference.of([2.0], [1.5])) == "+0.50"
+
+
+def test_the_page_says_of_each_method_what_its_interval_allows() -> None:
+    rows = [
+        *runs("plain", [0.50, 0.51, 0.52]),
+        *runs("good", [0.60, 0.61, 0.63], macs=250),
+        *runs("bad", [0.40, 0.41, 0.41]),
+        *runs("unclear", [0.60, 0.45, 0.53]),
+        *runs("unfinished", [0.99]),
+    ]
+    text = evidence(rows)
+    assert "| good | 3 | 61.33 ± 1.53 | +10.33 ± 1.43 | 2.50 | 3 of 150 |" in text
+    assert "| unfinished | 1 | 99.00 | +49.00 | 1.00 | 0 of 50 |" in text
+    assert "Better than plain beyond chance: good. Worse: bad. Of the others nothing" in text
+
+
+def test_a_run_that_is_done_is_not_done_again(tmp_path: Path) -> None:
+    record = Record.at(tmp_path / "runs.jsonl")
+    for row in [*runs("plain", [0.5]), *runs("DBB", [0.6], macs=260)]:
+        record.add(row)
+    again = Record.at(tmp_path / "runs.jsonl")
+    assert again.rows == record.rows
+    assert again.has("cpu", "DBB", 0)
+    assert not again.has("cpu", "DBB", 1)
+    assert again.dearest("cpu", 0) == 2.6
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_asked_for(name: str) -> None:
+    method = METHODS[name]
+    for scale in SCALES.values():
+        if method.schedule is not None:
+            options = dict(method.schedule)
+            SCHEDULES[options.pop("name")].over(scale.training.epochs, **options)
+
+
+def test_the_textbook_block_is_a_diverse_branch_block() -> None:
+    """In eval mode: in training it pads with running statistics."""
+    plain = nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6)).double()
+    ours = randomize_batch_norm(repfx.expand(plain, "dbb")).eval()
+    theirs = textbook(plain).double().eval()
+    ordered = zip(theirs.state_dict(), ours.state_dict().values(), strict=True)
+    theirs.load_state_dict(dict(ordered))
+    assert_same_map(theirs, ours, torch.randn(2, 4, 9, 7).double())
 
 
 # ---- searches

@@ -1,0 +1,283 @@
+"""What accuracy do the methods give, trained alike, and what does each cost?
+
+    python -m benchmarks.accuracy --data cifar10.npz --scale cpu --out benchmarks/results/accuracy-cifar10-cpu.jsonl
+    python -m benchmarks.accuracy --page docs/evidence.md
+
+Every method trains the same net from the same seeds on the same data with the same recipe, and is fused, exported and tested in
+onnxruntime. Each run is one line of the file, written when it is done: run the command again, and it goes on with what is missing. Several
+processes can share a file if each has seeds of its own. *plain, longer* trains the plain net for as many multiply-adds as the dearest
+method took, so it comes last. The page is written from the committed files and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+from benchmarks._evidence_page import page
+from benchmarks._record import machine
+from repfx.augmentation import Augmentation
+from repfx.cost import count_macs
+from repfx.dataset import DataSource
+from repfx.experiment import Experiment, run
+from repfx.models import ModelReference
+from repfx.plain_values import to_plain
+from repfx.recipe import Distillation, Recipe
+from repfx.run_folder import RunFolder
+
+RESULTS = Path(__file__).parent / "results"
+PLAIN, LONGER, TEACHER = "plain", "plain, longer", "teacher"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One net, and how it is trained; the same for all methods.
+
+    Args:
+        net, teacher: what is trained, and what it can learn from.
+        training: without a seed.
+        images: of the training images, as many; None for all.
+    """
+
+    net: ModelReference
+    teacher: ModelReference
+    training: Recipe
+    images: int | None = None
+
+
+def small_vgg(num_classes: int = 10, width: int = 16) -> nn.Sequential:
+    """Seven 3×3 convs with BatchNorm and ReLU in four stages, and a linear layer."""
+    layers: list[nn.Module] = []
+    before = 3
+    for channels, convs in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
+        for _ in range(convs):
+            conv = nn.Conv2d(before, channels, 3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(channels), nn.ReLU()]
+            before = channels
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, num_classes))
+
+
+_SGD = Recipe(
+    epochs=10,
+    batch_size=128,
+    optimizer="SGD",
+    optimizer_options={"momentum": 0.9},
+    learning_rate=0.1,
+    weight_decay=5e-4,
+    warm_up=1.0,
+    augmentation=Augmentation(crop_padding=4, flip=0.5),
+    channels_last=True,
+)
+_PAPERS = replace(_SGD, epochs=100, weight_decay=1e-4, workers=4, test_every=5)
+_SMALL = "benchmarks.accuracy:small_vgg"
+SCALES: dict[str, Scale] = {
+    "cpu": Scale(ModelReference(_SMALL), ModelReference(_SMALL, options={"width": 32}), _SGD, 10000),
+    "vgg16": Scale(ModelReference("repfx.recipes.nets:vgg16"), ModelReference("repfx.recipes.nets:resnet101"), _PAPERS),
+    "resnet18": Scale(
+        ModelReference("repfx.recipes.nets:resnet18"), ModelReference("repfx.recipes.nets:resnet101"), _PAPERS
+    ),
+    "smoke": Scale(
+        ModelReference(_SMALL, options={"width": 4}),
+        ModelReference(_SMALL, options={"width": 4}),
+        replace(_SGD, epochs=4, batch_size=64),
+        256,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is done beside training the net.
+
+    Args:
+        spec: what it is expanded with; an empty list for nothing.
+        schedule: name and options; then `spec` is the schedule's.
+        distilled: whether it learns from the teacher.
+    """
+
+    spec: Any = None
+    schedule: Mapping[str, Any] | None = None
+    distilled: bool = False
+
+
+def _schedule(name: str, **options: Any) -> Method:
+    return Method(schedule={"name": name, **options})
+
+
+METHODS: dict[str, Method] = {
+    PLAIN: Method([]),
+    "ACB": Method("acb"),
+    "DBB": Method("dbb"),
+    "RepVGG": Method("repvgg"),
+    "OREPA": Method("orepa", {"name": "fixed", "squeeze_from": 0}),
+    "DyRep, Rep": _schedule("dyrep", drop=False),
+    "DyRep, Rep + Dep": _schedule("dyrep"),
+    "DyRep by snip": _schedule("dyrep", metric="snip"),
+    "RepNAS": _schedule("repnas"),
+    "random search": _schedule("random_search"),
+    "DES": _schedule("des"),
+    "RepAn": _schedule("repan"),
+    "RepAn, distilled": Method(schedule={"name": "repan"}, distilled=True),
+    "distilled": Method([], distilled=True),
+    LONGER: Method([]),
+}
+
+
+@dataclass
+class Record:
+    """The runs of a file, which grows run by run."""
+
+    file: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def at(cls, file: Path) -> Record:
+        """What the file holds so far."""
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        return cls(file, [json.loads(line) for line in lines])
+
+    def has(self, scale: str, method: str, seed: int) -> bool:
+        """Whether this run is done."""
+        return any((row["scale"], row["method"], row["seed"]) == (scale, method, seed) for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write a run behind the others."""
+        self.rows.append(row)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def dearest(self, scale: str, seed: int) -> float:
+        """How many times the plain net's multiply-adds the dearest method took."""
+        costs = {
+            row["method"]: row["training_macs"] for row in self.rows if (row["scale"], row["seed"]) == (scale, seed)
+        }
+        return float(max(costs.values()) / costs[PLAIN])
+
+
+def one_run(
+    scale: str, name: str, seed: int, data: Path, teacher: Path | None, out: Path, *, longer: float = 1.0
+) -> dict[str, Any]:
+    """Train, fuse, export and test; the row of the file."""
+    setting, method = SCALES[scale], METHODS.get(name, Method([]))
+    net = setting.teacher if name == TEACHER else setting.net
+    training = replace(setting.training, seed=seed, epochs=max(1, round(longer * setting.training.epochs)))
+    if method.distilled:
+        assert teacher is not None
+        training = replace(training, distillation=Distillation(setting.teacher, str(teacher), 0.9, 10.0))
+    experiment = Experiment(net, DataSource(str(data)), method.spec, method.schedule, training, out=out, overwrite=True)
+    began = time.perf_counter()
+    metrics = run(experiment)
+    assert metrics is not None
+    history = RunFolder(out).history
+    assert history is not None
+    epochs, images = history.epochs, _count(data)
+    taught = len(epochs[1:]) * _macs_of(setting.teacher) if method.distilled else 0
+    return {
+        "scale": scale,
+        "method": name,
+        "seed": seed,
+        "data": data.stem,
+        "images": images,
+        "accuracy": metrics.accuracy,
+        "flips": metrics.flips,
+        "test_images": metrics.test_images,
+        # a step is three times a forward pass, and one of the teacher
+        "training_macs": images * (3 * sum(epoch.macs for epoch in epochs[1:]) + taught),
+        "seconds": time.perf_counter() - began,
+        "epochs": [epoch.accuracy for epoch in epochs],
+        "config": to_plain({**experiment.values, "weights": None}),
+        **machine("cpu"),
+    }
+
+
+def _macs_of(teacher: ModelReference) -> int:
+    return count_macs(teacher.build(), torch.zeros(1, 3, 32, 32))
+
+
+def _count(data: Path) -> int:
+    with numpy.load(data) as arrays:
+        return len(arrays["y_train"])
+
+
+def _part(data: Path, images: int | None, folder: Path) -> Path:
+    """The data with so many training images, of which each class has as large a part as in all."""
+    if images is None:
+        return data
+    with numpy.load(data) as arrays:
+        found = dict(arrays)
+    chosen = numpy.random.default_rng(0).permutation(len(found["y_train"]))[:images]
+    found |= {name: found[name][chosen] for name in ("x_train", "y_train")}
+    numpy.savez(folder / data.name, **found)
+    return folder / data.name
+
+
+def measure(data: Path, scale: str, methods: list[str], seeds: list[int], record: Record) -> None:
+    """All runs that the record lacks."""
+    with TemporaryDirectory() as folder:
+        part = _part(data, SCALES[scale].images, Path(folder))
+        teacher: Path | None = None
+        for seed in seeds:
+            for name in [method for method in METHODS if method in methods]:
+                if record.has(scale, name, seed):
+                    continue
+                if METHODS[name].distilled and teacher is None:
+                    one_run(scale, TEACHER, 0, part, None, Path(folder) / "teacher")
+                    teacher = Path(folder) / "teacher" / "checkpoint.safetensors"
+                longer = record.dearest(scale, seed) if name == LONGER else 1.0
+                row = one_run(scale, name, seed, part, teacher, Path(folder) / "run", longer=longer)
+                record.add(row)
+                print(f"{name}, seed {seed}: {row['accuracy']['fused']:.2%} in {row['seconds']:.0f} s", flush=True)
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="an .npz file with x_train, y_train, x_test, y_test")
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--page", type=Path, help="write the page from the committed results")
+    parser.add_argument("--smoke", action="store_true", help="a few methods for four epochs on 256 images of nothing")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        with TemporaryDirectory() as folder:
+            record = Record.at(Path(folder) / "smoke.jsonl")
+            measure(_noise(Path(folder)), "smoke", [PLAIN, "OREPA", "RepAn, distilled", LONGER], [0], record)
+            print(page(record.rows))
+    elif arguments.page is not None:
+        files = sorted(RESULTS.glob("accuracy-*.jsonl"))
+        arguments.page.write_text(page([row for file in files for row in Record.at(file).rows]), encoding="utf-8")
+    else:
+        if arguments.data is None or arguments.out is None:
+            parser.error("give --data and --out, or --page")
+        measure(arguments.data, arguments.scale, arguments.methods, arguments.seeds, Record.at(arguments.out))
+
+
+def _noise(folder: Path) -> Path:
+    """Images of nothing."""
+    numbers = numpy.random.default_rng(0)
+    arrays: dict[str, Callable[[int], Any]] = {
+        "x": lambda count: numbers.integers(256, size=(count, 32, 32, 3), dtype=numpy.uint8),
+        "y": lambda count: numpy.arange(count) % 10,
+    }
+    parts = {
+        f"{name}_{part}": make(count) for part, count in (("train", 256), ("test", 64)) for name, make in arrays.items()
+    }
+    numpy.savez(folder / "noise.npz", **parts)
+    return folder / "noise.npz"
+
+
+if __name__ == "__main__":
+    main()

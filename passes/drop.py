@@ -139,5 +139,6 @@ def collapse(model: nn.Module, site: str, block: RepBlock) -> None:
         set_kernel(block.conv, None, block.origin_kernel(), None)
     elif block.norm is not None and block.norm_path is not None:
         rest = model.get_submodule(block.norm_path)
-        set_submodule(model, block.norm_path, joined(block.norm, rest))
+        norm = block.norm.train(block.training)  # also where the block held its statistics
+        set_submodule(model, block.norm_path, joined(norm, rest))
     set_submodule(model, site, block.conv)

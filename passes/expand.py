@@ -260,7 +260,8 @@ def _block(model: nn.Module, plan: _Plan, attach_rate: float | None, *, quiet: b
         built = kind_of(branch)(ConvSpec.of(conv), norm, conv.weight, **branch.options)
         if plan.spec.weights == "shared":
             share(built, conv)
-        _initialise(built, plan.spec, branch.scale, quiet=quiet)
+        built.first_scale = branch.scale
+        _initialise(built, plan.spec, quiet=quiet)
         branches[branch.name or _free_name(branch.kind, branches)] = built.train(conv.training)
     moved = own_norm if plan.spec.norm == "batch_norm" else None
     norm_path = plan.site.norm if moved is not None else None
@@ -272,7 +273,7 @@ def _free_name(kind: str, taken: Container[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _initialise(branch: Branch, spec: Spec, scale: float, *, quiet: bool) -> None:
+def _initialise(branch: Branch, spec: Spec, *, quiet: bool) -> None:
     convs: list[Layer] = [module for module in branch.modules() if is_conv(module)]
     for conv in convs:
         if conv.weight.requires_grad:
@@ -280,7 +281,7 @@ def _initialise(branch: Branch, spec: Spec, scale: float, *, quiet: bool) -> Non
     if branch.last_norm is not None:
         nn.init.constant_(branch.last_norm.weight, 0.0 if quiet else spec.gamma)
     if spec.norm == "scale":
-        nn.init.constant_(branch.get_submodule("scale").weight, scale)  # type: ignore[arg-type]
+        nn.init.constant_(branch.get_submodule("scale").weight, branch.first_scale)  # type: ignore[arg-type]
 
 
 def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *, preserve: bool) -> None:
@@ -302,17 +303,10 @@ def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *,
 
 def _take_off(block: RepBlock) -> None:
     """Subtract what the branches compute from what the conv did alone, so that the sum stays."""
-    weight = block.conv.weight.detach()
-    like = weight.double()
-    kernels = [block.kernel_of(name, like) for name in block.branches]
-    kernel = reduce(
-        Kernel.subtract, kernels, kernel_of(block.conv, like, block.site.in_channels, block.site.dimensions)
-    )
-    if block.scale is not None:
-        kernel = kernel.fold_affine(1 / block.scale.weight.detach().double())
-    weight.copy_(kernel.weight)
-    if kernel.bias is not None:
-        block.conv.bias.detach().copy_(kernel.bias)
+    like = block.conv.weight.detach().double()
+    own = kernel_of(block.conv, like, block.site.in_channels, block.site.dimensions)
+    kernel = reduce(Kernel.subtract, [block.kernel_of(name, like) for name in block.branches], own)
+    block.take(kernel, None, None if block.scale is None else block.scale.weight)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class SiteCode:
         conv: the sizes of its own conv, as text.
         branches: all that the search chose from, in order.
         code: one digit for the site's own conv and one for each branch, 1 for what it has; as in IRepNAS, figure A2.
-        norm, weights: as in `Spec`.
+        norm, weights, origin_scale: as in `Spec`.
         importance: what a search has learned of each path, in the order of the code: α of RepNAS, σ(α) · σ(β) of DES; None where there is
             nothing to learn. Empty without a search.
     """
@@ -40,6 +40,7 @@ class SiteCode:
     norm: Normalisation = "batch_norm"
     weights: Weights = "default"
     importance: tuple[float | None, ...] = ()
+    origin_scale: float | None = None
 
     @property
     def chosen(self) -> tuple[BranchSpec, ...]:
@@ -49,7 +50,8 @@ class SiteCode:
     @property
     def spec(self) -> Spec:
         """What the site is to be expanded with."""
-        return Spec(self.chosen, self.norm, weights=self.weights, origin=self.code[0] == "1")
+        origin = self.code[0] == "1"
+        return Spec(self.chosen, self.norm, weights=self.weights, origin=origin, origin_scale=self.origin_scale)
 
     @classmethod
     def of(cls, block: RepBlock) -> SiteCode:
@@ -63,7 +65,7 @@ class SiteCode:
         specs = tuple(
             replace(branch.spec, name=None if name == branch.kind else name) for name, branch in block.branches.items()
         )
-        return cls(str(block.site), specs, code, norm, weights, importance)
+        return cls(str(block.site), specs, code, norm, weights, importance, block.origin_scale)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -75,6 +77,7 @@ class SiteCode:
             "norm": self.norm,
             "weights": self.weights,
             "importance": list(self.importance),
+            "origin_scale": self.origin_scale,
         }
 
     @classmethod

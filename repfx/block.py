@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import reduce
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from repfx.branch import Branch, Chain
 from repfx.cropped_conv import is_shared, unshare
-from repfx.errors import InvalidInput, UnknownName
+from repfx.errors import InvalidInput, RepfxError, UnknownName
 from repfx.gates import Gates, StraightThrough
 from repfx.kernel import Kernel
 from repfx.meaning import Layer, has_hooks, is_batch_norm, takes_batch_statistics
@@ -66,6 +66,7 @@ class RepBlock(nn.Module):
         self.recomputes = False
         self.site = ConvSpec.of(conv)
         self.norm_path = norm_path
+        self.origin_scale = origin_scale
         self.origin = Chain(iter({"conv": conv}.items()), self.site)
         if norm is not None:
             self.origin.add_module("norm", norm)
@@ -132,15 +133,16 @@ class RepBlock(nn.Module):
         """``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
         if isinstance(input, fx.Proxy):
             return self._sum_of_paths(input)
-        if self.squeezed and self._is_one_map:
-            return _assembled(self)(input)
+        kernel = _assembled(self) if self.squeezed and self._is_one_map else None
+        if kernel is not None:
+            return kernel(input)
         if self.recomputes and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _recomputed(self, input)
         return self._sum_of_paths(input)
 
-    def _sum_of_paths(self, input: Tensor) -> Tensor:
+    def _sum_of_paths(self, input: Tensor, running: Sequence[str] | None = None) -> Tensor:
         paths, gates = self.paths, self.gates
-        outputs: dict[str, Tensor] = {name: paths[name](input) for name in self.running}
+        outputs: dict[str, Tensor] = {name: paths[name](input) for name in running or self.running}
         if not outputs:
             nothing: Tensor = self.origin(input) * 0
             return nothing
@@ -169,7 +171,7 @@ class RepBlock(nn.Module):
         self.squeezed = True
         if hold_statistics:
             self.holds_statistics = True
-            self._stop_norms()
+            self.stop_norms()
 
     def unsqueeze(self) -> None:
         """The reverse of `squeeze`; BatchNorms follow the mode of the block again."""
@@ -178,15 +180,19 @@ class RepBlock(nn.Module):
             self.holds_statistics = False
             self.train(self.training)
 
+    def extra_repr(self) -> str:
+        states = {"squeezed": self.squeezed, "statistics held": self.holds_statistics, "recomputes": self.recomputes}
+        return ", ".join(name for name, holds in states.items() if holds)
+
     def train(self, mode: bool = True) -> RepBlock:
         """As torch's, but BatchNorms whose statistics are held stay in eval mode."""
         super().train(mode)
-        if self.holds_statistics:
-            self._stop_norms()
+        self.stop_norms()
         return self
 
-    def _stop_norms(self) -> None:
-        for module in self.modules():
+    def stop_norms(self) -> None:
+        """Put BatchNorms whose statistics are held into eval mode."""
+        for module in self.modules() if self.holds_statistics else ():
             if is_batch_norm(module):
                 module.eval()
 
@@ -282,11 +288,12 @@ class RepBlock(nn.Module):
         return copy.deepcopy(self.origin).equivalent_kernel(self.conv.weight.detach().double())
 
     @torch.no_grad()
-    def take(self, kernel: Kernel, moments: Moments | None) -> None:
-        """Let the site's own conv and what is behind it amount to a kernel; see `set_kernel`. A scale becomes 1."""
-        set_kernel(self.conv, self.norm, kernel, moments)
+    def take(self, kernel: Kernel, moments: Moments | None, scale: Tensor | None = None) -> None:
+        """Let the site's own conv and what is behind it amount to a kernel; see `set_kernel`. A scale becomes 1, or `scale`."""
         if self.scale is not None:
-            self.scale.weight.fill_(1.0)
+            self.scale.weight.fill_(1.0) if scale is None else self.scale.weight.copy_(scale)
+            kernel = kernel.fold_affine(1 / self.scale.weight.to(kernel.weight))
+        set_kernel(self.conv, self.norm, kernel, moments)
 
     def absorb(self, name: str) -> None:
         """Remove a branch; the origin takes its kernel over, in float64 and rounded once, so that the function stays.
@@ -342,33 +349,55 @@ def _sum(terms: list[Tensor]) -> Tensor:
 def _recomputed(block: RepBlock, input: Tensor) -> Tensor:
     """What a block gives out, of which only the input is kept; the statistics that BatchNorms keep count the batch once."""
     output: Tensor = checkpoint(
-        block._sum_of_paths,
+        partial(block._sum_of_paths, running=block.running),
         input,
         use_reentrant=False,
         preserve_rng_state=False,  # nothing in a block is random
-        context_fn=lambda: (nullcontext(), _counting_no_batch(block)),
+        context_fn=partial(_contexts, block),
     )
     return output
 
 
-@contextmanager
-def _counting_no_batch(block: RepBlock) -> Iterator[None]:
-    norms = [module for module in block.modules() if takes_batch_statistics(module)]
-    kept = [(norm, dict(norm._buffers)) for norm in norms]
-    for norm, buffers in kept:
-        norm._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()})
-    try:
-        yield
-    finally:
-        for norm, buffers in kept:
-            norm._buffers.update(buffers)
+def _contexts(block: RepBlock) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _AsItWas(block)
 
 
-def _assembled(block: RepBlock) -> Kernel:
-    """The kernel of a squeezed block in the mode that it is in, in the weights' own precision; differentiable."""
+class _AsItWas:
+    """Modes and buffers of a block are inside what they were when this was made, and what is written into them is lost."""
+
+    def __init__(self, block: RepBlock) -> None:
+        self._then = [(module, module.training, _copied(module._buffers)) for module in block.modules()]
+        self._now: list[tuple[nn.Module, bool, dict[str, Tensor | None]]] = []
+
+    def __enter__(self) -> None:
+        self._now = [(module, module.training, dict(module._buffers)) for module, _, _ in self._then]
+        for module, training, buffers in self._then:
+            module.training = training
+            module._buffers.update(_copied(buffers))
+
+    def __exit__(self, *_: object) -> None:
+        for module, training, buffers in self._now:
+            module.training = training
+            module._buffers.update(buffers)
+
+
+def _copied(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
+
+
+def _assembled(block: RepBlock) -> Kernel | None:
+    """The kernel of a squeezed block in the mode that it is in, in the weights' own precision; differentiable.
+
+    None where a part was exchanged for something that has none.
+    """
     weight = block.conv.weight
-    with torch.autocast(weight.device.type, enabled=False):
-        return block.kernel_in(block.training, weight)
+    try:
+        if weight.is_meta:  # which autocast doesn't know
+            return block.kernel_in(block.training, weight)
+        with torch.autocast(weight.device.type, enabled=False):
+            return block.kernel_in(block.training, weight)
+    except RepfxError:
+        return None
 
 
 def block_at(model: nn.Module, site: str) -> RepBlock:

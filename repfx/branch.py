@@ -94,11 +94,12 @@ class Branch(Chain):
         super().__init__(self.stages(site, norm, like, **options), site)
         self.normalisation = norm.kind
         self.options = options
+        self.first_scale = 1.0
 
     @property
     def spec(self) -> BranchSpec:
         """What a branch like this one is asked for with."""
-        return BranchSpec(self.kind, self.options)
+        return BranchSpec(self.kind, self.options, scale=self.first_scale)
 
     @classmethod
     def refusal(cls, site: ConvSpec, *_: Any, **options: Any) -> str | None:

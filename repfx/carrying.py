@@ -91,6 +91,9 @@ def _go_through(copied: nn.Module, model: nn.Module, actions: tuple[Action, ...]
     _share_moments(copied, model, {action.site for action in actions if action.moves_kernels})
     for module, training in modes.items():
         module.training = training
+    for module in copied.modules():
+        if isinstance(module, RepBlock):
+            module.stop_norms()
 
 
 def _share_moments(copied: nn.Module, model: nn.Module, sites: set[str]) -> None:
@@ -123,7 +126,8 @@ def _begin_as(block: RepBlock, other: Any, branches: list[str], *, preserve: boo
     added = [block.kernel_of(branch, like) for branch in branches]
     if any(bool(kernel.weight.any()) for kernel in added):
         kernel = reduce(Kernel.subtract, (block.kernel_of(branch, like) for branch in block.branches), before)
-        block.take(kernel, None if other.norm is None else Moments.after(other.norm))
+        scale = None if other.scale is None else other.scale.weight
+        block.take(kernel, None if other.norm is None else Moments.after(other.norm), scale)
 
 
 def require_open(optimizers: Iterable[torch.optim.Optimizer]) -> None:

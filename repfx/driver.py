@@ -75,6 +75,7 @@ class Driver:
         score: Score | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
+        schedule.require_squeezable()
         if schedule.needs_data and calibrate is None:
             raise InvalidInput(
                 f"{type(schedule).__name__} measures new BatchNorms on data: give `calibrate`, the training data's loader."
@@ -111,8 +112,8 @@ class Driver:
 
     def after_backward(self) -> None:
         """Observe the gradients; between `backward()` and the optimizer's step, before a `GradScaler` unscales them."""
-        metric = self.schedule.metric
-        if metric is not None:
+        metric, last = self.schedule.metric, self.schedule.squeeze_from
+        if metric is not None and (last is None or self.epoch < last):
             if self._saliency is None:
                 self._saliency = _Saliency.of(self._candidates())
             weights = [self.model.get_submodule(site).weight for site in self._saliency.sites]
@@ -175,7 +176,7 @@ class Driver:
             for path, block in blocks.items()
             if block.conv.weight.requires_grad or is_frozen(block) or block.rests or block.gates is not None
         ]
-        return Observation(self.epoch, candidates, seen)
+        return Observation(self.epoch, candidates, seen, tuple(blocks))
 
     def synchronize(self) -> None:
         """Share out among all ranks what each has observed, so that the state of one stands for all; call it on all before one saves."""

@@ -105,7 +105,8 @@ def _unchecked_meaning(module: nn.Module) -> Meaning | None:
     """The same of a module that was read before, without what `torch.compile` can't follow."""
     if is_frozen_norm(module):
         return _read_batch_norm(module)
-    return next((_READERS[base](module) for base in type(module).__mro__ if base in _READERS), None)
+    known = torch_class(module)
+    return None if known is None else _READERS[known](module)
 
 
 def kernel_of(module: nn.Module, like: Tensor, channels: int, dimensions: int) -> Kernel:
@@ -114,11 +115,11 @@ def kernel_of(module: nn.Module, like: Tensor, channels: int, dimensions: int) -
     Raises:
         InvalidInput: the module is no linear map.
     """
-    meaning = _unchecked_meaning(module) if torch.compiler.is_compiling() else meaning_of(module)
+    compiling = torch.compiler.is_compiling()
+    meaning = _unchecked_meaning(module) if compiling else meaning_of(module)
     if meaning is None:
-        raise InvalidInput(
-            f"{type(module).__name__} is no linear map: {refusal_of(module) or 'its class is not known'}."
-        )
+        why = None if compiling else refusal_of(module)
+        raise InvalidInput(f"{type(module).__name__} is no linear map: {why or 'its class is not known'}.")
     return meaning.build(like, channels, dimensions)
 
 

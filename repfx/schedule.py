@@ -70,11 +70,13 @@ class Observation:
     Args:
         epoch: how many epochs are over.
         candidates, blocks: in the model's order; without those whose own conv isn't trained, but for what `Freeze` froze.
+        sites: the paths of all blocks, those that aren't trained, too.
     """
 
     epoch: int
     candidates: Sequence[Candidate] = ()
     blocks: Sequence[Block] = ()
+    sites: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ class Schedule:
     - `cycle`: after how many epochs the state of the optimizers begins anew, and the learning rate should; None for never.
 
     Args:
-        squeeze_from: after so many epochs the BatchNorms in all blocks keep the statistics that they have, the blocks run as one conv each,
-            and the last epochs cost about what the plain model's do; nothing else is decided from then on. 0 is for branches that have
-            no BatchNorm, as those of ``orepa``. None: never.
+        squeeze_from: after so many epochs the BatchNorms inside all blocks keep the statistics that they have, the blocks run as one
+            conv each, and the last epochs cost about what the plain model's do; nothing else is decided from then on. 0 is for
+            branches that have no BatchNorm, as those of ``orepa``. None: never.
     """
 
     name: ClassVar[str]
@@ -126,8 +128,14 @@ class Schedule:
         if seen.epoch != self.squeeze_from:
             return self.decide(seen)
         first = self.decide(seen) if seen.epoch == 0 and self.due(0) else ()
-        sites = [*(block.site for block in seen.blocks), *(each.site for each in first if each.kind == "expand")]
-        return [*first, *map(Squeeze, sites)]
+        return [*first, *map(Squeeze, [*seen.sites, *(each.site for each in first if each.kind == "expand")])]
+
+    def require_squeezable(self) -> None:
+        """Raise `InvalidInput` if `squeeze_from` is no epoch."""
+        epoch: Any = self.squeeze_from
+        least = 0 if self.due(0) else 1
+        valid = epoch is None or (isinstance(epoch, int) and not isinstance(epoch, bool) and epoch >= least)
+        require(valid, f"squeeze_from is {epoch!r}; it must be a whole number of epochs, from {least} on.")
 
     def due(self, epoch: int) -> bool:
         """Whether to adjust after so many epochs; 0 is before the first."""
@@ -152,7 +160,11 @@ class Schedule:
         if unknown:
             known = ", ".join(each.name for each in sorted(fields(cls), key=lambda each: bool(each.kw_only)))
             raise InvalidInput(f"{cls.__name__} has no option {', '.join(unknown)}; it has {known}.")
-        return cls(**{**cls._proportions(epochs, options), **options})
+        found = cls(**{**cls._proportions(epochs, options), **options})
+        found.require_squeezable()
+        late = found.squeeze_from is not None and found.squeeze_from >= epochs
+        require(not late, f"squeeze_from is {found.squeeze_from}, and the training has {epochs} epochs.")
+        return found
 
     @classmethod
     def _proportions(cls, epochs: int, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -139,8 +140,9 @@ class Spec:
     origin_scale: float | None = None
 
     def __post_init__(self) -> None:
-        if self.origin_scale is not None and (self.norm != "scale" or not self.origin_scale):
-            raise InvalidInput(f'origin_scale={self.origin_scale} needs norm="scale", and not to be zero.')
+        scale = self.origin_scale
+        if scale is not None and (self.norm != "scale" or not scale or not math.isfinite(scale)):
+            raise InvalidInput(f'origin_scale={scale} needs norm="scale", and to be a finite number other than zero.')
         if self.norm not in get_args(Normalisation):
             raise UnknownName("norm", str(self.norm), get_args(Normalisation))
         if self.weights not in get_args(Weights):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from repfx.kernel import Kernel, Padding, is_symmetric, pad
-from repfx.meaning import BATCH_NORMS, Layer, Meaning, pad_meaning, reads, torch_class
+from repfx.meaning import BATCH_NORMS, Layer, Meaning, kernel_of, pad_meaning, reads, torch_class
 from repfx.spec import ConvSpec
 
 CONV_OF: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -58,6 +58,7 @@ class Scale(nn.Module):
         """For the output of a conv, all factors alike at first."""
         scale = cls(conv.out_channels, conv.weight.ndim - 2, device=conv.weight.device, dtype=conv.weight.dtype)
         nn.init.constant_(scale.weight, value)
+        scale.weight.requires_grad_(conv.weight.requires_grad)
         return scale.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,6 +74,24 @@ def _read_scale(scale: Layer) -> Meaning:
         return Kernel.diagonal(scale.weight.to(like), None, dimensions)
 
     return Meaning("affine", scale.dimensions, scale.weight.shape[0], build)
+
+
+class Residual(nn.Module):
+    """``x + conv(x)``, for a 1×1 conv that gives out as many channels as it takes."""
+
+    def __init__(self, conv: Layer) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x + self.conv(x)
+        return found
+
+    def equivalent_kernel(self, like: Tensor) -> Kernel:
+        """As a linear map, differentiable."""
+        dimensions = self.conv.weight.ndim - 2
+        identity = Kernel.identity(like, channels=self.conv.in_channels, dimensions=dimensions)
+        return kernel_of(self.conv, like, self.conv.in_channels, dimensions).add(identity)
 
 
 class AttachRate(nn.Module):

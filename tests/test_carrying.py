@@ -42,6 +42,17 @@ def step(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
 
 
+def test_an_average_of_scaled_branches_stays_what_it_was() -> None:
+    model = net().double()
+    average = averaged(model)
+    expected = model.eval()(X.double())
+    with carry(model, average):
+        repfx.expand(model, "orepa", inplace=True)
+    for _ in range(3):
+        average.update_parameters(model)
+        assert relative_error(average.eval()(X.double()), expected) < 1e-12
+
+
 def test_an_optimizer_that_can_not_take_up_new_parameters_is_refused_before_anything_changes() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)

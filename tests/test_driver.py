@@ -214,8 +214,10 @@ def test_data_are_asked_for_at_once() -> None:
 @pytest.mark.parametrize("name", SHORT)
 def test_the_last_epochs_run_squeezed_and_a_resumed_run_does_too(name: str, tmp_path: Path) -> None:
     def begin() -> Run:
-        return Run(replace(SHORT[name], squeeze_from=2), ema=True)
+        return Run(schedules[name], ema=True)
 
+    last = repfx.schedules.RepAn(cycles=1, epochs=4, warm_up=1, squeeze_from=2)
+    schedules = {"dyrep": replace(SHORT["dyrep"], squeeze_from=2), "repan": last}
     whole = begin().go(4 * len(DATA))
     blocks = [module for module in whole.model.modules() if isinstance(module, repfx.RepBlock)]
     assert blocks

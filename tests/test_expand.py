@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import repfx
+from repfx.architecture import Architecture
 from repfx.errors import InvalidInput, Refused, UnknownName
 from repfx.spec import PRESETS
 from repfx.stages import AttachRate
@@ -395,6 +397,7 @@ def test_orepa_begins_as_in_its_paper() -> None:
     }
     assert torch.equal(block.conv.weight, weight)
     inner = block.branches["1x1-kxk"].conv1
+    assert type(inner).__name__ == "Residual"
     assert not inner.conv.weight.any()
     assert torch.equal(inner.equivalent_kernel(weight).weight.squeeze(), torch.eye(6))
 
@@ -420,7 +423,22 @@ def test_a_scaled_origin_keeps_the_function_under_a_rate_too() -> None:
     assert_same_map(model.eval(), reference.eval(), batch())
 
 
-@pytest.mark.parametrize("options", [{"norm": "none", "origin_scale": 0.5}, {"norm": "scale", "origin_scale": 0.0}])
-def test_a_scale_of_the_origin_that_can_t_be(options: dict[str, Any]) -> None:
-    with pytest.raises(InvalidInput, match='needs norm="scale", and not to be zero'):
-        repfx.Spec(["1x1"], **options)
+@pytest.mark.parametrize(("norm", "scale"), [("none", 0.5), ("scale", 0.0), ("scale", math.nan)])
+def test_a_scale_of_the_origin_that_can_t_be(norm: Any, scale: float) -> None:
+    with pytest.raises(InvalidInput, match='needs norm="scale", and to be a finite number'):
+        repfx.Spec(["1x1"], norm, origin_scale=scale)
+
+
+def test_a_frozen_conv_gets_a_frozen_scale() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(4, 4, 3))
+    model[0].weight.requires_grad_(False)
+    assert not repfx.expand(model, "orepa")[0].scale.weight.requires_grad
+
+
+def test_an_architecture_knows_what_scales_begin_with() -> None:
+    model = repfx.expand(nn.Sequential(nn.Conv2d(4, 4, 3)), "orepa")
+    again: Any = repfx.expand(
+        nn.Sequential(nn.Conv2d(4, 4, 3)), Architecture.from_json(Architecture.of(model).to_json())
+    )
+    scales = [float(path.scale.weight[0]) for path in again[0].paths.values()]
+    assert scales == [0.25, 0.25, 0.0, 0.5, 1.0, 0.5]

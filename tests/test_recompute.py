@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import repfx
 from repfx.passes.gate import gate
 from repfx.passes.recompute import recompute
+from repfx.testing import relative_error
 from tests.test_squeeze import X, assert_alike, expanded, outputs_and_gradients
 
 
@@ -70,6 +71,22 @@ def test_gates_and_paths_that_are_closed() -> None:
     gate(model, "3", "sigmoid")
     model[3].gates.choose(["1x1"], modes=[True])
     assert_alike(recompute(copy.deepcopy(model), "3"), model)
+
+
+def test_backward_twice_and_changes_in_between() -> None:
+    """Modes, rates and what gates leave open are those of the forward pass."""
+    gradients = []
+    begun = repfx.expand(expanded("acb"), {"3.1xk.conv": ["1x1"]}).train()
+    gate(begun, "3", "sigmoid")
+    for again in (False, True):
+        model: Any = recompute(copy.deepcopy(begun), enabled=again)
+        loss = model(X).square().mean()
+        loss.backward(retain_graph=True)
+        model.eval()
+        model[3].gates.choose(["1xk"], modes=[True])
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert relative_error(gradients[1], gradients[0]) < 1e-12
 
 
 def test_some_sites_and_squeezed_ones() -> None:

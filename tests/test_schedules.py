@@ -18,7 +18,6 @@ from repfx.passes.fuse import Fuse
 from repfx.passes.restore import Restore
 from repfx.passes.squeeze import Squeeze
 from repfx.schedule import SCHEDULES, Block, Candidate, Observation, Schedule
-from repfx.search import Search
 from repfx.spec import BranchSpec, ConvSpec
 
 K3 = ConvSpec(8, 8, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
@@ -181,16 +180,17 @@ def test_all_blocks_are_squeezed_for_the_last_epochs(name: str) -> None:
     schedule: Schedule = SCHEDULES[name].over(12)
     last = replace(schedule, squeeze_from=13)
     assert [epoch for epoch in range(40) if last.is_due(epoch)] == [*filter(schedule.due, range(13)), 13]
-    seen = Observation(13, [Candidate("c", K3)], [block("a", {"1x1": 0.3}), block("b", {"1xk": 0.01})])
-    assert last.plan(seen) == [Squeeze("a"), Squeeze("b")]
-    if not isinstance(schedule, Search):
-        first, seen = replace(schedule, squeeze_from=0), replace(seen, epoch=0)
-        decided = list(schedule.decide(seen)) if schedule.due(0) else []
-        new = [Squeeze(action.site) for action in decided if isinstance(action, Expand)]
-        assert [*first.plan(seen)][-len(new) - 2 :] == [Squeeze("a"), Squeeze("b"), *new]
-        assert first.is_due(0)
+    blocks = [block("a", {"1x1": 0.3}), block("b", {"1xk": 0.01})]
+    seen = Observation(13, [Candidate("c", K3)], blocks, ("a", "b", "untrained"))
+    assert last.plan(seen) == [Squeeze("a"), Squeeze("b"), Squeeze("untrained")]
     before = replace(seen, epoch=0, blocks=())
     assert last.plan(before) == schedule.decide(before)
+
+
+def test_branches_without_batch_norm_can_be_squeezed_from_the_beginning() -> None:
+    seen = Observation(0, [Candidate("a", K3)], (), ("b",))
+    expand, *squeezes = repfx.schedules.Fixed("orepa", squeeze_from=0).plan(seen)
+    assert (expand.kind, squeezes) == ("expand", [Squeeze("b"), Squeeze("a")])
 
 
 def test_fixed_expands_all_convs_once() -> None:
@@ -228,6 +228,18 @@ def test_a_spec_by_patterns_leaves_other_sites_alone(name: str, epoch: int) -> N
             "squeeze_from is 4; blocks can be squeezed after the 5",
         ),
         ("fixed", {"spec": "nosuch"}, UnknownName, "preset 'nosuch'"),
+        ("fixed", {"squeeze_from": 0}, InvalidInput, "BatchNorms in branches have measured nothing yet"),
+        (
+            "fixed",
+            {"squeeze_from": -1},
+            InvalidInput,
+            "squeeze_from is -1; it must be a whole number of epochs, from 0",
+        ),
+        ("dyrep", {"squeeze_from": 0}, InvalidInput, "squeeze_from is 0; it must be a whole number of epochs, from 1"),
+        ("dyrep", {"squeeze_from": 2.5}, InvalidInput, "squeeze_from is 2.5; it must be a whole number"),
+        ("dyrep", {"squeeze_from": True}, InvalidInput, "squeeze_from is True; it must be a whole number"),
+        ("dyrep", {"squeeze_from": 10}, InvalidInput, "squeeze_from is 10, and the training has 10 epochs"),
+        ("repan", {"cycles": 2, "squeeze_from": 6}, InvalidInput, "after the warm-up of the last cycle, after epoch 6"),
         ("dyrep", {"speed": 1}, InvalidInput, "DyRep has no option speed; it has interval, until"),
         (
             "repnas",

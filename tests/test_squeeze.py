@@ -320,6 +320,36 @@ def test_what_has_no_kernel_is_left_alone_with_the_reason() -> None:
     assert not model[3].squeezed
 
 
+def test_a_part_that_is_exchanged_later_runs_as_it_is() -> None:
+    class Doubled(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    for compiled in (False, True):
+        model = repfx.squeeze(expanded("acb", nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval())
+        reference = repfx.unsqueeze(copy.deepcopy(model))
+        for each in (model, reference):
+            each[0].branches["1xk"].conv.__class__ = Doubled
+        torch.compiler.reset()
+        run: Any = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+        assert relative_error(run(X), reference(X)) < 1e-12
+
+
+def test_on_the_meta_device_it_runs_too() -> None:
+    assert repfx.squeeze(expanded("orepa")).to("meta")(X.to("meta")).shape == (2, 6, 6, 7)
+
+
+def test_a_squeezed_block_says_so() -> None:
+    assert repfx.squeeze(expanded(), statistics="frozen")[0].extra_repr() == "squeezed, statistics held"
+
+
+def test_what_is_dropped_from_a_block_that_holds_statistics_trains_again() -> None:
+    model = repfx.squeeze(expanded("acb").train(), statistics="frozen")
+    for branch in ("1xk", "kx1"):
+        repfx.drop(model, "3", branch)
+    assert model[4].training
+
+
 def test_refusals() -> None:
     with pytest.raises(repfx.errors.InvalidInput, match="has no blocks"):
         repfx.squeeze(net())

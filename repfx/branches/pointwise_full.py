@@ -6,12 +6,10 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from repfx.block import RepBlock
 from repfx.branch import Branch
-from repfx.branches.identity import Identity
 from repfx.meaning import Layer
 from repfx.spec import ConvSpec
-from repfx.stages import Norm, Pad, Stages, conv_module
+from repfx.stages import Norm, Pad, Residual, Stages, conv_module
 
 
 class PointwiseFull(Branch):
@@ -36,7 +34,7 @@ class PointwiseFull(Branch):
         pointwise: Layer = conv_module(mix, like, bias=False)
         if middle == site.in_channels and residual:
             nn.init.zeros_(pointwise.weight)
-            pointwise = RepBlock(pointwise, None, {"identity": Identity(mix, Norm("none"), like)})
+            pointwise = Residual(pointwise)
         elif middle == site.in_channels:
             nn.init.dirac_(pointwise.weight, site.groups)
         yield "conv1", pointwise

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from repfx.branch import fitting
 from repfx.journaling import Action
 from repfx.passes.expand import Expand
-from repfx.schedule import Candidate, Observation, Schedule
-from repfx.selection import spec_at
+from repfx.schedule import Candidate, Observation, Schedule, require
+from repfx.selection import Selection, spec_at
 from repfx.spec import SpecLike
 
 
@@ -32,8 +32,9 @@ class Fixed(Schedule):
     preserve: bool = False
 
     def __post_init__(self) -> None:
-        if self.spec is not None:
-            spec_at(self.spec, "")
+        specs = [] if self.spec is None else [spec for _, spec in Selection.of(self.spec).patterns]
+        normalised = self.squeeze_from == 0 and any(spec.norm == "batch_norm" for spec in specs)
+        require(not normalised, "squeeze_from is 0, where BatchNorms in branches have measured nothing yet.")
 
     def due(self, epoch: int) -> bool:
         return epoch == 0

@@ -62,6 +62,11 @@ class RepAn(Schedule):
             0 <= self.warm_up <= self.epochs,
             f"warm_up is {self.warm_up} epochs; it must be from 0 to the {self.epochs} of a cycle.",
         )
+        last = (self.cycles - 1) * self.epochs + math.ceil(self.warm_up)
+        require(
+            self.squeeze_from is None or self.squeeze_from > last,
+            f"squeeze_from is {self.squeeze_from}; it must come after the warm-up of the last cycle, after epoch {last}.",
+        )
         if self.statistics not in ("inherited", "measured"):
             raise UnknownName("statistics", str(self.statistics), ["inherited", "measured"])
         spec_at(self.spec, "")

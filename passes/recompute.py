@@ -17,7 +17,8 @@ def recompute(model: nn.Module, sites: str | Sequence[str] = "*", *, enabled: bo
 
     A block of n branches otherwise keeps n feature maps and more. So memory comes near that of the plain model, for the price of a second
     forward pass of the blocks. Outputs, gradients and running statistics are the same: BatchNorms count the batch once. Hooks inside hear
-    both passes. Squeezed blocks have little to keep and run as they do; so do all under `torch.compile`, whose own partitioner decides what is kept.
+    both passes. Squeezed blocks have little to keep and run as they do; so do all under `torch.compile`, whose own partitioner decides
+    what is kept.
 
     The model is changed in place and returned. What computes stays, so the journal has no word of it, and `load` doesn't bring it back.
 

@@ -145,7 +145,7 @@ def test_every_method_can_be_asked_for(name: str) -> None:
     method = METHODS[name]
     for scale in SCALES.values():
         if method.schedule is not None:
-            options = dict(method.schedule)
+            options = dict(method.schedule) | ({} if method.spec is None else {"spec": method.spec})
             SCHEDULES[options.pop("name")].over(scale.training.epochs, **options)
 
 

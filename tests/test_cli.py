@@ -295,6 +295,7 @@ def test_fuse_takes_a_model_with_weights(tmp_path: Path, repfx_command) -> None:
     assert relative_error(torch.from_numpy(found), model(x)) < 1e-5
 
 
+@pytest.mark.slow
 def test_fuse_writes_8_bits_and_says_what_that_costs(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     arguments = ("fuse", finished, "--int8", "--data", "digits", "--calibration-images", 100)
     outcome = repfx_command(*arguments, "--onnx", tmp_path / "m.onnx", "--json", "--keep-float", "8")

@@ -251,7 +251,12 @@ MUTANTS = [
     Mutant("inner sides swapped", ConvSpec, "inner", inner_with_sides_swapped, ("alignment",)),
     Mutant("inner in the corner", ConvSpec, "inner", inner_in_the_corner, ("alignment",)),
 ]
-ROWS = [pytest.param(mutant, check, id=f"{mutant.name}-{check}") for mutant in MUTANTS for check in mutant.checks]
+LONG = ("border law before alone", "border law without bias")  # rare in what is drawn
+ROWS = [
+    pytest.param(mutant, check, id=f"{mutant.name}-{check}", marks=[pytest.mark.slow] if mutant.name in LONG else [])
+    for mutant in MUTANTS
+    for check in mutant.checks
+]
 
 
 def run(check: str, search: settings = SEARCH) -> None:

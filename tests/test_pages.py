@@ -197,6 +197,7 @@ def test_a_run_that_began_expanded_and_stays_so(tmp_path: Path) -> None:
     assert "epoch 2: no γ" in page.titles()
 
 
+@pytest.mark.slow
 def test_what_a_search_found_is_on_the_page(tmp_path: Path) -> None:
     record(tmp_path / "run", "repnas", 2, budget=3, warm_up=0)
     page = Page(write_run_page(RunFolder(tmp_path / "run")))

@@ -163,8 +163,8 @@ class RepBlock(nn.Module):
 
     @property
     def _is_one_map(self) -> bool:
-        heard = any(has_hooks(module) for module in self.modules() if module is not self)
-        return not heard and self.nonlinear_part is None
+        parts = [module for module in self.modules() if module is not self]
+        return not any(takes_batch_statistics(module) or has_hooks(module) for module in parts)
 
     def squeeze(self, *, hold_statistics: bool) -> None:
         """Run as one conv wherever that is exact; everywhere, with `hold_statistics`: BatchNorms keep theirs from now on."""

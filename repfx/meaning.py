@@ -84,9 +84,10 @@ def torch_class(module: nn.Module) -> type[nn.Module] | None:
     >>> torch_class(Renamed(1, 1, 1)), torch_class(Other(1, 1, 1))
     (<class 'torch.nn.modules.conv.Conv2d'>, None)
     """
-    known = next((base for base in type(module).__mro__ if base in _READERS), None)
-    if known is None or is_patched(module):
+    bases = [base for base in type(module).__mro__ if base in _READERS]
+    if not bases or is_patched(module):
         return None
+    known = bases[0]
     own_code = all(getattr(type(module), name, None) is getattr(known, name, None) for name in _CODE)
     return known if own_code else None
 
@@ -105,8 +106,10 @@ def _unchecked_meaning(module: nn.Module) -> Meaning | None:
     """The same of a module that was read before, without what `torch.compile` can't follow."""
     if is_frozen_norm(module):
         return _read_batch_norm(module)
-    known = torch_class(module)
-    return None if known is None else _READERS[known](module)
+    known = [base for base in type(module).__mro__ if base in _READERS]
+    if not known or type(module).forward is not known[0].forward:
+        return None
+    return _READERS[known[0]](module)
 
 
 def kernel_of(module: nn.Module, like: Tensor, channels: int, dimensions: int) -> Kernel:

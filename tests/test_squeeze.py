@@ -294,6 +294,10 @@ def test_mixed_precision_assembles_in_full() -> None:
     assert relative_error(found.float(), fused.float()) < 1e-2
 
 
+BREAKS = torch.__version__ < "2.9"  # torch 2.8 breaks the graph where it asks of what class a part is
+
+
+@pytest.mark.skipif(BREAKS, reason="torch 2.8 breaks the graph")
 @pytest.mark.parametrize(
     ("spec", "training"),
     [
@@ -325,7 +329,7 @@ def test_a_part_that_is_exchanged_later_runs_as_it_is() -> None:
         def forward(self, input: Tensor) -> Tensor:
             return 2 * super().forward(input)
 
-    for compiled in (False, True):
+    for compiled in (False, True)[: 1 if BREAKS else 2]:
         model = repfx.squeeze(expanded("acb", nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval())
         reference = repfx.unsqueeze(copy.deepcopy(model))
         for each in (model, reference):

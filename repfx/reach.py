@@ -77,8 +77,12 @@ class Around:
         return next((f"{what} reads its {member!r}" for member in self._members(module)), None)
 
     def _members(self, module: nn.Module) -> list[str]:
-        """The methods of a module that the code calls in the place of its forward, and the properties that it reads."""
-        own = {name for cls in _own_classes(module) for name in vars(cls)}
+        """The methods of a module that the code calls in the place of its forward, and the properties that it reads.
+
+        Code knows nothing of a block: a `squeeze` in it is a tensor's, a `train` any module's.
+        """
+        classes = [cls for cls in _own_classes(module) if not cls.__module__.startswith("repfx.")]
+        own = {name for cls in classes for name in vars(cls)}
         return sorted(name for name in own & self.names if not _is_value(module, name))
 
     @property

@@ -354,6 +354,28 @@ def test_what_is_dropped_from_a_block_that_holds_statistics_trains_again() -> No
     assert model[4].training
 
 
+class Measured(nn.Module):
+    """Whose code can't be traced, and has words that blocks have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.second = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).train if not len(x) else self.first(x)
+        scale = torch.stack([float(y.detach().mean()) * y]).squeeze(0)
+        found: Tensor = self.second(scale / max(1.0, float(scale.detach().norm())))
+        return found.take(torch.arange(found.numel())).reshape(found.shape)
+
+
+def test_code_around_that_has_words_of_blocks_reads_nothing_of_them() -> None:
+    model = repfx.expand(Measured(), "orepa", preserve=False).double().eval()
+    fused = repfx.fuse(model)
+    assert not any(isinstance(module, RepBlock) for module in fused.modules())
+    assert relative_error(fused(X), model(X)) < 1e-12
+
+
 def test_refusals() -> None:
     with pytest.raises(repfx.errors.InvalidInput, match="has no blocks"):
         repfx.squeeze(net())

@@ -132,17 +132,17 @@ class RepBlock(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
         if isinstance(input, fx.Proxy):
-            return self._sum_of_paths(input)
+            return self._sum_of_paths(input, self.running)
         kernel = _assembled(self) if self.squeezed and self._is_one_map else None
         if kernel is not None:
             return kernel(input)
         if self.recomputes and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _recomputed(self, input)
-        return self._sum_of_paths(input)
+        return self._sum_of_paths(input, self.running)
 
-    def _sum_of_paths(self, input: Tensor, running: Sequence[str] | None = None) -> Tensor:
+    def _sum_of_paths(self, input: Tensor, running: Sequence[str]) -> Tensor:
         paths, gates = self.paths, self.gates
-        outputs: dict[str, Tensor] = {name: paths[name](input) for name in running or self.running}
+        outputs: dict[str, Tensor] = {name: paths[name](input) for name in running}
         if not outputs:
             nothing: Tensor = self.origin(input) * 0
             return nothing

@@ -62,6 +62,13 @@ class Expand(Action):
         return not self.preserve
 
     @classmethod
+    def by(cls, spec: Spec, site: str, conv: ConvSpec, **options: Any) -> list[Expand]:
+        """What a spec makes of a conv, with other fields than the spec's as `options` say; nothing where no branch fits."""
+        branches, _ = fitting(spec.branches_for(conv), conv)
+        own = {"norm": spec.norm, "weights": spec.weights, "origin_scale": spec.origin_scale}
+        return [cls(site, branches, **{**own, **options})] if branches else []
+
+    @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Expand], calibrate: Iterable[Any] | None) -> None:
         for group in _apart(actions):
             options: dict[str, Any] = {name: getattr(group[0], name) for name in _ALIKE}

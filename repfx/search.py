@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from repfx.branch import fitting
 from repfx.errors import UnknownName
 from repfx.journaling import Action
 from repfx.passes.calibrate import Calibrate
@@ -150,11 +149,10 @@ class Search(Schedule):
         if self.spec is None or candidate.depth or candidate.conv.is_pointwise:
             return []
         spec = spec_at(self.spec, candidate.site)
-        branches, _ = fitting(spec.branches_for(candidate.conv), candidate.conv)
         weights = self.weights if spec.weights == "default" else spec.weights
         gamma = 0.0 if self.preserve else spec.gamma
-        more: dict[str, Any] = {"preserve": self.preserve, "origin_scale": spec.origin_scale}
-        return [Expand(candidate.site, branches, spec.norm, weights, gamma, **more)] if branches else []
+        options = {"weights": weights, "gamma": gamma, "preserve": self.preserve}
+        return Expand.by(spec, candidate.site, candidate.conv, **options)
 
     def _settle(self, blocks: Sequence[Block]) -> list[Action]:
         """What is closed leaves, the gates too, and BatchNorms get the statistics of the net that is left."""

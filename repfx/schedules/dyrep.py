@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any, ClassVar
 
-from repfx.branch import fitting
 from repfx.errors import UnknownName
 from repfx.journaling import Action
 from repfx.passes.drop import Drop
@@ -85,10 +84,9 @@ class DyRep(Schedule):
         """The one of the highest saliency becomes a block."""
         for best in sorted(candidates, key=lambda candidate: -candidate.saliency):
             spec = spec_at(self.spec, best.site)
-            branches, _ = fitting(spec.branches_for(best.conv), best.conv)
-            if branches and not best.conv.is_pointwise:
-                scale = spec.origin_scale
-                return [Expand(best.site, branches, spec.norm, spec.weights, self.gamma, origin_scale=scale)]
+            expands = [] if best.conv.is_pointwise else Expand.by(spec, best.site, best.conv, gamma=self.gamma)
+            if expands:
+                return [*expands]
         return []
 
     def _drops(self, block: Block) -> list[Drop]:

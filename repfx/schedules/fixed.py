@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from repfx.branch import fitting
 from repfx.journaling import Action
 from repfx.passes.expand import Expand
 from repfx.schedule import Candidate, Observation, Schedule, require
@@ -46,7 +45,6 @@ class Fixed(Schedule):
         if self.spec is None or candidate.depth:
             return []
         spec = spec_at(self.spec, candidate.site)
-        branches, _ = fitting(spec.branches_for(candidate.conv), candidate.conv)
         gamma = 0.0 if self.preserve else spec.gamma
-        more: dict[str, Any] = {"preserve": self.preserve, "origin": spec.origin, "origin_scale": spec.origin_scale}
-        return [Expand(candidate.site, branches, spec.norm, spec.weights, gamma, **more)] if branches else []
+        options = {"gamma": gamma, "preserve": self.preserve, "origin": spec.origin}
+        return Expand.by(spec, candidate.site, candidate.conv, **options)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from repfx.branch import fitting
 from repfx.errors import InvalidInput, UnknownName
 from repfx.journaling import Action
 from repfx.passes.drop import Drop
@@ -99,12 +98,7 @@ class RepAn(Schedule):
 
     def _expand(self, site: str, conv: ConvSpec) -> list[Expand]:
         spec = spec_at(self.spec, site)
-        branches, _ = fitting(spec.branches_for(conv), conv)
-        return (
-            [Expand(site, branches, spec.norm, self.weights, attach_rate=0.0, origin_scale=spec.origin_scale)]
-            if branches
-            else []
-        )
+        return Expand.by(spec, site, conv, weights=self.weights, attach_rate=0.0)
 
     def attach_rate(self, time: float) -> float:
         time -= self.epochs * min(int(time) // self.epochs, self.cycles - 1)

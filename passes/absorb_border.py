@@ -12,4 +12,5 @@ ABSORB_BORDER = Rule(
     BorderedPadding(),
     (used_once, unmutated),
     optional=True,
+    by_sizes=False,
 )

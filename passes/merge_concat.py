@@ -77,4 +77,5 @@ MERGE_CONCAT = Rule(
     Concatenation(),
     (used_once, is_convolution, channels_stay_put, unmutated, no_dearer),
     optional=True,
+    by_sizes=False,
 )

@@ -1,17 +1,21 @@
-"""`squeeze` and `unsqueeze`: a block runs as one conv, whose kernel is assembled from the trainable parameters in each forward pass."""
+"""`squeeze` and `unsqueeze`: what is linear runs as one conv, whose kernel is assembled from the parameters in each forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from repfx.block import RepBlock, block_at, blocks_at
-from repfx.errors import RepfxError, UnknownName
+from repfx.block import RepBlock, block_at
+from repfx.errors import InvalidInput, RepfxError, UnknownName
 from repfx.journaling import Action, record
+from repfx.meaning import is_batch_norm, is_conv, is_frozen_norm, takes_batch_statistics
+from repfx.module_tree import fits
+from repfx.passes.squeeze_regions import SqueezeRegions, held_in, regions_of
 from repfx.pipeline import verb
 from repfx.reporting import Edit, Report, Skip
 
@@ -71,18 +75,22 @@ def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: S
     It is exact and differentiable, parameters and `state_dict` stay as they are, and `unsqueeze` is the way back.
 
     A block is one linear map where no BatchNorm in it takes its statistics from the batch: in eval mode; with branches that have
-    none (`Spec(norm="scale")`, as the preset ``orepa``); and with `statistics="frozen"`, which lets the BatchNorms of the blocks keep
+    none (`Spec(norm="scale")`, as the preset ``orepa``); and with `statistics="frozen"`, which lets BatchNorms keep
     the statistics that they have, in training mode too, while γ and β go on to be trained. Whenever a squeezed block isn't linear, it
     runs branch by branch, and so it does while a hook listens to something inside.
+
+    The same holds of what is linear outside blocks, whoever wrote it: a conv and the BatchNorm behind it, or behind a block; the
+    branches of timm's RepVGG, MobileOne or FastViT. There the module whose code was traced runs the graph of that code, as long as it
+    is exact, and its own forward otherwise. Pickled, it runs its own forward again.
 
     The model is changed in place and returned.
 
     Args:
-        sites: a pattern of the paths of blocks, or several.
-        statistics: ``frozen`` holds them; by default blocks that use the batch's in the mode that they are in are left alone.
+        sites: a pattern of the paths of blocks and convs, or several.
+        statistics: ``frozen`` holds them in all that is squeezed; by default what takes the batch's in its mode is left alone.
 
     Raises:
-        UnknownName: no block at such a path, or `statistics` is something else; InvalidInput: no block at all.
+        UnknownName: no block or conv at such a path, or `statistics` is something else; InvalidInput: nothing can be squeezed.
 
     >>> from repfx.passes.expand import expand
     >>> model = expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "acb")
@@ -94,40 +102,94 @@ def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: S
     """
     if statistics not in (None, *get_args(Statistics)):
         raise UnknownName("statistics", str(statistics), get_args(Statistics))
-    edits, skips, actions = [], [], []
-    for path, block in blocks_at(model, sites).items():
-        reason = _refusal(block, hold=statistics == "frozen")
-        if reason is not None:
-            skips.append(Skip(path, reason, "squeeze"))
-            continue
-        actions.append(Squeeze(path, statistics == "frozen"))
-        edits.append(Edit("squeeze", path))
+    hold = statistics == "frozen"
+    blocks, convs = _blocks_and_convs(model, sites)
+    refusals = {path: _refusal(block, hold=hold) for path, block in blocks.items()}
+    actions = [Squeeze(path, hold) for path, reason in refusals.items() if reason is None]
     Squeeze.apply(model, actions, None)
+    before = regions_of(model)
+    known = [part for parts in before.values() for part in parts]
+    parts = {*known, *_parts(model, {*convs, *blocks}, hold=hold)}
+    SqueezeRegions.among(model, parts, {*held_in(model), *(parts if hold else ())} & _norms(model))
+    found = {path: parts for path, parts in regions_of(model).items() if before.get(path) != parts}
+    if not blocks and not found:
+        raise InvalidInput(
+            f"{type(model).__name__} has no block, which repfx.expand makes, and no conv whose BatchNorm keeps its statistics, "
+            "as statistics='frozen' lets it."
+        )
+    edits = [*(Edit("squeeze", action.site) for action in actions), *(Edit("squeeze", *each) for each in found.items())]
+    skips = [Skip(path, reason, "squeeze") for path, reason in refusals.items() if reason is not None]
     Report("squeeze", tuple(edits), tuple(skips)).attach(model)
     return model
 
 
 @verb
 def unsqueeze(model: nn.Module, sites: str | Sequence[str] = "*") -> nn.Module:
-    """Let blocks run branch by branch again; BatchNorms whose statistics were held take those of each batch in training mode.
+    """Let what was squeezed run as it did; BatchNorms whose statistics were held take those of each batch in training mode.
 
     The model is changed in place and returned.
 
     Args:
-        sites: a pattern of the paths of blocks, or several.
+        sites: a pattern of the paths of blocks and convs, or several.
 
     Raises:
-        UnknownName: no block at such a path; InvalidInput: no block at all.
+        UnknownName: no block or conv at such a path.
 
     >>> from repfx.passes.expand import expand
     >>> model = squeeze(expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "acb"), statistics="frozen")
     >>> unsqueeze(model)[0].squeezed
     False
     """
-    squeezed = {path: block for path, block in blocks_at(model, sites).items() if block.squeezed}
+    blocks, convs = _blocks_and_convs(model, sites)
+    squeezed = [path for path, block in blocks.items() if block.squeezed]
+    regions = regions_of(model)
+    loose = {path: parts for path, parts in regions.items() if {*parts} & {*convs, *blocks}}
+    kept = {part for path, parts in regions.items() if path not in loose for part in parts}
+    if loose:
+        SqueezeRegions.among(model, kept, kept & {*held_in(model)})
     Unsqueeze.apply(model, [Unsqueeze(path) for path in squeezed], None)
-    Report("unsqueeze", tuple(Edit("unsqueeze", path) for path in squeezed)).attach(model)
+    edits = dict.fromkeys([*squeezed, *loose])
+    Report("unsqueeze", tuple(Edit("unsqueeze", path) for path in edits)).attach(model)
     return model
+
+
+def _blocks_and_convs(model: nn.Module, sites: str | Sequence[str]) -> tuple[dict[str, RepBlock], list[str]]:
+    """The blocks that patterns fit, inner ones too, and the convs and linear layers outside blocks.
+
+    Raises:
+        UnknownName: a pattern fits none of them.
+    """
+    blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
+    convs = [path for path, module in _outside_blocks(model) if is_conv(module) or isinstance(module, nn.Linear)]
+    patterns = [sites] if isinstance(sites, str) else sites
+    for pattern in patterns:
+        if pattern != "*" and not any(fits(path, pattern) for path in (*blocks, *convs)):
+            raise UnknownName("block or conv at", pattern, [*blocks, *convs])
+    chosen = {path for path in (*blocks, *convs) if any(fits(path, pattern) for pattern in patterns)}
+    return {path: block for path, block in blocks.items() if path in chosen}, [path for path in convs if path in chosen]
+
+
+def _outside_blocks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules but those inside blocks, by path."""
+    for name, child in model.named_children():
+        path = f"{prefix}{name}"
+        yield path, child
+        if not isinstance(child, RepBlock):
+            yield from _outside_blocks(child, f"{path}.")
+
+
+def _parts(model: nn.Module, chosen: Collection[str], *, hold: bool) -> Iterator[str]:
+    """What regions may consist of: of convs and blocks those that were chosen, and all other layers that are linear in this mode."""
+    for path, module in _outside_blocks(model):
+        main = isinstance(module, (RepBlock, nn.Linear)) or is_conv(module)
+        linear = module.squeezed if isinstance(module, RepBlock) else hold or not takes_batch_statistics(module)
+        own = main or any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+        if own and linear and not is_parametrized(module) and (path in chosen or not main):
+            yield path
+
+
+def _norms(model: nn.Module) -> set[str]:
+    return {path for path, module in model.named_modules() if is_batch_norm(module) and not is_frozen_norm(module)}
 
 
 def _refusal(block: RepBlock, *, hold: bool) -> str | None:

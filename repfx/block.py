@@ -133,7 +133,7 @@ class RepBlock(nn.Module):
         """``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
         if isinstance(input, fx.Proxy):
             return self._sum_of_paths(input, self.running)
-        kernel = _assembled(self) if self.squeezed and self._is_one_map else None
+        kernel = _assembled(self) if self.squeezed and self.is_one_map else None
         if kernel is not None:
             return kernel(input)
         if self.recomputes and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -162,7 +162,8 @@ class RepBlock(nn.Module):
         return next((path for path, module in self.named_modules() if takes_batch_statistics(module)), None)
 
     @property
-    def _is_one_map(self) -> bool:
+    def is_one_map(self) -> bool:
+        """Whether the block is linear in the mode that it is in, and nothing listens to anything inside."""
         parts = [module for module in self.modules() if module is not self]
         return not any(takes_batch_statistics(module) or has_hooks(module) for module in parts)
 

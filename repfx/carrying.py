@@ -21,6 +21,7 @@ from repfx.kernel import Kernel
 from repfx.moments import Moments, set_kernel
 from repfx.provenance import provenance_of
 from repfx.site import find_sites
+from repfx.squeezed_form import forms_in
 
 
 @contextmanager
@@ -94,6 +95,8 @@ def _go_through(copied: nn.Module, model: nn.Module, actions: tuple[Action, ...]
     for module in copied.modules():
         if isinstance(module, RepBlock):
             module.stop_norms()
+    for form in forms_in(copied).values():
+        form.stop_norms()
 
 
 def _share_moments(copied: nn.Module, model: nn.Module, sites: set[str]) -> None:

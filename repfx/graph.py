@@ -32,6 +32,7 @@ from repfx.meaning import code_of_its_own, is_conv, is_plain_sequence
 from repfx.module_tree import require_module
 from repfx.notes import copy_of
 from repfx.reach import Around
+from repfx.squeezed_form import release_all
 from repfx.tracer import Tracer, sentence
 
 _Traced: TypeAlias = tuple[fx.Graph, dict[str, Tensor | nn.Module]]
@@ -72,6 +73,7 @@ def trace(model: nn.Module) -> Traces:
     untraced: dict[str, str] = {}
     require_module(model)
     scratch = copy_of(model, {id(parameter): parameter for parameter in model.parameters()})
+    release_all(scratch)
     for gates in gates_in(scratch).values():
         gates.choose(gates.open_in(training=False))
     pending = [("", scratch, Around())]

@@ -14,7 +14,7 @@ from torch import fx, nn
 from repfx.cropped_conv import unshare
 from repfx.editor import Editor
 from repfx.explanation import UNTRACED, all_that_stays, left_alone, left_outside
-from repfx.graph import Island, call_counts, trace
+from repfx.graph import Island, Traces, call_counts, trace
 from repfx.input_axes import InputAxes
 from repfx.installation import install, prepare
 from repfx.journaling import forget
@@ -25,6 +25,7 @@ from repfx.pattern import View
 from repfx.reporting import Edit, Report, Skip
 from repfx.rule import PASSES as PASSES
 from repfx.rule import Pass, Rule
+from repfx.squeezed_form import release_all
 
 
 def verb(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,19 +58,20 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     """
     rules = tuple(rules)
     target = copy_of(model)
+    release_all(target)
     target.eval()  # a parametrized weight may change when it is read in training mode
     for module in list(target.modules()):
         unshare(module)
     traces = trace(target)
-    calls, registered, axes = call_counts(traces), module_paths(target), InputAxes(model)
+    views = Views(target, traces, model)
     edits: list[Edit] = []
     kept: list[Skip] = []
     skips: list[Skip] = [
         Skip(path, f"it can't be traced: {reason}", "trace") for path, reason in traces.untraced.items()
     ]
     for island in traces.islands:
-        editor = Editor(_view(target, island, calls, registered, axes), island)
-        near_misses = _run(editor, rules)
+        editor = Editor(views.of(island), island)
+        near_misses = run_rules(editor, rules)
         edits += editor.edits
         skips += left_alone(editor, near_misses)
         editor.lower()
@@ -86,18 +88,26 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     return Result(target, Report(name, tuple(edits), skipped, declined, tuple(dict.fromkeys(kept))))
 
 
-def _view(
-    model: nn.Module, island: Island, calls: Counter[str], registered: dict[int, list[str]], axes: InputAxes
-) -> View:
-    root = model.get_submodule(island.path)
-    prepare(root, island)
-    paths = {path: registered.get(id(module), []) for path, module in root.named_modules()}
-    local_calls = Counter({path: calls[island.full_path(path)] for path in paths})
-    local_names = Counter({path: len(names) for path, names in paths.items()})
-    return View(root, island.graph, local_calls, local_names, input_axes=lambda path: axes.of(island.full_path(path)))
+class Views:
+    """The islands of a traced model as patterns see them; `original` is what the model is a copy of."""
+
+    def __init__(self, model: nn.Module, traces: Traces, original: nn.Module) -> None:
+        self._model = model
+        self._calls = call_counts(traces)
+        self._registered = module_paths(model)
+        self._axes = InputAxes(original)
+
+    def of(self, island: Island) -> View:
+        """That of one island, whose module is prepared for its graph."""
+        root = self._model.get_submodule(island.path)
+        prepare(root, island)
+        paths = {path: self._registered.get(id(module), []) for path, module in root.named_modules()}
+        calls = Counter({path: self._calls[island.full_path(path)] for path in paths})
+        names = Counter({path: len(names) for path, names in paths.items()})
+        return View(root, island.graph, calls, names, input_axes=lambda path: self._axes.of(island.full_path(path)))
 
 
-def _run(editor: Editor, rules: tuple[Rule, ...]) -> dict[fx.Node, list[Skip]]:
+def run_rules(editor: Editor, rules: tuple[Rule, ...]) -> dict[fx.Node, list[Skip]]:
     """Rewrite to a fixpoint; returns why rules whose pattern was there did not fire, by node."""
     near_misses: dict[fx.Node, list[Skip]] = {}
     node = next(iter(editor.view.graph.nodes))

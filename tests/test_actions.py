@@ -104,6 +104,7 @@ def test_the_actions_are_known() -> None:
         "ungate",
         "calibrate",
         "squeeze",
+        "squeeze_regions",
         "unsqueeze",
     }
 

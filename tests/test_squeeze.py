@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import repfx
 from repfx.block import RepBlock
 from repfx.passes.gate import gate
+from repfx.passes.squeeze import Squeeze
 from repfx.spec import PRESETS
 from repfx.testing import randomize_batch_norm, relative_error
 
@@ -98,10 +99,8 @@ def test_a_squeezed_model_has_the_outputs_and_gradients_of_frozen_statistics(spe
     model = expanded(spec_of(spec))
     squeezed = repfx.squeeze(copy.deepcopy(model), statistics="frozen").train(training)
     for module in model.train(training).modules():
-        if isinstance(module, RepBlock):
-            for inner in module.modules():
-                if isinstance(inner, nn.BatchNorm2d):
-                    inner.eval()
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
     assert_alike(squeezed, model)
     assert convs_on_activations(squeezed) == 3
     assert convs_on_activations(model) > 3
@@ -117,15 +116,21 @@ def test_branches_without_batch_norm_are_squeezed_in_training_mode() -> None:
     assert convs_on_activations(model) == 3
 
 
-def test_statistics_that_are_held_stay_and_those_outside_go_on() -> None:
-    model = repfx.squeeze(expanded(repfx.Spec(["1x1"], norm="none")), statistics="frozen").train()
-    before = copy.deepcopy(model.state_dict())
-    model(X)
-    assert not torch.equal(model[1].running_mean, before["1.running_mean"])
-    model = repfx.squeeze(expanded(), statistics="frozen").train()
+@pytest.mark.parametrize("spec", ["dyrep", repfx.Spec(["1x1"], norm="none")])
+def test_statistics_that_are_held_stay(spec: Any) -> None:
+    """Also of a BatchNorm behind a block."""
+    model = repfx.squeeze(expanded(spec), statistics="frozen").train()
     before = copy.deepcopy(model.state_dict())
     model(X)
     assert all(torch.equal(now, before[name]) for name, now in model.state_dict().items())
+
+
+def test_a_schedule_holds_the_statistics_inside_blocks_alone() -> None:
+    model = expanded(repfx.Spec(["1x1"], norm="none")).train()
+    Squeeze.apply(model, [Squeeze("0")], None)
+    before = model[1].running_mean.clone()
+    model(X)
+    assert not torch.equal(model[1].running_mean, before)
 
 
 def test_parameters_and_state_are_the_same_objects() -> None:
@@ -377,9 +382,9 @@ def test_code_around_that_has_words_of_blocks_reads_nothing_of_them() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(repfx.errors.InvalidInput, match="has no blocks"):
+    with pytest.raises(repfx.errors.InvalidInput, match=r"has no block, .* and no conv whose BatchNorm keeps"):
         repfx.squeeze(net())
-    with pytest.raises(repfx.errors.UnknownName, match="no block at 'layer1"):
+    with pytest.raises(repfx.errors.UnknownName, match="no block or conv at 'layer1"):
         repfx.squeeze(expanded(), "layer1.*")
     with pytest.raises(repfx.errors.UnknownName, match="statistics 'batch'"):
         repfx.squeeze(expanded(), statistics="batch")

@@ -212,9 +212,18 @@ def one_run(
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - began_cpu,
         "epochs": [epoch.accuracy for epoch in epochs],
-        "config": to_plain({**experiment.values, "weights": None}),
+        "config": _config(experiment),
         **machine("cpu"),
     }
+
+
+def _config(experiment: Experiment) -> dict[str, Any]:
+    """All that a run depends on; files by their names alone."""
+    config: dict[str, Any] = to_plain({**experiment.values, "weights": None})
+    config["data"]["name"] = Path(config["data"]["name"]).name
+    if config["training"].get("distillation"):
+        config["training"]["distillation"]["weights"] = Path(experiment.training.distillation.weights).name
+    return config
 
 
 def _macs_of(teacher: ModelReference) -> int:

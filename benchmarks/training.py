@@ -105,11 +105,15 @@ def expanded(spec: str, *, frozen: bool = False, squeezed: bool = False) -> Call
 
     def build(model: nn.Module) -> nn.Module:
         model = repfx.expand(model, spec, preserve=False)
-        if squeezed:
-            repfx.squeeze(model, statistics="frozen" if frozen else None)
-        return model
+        return squeezed_of(model, frozen=frozen) if squeezed else model
 
     return build
+
+
+def squeezed_of(model: nn.Module, *, frozen: bool) -> nn.Module:
+    """In which all that is linear runs as one conv."""
+    squeezed: nn.Module = repfx.squeeze(model, statistics="frozen" if frozen else None)
+    return squeezed
 
 
 CANDIDATES: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {  # with what each is set against
@@ -120,6 +124,7 @@ CANDIDATES: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {  # with 
     "orepa": (PLAIN, expanded("orepa")),
     "orepa, squeezed": (PLAIN, expanded("orepa", squeezed=True)),
     FROZEN: (FROZEN, lambda model: model),
+    "plain, frozen, squeezed": (FROZEN, lambda model: squeezed_of(model, frozen=True)),
     "repvgg, frozen, squeezed": (FROZEN, expanded("repvgg", frozen=True, squeezed=True)),
     "dbb, frozen, squeezed": (FROZEN, expanded("dbb", frozen=True, squeezed=True)),
     "dyrep, frozen, squeezed": (FROZEN, expanded("dyrep", frozen=True, squeezed=True)),

@@ -99,7 +99,11 @@ def runs(method: str, accuracies: list[float], macs: int = 100) -> list[dict[str
             "flips": {"onnxruntime": seed},
             "test_images": 50,
             "training_macs": macs,
-            "config": {"training": {"epochs": 3}, "model": {"name": "net"}},
+            "cpu_seconds": macs / 2,
+            "config": {
+                "training": {"epochs": 3},
+                "model": {"name": "benchmarks.accuracy:small_vgg", "options": {"width": 8}},
+            },
             "hardware": "here",
             "torch": "2",
         }
@@ -122,11 +126,16 @@ def test_the_page_says_of_each_method_what_its_interval_allows() -> None:
         *runs("bad", [0.40, 0.41, 0.41]),
         *runs("unclear", [0.60, 0.45, 0.53]),
         *runs("unfinished", [0.99]),
+        *runs("plain, longer", [0.61, 0.62, 0.64], macs=250),
+        *runs("DBB", [0.50]),
     ]
     text = evidence(rows)
-    assert "| good | 3 | 61.33 ± 1.53 | +10.33 ± 1.43 | 2.50 | 3 of 150 |" in text
-    assert "| unfinished | 1 | 99.00 | +49.00 | 1.00 | 0 of 50 |" in text
-    assert "Better than plain beyond chance: good. Worse: bad. Of the others nothing" in text
+    assert "| good | 3 | 61.33 ± 1.53 | +10.33 ± 1.43 | -1.00 ± 0.00 | 2.50 | 2.50 | 3 of 150 |  |" in text
+    assert "| unfinished | 1 | 99.00 | +49.00 | +38.00 | 1.00 | 1.00 | 0 of 50 |  |" in text
+    assert "| DBB | 1 | 50.00 | +0.00 | -11.00 | 1.00 | 1.00 | 0 of 50 | +0.67 (VGG-16), +0.62 (in RepNAS) |" in text
+    assert "Better than *plain* beyond chance: good, plain, longer. Worse: bad." in text
+    assert "Better than *plain, longer* beyond chance: none. Worse: plain, good, bad." in text
+    assert "from the first epoch on a training would cost 2.98;" in text
 
 
 def test_a_run_that_is_done_is_not_done_again(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from types import EllipsisType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -485,5 +486,31 @@ def _composed_weight(first: Kernel, second: Kernel) -> tuple[Tensor, Ints]:
         spread_out = transpose(turned, by_middle, stride=tuple(spread), dilation=tuple(spread2), groups=pieces)
         window = tuple(spread_out.shape[2:])
         composed = spread_out.reshape(channels, pieces, out, -1).permute(1, 2, 0, 3)
-    parts = composed.reshape(groups * q, p, out, channels, -1).transpose(1, 2)
+    ordered: Tensor = _OrderedGradient.apply(composed)
+    parts = ordered.reshape(groups * q, p, out, channels, -1).transpose(1, 2)
     return parts.reshape(second.out_channels, p * channels, *window), tuple(dilation)
+
+
+class _OrderedGradient(torch.autograd.Function):
+    """The same tensor, whose gradient comes back contiguous.
+
+    That of a kernel in channels last has the batch of these products in its innermost axis, for which torch multiplies matrix by matrix.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)

@@ -206,7 +206,7 @@ def main() -> None:
     """Measure, print, and write where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="file for the result")
-    parser.add_argument("--rounds", type=int, default=60, help="turns that count")
+    parser.add_argument("--rounds", type=int, default=31, help="turns that count")
     parser.add_argument("--smoke", action="store_true", help="one model, small, few turns: does it run?")
     options = parser.parse_args()
     subjects, rounds = ((of_timm("repvgg_a0", 32),), 3) if options.smoke else (SUBJECTS, options.rounds)

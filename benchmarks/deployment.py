@@ -8,8 +8,8 @@ largest output, before anything is measured. Each runs in onnxruntime with all o
 what onnxruntime makes of the file by itself; *fused, again* shows how far two equal files are apart here.
 
 torch's exporter merges each conv with the BatchNorm behind it by itself, so no file has these left; BatchNorms that stand behind a sum, a
-pool or the input of a branch are still in the unfused ones. onnxruntime runs some of them as convs of single channels, which is why it can
-run more convs than a file has.
+pool, a padding or the input of a branch are still in the unfused ones. onnxruntime runs some of them as convs of single channels, which is
+why it can run more convs than a file has.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -188,6 +188,14 @@ def measure(subject: Subject, rounds: int) -> list[Row]:
     return rows + [{"model": subject.name, "form": form, "problem": why} for form, why in failures.items()]
 
 
+def installed(package: str) -> str:
+    """Its version, or that there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
 def show(rows: list[Row]) -> None:
     """Print the rows as a table."""
     table = Table("model", "form", "convs", "convs run", "ms", "ratio", "95 %", box=SIMPLE_HEAD)
@@ -215,7 +223,7 @@ def main() -> None:
     rows = [row for subject in subjects for row in measure(subject, rounds)]
     show(rows)
     if options.out:
-        tools = {name: version(name) for name in ("timm", "onnxsim", "onnxslim")}
+        tools = {name: installed(name) for name in ("timm", "onnxsim", "onnxslim")}
         write(options.out, {**machine("cpu"), **tools}, rows)
 
 

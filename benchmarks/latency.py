@@ -106,18 +106,37 @@ def in_onnxruntime(models: Mapping[str, nn.Module], x: Tensor, folder: Path) -> 
     return calls
 
 
+def compiled(models: Mapping[str, nn.Module], x: Tensor, backend: str = "inductor") -> dict[str, Callable[[], Any]]:
+    """Calls of copies of the models under `torch.compile`; inductor chooses the memory format by itself."""
+    torch.compiler.reset()  # else each model's guards are asked in the calls of the next subject's
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, model in models.items():
+        calls[name] = partial(torch.compile(copy.deepcopy(model).to(x.device), fullgraph=True, backend=backend), x)
+        calls[name]()  # compiles
+    return calls
+
+
+Runtime = Callable[[Mapping[str, nn.Module], Tensor, Path], dict[str, Callable[[], Any]]]
+RUNTIMES: dict[str, Runtime] = {
+    "torch": lambda models, x, folder: in_torch(models, x, torch.contiguous_format),
+    "channels last": lambda models, x, folder: in_torch(models, x, torch.channels_last),
+    "compiled": lambda models, x, folder: compiled(models, x),
+    "onnxruntime": in_onnxruntime,
+}
+
+
+def traced(models: Mapping[str, nn.Module], x: Tensor, folder: Path) -> dict[str, Callable[[], Any]]:
+    """What is quick to compile, for a smoke run."""
+    return compiled(models, x, backend="eager")
+
+
 @torch.inference_mode()
-def measure(subject: Subject, x: Tensor, rounds: int) -> dict[str, list[Measurement]]:
+def measure(subject: Subject, x: Tensor, rounds: int, runtimes: Mapping[str, Runtime]) -> dict[str, list[Measurement]]:
     """The five forms compared in each runtime."""
     models = forms(subject, x.cpu())
-    times = {
-        "torch": measure_times(in_torch(models, x, torch.contiguous_format), rounds=rounds),
-        "channels last": measure_times(in_torch(models, x, torch.channels_last), rounds=rounds),
-    }
-    if x.device.type == "cpu":
-        with TemporaryDirectory() as folder:
-            times["onnxruntime"] = measure_times(in_onnxruntime(models, x, Path(folder)), rounds=rounds)
-    return {runtime: compare(found, TWIN) for runtime, found in times.items()}
+    with TemporaryDirectory() as folder:
+        calls = {name: runtime(models, x, Path(folder)) for name, runtime in runtimes.items()}
+    return {name: compare(measure_times(each, rounds=rounds), TWIN) for name, each in calls.items()}
 
 
 def as_row(subject: Subject, runtime: str, found: Measurement) -> dict[str, str | float]:
@@ -151,17 +170,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100, help="turns that count")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", type=int, default=224, help="side of the images")
+    parser.add_argument(
+        "--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES), help="on a GPU no onnxruntime"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--smoke", action="store_true", help="one model, small, few turns: does it run?")
     options = parser.parse_args()
     subjects, size, rounds = (SUBJECTS[:1], 32, 3) if options.smoke else (SUBJECTS, options.size, options.rounds)
+    known = {**RUNTIMES, "compiled": traced} if options.smoke else RUNTIMES
+    runtimes = {name: known[name] for name in options.runtimes if name != "onnxruntime" or options.device == "cpu"}
 
     torch.manual_seed(0)
     x = torch.randn(options.batch, 3, size, size, device=options.device)
     rows = [
         as_row(subject, runtime, found)
         for subject in subjects
-        for runtime, measurements in measure(subject, x, rounds).items()
+        for runtime, measurements in measure(subject, x, rounds, runtimes).items()
         for found in measurements
     ]
     show(rows)

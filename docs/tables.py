@@ -117,6 +117,47 @@ def latency() -> str:
     return "\n\n".join(parts)
 
 
+def deployment() -> str:
+    """The committed results of `benchmarks/deployment.py`: for each machine, the latency of each file of a model beside the fused one's."""
+    parts = []
+    for file in sorted(RESULTS.glob("deployment-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        forms = [form for form in dict.fromkeys(row["form"] for row in result["rows"]) if form != "fused"]
+        cells: dict[str, dict[str, str]] = {}
+        for row in result["rows"]:
+            cells.setdefault(row["model"], {})[row["form"]] = _deployed(row)
+        rows = [(model, *(found[form] for form in ("fused", *forms))) for model, found in cells.items()]
+        tools = ", ".join(f"{name} {result[name]}" for name in ("torch", "timm", "onnxruntime", "onnxsim", "onnxslim"))
+        parts += [f"{result['hardware']}; {tools}:", _table(("model", "fused", *forms), rows)]
+    return "\n\n".join(parts)
+
+
+def _deployed(row: dict[str, Any]) -> str:
+    if "problem" in row:
+        return str(row["problem"])
+    convs = f"{row['convs']} → {row['convs_run']} convs"
+    return convs if row["form"] == "fused" else f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f}), {convs}"
+
+
+def compiled() -> str:
+    """The committed results of `benchmarks/compiled.py`."""
+    parts = []
+    for file in sorted(RESULTS.glob("compiled-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows = [
+            (
+                row["candidate"],
+                f"{row['ratio']:.3f} ({row['low']:.3f}–{row['high']:.3f})",
+                f"{row['compile']:.0f} s",
+                str(row["graphs"]),
+            )
+            for row in result["rows"]
+        ]
+        setting = f"{result['hardware']}; input {result['input']}; torch {result['torch']}:"
+        parts += [setting, _table(("with", "compiled step / eager step", "to compile", "graphs"), rows)]
+    return "\n\n".join(parts)
+
+
 def drift() -> str:
     """The committed result of `benchmarks/drift.py`: for each model, how far each way moves it."""
     result = json.loads((RESULTS / "drift.json").read_text(encoding="utf-8"))
@@ -291,6 +332,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "recipe_keys": recipe_keys,
     "latency": latency,
+    "deployment": deployment,
+    "compiled": compiled,
     "drift": drift,
     "observation": observation,
     "scoring": scoring,

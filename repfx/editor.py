@@ -52,6 +52,11 @@ class Editor:
 
     def apply(self, rule: Rule, match: Match) -> fx.Node:
         """Replace a match by one node; returns what now stands where the match began."""
+        node = self._replace(rule, match)
+        self.view.graph_changed()
+        return node
+
+    def _replace(self, rule: Rule, match: Match) -> fx.Node:
         if all(op.meaning.kind == "identity" for op in match.ops):
             return self._remove(rule, match)
         template_op = self._template(match)

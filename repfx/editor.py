@@ -24,7 +24,7 @@ from repfx.meaning import BATCH_NORMS, Layer, is_frozen_norm, torch_class
 from repfx.module_tree import has, outer_paths, set_submodule
 from repfx.moments import Moments
 from repfx.operations import Op
-from repfx.pattern import Match, Term, View
+from repfx.pattern import META, Match, Term, View
 from repfx.provenance import Provenance, attach
 from repfx.reporting import Edit
 from repfx.rule import Rule
@@ -50,6 +50,7 @@ class Editor:
     edits: list[Edit] = field(default_factory=list)
     _placed: list[str] = field(default_factory=list)
 
+    @torch.no_grad()  # else what the backward pass would need of each product stays until the model is written
     def apply(self, rule: Rule, match: Match) -> fx.Node:
         """Replace a match by one node; returns what now stands where the match began."""
         node = self._replace(rule, match)
@@ -175,6 +176,7 @@ class Editor:
         inside = self._calls_inside()
         for node, notes in self.merged.items():
             kernel = self.view.kernels[node]
+            self.view.kernels[node] = kernel.to(META)  # the numbers go as soon as they are written
             block_path = self._block_path(node, inside)
             path = notes.path if block_path is None else block_path
             conv = conv_from_kernel(kernel, notes.template, self.island.full_path(path))

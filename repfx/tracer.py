@@ -45,7 +45,7 @@ class Tracer(fx.Tracer):
         self.failures: list[tuple[str, nn.Module | None]] = []  # what could not be traced, caught by code or not
 
     def let_go(self) -> None:
-        """Hold on to no module. torch.fx makes a cycle of a tracer that has run, which would keep the model until Python looks for cycles."""
+        """Hold on to no module: torch.fx puts a tracer that has run into a cycle, which only Python's garbage collector takes apart."""
         self.root = nn.Module()
         self.submodule_paths = None
         self.tensor_attrs = {}

@@ -265,6 +265,71 @@ def training() -> str:
     return "\n\n".join(parts)
 
 
+def transforms() -> str:
+    """The committed results of `benchmarks/transforms.py`, a table for each question."""
+    parts = []
+    for file in sorted(RESULTS.glob("transforms-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        questions: dict[str, list[dict[str, Any]]] = {}
+        for row in result["rows"]:
+            questions.setdefault(row["asks"], []).append(row)
+        versions = f"torch {result['torch']}, timm {result['timm']}, Python {result['python']}"
+        parts += [f"{result['hardware']}; {versions}; scaling with `{result['spec']}`:"]
+        parts += [_scaling(questions["scaling"]), _memory(questions["memory"]), _beside_timm(questions["timm"])]
+    return "\n\n".join(parts)
+
+
+def _scaling(rows: list[dict[str, Any]]) -> str:
+    sizes = list(dict.fromkeys(row["convs"] for row in rows))
+    cells: dict[str, list[str]] = {}
+    for row in rows:
+        ratio = "" if row["convs"] == sizes[0] else f": {_with_interval(row)}"
+        if row["collector"] == "on":
+            cells.setdefault(row["transform"], []).append(f"{row['milliseconds']:.3g} ms{ratio}")
+        elif row["convs"] == sizes[-1]:
+            cells[row["transform"]].append(f"{row['ratio']:.2f}")
+    head = ("per conv", *(f"of {size:,} convs" for size in sizes), f"{sizes[-1]:,} to {sizes[0]}, collector off")
+    return _table(head, [(f"`{name}`", *row) for name, row in cells.items()])
+
+
+def _memory(rows: list[dict[str, Any]]) -> str:
+    head = ("`fuse` of", "with", "the model", "fused", "layer in float64", "peak", "(peak − model) / layer")
+    sizes = ("copy", "fused", "layer", "peak")
+    return _table(
+        head,
+        [
+            (
+                row["net"],
+                f"`{row['form']}`",
+                *(f"{row[key] / 2**20:.3g} MiB" for key in sizes),
+                f"{row['layers_beyond']:.1f}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def _beside_timm(rows: list[dict[str, Any]]) -> str:
+    head = ("model", "timm", "repfx", "repfx / timm", "BatchNorms", "left by timm", "left by repfx")
+    norms = ("norms", "norms_of_timm", "norms_of_repfx")
+    return _table(
+        head,
+        [
+            (
+                row["model"],
+                *(f"{row[way]:.2g} s" for way in ("timm", "repfx")),
+                _with_interval(row),
+                *(str(row[key]) for key in norms),
+            )
+            for row in rows
+        ],
+    )
+
+
+def _with_interval(row: dict[str, Any]) -> str:
+    return f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f})"
+
+
 def quantization() -> str:
     """The committed result of `benchmarks/quantization.py`: what each rounding costs each form, and the ranges that it meets."""
     result = json.loads((RESULTS / "quantization.json").read_text(encoding="utf-8"))
@@ -342,6 +407,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": training,
     **{f"options_of_{command}": partial(options, command) for command in ("train", "fuse", "inspect", "report")},
     "quantization": quantization,
+    "transforms": transforms,
 }
 
 

@@ -189,9 +189,10 @@ def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice, pa
     inside = choice.norm_path.removeprefix(f"{island.path}.") if island.path else choice.norm_path
     for name, part in _rest_at(root, inside):
         norm.add_module(name, part)
-    for call in island.graph.find_nodes(op="call_module", target=inside):
-        call.replace_all_uses_with(call.args[0])  # the identity that stood there in the meantime
-        island.graph.erase_node(call)
+    if module_at(root, inside) is not None:  # asked first, because `find_nodes` looks at every call
+        for call in island.graph.find_nodes(op="call_module", target=inside):
+            call.replace_all_uses_with(call.args[0])  # the identity that stood there in the meantime
+            island.graph.erase_node(call)
     set_submodule(root, inside, norm)
     with island.graph.inserting_after(node):
         call = island.graph.call_module(inside)

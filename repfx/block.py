@@ -19,7 +19,7 @@ from repfx.errors import InvalidInput, RepfxError, UnknownName
 from repfx.gates import Gates, StraightThrough
 from repfx.kernel import Kernel
 from repfx.meaning import Layer, has_hooks, is_batch_norm, takes_batch_statistics
-from repfx.module_tree import fits
+from repfx.module_tree import fits, module_at
 from repfx.moments import Moments, set_kernel
 from repfx.spec import ConvSpec
 from repfx.stages import AttachRate, Scale
@@ -407,10 +407,10 @@ def block_at(model: nn.Module, site: str) -> RepBlock:
     Raises:
         InvalidInput: the model has no blocks; UnknownName: none at that path.
     """
-    blocks = _all_blocks(model)
-    if site not in blocks:
-        raise UnknownName("block at", site, blocks)
-    return blocks[site]
+    found = module_at(model, site) if site else model
+    if not isinstance(found, RepBlock):
+        raise UnknownName("block at", site, _all_blocks(model))
+    return found
 
 
 def blocks_at(model: nn.Module, sites: str | Sequence[str]) -> dict[str, RepBlock]:

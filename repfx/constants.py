@@ -5,6 +5,7 @@ A weight that is standardized, summed or masked in forward is such a tensor. It 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,13 @@ from repfx.module_tree import attribute
 
 class NotConstant(Exception):
     """A value depends on the input, on chance, or on something that the graph changes."""
+
+
+@dataclass(frozen=True)
+class _Varies:
+    """What is known of such a value; an error in its place would hold on to the frames that it went through, and to all in them."""
+
+    reason: str
 
 
 # calls whose result isn't given by their arguments
@@ -94,18 +102,18 @@ class Constants:
         if node not in self._known:
             self._known[node] = self._compute(node)
         found = self._known[node]
-        if isinstance(found, NotConstant):
-            raise found
+        if isinstance(found, _Varies):
+            raise NotConstant(found.reason)
         return found
 
     def _compute(self, node: fx.Node) -> Any:
         """The value of a node, or why it has none."""
         if node.op == "get_attr":
             if node.target in self._changing or any(str(node.target).startswith(f"{path}.") for path in self._own_code):
-                return NotConstant(f"{node.target} is changed, or may be")
+                return _Varies(f"{node.target} is changed, or may be")
             return _float64(attribute(self._root, str(node.target)))
         if not _is_pure(node) or mutated_by(node, self._root) is not None:
-            return NotConstant(f"{node.name} is computed otherwise than from parameters")
+            return _Varies(f"{node.name} is computed otherwise than from parameters")
         try:
             args, kwargs = self.literal(node.args), self.literal(node.kwargs)
             with torch.no_grad():
@@ -113,7 +121,7 @@ class Constants:
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 return node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception as error:  # its operands may not fit each other in float64; then it is no constant for us
-            return NotConstant(str(error))
+            return _Varies(str(error))
 
 
 def _is_pure(node: fx.Node) -> bool:

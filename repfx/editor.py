@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -20,10 +21,10 @@ from repfx.functional_conv import is_functional_conv, path_for, settings_of
 from repfx.graph import Island
 from repfx.kernel import Kernel, is_symmetric
 from repfx.meaning import BATCH_NORMS, Layer, is_frozen_norm, torch_class
-from repfx.module_tree import has, set_submodule
+from repfx.module_tree import has, outer_paths, set_submodule
 from repfx.moments import Moments
 from repfx.operations import Op
-from repfx.pattern import Match, Term, View
+from repfx.pattern import META, Match, Term, View
 from repfx.provenance import Provenance, attach
 from repfx.reporting import Edit
 from repfx.rule import Rule
@@ -49,8 +50,14 @@ class Editor:
     edits: list[Edit] = field(default_factory=list)
     _placed: list[str] = field(default_factory=list)
 
+    @torch.no_grad()  # else what the backward pass would need of each product stays until the model is written
     def apply(self, rule: Rule, match: Match) -> fx.Node:
         """Replace a match by one node; returns what now stands where the match began."""
+        node = self._replace(rule, match)
+        self.view.graph_changed()
+        return node
+
+    def _replace(self, rule: Rule, match: Match) -> fx.Node:
         if all(op.meaning.kind == "identity" for op in match.ops):
             return self._remove(rule, match)
         template_op = self._template(match)
@@ -166,9 +173,11 @@ class Editor:
     def lower(self) -> None:
         """Write every merged kernel into a plain conv; one that is all that is left of a block takes the block's path."""
         self._erase_unused_constants()
+        inside = self._calls_inside()
         for node, notes in self.merged.items():
             kernel = self.view.kernels[node]
-            block_path = self._block_path(node)
+            self.view.kernels[node] = kernel.to(META)  # the numbers go as soon as they are written
+            block_path = self._block_path(node, inside)
             path = notes.path if block_path is None else block_path
             conv = conv_from_kernel(kernel, notes.template, self.island.full_path(path))
             attach(conv, self._final_provenance(notes, block_path))
@@ -195,19 +204,17 @@ class Editor:
                 owner, _, name = path.rpartition(".")
                 delattr(self.view.root.get_submodule(owner), name)
 
-    def _block_path(self, node: fx.Node) -> str | None:
+    def _calls_inside(self) -> Counter[str]:
+        """How many nodes call or read something inside each module, by its path in the island."""
+        called = (str(node.target) for node in self.view.graph.nodes if node.op in ("call_module", "get_attr"))
+        return Counter(path for target in called for path in outer_paths(target))
+
+    def _block_path(self, node: fx.Node, inside: Counter[str]) -> str | None:
         """The outermost block of which `node` is all that is left, or None."""
-        parts = str(node.target).split(".")
-        for length in range(1 if not self.island.path else 0, len(parts)):
-            path = ".".join(parts[:length])
-            if not isinstance(self.view.root.get_submodule(path), RepBlock):
+        for path in outer_paths(str(node.target)):
+            if not path and not self.island.path:
                 continue
-            inside = [
-                n
-                for n in self.view.graph.nodes
-                if n.op in ("call_module", "get_attr") and (not path or str(n.target).startswith(f"{path}."))
-            ]
-            if inside == [node]:
+            if inside[path] == 1 and isinstance(self.view.root.get_submodule(path), RepBlock):
                 return path
         return None
 

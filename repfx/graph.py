@@ -251,7 +251,8 @@ def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.G
             made = {name: value for name, value in vars(module).items() if name not in before}
             for name in made:
                 delattr(module, name)
-        again = {block for block, calls in tracer.block_calls.items() if calls > 1} - shared
+            again = {block for block, calls in tracer.block_calls.items() if calls > 1} - shared
+            tracer.let_go()
         if not again:
             return graph, {name: value for name, value in made.items() if isinstance(value, Tensor)}
         shared |= again

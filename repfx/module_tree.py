@@ -44,6 +44,16 @@ def module_at(root: nn.Module, path: str) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def outer_paths(path: str) -> list[str]:
+    """The paths of all modules that what is at a path lies in, from the outside inwards.
+
+    >>> outer_paths("layer1.0.conv1")
+    ['', 'layer1', 'layer1.0']
+    """
+    parts = path.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts))]
+
+
 def fits(path: str, pattern: str) -> bool:
     """Whether a path is what a pattern names; `*` goes over dots, too.
 

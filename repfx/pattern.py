@@ -47,10 +47,20 @@ class View:
     def __post_init__(self) -> None:
         read = {str(node.target).rpartition(".")[0] for node in self.graph.nodes if node.op == "get_attr"}
         self._read_elsewhere = read
+        self._ops: dict[fx.Node, Op | None] = {}
         self.constants = Constants(self.graph, self.root)
 
     def op(self, node: fx.Node) -> Op | None:
-        """The node as a linear map that may be moved and merged, or None."""
+        """The node as a linear map that may be moved and merged, or None; what was read holds until the graph has changed."""
+        if node not in self._ops:
+            self._ops[node] = self._read(node)
+        return self._ops[node]
+
+    def graph_changed(self) -> None:
+        """Let each node be read anew."""
+        self._ops.clear()
+
+    def _read(self, node: fx.Node) -> Op | None:
         if node in self.kernels:
             kernel = self.kernels[node]
             meaning = Meaning("conv", kernel.dimensions, kernel.in_channels, lambda like, channels, n: kernel.to(like))
@@ -332,10 +342,7 @@ def _groups(leaves: list[tuple[int, fx.Node]], view: View) -> Iterator[Match]:
         # terms with a conv first: they fix the sizes that an identity or a pooling takes on
         terms.sort(key=lambda item: not _has_conv(item[1], view))
         while terms and _has_conv(terms[0][1], view):
-            chosen: dict[int, Term] = {}
-            for index, term in terms:
-                if _fits(term, list(chosen.values()), source):
-                    chosen[index] = term
+            chosen = _that_add_up(terms, source)
             if len(chosen) > 1:
                 remainder = tuple(leaf for index, leaf in enumerate(leaves) if index not in chosen)
                 yield Match(source, source, tuple(chosen.values()), remainder=remainder)
@@ -361,9 +368,16 @@ def linear_paths(leaf: fx.Node, view: View) -> dict[fx.Node, tuple[Op, ...]]:
     return paths
 
 
-def _fits(term: Term, others: list[Term], source: fx.Node) -> bool:
-    try:
-        Match(source, source, (*others, term)).kernel(META)
-    except NoKernel:
-        return False
-    return True
+def _that_add_up(terms: list[tuple[int, Term]], source: fx.Node) -> dict[int, Term]:
+    """The first term that is a convolution by itself, and each later one that makes a convolution with those before it."""
+    chosen: dict[int, Term] = {}
+    total: Kernel | None = None
+    for index, term in terms:
+        try:
+            channels, dimensions = Match(source, source, (*chosen.values(), term)).sizes()
+            kernel = _signed(term_kernel(term, META, channels, dimensions), term.sign)
+            total = kernel if total is None else total.add(kernel)
+        except NoKernel:
+            continue
+        chosen[index] = term
+    return chosen

@@ -15,7 +15,7 @@ from repfx.branch import fitting
 from repfx.graph import Island, Traces, call_counts, trace
 from repfx.leaves import is_leaf
 from repfx.meaning import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, Layer, code_of_its_own, is_conv, refusal_of, torch_class
-from repfx.module_tree import module_paths
+from repfx.module_tree import module_paths, outer_paths
 from repfx.reach import Around, asked_for
 from repfx.reporting import report
 from repfx.selection import Selection
@@ -116,7 +116,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     origins = {f"{path}.origin.conv" for path in blocks}
     found = []
     for path, module in model.named_modules():
-        inside = next((block for block in blocks if path.startswith(f"{block}.")), None)
+        inside = next((outer for outer in outer_paths(path)[1:] if outer in blocks), None)
         if isinstance(module, RepBlock):
             found.append(Site(path, module.site, module.norm_path, tuple(module.branches), inside))
         elif is_conv(module) and path not in origins:

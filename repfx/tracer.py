@@ -44,6 +44,15 @@ class Tracer(fx.Tracer):
         self.running: list[nn.Module] = []  # whose code runs now; after an error, whose code failed
         self.failures: list[tuple[str, nn.Module | None]] = []  # what could not be traced, caught by code or not
 
+    def let_go(self) -> None:
+        """Hold on to no module: torch.fx puts a tracer that has run into a cycle, which only Python's garbage collector takes apart."""
+        self.root = nn.Module()
+        self.submodule_paths = None
+        self.tensor_attrs = {}
+        self.block_calls.clear()
+        self.running.clear()
+        self.failures.clear()
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:

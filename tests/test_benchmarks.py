@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import random
 from pathlib import Path
@@ -15,12 +17,14 @@ import repfx
 from benchmarks._comparison import Ratio, compare
 from benchmarks._evidence_page import Difference
 from benchmarks._evidence_page import page as evidence
+from benchmarks._memory import Allocations, bytes_of, peak_of
 from benchmarks._record import Row, machine, write
 from benchmarks._zoo_page import page
 from benchmarks.accuracy import METHODS, SCALES, Record
 from benchmarks.scoring import BRANCHES, FUSED, POPULATIONS, population_row
 from benchmarks.search import BUDGET, run, searches
 from benchmarks.training import textbook
+from benchmarks.transforms import SIZES, deep_net, memory_row, scaling_row
 from repfx.schedule import SCHEDULES
 from repfx.testing import assert_same_map, randomize_batch_norm
 
@@ -211,6 +215,70 @@ def test_committed_scores_are_those_of_the_nets_with_their_branches() -> None:
         assert {row["form"] for row in found["rows"]} >= {BRANCHES, FUSED}
         assert all(row["low"] <= row["saved"] <= row["high"] for row in found["rows"])
         assert all(row["difference"] < 1e-6 for row in found["rows"])
+
+
+# ---- transforms
+
+
+def test_memory_is_counted_while_it_is_held_and_once_for_all_views() -> None:
+    with Allocations() as found:
+        x = torch.zeros(8, dtype=torch.float64)
+        x.add_(1)
+        y = x.view(2, 4)[1]
+        del x
+        assert found.now == 64  # by the view
+        z = torch.cat([y, y])
+        del y
+    assert (found.now, found.peak) == (64, 128)
+    assert z.sum() == 8
+
+
+def test_what_has_no_numbers_takes_no_memory() -> None:
+    assert peak_of(lambda: torch.zeros(8, device="meta") + 1) == 0
+
+
+def test_a_copy_of_a_model_takes_what_its_tensors_take() -> None:
+    model = deep_net(4)
+    assert bytes_of(model) <= peak_of(lambda: copy.deepcopy(model)) <= 1.05 * bytes_of(model)
+    assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 4
+
+
+def test_what_fusing_takes_beyond_a_copy_is_told_in_layers() -> None:
+    model, fused = nn.Linear(4, 4), nn.Linear(4, 2, bias=False)  # 80 bytes; a layer of 8 in float64 has 64
+    row = memory_row("net", "form", 80 + 3 * 64, model, fused)
+    assert (row["copy"], row["fused"], row["layer"], row["layers_beyond"]) == (80, 32, 64, 3)
+
+
+def test_time_per_conv_is_set_against_the_first_size_turn_by_turn() -> None:
+    row = scaling_row("fuse", 500, [0.002, 0.02, 0.003], [0.001, 0.01, 0.001])
+    assert (row["milliseconds"], row["ratio"], row["low"], row["high"]) == (3, 2, 2, 3)
+
+
+def test_fusing_leaves_nothing_behind_but_its_result() -> None:
+    """Without Python's search for cycles; kernels wait in float64, with nothing beside them that a backward pass would need."""
+    channels = 32
+    layer = 8 * 9 * channels**2  # in float64
+    model = randomize_batch_norm(repfx.expand(deep_net(30, channels), "acb")).eval()
+    repfx.fuse(model)
+    gc.collect()
+    gc.disable()
+    try:
+        with Allocations() as found:
+            fused = repfx.fuse(model)
+    finally:
+        gc.enable()
+    assert found.now <= 1.1 * bytes_of(fused)
+    assert found.peak <= bytes_of(model) + 2 * bytes_of(fused) + 8 * layer
+
+
+def test_committed_transforms_have_each_size_and_their_noise() -> None:
+    files = list(RESULTS_FOLDER.glob("transforms-*.json"))
+    assert files
+    for file in files:
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        assert {row["convs"] for row in rows if row["asks"] == "scaling"} == set(SIZES)
+        assert {row["asks"] for row in rows} == {"scaling", "memory", "timm"}
+        assert all(row["low"] <= row["ratio"] <= row["high"] for row in rows if "ratio" in row)
 
 
 # ---- the zoo's page

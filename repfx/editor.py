@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from repfx.activated_norm import is_separated
-from repfx.baking import conv_from_kernel, float64_like
+from repfx.baking import conv_from_kernel, float64_like, rounded
 from repfx.block import RepBlock
 from repfx.bordered_padding import CLOSE
 from repfx.folded_norm import FoldedNorm, remember_norm
@@ -24,7 +24,7 @@ from repfx.meaning import BATCH_NORMS, Layer, is_frozen_norm, torch_class
 from repfx.module_tree import has, outer_paths, set_submodule
 from repfx.moments import Moments
 from repfx.operations import Op
-from repfx.pattern import META, Match, Term, View
+from repfx.pattern import META, Match, Term, View, is_sum
 from repfx.provenance import Provenance, attach
 from repfx.reporting import Edit
 from repfx.rule import Rule
@@ -49,6 +49,7 @@ class Editor:
     merged: dict[fx.Node, Merged] = field(default_factory=dict)
     edits: list[Edit] = field(default_factory=list)
     _placed: list[str] = field(default_factory=list)
+    _settled: set[fx.Node] = field(default_factory=set)
 
     @torch.no_grad()  # else what the backward pass would need of each product stays until the model is written
     def apply(self, rule: Rule, match: Match) -> fx.Node:
@@ -96,6 +97,30 @@ class Editor:
             graph.erase_node(old)
             self.view.kernels.pop(old, None)
             self.merged.pop(old, None)
+
+    def settle(self, node: fx.Node) -> None:
+        """Round what a node reads that no rule can merge any more, now that none has at this node, which is no linear map itself.
+
+        So no more than a few kernels at a time are in float64. A node that reads several, as a concatenation, may yet be merged.
+        """
+        if self.view.op(node) is not None or len(node.all_input_nodes) != 1:
+            return
+        self._settled.add(node)
+        pending = node.all_input_nodes
+        while pending:
+            source = pending.pop()
+            if source in self._settled or any(user not in self._settled for user in source.users):
+                continue
+            if source in self.merged:
+                self._round(source)
+            elif is_sum(source, self.view):
+                self._settled.add(source)
+                pending += source.all_input_nodes
+
+    def _round(self, node: fx.Node) -> None:
+        kernel, dtype = self.view.kernels[node], self.merged[node].template.weight.dtype
+        bias = None if kernel.bias is None else rounded(kernel.bias, dtype)
+        self.view.set_kernel(node, replace(kernel, weight=rounded(kernel.weight, dtype), bias=bias))
 
     def _template(self, match: Match) -> Op:
         """The op whose module lends its path and settings to the merged conv: the first of those with the largest window."""

@@ -33,7 +33,7 @@ class View:
         root: the module the graph belongs to.
         calls: how often each module is called in the whole model, by path in `root`.
         registered: under how many paths each module is registered, by path in `root`.
-        kernels: the nodes that rules have already merged, with their kernels in float64.
+        kernels: the nodes that rules have already merged, with their kernels, in float64 as long as they may be merged further.
         input_axes: how many axes the input of the module at a path in `root` has, if that is known.
     """
 
@@ -59,6 +59,11 @@ class View:
     def graph_changed(self) -> None:
         """Let each node be read anew."""
         self._ops.clear()
+
+    def set_kernel(self, node: fx.Node, kernel: Kernel) -> None:
+        """Let a node that rules have merged have this kernel."""
+        self.kernels[node] = kernel
+        self._ops.pop(node, None)
 
     def _read(self, node: fx.Node) -> Op | None:
         if node in self.kernels:

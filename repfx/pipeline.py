@@ -57,7 +57,7 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     Each rewrite removes a node, and each node is visited once more after each rewrite, so the cost is linear.
     """
     rules = tuple(rules)
-    target = copy_of(model)
+    target = copy_of(model, {id(parameter): parameter for parameter in model.parameters()})  # until all is merged
     release_all(target)
     target.eval()  # a parametrized weight may change when it is read in training mode
     for module in list(target.modules()):
@@ -85,7 +85,15 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     skipped = tuple(skip for skip in dict.fromkeys(skips) if skip.rule not in optional)
     take_over_modes(target, model)
     forget(target)
+    target = _of_its_own(target, model)
     return Result(target, Report(name, tuple(edits), skipped, declined, tuple(dict.fromkeys(kept))))
+
+
+def _of_its_own(target: nn.Module, model: nn.Module) -> nn.Module:
+    """A copy in which the parameters that are still the model's are copied, too."""
+    theirs = {id(parameter) for parameter in model.parameters()}
+    copied: nn.Module = copy_of(target, {id(each): each for each in target.parameters() if id(each) not in theirs})
+    return copied
 
 
 class Views:
@@ -121,6 +129,7 @@ def run_rules(editor: Editor, rules: tuple[Rule, ...]) -> dict[fx.Node, list[Ski
                 node = editor.apply(rule, found)
                 break
         else:
+            editor.settle(node)
             node = node.next
     return near_misses
 

@@ -279,8 +279,9 @@ def far_from_zero() -> nn.Module:
 
 
 def test_a_file_is_held_against_what_torch_itself_rounds(tmp_path: Path) -> None:
+    """On so many pixels that some sums round to another step, in whatever order this processor adds."""
     torch.manual_seed(0)
-    report = export_onnx(far_from_zero(), tmp_path / "m.onnx", torch.randn(2, 3, 12, 10))
+    report = export_onnx(far_from_zero(), tmp_path / "m.onnx", torch.randn(2, 3, 96, 80))
     assert 1e-4 < report.max_error <= report.tolerance < 1e-2
 
 

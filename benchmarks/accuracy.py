@@ -29,11 +29,11 @@ from benchmarks._record import machine
 from repfx.augmentation import Augmentation
 from repfx.cost import count_macs
 from repfx.dataset import DataSource
-from repfx.experiment import Experiment, run
+from repfx.experiment import Experiment, Metrics, run
 from repfx.models import ModelReference
 from repfx.plain_values import to_plain
 from repfx.recipe import Distillation, Recipe
-from repfx.run_folder import RunFolder
+from repfx.run_folder import ARCHITECTURE, RunFolder
 from repfx.schedule import SCHEDULES
 from repfx.search import Search
 
@@ -115,11 +115,13 @@ class Method:
         spec: what it is expanded with; an empty list for nothing.
         schedule: name and options; then `spec` is the schedule's.
         distilled: whether it learns from the teacher.
+        retrained: whether what a search finds is trained once more from the beginning, by the same recipe; then both count as cost.
     """
 
     spec: Any = None
     schedule: Mapping[str, Any] | None = None
     distilled: bool = False
+    retrained: bool = False
 
 
 def _schedule(name: str, **options: Any) -> Method:
@@ -137,8 +139,10 @@ METHODS: dict[str, Method] = {
     "DyRep by snip": _schedule("dyrep", metric="snip"),
     "RepNAS": _schedule("repnas"),
     # in RepNAS's space and at its budget: of a site's seven paths 3.5, of which one is its own conv
-    "random search": _schedule("random_search", spec="odbb", weights="shared", budget=2.5 / 6),
-    "DES": _schedule("des"),
+    "random search": Method(
+        schedule={"name": "random_search", "spec": "odbb", "weights": "shared", "budget": 2.5 / 6}, retrained=True
+    ),
+    "DES": Method(schedule={"name": "des"}, retrained=True),
     "RepAn": _schedule("repan"),
     "RepAn, distilled": Method(schedule={"name": "repan"}, distilled=True),
     "distilled": Method([], distilled=True),
@@ -192,12 +196,12 @@ def one_run(
         schedule = {"learning_rate": setting.gate_rate, **schedule}
     experiment = Experiment(net, DataSource(str(data)), method.spec, schedule, training, out=out, overwrite=True)
     began, began_cpu = time.perf_counter(), time.process_time()
-    metrics = run(experiment)
-    assert metrics is not None
-    history = RunFolder(out).history
-    assert history is not None
-    epochs, images = history.epochs, _count(data)
-    taught = len(epochs[1:]) * _macs_of(setting.teacher) if method.distilled else 0
+    stages = [_trained(experiment)]
+    if method.retrained:
+        found = str(out / ARCHITECTURE)
+        stages.append(_trained(replace(experiment, spec=found, schedule=None, out=out / "retrained")))
+    metrics, images = stages[-1].metrics, _count(data)
+    taught = _macs_of(setting.teacher) * training.epochs if method.distilled else 0
     return {
         "scale": scale,
         "method": name,
@@ -208,21 +212,39 @@ def one_run(
         "flips": metrics.flips,
         "test_images": metrics.test_images,
         # a step is three times a forward pass, and one of the teacher
-        "training_macs": images * (3 * sum(epoch.macs for epoch in epochs[1:]) + taught),
+        "training_macs": images * (3 * sum(stage.macs for stage in stages) + taught),
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - began_cpu,
-        "epochs": [epoch.accuracy for epoch in epochs],
+        "epochs": [accuracy for stage in stages for accuracy in stage.accuracies],
         "config": _config(experiment),
         **machine("cpu"),
     }
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One training: what came of it, the multiply-adds of a forward pass in each epoch together, and each epoch's accuracy."""
+
+    metrics: Metrics
+    macs: int
+    accuracies: list[float | None]
+
+
+def _trained(experiment: Experiment) -> _Stage:
+    metrics, history = run(experiment), RunFolder(experiment.out).history
+    assert metrics is not None
+    assert history is not None
+    macs = sum(epoch.macs for epoch in history.epochs[1:])
+    return _Stage(metrics, macs, [epoch.accuracy for epoch in history.epochs])
 
 
 def _config(experiment: Experiment) -> dict[str, Any]:
     """All that a run depends on; files by their names alone."""
     config: dict[str, Any] = to_plain({**experiment.values, "weights": None})
     config["data"]["name"] = Path(config["data"]["name"]).name
-    if config["training"].get("distillation"):
-        config["training"]["distillation"]["weights"] = Path(experiment.training.distillation.weights).name
+    taught = experiment.training.distillation
+    if taught is not None:
+        config["training"]["distillation"]["weights"] = Path(taught.weights).name
     return config
 
 

@@ -137,7 +137,7 @@ def _squeezed(own: Any) -> Any:
 
     @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, **options: Any) -> Any:
-        form = vars(self).get(NAME)
+        form = getattr(self, NAME, None)
         if form is not None and form.fits(self, args, options):
             return form.code(self, *args)
         return own.forward(self, *args, **options)

@@ -133,7 +133,9 @@ def test_a_run_that_is_there_is_kept_unless_overwriting_is_asked_for(tmp_path: P
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule", [pytest.param(name, marks=[pytest.mark.slow] * (name != "fixed")) for name in SCHEDULES]
+)
 def test_train_with_a_schedule_tells_each_change_and_verifies_the_end(  # type: ignore[no-untyped-def]
     schedule: str, tmp_path: Path, repfx_command
 ) -> None:

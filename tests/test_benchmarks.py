@@ -142,6 +142,15 @@ def test_the_page_says_of_each_method_what_its_interval_allows() -> None:
     assert "from the first epoch on a training would cost 2.98;" in text
 
 
+def test_the_page_is_that_of_the_committed_runs() -> None:
+    files = sorted(RESULTS_FOLDER.glob("accuracy-*.jsonl"))
+    rows = [row for file in files for row in Record.at(file).rows]
+    assert (RESULTS_FOLDER.parents[1] / "docs" / "evidence.md").read_text(encoding="utf-8") == evidence(rows)
+    runs_of = [(row["data"], row["scale"], row["method"], row["seed"]) for row in rows]
+    assert len({*runs_of}) == len(runs_of)
+    assert all(row["accuracy"]["fused"] == row["accuracy"]["expanded"] and row["flips"]["fused"] == 0 for row in rows)
+
+
 def test_a_run_that_is_done_is_not_done_again(tmp_path: Path) -> None:
     record = Record.at(tmp_path / "runs.jsonl")
     for row in [*runs("plain", [0.5]), *runs("DBB", [0.6], macs=260)]:

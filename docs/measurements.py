@@ -1,0 +1,308 @@
+"""The tables of what was measured, written from the committed results of the benchmarks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def latency() -> str:
+    """The committed results of `benchmarks/latency.py`: for each machine, the ratios of each form in each runtime."""
+    parts = []
+    for file in sorted(RESULTS.glob("latency-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        runtimes = list(dict.fromkeys(row["runtime"] for row in result["rows"]))
+        cells: dict[tuple[str, str], list[str]] = {}
+        for row in result["rows"]:
+            ratio = f"{row['ratio']:.3f} ({row['low']:.3f}–{row['high']:.3f})"
+            cells.setdefault((f"{row['model']}, `{row['spec']}`", row["form"]), []).append(ratio)
+        setting = f"{result['hardware']}; input {result['input']}; torch {result['torch']}, onnxruntime {result['onnxruntime']}"
+        parts += [f"{setting}:", table(("model", "form", *runtimes), [(*key, *row) for key, row in cells.items()])]
+    return "\n\n".join(parts)
+
+
+def deployment() -> str:
+    """The committed results of `benchmarks/deployment.py`: for each machine, the latency of each file of a model beside the fused one's."""
+    parts = []
+    for file in sorted(RESULTS.glob("deployment-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        forms = [form for form in dict.fromkeys(row["form"] for row in result["rows"]) if form != "fused"]
+        cells: dict[str, dict[str, str]] = {}
+        for row in result["rows"]:
+            cells.setdefault(row["model"], {})[row["form"]] = _deployed(row)
+        rows = [(model, *(found[form] for form in ("fused", *forms))) for model, found in cells.items()]
+        tools = ", ".join(f"{name} {result[name]}" for name in ("torch", "timm", "onnxruntime", "onnxsim", "onnxslim"))
+        parts += [f"{result['hardware']}; {tools}:", table(("model", "fused", *forms), rows)]
+    return "\n\n".join(parts)
+
+
+def _deployed(row: dict[str, Any]) -> str:
+    if "problem" in row:
+        return str(row["problem"])
+    convs = f"{row['convs']} → {row['convs_run']} convs"
+    return convs if row["form"] == "fused" else f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f}), {convs}"
+
+
+def compiled() -> str:
+    """The committed results of `benchmarks/compiled.py`."""
+    parts = []
+    for file in sorted(RESULTS.glob("compiled-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows = [
+            (
+                row["candidate"],
+                f"{row['ratio']:.3f} ({row['low']:.3f}–{row['high']:.3f})",
+                f"{row['compile']:.0f} s",
+                str(row["graphs"]),
+            )
+            for row in result["rows"]
+        ]
+        setting = f"{result['hardware']}; input {result['input']}; torch {result['torch']}:"
+        parts += [setting, table(("with", "compiled step / eager step", "to compile", "graphs"), rows)]
+    return "\n\n".join(parts)
+
+
+def drift() -> str:
+    """The committed result of `benchmarks/drift.py`: for each model, how far each way moves it."""
+    result = json.loads((RESULTS / "drift.json").read_text(encoding="utf-8"))
+    head = ("model", "way", "eval output, at once", "in training mode, at once", "eval output, after five passes")
+    rows = [
+        (row["model"], row["way"], *(f"{row[key]:.1e}" if row[key] else "0" for key in ("eval", "train", "drift")))
+        for row in result["rows"]
+    ]
+    setting = f"γ at first {result['gamma']}; input {result['input']}; torch {result['torch']}"
+    return f"{table(head, rows)}\n\nRelative to the largest output; {setting}."
+
+
+def observation() -> str:
+    """The committed results of `benchmarks/observation.py`."""
+    parts = []
+    for file in sorted(RESULTS.glob("observation-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows = [
+            (
+                row["form"],
+                f"`{row['metric']}`",
+                f"{row['step'] * 1e3:.0f} ms",
+                f"{row['median']:.4f} ({row['low']:.4f}–{row['high']:.4f})",
+            )
+            for row in result["rows"]
+        ]
+        setting = f"ResNet-18, input {result['input']}; {result['hardware']}; torch {result['torch']}:"
+        parts += [setting, table(("form", "saliency", "step", "with observation / without"), rows)]
+    return "\n\n".join(parts)
+
+
+def scoring() -> str:
+    """The committed results of `benchmarks/scoring.py`, in the form of IRepNAS, table 1."""
+    parts = []
+    for file in sorted(RESULTS.glob("scoring-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        sizes = list(dict.fromkeys(row["population"] for row in result["rows"]))
+        cells: dict[tuple[str, str], list[str]] = {}
+        for row in result["rows"]:
+            saved = f" (−{row['saved']:.1%})" if row["form"] != "multi-branch" else ""
+            cells.setdefault((row["model"], row["form"]), []).append(f"{row['seconds']:.0f} s{saved}")
+        counts = f"scaled from {result['candidates']} candidates of each model, scored on {result['images']} images"
+        setting = f"{result['hardware']}; batches {result['input']}; torch {result['torch']}; {counts}:"
+        parts += [setting, table(("model", "form", *map(str, sizes)), [(*key, *row) for key, row in cells.items()])]
+    return "\n\n".join(parts)
+
+
+def search() -> str:
+    """The committed result of `benchmarks/search.py`: what each search found, seed by seed."""
+    result = json.loads((RESULTS / "search.json").read_text(encoding="utf-8"))
+    rows = []
+    for name in dict.fromkeys(row["search"] for row in result["rows"]):
+        own = [row for row in result["rows"] if row["search"] == name]
+        found = ", ".join(str(row["found"]) for row in own)
+        errors = ", ".join(f"{row['error']:.1e}" for row in own)
+        rows.append((f"`{name}`", f"{found} of {own[0]['budget']}", errors))
+    head = (
+        "search",
+        "right branches, seed by seed",
+        "error of the fused net, relative to the variance of what it has to give out",
+    )
+    return (
+        f"{table(head, rows)}\n\n{result['epochs']} epochs of search and as many afterwards; kinds: {result['kinds']}."
+    )
+
+
+def gates() -> str:
+    """The committed results of `benchmarks/gates.py`."""
+    parts = []
+    for file in sorted(RESULTS.glob("gates-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows = [
+            (
+                row["budget"],
+                *(f"{row[key]:.2f}" for key in ("step_to_plain", "memory_to_plain")),
+                *(f"{row[key]:.0%}" if key in row else "" for key in ("branch_time", "branch_memory")),
+            )
+            for row in result["rows"]
+        ]
+        head = ("budget", "step / plain step", "memory / plain", "share of the branches' whole time", "and memory")
+        parts += [f"{result['hardware']}; input {result['input']}; torch {result['torch']}:", table(head, rows)]
+    return "\n\n".join(parts)
+
+
+def training() -> str:
+    """The committed results of `benchmarks/training.py`."""
+    parts = []
+    for file in sorted(RESULTS.glob("training-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows = [
+            (
+                row["net"],
+                row["candidate"],
+                f"{row['step']:.3g} s",
+                f"{row['step_ratio']:.2f}",
+                f"{row['memory'] / 2**20:.0f} MiB",
+                f"{row['memory_ratio']:.2f}",
+                row["against"],
+                f"{row['step_to_textbook']:.2f}",
+            )
+            for row in result["rows"]
+        ]
+        head = ("net", "with", "step", "ratio", "memory", "ratio", "ratios to", "step / textbook DBB")
+        parts += [f"{result['hardware']}; input {result['input']}; torch {result['torch']}:", table(head, rows)]
+    return "\n\n".join(parts)
+
+
+def transforms() -> str:
+    """The committed results of `benchmarks/transforms.py`, a table for each question."""
+    parts = []
+    for file in sorted(RESULTS.glob("transforms-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        questions: dict[str, list[dict[str, Any]]] = {}
+        for row in result["rows"]:
+            questions.setdefault(row["asks"], []).append(row)
+        versions = f"torch {result['torch']}, timm {result['timm']}, Python {result['python']}"
+        parts += [f"{result['hardware']}; {versions}; scaling with `{result['spec']}`:"]
+        parts += [_scaling(questions["scaling"]), _memory(questions["memory"]), _beside_timm(questions["timm"])]
+    return "\n\n".join(parts)
+
+
+def _scaling(rows: list[dict[str, Any]]) -> str:
+    sizes = list(dict.fromkeys(row["convs"] for row in rows))
+    cells: dict[str, list[str]] = {}
+    for row in rows:
+        ratio = "" if row["convs"] == sizes[0] else f": {_with_interval(row)}"
+        if row["collector"] == "on":
+            cells.setdefault(row["transform"], []).append(f"{row['milliseconds']:.3g} ms{ratio}")
+        elif row["convs"] == sizes[-1]:
+            cells[row["transform"]].append(f"{row['ratio']:.2f}")
+    head = ("per conv", *(f"of {size:,} convs" for size in sizes), f"{sizes[-1]:,} to {sizes[0]}, collector off")
+    return table(head, [(f"`{name}`", *row) for name, row in cells.items()])
+
+
+def _memory(rows: list[dict[str, Any]]) -> str:
+    head = ("`fuse` of", "with", "the model", "fused", "layer in float64", "peak", "(peak − model) / layer")
+    sizes = ("copy", "fused", "layer", "peak")
+    return table(
+        head,
+        [
+            (
+                row["net"],
+                f"`{row['form']}`",
+                *(f"{row[key] / 2**20:.3g} MiB" for key in sizes),
+                f"{row['layers_beyond']:.1f}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def _beside_timm(rows: list[dict[str, Any]]) -> str:
+    head = ("model", "timm", "repfx", "repfx / timm", "BatchNorms", "left by timm", "left by repfx")
+    norms = ("norms", "norms_of_timm", "norms_of_repfx")
+    return table(
+        head,
+        [
+            (
+                row["model"],
+                *(f"{row[way]:.2g} s" for way in ("timm", "repfx")),
+                _with_interval(row),
+                *(str(row[key]) for key in norms),
+            )
+            for row in rows
+        ],
+    )
+
+
+def _with_interval(row: dict[str, Any]) -> str:
+    return f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f})"
+
+
+def quantization() -> str:
+    """The committed result of `benchmarks/quantization.py`: what each rounding costs each form, and the ranges that it meets."""
+    result = json.loads((RESULTS / "quantization.json").read_text(encoding="utf-8"))
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["rounding"], row["form"]), []).append(row)
+
+    def mean(rows: list[dict[str, Any]], key: str) -> float:
+        return float(sum(row[key] for row in rows) / len(rows))
+
+    def change(rows: list[dict[str, Any]], key: str) -> str:
+        return ", ".join(f"{100 * (row[key] - row['float32']):+.2f}" for row in rows)
+
+    cost = [
+        (
+            rounding,
+            f"`{form}`",
+            f"{mean(rows, 'float32'):.1%}",
+            ", ".join(f"{row['flips'] / row['images']:.1%}" for row in rows),
+            change(rows, "int8"),
+            ", ".join(f"{row['lowest_sqnr']:.1f}" for row in rows),
+        )
+        for (rounding, form), rows in groups.items()
+    ]
+    ranges = [
+        (
+            f"`{form}`",
+            *(f"{mean(rows, key):.3g}" for key in ("median_weight_range", "median_channel_spread", "median_high")),
+        )
+        for (rounding, form), rows in groups.items()
+        if rounding == result["rows"][0]["rounding"]
+    ]
+    head = (
+        "weights",
+        "branches",
+        "accuracy in float32",
+        "other class",
+        "accuracy, in points",
+        "lowest SQNR of a conv's outputs, dB",
+    )
+    setting = (
+        f"{result['images']} images of {result['data']}, {result['input']}, {result['epochs']} epochs; "
+        f"{result['rows'][0]['images']} test images, "
+        f"{result['calibration']} for calibration; torch {result['torch']}, onnxruntime {result['onnxruntime']}. Seed by seed."
+    )
+    ranges_head = ("branches", "largest weight of a conv", "times the median channel's", "largest output of a conv")
+    return f"{table(head, cost)}\n\n{setting}\n\n{table(ranges_head, ranges)}\n\nMedians over the convs, means over the seeds."
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """In Markdown."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+MEASUREMENTS: dict[str, Callable[[], str]] = {
+    "latency": latency,
+    "deployment": deployment,
+    "compiled": compiled,
+    "drift": drift,
+    "observation": observation,
+    "scoring": scoring,
+    "search": search,
+    "gates": gates,
+    "training": training,
+    "transforms": transforms,
+    "quantization": quantization,
+}

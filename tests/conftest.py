@@ -14,7 +14,9 @@ SLOW_START = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=SLOW_START)
 settings.register_profile("ci", settings.get_profile("dev"), max_examples=30, derandomize=True, print_blob=True)
-settings.register_profile("short", settings.get_profile("ci"), max_examples=8)  # where the same runs elsewhere at length
+settings.register_profile(
+    "short", settings.get_profile("ci"), max_examples=8
+)  # where the same runs elsewhere at length
 settings.register_profile("fuzz", settings.get_profile("dev"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 

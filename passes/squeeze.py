@@ -112,7 +112,7 @@ def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: S
     parts = {*known, *_parts(model, {*convs, *blocks}, hold=hold)}
     SqueezeRegions.among(model, parts, {*held_in(model), *(parts if hold else ())} & _norms(model))
     found = {path: parts for path, parts in regions_of(model).items() if before.get(path) != parts}
-    if not blocks and not found:
+    if not blocks and not regions_of(model):
         raise InvalidInput(
             f"{type(model).__name__} has no block, which repfx.expand makes, and no conv whose BatchNorm keeps its statistics, "
             "as statistics='frozen' lets it."

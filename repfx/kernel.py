@@ -486,8 +486,9 @@ def _composed_weight(first: Kernel, second: Kernel) -> tuple[Tensor, Ints]:
         spread_out = transpose(turned, by_middle, stride=tuple(spread), dilation=tuple(spread2), groups=pieces)
         window = tuple(spread_out.shape[2:])
         composed = spread_out.reshape(channels, pieces, out, -1).permute(1, 2, 0, 3)
-    ordered: Tensor = _OrderedGradient.apply(composed)
-    parts = ordered.reshape(groups * q, p, out, channels, -1).transpose(1, 2)
+    if not torch.compiler.is_compiling():  # which lays gradients out by itself
+        composed = _OrderedGradient.apply(composed)
+    parts = composed.reshape(groups * q, p, out, channels, -1).transpose(1, 2)
     return parts.reshape(second.out_channels, p * channels, *window), tuple(dilation)
 
 

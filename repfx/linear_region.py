@@ -1,4 +1,4 @@
-"""`Region`: a linear part of a graph as one kernel, which is assembled anew from the live modules each time it is asked for."""
+"""`LinearRegion`: a linear part of a graph as one kernel, which is assembled anew from the live modules each time it is asked for."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ class LinearRegion:
 
     def __call__(self, root: nn.Module, x: Tensor) -> Tensor:
         """``(batch, channels, *axes)`` through the one conv, in the weights' own precision."""
-        weight = next(root.get_submodule(self.template).parameters())
+        template: Layer = root.get_submodule(self.template)
+        weight: Tensor = (template.conv if isinstance(template, RepBlock) else template).weight
         if weight.is_meta:  # which autocast doesn't know
             return self.kernel(root, weight)(x)
         with torch.autocast(weight.device.type, enabled=False):

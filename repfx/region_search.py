@@ -23,6 +23,7 @@ from repfx.notes import copy_of
 from repfx.operations import Op
 from repfx.pattern import Match, View
 from repfx.pipeline import Views, run_rules
+from repfx.reach import calls
 from repfx.rule import RULES, Rule
 from repfx.squeezed_form import NAME, SqueezedForm
 from repfx.stages import conv_module
@@ -65,9 +66,18 @@ def _outline(model: nn.Module) -> nn.Module:
     return outline
 
 
+_COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__init_subclass__")
+_GRADIENT_MODES = frozenset({"no_grad", "enable_grad", "set_grad_enabled", "inference_mode", "is_grad_enabled"})
+
+
 def _refuses(root: nn.Module) -> bool:
-    """Whether copies of a module forget what it carries, or are made by code of its own."""
-    return isinstance(root, fx.GraphModule) or hasattr(type(root), "__deepcopy__")
+    """Whether a module is copied or subclassed by code of its own, or asks for a gradient mode, which a graph forgets."""
+    own = {name for cls in type(root).__mro__ if cls not in (nn.Module, object) for name in vars(cls)}
+    if isinstance(root, fx.GraphModule) or own & {*_COPYING}:
+        return True
+    classes = {type(module) for module in root.modules()}
+    foreign = [cls for cls in classes if not cls.__module__.startswith(("torch.nn.", "repfx."))]
+    return any(calls(cls, _GRADIENT_MODES) for cls in foreign)
 
 
 @dataclass
@@ -118,11 +128,9 @@ def _form(root: nn.Module, finder: _Finder, held: Collection[str]) -> SqueezedFo
             call = graph.call_method("run", (form, name, node.args[0]))
         node.replace_all_uses_with(call)
         graph.erase_node(node)
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     inside = {path for region in regions.values() for path in region.modules}
-    parts = {path: root.get_submodule(path) for path in sorted(called | inside)}
     inputs = sum(node.op == "placeholder" and not node.args for node in graph.nodes)
-    return SqueezedForm(root, _code_of(graph), inputs, regions, parts, tuple(sorted(inside & {*held})))
+    return SqueezedForm(root, _code_of(graph), inputs, regions, tuple(sorted(inside & {*held})))
 
 
 def _code_of(graph: fx.Graph) -> Callable[..., Any]:

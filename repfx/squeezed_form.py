@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from repfx.block import RepBlock
-from repfx.meaning import has_hooks, takes_batch_statistics
+from repfx.kernel import NoKernel
+from repfx.meaning import has_hooks, is_patched, takes_batch_statistics
 from repfx.notes import keep, kept
 
 NAME = "repfx_squeezed_form"
@@ -43,7 +44,6 @@ class SqueezedForm:
         code: takes `root` and the inputs; calls regions as ``root.repfx_squeezed_form.run("<name>", x)``.
         inputs: how many there are.
         regions: by name.
-        parts: all modules that the graph calls or regions consist of, by path in `root`.
         held: paths of BatchNorms that stay in eval mode.
     """
 
@@ -51,8 +51,14 @@ class SqueezedForm:
     code: Callable[..., Any]
     inputs: int
     regions: Mapping[str, Region]
-    parts: Mapping[str, nn.Module]
     held: tuple[str, ...]
+    _seen: tuple[Any, ...] = ()
+    _apart: tuple[str, ...] = ()  # of `held`, what had another mode than the root
+
+    def __post_init__(self) -> None:
+        modules = dict(self.root.named_modules(remove_duplicate=False))
+        self._seen = tuple(map(_outline, modules.items()))
+        self._apart = tuple(path for path in self.held if modules[path].training != self.root.training)
 
     def run(self, name: str, x: Any) -> Any:
         """What a region gives out."""
@@ -60,35 +66,60 @@ class SqueezedForm:
 
     def fits(self, module: nn.Module, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
         """Whether the form gives out just what the module's own forward would."""
-        if options or len(args) != self.inputs or any(isinstance(argument, fx.Proxy) for argument in args):
+        if self.root is not module or options or len(args) != self.inputs:
             return False
-        return self.root is module and self._is_exact and self._is_unheard
+        return all(isinstance(argument, Tensor) for argument in args) and self._is_exact
 
     @property
     def _is_exact(self) -> bool:
-        """Whether all parts are still there, and what regions consist of is linear in this mode."""
-        found = dict(self.root.named_modules(remove_duplicate=False))
-        return all(found.get(path) is part for path, part in self.parts.items()) and not any(
-            _varies(found[path]) for region in self.regions.values() for path in region.modules
-        )
-
-    @property
-    def _is_unheard(self) -> bool:
-        return not any(has_hooks(module) for module in self.root.modules() if module is not self.root)
+        """Whether all modules below are what they were and unheard, and what regions consist of is linear in this mode."""
+        modules = dict(self.root.named_modules(remove_duplicate=False))
+        if len(modules) != len(self._seen) or any(map(_differs, modules.items(), self._seen)):
+            return False
+        return not any(_varies(modules[path]) for region in self.regions.values() for path in region.modules)
 
     def stop_norms(self) -> None:
         """Put the BatchNorms whose statistics are held into eval mode."""
-        self._set_norms(False)
+        for norm in self._norms(self.held):
+            if norm.training:
+                norm.eval()
 
     def let_norms_go(self) -> None:
-        """Let the BatchNorms whose statistics were held follow the mode of the module again."""
-        self._set_norms(self.root.training)
+        """Let the BatchNorms whose statistics were held follow the mode of the module again, those that did before."""
+        for norm in self._norms({*self.held} - {*self._apart}):
+            norm.train(self.root.training)
 
-    def _set_norms(self, mode: bool) -> None:
-        modules = dict(self.root.named_modules(remove_duplicate=False))
-        for path in self.held:
-            if path in modules:
-                modules[path].train(mode)
+    def _norms(self, paths: Iterable[str]) -> list[nn.Module]:
+        modules = dict(self.root.named_modules(remove_duplicate=False)) if self.held else {}
+        return [modules[path] for path in paths if path in modules]
+
+
+def _outline(entry: tuple[str, nn.Module]) -> tuple[str, nn.Module, type[nn.Module], dict[str, Any]]:
+    """All that a graph takes for granted of a module at a path: what it is, and the plain values that its code may read."""
+    path, module = entry
+    return path, module, type(module), _plain_values(module) if module._modules else {}
+
+
+def _plain_values(module: nn.Module) -> dict[str, Any]:
+    own = (
+        (name, value) for name, value in vars(module).items() if name != "training" and not name.startswith("repfx_")
+    )
+    return {name: value for name, value in own if all(isinstance(each, _PLAIN) for each in _items(value))}
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _differs(entry: tuple[str, nn.Module], seen: tuple[str, nn.Module, type[nn.Module], dict[str, Any]]) -> bool:
+    path, module = entry
+    same = path == seen[0] and module is seen[1] and (not path or type(module) is seen[2])
+    if not same or is_patched(module) or (path and has_hooks(module)):
+        return True
+    return bool(module._modules) and _plain_values(module) != seen[3]
 
 
 def _varies(part: nn.Module) -> bool:
@@ -138,13 +169,20 @@ def _squeezed(own: Any) -> Any:
     @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, **options: Any) -> Any:
         form = getattr(self, NAME, None)
-        if form is not None and form.fits(self, args, options):
-            return form.code(self, *args)
+        if form is not None:
+            form.stop_norms()  # a part of the module may have been put into training mode by itself
+            if form.fits(self, args, options):
+                try:
+                    return form.code(self, *args)
+                except NoKernel:  # where sizes were changed
+                    pass
         return own.forward(self, *args, **options)
 
-    def train(self: Any, mode: bool = True) -> Any:
-        own.train(self, mode)
-        vars(self)[NAME].stop_norms()
+    def train(self: Any, *args: Any, **options: Any) -> Any:
+        own.train(self, *args, **options)
+        form = getattr(self, NAME, None)
+        if form is not None:
+            form.stop_norms()
         return self
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:

@@ -180,6 +180,108 @@ def test_another_tracer_sees_the_model_s_own_code() -> None:
     assert str(fx.symbolic_trace(model).graph) == str(fx.symbolic_trace(plain).graph)
 
 
+class Scaled(nn.Module):
+    """Two layers and a number that its code reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.alpha = 1.0
+
+    def forward(self, x: Any, mask: Tensor | None = None) -> Tensor:
+        x = x if isinstance(x, Tensor) else torch.cat(list(x), 1)
+        y: Tensor = self.body(x) * self.alpha
+        return y if mask is None else y * mask
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+def patch(module: nn.Module) -> None:
+    before = module.forward
+    module.forward = lambda x: before(x).relu()  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.body.append(nn.ReLU()),
+        lambda model: patch(model.body),
+        lambda model: patch(model.body[0]),
+        lambda model: patch(model.body[1]),
+        lambda model: setattr(model.body[1], "__class__", Doubled),
+        lambda model: setattr(model, "alpha", 2.0),
+    ],
+)
+def test_whatever_is_changed_afterwards_counts(change: Any) -> None:
+    model = repfx.squeeze(ready(Scaled()))
+    assert not runs_as_its_code_says(model)
+    before = model(X)
+    change(model)
+    assert runs_as_its_code_says(model)
+    found = model(X)
+    torch.testing.assert_close(found, repfx.unsqueeze(model)(X), rtol=0, atol=0)
+    assert (found - before).abs().max() > 0.1
+
+
+def test_inputs_that_are_no_tensors() -> None:
+    model = repfx.squeeze(ready(Scaled()))
+    torch.testing.assert_close(model(list(X.split(1, 1))), model(X), rtol=1e-12, atol=1e-12)
+
+
+def test_sizes_that_no_longer_make_one_conv() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 3, 3, padding=1)).double()
+    repfx.squeeze(model)
+    assert list(regions_of(model)) == ["1"]
+    model[0].bias = nn.Parameter(torch.ones(4).double())
+    torch.testing.assert_close(model(X), repfx.unsqueeze(copy.deepcopy(model))(X), rtol=0, atol=0)
+
+
+def test_code_that_asks_for_a_gradient_mode_stays() -> None:
+    class Frozen(Scaled):
+        def forward(self, x: Any, mask: Tensor | None = None) -> Tensor:
+            with torch.no_grad():
+                y: Tensor = self.body(x)
+            return y
+
+    class Decorated(Scaled):
+        @torch.no_grad()
+        def forward(self, x: Any, mask: Tensor | None = None) -> Tensor:
+            y: Tensor = self.body(x)
+            return y
+
+    class Copied(Scaled):
+        def __getstate__(self) -> Any:
+            return vars(self)
+
+    for kind in (Frozen, Decorated, Copied):
+        with pytest.raises(InvalidInput, match="has no block"):
+            repfx.squeeze(ready(kind()))
+
+
+def test_squeezing_twice_is_squeezing_once() -> None:
+    model = repfx.squeeze(ready())
+    regions = regions_of(model)
+    assert regions_of(repfx.squeeze(model)) == regions
+    assert repfx.report(model).applied == ()
+    assert regions_of(repfx.squeeze(model, statistics="frozen")) == regions
+    assert held_in(model)
+
+
+def test_norms_that_were_still_for_another_reason_stay_so() -> None:
+    model: Any = randomize_batch_norm(Residual().double()).train()
+    model.bn.eval()
+    repfx.squeeze(model, statistics="frozen")
+    model.second.train()  # by itself
+    model(X)
+    assert not model.second.training
+    repfx.unsqueeze(model)
+    assert not model.bn.training
+    assert model.second.training
+
+
 # ---- what is found
 
 

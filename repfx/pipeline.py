@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -57,7 +58,10 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     Each rewrite removes a node, and each node is visited once more after each rewrite, so the cost is linear.
     """
     rules = tuple(rules)
-    target = copy_of(model, {id(parameter): parameter for parameter in model.parameters()})  # until all is merged
+    weights = _sharing_memory(model)
+    shared = [weakref.ref(weight) for weight in weights.values()]  # what is merged is gone at the end
+    target = copy_of(model, weights)
+    del weights
     release_all(target)
     target.eval()  # a parametrized weight may change when it is read in training mode
     for module in list(target.modules()):
@@ -85,15 +89,19 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     skipped = tuple(skip for skip in dict.fromkeys(skips) if skip.rule not in optional)
     take_over_modes(target, model)
     forget(target)
-    target = _of_its_own(target, model)
+    for reference in shared:
+        if (weight := reference()) is not None:
+            weight.data = weight.data.clone()
     return Result(target, Report(name, tuple(edits), skipped, declined, tuple(dict.fromkeys(kept))))
 
 
-def _of_its_own(target: nn.Module, model: nn.Module) -> nn.Module:
-    """A copy in which the parameters that are still the model's are copied, too."""
-    theirs = {id(parameter) for parameter in model.parameters()}
-    copied: nn.Module = copy_of(target, {id(each): each for each in target.parameters() if id(each) not in theirs})
-    return copied
+def _sharing_memory(model: nn.Module) -> dict[int, nn.Parameter]:
+    """For each parameter of a model another one with the same memory, by the id of the first."""
+    return {
+        id(weight): nn.Parameter(weight.detach(), weight.requires_grad)
+        for weight in model.parameters()
+        if type(weight) is nn.Parameter and not weight.is_inference()
+    }
 
 
 class Views:

@@ -270,7 +270,7 @@ class Kernel:
         mode = _common_padding_mode(self, other)
         groups = math.gcd(self.groups, other.groups)
         parts = _align([self.regroup(groups), other.regroup(groups)])
-        weight = parts[0].weight + parts[1].weight
+        weight = _plus(parts[0].weight, parts[1].weight)
         return replace(parts[0], weight=weight, bias=_sum(self.bias, other.bias), padding_mode=mode)
 
     def _add_transposed(self, other: Kernel) -> Kernel:
@@ -290,6 +290,8 @@ class Kernel:
         """The kernel of ``scale · self(x) + shift``, both ``(out,)``: BatchNorm in eval mode, a gate, a layer scale."""
         ones = (1,) * self.dimensions
         bias = _sum(None if self.bias is None else self.bias * scale, shift)
+        if self.weight.is_meta:  # where even one operation takes long
+            return replace(self, bias=bias)
         if not self.transposed:
             return replace(self, weight=self.weight * scale.reshape(-1, 1, *ones), bias=bias)
         per_group = self.weight.reshape(self.groups, -1, *self.weight.shape[1:])
@@ -371,7 +373,12 @@ class Kernel:
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return a if b is None else b
-    return a + b
+    return _plus(a, b)
+
+
+def _plus(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of two of one shape, which on the meta device is either."""
+    return a if a.is_meta and b.is_meta else a + b
 
 
 def _transposed_form(kernel: Kernel) -> tuple[object, ...]:

@@ -56,4 +56,5 @@ def stays_whole(module: nn.Module) -> str | None:
 def calls_conv(module: nn.Module) -> bool:
     """Whether the code of a module that has parameters calls a function for convs."""
     own_code = not type(module).__module__.startswith("torch.nn.")
-    return own_code and any(True for _ in module.parameters()) and calls(type(module), CONV_FUNCTIONS)  # type: ignore[arg-type]
+    calls_one = own_code and calls(type(module), CONV_FUNCTIONS)  # type: ignore[arg-type]
+    return calls_one and any(True for _ in module.parameters())

@@ -297,7 +297,10 @@ class Sum(Pattern):
         if not is_sum(node, view) or _is_inner(node, view):
             return
         _, inner = _leaves(node, view)
-        found = [match for part in (node, *inner) for match in _matches_of_tree(part, view)]
+        whole = list(_matches_of_tree(node, view))
+        if len(whole) == 1 and not whole[0].remainder:
+            yield from whole
+        found = [*whole, *(match for part in inner for match in _matches_of_tree(part, view))]
         # one with a remainder last: it takes the tree apart, and other parts of it may have been one convolution
         yield from sorted(found, key=lambda match: (bool(match.remainder), -len(match.terms)))
 

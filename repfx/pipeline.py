@@ -57,11 +57,28 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
 
     Each rewrite removes a node, and each node is visited once more after each rewrite, so the cost is linear.
     """
-    rules = tuple(rules)
     weights = _sharing_memory(model)
-    shared = [weakref.ref(weight) for weight in weights.values()]  # what is merged is gone at the end
+    shared = [weakref.ref(weight) for weight in weights.values()]
     target = copy_of(model, weights)
     del weights
+    result = _rewrite(target, model, tuple(rules), name)
+    for reference in shared:
+        if (weight := reference()) is not None:  # what has been merged is gone
+            weight.data = weight.data.clone()
+    return result
+
+
+def _sharing_memory(model: nn.Module) -> dict[int, nn.Parameter]:
+    """For each parameter of a model another one with the same memory, by the id of the first."""
+    return {
+        id(weight): nn.Parameter(weight.detach(), weight.requires_grad)
+        for weight in model.parameters()
+        if type(weight) is nn.Parameter and not weight.is_inference()
+    }
+
+
+def _rewrite(target: nn.Module, model: nn.Module, rules: tuple[Rule, ...], name: str) -> Result:
+    """The same with `target`, a copy of the model that has been made already."""
     release_all(target)
     target.eval()  # a parametrized weight may change when it is read in training mode
     for module in list(target.modules()):
@@ -89,19 +106,7 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     skipped = tuple(skip for skip in dict.fromkeys(skips) if skip.rule not in optional)
     take_over_modes(target, model)
     forget(target)
-    for reference in shared:
-        if (weight := reference()) is not None:
-            weight.data = weight.data.clone()
     return Result(target, Report(name, tuple(edits), skipped, declined, tuple(dict.fromkeys(kept))))
-
-
-def _sharing_memory(model: nn.Module) -> dict[int, nn.Parameter]:
-    """For each parameter of a model another one with the same memory, by the id of the first."""
-    return {
-        id(weight): nn.Parameter(weight.detach(), weight.requires_grad)
-        for weight in model.parameters()
-        if type(weight) is nn.Parameter and not weight.is_inference()
-    }
 
 
 class Views:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repfx.memory_format import takes_channels_last
 from repfx.predictions import logits_of
 from repfx.recipe import Recipe
 
@@ -20,7 +21,7 @@ class Place:
 
     def __init__(self, accelerator: Any, recipe: Recipe) -> None:
         self.accelerator = accelerator
-        self.channels_last = recipe.channels_last
+        self.channels_last = recipe.channels_last  # None until a model has been put
         self.compile = recipe.compile
         self.device: torch.device = accelerator.device
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
@@ -33,6 +34,8 @@ class Place:
     def put(self, model: nn.Module) -> nn.Module:
         """A model onto the device, in place."""
         model = model.to(self.device)
+        if self.channels_last is None:
+            self.channels_last = self.device.type in ("cpu", "cuda") and takes_channels_last(model)
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def bring(self, x: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ class Recipe:
         augmentation: of the training images.
         distillation: a teacher to learn from; None for none.
         mixed_precision: no, bf16 or fp16.
-        channels_last: whether images and kernels are laid out channels last.
+        channels_last: whether images and kernels are laid out channels last; None where that is known to change nothing but speed: on a
+            CPU or a CUDA GPU, for a model whose code is known (see `repfx.memory_format.takes_channels_last`).
         compile: whether `torch.compile` runs the model in training.
         seed: of weights, order, augmentation and whatever else is drawn. Equal seeds give equal weights on one kind of machine; on a GPU,
             with `deterministic`.
@@ -99,7 +100,7 @@ class Recipe:
     augmentation: Augmentation = field(default_factory=Augmentation)
     distillation: Distillation | None = None
     mixed_precision: str = "no"
-    channels_last: bool = False
+    channels_last: bool | None = None
     compile: bool = False
     seed: int = 0
     deterministic: bool = False

@@ -11,28 +11,17 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from repfx.block import RepBlock
 from repfx.kernel import NoKernel
+from repfx.linear_region import LinearRegion
 from repfx.meaning import has_hooks, is_patched, takes_batch_statistics
 from repfx.notes import keep, kept
 
 NAME = "repfx_squeezed_form"
-
-
-class Region(Protocol):
-    """Some modules below a root that together are one linear map, `template` being the conv that lends its window; see `LinearRegion`."""
-
-    @property
-    def template(self) -> str: ...
-
-    @property
-    def modules(self) -> tuple[str, ...]: ...
-
-    def __call__(self, root: nn.Module, x: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -50,13 +39,13 @@ class SqueezedForm:
     root: nn.Module
     code: Callable[..., Any]
     inputs: int
-    regions: Mapping[str, Region]
+    regions: Mapping[str, LinearRegion]
     held: tuple[str, ...]
     _seen: tuple[Any, ...] = ()
     _apart: tuple[str, ...] = ()  # of `held`, what had another mode than the root
 
     def __post_init__(self) -> None:
-        modules = dict(self.root.named_modules(remove_duplicate=False))
+        modules = self._modules
         self._seen = tuple(map(_outline, modules.items()))
         self._apart = tuple(path for path in self.held if modules[path].training != self.root.training)
 
@@ -64,37 +53,57 @@ class SqueezedForm:
         """What a region gives out."""
         return self.regions[name](self.root, x)
 
-    def fits(self, module: nn.Module, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
-        """Whether the form gives out just what the module's own forward would."""
+    def takes(self, module: nn.Module, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
+        """Whether the form gives out just what the module's own forward would, now that held BatchNorms are in eval mode again."""
+        modules = self._modules
+        self._stop(modules)  # a part of the module may have been put into training mode by itself
         if self.root is not module or options or len(args) != self.inputs:
             return False
-        return all(isinstance(argument, Tensor) for argument in args) and self._is_exact
+        return all(isinstance(argument, Tensor) for argument in args) and self._is_exact(modules)
 
     @property
-    def _is_exact(self) -> bool:
+    def stands(self) -> bool:
+        """Whether the module consists of the same parts as when the form was made."""
+        return self._consists_of_the_same(self._modules)
+
+    @property
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(self.root.named_modules(remove_duplicate=False))
+
+    def _consists_of_the_same(self, modules: dict[str, nn.Module]) -> bool:
+        return len(modules) == len(self._seen) and all(map(_is_the_same, modules.items(), self._seen))
+
+    def _is_exact(self, modules: dict[str, nn.Module]) -> bool:
         """Whether all modules below are what they were and unheard, and what regions consist of is linear in this mode."""
-        modules = dict(self.root.named_modules(remove_duplicate=False))
-        if len(modules) != len(self._seen) or any(map(_differs, modules.items(), self._seen)):
+        if not self._consists_of_the_same(modules) or any(map(_runs_otherwise, modules.items(), self._seen)):
             return False
         return not any(_varies(modules[path]) for region in self.regions.values() for path in region.modules)
 
     def stop_norms(self) -> None:
         """Put the BatchNorms whose statistics are held into eval mode."""
-        for norm in self._norms(self.held):
+        self._stop(self._modules if self.held else {})
+
+    def _stop(self, modules: dict[str, nn.Module]) -> None:
+        for norm in _at(modules, self.held):
             if norm.training:
                 norm.eval()
 
     def let_norms_go(self) -> None:
         """Let the BatchNorms whose statistics were held follow the mode of the module again, those that did before."""
-        for norm in self._norms({*self.held} - {*self._apart}):
+        for norm in _at(self._modules, {*self.held} - {*self._apart}):
             norm.train(self.root.training)
 
-    def _norms(self, paths: Iterable[str]) -> list[nn.Module]:
-        modules = dict(self.root.named_modules(remove_duplicate=False)) if self.held else {}
-        return [modules[path] for path in paths if path in modules]
+
+def _at(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[nn.Module]:
+    """Those at paths that are still there."""
+    return [modules[path] for path in paths if path in modules]
 
 
-def _outline(entry: tuple[str, nn.Module]) -> tuple[str, nn.Module, type[nn.Module], dict[str, Any]]:
+_Entry: TypeAlias = tuple[str, nn.Module]
+_Outline: TypeAlias = tuple[str, nn.Module, type[nn.Module], dict[str, Any]]
+
+
+def _outline(entry: _Entry) -> _Outline:
     """All that a graph takes for granted of a module at a path: what it is, and the plain values that its code may read."""
     path, module = entry
     return path, module, type(module), _plain_values(module) if module._modules else {}
@@ -114,10 +123,15 @@ def _items(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _differs(entry: tuple[str, nn.Module], seen: tuple[str, nn.Module, type[nn.Module], dict[str, Any]]) -> bool:
+def _is_the_same(entry: _Entry, seen: _Outline) -> bool:
     path, module = entry
-    same = path == seen[0] and module is seen[1] and (not path or type(module) is seen[2])
-    if not same or is_patched(module) or (path and has_hooks(module)):
+    return path == seen[0] and module is seen[1] and (not path or type(module) is seen[2])
+
+
+def _runs_otherwise(entry: _Entry, seen: _Outline) -> bool:
+    """Whether a hook, a patched method or another plain value makes a module's code do something else than when it was seen."""
+    path, module = entry
+    if is_patched(module) or (path and has_hooks(module)):
         return True
     return bool(module._modules) and _plain_values(module) != seen[3]
 
@@ -169,13 +183,11 @@ def _squeezed(own: Any) -> Any:
     @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, **options: Any) -> Any:
         form = getattr(self, NAME, None)
-        if form is not None:
-            form.stop_norms()  # a part of the module may have been put into training mode by itself
-            if form.fits(self, args, options):
-                try:
-                    return form.code(self, *args)
-                except NoKernel:  # where sizes were changed
-                    pass
+        if form is not None and form.takes(self, args, options):
+            try:
+                return form.code(self, *args)
+            except NoKernel:  # where sizes were changed
+                pass
         return own.forward(self, *args, **options)
 
     def train(self: Any, *args: Any, **options: Any) -> Any:

@@ -132,7 +132,7 @@ def test_statistics_are_held_where_that_is_asked_for() -> None:
 
 
 def runs_as_its_code_says(model: nn.Module, x: Tensor = X) -> bool:
-    return not any(form.fits(form.root, (x,), {}) for form in forms_in(model).values())
+    return not any(form.takes(form.root, (x,), {}) for form in forms_in(model).values())
 
 
 def test_a_batch_norm_that_takes_statistics_again() -> None:
@@ -280,6 +280,17 @@ def test_norms_that_were_still_for_another_reason_stay_so() -> None:
     repfx.unsqueeze(model)
     assert not model.bn.training
     assert model.second.training
+
+
+def test_a_module_that_was_built_anew_runs_as_its_code_says_until_it_is_squeezed_again() -> None:
+    model = repfx.squeeze(randomize_batch_norm(Residual().double()).train(), statistics="frozen")
+    repfx.expand(model, {"first": "acb"}, inplace=True)
+    assert runs_as_its_code_says(model)
+    assert regions_of(model) == {}
+    assert_alike(model, repfx.unsqueeze(copy.deepcopy(model)))
+    repfx.squeeze(model, statistics="frozen")
+    assert {"stem", "block.wide.0"} <= regions_of(model).keys()
+    assert_alike(model, still(repfx.unsqueeze(copy.deepcopy(model))))
 
 
 # ---- what is found

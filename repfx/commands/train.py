@@ -111,7 +111,9 @@ def train(
     channels_last: Annotated[
         bool | None,
         typer.Option(
-            "--channels-last/--channels-first", help="How images and kernels lie in memory.", show_default="first"
+            "--channels-last/--channels-first",
+            help="How images and kernels lie in memory.",
+            show_default="last where the model takes it",
         ),
     ] = None,
     compile: Annotated[

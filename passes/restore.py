@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -206,7 +205,7 @@ def _norm_behind(conv: Layer, folded: FoldedNorm | None) -> tuple[Layer, Kernel]
     settings = Norm()
     if folded is not None:
         settings = Norm("batch_norm", folded.eps, folded.momentum, folded.synchronized, folded.frozen)
-    kernel = kernel_of(copy.deepcopy(conv), conv.weight.detach().double(), 0, 0)
+    kernel = kernel_of(conv, conv.weight.detach().double(), 0, 0).copy()
     norm = settings.batch_norm(kernel.out_channels, kernel.dimensions or 1, conv.weight)
     norm.requires_grad_(conv.weight.requires_grad)
     if folded is None or not folded.bias:

@@ -172,6 +172,11 @@ class Kernel:
         """The same kernel in another dtype or on another device."""
         return replace(self, weight=self.weight.to(like), bias=None if self.bias is None else self.bias.to(like))
 
+    def copy(self) -> Kernel:
+        """The same kernel in memory of its own, without gradients."""
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return replace(self, weight=self.weight.detach().clone(), bias=bias)
+
     # ---- maps that are no conv yet
 
     @staticmethod

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import fx, nn
 
 from repfx.block import RepBlock
 from repfx.meaning import code_of_its_own, has_hooks, is_batch_norm, is_conv, is_plain_sequence, torch_class
 from repfx.reach import calls
 
-_AUTOCAST = frozenset({"autocast"})
+_AUTOCAST = frozenset({"autocast", "_enter_autocast"})
 CONV_FUNCTIONS = frozenset(f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3))
 
 
@@ -48,7 +48,7 @@ def stays_whole(module: nn.Module) -> str | None:
     """Why tracing can't go into a module, whatever its code is, or None."""
     if has_hooks(module):
         return "it has hooks, which would no longer run"
-    if calls(type(module), _AUTOCAST):  # type: ignore[arg-type]
+    if _calls(module, _AUTOCAST):
         return "it switches autocast on or off"
     return code_of_its_own(module)
 
@@ -56,5 +56,11 @@ def stays_whole(module: nn.Module) -> str | None:
 def calls_conv(module: nn.Module) -> bool:
     """Whether the code of a module that has parameters calls a function for convs."""
     own_code = not type(module).__module__.startswith("torch.nn.")
-    calls_one = own_code and calls(type(module), CONV_FUNCTIONS)  # type: ignore[arg-type]
-    return calls_one and any(True for _ in module.parameters())
+    return own_code and _calls(module, CONV_FUNCTIONS) and any(True for _ in module.parameters())
+
+
+def _calls(module: nn.Module, names: frozenset[str]) -> bool:
+    """Whether the code of a module calls a function by one of these names; that of a graph would have to be parsed for each graph."""
+    if isinstance(module, fx.GraphModule):
+        return any(getattr(node.target, "__name__", None) in names for node in module.graph.nodes)
+    return calls(type(module), names)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import repfx
 from repfx.errors import InvalidInput, RepfxError
@@ -548,6 +548,17 @@ class FreezesItsNorm(Block):
         return self
 
 
+def graph_with_autocast() -> fx.GraphModule:
+    """As `torch.export` writes it."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    entered = graph.call_function(torch.amp.autocast_mode._enter_autocast, ("cpu", torch.bfloat16, True, None))
+    output = graph.call_module("1", (graph.call_module("0", (x,)),))
+    graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+    graph.output(output)
+    return fx.GraphModule(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), graph)
+
+
 TRAPS: dict[str, Callable[[], nn.Module]] = {
     "forward replaced on the instance": patched,
     "… of a part": lambda: nn.Sequential(patched(), nn.ReLU()),
@@ -604,6 +615,7 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "annotated": Annotates,
     "numpy's numbers": lambda: Net(lambda m, x: F.relu(m.a(x)) / np.sqrt(7), a=nn.Conv2d(4, 4, 1)),
     "autocast": Cast,
+    "autocast in a graph": graph_with_autocast,
     "settings of the norm": ReadsNorm,
     "no bias": NoBias,
     "dtype of the weight": ByDtype,

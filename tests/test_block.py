@@ -231,3 +231,13 @@ def test_nested_blocks_are_absorbed(order: list[str]) -> None:
     outer.absorb("1x1-kxk")
     assert_same_map(model, before, x)
     assert list(outer.branches) == ["1x1"]
+
+
+@pytest.mark.parametrize("name", ["keys", "gate", "attach", "conv", "kernel_size", "origin"])
+def test_a_branch_cannot_take_a_name_that_is_in_use(name: str) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4))
+    before = dict(model.named_modules())
+    spec = repfx.Spec([repfx.BranchSpec("1x1", name=name)])
+    with pytest.raises(InvalidInput, match=f"a branch can't be named '{name}'"):
+        repfx.expand(model, spec, inplace=True)
+    assert dict(model.named_modules()) == before

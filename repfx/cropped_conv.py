@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from torch import Tensor, nn
 
+from repfx.errors import InvalidInput
 from repfx.kernel import Kernel
 from repfx.meaning import Layer, Meaning, reads
 from repfx.spec import ConvSpec
@@ -61,6 +64,12 @@ class CroppedConv(nn.Module):
         conv.weight.detach().copy_(weight.detach())
         conv.requires_grad_(weight.requires_grad)
         return conv.train(self.training)  # type: ignore[no-any-return]
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise InvalidInput(
+            f"a replica of the conv {self.site}, which takes the centre of another conv's weights (weights='shared'), would "
+            "read the original's, which lie on another device; use DistributedDataParallel instead of DataParallel."
+        )
 
     def extra_repr(self) -> str:
         return f"{self.site}, the centre of another's"

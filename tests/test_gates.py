@@ -395,6 +395,13 @@ def test_gradients_of_shared_weights_meet_in_one_place() -> None:
     assert layer(block(model), "1x1.conv").weight.any()
 
 
+def test_shared_weights_are_refused_where_modules_are_replicated() -> None:
+    """As `nn.DataParallel` does for each device, without asking what a replica reads."""
+    cropped = next(module for module in shared_net().modules() if isinstance(module, CroppedConv))
+    with pytest.raises(InvalidInput, match="use DistributedDataParallel instead of DataParallel"):
+        cropped._replicate_for_data_parallel()
+
+
 def test_shared_weights_are_fused_and_dropped_exactly() -> None:
     model = shared_net().eval()
     x = images()

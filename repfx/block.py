@@ -74,7 +74,9 @@ class RepBlock(nn.Module):
             self.origin.add_module("scale", Scale.like(conv, origin_scale))
         for name, branch in branches.items():
             if hasattr(self, name) or name in _RESERVED or hasattr(nn.ModuleDict, name):
-                raise InvalidInput(f"a branch can't be named {name!r}: a block, or a dict of modules, has an attribute of that name.")
+                raise InvalidInput(
+                    f"a branch can't be named {name!r}: a block, or a dict of modules, has an attribute of that name."
+                )
             self.add_module(name, branch)
         if attach_rate is not None:
             self.attach = AttachRate(attach_rate, self.site.out_channels, self.site.dimensions, conv.weight)

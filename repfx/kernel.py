@@ -274,9 +274,12 @@ class Kernel:
         _require_alike(self, other)
         mode = _common_padding_mode(self, other)
         groups = math.gcd(self.groups, other.groups)
-        parts = _align([self.regroup(groups), other.regroup(groups)])
-        weight = _plus(parts[0].weight, parts[1].weight)
-        return replace(parts[0], weight=weight, bias=_sum(self.bias, other.bias), padding_mode=mode)
+        first, second = _align([self.regroup(groups), other.regroup(groups)])
+        if second.weight is not other.weight:  # written anew just now, so the sum can be written there
+            weight = _plus_in_place(second.weight, first.weight)
+        else:
+            weight = _plus(first.weight, second.weight)
+        return replace(first, weight=weight, bias=_sum(self.bias, other.bias), padding_mode=mode)
 
     def _add_transposed(self, other: Kernel) -> Kernel:
         if _transposed_form(self) != _transposed_form(other):
@@ -384,6 +387,11 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def _plus(a: Tensor, b: Tensor) -> Tensor:
     """The sum of two of one shape, which on the meta device is either."""
     return a if a.is_meta and b.is_meta else a + b
+
+
+def _plus_in_place(a: Tensor, b: Tensor) -> Tensor:
+    """The same, written over `a` where that has all digits."""
+    return a.add_(b) if a.dtype == b.dtype and not a.is_meta else _plus(a, b)
 
 
 def _transposed_form(kernel: Kernel) -> tuple[object, ...]:

@@ -19,21 +19,16 @@ from repfx.recipe import Distillation, Recipe
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of logits, images and labels
 
 
-def loss_of(recipe: Recipe, classes: int, placed: Callable[[nn.Module], nn.Module]) -> Loss:
+def loss_of(recipe: Recipe, teacher: nn.Module | None) -> Loss:
     """The recipe's.
 
     Args:
-        classes: how many there are; a teacher gets as many.
-        placed: puts a teacher on the device.
-
-    Raises:
-        InvalidInput: the teacher can't be built, or its weights don't fit.
+        teacher: as `teacher_of` gives it, on the device.
     """
     smoothing = recipe.label_smoothing
-    if recipe.distillation is None:
+    if recipe.distillation is None or teacher is None:
         return lambda logits, x, labels: F.cross_entropy(logits, labels, label_smoothing=smoothing)
     known = recipe.distillation
-    teacher = placed(_teacher(known, classes)).eval().requires_grad_(False)
 
     def loss(logits: Tensor, x: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
@@ -48,7 +43,21 @@ def loss_of(recipe: Recipe, classes: int, placed: Callable[[nn.Module], nn.Modul
     return loss
 
 
-def _teacher(known: Distillation, classes: int) -> nn.Module:
+def teacher_of(recipe: Recipe, classes: int) -> nn.Module | None:
+    """What the recipe lets a model learn from, in eval mode and without gradients, or None.
+
+    Args:
+        classes: how many there are; it gets as many.
+
+    Raises:
+        InvalidInput: it can't be built, or its weights don't fit.
+    """
+    if recipe.distillation is None:
+        return None
+    return _loaded(recipe.distillation, classes).eval().requires_grad_(False)
+
+
+def _loaded(known: Distillation, classes: int) -> nn.Module:
     teacher = ModelReference(known.teacher.name, known.teacher.num_classes or classes, known.teacher.options).build()
     path = Path(known.weights)
     if is_checkpoint(path):

@@ -1,44 +1,42 @@
-"""Whether a model may have channels last, the order of memory in which convs are quicker on CPUs and GPUs."""
+"""Whether a model computes the same with channels last, the order of memory in which convs are quicker on CPUs and GPUs."""
 
 from __future__ import annotations
 
-from torch import fx, nn
+import torch
+from torch import Tensor, nn
 
-from repfx.graph import trace
+from repfx.difference import differences, worst
+from repfx.notes import copy_of
+from repfx.precision import double_copy, run_double, seeded
+from repfx.predictions import logits_of
 
-_ASK_FOR_MEMORY = frozenset(
-    {"view", "view_as", "as_strided", "stride", "is_contiguous", "storage_offset", "data_ptr", "unfold"}
-)
-_KNOWN = ("torch.nn.", "repfx.")
+_FORMATS = (torch.contiguous_format, torch.channels_last)
+_ROUNDING = 1e-9  # of float64
 
 
-def takes_channels_last(model: nn.Module) -> bool:
-    """Whether all of a model's code is known, and nothing in it could mind how a tensor lies in memory.
+def runs_with_channels_last(model: nn.Module, images: Tensor) -> bool:
+    """Whether copies of a model, its kernels and its images laid out so, give the same in eval mode, and can be trained for a step.
+
+    Tried out, for code may ask how a tensor lies in memory, or take it for granted, in many ways: `view`, `as_strided`, a write into
+    what `reshape` made. False, too, for a model that can't be copied, and for one without kernels over two axes.
 
     Args:
-        model: a model with convs over two axes, and none over three.
+        images: two or more, `(batch, channels, height, width)`.
 
-    >>> convs = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
-    >>> takes_channels_last(convs), takes_channels_last(nn.Sequential(*convs, nn.Unflatten(1, (2, 4)), nn.Conv3d(2, 8, 3)))
+    >>> convs, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.randn(2, 3, 6, 7)
+    >>> runs_with_channels_last(convs, x), runs_with_channels_last(nn.Sequential(nn.Linear(7, 8)), x)
     (True, False)
     """
-    axes = {tensor.ndim for tensor in (*model.parameters(), *model.buffers())}
-    if 4 not in axes or 5 in axes:
+    if images.ndim != 4 or not any(weight.ndim == 4 for weight in model.parameters()):
         return False
-    traces = trace(model)
-    called = {island.full_path(node) for island in traces.islands for node in _calls(island.graph)}
-    layers = [model.get_submodule(path) for path in called - {island.path for island in traces.islands}]
-    return (
-        not traces.untraced
-        and not any(_asks_for_memory(node) for island in traces.islands for node in island.graph.nodes)
-        and all(type(layer).__module__.startswith(_KNOWN) for layer in layers)
-    )
-
-
-def _calls(graph: fx.Graph) -> list[str]:
-    return [str(node.target) for node in graph.nodes if node.op == "call_module"]
-
-
-def _asks_for_memory(node: fx.Node) -> bool:
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", None)
-    return name in _ASK_FOR_MEMORY
+    try:
+        found = [
+            run_double(double_copy(model).to(memory_format=order), images.contiguous(memory_format=order))
+            for order in _FORMATS
+        ]
+        with seeded(model), torch.enable_grad():
+            trained = copy_of(model).to(memory_format=torch.channels_last).train()
+            logits_of(trained(images.contiguous(memory_format=torch.channels_last))).sum().backward()
+        return worst(differences(*found)).error <= _ROUNDING
+    except Exception:  # of whatever code the model has
+        return False

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from repfx.memory_format import takes_channels_last
+from repfx.memory_format import runs_with_channels_last
 from repfx.predictions import logits_of
 from repfx.recipe import Recipe
 
@@ -21,7 +22,7 @@ class Place:
 
     def __init__(self, accelerator: Any, recipe: Recipe) -> None:
         self.accelerator = accelerator
-        self.channels_last = recipe.channels_last  # None until a model has been put
+        self.channels_last = recipe.channels_last
         self.compile = recipe.compile
         self.device: torch.device = accelerator.device
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
@@ -34,9 +35,20 @@ class Place:
     def put(self, model: nn.Module) -> nn.Module:
         """A model onto the device, in place."""
         model = model.to(self.device)
-        if self.channels_last is None:
-            self.channels_last = self.device.type in ("cpu", "cuda") and takes_channels_last(model)
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
+
+    def lay_out(self, models: Sequence[nn.Module], images: Tensor) -> None:
+        """Choose the order of memory where the recipe doesn't, for models that all get the same images, and put them.
+
+        Args:
+            images: two or more, as the data has them.
+        """
+        if self.channels_last is None:
+            images = self.bring(images)
+            known = self.device.type in ("cpu", "cuda")
+            self.channels_last = known and all(runs_with_channels_last(model, images) for model in models)
+        for model in models:
+            self.put(model)
 
     def bring(self, x: Tensor) -> Tensor:
         """Images or labels to the device."""

@@ -71,8 +71,8 @@ class Recipe:
         augmentation: of the training images.
         distillation: a teacher to learn from; None for none.
         mixed_precision: no, bf16 or fp16.
-        channels_last: whether images and kernels are laid out channels last; None where that is known to change nothing but speed: on a
-            CPU or a CUDA GPU, for a model whose code is known (see `repfx.memory_format.takes_channels_last`).
+        channels_last: whether images and kernels are laid out channels last; None for that on CPUs and CUDA GPUs where it changes
+            nothing but speed, as a trial on two images shows.
         compile: whether `torch.compile` runs the model in training.
         seed: of weights, order, augmentation and whatever else is drawn. Equal seeds give equal weights on one kind of machine; on a GPU,
             with `deterministic`.

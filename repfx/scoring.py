@@ -18,7 +18,7 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed, fx, nn
 
 from repfx.activated_norm import norm_of, rest_of
 from repfx.baking import conv_from_kernel, float64_like
@@ -27,7 +27,6 @@ from repfx.calibration import calibrate_norms
 from repfx.errors import InvalidInput, UnknownName, first_line
 from repfx.kernel import Kernel
 from repfx.meaning import Layer, affine_of, has_hooks, is_batch_norm
-from repfx.memory_format import takes_channels_last
 from repfx.module_tree import require_module
 from repfx.notes import copy_of
 from repfx.pipeline import rewrite
@@ -247,7 +246,7 @@ class _Running:
                 instead[id(norm)] = copy.deepcopy(rest_of(norm))
         plain = copy_of(supernet, instead).eval()
         self._net: nn.Module = rewrite(plain, RULES.values(), "fuse").model
-        if _is_on_cpu(self._net) and takes_channels_last(self._net):
+        if _takes_channels_last(self._net):
             self._net.to(memory_format=torch.channels_last)
         self._convs = [module for module in self._net.modules() if isinstance(module, SummedConv)]
 
@@ -259,8 +258,19 @@ class _Running:
         return self._net.eval()
 
 
-def _is_on_cpu(net: nn.Module) -> bool:
-    return all(tensor.device.type == "cpu" for tensor in (*net.parameters(), *net.buffers()))
+def _takes_channels_last(net: nn.Module) -> bool:
+    """Whether a net runs on a CPU, where convs are quicker with channels last, and nothing in it could mind the order of memory."""
+    tensors = (*net.parameters(), *net.buffers())
+    if not isinstance(net, fx.GraphModule) or any(each.device.type != "cpu" or each.ndim == 5 for each in tensors):
+        return False
+    methods = {str(node.target) for node in net.graph.nodes if node.op == "call_method"}
+    layers = [net.get_submodule(str(node.target)) for node in net.graph.nodes if node.op == "call_module"]
+    return not methods & _MEMORY and all(
+        type(layer).__module__.startswith("torch.nn.") or isinstance(layer, SummedConv) for layer in layers
+    )
+
+
+_MEMORY = {"view", "view_as", "as_strided", "stride", "is_contiguous", "storage_offset", "data_ptr", "unfold"}
 
 
 class _Measured:

@@ -27,7 +27,7 @@ from repfx.history import Epoch, History
 from repfx.interruption import noticed_signals
 from repfx.journaling import Action
 from repfx.learning_rate import share_of_rate
-from repfx.loss import loss_of
+from repfx.loss import loss_of, teacher_of
 from repfx.notes import copy_of
 from repfx.optimizer_groups import lay_out_state
 from repfx.optimizers import make_optimizer
@@ -142,7 +142,9 @@ class _Training:
         self.supply = Supply(images, recipe, self.place)
         self.steps = self.supply.steps
         self.mix = recipe.augmentation.of_batch(logits)
-        self.loss = loss_of(recipe, logits, self.place.put)
+        teacher = teacher_of(recipe, logits)
+        self.place.lay_out([model, *([] if teacher is None else [teacher])], self._two_images())
+        self.loss = loss_of(recipe, teacher)
         self._try_loss(logits)
         self.unused_parameters = isinstance(schedule, Search) or (
             self.place.processes > 1 and self._has_other_outputs()
@@ -192,14 +194,16 @@ class _Training:
 
     def _has_other_outputs(self) -> bool:
         """Whether the model in training has heads beside the one that is trained."""
-        images = torch.stack([self.data.train[index][0] for index in range(2)])
         with torch.no_grad():
-            return not isinstance(copy_of(self.model).train()(self.place.bring(images)), Tensor)
+            return not isinstance(copy_of(self.model).train()(self.place.bring(self._two_images())), Tensor)
+
+    def _two_images(self) -> Tensor:
+        return torch.stack([self.data.train[index][0] for index in range(2)])
 
     def _try_loss(self, logits: int) -> None:
         """Let a teacher or a mix that doesn't fit the images fail now, not after an older run has been replaced."""
-        images = [self.data.train[index][0] for index in range(2)]
-        x, labels = self.mix(self.place.bring(torch.stack(images)), self.place.bring(torch.tensor([0, 1 % logits])))
+        images = self.place.bring(self._two_images())
+        x, labels = self.mix(images, self.place.bring(torch.tensor([0, 1 % logits])))
         try:
             self.loss(torch.zeros(2, logits, device=self.place.device), x, labels)
         except RuntimeError as error:

@@ -113,7 +113,7 @@ def train(
         typer.Option(
             "--channels-last/--channels-first",
             help="How images and kernels lie in memory.",
-            show_default="last where the model takes it",
+            show_default="last where the model runs so",
         ),
     ] = None,
     compile: Annotated[

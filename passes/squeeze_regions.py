@@ -10,7 +10,7 @@ from torch import nn
 
 from repfx.journaling import Action, record
 from repfx.region_search import find_forms
-from repfx.squeezed_form import SqueezedForm, forms_in, release, take
+from repfx.squeezed_form import forms_in, release, take
 
 
 @dataclass(frozen=True)
@@ -61,23 +61,19 @@ def _set_regions(model: nn.Module, parts: Collection[str], held: Collection[str]
     for form in forms_in(model).values():
         form.let_norms_go()
         release(form.root)
-    for form in list(find_forms(model, parts, held)) if parts else ():
-        take(form)
+    if parts:
+        take(find_forms(model, parts, held))
 
 
 def regions_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """By the path of the conv that lends its window: all that a region consists of, as long as its module has the same parts."""
-    found = [(path, region) for path, form in _standing(model).items() for region in form.regions.values()]
+    """By the path of the conv that lends its window: the paths of all that a region consists of."""
+    found = [(path, region) for path, form in forms_in(model).items() for region in form.regions.values()]
     return {_full(path, region.template): tuple(_full(path, part) for part in region.modules) for path, region in found}
 
 
 def held_in(model: nn.Module) -> list[str]:
     """The paths of the BatchNorms outside blocks that keep their statistics."""
-    return [_full(path, norm) for path, form in _standing(model).items() for norm in form.held]
-
-
-def _standing(model: nn.Module) -> dict[str, SqueezedForm]:
-    return {path: form for path, form in forms_in(model).items() if form.stands}
+    return [_full(path, norm) for path, form in forms_in(model).items() for norm in form.held]
 
 
 def _full(path: str, inner: str) -> str:

@@ -73,6 +73,8 @@ class RepBlock(nn.Module):
         elif origin_scale is not None:
             self.origin.add_module("scale", Scale.like(conv, origin_scale))
         for name, branch in branches.items():
+            if "." in name:
+                raise InvalidInput(f"a branch can't be named {name!r}: no module can.")
             if hasattr(self, name) or name in _RESERVED or hasattr(nn.ModuleDict, name):
                 raise InvalidInput(
                     f"a branch can't be named {name!r}: a block, or a dict of modules, has an attribute of that name."

@@ -9,7 +9,7 @@
 - A graph is accepted only if the module traces to the same graph in training and in eval mode; ``F.dropout(…, self.training)`` does.
 - Where code inside a module is what can't be traced, that part becomes a leaf and the rest is tried again; then the part child by child.
 - Of a gated block the graph has the paths that run in eval mode.
-- Tracing runs on a copy that shares nothing but parameters; the model is not touched.
+- Tracing runs on a copy, for code may write into its parameters; the model is not touched.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from repfx.activated_norm import separate
 from repfx.block import RepBlock
@@ -72,7 +73,7 @@ def trace(model: nn.Module) -> Traces:
     islands: list[Island] = []
     untraced: dict[str, str] = {}
     require_module(model)
-    scratch = copy_of(model, {id(parameter): parameter for parameter in model.parameters()})
+    scratch = copy_of(model)
     release_all(scratch)
     for gates in gates_in(scratch).values():
         gates.choose(gates.open_in(training=False))
@@ -291,16 +292,36 @@ def _line(node: fx.Node) -> str:
     return f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}"
 
 
-def _state(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Which tensors a module holds beside its parameters, and how often each was written to (of inference tensors nobody knows)."""
-    tensors = dict(module.named_buffers())
+def _state(module: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Which tensors a module holds, how often each was written to, and of parameters, as writes into `data` don't count, a sum of bits."""
+    weights = dict(module.named_parameters())
+    tensors: dict[str, Tensor] = {**weights, **dict(module.named_buffers())}
     for path, inner in module.named_modules():
         tensors.update({f"{path}.{name}": value for name, value in vars(inner).items() if isinstance(value, Tensor)})
     return {
-        name: (id(tensor), 0 if tensor.is_inference() else tensor._version)
+        name: (id(tensor), _version_of(tensor), _sum_of_bits(tensor) if name in weights else 0)
         for name, tensor in tensors.items()
-        if "_tensor_constant" not in name
+        if "_tensor_constant" not in name and not is_lazy(tensor)
     }
+
+
+def _version_of(tensor: Tensor) -> int:
+    """How often it was written to; of inference tensors nobody knows."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _sum_of_bits(weight: Tensor) -> int:
+    if weight.is_meta or weight.layout is not torch.strided:
+        return 0
+    real = torch.view_as_real(weight.detach()) if weight.is_complex() else weight.detach()
+    size, flat = real.element_size(), real.contiguous().reshape(-1)
+    in_eights = (
+        flat.numel() * size % 8 == flat.storage_offset() * size % 8 == 0
+    )  # which are several times quicker to add
+    return int(flat.view(torch.int64 if in_eights else _INTEGERS[size]).sum(dtype=torch.int64))
 
 
 def _same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -206,6 +206,12 @@ def has_call_of_its_own(module: nn.Module) -> bool:
     return type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule)
 
 
+def has_modes_of_its_own(module: nn.Module) -> bool:
+    """Whether putting a module into training or eval mode runs code of others than torch and repfx, which may write into its weights."""
+    classes = [cls for cls in type(module).__mro__ if not cls.__module__.startswith(("torch.", "repfx."))]
+    return any(name in vars(owner) for name in ("train", "eval") for owner in (module, *classes))
+
+
 def is_patched(module: nn.Module) -> bool:
     """Whether this one instance runs code that its class doesn't have."""
     return any(name in vars(module) for name in _CODE)

@@ -19,7 +19,7 @@ from repfx.graph import Island, Traces, call_counts, trace
 from repfx.input_axes import InputAxes
 from repfx.installation import install, prepare
 from repfx.journaling import forget
-from repfx.meaning import is_batch_norm
+from repfx.meaning import has_modes_of_its_own, is_batch_norm
 from repfx.module_tree import module_paths, require_module
 from repfx.notes import copy_of
 from repfx.pattern import View
@@ -57,7 +57,7 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
 
     Each rewrite removes a node, and each node is visited once more after each rewrite, so the cost is linear.
     """
-    weights = _sharing_memory(model)
+    weights = {} if any(map(has_modes_of_its_own, model.modules())) else _sharing_memory(model)
     shared = [weakref.ref(weight) for weight in weights.values()]
     target = copy_of(model, weights)
     del weights

@@ -46,8 +46,11 @@ class SqueezedForm:
 
     def __post_init__(self) -> None:
         modules = self._modules
-        self._seen = tuple(map(_outline, modules.items()))
         self._apart = tuple(path for path in self.held if modules[path].training != self.root.training)
+
+    def look(self) -> None:
+        """See what the root consists of, which it has to consist of from now on; modules inside it may have taken forms of their own."""
+        self._seen = tuple(map(_outline, self._modules.items()))
 
     def run(self, name: str, x: Any) -> Any:
         """What a region gives out."""
@@ -62,20 +65,12 @@ class SqueezedForm:
         return all(isinstance(argument, Tensor) for argument in args) and self._is_exact(modules)
 
     @property
-    def stands(self) -> bool:
-        """Whether the module consists of the same parts as when the form was made."""
-        return self._consists_of_the_same(self._modules)
-
-    @property
     def _modules(self) -> dict[str, nn.Module]:
         return dict(self.root.named_modules(remove_duplicate=False))
 
-    def _consists_of_the_same(self, modules: dict[str, nn.Module]) -> bool:
-        return len(modules) == len(self._seen) and all(map(_is_the_same, modules.items(), self._seen))
-
     def _is_exact(self, modules: dict[str, nn.Module]) -> bool:
         """Whether all modules below are what they were and unheard, and what regions consist of is linear in this mode."""
-        if not self._consists_of_the_same(modules) or any(map(_runs_otherwise, modules.items(), self._seen)):
+        if len(modules) != len(self._seen) or any(map(_differs, modules.items(), self._seen)):
             return False
         return not any(_varies(modules[path]) for region in self.regions.values() for path in region.modules)
 
@@ -123,14 +118,10 @@ def _items(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _is_the_same(entry: _Entry, seen: _Outline) -> bool:
+def _differs(entry: _Entry, seen: _Outline) -> bool:
     path, module = entry
-    return path == seen[0] and module is seen[1] and (not path or type(module) is seen[2])
-
-
-def _runs_otherwise(entry: _Entry, seen: _Outline) -> bool:
-    """Whether a hook, a patched method or another plain value makes a module's code do something else than when it was seen."""
-    path, module = entry
+    if path != seen[0] or module is not seen[1] or type(module) is not seen[2]:
+        return True
     if is_patched(module) or (path and has_hooks(module)):
         return True
     return bool(module._modules) and _plain_values(module) != seen[3]
@@ -155,12 +146,16 @@ def forms_in(model: nn.Module) -> dict[str, SqueezedForm]:
     return {path: form for path, form in forms.items() if form is not None}
 
 
-def take(form: SqueezedForm) -> None:
-    """Let the form's module run in it from now on."""
-    release(form.root)
-    form.root.__class__ = _squeezed(type(form.root))  # type: ignore[arg-type]
-    keep(form.root, NAME, form)
-    form.stop_norms()
+def take(forms: Iterable[SqueezedForm]) -> None:
+    """Let the forms' modules, one of which may lie in another, run in them from now on."""
+    forms = list(forms)
+    for form in forms:
+        release(form.root)
+        form.root.__class__ = _squeezed(type(form.root))  # type: ignore[arg-type]
+        keep(form.root, NAME, form)
+        form.stop_norms()
+    for form in forms:
+        form.look()
 
 
 def release(module: nn.Module) -> None:

@@ -233,7 +233,7 @@ def test_nested_blocks_are_absorbed(order: list[str]) -> None:
     assert list(outer.branches) == ["1x1"]
 
 
-@pytest.mark.parametrize("name", ["keys", "gate", "attach", "conv", "kernel_size", "origin"])
+@pytest.mark.parametrize("name", ["keys", "gate", "attach", "conv", "kernel_size", "origin", "a.b"])
 def test_a_branch_cannot_take_a_name_that_is_in_use(name: str) -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4))
     before = dict(model.named_modules())

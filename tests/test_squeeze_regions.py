@@ -286,11 +286,56 @@ def test_a_module_that_was_built_anew_runs_as_its_code_says_until_it_is_squeezed
     model = repfx.squeeze(randomize_batch_norm(Residual().double()).train(), statistics="frozen")
     repfx.expand(model, {"first": "acb"}, inplace=True)
     assert runs_as_its_code_says(model)
-    assert regions_of(model) == {}
-    assert_alike(model, repfx.unsqueeze(copy.deepcopy(model)))
+    assert not model.train().bn.training
+    loose = repfx.unsqueeze(copy.deepcopy(model)).train()
+    assert loose.bn.training
+    assert loose.block.norm.training
+    assert not forms_in(loose)
+    again = repfx.squeeze(copy.deepcopy(model))
+    assert not again.bn.training  # as was asked for before
     repfx.squeeze(model, statistics="frozen")
     assert {"stem", "block.wide.0"} <= regions_of(model).keys()
     assert_alike(model, still(repfx.unsqueeze(copy.deepcopy(model))))
+
+
+class Inner(nn.Module):
+    """Can't be traced: it looks at numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.part(x)
+        return y if y.sum() > 0 else -y
+
+
+class Outer(nn.Module):
+    """Can be traced but for a part, which takes a form of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.inner = Inner()
+        self.head = nn.Conv2d(6, 5, 1)
+        self.last = nn.BatchNorm2d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.head(self.inner(self.norm(self.stem(x)).relu())))
+        return y
+
+
+def test_a_form_inside_another_one() -> None:
+    model = ready(Outer())
+    reference = copy.deepcopy(model)
+    repfx.squeeze(model)
+    assert forms_in(model).keys() == {"", "inner.part"}
+    assert regions_of(model).keys() == {"stem", "head", "inner.part.0"}
+    assert_alike(model, reference)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.BatchNorm2d, "forward", None)  # none of which runs
+        model(X)
 
 
 # ---- what is found

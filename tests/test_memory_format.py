@@ -20,7 +20,7 @@ from repfx.recipe import Recipe
 from repfx.training import train
 from tests.inline_net import Net
 
-IMAGES = torch.randn(2, 3, 6, 7)
+IMAGES = torch.randn(2, 3, 6, 7, generator=torch.Generator().manual_seed(0))
 
 
 class OwnLayer(nn.Module):
@@ -119,6 +119,7 @@ def with_weight_norm() -> nn.Module:
 )
 def test_it_is_tried_out(model: Callable[[], nn.Module], expected: bool) -> None:
     with torch.random.fork_rng():
+        torch.manual_seed(0)
         tried = model()
         state = torch.get_rng_state()
         values = {name: value.clone() for name, value in tried.state_dict().items() if not is_lazy(value)}

@@ -16,7 +16,9 @@ from repfx.models import ModelReference
 
 Row = dict[str, Any]
 PLAIN = "plain"
-BASES = (PLAIN, "plain, 2.5 times", "plain, longer")
+BASES = (PLAIN, "plain, 2.5 times", "plain, longer")  # from the shortest on
+EQUAL = "plain at equal cost"
+NEARLY = 1.15  # times the multiply-adds of the plain net count as equal cost
 # differences to their own baselines, in percent, each on the paper's net and by its recipe
 PAPERS: dict[str, dict[str, str]] = {
     "cifar10": {
@@ -57,7 +59,8 @@ of the fused model on all test images, in percent, mean ± standard deviation ov
 with the interval that holds their mean in 95 of 100 repetitions, by Student's t; where it contains 0, nothing is shown. With some
 fifteen methods, about one interval of a column would leave 0 out by chance alone. *Cost* is the multiply-adds of the whole training, a
 search's and a teacher's included, and *time* the processor's, both relative to plain's; *plain, 2.5 times* takes as many multiply-adds
-as most methods, *plain, longer* as many as the dearest one. *Flips* are test images that the file in onnxruntime puts into another
+as most methods, *plain, longer* as many as the dearest one. *Plain at equal cost* is the first of *plain*, *plain, 2.5 times* and
+*plain, longer* of whose cost a method takes no more than 1.15 times. *Flips* are test images that the file in onnxruntime puts into another
 class than the model before it was fused. What papers report are differences to their own baselines.
 """
 
@@ -107,7 +110,8 @@ def _group(scale: str, data: str, rows: list[Row]) -> str:
     lines = [head, ["---"] * len(head), *(_line(method, rows, against, data) for method in methods)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     about = [SCALES[scale]] if scale in SCALES else []
-    return "\n\n".join([f"## {scale}, {data}", *about, _setting(rows[0]), table, _conclusion(against)]) + "\n"
+    conclusion = _conclusion({**against, EQUAL: _at_equal_cost(rows, against)})
+    return "\n\n".join([f"## {scale}, {data}", *about, _setting(rows[0]), table, conclusion]) + "\n"
 
 
 def _differences(rows: list[Row], base: str) -> dict[str, Difference]:
@@ -121,6 +125,25 @@ def _differences(rows: list[Row], base: str) -> dict[str, Difference]:
     return found
 
 
+def _at_equal_cost(rows: list[Row], against: dict[str, dict[str, Difference]]) -> dict[str, Difference]:
+    """Of each method to the shortest training of the plain net that costs as much, give or take what `NEARLY` allows."""
+    found = {}
+    for method in dict.fromkeys(row["method"] for row in rows if row["method"] not in BASES):
+        cost = _relative(rows, method, "training_macs")
+        bases = (base for base in against if cost <= NEARLY * _relative(rows, base, "training_macs"))
+        base = next(bases, None)
+        if base is not None and method in against[base]:
+            found[method] = against[base][method]
+    return found
+
+
+def _relative(rows: list[Row], method: str, key: str) -> float:
+    """The mean over seeds of what a method took, in that of the plain net."""
+    own, plain = _by_seed(rows, method), _by_seed(rows, PLAIN)
+    ratios = [row[key] / plain[seed][key] for seed, row in own.items() if seed in plain]
+    return statistics.fmean(ratios) if ratios else float("nan")
+
+
 def _by_seed(rows: list[Row], method: str) -> dict[int, Row]:
     return {row["seed"]: row for row in rows if row["method"] == method}
 
@@ -131,13 +154,9 @@ def _accuracy(row: Row) -> float:
 
 def _line(method: str, rows: list[Row], against: dict[str, dict[str, Difference]], data: str) -> list[str]:
     """One of the table."""
-    own, plain = _by_seed(rows, method), _by_seed(rows, PLAIN)
+    own = _by_seed(rows, method)
     accuracy = [_accuracy(row) for row in own.values()]
     deviation = f" ± {statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else ""
-
-    def relative(key: str) -> str:
-        ratios = [row[key] / plain[seed][key] for seed, row in own.items() if seed in plain]
-        return f"{statistics.fmean(ratios):.2f}" if ratios else ""
 
     def total(count: Callable[[Row], int]) -> int:
         return sum(map(count, own.values()))
@@ -147,8 +166,7 @@ def _line(method: str, rows: list[Row], against: dict[str, dict[str, Difference]
         str(len(own)),
         f"{statistics.fmean(accuracy):.2f}{deviation}",
         *(str(differences.get(method, "")) for differences in against.values()),
-        relative("training_macs"),
-        relative("cpu_seconds"),
+        *(f"{_relative(rows, method, key):.2f}" for key in ("training_macs", "cpu_seconds")),
         f"{total(lambda row: row['flips']['onnxruntime'])} of {total(lambda row: row['test_images'])}",
         PAPERS.get(data, {}).get(method, ""),
     ]
@@ -176,5 +194,5 @@ def _conclusion(against: dict[str, dict[str, Difference]]) -> str:
     for base, differences in against.items():
         shown = {method: difference.mean for method, difference in differences.items() if difference.shown}
         better, worse = ("; ".join(m for m, mean in shown.items() if mean * sign > 0) or "none" for sign in (1, -1))
-        parts.append(f"Better than *{base}* beyond chance: {better}. Worse: {worse}.")
-    return "\n".join([*parts, "Of all others nothing can be said from these runs."])
+        parts.append(f"- Better than *{base}* beyond chance: {better}. Worse: {worse}.")
+    return "\n".join([*parts, "", "Of all others nothing can be said from these runs."])

@@ -127,6 +127,7 @@ def test_the_page_says_of_each_method_what_its_interval_allows() -> None:
     rows = [
         *runs("plain", [0.50, 0.51, 0.52]),
         *runs("good", [0.60, 0.61, 0.63], macs=250),
+        *runs("cheap", [0.55, 0.56, 0.57], macs=114),
         *runs("bad", [0.40, 0.41, 0.41]),
         *runs("unclear", [0.60, 0.45, 0.53]),
         *runs("unfinished", [0.99]),
@@ -137,8 +138,9 @@ def test_the_page_says_of_each_method_what_its_interval_allows() -> None:
     assert "| good | 3 | 61.33 ± 1.53 | +10.33 ± 1.43 | -1.00 ± 0.00 | 2.50 | 2.50 | 3 of 150 |  |" in text
     assert "| unfinished | 1 | 99.00 | +49.00 | +38.00 | 1.00 | 1.00 | 0 of 50 |  |" in text
     assert "| DBB | 1 | 50.00 | +0.00 | -11.00 | 1.00 | 1.00 | 0 of 50 | +0.67 (VGG-16), +0.62 (in RepNAS) |" in text
-    assert "Better than *plain* beyond chance: good; plain, longer. Worse: bad." in text
-    assert "Better than *plain, longer* beyond chance: none. Worse: plain; good; bad." in text
+    assert "Better than *plain* beyond chance: good; cheap; plain, longer. Worse: bad." in text
+    assert "Better than *plain, longer* beyond chance: none. Worse: plain; good; cheap; bad." in text
+    assert "Better than *plain at equal cost* beyond chance: cheap. Worse: good; bad." in text
     assert "from the first epoch on a training would cost 2.98;" in text
 
 

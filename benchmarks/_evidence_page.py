@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from repfx.cost import count_macs
 from repfx.models import ModelReference
 
 Row = dict[str, Any]
-PLAIN = "plain"
-BASES = (PLAIN, "plain, 2.5 times", "plain, longer")  # from the shortest on
+PLAIN, AS_LONG, LONGER = BASES = ("plain", "plain, 2.5 times", "plain, longer")  # from the shortest on
 EQUAL = "plain at equal cost"
 NEARLY = 1.15  # times the multiply-adds of the plain net count as equal cost
 # differences to their own baselines, in percent, each on the paper's net and by its recipe
@@ -151,10 +151,10 @@ def _at_equal_cost(rows: list[Row], against: dict[str, dict[str, Difference]]) -
 
 
 def _relative(rows: list[Row], method: str, key: str) -> float:
-    """The mean over seeds of what a method took, in that of the plain net."""
+    """The mean over seeds of what a method took, in that of the plain net; not a number without common seeds."""
     own, plain = _by_seed(rows, method), _by_seed(rows, PLAIN)
     ratios = [row[key] / plain[seed][key] for seed, row in own.items() if seed in plain]
-    return statistics.fmean(ratios) if ratios else float("nan")
+    return statistics.fmean(ratios) if ratios else nan
 
 
 def _by_seed(rows: list[Row], method: str) -> dict[int, Row]:
@@ -179,7 +179,10 @@ def _line(method: str, rows: list[Row], against: dict[str, dict[str, Difference]
         str(len(own)),
         f"{statistics.fmean(accuracy):.2f}{deviation}",
         *(str(differences.get(method, "")) for differences in against.values()),
-        *(f"{_relative(rows, method, key):.2f}" for key in ("training_macs", "cpu_seconds")),
+        *(
+            "" if isnan(ratio := _relative(rows, method, key)) else f"{ratio:.2f}"
+            for key in ("training_macs", "cpu_seconds")
+        ),
         f"{total(lambda row: row['flips']['onnxruntime'])} of {total(lambda row: row['test_images'])}",
         PAPERS.get(data, {}).get(method, ""),
     ]

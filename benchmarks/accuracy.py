@@ -24,7 +24,7 @@ import numpy
 import torch
 from torch import nn
 
-from benchmarks._evidence_page import page
+from benchmarks._evidence_page import AS_LONG, LONGER, PLAIN, page
 from benchmarks._record import machine
 from repfx.augmentation import Augmentation
 from repfx.cost import count_macs
@@ -38,7 +38,7 @@ from repfx.schedule import SCHEDULES
 from repfx.search import Search
 
 RESULTS = Path(__file__).parent / "results"
-PLAIN, AS_LONG, LONGER, TEACHER = "plain", "plain, 2.5 times", "plain, longer", "teacher"
+TEACHER = "teacher"
 
 
 @dataclass(frozen=True)
@@ -186,16 +186,11 @@ class Record:
 
 
 def one_run(
-    scale: str, name: str, seed: int, data: Path, teacher: Path | None, out: Path, dearest: Callable[[str, int], float]
+    scale: str, name: str, seed: int, data: Path, teacher: Path | None, out: Path, *, length: float = 1.0
 ) -> dict[str, Any]:
-    """Train, fuse, export and test; the row of the file.
-
-    Args:
-        dearest: how many times plain's multiply-adds the dearest method took, by scale and seed.
-    """
+    """Train, fuse, export and test; the row of the file."""
     setting, method = SCALES[scale], METHODS.get(name, Method([]))
     net = setting.teacher if name == TEACHER else setting.net
-    length = dearest(scale, seed) if method.length is None else method.length
     training = replace(setting.training, seed=seed, epochs=max(1, round(length * setting.training.epochs)))
     if method.distilled:
         assert teacher is not None
@@ -288,9 +283,10 @@ def measure(data: Path, scale: str, methods: list[str], seeds: list[int], record
                 if record.has(scale, name, seed):
                     continue
                 if METHODS[name].distilled and teacher is None:
-                    one_run(scale, TEACHER, 0, part, None, Path(folder) / "teacher", record.dearest)
+                    one_run(scale, TEACHER, 0, part, None, Path(folder) / "teacher")
                     teacher = Path(folder) / "teacher" / "checkpoint.safetensors"
-                row = one_run(scale, name, seed, part, teacher, Path(folder) / "run", record.dearest)
+                length = METHODS[name].length or record.dearest(scale, seed)
+                row = one_run(scale, name, seed, part, teacher, Path(folder) / "run", length=length)
                 record.add(row)
                 print(f"{name}, seed {seed}: {row['accuracy']['fused']:.2%} in {row['seconds']:.0f} s", flush=True)
 

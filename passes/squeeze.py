@@ -111,8 +111,9 @@ def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: S
     known = [part for parts in before.values() for part in parts]
     parts = {*known, *_parts(model, {*convs, *blocks}, hold=hold)}
     SqueezeRegions.among(model, parts, {*held_in(model), *(parts if hold else ())} & _norms(model))
-    found = {path: parts for path, parts in regions_of(model).items() if before.get(path) != parts}
-    if not blocks and not regions_of(model):
+    after = regions_of(model)
+    found = {path: parts for path, parts in after.items() if before.get(path) != parts}
+    if not blocks and not after:
         raise InvalidInput(
             f"{type(model).__name__} has no block, which repfx.expand makes, and no conv whose BatchNorm keeps its statistics, "
             "as statistics='frozen' lets it."

@@ -314,13 +314,13 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _sum_of_bits(weight: Tensor) -> int:
+    """Another number for other values; 0 where there are none to read."""
     if weight.is_meta or weight.layout is not torch.strided:
         return 0
     real = torch.view_as_real(weight.detach()) if weight.is_complex() else weight.detach()
     size, flat = real.element_size(), real.contiguous().reshape(-1)
-    in_eights = (
-        flat.numel() * size % 8 == flat.storage_offset() * size % 8 == 0
-    )  # which are several times quicker to add
+    # eight bytes at once are several times quicker to add
+    in_eights = flat.numel() * size % 8 == flat.storage_offset() * size % 8 == 0
     return int(flat.view(torch.int64 if in_eights else _INTEGERS[size]).sum(dtype=torch.int64))
 
 

@@ -26,9 +26,10 @@ def loss_of(recipe: Recipe, teacher: nn.Module | None) -> Loss:
         teacher: as `teacher_of` gives it, on the device.
     """
     smoothing = recipe.label_smoothing
-    if recipe.distillation is None or teacher is None:
+    if recipe.distillation is None:
         return lambda logits, x, labels: F.cross_entropy(logits, labels, label_smoothing=smoothing)
     known = recipe.distillation
+    assert teacher is not None
 
     def loss(logits: Tensor, x: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():

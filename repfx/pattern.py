@@ -298,9 +298,11 @@ class Sum(Pattern):
             return
         _, inner = _leaves(node, view)
         whole = list(_matches_of_tree(node, view))
-        if len(whole) == 1 and not whole[0].remainder:
-            yield from whole
-        found = [*whole, *(match for part in inner for match in _matches_of_tree(part, view))]
+        yield from (
+            match for match in whole if not match.remainder
+        )  # none has more terms, so the parts may not be asked at all
+        found = [match for match in whole if match.remainder]
+        found += [match for part in inner for match in _matches_of_tree(part, view)]
         # one with a remainder last: it takes the tree apart, and other parts of it may have been one convolution
         yield from sorted(found, key=lambda match: (bool(match.remainder), -len(match.terms)))
 

@@ -144,6 +144,10 @@ def test_the_page_says_of_each_method_what_its_interval_allows() -> None:
     assert "from the first epoch on a training would cost 2.98;" in text
 
 
+def test_without_plain_nothing_is_relative() -> None:
+    assert "| DBB | 1 | 50.00 |  |  | 0 of 50 |" in evidence(runs("DBB", [0.50]))
+
+
 def test_the_page_is_that_of_the_committed_runs() -> None:
     files = sorted(RESULTS_FOLDER.glob("accuracy-*.jsonl"))
     rows = [row for file in files for row in Record.at(file).rows]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 import repfx
@@ -126,10 +127,6 @@ def test_it_is_tried_out(model: Callable[[], nn.Module], expected: bool) -> None
         assert runs_with_channels_last(tried, IMAGES) is expected
         assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tried.state_dict()[name], value) for name, value in values.items())
-
-
-def is_lazy(value: Any) -> bool:
-    return nn.parameter.is_lazy(value)
 
 
 def test_other_inputs_stay() -> None:

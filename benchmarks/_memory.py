@@ -1,4 +1,4 @@
-"""How much memory a call takes at its peak, beyond what was there before: all that it allocates for tensors of the CPU, and lets go of."""
+"""How much memory a call takes at its peak, beyond what was there before: all that it allocates for tensors, and lets go of."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -65,6 +66,15 @@ def peak_of(call: Callable[[], object]) -> int:
     with found:
         call()
     return found.peak
+
+
+def peak_on_gpu(call: Callable[[], object]) -> int:
+    """The same of tensors of the GPU, in bytes, the workspaces of its libraries included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def bytes_of(model: nn.Module) -> int:

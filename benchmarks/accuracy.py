@@ -221,7 +221,7 @@ def one_run(
         "cpu_seconds": time.process_time() - began_cpu,
         "epochs": [accuracy for stage in stages for accuracy in stage.accuracies],
         "config": _config(experiment),
-        **machine("cpu"),
+        **machine("cuda" if torch.cuda.is_available() else "cpu"),  # where a recipe that doesn't say runs
     }
 
 

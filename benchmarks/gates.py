@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import repfx
+from benchmarks._memory import bytes_of, peak_on_gpu
 from benchmarks._record import Row, machine, write
 from repfx.cost import measure_times
 from repfx.recipes.nets import resnet18
@@ -52,9 +53,7 @@ class Step:
     def memory(self) -> int:
         """Bytes: of what a forward pass keeps beside the parameters, or the peak on a GPU."""
         if self.x.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self()
-            return torch.cuda.max_memory_allocated()
+            return bytes_of(self.model) + peak_on_gpu(self)
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:

@@ -5,13 +5,14 @@
 ResNet-18 and VGG-16 for images of 32 × 32, channels last, one step of SGD with momentum after another, all candidates in turns. *Frozen*
 means that BatchNorms keep their statistics; such candidates are set against the plain net with frozen statistics. *Textbook DBB* is the
 block as its paper describes it, branches written out and padded with what the BatchNorm makes of zero. Memory is the peak of what a step
-allocates, and what parameters, buffers and momentum take.
+allocates, and what parameters, buffers and momentum take. On a GPU that counts the workspaces of its libraries, too.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import repfx
+from benchmarks._memory import peak_on_gpu
 from benchmarks._record import Row, machine, write
 from repfx.cost import measure_times
 from repfx.module_tree import set_submodule
@@ -32,6 +34,8 @@ from repfx.passes.recompute import recompute
 from repfx.recipes.nets import resnet18, vgg16
 
 NETS: dict[str, Callable[[], nn.Module]] = {"resnet18": resnet18, "vgg16": vgg16}
+PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MODES = ("default", "reduce-overhead")  # the second one captures CUDA graphs
 PLAIN, FROZEN, TEXTBOOK = "plain", "plain, frozen", "textbook DBB"
 
 
@@ -131,11 +135,32 @@ CANDIDATES: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {  # with 
 }
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What all candidates have in common.
+
+    Args:
+        batch: images of 32 × 32 in a step.
+        precision: of activations, by autocast.
+        compiled: in which of its modes inductor runs forward and backward pass; None if it doesn't.
+    """
+
+    batch: int = 128
+    device: str = "cpu"
+    precision: str = "float32"
+    compiled: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.batch} × 3 × 32 × 32, {self.precision}{f', compiled: {self.compiled}' if self.compiled else ''}"
+
+
 class Step:
     """One training step after another."""
 
-    def __init__(self, net: str, candidate: str, batch: int, device: str) -> None:
+    def __init__(self, net: str, candidate: str, setting: Setting) -> None:
         torch.manual_seed(0)
+        device, batch = setting.device, setting.batch
+        self.precision = PRECISIONS[setting.precision]
         against, build = CANDIDATES[candidate]
         model: Any = build(NETS[net]())
         self.model = model.to(device, memory_format=torch.channels_last).train()
@@ -143,22 +168,25 @@ class Step:
             for module in self.model.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
+        self.run = torch.compile(self.model, fullgraph=True, mode=setting.compiled) if setting.compiled else self.model
         x = torch.randn(batch, 3, 32, 32, device=device)
         self.x, self.y = x.contiguous(memory_format=torch.channels_last), torch.randint(10, (batch,), device=device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
-        F.cross_entropy(self.model(self.x), self.y).backward()
+        with torch.autocast(self.x.device.type, self.precision, enabled=self.precision != torch.float32):
+            loss = F.cross_entropy(self.run(self.x), self.y)
+        loss.backward()
         self.optimizer.step()
 
     def memory(self) -> int:
         """Bytes at the peak."""
-        if self.x.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self()
-            return torch.cuda.max_memory_allocated()
         self.optimizer.zero_grad()
+        state: list[Tensor] = [each["momentum_buffer"] for each in self.optimizer.state.values()]
+        held: int = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers(), *state))
+        if self.x.is_cuda:
+            return held + peak_on_gpu(self)
         found: Any
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
             self()
@@ -171,34 +199,33 @@ class Step:
         for _, change in events:
             now += change
             peak = max(peak, now)
-        state: list[Tensor] = [each["momentum_buffer"] for each in self.optimizer.state.values()]
-        held: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), *state]
-        return peak + sum(tensor.nbytes for tensor in held)
+        return held + peak
 
 
-def measure(net: str, batch: int, turns: int, device: str) -> list[Row]:
-    """One row for each candidate."""
-    steps = {name: Step(net, name, batch, device) for name in CANDIDATES}
+def measure(net: str, candidates: Collection[str], turns: int, setting: Setting) -> list[Row]:
+    """One row for each candidate, and for what it is set against."""
+    wanted = {*candidates, *(CANDIDATES[name][0] for name in candidates)}
+    steps = {name: Step(net, name, setting) for name in CANDIDATES if name in wanted}
     calls: dict[str, Callable[[], object]] = dict(steps)
     times = measure_times(calls, rounds=turns, warm_up=1)
-    memories = {name: step.memory() for name, step in steps.items()}
+    measurable = setting.compiled != "reduce-overhead"  # a CUDA graph keeps its memory from step to step
+    memories = {name: step.memory() for name, step in steps.items()} if measurable else {}
 
-    def ratio(name: str, other: str) -> float:
-        return median(a / b for a, b in zip(times[name], times[other]))
+    def ratio(name: str, base: str) -> float:
+        return median(a / b for a, b in zip(times[name], times[base]))
 
-    return [
-        {
+    def row(name: str, against: str) -> Row:
+        bases = {"step_ratio": against, "step_to_textbook": TEXTBOOK}
+        return {
             "net": net,
             "candidate": name,
             "against": against,
             "step": median(times[name]),
-            "step_ratio": ratio(name, against),
-            "step_to_textbook": ratio(name, TEXTBOOK),
-            "memory": memories[name],
-            "memory_ratio": memories[name] / memories[against],
+            **{key: ratio(name, base) for key, base in bases.items() if base in steps},
+            **({"memory": memories[name], "memory_ratio": memories[name] / memories[against]} if memories else {}),
         }
-        for name, (against, _) in CANDIDATES.items()
-    ]
+
+    return [row(name, CANDIDATES[name][0]) for name in steps]
 
 
 def main() -> None:
@@ -208,11 +235,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of activations, by autocast")
+    parser.add_argument(
+        "--compile", choices=MODES, help="let inductor run forward and backward pass, in one of its modes"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help="one turn of two images")
     arguments = parser.parse_args()
     turns, batch = (1, 2) if arguments.smoke else (arguments.turns, arguments.batch)
-    rows = [row for net in arguments.nets for row in measure(net, batch, turns, arguments.device)]
+    setting = Setting(batch, arguments.device, arguments.precision, arguments.compile)
+    rows = [row for net in arguments.nets for row in measure(net, arguments.candidates, turns, setting)]
     table = Table("net", "candidate", "step", "ratio", "against", "to textbook", "memory", "ratio", box=SIMPLE_HEAD)
     for row in rows:
         table.add_row(
@@ -221,13 +254,13 @@ def main() -> None:
             f"{float(row['step']):.3g} s",
             f"{float(row['step_ratio']):.2f}",
             str(row["against"]),
-            f"{float(row['step_to_textbook']):.2f}",
-            f"{float(row['memory']) / 2**20:.0f} MiB",
-            f"{float(row['memory_ratio']):.2f}",
+            f"{float(row['step_to_textbook']):.2f}" if "step_to_textbook" in row else "",
+            f"{float(row['memory']) / 2**20:.0f} MiB" if "memory" in row else "",
+            f"{float(row['memory_ratio']):.2f}" if "memory" in row else "",
         )
     Console().print(table)
     if arguments.out is not None and not arguments.smoke:
-        write(arguments.out, {**machine(arguments.device), "input": f"{batch} × 3 × 32 × 32"}, rows)
+        write(arguments.out, {**machine(arguments.device), "setting": str(setting)}, rows)
 
 
 if __name__ == "__main__":

@@ -161,15 +161,16 @@ def training() -> str:
                 row["candidate"],
                 f"{row['step']:.3g} s",
                 f"{row['step_ratio']:.2f}",
-                f"{row['memory'] / 2**20:.0f} MiB",
-                f"{row['memory_ratio']:.2f}",
+                f"{row['memory'] / 2**20:.0f} MiB" if "memory" in row else "",
+                f"{row['memory_ratio']:.2f}" if "memory" in row else "",
                 row["against"],
-                f"{row['step_to_textbook']:.2f}",
+                f"{row['step_to_textbook']:.2f}" if "step_to_textbook" in row else "",
             )
             for row in result["rows"]
         ]
         head = ("net", "with", "step", "ratio", "memory", "ratio", "ratios to", "step / textbook DBB")
-        parts += [f"{result['hardware']}; input {result['input']}; torch {result['torch']}:", table(head, rows)]
+        setting = f"{result['hardware']}; {result['setting']}; torch {result['torch']}:"
+        parts += [setting, table(head, rows)]
     return "\n\n".join(parts)
 
 

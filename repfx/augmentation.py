@@ -135,7 +135,7 @@ class AugmentedImages(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         image, label = self.raw[index]
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
             return self.transform(image), label
 
@@ -155,7 +155,8 @@ class Cutout:
         height, width = image.shape[-2:]
         top = int(torch.randint(height, ())) - self.side // 2
         left = int(torch.randint(width, ())) - self.side // 2
-        rows, columns = torch.arange(height)[:, None], torch.arange(width)
+        rows, columns = (torch.arange(size, device=image.device) for size in (height, width))
+        rows = rows[:, None]
         hole = (rows >= top) & (rows < top + self.side) & (columns >= left) & (columns < left + self.side)
         return image.masked_fill(hole, 0)
 

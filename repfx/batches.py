@@ -61,7 +61,7 @@ class Batches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
-        order = torch.randperm(self.images, generator=generator)
+        order = torch.randperm(self.images, generator=generator, device="cpu")
         for step in range(self.begin, self.steps):
             batch = order[step * self.size : (step + 1) * self.size]
             even = len(batch) - len(batch) % self.processes

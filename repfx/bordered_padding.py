@@ -40,9 +40,9 @@ def read_border(node: fx.Node, padding: Padding, channels: int, constants: Const
     if any(other < write for other in others for write in writes) or len(writes) != len(strips):
         return None
     values = [constants.number(write.args[2]) for write in writes]
-    like = torch.empty((), dtype=torch.float64)
+    written = [torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in values if value is not None]
     try:
-        vectors = [per_channel(torch.as_tensor(v).to(like), channels, len(padding)) for v in values if v is not None]
+        vectors = [per_channel(value, channels, len(padding)) for value in written]
     except NoKernel:
         return None
     return Border(node, tuple(writes), tuple(vectors)) if len(vectors) == len(writes) else None
@@ -66,7 +66,9 @@ def _strip(write: fx.Node, dimensions: int) -> tuple[int, int, int] | None:
 
 def padded_before(conv: Op, padding: Padding, border: Border) -> Op | None:
     """The conv that pads its input with zeros, where what is written on the border is what it then gives out there."""
-    kernel = conv.meaning.build(torch.empty((), dtype=torch.float64), conv.meaning.in_channels or 0, len(padding))
+    kernel = conv.meaning.build(
+        torch.empty((), dtype=torch.float64, device="cpu"), conv.meaning.in_channels or 0, len(padding)
+    )
     simple = all(size == 1 for size in (*kernel.kernel_size, *kernel.stride)) and not any(map(any, kernel.padding))
     if kernel.transposed or not simple or kernel.weight.is_meta:
         return None

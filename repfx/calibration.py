@@ -15,6 +15,7 @@ from repfx.errors import InvalidInput, first_line
 from repfx.kernel import Kernel
 from repfx.meaning import Layer, is_batch_norm
 from repfx.moments import Moments, set_kernel
+from repfx.precision import device_of, map_tensors
 
 Batches: TypeAlias = Iterable[Any]
 
@@ -176,16 +177,17 @@ def _pooled(a: Moments, b: Moments, share: float) -> Moments:
 
 
 def run(model: nn.Module, batches: Batches) -> None:
-    """Run the model on every batch, as it is written: code that was compiled hears no hook."""
-    count = 0
+    """Run the model on every batch, on the model's device and as it is written: code that was compiled hears no hook."""
+    count, device = 0, device_of(model)
     for batch in batches:
         several = isinstance(batch, (tuple, list))
         try:
+            given = map_tensors(lambda tensor: tensor.to(device or tensor.device), batch[0] if several else batch)
             with _uncompiled():
-                if isinstance(batch, dict):
-                    model(**batch)
+                if isinstance(given, dict) and not several:
+                    model(**given)
                 else:
-                    model(batch[0] if several else batch)
+                    model(given)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             what = f"the first entry of batch {count}" if several else f"batch {count}"
             hint = "; a list that is one input goes inside a tuple" if isinstance(batch, list) else ""

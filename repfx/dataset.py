@@ -126,7 +126,7 @@ def labels_of(images: Images) -> Tensor:
         return images.tensors[1].long()
     known = getattr(images, "targets", None)
     labels = [images[index][1] for index in range(len(images))] if known is None else known  # type: ignore[arg-type]
-    return torch.tensor([int(label) for label in labels])
+    return torch.tensor([int(label) for label in labels], device="cpu")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def every_fifth(labels: Tensor) -> Tensor:
 
 def every(number: int, labels: Tensor) -> Tensor:
     """A mask that is True for every so manyth entry of each class."""
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label in labels.unique():
         chosen[(labels == label).nonzero().flatten()[number - 1 :: number]] = True
     return chosen

@@ -142,7 +142,7 @@ def _as_tensor(value: object) -> Tensor | None:
         tensor = value.detach()
         return (tensor.to_dense() if tensor.layout != torch.strided else tensor).cpu()
     if isinstance(value, (int, float, complex)):
-        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None, device="cpu")
     return None
 
 

@@ -109,7 +109,8 @@ class FreeAxes:
         def change(tensor: Tensor) -> Tensor:
             for axis, name in names.get(id(tensor), {}).items():
                 if name in sizes and sizes[name] != tensor.shape[axis]:
-                    tensor = tensor.flip(axis).index_select(axis, torch.arange(sizes[name]) % tensor.shape[axis])
+                    places = torch.arange(sizes[name], device=tensor.device) % tensor.shape[axis]
+                    tensor = tensor.flip(axis).index_select(axis, places)
             return tensor
 
         return map_tensors(change, x)

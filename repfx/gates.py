@@ -147,7 +147,9 @@ class Gates(nn.Module):
     def factor_of(self, name: str) -> Tensor:
         """What the output of a path is multiplied by if it runs, in float64."""
         factors = [gate.factor().detach().double() for gate in self.factors(name)]
-        return math.prod(factors[1:], start=factors[0]) if factors else torch.ones((), dtype=torch.float64)
+        return (
+            math.prod(factors[1:], start=factors[0]) if factors else torch.ones((), dtype=torch.float64, device="cpu")
+        )
 
     def importance_of(self, name: str) -> float | None:
         """What has been learned of a path: α, or σ(α) · σ(β) where gates multiply by it; None for a path without a gate."""
@@ -166,7 +168,7 @@ class Gates(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Which gates are open, for `state_dict`: one row for training mode, one for eval mode."""
         rows = [[name in self._open[mode] for name in self.of] for mode in (True, False)]
-        return torch.tensor(rows, dtype=torch.uint8)
+        return torch.tensor(rows, dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """The reverse of `get_extra_state`."""

@@ -120,7 +120,7 @@ class _Output:
     def __init__(self) -> None:
         self.low, self.high = math.inf, -math.inf
         self.signal, self.noise = 0.0, 0.0
-        self._counts = torch.zeros(_BINS, dtype=torch.float64)
+        self._counts = torch.zeros(_BINS, dtype=torch.float64, device="cpu")
 
     def widen(self, value: Tensor) -> None:
         self.low, self.high = min(self.low, float(value.min())), max(self.high, float(value.max()))

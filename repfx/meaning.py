@@ -138,8 +138,12 @@ def is_conv(module: nn.Module) -> bool:
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether `module` is some kind of BatchNorm, readable or not."""
-    known = FROZEN_BATCH_NORMS | ACTIVATED_BATCH_NORMS.keys()
-    return isinstance(module, BATCH_NORMS + _LAZY_BATCH_NORMS) or qualified_name(module) in known
+    name = qualified_name(module)
+    return (
+        isinstance(module, BATCH_NORMS + _LAZY_BATCH_NORMS)
+        or name in FROZEN_BATCH_NORMS
+        or name in ACTIVATED_BATCH_NORMS
+    )
 
 
 def takes_batch_statistics(module: Layer) -> bool:

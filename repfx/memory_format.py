@@ -18,7 +18,8 @@ def runs_with_channels_last(model: nn.Module, images: Tensor) -> bool:
     """Whether copies of a model, its kernels and its images laid out so, give the same in eval mode, and can be trained for a step.
 
     Tried out, for code may ask how a tensor lies in memory, or take it for granted, in many ways: `view`, `as_strided`, a write into
-    what `reshape` made. False, too, for a model that can't be copied, and for one without kernels over two axes.
+    what `reshape` made. And on the CPU, for on a GPU convs in float64 forget the order. False, too, for a model that can't be copied
+    or doesn't run on the CPU, and for one without kernels over two axes.
 
     Args:
         images: two or more, `(batch, channels, height, width)`.
@@ -29,13 +30,14 @@ def runs_with_channels_last(model: nn.Module, images: Tensor) -> bool:
     """
     if images.ndim != 4 or not any(weight.ndim == 4 for weight in model.parameters()):
         return False
+    images = images.cpu()
     try:
         found = [
-            run_double(double_copy(model).to(memory_format=order), images.contiguous(memory_format=order))
+            run_double(double_copy(model).cpu().to(memory_format=order), images.contiguous(memory_format=order))
             for order in _FORMATS
         ]
-        with seeded(model), torch.enable_grad():
-            trained = copy_of(model).to(memory_format=torch.channels_last).train()
+        trained = copy_of(model).cpu().to(memory_format=torch.channels_last).train()
+        with seeded(trained), torch.enable_grad(), torch.device("cpu"):
             logits_of(trained(images.contiguous(memory_format=torch.channels_last))).sum().backward()
         return worst(differences(*found)).error <= _ROUNDING
     except Exception:  # of whatever code the model has

@@ -44,7 +44,6 @@ class Place:
             images: two or more, as the data has them.
         """
         if self.channels_last is None:
-            images = self.bring(images)
             known = self.device.type in ("cpu", "cuda")
             self.channels_last = known and all(runs_with_channels_last(model, images) for model in models)
         for model in models:
@@ -52,7 +51,7 @@ class Place:
 
     def bring(self, x: Tensor) -> Tensor:
         """Images or labels to the device."""
-        x = x.to(self.device, non_blocking=True)
+        x = x.to(self.device, non_blocking=self.device.type != "cpu")  # what comes to the CPU would be read too early
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x
 
     def wrap(self, model: nn.Module, *, unused_parameters: bool) -> nn.Module:

@@ -145,7 +145,7 @@ def scores(
         model = _of_first_rank(model)
     supernet = FusedSupernet(model, statistics=statistics, calibrate=calibrate)
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if _is_distributed() else (0, 1)
-    values = torch.zeros(len(codes), dtype=torch.float64)
+    values = torch.zeros(len(codes), dtype=torch.float64, device="cpu")
     with torch.no_grad():
         for index in range(rank, len(codes), world):
             values[index] = _number(score(supernet.net(codes[index])))

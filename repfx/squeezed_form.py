@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from repfx.block import RepBlock
@@ -124,6 +125,8 @@ def _differs(entry: _Entry, seen: _Outline) -> bool:
         return True
     if is_patched(module) or (path and has_hooks(module)):
         return True
+    if torch.compiler.is_compiling():  # where not every torch can list what a module has
+        return any(vars(module).get(name) != value for name, value in seen[3].items())
     return bool(module._modules) and _plain_values(module) != seen[3]
 
 

@@ -30,7 +30,7 @@ def tensors(draw: st.DrawFn, shape: Sequence[int]) -> Tensor:
     >>> find(tensors((2, 3)), lambda drawn: bool((drawn > 1).any())).dtype
     torch.float64
     """
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**16)))
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
 
 

@@ -34,7 +34,7 @@ class Supply:
             batch_sampler=self._batches(epoch, begin),
             num_workers=self.recipe.workers,
             worker_init_fn=_leave_interrupts_to_the_parent,
-            pin_memory=self.place.device.type == "cuda",
+            pin_memory=self.place.device.type == "cuda" and self.images[0][0].device.type == "cpu",
         )
 
     def __iter__(self) -> Iterator[Any]:

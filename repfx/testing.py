@@ -29,10 +29,10 @@ def randomize_batch_norm(model: nn.Module, seed: int = 0) -> nn.Module:
     norms: list[Layer] = [module for module in model.modules() if is_batch_norm(module)]
     for norm in norms:
         for tensor, low, high in _ranges(norm):
-            values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * (high - low) + low
-            tensor.copy_(values)
+            values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
+            tensor.copy_(values * (high - low) + low)
         if norm.weight is not None:
-            flipped = torch.rand(norm.weight.shape, generator=generator) < 0.3
+            flipped = torch.rand(norm.weight.shape, generator=generator, device="cpu") < 0.3
             norm.weight.copy_(torch.where(flipped.to(norm.weight.device), -norm.weight, norm.weight))
     return model
 

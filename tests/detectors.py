@@ -146,7 +146,7 @@ STOCK_SEGMENTATION = {
 
 def pictures() -> list[Tensor]:
     """Two, of different sizes and far from alike."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     smooth = torch.rand(3, 7, 9, generator=generator, dtype=torch.float64)
     rough = torch.rand(3, 64, 50, generator=generator, dtype=torch.float64)
     return [nn.functional.interpolate(smooth[None], (56, 72))[0], rough]

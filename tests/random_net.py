@@ -39,7 +39,7 @@ class RandomNet(nn.Module):
 
     def input(self) -> Tensor:
         """A batch of two, always the same."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(self.seed)
         return torch.randn(self.shape, generator=generator, dtype=torch.float64)
 
     def run(self, call: Call, values: list[Any]) -> Any:

@@ -38,4 +38,6 @@ def small_net(seed: int = 0) -> SmallNet:
 
 def batch(size: int = 6, seed: int = 0) -> Tensor:
     """Input for a `SmallNet`."""
-    return torch.randn(size, 3, 9, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        size, 3, 9, 11, dtype=torch.float64, generator=torch.Generator(torch.get_default_device()).manual_seed(seed)
+    )

@@ -140,6 +140,14 @@ def test_batches_come_in_any_form(form: str) -> None:
     assert same_state(net.state_dict(), expected.state_dict())
 
 
+def test_batches_come_to_the_model() -> None:
+    seen = []
+    model = small_net().to("meta")
+    model.stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].device.type))
+    run(model, [batch(), (batch(), None), {"x": batch()}])
+    assert seen == ["meta"] * 3
+
+
 def test_a_generator_is_read_once_and_no_further() -> None:
     seen: list[int] = []
 

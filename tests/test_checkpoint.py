@@ -53,7 +53,7 @@ class Run:
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = optimizer(groups, lr=0.05, weight_decay=0.01, **options)
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [4, 7], 0.5)
-        self.generator = torch.Generator().manual_seed(1)
+        self.generator = torch.Generator(torch.get_default_device()).manual_seed(1)
         self.progress = {"step": 0}
 
     def parts(self) -> dict[str, Any]:

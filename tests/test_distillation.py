@@ -12,7 +12,7 @@ from repfx.errors import InvalidInput
 
 
 def logits() -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     student, teacher = (3 * torch.randn(5, 7, dtype=torch.float64, generator=generator) for _ in range(2))
     return student, teacher, torch.tensor([0, 3, 6, 2, 2])
 

@@ -423,12 +423,12 @@ def test_a_scaler_and_a_rate_scheduler_go_on_over_a_change() -> None:
     model: Any = small_net().float()
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
     rates = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scaler = torch.amp.GradScaler(DATA[0].device.type, init_scale=256.0)
     data = [x.float() for x in DATA]
     driver = repfx.Driver(model, optimizer, SHORT["dyrep"], calibrate=data, scaler=scaler)
     for _ in range(2):
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DATA[0].device.type, torch.bfloat16):
             loss = model.train()(data[0]).square().mean()
         scaler.scale(loss).backward()
         driver.after_backward()

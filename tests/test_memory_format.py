@@ -21,7 +21,7 @@ from repfx.recipe import Recipe
 from repfx.training import train
 from tests.inline_net import Net
 
-IMAGES = torch.randn(2, 3, 6, 7, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 3, 6, 7, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 class OwnLayer(nn.Module):

@@ -32,7 +32,7 @@ def net(channels: int = 6) -> Any:
     )
 
 
-X = torch.randn(2, 3, 11, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+X = torch.randn(2, 3, 11, 14, dtype=torch.float64, generator=torch.Generator(torch.get_default_device()).manual_seed(5))
 
 
 def expanded(spec: Any = "dyrep", model: nn.Module | None = None) -> Any:
@@ -292,7 +292,7 @@ def test_other_dimensions(dimensions: int) -> None:
 def test_mixed_precision_assembles_in_full() -> None:
     model = expanded().float().eval()
     squeezed = repfx.squeeze(copy.deepcopy(model))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(X.device.type, dtype=torch.bfloat16):
         found = squeezed(X.float())
         fused = repfx.fuse(model)(X.float())
     assert found.dtype == torch.bfloat16

@@ -673,7 +673,9 @@ def in_eval_mode(model: nn.Module) -> nn.Module:
 
 
 def image_of(seed: int) -> Tensor:
-    return torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator(torch.get_default_device()).manual_seed(seed)
+    )
 
 
 def assert_same(model: nn.Module, expected: Tensor) -> None:

@@ -42,9 +42,9 @@ def _cosines(site: ConvSpec, like: Tensor) -> Tensor:
     """``(out, kh, kw)``: cos(π (position + ½) · frequency / size), frequencies 1, 2, … in each half."""
     height, width = site.kernel_size
     half = site.out_channels // 2
-    frequency = torch.arange(1, site.out_channels + 1, dtype=torch.float64)
-    rows = torch.arange(height, dtype=torch.float64) + 0.5
-    columns = torch.arange(width, dtype=torch.float64) + 0.5
+    frequency = torch.arange(1, site.out_channels + 1, dtype=torch.float64, device="cpu")
+    rows = torch.arange(height, dtype=torch.float64, device="cpu") + 0.5
+    columns = torch.arange(width, dtype=torch.float64, device="cpu") + 0.5
     down = torch.cos(math.pi * rows * frequency[:half, None] / height)
     across = torch.cos(math.pi * columns * (frequency[half:, None] - half) / width)
     filters = torch.cat([down[:, :, None].expand(-1, -1, width), across[:, None, :].expand(-1, height, -1)])

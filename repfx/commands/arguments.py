@@ -73,7 +73,7 @@ def example_input(model: nn.Module, shape: tuple[int, ...] | None) -> torch.Tens
     form = InputForm.of(model)
     own: Any = getattr(model, "default_cfg", None) or {}
     shape = shape or own.get("input_size") or (form.channels, *_AXES[form.dimensions])
-    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def print_json(found: object) -> None:

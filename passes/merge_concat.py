@@ -67,7 +67,7 @@ def _slice(conv: Op, start: int, stop: int) -> Op:
         part = whole.slice_inputs(start, stop)
         return part if start else replace(part, bias=whole.bias)
 
-    meaning = replace(conv.meaning, in_channels=stop - start, build=build)
+    meaning = replace(conv.meaning, in_channels=stop - start, build=build, spare=False)
     return Op(conv.node, conv.source, meaning, inner=(*conv.inner, conv.source))
 
 

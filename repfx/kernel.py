@@ -267,14 +267,19 @@ class Kernel:
 
     # ---- laws
 
-    def add(self, other: Kernel) -> Kernel:
-        """The kernel of ``self(x) + other(x)``."""
+    def add(self, other: Kernel, *, over: bool = False) -> Kernel:
+        """The kernel of ``self(x) + other(x)``; `over` allows the sum to be written over this one's weight, which is then lost."""
         if self.transposed or other.transposed:
             return self._add_transposed(other)
         _require_alike(self, other)
         mode = _common_padding_mode(self, other)
         groups = math.gcd(self.groups, other.groups)
-        first, second = _align([self.regroup(groups), other.regroup(groups)])
+        first, second = self.regroup(groups), other.regroup(groups)
+        taps = _taps_within(first, second) if over and first.weight.dtype == second.weight.dtype else None
+        if taps is not None:
+            _plus_in_place(first.weight[taps], second.weight)
+            return replace(first, bias=_sum(self.bias, other.bias), padding_mode=mode)
+        first, second = _align([first, second])
         if second.weight is not other.weight:  # written anew just now, so the sum can be written there
             weight = _plus_in_place(second.weight, first.weight)
         else:
@@ -423,6 +428,20 @@ def _common_padding_mode_of(mode: str | None, kernel: Kernel) -> str | None:
     if mode not in (None, kernel.padding_mode):
         raise NoKernel(f"padding modes differ: {mode} and {kernel.padding_mode}")
     return kernel.padding_mode
+
+
+def _taps_within(whole: Kernel, part: Kernel) -> tuple[EllipsisType | slice, ...] | None:
+    """Where in the window of one kernel the taps of another one lie; None if one of them lies elsewhere."""
+    places: list[EllipsisType | slice] = [...]
+    for axis, (size, own) in enumerate(zip(part.kernel_size, whole.kernel_size)):
+        step = whole.dilation[axis]
+        start, offset = divmod(whole.padding[axis][0] - part.padding[axis][0], step)
+        stride, rest = divmod(part.dilation[axis], step) if size > 1 else (1, 0)
+        last = start + (size - 1) * stride
+        if offset or rest or start < 0 or last >= own:
+            return None
+        places.append(slice(start, last + 1, stride))
+    return tuple(places)
 
 
 def _align(kernels: list[Kernel]) -> list[Kernel]:

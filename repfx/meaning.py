@@ -22,7 +22,7 @@ from repfx.kernel import Ints, Kernel, Padding
 # A torch layer whose class is known where it is used. torch types every attribute of a module as `Tensor | Module`.
 Layer: TypeAlias = Any
 Kind: TypeAlias = Literal["conv", "affine", "pool", "pad", "identity"]
-Build: TypeAlias = Callable[[Tensor, int, int], Kernel]
+Build: TypeAlias = Callable[[Any, int, int], Kernel]
 Reader: TypeAlias = Callable[[nn.Module], "Meaning | None"]
 
 CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -56,13 +56,15 @@ class Meaning:
         kind: ``conv`` (linear layers too), ``affine`` per channel, ``pool``, ``pad`` or ``identity``.
         dimensions: spatial axes, 0 for a linear layer; None where any number is served.
         in_channels: None where any number is served.
-        build: from a tensor to take dtype and device from, channels and dimensions, to the kernel.
+        build: from a tensor to take dtype and device from, channels and dimensions, to the kernel; a conv's own are taken for None.
+        spare: whether the kernel is one that a rewrite has made, which the next may write over.
     """
 
     kind: Kind
     dimensions: int | None
     in_channels: int | None
     build: Build
+    spare: bool = False
 
 
 def reads(*classes: type[nn.Module]) -> Callable[[Reader], Reader]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
@@ -68,7 +68,8 @@ class View:
     def _read(self, node: fx.Node) -> Op | None:
         if node in self.kernels:
             kernel = self.kernels[node]
-            meaning = Meaning("conv", kernel.dimensions, kernel.in_channels, lambda like, channels, n: kernel.to(like))
+            sizes = (kernel.dimensions, kernel.in_channels)
+            meaning = Meaning("conv", *sizes, lambda like, channels, n: kernel.to(like), spare=True)
             return Op(node, node.all_input_nodes[0], meaning)
         if self.refusal(node):
             return None
@@ -164,14 +165,19 @@ class Match:
 
     def _kernel(self, like: Tensor) -> Kernel:
         channels, dimensions = self.sizes()
-        kernels = [_signed(term_kernel(term, like, channels, dimensions), term.sign) for term in self.terms]
-        return reduce(Kernel.add, kernels)
+        first, *others = self.terms
+        total = _signed(term_kernel(first, like, channels, dimensions), first.sign)
+        new = len(first.ops) > 1 or any(op.meaning.spare for op in first.ops)  # in no one else's hands
+        for term in others:  # one by one, so that none waits in memory for its turn
+            total = total.add(_signed(term_kernel(term, like, channels, dimensions), term.sign), over=new)
+            new = True
+        return total
 
     def shifts(self, like: Tensor) -> list[Tensor]:
         """What the scales and shifts among the maps add, each before the maps that follow it."""
         channels, dimensions = self.sizes()
-        maps = [pair for term in self.terms for pair in _maps(term, like, channels, dimensions)]
-        return [kernel.bias for op, kernel in maps if op.meaning.kind == "affine" and kernel.bias is not None]
+        shifts = [shift for term in self.terms for shift in _shifts(term, like, channels, dimensions)]
+        return [shift for shift in shifts if shift is not None]
 
     def sizes(self) -> tuple[int, int]:
         """Channels and axes of the source.
@@ -195,17 +201,30 @@ def _in_channels(term: Term) -> int | None:
 
 def term_kernel(term: Term, like: Tensor, channels: int, dimensions: int) -> Kernel:
     """The kernel of one path."""
-    kernels = [kernel for _, kernel in _maps(term, like, channels, dimensions)]
-    return reduce(Kernel.compose, kernels or [Kernel.identity(like, channels=channels, dimensions=dimensions)])
+    if not term.ops:
+        return Kernel.identity(like, channels=channels, dimensions=dimensions)
+    first, *others = term.ops
+    total = _kernel_of(first, None if first.meaning.kind == "conv" else like, channels, dimensions)
+    if not others or others[0].meaning.kind != "affine" or total.weight.device != like.device:
+        total = total.to(like)  # else the product with the scale, which is in full precision, is, too
+    for op in others:
+        total = total.compose(_kernel_of(op, like, total.out_channels, dimensions))
+    return total
 
 
-def _maps(term: Term, like: Tensor, channels: int, dimensions: int) -> Iterator[tuple[Op, Kernel]]:
+def _shifts(term: Term, like: Tensor, channels: int, dimensions: int) -> Iterator[Tensor | None]:
     for op in term.ops:
-        if op.meaning.dimensions not in (None, dimensions):
-            raise NoKernel(f"{op.node.name!r} has {op.meaning.dimensions} dimensions, not {dimensions}")
-        kernel = op.meaning.build(like, channels, dimensions)
-        yield op, kernel
+        affine = op.meaning.kind == "affine"
+        kernel = _kernel_of(op, like if affine else META, channels, dimensions)
+        if affine:
+            yield kernel.bias
         channels = kernel.out_channels
+
+
+def _kernel_of(op: Op, like: Tensor | None, channels: int, dimensions: int) -> Kernel:
+    if op.meaning.dimensions not in (None, dimensions):
+        raise NoKernel(f"{op.node.name!r} has {op.meaning.dimensions} dimensions, not {dimensions}")
+    return op.meaning.build(like, channels, dimensions)
 
 
 def _signed(kernel: Kernel, sign: int) -> Kernel:

@@ -286,6 +286,16 @@ def test_fusing_leaves_nothing_behind_but_its_result() -> None:
     assert found.peak <= bytes_of(model) + 2 * bytes_of(fused) + 8 * layer
 
 
+@pytest.mark.parametrize("spec", [None, "acb"])
+def test_fusing_takes_a_copy_of_the_model_and_a_layer_in_float64(spec: str | None) -> None:
+    largest = nn.Conv2d(64, 128, (3, 5))
+    plain = nn.Sequential(nn.Conv2d(8, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), largest, nn.BatchNorm2d(128))
+    model = randomize_batch_norm(plain if spec is None else repfx.expand(plain, spec)).eval()
+    repfx.fuse(model)
+    layer = 8 * largest.weight.numel()
+    assert peak_of(lambda: repfx.fuse(model)) <= bytes_of(model) + 1.1 * layer
+
+
 def test_committed_transforms_have_each_size_and_their_noise() -> None:
     files = list(RESULTS_FOLDER.glob("transforms-*.json"))
     assert files

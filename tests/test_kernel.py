@@ -146,6 +146,9 @@ def add(case: tuple[Kernel, Kernel, Tensor]) -> None:
     a, b, x = case
     assert_same_map(a.add(b), lambda x: a(x) + b(x), x)
     assert_same_map(b.add(a), a.add(b), x)
+    before = b.copy()
+    assert_same_map(a.copy().add(b, over=True), a.add(b), x)
+    assert torch.equal(b.weight, before.weight)
 
 
 @law(beside())

@@ -419,6 +419,8 @@ def test_momentum_points_where_the_gradient_does_whatever_the_sign_of_gamma() ->
 
 
 def test_a_scaler_and_a_rate_scheduler_go_on_over_a_change() -> None:
+    # by a BatchNorm behind them, so that only rounding gives them a gradient
+    taken_away = {"depthwise.bias", "depthwise.origin.conv.bias", "depthwise.1x1-kxk.norm1.bias"}
     torch.manual_seed(0)
     model: Any = small_net().float()
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
@@ -437,7 +439,8 @@ def test_a_scaler_and_a_rate_scheduler_go_on_over_a_change() -> None:
         scaler.step(optimizer)
         scaler.update()
         rates.step()
-        assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+        same = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
+        assert same <= taken_away
         driver.after_epoch()
     assert [action.kind for action in repfx.journal(model)].count("expand") == 2
     assert optimizer.param_groups[0]["lr"] == 0.005

@@ -7,6 +7,7 @@ interruption changes it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +136,8 @@ class AugmentedImages(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         image, label = self.raw[index]
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        elsewhere = torch.get_default_device().type != "cpu"  # where other numbers would be drawn
+        with torch.random.fork_rng(devices=[]), torch.device("cpu") if elsewhere else nullcontext():
             torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
             return self.transform(image), label
 

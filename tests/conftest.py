@@ -24,10 +24,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-if "TEST_DEVICE" in os.environ:  # TEST_DEVICE=cuda runs on a GPU what makes its tensors without saying where
+# On the CPU, whatever the machine has; TEST_DEVICE=cuda runs on a GPU what makes its tensors without saying where.
+if "TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["TEST_DEVICE"])
     torch.use_deterministic_algorithms(True, warn_only=True)  # for tests that ask for the same bits
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+else:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)

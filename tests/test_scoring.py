@@ -519,6 +519,7 @@ def test_origin_is_a_path_of_the_space() -> None:
     assert FusedSupernet(model).space.sites == ("0",)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="not on a GPU")
 @pytest.mark.parametrize("flatten", ["module", "view"])
 def test_on_a_cpu_the_net_has_channels_last_unless_code_could_mind(flatten: str) -> None:
     class Net(nn.Module):

@@ -26,27 +26,20 @@ differentiable, for any number of axes (0 is a linear layer), and take dtype and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from types import EllipsisType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from repfx.errors import RepfxError
+from repfx.kernel_product import CONV, CONV_TRANSPOSE, product
 
 Ints = tuple[int, ...]
 Padding = tuple[tuple[int, int], ...]
-
-_CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {
-    1: F.conv_transpose1d,
-    2: F.conv_transpose2d,
-    3: F.conv_transpose3d,
-}
 
 
 class NoKernel(RepfxError):
@@ -157,7 +150,7 @@ class Kernel:
             return F.linear(x, self.ungroup().weight, self.bias)
         if self.transposed:
             cut = tuple(before for before, _ in self.padding)
-            transpose = _CONV_TRANSPOSE[self.dimensions]
+            transpose = CONV_TRANSPOSE[self.dimensions]
             return transpose(
                 x, self.weight, self.bias, self.stride, cut, self.output_padding, self.groups, self.dilation
             )
@@ -166,7 +159,7 @@ class Kernel:
             around = tuple(before for before, _ in self.padding)
         else:
             x = pad(x, self.padding, self.padding_mode)
-        return _CONV[self.dimensions](x, self.weight, self.bias, self.stride, around, self.dilation, self.groups)
+        return CONV[self.dimensions](x, self.weight, self.bias, self.stride, around, self.dilation, self.groups)
 
     def to(self, like: Tensor | torch.dtype | torch.device | str) -> Kernel:
         """The same kernel in another dtype or on another device."""
@@ -489,12 +482,7 @@ def _require_same_borders(first: Kernel, second: Kernel) -> None:
 
 
 def _composed_weight(first: Kernel, second: Kernel) -> tuple[Tensor, Ints]:
-    """``W[o, i, t·f + t'·f'] += W'[o, m, t'] · W[m, i, t]``, which is one transposed conv; and the dilation of the result.
-
-    The channels m fall into *pieces* that lie within one group of each map, so that nothing is computed of what is zero anyway. With
-    g groups of the result, p·g of `first` and q·g of `second`, a group has p·q pieces if p or q is 1, as one mostly is; else `first` is
-    written with g groups before.
-    """
+    """The weight of ``second(first(x))``, and its dilation: the coarsest lattice that holds the sums of both maps' offsets."""
     dilation, spread, spread2 = [], [], []
     for axis, (k, k2) in enumerate(zip(first.kernel_size, second.kernel_size)):
         d, d2 = first.dilation[axis], second.dilation[axis] * first.stride[axis]
@@ -505,52 +493,5 @@ def _composed_weight(first: Kernel, second: Kernel) -> tuple[Tensor, Ints]:
     groups = math.gcd(first.groups, second.groups)
     if first.groups > groups and second.groups > groups:
         first = first.regroup(groups)
-    p, q = first.groups // groups, second.groups // groups
-    pieces = groups * p * q
-    out, channels, middle = second.weight.shape[0] // second.groups, first.weight.shape[1], first.out_channels // pieces
-    window, window2 = first.kernel_size, second.kernel_size
-    if p == pieces and math.prod(window) == 1 and window2:  # the same sum as a conv over the second map's weights
-        mix = first.weight.reshape(pieces, middle, channels).transpose(1, 2).reshape(-1, middle, *window)
-        return _CONV[second.dimensions](second.weight, mix, groups=pieces), tuple(dilation)
-    taps = second.weight.reshape(groups * q, out, p, middle, -1).transpose(1, 2).flatten(0, 1)
-    if math.prod(window) == 1:
-        composed = torch.einsum("gomt,gmi->goit", taps, first.weight.reshape(pieces, middle, channels))
-        window = window2
-    elif math.prod(window2) == 1:
-        composed = torch.einsum("gom,gmit->goit", taps.squeeze(3), first.weight.reshape(pieces, middle, channels, -1))
-    else:
-        by_middle = taps.transpose(1, 2).reshape(pieces * middle, out, *window2)
-        transpose = _CONV_TRANSPOSE[first.dimensions]
-        turned = first.weight.transpose(0, 1)
-        spread_out = transpose(turned, by_middle, stride=tuple(spread), dilation=tuple(spread2), groups=pieces)
-        window = tuple(spread_out.shape[2:])
-        composed = spread_out.reshape(channels, pieces, out, -1).permute(1, 2, 0, 3)
-    if not torch.compiler.is_compiling():  # which lays gradients out by itself
-        composed = _OrderedGradient.apply(composed)
-    parts = composed.reshape(groups * q, p, out, channels, -1).transpose(1, 2)
-    return parts.reshape(second.out_channels, p * channels, *window), tuple(dilation)
-
-
-class _OrderedGradient(torch.autograd.Function):
-    """The same tensor, whose gradient comes back contiguous.
-
-    That of a kernel in channels last has the batch of these products in its innermost axis, for which torch multiplies matrix by matrix.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.contiguous()
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.view_as(tangent)
+    weight = product(first.weight, second.weight, (first.groups, second.groups), tuple(spread), tuple(spread2))
+    return weight, tuple(dilation)

@@ -1,0 +1,83 @@
+"""The product of two convs' weights: the one weight of both, one after another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+
+
+def product(
+    first: Tensor, second: Tensor, groups: tuple[int, int], spread: tuple[int, ...], spread2: tuple[int, ...]
+) -> Tensor:
+    """``W[o, i, t·f + t'·f'] += W'[o, m, t'] · W[m, i, t]``, which is one transposed conv.
+
+    The channels m fall into *pieces* that lie within one group of each map, so that nothing is computed of what is zero anyway. With
+    g groups of the result, p·g of the first map and q·g of the second, one of p and q has to be 1; a group has p·q pieces.
+
+    Args:
+        first: W, ``(middle, in / groups, *window)``.
+        second: W', ``(out, middle / groups, *window)``.
+        groups: of each map.
+        spread, spread2: f and f', the distances of the taps of each map on their common lattice.
+    """
+    common = math.gcd(*groups)
+    p, q = groups[0] // common, groups[1] // common
+    pieces = common * p * q
+    out, channels, middle = second.shape[0] // groups[1], first.shape[1], first.shape[0] // pieces
+    window, window2 = first.shape[2:], second.shape[2:]
+    if p == pieces and math.prod(window) == 1 and window2:  # the same sum as a conv over the second map's weights
+        mix = first.reshape(pieces, middle, channels).transpose(1, 2).reshape(-1, middle, *window)
+        return CONV[len(window2)](second, mix, groups=pieces)
+    taps = second.reshape(common * q, out, p, middle, -1).transpose(1, 2).flatten(0, 1)
+    if math.prod(window) == 1:
+        composed = torch.einsum("gomt,gmi->goit", taps, first.reshape(pieces, middle, channels))
+        window = window2
+    elif math.prod(window2) == 1:
+        composed = torch.einsum("gom,gmit->goit", taps.squeeze(3), first.reshape(pieces, middle, channels, -1))
+    else:
+        by_middle = taps.transpose(1, 2).reshape(pieces * middle, out, *window2)
+        turned = first.transpose(0, 1)
+        spread_out = CONV_TRANSPOSE[len(window)](turned, by_middle, stride=spread, dilation=spread2, groups=pieces)
+        window = spread_out.shape[2:]
+        composed = spread_out.reshape(channels, pieces, out, -1).permute(1, 2, 0, 3)
+    if not torch.compiler.is_compiling():  # which lays gradients out by itself
+        composed = _OrderedGradient.apply(composed)
+    parts = composed.reshape(common * q, p, out, channels, -1).transpose(1, 2)
+    return parts.reshape(second.shape[0], p * channels, *window)
+
+
+class _OrderedGradient(torch.autograd.Function):
+    """The same tensor, whose gradient comes back contiguous.
+
+    That of a kernel in channels last has the batch of these products in its innermost axis, for which torch multiplies matrix by matrix.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import operator
 import pickle
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -366,3 +368,27 @@ def test_shifts_that_cancel_leave_no_bias() -> None:
     net = Net(lambda m, x: (m.a(x) + m.shift / 3) - m.shift / 3, a=nn.Conv2d(4, 6, 3, bias=False))
     net.shift = nn.Parameter(torch.randn(6, 1, 1))
     assert fused_exactly(net, image()).a.bias is None
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda m, x: 2 * [m.one(x)],
+        lambda m, x: [m.one(x), *(2 * [m.two(x)])],
+        lambda m, x: [m.alone(x), m.one(x), x, m.two(x)],
+        lambda m, x: [m.one(x), m.two(x), m.alone(x)],
+    ],
+)
+def test_sums_are_written_over_nothing_that_is_read_again(code: Any) -> None:
+    parts = {
+        "one": nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)),
+        "two": nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
+        "alone": nn.Conv2d(4, 4, 3, padding=1),
+    }
+    net = randomize_batch_norm(Net(lambda m, x: reduce(operator.add, code(m, x)), **parts)).double().eval()
+    before = copy.deepcopy(net.state_dict())
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    fused = repfx.fuse(net)
+    assert "fold_batch_norm" in repfx.report(fused).counts
+    assert_same_map(fused, net, x)
+    assert same_state(net.state_dict(), before)

@@ -157,8 +157,8 @@ class Cutout:
         height, width = image.shape[-2:]
         top = int(torch.randint(height, ())) - self.side // 2
         left = int(torch.randint(width, ())) - self.side // 2
-        rows, columns = (torch.arange(size, device=image.device) for size in (height, width))
-        rows = rows[:, None]
+        rows = torch.arange(height, device=image.device)[:, None]
+        columns = torch.arange(width, device=image.device)
         hole = (rows >= top) & (rows < top + self.side) & (columns >= left) & (columns < left + self.side)
         return image.masked_fill(hole, 0)
 

@@ -66,9 +66,8 @@ def _strip(write: fx.Node, dimensions: int) -> tuple[int, int, int] | None:
 
 def padded_before(conv: Op, padding: Padding, border: Border) -> Op | None:
     """The conv that pads its input with zeros, where what is written on the border is what it then gives out there."""
-    kernel = conv.meaning.build(
-        torch.empty((), dtype=torch.float64, device="cpu"), conv.meaning.in_channels or 0, len(padding)
-    )
+    like = torch.empty((), dtype=torch.float64, device="cpu")
+    kernel = conv.meaning.build(like, conv.meaning.in_channels or 0, len(padding))
     simple = all(size == 1 for size in (*kernel.kernel_size, *kernel.stride)) and not any(map(any, kernel.padding))
     if kernel.transposed or not simple or kernel.weight.is_meta:
         return None

@@ -159,7 +159,7 @@ def every_fifth(labels: Tensor) -> Tensor:
 
 def every(number: int, labels: Tensor) -> Tensor:
     """A mask that is True for every so manyth entry of each class."""
-    chosen = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
+    chosen = torch.zeros_like(labels, dtype=torch.bool)
     for label in labels.unique():
         chosen[(labels == label).nonzero().flatten()[number - 1 :: number]] = True
     return chosen

@@ -32,11 +32,12 @@ def runs_with_channels_last(model: nn.Module, images: Tensor) -> bool:
         return False
     images = images.cpu()
     try:
+        tried = copy_of(model).cpu()
         found = [
-            run_double(double_copy(model).cpu().to(memory_format=order), images.contiguous(memory_format=order))
+            run_double(double_copy(tried).to(memory_format=order), images.contiguous(memory_format=order))
             for order in _FORMATS
         ]
-        trained = copy_of(model).cpu().to(memory_format=torch.channels_last).train()
+        trained = tried.to(memory_format=torch.channels_last).train()
         with seeded(trained), torch.enable_grad(), torch.device("cpu"):
             logits_of(trained(images.contiguous(memory_format=torch.channels_last))).sum().backward()
         return worst(differences(*found)).error <= _ROUNDING

@@ -167,7 +167,7 @@ class Match:
         channels, dimensions = self.sizes()
         first, *others = self.terms
         total = _signed(term_kernel(first, like, channels, dimensions), first.sign)
-        new = len(first.ops) > 1 or any(op.meaning.spare for op in first.ops)  # in no one else's hands
+        new = len(first.ops) != 1 or first.ops[0].meaning.spare  # in no one else's hands
         for term in others:  # one by one, so that none waits in memory for its turn
             total = total.add(_signed(term_kernel(term, like, channels, dimensions), term.sign), over=new)
             new = True

@@ -24,6 +24,7 @@ class Supply:
         self.place = place
         self.epoch = 0
         self.steps = self._batches(0, 0).steps
+        self._pinned = place.device.type == "cuda" and self.images[0][0].device.type == "cpu"
 
     def loader(self, epoch: int, begin: int = 0) -> DataLoader[Any]:
         """The batches of an epoch, from a step on."""
@@ -34,7 +35,7 @@ class Supply:
             batch_sampler=self._batches(epoch, begin),
             num_workers=self.recipe.workers,
             worker_init_fn=_leave_interrupts_to_the_parent,
-            pin_memory=self.place.device.type == "cuda" and self.images[0][0].device.type == "cpu",
+            pin_memory=self._pinned,
         )
 
     def __iter__(self) -> Iterator[Any]:

@@ -20,6 +20,7 @@ from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d, MultiScaleR
 
 from repfx.passes.calibrate import calibrate
 from repfx.testing import randomize_batch_norm
+from tests.random_numbers import numbers_from
 
 CLASSES = 4
 SIZES: dict[str, Any] = {"min_size": 64, "max_size": 96}
@@ -146,7 +147,7 @@ STOCK_SEGMENTATION = {
 
 def pictures() -> list[Tensor]:
     """Two, of different sizes and far from alike."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
+    generator = numbers_from(1)
     smooth = torch.rand(3, 7, 9, generator=generator, dtype=torch.float64)
     rough = torch.rand(3, 64, 50, generator=generator, dtype=torch.float64)
     return [nn.functional.interpolate(smooth[None], (56, 72))[0], rough]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from repfx.strategies import PADDING_MODES, tensors
 from repfx.testing import randomize_batch_norm
+from tests.random_numbers import numbers_from
 
 # ---- nets as values: a list of calls, each of a layer or a function on earlier values
 
@@ -39,7 +40,7 @@ class RandomNet(nn.Module):
 
     def input(self) -> Tensor:
         """A batch of two, always the same."""
-        generator = torch.Generator(torch.get_default_device()).manual_seed(self.seed)
+        generator = numbers_from(self.seed)
         return torch.randn(self.shape, generator=generator, dtype=torch.float64)
 
     def run(self, call: Call, values: list[Any]) -> Any:

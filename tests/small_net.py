@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from repfx.testing import randomize_batch_norm
+from tests.random_numbers import numbers_from
 
 
 class SmallNet(nn.Module):
@@ -38,6 +39,4 @@ def small_net(seed: int = 0) -> SmallNet:
 
 def batch(size: int = 6, seed: int = 0) -> Tensor:
     """Input for a `SmallNet`."""
-    return torch.randn(
-        size, 3, 9, 11, dtype=torch.float64, generator=torch.Generator(torch.get_default_device()).manual_seed(seed)
-    )
+    return torch.randn(size, 3, 9, 11, dtype=torch.float64, generator=numbers_from(seed))

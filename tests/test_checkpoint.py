@@ -22,6 +22,7 @@ import repfx
 from repfx.errors import InvalidInput
 from repfx.journaling import from_json, replay, to_json
 from tests.inline_net import same_state
+from tests.random_numbers import numbers_from
 
 STEPS = 9
 
@@ -53,7 +54,7 @@ class Run:
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = optimizer(groups, lr=0.05, weight_decay=0.01, **options)
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [4, 7], 0.5)
-        self.generator = torch.Generator(torch.get_default_device()).manual_seed(1)
+        self.generator = numbers_from(1)
         self.progress = {"step": 0}
 
     def parts(self) -> dict[str, Any]:

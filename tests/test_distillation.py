@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 import repfx
 from repfx.errors import InvalidInput
+from tests.random_numbers import numbers_from
 
 
 def logits() -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+    generator = numbers_from(0)
     student, teacher = (3 * torch.randn(5, 7, dtype=torch.float64, generator=generator) for _ in range(2))
     return student, teacher, torch.tensor([0, 3, 6, 2, 2])
 

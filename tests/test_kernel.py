@@ -25,6 +25,7 @@ from repfx.strategies import (
     transposed_kernels,
 )
 from repfx.testing import assert_same_map
+from tests.random_numbers import numbers_from
 
 # torch copies the input there, which is no concern of these tests
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -337,7 +338,7 @@ def kernel_of_a_module(case: tuple[Layer, int]) -> None:
 @law(st.tuples(transposed_kernels(), st.integers(0, 9)))
 def transposed(case: tuple[Kernel, int]) -> None:
     kernel, seed = case
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    generator = numbers_from(seed)
     x = torch.randn(2, kernel.in_channels, *range(4, 4 + kernel.dimensions), generator=generator, dtype=torch.float64)
     other = replace(kernel, weight=kernel.weight.flip(0, 1) * 2)
     assert_same_map(kernel.add(other), lambda x: kernel(x) + other(x), x)

@@ -18,6 +18,7 @@ from repfx.passes.gate import gate
 from repfx.passes.squeeze import Squeeze
 from repfx.spec import PRESETS
 from repfx.testing import randomize_batch_norm, relative_error
+from tests.random_numbers import numbers_from
 
 
 def net(channels: int = 6) -> Any:
@@ -32,7 +33,7 @@ def net(channels: int = 6) -> Any:
     )
 
 
-X = torch.randn(2, 3, 11, 14, dtype=torch.float64, generator=torch.Generator(torch.get_default_device()).manual_seed(5))
+X = torch.randn(2, 3, 11, 14, dtype=torch.float64, generator=numbers_from(5))
 
 
 def expanded(spec: Any = "dyrep", model: nn.Module | None = None) -> Any:

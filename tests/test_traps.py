@@ -18,6 +18,7 @@ import repfx
 from repfx.errors import InvalidInput, RepfxError
 from repfx.testing import randomize_batch_norm
 from tests.inline_net import Net, convs, error_of, image, norms, ready, reasons
+from tests.random_numbers import numbers_from
 
 
 class Block(nn.Module):
@@ -673,9 +674,7 @@ def in_eval_mode(model: nn.Module) -> nn.Module:
 
 
 def image_of(seed: int) -> Tensor:
-    return torch.randn(
-        2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator(torch.get_default_device()).manual_seed(seed)
-    )
+    return torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=numbers_from(seed))
 
 
 def assert_same(model: nn.Module, expected: Tensor) -> None:

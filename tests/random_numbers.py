@@ -1,0 +1,10 @@
+"""Random numbers of tests."""
+
+from __future__ import annotations
+
+import torch
+
+
+def numbers_from(seed: int) -> torch.Generator:
+    """On the device that tests run on."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)

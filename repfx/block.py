@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from repfx.adding import add_in_place
+from repfx.assembly import assembled
 from repfx.branch import Branch, Chain
 from repfx.cropped_conv import is_shared, unshare
 from repfx.errors import InvalidInput, RepfxError, UnknownName
@@ -216,8 +218,8 @@ class RepBlock(nn.Module):
 
     def kernel_in(self, training: bool, like: Tensor) -> Kernel:
         """The same of the paths that run in one mode, BatchNorms as in eval mode."""
-        kernels = [self.kernel_of(name, like) for name in self.running_in(training)] or [self._nothing(like)]
-        return reduce(Kernel.add, kernels)
+        kernels = [self.kernel_of(name, like) for name in self.running_in(training)]
+        return Kernel.sum(kernels or [self._nothing(like)])
 
     def kernel_of(self, name: str, like: Tensor) -> Kernel:
         """What a path adds to the block's kernel if it runs: its own kernel, times its gates, and for a branch times λ if there is one."""
@@ -346,9 +348,9 @@ class RepBlock(nn.Module):
 
 def _sum(terms: list[Tensor]) -> Tensor:
     """All of them together, in one new tensor where their types are alike."""
-    if len(terms) < 3 or isinstance(terms[0], fx.Proxy) or len({term.dtype for term in terms}) > 1:
+    if isinstance(terms[0], fx.Proxy):
         return reduce(operator.add, terms)
-    return reduce(Tensor.add_, terms[2:], terms[0] + terms[1])
+    return reduce(add_in_place, terms[2:], reduce(operator.add, terms[:2]))
 
 
 def _recomputed(block: RepBlock, input: Tensor) -> Tensor:
@@ -395,12 +397,8 @@ def _assembled(block: RepBlock) -> Kernel | None:
 
     None where a part was exchanged for something that has none.
     """
-    weight = block.conv.weight
     try:
-        if weight.is_meta:  # which autocast doesn't know
-            return block.kernel_in(block.training, weight)
-        with torch.autocast(weight.device.type, enabled=False):
-            return block.kernel_in(block.training, weight)
+        return assembled(partial(block.kernel_in, block.training), block.conv.weight)
     except RepfxError:
         return None
 

@@ -28,13 +28,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from types import EllipsisType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from repfx.adding import add_in_place, has_room
 from repfx.errors import RepfxError
 from repfx.kernel_product import CONV, CONV_TRANSPOSE, product
 
@@ -268,9 +269,10 @@ class Kernel:
         mode = _common_padding_mode(self, other)
         groups = math.gcd(self.groups, other.groups)
         first, second = self.regroup(groups), other.regroup(groups)
-        taps = _taps_within(first, second) if over and first.weight.dtype == second.weight.dtype else None
-        if taps is not None:
-            _plus_in_place(first.weight[taps], second.weight)
+        taps = _taps_within(first, second) if over and has_room(first.weight, second.weight) else None
+        whole = first.weight.shape == second.weight.shape
+        if taps is not None and (whole or not first.weight.requires_grad):  # a part's gradient would cost a copy
+            _plus_in_place(first.weight if whole else first.weight[taps], second.weight)
             return replace(first, bias=_sum(self.bias, other.bias), padding_mode=mode)
         first, second = _align([first, second])
         if second.weight is not other.weight:  # written anew just now, so the sum can be written there
@@ -278,6 +280,12 @@ class Kernel:
         else:
             weight = _plus(first.weight, second.weight)
         return replace(first, weight=weight, bias=_sum(self.bias, other.bias), padding_mode=mode)
+
+    @staticmethod
+    def sum(kernels: Sequence[Kernel]) -> Kernel:
+        """The kernel of ``Σ kernel(x)``, of at least one; no further memory than two need."""
+        total = reduce(Kernel.add, kernels[:2])
+        return reduce(partial(Kernel.add, over=True), kernels[2:], total)
 
     def _add_transposed(self, other: Kernel) -> Kernel:
         if _transposed_form(self) != _transposed_form(other):
@@ -388,8 +396,8 @@ def _plus(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _plus_in_place(a: Tensor, b: Tensor) -> Tensor:
-    """The same, written over `a` where that has all digits."""
-    return a.add_(b) if a.dtype == b.dtype and not a.is_meta else _plus(a, b)
+    """The same, written over `a` where that can be."""
+    return _plus(a, b) if a.is_meta else add_in_place(a, b)
 
 
 def _transposed_form(kernel: Kernel) -> tuple[object, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,32 +51,5 @@ def product(
         spread_out = CONV_TRANSPOSE[len(window)](turned, by_middle, stride=spread, dilation=spread2, groups=pieces)
         window = spread_out.shape[2:]
         composed = spread_out.reshape(channels, pieces, out, -1).permute(1, 2, 0, 3)
-    if not torch.compiler.is_compiling():  # which lays gradients out by itself
-        composed = _OrderedGradient.apply(composed)
     parts = composed.reshape(common * q, p, out, channels, -1).transpose(1, 2)
     return parts.reshape(second.shape[0], p * channels, *window)
-
-
-class _OrderedGradient(torch.autograd.Function):
-    """The same tensor, whose gradient comes back contiguous.
-
-    That of a kernel in channels last has the batch of these products in its innermost axis, for which torch multiplies matrix by matrix.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.contiguous()
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.view_as(tangent)

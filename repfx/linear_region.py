@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial
 
-import torch
 from torch import Tensor, fx, nn
 
+from repfx.assembly import assembled
 from repfx.block import RepBlock
 from repfx.kernel import Kernel
 from repfx.meaning import Layer, Meaning, affine_of, is_batch_norm, kernel_of
@@ -84,7 +84,7 @@ class LinearRegion:
         """The one kernel of the region; differentiable."""
         kernels = [self._kernel_of(steps, root, like) for _, steps in self.paths]
         signed = [kernel if sign > 0 else kernel.negate() for (sign, _), kernel in zip(self.paths, kernels)]
-        return reduce(Kernel.add, signed)
+        return Kernel.sum(signed)
 
     def _kernel_of(self, steps: tuple[Step, ...], root: nn.Module, like: Tensor) -> Kernel:
         if not steps:
@@ -98,8 +98,4 @@ class LinearRegion:
         """``(batch, channels, *axes)`` through the one conv, in the weights' own precision."""
         template: Layer = root.get_submodule(self.template)
         weight: Tensor = (template.conv if isinstance(template, RepBlock) else template).weight
-        if weight.is_meta:  # which autocast doesn't know
-            return self.kernel(root, weight)(x)
-        with torch.autocast(weight.device.type, enabled=False):
-            kernel = self.kernel(root, weight)
-        return kernel(x)
+        return assembled(partial(self.kernel, root), weight)(x)

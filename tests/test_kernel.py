@@ -640,22 +640,3 @@ def test_a_channelwise_affine_kernel_is_a_scale_and_a_shift(case: tuple[Kernel, 
 )
 def test_symmetric_padding_is_what_torchs_convs_can_do(padding: tuple[tuple[int, int], ...], alike: bool) -> None:
     assert is_symmetric(padding) is alike
-
-
-def test_a_composed_kernel_can_be_differentiated_in_every_way() -> None:
-    """Depthwise, then 1×1: the product whose gradient is put in order."""
-    depthwise, pointwise = torch.randn(4, 1, 3, 2).double(), torch.randn(3, 4, 1, 1).double()
-
-    def composed(a: Tensor, b: Tensor) -> Tensor:
-        ones, none = (1, 1), ((0, 0), (0, 0))
-        return Kernel(a, None, ones, none, ones, groups=4).compose(Kernel(b, None, ones, none, ones)).weight
-
-    inputs = (depthwise.requires_grad_(), pointwise.requires_grad_())
-    assert torch.autograd.gradcheck(composed, inputs, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(composed, inputs)
-    last = torch.randn(3, 4, 3, 2).double().contiguous(memory_format=torch.channels_last)
-    found = torch.autograd.grad(composed(*inputs), inputs, last)
-    expected = torch.autograd.grad(composed(*inputs), inputs, last.contiguous())
-    assert all(torch.equal(a, b) for a, b in zip(found, expected))
-    many = torch.func.vmap(torch.func.grad(lambda a: composed(a, pointwise.detach()).square().sum()))
-    assert many(torch.stack([depthwise.detach()] * 2)).shape == (2, *depthwise.shape)

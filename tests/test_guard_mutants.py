@@ -33,6 +33,7 @@ from repfx.rule import RULES, Rule
 from repfx.tracer import Tracer
 from tests import test_graph, test_guards, test_legal_graphs, test_traps
 from tests.inline_net import Net, fused_exactly, image
+from tests.traps import TRAPS
 
 Check = Callable[[], object]
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -95,7 +96,7 @@ CHECKS: dict[str, Check] = {
     "a default taken": test_graph.test_an_argument_with_a_default_stands_for_it,
     **{function.__name__: in_place(function) for function in IN_PLACE},
     "a grey image": test_traps.test_a_grey_image_is_spread_over_the_channels_of_a_constant,
-    **{name: trap(name) for name in test_traps.TRAPS},
+    **{name: trap(name) for name in TRAPS},
     "expanding an alias": lambda: test_traps.test_it_is_expanded_right_or_left_alone("alias in a list", "acb"),
     "expanding what is asked for": lambda: test_traps.test_it_is_expanded_right_or_left_alone("asks for convs", "acb"),
 }

@@ -1,0 +1,52 @@
+"""Models whose code is not that of their class."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.traps.parts import Block, Untraceable
+
+
+def patched() -> nn.Module:
+    block = Block()
+    block.forward = types.MethodType(lambda self, x: Block.forward(self, x).relu() * 3, block)  # type: ignore[method-assign]
+    return block
+
+
+def compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+class OwnCall(Block):
+    def __call__(self, x: Tensor) -> Any:
+        return super().__call__(x * 2 + 1)
+
+
+class Forgetful(Block):
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+class FreezesItsNorm(Block):
+    def train(self, mode: bool = True) -> FreezesItsNorm:
+        super().train(mode)
+        self.bn.eval()
+        return self
+
+
+TRAPS: dict[str, Callable[[], nn.Module]] = {
+    "forward replaced on the instance": patched,
+    "… of a part": lambda: nn.Sequential(patched(), nn.ReLU()),
+    "… of a part of what can't be traced": lambda: Untraceable(lambda m, x: m.b(x), patched()),
+    "a call of its own": OwnCall,
+    "a call of its own, in a part": lambda: nn.Sequential(OwnCall(), nn.Conv2d(4, 4, 1)),
+    "compiled part": lambda: nn.Sequential(compiled(Block()), nn.ReLU()),
+    "scripted part": lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), torch.jit.script(nn.ReLU())),
+    "train returns nothing": Forgetful,
+    "a norm that stays frozen": FreezesItsNorm,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -150,6 +151,21 @@ def add(case: tuple[Kernel, Kernel, Tensor]) -> None:
     before = b.copy()
     assert_same_map(a.copy().add(b, over=True), a.add(b), x)
     assert torch.equal(b.weight, before.weight)
+
+
+def one_after_another(parts: list[Kernel]) -> Callable[[Tensor], Tensor]:
+    return lambda x: reduce(torch.add, [part(x) for part in parts])
+
+
+@law(beside())
+def sum_of_several(case: tuple[Kernel, Kernel, Tensor]) -> None:
+    """Whichever parts lie in which, one of them several times."""
+    a, b, x = case
+    before = a.copy(), b.copy()
+    for parts in ([a], [a, b], [a, b, a], [b, a, a.negate(), b]):
+        assert_same_map(Kernel.sum(parts), one_after_another(parts), x)
+    assert torch.equal(a.weight, before[0].weight)
+    assert torch.equal(b.weight, before[1].weight)
 
 
 @law(beside())
@@ -540,70 +556,7 @@ def test_what_is_no_kernel_is_refused_with_its_reason(name: str) -> None:
         ask()
 
 
-# --- Tensor functions: differentiable, of any dtype, on any device --------------------------------------------------
-
-Operation = Callable[[Kernel, Kernel], Kernel]
-OPERATIONS: dict[str, Operation] = {
-    "add": lambda a, b: a.add(b),
-    "subtract": lambda a, b: a.subtract(b),
-    "compose": lambda a, b: a.compose(replace(b, groups=2, weight=b.weight[:, :1])),
-    "compose pointwise": lambda a, b: pointwise(a).compose(b),
-    "fold_affine": lambda a, b: a.fold_affine(b.weight.flatten()[:2], b.bias),
-    "fold_affine_before": lambda a, b: a.fold_affine_before(b.weight.flatten()[:2], b.bias),
-    "concat": lambda a, b: Kernel.concat([a, b]),
-    "slice_channels": lambda a, b: a.slice_channels(1, 2),
-    "slice_inputs": lambda a, b: a.slice_inputs(0, 1),
-    "widen": lambda a, b: a.widen((1, 0), (0, 2)),
-    "densify": lambda a, b: a.densify(),
-    "regroup": lambda a, b: replace(a, groups=2, weight=a.weight[:, :1]).ungroup(),
-    "diagonal": lambda a, b: Kernel.diagonal(a.weight.flatten()[:2], a.bias, 2),
-    "identity": lambda a, b: Kernel.identity(a.weight, channels=2, dimensions=2).add(replace(b, padding=((1, 1),) * 2)),
-    "average_pool": lambda a, b: Kernel.average_pool(a.weight, channels=2, kernel_size=(2, 3)).compose(b),
-}
-
-
-def dilated(*tensors: Tensor) -> tuple[Kernel, Kernel]:
-    """Two kernels of 2 channels whose outputs are of one size: 2×2 with dilation 2, and 3×3."""
-    weight, bias, weight2, bias2 = tensors
-    none, ones = ((0, 0), (0, 0)), (1, 1)
-    return Kernel(weight, bias, ones, none, (2, 2)), Kernel(weight2, bias2, ones, none, ones)
-
-
-SHAPES = ((2, 2, 2, 2), (2,), (2, 2, 3, 3), (2,))
-
-
-def results(operation: Operation, *tensors: Tensor) -> tuple[Tensor, ...]:
-    kernel = operation(*dilated(*tensors))
-    return tuple(tensor for tensor in (kernel.weight, kernel.bias) if tensor is not None)
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_gradients_flow(name: str) -> None:
-    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in SHAPES]
-    assert torch.autograd.gradcheck(lambda *drawn: results(OPERATIONS[name], *drawn), tensors)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_the_dtype_is_kept(name: str, dtype: torch.dtype) -> None:
-    made = results(OPERATIONS[name], *(torch.randn(shape, dtype=dtype) for shape in SHAPES))
-    assert {tensor.dtype for tensor in made} == {dtype}
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_shapes_are_found_on_the_meta_device(name: str) -> None:
-    real = results(OPERATIONS[name], *(torch.randn(shape) for shape in SHAPES))
-    meta = results(OPERATIONS[name], *(torch.randn(shape, device="meta") for shape in SHAPES))
-    assert {tensor.device.type for tensor in meta} == {"meta"}
-    assert [tensor.shape for tensor in meta] == [tensor.shape for tensor in real]
-
-
-def test_no_operation_writes_into_its_operands() -> None:
-    tensors = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES]
-    before = [tensor.clone() for tensor in tensors]
-    for operation in OPERATIONS.values():
-        results(operation, *tensors)
-    assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before))
+# --- What a kernel says of itself -----------------------------------------------------------------------------------
 
 
 def test_a_kernel_moves_whole() -> None:
@@ -612,9 +565,6 @@ def test_a_kernel_moves_whole() -> None:
     assert (moved.weight.dtype, moved.bias.dtype) == (torch.float32, torch.float32)
     assert (moved.weight.device.type, moved.bias.device.type) == ("meta", "meta")
     assert conv((4, 2, 3)).to("meta").bias is None
-
-
-# --- What a kernel says of itself -----------------------------------------------------------------------------------
 
 
 @given(single())

@@ -23,7 +23,7 @@ class Place:
     def __init__(self, accelerator: Any, recipe: Recipe) -> None:
         self.accelerator = accelerator
         self.channels_last = recipe.channels_last
-        self.compile = recipe.compile
+        self.compile, self.compile_mode = recipe.compile, recipe.compile_mode
         self.device: torch.device = accelerator.device
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
 
@@ -64,7 +64,7 @@ class Place:
         self.accelerator.ddp_handler.find_unused_parameters = unused_parameters
         net: nn.Module = self.accelerator.prepare_model(_Logits(self.put(model)))
         if self.compile:
-            net = torch.compile(net)  # type: ignore[assignment]
+            net = torch.compile(net, mode=self.compile_mode)  # type: ignore[assignment]
         return net
 
     def mean(self, value: float | Tensor) -> float:

@@ -15,6 +15,7 @@ from repfx.learning_rate import SHAPES
 from repfx.models import ModelReference
 
 PRECISIONS = ("no", "bf16", "fp16")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _LEAST = {
     "epochs": 1,
     "batch_size": 2,
@@ -74,6 +75,7 @@ class Recipe:
         channels_last: whether images and kernels are laid out channels last; None for that on CPUs and CUDA GPUs where it changes
             nothing but speed, as a trial on two images shows.
         compile: whether `torch.compile` runs the model in training.
+        compile_mode: its `mode`; reduce-overhead captures CUDA graphs, which squeezed blocks want.
         seed: of weights, order, augmentation and whatever else is drawn. Equal seeds give equal weights on one kind of machine; on a GPU,
             with `deterministic`.
         deterministic: whether torch takes deterministic algorithms alone, even if they are slower.
@@ -102,6 +104,7 @@ class Recipe:
     mixed_precision: str = "no"
     channels_last: bool | None = None
     compile: bool = False
+    compile_mode: str = "default"
     seed: int = 0
     deterministic: bool = False
     device: str = "auto"
@@ -126,6 +129,10 @@ class Recipe:
             raise UnknownName("shape of rates", self.rates, SHAPES)
         if self.mixed_precision == "fp16" and not torch.accelerator.is_available():
             raise InvalidInput("mixed_precision is 'fp16', for which there must be an accelerator; a CPU has 'bf16'.")
+        if self.compile_mode not in COMPILE_MODES:
+            raise UnknownName("compile_mode", self.compile_mode, COMPILE_MODES)
+        if self.compile_mode != "default" and not self.compile:
+            raise InvalidInput(f"compile_mode is {self.compile_mode!r}, but compile is false; set it, too.")
         if self.mixed_precision not in PRECISIONS:
             raise UnknownName("mixed_precision", self.mixed_precision, PRECISIONS)
         if self.optimizer not in _optimizers():

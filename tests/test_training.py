@@ -17,7 +17,7 @@ from repfx.augmentation import Augmentation, AugmentedImages
 from repfx.batches import Batches
 from repfx.dataset import DataSet, PreparedImages, Stages
 from repfx.engine import accelerator_for
-from repfx.errors import Interrupted, InvalidInput, RepfxError
+from repfx.errors import Interrupted, InvalidInput, RepfxError, UnknownName
 from repfx.history import History
 from repfx.models import ModelReference
 from repfx.predictions import Predictions, predict
@@ -316,6 +316,31 @@ def test_a_compiled_training_follows_the_structure() -> None:
     assert results[0][0].keys() == results[1][0].keys()
     worst = max(float((results[0][0][name] - results[1][0][name]).abs().max()) for name in results[0][0])
     assert worst < 1e-4
+
+
+def test_compiling_has_the_mode_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def compiled(net: nn.Module, *, mode: str) -> nn.Module:
+        asked.append(mode)
+        return net
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    for mode in ("default", "reduce-overhead"):
+        trained(Recipe(epochs=1, batch_size=8, compile=True, compile_mode=mode), None)
+    assert asked == ["default", "reduce-overhead"]
+
+
+@pytest.mark.parametrize(
+    ("compile", "mode", "error", "message"),
+    [
+        (True, "reduced-overhead", UnknownName, "reduce-overhead"),
+        (False, "reduce-overhead", InvalidInput, "but compile is false"),
+    ],
+)
+def test_modes_of_compiling_that_can_t_be(compile: bool, mode: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Recipe(compile=compile, compile_mode=mode)
 
 
 def test_a_search_is_not_compiled() -> None:

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from repfx.block import RepBlock, block_at
 from repfx.errors import InvalidInput, RepfxError, UnknownName
 from repfx.journaling import Action, record
-from repfx.meaning import is_batch_norm, is_conv, is_frozen_norm, takes_batch_statistics
+from repfx.meaning import is_batch_norm, is_conv, is_frozen_norm, takes_batch_statistics, template_of
 from repfx.module_tree import fits
 from repfx.passes.squeeze_regions import SqueezeRegions, held_in, regions_of
 from repfx.pipeline import verb
@@ -200,7 +200,7 @@ def _refusal(block: RepBlock, *, hold: bool) -> str | None:
         return f"{part!r} takes its statistics from the batch"
     try:
         with torch.no_grad():
-            block.equivalent_kernel(block.conv.weight)
+            block.equivalent_kernel(template_of(block.conv))
     except RepfxError as error:
         return str(error)
     return None

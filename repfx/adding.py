@@ -1,9 +1,10 @@
-"""Addition in place, where that is the same as addition."""
+"""Addition in place, where that is the same as addition; and whether calls go straight to the tensors."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def add_in_place(total: Tensor, term: Tensor) -> Tensor:
@@ -17,8 +18,20 @@ def add_in_place(total: Tensor, term: Tensor) -> Tensor:
 
 
 def has_room(total: Tensor, term: Tensor) -> bool:
-    """Whether a tensor has all digits and, under `vmap`, all elements that its sum with another one of its shape has.
+    """Whether a tensor has all digits that its sum with another one of its shape has, and nobody records or transforms the code.
 
-    Not where code is compiled, which decides by itself what to write over.
+    Under `vmap` the sum may have more elements, a recorded graph would write over its constants, and a compiler decides by itself what
+    to write over.
     """
-    return total.dtype == term.dtype and not torch.compiler.is_compiling() and torch.func.debug_unwrap(term) is term
+    return total.dtype == term.dtype and not is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether `torch.compile`, a transform of `torch.func` or a dispatch mode, as that of `make_fx`, is at work.
+
+    >>> torch.func.vmap(lambda x: x + is_transformed())(torch.zeros(2)), is_transformed()
+    (tensor([1., 1.]), False)
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None or _get_current_dispatch_mode() is not None

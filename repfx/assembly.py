@@ -25,7 +25,8 @@ def assembled(kernel_like: Callable[[Tensor], Kernel], weight: Tensor) -> Kernel
         exact = torch.autocast(weight.device.type, enabled=False)
     with exact:
         kernel = kernel_like(weight)
-        if torch.compiler.is_compiling():  # which lays gradients out by itself
+        compiling, tracing = torch.compiler.is_compiling(), torch._C._get_tracing_state() is not None
+        if compiling or tracing:  # the one lays gradients out by itself, the other has none
             return kernel
         return replace(kernel, weight=_OrderedGradient.apply(kernel.weight))
 

@@ -6,21 +6,23 @@ import copy
 import operator
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
-from repfx.adding import add_in_place
+from repfx.adding import add_in_place, is_transformed
 from repfx.assembly import assembled
 from repfx.branch import Branch, Chain
 from repfx.cropped_conv import is_shared, unshare
 from repfx.errors import InvalidInput, RepfxError, UnknownName
 from repfx.gates import Gates, StraightThrough
 from repfx.kernel import Kernel
-from repfx.meaning import Layer, has_hooks, is_batch_norm, takes_batch_statistics
+from repfx.meaning import Layer, has_hooks, is_batch_norm, meaning_of, refusal_of, takes_batch_statistics, template_of
 from repfx.module_tree import fits, module_at
 from repfx.moments import Moments, set_kernel
 from repfx.spec import ConvSpec
@@ -142,7 +144,7 @@ class RepBlock(nn.Module):
         kernel = _assembled(self) if self.squeezed and self.is_one_map else None
         if kernel is not None:
             return kernel(input)
-        if self.recomputes and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self.recomputes and self.training and torch.is_grad_enabled() and not is_transformed():
             return _recomputed(self, input)
         return self._sum_of_paths(input, self.running)
 
@@ -152,6 +154,8 @@ class RepBlock(nn.Module):
         if not outputs:
             nothing: Tensor = self.origin(input) * 0
             return nothing
+        if len(outputs) == 1 and paths[running[0]].hands_on:
+            outputs = {running[0]: outputs[running[0]].clone()}  # code behind the block may write into it
         if gates is not None:
             outputs = {name: gates.of[name](x) if name in gates.of else x for name, x in outputs.items()}
         own = [outputs.pop(ORIGIN)] if ORIGIN in outputs else []
@@ -272,8 +276,11 @@ class RepBlock(nn.Module):
         del self.gate
 
     def require_affine(self, what: str) -> None:
-        """Raise `InvalidInput` if the origin can't take over `what`: its BatchNorm has no γ or β to put it into."""
+        """Raise `InvalidInput` if the origin can't take over `what`: its conv can't be written into, its BatchNorm has no γ or β."""
         norm = self.norm
+        unwritable = _unwritable(self.conv)
+        if unwritable is not None:
+            raise InvalidInput(f"the origin can't absorb {what}: {unwritable}.")
         if norm is not None and (norm.weight is None or norm.bias is None):
             missing = "γ" if norm.weight is None else "β"
             raise InvalidInput(f"the origin can't absorb {what}: its BatchNorm has no {missing} to put it into.")
@@ -346,6 +353,15 @@ class RepBlock(nn.Module):
         return super().__getattr__(name)
 
 
+def _unwritable(conv: Layer) -> str | None:
+    """Why a kernel can't be written into what stands where a site's own conv was, or None."""
+    if is_parametrized(conv):
+        return f"its {type(conv).__name__} computes weights by a parametrization"
+    if meaning_of(conv) is None:
+        return refusal_of(conv) or f"in place of its conv there is a {type(conv).__name__}"
+    return None
+
+
 def _sum(terms: list[Tensor]) -> Tensor:
     """All of them together, in one new tensor where their types are alike."""
     if isinstance(terms[0], fx.Proxy):
@@ -359,7 +375,6 @@ def _recomputed(block: RepBlock, input: Tensor) -> Tensor:
         partial(block._sum_of_paths, running=block.running),
         input,
         use_reentrant=False,
-        preserve_rng_state=False,  # nothing in a block is random
         context_fn=partial(_contexts, block),
     )
     return output
@@ -370,26 +385,54 @@ def _contexts(block: RepBlock) -> tuple[AbstractContextManager[None], AbstractCo
 
 
 class _AsItWas:
-    """Modes and buffers of a block are inside what they were when this was made, and what is written into them is lost."""
+    """Modes, parameters and buffers of a block are inside what they were when this was made; what is written into buffers is lost.
+
+    Parameters that were written into since raise `InvalidInput`, for torch, too, refuses to go back through what was changed.
+    """
 
     def __init__(self, block: RepBlock) -> None:
-        self._then = [(module, module.training, _copied(module._buffers)) for module in block.modules()]
-        self._now: list[tuple[nn.Module, bool, dict[str, Tensor | None]]] = []
+        self._then = [_State.of(module).with_buffers_of_its_own() for module in block.modules()]
+        self._versions = [(name, each, each._version) for name, each in block.named_parameters()]
+        self._now: list[_State] = []
 
     def __enter__(self) -> None:
-        self._now = [(module, module.training, dict(module._buffers)) for module, _, _ in self._then]
-        for module, training, buffers in self._then:
-            module.training = training
-            module._buffers.update(_copied(buffers))
+        changed = next((name for name, each, version in self._versions if each._version != version), None)
+        if changed is not None:
+            raise InvalidInput(
+                f"{changed!r} of a block that recomputes was written into between forward and backward pass, so that the block "
+                "can't run again as it was: write into parameters after the backward pass."
+            )
+        self._now = [_State.of(state.module) for state in self._then]
+        for state in self._then:
+            state.with_buffers_of_its_own().restore()
 
     def __exit__(self, *_: object) -> None:
-        for module, training, buffers in self._now:
-            module.training = training
-            module._buffers.update(buffers)
+        for state in self._now:
+            state.restore()
 
 
-def _copied(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    return {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
+@dataclass(frozen=True)
+class _State:
+    """What a module was at some time, without its children."""
+
+    module: nn.Module
+    training: bool
+    parameters: Mapping[str, Tensor | None]
+    buffers: Mapping[str, Tensor | None]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _State:
+        return cls(module, module.training, dict(module._parameters), dict(module._buffers))
+
+    def with_buffers_of_its_own(self) -> _State:
+        return replace(
+            self, buffers={name: None if each is None else each.clone() for name, each in self.buffers.items()}
+        )
+
+    def restore(self) -> None:
+        self.module.training = self.training
+        self.module._parameters.update(self.parameters)  # type: ignore[arg-type]
+        self.module._buffers.update(self.buffers)
 
 
 def _assembled(block: RepBlock) -> Kernel | None:
@@ -398,7 +441,7 @@ def _assembled(block: RepBlock) -> Kernel | None:
     None where a part was exchanged for something that has none.
     """
     try:
-        return assembled(partial(block.kernel_in, block.training), block.conv.weight)
+        return assembled(partial(block.kernel_in, block.training), template_of(block.conv))
     except RepfxError:
         return None
 

@@ -18,7 +18,7 @@ from repfx.errors import InvalidInput, UnknownName
 from repfx.kernel import Kernel
 from repfx.meaning import Layer, is_batch_norm, kernel_of
 from repfx.spec import BranchSpec, ConvSpec
-from repfx.stages import Norm, Stages
+from repfx.stages import Norm, Pad, Stages
 
 KINDS: dict[str, type[Branch]] = {}
 
@@ -46,6 +46,11 @@ class Chain(nn.Sequential):
             channels = kernel.out_channels
             parts[-1:] = [parts[-1].compose(kernel)] if parts and kernel.is_channelwise else [*parts[-1:], kernel]
         return reduce(Kernel.compose, parts or [self._kernel_of(nn.Identity(), like, channels)])
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether what comes out may be the input itself, or a view of it."""
+        return all(isinstance(stage, (nn.Identity, Pad)) for stage in self)
 
     def _kernel_of(self, stage: Layer, like: Tensor, channels: int) -> Kernel:
         if hasattr(stage, "equivalent_kernel"):

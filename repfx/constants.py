@@ -127,7 +127,7 @@ class Constants:
 def _is_pure(node: fx.Node) -> bool:
     """Whether a node calls something of torch or Python that neither draws random numbers nor creates tensors with none in them."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if any(part in name for part in _BY_CHANCE) or not node.all_input_nodes:
+    if (any(part in name for part in _BY_CHANCE) and name != "normalize") or not node.all_input_nodes:
         return False
     if node.op == "call_method":
         return True

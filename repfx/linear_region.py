@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from repfx.assembly import assembled
 from repfx.block import RepBlock
 from repfx.kernel import Kernel
-from repfx.meaning import Layer, Meaning, affine_of, is_batch_norm, kernel_of
+from repfx.meaning import Layer, Meaning, affine_of, is_batch_norm, kernel_of, template_of
 from repfx.operations import Op
 from repfx.pattern import Match
 
@@ -97,5 +97,5 @@ class LinearRegion:
     def __call__(self, root: nn.Module, x: Tensor) -> Tensor:
         """``(batch, channels, *axes)`` through the one conv, in the weights' own precision."""
         template: Layer = root.get_submodule(self.template)
-        weight: Tensor = (template.conv if isinstance(template, RepBlock) else template).weight
-        return assembled(partial(self.kernel, root), weight)(x)
+        layer = template.conv if isinstance(template, RepBlock) else template
+        return assembled(partial(self.kernel, root), template_of(layer))(x)

@@ -128,6 +128,17 @@ def kernel_of(module: nn.Module, like: Tensor, channels: int, dimensions: int) -
     return meaning.build(like, channels, dimensions)
 
 
+def template_of(layer: Layer) -> Tensor:
+    """A tensor of the dtype and on the device of a layer's weight, which isn't computed for that if there is a parametrization.
+
+    >>> template_of(nn.Conv2d(4, 4, 3).double()).dtype
+    torch.float64
+    """
+    found = next(layer.parameters(), None)
+    weight: Tensor = layer.weight if found is None else found
+    return weight
+
+
 def qualified_name(module: Layer) -> str:
     """Module and name of a module's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"

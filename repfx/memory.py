@@ -39,7 +39,8 @@ _NEW = frozenset(
 
 def mutated_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
     """The node whose tensor this one changes in place, if it does."""
-    first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    given = node.args[0] if node.args else node.kwargs.get("input")
+    first = given if isinstance(given, fx.Node) else None
     if node.op == "call_module":
         return first if any(map(_works_in_place, root.get_submodule(str(node.target)).modules())) else None
     out = node.kwargs.get("out")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repfx.meaning import is_batch_norm, is_conv, is_plain_sequence
@@ -209,20 +210,39 @@ def _calls_by_name(call: ast.Call, name: str) -> bool:
 
 @cache
 def writes_in_place(cls: Any) -> bool:
-    """Whether a class's forward may write into a tensor: ``x.mul_(…)``, ``x += …``, ``x[…] = …``.
+    """Whether a class's forward, or a function of its package that it calls, may write into a tensor.
+
+    ``x.mul_(…)``, ``relu_(x)``, ``F.relu(x, inplace=True)``, ``x += …``, ``x[…] = …``.
 
     >>> writes_in_place(nn.Conv2d)
     False
     """
-    for node in _forward(cls):
+    for node in _code_of(cls, ("forward",), helpers=True):
         if isinstance(node, ast.AugAssign):
             return True
         if isinstance(node, ast.Assign) and any(isinstance(target, ast.Subscript) for target in node.targets):
             return True
-        name = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
-        if name.endswith("_") and not name.endswith("__"):
+        if isinstance(node, ast.Call) and _is_call_in_place(node):
             return True
     return False
+
+
+# where the argument `inplace` stands in torch's functions
+_INPLACE = {
+    name: list(inspect.signature(function).parameters).index("inplace")
+    for name, function in vars(F).items()
+    if inspect.isfunction(function) and "inplace" in inspect.signature(function).parameters
+}
+
+
+def _is_call_in_place(call: ast.Call) -> bool:
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if name.endswith("_") and name.strip("_") and not name.endswith("__"):
+        return True
+    if name not in _INPLACE:
+        return False
+    asked = [*call.args[_INPLACE[name] :], *(each.value for each in call.keywords if each.arg == "inplace")]
+    return not all(isinstance(each, ast.Constant) and each.value is False for each in asked)
 
 
 @cache

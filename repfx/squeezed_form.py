@@ -23,6 +23,7 @@ from repfx.meaning import has_hooks, is_patched, takes_batch_statistics
 from repfx.notes import keep, kept
 
 NAME = "repfx_squeezed_form"
+_OWN = "repfx_own_class"
 
 
 @dataclass
@@ -96,27 +97,56 @@ def _at(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[nn.Modul
 
 
 _Entry: TypeAlias = tuple[str, nn.Module]
-_Outline: TypeAlias = tuple[str, nn.Module, type[nn.Module], dict[str, Any]]
+_Outline: TypeAlias = tuple[str, nn.Module, type[nn.Module], dict[str, Any], dict[str, Any]]
 
 
 def _outline(entry: _Entry) -> _Outline:
-    """All that a graph takes for granted of a module at a path: what it is, and the plain values that its code may read."""
+    """All that a graph takes for granted of a module at a path: what it is, and the values that its code may read."""
     path, module = entry
-    return path, module, type(module), _plain_values(module) if module._modules else {}
+    return path, module, type(module), *(_values(module) if module._modules else ({}, {}))
 
 
-def _plain_values(module: nn.Module) -> dict[str, Any]:
-    own = (
-        (name, value) for name, value in vars(module).items() if name != "training" and not name.startswith("repfx_")
-    )
-    return {name: value for name, value in own if all(isinstance(each, _PLAIN) for each in _items(value))}
+def _values(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a module has beside what torch gives each: plain values, and all others."""
+    plain: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if name not in _OF_EVERY_MODULE and not name.startswith("repfx_"):
+            is_plain = all(isinstance(each, _PLAIN) for each in _items(value))
+            (plain if is_plain else others)[name] = value if is_plain else _snapshot(value)
+    return plain, others
 
 
 _PLAIN = (bool, int, float, str, type(None))
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _items(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
+
+
+def _snapshot(value: Any) -> Any:
+    """Something that is equal as long as a value is the same: containers by what is in them, everything else by identity."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, dict):
+        return type(value), [(key, _snapshot(each)) for key, each in value.items()]
+    if isinstance(value, (list, tuple)):
+        return type(value), [_snapshot(each) for each in value]
+    return _Same(value)
+
+
+@dataclass(eq=False)
+class _Same:
+    """Equal to another one of the same object."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 def _differs(entry: _Entry, seen: _Outline) -> bool:
@@ -127,7 +157,7 @@ def _differs(entry: _Entry, seen: _Outline) -> bool:
         return True
     if torch.compiler.is_compiling():  # where not every torch can list what a module has
         return any(vars(module).get(name) != value for name, value in seen[3].items())
-    return bool(module._modules) and _plain_values(module) != seen[3]
+    return bool(module._modules) and _values(module) != seen[3:]
 
 
 def _varies(part: nn.Module) -> bool:
@@ -154,7 +184,8 @@ def take(forms: Iterable[SqueezedForm]) -> None:
     forms = list(forms)
     for form in forms:
         release(form.root)
-        form.root.__class__ = _squeezed(type(form.root))  # type: ignore[arg-type]
+        if not hasattr(type(form.root), _OWN):
+            form.root.__class__ = _squeezed(type(form.root))  # type: ignore[arg-type]
         keep(form.root, NAME, form)
         form.stop_norms()
     for form in forms:
@@ -164,7 +195,8 @@ def take(forms: Iterable[SqueezedForm]) -> None:
 def release(module: nn.Module) -> None:
     """Let a module be of its own class again; its norms' mode stays."""
     if form_of(module) is not None:
-        module.__class__ = type(module).__bases__[0]
+        if _OWN in vars(type(module)):  # else code of others has made a subclass since, as a parametrization does
+            module.__class__ = vars(type(module))[_OWN]
         delattr(module, NAME)
 
 
@@ -206,5 +238,11 @@ def _squeezed(own: Any) -> Any:
         state = {name: value for name, value in vars(self).items() if name != NAME}
         return nn.Module.__new__, (own,), state
 
-    body: dict[str, Any] = {"forward": forward, "train": train, "__deepcopy__": deepcopy, "__reduce_ex__": reduce}
+    body: dict[str, Any] = {
+        _OWN: own,
+        "forward": forward,
+        "train": train,
+        "__deepcopy__": deepcopy,
+        "__reduce_ex__": reduce,
+    }
     return type(own.__name__, (own,), {**body, "__module__": own.__module__, "__qualname__": own.__qualname__})

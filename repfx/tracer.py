@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import inspect
 import itertools
+import linecache
 import operator
 import sys
 from collections import Counter
@@ -41,6 +42,7 @@ class Tracer(fx.Tracer):
         self.shared = shared
         self.opaque = opaque
         self.block_calls: Counter[nn.Module] = Counter()
+        self._switches = _switches()
         self.running: list[nn.Module] = []  # whose code runs now; after an error, whose code failed
         self.failures: list[tuple[str, nn.Module | None]] = []  # what could not be traced, caught by code or not
 
@@ -68,7 +70,12 @@ class Tracer(fx.Tracer):
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
     ) -> fx.Node:
-        """Without annotations that are texts, as ``from __future__ import annotations`` makes them: torch 2.8 can't pickle such a graph."""
+        """Without annotations that are texts, as ``from __future__ import annotations`` makes them: torch 2.8 can't pickle such a graph.
+
+        A graph knows nothing of autocast and of gradients that are switched off, so neither may have changed since tracing began.
+        """
+        if _switches() != self._switches:
+            raise TypeError("it switches autocast or gradients on or off")
         return super().create_node(kind, target, args, kwargs, name, None if isinstance(type_expr, str) else type_expr)
 
     def create_arg(self, a: Any) -> Any:
@@ -132,6 +139,12 @@ def _order_placeholders(parameters: list[inspect.Parameter], graph: fx.Graph) ->
             raise TypeError(f"torch.fx can't take {after.name!r} by keyword alone, after an argument with a default")
 
 
+def _switches() -> tuple[Any, ...]:
+    """What code may switch on or off for all operations."""
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
 _INSTANCE_CHECKS = ("abc", "torch.nn.parameter")  # where `isinstance` of some classes is written in Python
 _OWN = frozenset({"__dict__", "tracer", "node", "_node", "root", "attr"})
 
@@ -146,7 +159,7 @@ class _Proxy(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """What `isinstance` looks at: a tensor, of which the graph makes sure where it runs."""
-        if _asked_by_tracing():
+        if _asked_by_tracing() or not _asked_by_code():
             return type(self)
         known = _known_type(self.node)
         if known is not None:
@@ -190,6 +203,22 @@ def _asked_by_tracing() -> bool:
     while frame is not None and frame.f_globals.get("__name__") in _INSTANCE_CHECKS:
         frame = frame.f_back
     return frame is not None and str(frame.f_globals.get("__name__", "")).startswith(("torch.fx", "repfx."))
+
+
+def _asked_by_code() -> bool:
+    """Whether Python code asks for a value's class, not one of torch's functions in C++, which would take a proxy for a tensor in memory.
+
+    Raises:
+        TypeError: it is a `torch.autograd.Function` that asks, whose own backward pass a graph of its forward would lose.
+    """
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__") in _INSTANCE_CHECKS:
+        frame = frame.f_back
+    if frame.f_globals.get("__name__") == "torch.autograd.function":
+        raise TypeError("it calls a torch.autograd.Function, whose own backward pass a graph doesn't have")
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    words = line if line else " ".join(frame.f_code.co_names)
+    return any(word in words for word in ("isinstance", "__class__", "case ", "is_tensor"))
 
 
 def _known_type(node: fx.Node) -> type | None:

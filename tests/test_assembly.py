@@ -51,6 +51,19 @@ def test_one_parameter_can_be_varied_alone(spec: str, what: Callable[[nn.Module,
         torch.testing.assert_close(what(model, name, each), expected[name], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("squeezed", [True, False])
+def test_a_recorded_function_gives_the_same_each_time(squeezed: bool, trained: bool) -> None:
+    """Sums that are written in place would be written into what the record keeps as constants."""
+    model = expanded("acb").requires_grad_(trained)
+    if squeezed:
+        repfx.squeeze(model)
+    expected = torch.func.jvp(model, (X,), (X,))[1]
+    recorded: Any = torch.func.linearize(model, X)[1]
+    for _ in range(3):
+        torch.testing.assert_close(recorded(X), expected, rtol=1e-10, atol=1e-10)
+
+
 def depthwise_then_pointwise(a: Tensor, b: Tensor) -> Tensor:
     ones, none = (1, 1), ((0, 0), (0, 0))
     first = Kernel(a, None, ones, none, ones, groups=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from repfx.block import RepBlock
 from repfx.branch import KINDS, refusal_of_branch
 from repfx.errors import InvalidInput, UnknownName
 from repfx.meaning import Layer
+from repfx.passes.gate import gate
 from repfx.spec import BranchSpec, ConvSpec
 from repfx.stages import Norm
 from repfx.testing import assert_same_map, randomize_batch_norm
@@ -241,3 +243,27 @@ def test_a_branch_cannot_take_a_name_that_is_in_use(name: str) -> None:
     with pytest.raises(InvalidInput, match=f"a branch can't be named '{name}'"):
         repfx.expand(model, spec, inplace=True)
     assert dict(model.named_modules()) == before
+
+
+@pytest.mark.parametrize("size", [1, 3], ids=["itself", "a view"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_is_handed_on_is_not_the_input_itself(size: int, gated: bool) -> None:
+    """Code behind the block may write into it."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1 if size == 1 else 0, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu_(self.conv(x))
+
+    model: Any = repfx.expand(InPlace(), repfx.Spec(["identity"], norm="none", origin=False)).double().eval()
+    if gated:
+        gate(model, "conv")
+    x = torch.randn(2, 4, 6, 7, dtype=torch.float64)
+    for each in (model, repfx.fuse(model)):
+        given = x.clone()
+        expected = x.relu() if size == 1 else x[..., 1:-1, 1:-1].relu()
+        assert torch.equal(each(given), expected)
+        assert torch.equal(given, x)

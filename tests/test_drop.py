@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import repfx
 from repfx.errors import InvalidInput, UnknownName
@@ -114,3 +116,32 @@ def test_a_batch_norm_that_also_activates_returns_whole() -> None:
     assert_same_map(expanded.eval(), model.eval(), x)
     expanded[1].act.register_forward_hook(lambda *_: torch.zeros(()).double())
     assert float(expanded(x)) == 0, "the activation is the module's own again"
+
+
+class Around(nn.Module):
+    """More than the conv that it holds."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda origin: weight_norm(origin.conv), "computes weights by a parametrization"),
+        (lambda origin: origin.add_module("conv", Around(origin.conv)), "in place of its conv there is a Around"),
+    ],
+)
+def test_an_own_conv_that_can_t_be_written_into(change: Callable[[Any], object], message: str) -> None:
+    model: Any = repfx.expand(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), "acb").eval()
+    change(model[0].origin)
+    x = torch.randn(2, 4, 6, 7)
+    expected = model(x)
+    with pytest.raises(InvalidInput, match=message):
+        repfx.drop(model, "0", "1xk")
+    assert torch.equal(model(x), expected)

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 
 import repfx
+from repfx.errors import InvalidInput
 from repfx.passes.gate import gate
 from repfx.passes.recompute import recompute
 from repfx.testing import relative_error
@@ -132,3 +135,54 @@ def test_refusals() -> None:
         recompute(nn.Sequential(nn.Conv2d(1, 1, 1)))
     with pytest.raises(repfx.errors.UnknownName, match="no block at 'head'"):
         recompute(expanded(), "head")
+
+
+def test_it_runs_again_with_the_parameters_that_it_was_called_with() -> None:
+    """As in MAML, whose inner steps have parameters of their own."""
+    model = expanded("dbb").train()
+    own = {name: torch.randn_like(each).requires_grad_() for name, each in model.named_parameters()}
+
+    def gradients(model: nn.Module) -> tuple[Tensor, ...]:
+        y: Tensor = functional_call(model, own, (X,))
+        return torch.autograd.grad(y.square().mean(), list(own.values()))
+
+    expected = gradients(copy.deepcopy(model))
+    for found, wanted in zip(gradients(recompute(model)), expected):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_parameters_that_are_written_into_too_early() -> None:
+    model = recompute(expanded("acb").train())
+    loss = model(X).square().mean()
+    with torch.no_grad():
+        model[3].origin.conv.weight.mul_(2)
+    with pytest.raises(InvalidInput, match=r"'origin\.conv\.weight' of a block that recomputes was written into"):
+        loss.backward()
+
+
+def test_what_is_random_inside_is_drawn_once() -> None:
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = recompute(expanded("acb"), enabled=enabled).train()
+        model[3].origin.register_forward_hook(lambda module, args, output: F.dropout(output, 0.5))
+        torch.manual_seed(1)
+        results.append(outputs_and_gradients(model))
+    for name, wanted in results[0].items():
+        torch.testing.assert_close(results[1][name], wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, lambda f: torch.func.linearize(f, X)[1]])
+def test_under_a_transform_of_functions_it_runs_once(transform: Any) -> None:
+    model = expanded("orepa").train()
+
+    def loss(x: Tensor) -> Tensor:
+        y: Tensor = model(x)
+        return y.square().sum()
+
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    expected = transform(loss)(X)
+    recompute(model)
+    torch.testing.assert_close(transform(loss)(X), expected, rtol=1e-9, atol=1e-9)

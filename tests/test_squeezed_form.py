@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import repfx
 from repfx.errors import InvalidInput
@@ -139,9 +142,16 @@ def test_code_that_asks_for_a_gradient_mode_stays() -> None:
         def __getstate__(self) -> Any:
             return vars(self)
 
-    for kind in (Frozen, Decorated, Copied):
-        with pytest.raises(InvalidInput, match="has no block"):
-            repfx.squeeze(ready(kind()))
+    for kind in (Frozen, Decorated):
+        model = repfx.squeeze(ready(kind()))
+        reference = repfx.unsqueeze(copy.deepcopy(model))
+        assert all(
+            path.startswith("body") for path in regions_of(model)
+        )  # what is inside runs in the mode that it is called in
+        assert not model(X).requires_grad
+        torch.testing.assert_close(model(X), reference(X), rtol=1e-12, atol=1e-12)
+    with pytest.raises(InvalidInput, match="has no block"):
+        repfx.squeeze(ready(Copied()))
 
 
 def test_squeezing_twice_is_squeezing_once() -> None:
@@ -219,3 +229,63 @@ def test_a_form_inside_another_one() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.BatchNorm2d, "forward", None)  # none of which runs
         model(X)
+
+
+class ReadsItsValues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.settings, self.steps, self.activation = {"scale": [1.0]}, [1.0], torch.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.norm(self.conv(x))) * self.settings["scale"][0] * self.steps[-1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.settings["scale"].insert(0, 3.0),
+        lambda model: model.steps.append(3.0),
+        lambda model: setattr(model, "activation", torch.sigmoid),
+    ],
+)
+def test_values_in_containers_and_functions_that_are_changed(change: Callable[[Any], object]) -> None:
+    model = repfx.squeeze(randomize_batch_norm(ReadsItsValues().double()).eval())
+    assert not runs_as_its_code_says(model)
+    change(model)
+    assert runs_as_its_code_says(model)
+
+
+def test_a_class_that_was_made_of_a_squeezed_one_stays() -> None:
+    """A parametrization makes a subclass, which has the way to the parameter."""
+    model: Any = repfx.squeeze(ready())
+    model.register_parameter("unused", nn.Parameter(torch.ones(2)))
+    register_parametrization(model, "unused", nn.Identity())
+    reference = copy.deepcopy(model)
+    repfx.unsqueeze(model)
+    assert type(model).__name__.startswith("Parametrized")
+    assert torch.equal(model.unused, torch.ones(2))
+    assert_alike(model, reference)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_it_is_traced_by_torchscript() -> None:
+    model = repfx.squeeze(ready())
+    traced = torch.jit.trace(model, X, check_trace=False)
+    torch.jit.save(traced, io.BytesIO())
+    torch.testing.assert_close(traced(X), model(X), rtol=1e-12, atol=1e-12)
+
+
+def test_a_parametrized_weight_is_computed_once() -> None:
+    computed: list[Tensor] = []
+
+    class Counts(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            computed.append(weight)
+            return weight
+
+    model: Any = repfx.squeeze(repfx.expand(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), "acb").eval())
+    register_parametrization(model[0].origin.conv, "weight", Counts())
+    computed.clear()
+    model(torch.randn(1, 3, 5, 6))
+    assert len(computed) == 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.traps.parts import Block
 
@@ -58,6 +59,40 @@ class Sizes(Block):
         return super().forward(x * (2 if isinstance(height, int) and isinstance(x.shape, tuple) else 3))
 
 
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        inside: Tensor = x.abs() <= 1
+        return gradient * inside
+
+
+class Binarized(Block):
+    """A function in C++ asks whether it got a tensor."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.bn(self.conv(Sign.apply(x)))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.block, x, use_reentrant=True)
+
+
+class CopiesItsInput(Block):
+    def forward(self, x: Tensor) -> Any:
+        return self.bn(self.conv(torch.as_tensor(x)))
+
+
 TRAPS: dict[str, Callable[[], nn.Module]] = {
     "isinstance, tensor": Unpacks,
     "isinstance, list": Lists,
@@ -66,4 +101,7 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "device as text": FormatsText,
     "error caught": Catches,
     "types of sizes": Sizes,
+    "an autograd function": Binarized,
+    "checkpointed": Checkpointed,
+    "as_tensor": CopiesItsInput,
 }

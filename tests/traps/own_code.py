@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,27 @@ class FreezesItsNorm(Block):
         return self
 
 
+def in_half_precision(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def wrapped(*args: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return forward(*args)
+
+    return wrapped
+
+
+class Decorated(nn.Module):
+    """In float32, which autocast makes bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    @in_half_precision
+    def forward(self, x: Tensor) -> Any:
+        return torch.mm(self.block(x).float().flatten(1).float(), torch.ones(256, 3))
+
+
 TRAPS: dict[str, Callable[[], nn.Module]] = {
     "forward replaced on the instance": patched,
     "… of a part": lambda: nn.Sequential(patched(), nn.ReLU()),
@@ -49,4 +71,5 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "scripted part": lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), torch.jit.script(nn.ReLU())),
     "train returns nothing": Forgetful,
     "a norm that stays frozen": FreezesItsNorm,
+    "autocast in a decorator": Decorated,
 }

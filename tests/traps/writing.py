@@ -108,6 +108,38 @@ class LoRA(nn.Module):
         return F.conv2d(x, self.conv.weight + self.delta, self.conv.bias, padding=1)
 
 
+def square_(x: Tensor) -> Tensor:
+    return x.mul_(x)
+
+
+class InPlaceByKeyword(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x, inplace=True)
+
+
+class InPlaceByPosition(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x, 0.2, True)
+
+
+class InPlaceByAHelper(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return square_(x)
+
+
+def beside_convs(activation: nn.Module) -> nn.Module:
+    """Of two convs that take one input, the second sees what the activation has written."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        x = m.stem(x)
+        first = m.a(x)
+        m.act(x)
+        return first + m.b(x)
+
+    convs = {"stem": nn.Conv2d(4, 4, 1), "a": nn.Conv2d(4, 4, 3, padding=1), "b": nn.Conv2d(4, 4, 1)}
+    return Net(forward, **convs, act=activation)
+
+
 TRAPS: dict[str, Callable[[], nn.Module]] = {
     "weight.data assigned": lambda: nn.Sequential(Constrained(4, 4, 3), nn.BatchNorm2d(4)),
     "norm written to": ClampsItsNorm,
@@ -119,4 +151,7 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
         lambda m, x: m.b(m.a(x)).relu() + m.a(x), a=buffered_conv(), b=nn.BatchNorm2d(4)
     ),
     "merges in eval mode": lambda: nn.Sequential(LoRA(), nn.BatchNorm2d(4)),
+    "in place, by keyword": lambda: beside_convs(InPlaceByKeyword()),
+    "in place, by position": lambda: beside_convs(InPlaceByPosition()),
+    "in place, by a helper": lambda: beside_convs(InPlaceByAHelper()),
 }

@@ -81,7 +81,8 @@ def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: S
 
     The same holds of what is linear outside blocks, whoever wrote it: a conv and the BatchNorm behind it, or behind a block; the
     branches of timm's RepVGG, MobileOne or FastViT. There the module whose code was traced runs the graph of that code, as long as it
-    is exact, and its own forward otherwise. Pickled, it runs its own forward again.
+    is exact, and its own forward otherwise. What its code reads of globals and of its class, and what it counts, is taken as it was when it
+    was squeezed. Pickled, it runs its own forward again, and BatchNorms outside blocks follow its mode again: squeeze it anew.
 
     The model is changed in place and returned.
 

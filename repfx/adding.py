@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def add_in_place(total: Tensor, term: Tensor) -> Tensor:
@@ -27,11 +27,11 @@ def has_room(total: Tensor, term: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether `torch.compile`, a transform of `torch.func` or a dispatch mode, as that of `make_fx`, is at work.
+    """Whether `torch.compile`, a transform of `torch.func` or a record of all operations, as `make_fx` makes it, is at work.
 
     >>> torch.func.vmap(lambda x: x + is_transformed())(torch.zeros(2)), is_transformed()
     (tensor([1., 1.]), False)
     """
     if torch.compiler.is_compiling():
         return True
-    return torch._C._functorch.peek_interpreter_stack() is not None or _get_current_dispatch_mode() is not None
+    return torch._C._functorch.peek_interpreter_stack() is not None or get_proxy_mode() is not None

@@ -31,8 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"{needs}: pip install 'repfx[{extra}]'")
     except KeyboardInterrupt:
         _fail("interrupted.", 130)
-    except (RepfxError, OSError) as error:
+    except RepfxError as error:
         _fail(str(error), 130 if isinstance(error, Interrupted) else 2)
+    except OSError as error:
+        about = "" if error.filename is None else f"{str(error.filename)!r}: "
+        _fail(f"{about}{error.strerror or error}.")
 
 
 def _restart_without_spinning() -> None:

@@ -13,13 +13,16 @@ from repfx.dataset import DataSet, DataSource, InputForm, PreparedImages, Stages
 from repfx.errors import InvalidInput, first_line
 
 _SIZE = 224
+_TEST_FOLDERS = ("test", "val", "valid", "validation")
 _VALIDATED = ("ImageNet", "Imagenette", "Places365")  # of which torchvision has no test part
 _MEANS = {1: (0.449,), 3: (0.485, 0.456, 0.406)}  # of ImageNet, as torchvision's and timm's weights expect
 _DEVIATIONS = {1: (0.226,), 3: (0.229, 0.224, 0.225)}
 
 
 def folder(source: DataSource, form: InputForm) -> DataSet:
-    """`path/train/CLASS/…` with `path/test/CLASS/…` (or `val`); or `path/CLASS/…`, of which every fifth image of a class is for the test.
+    """`path/train/CLASS/…` with `path/test/CLASS/…` (or `val`, `valid`, `validation`); or `path/CLASS/…`.
+
+    Of the second form every fifth image of a class is for the test.
 
     Raises:
         InvalidInput: the folder has no such layout, or two different sets of classes.
@@ -28,7 +31,11 @@ def folder(source: DataSource, form: InputForm) -> DataSet:
 
     path = Path(source.name)
     stages = _stages(form, form.size or _SIZE, source.crop)
-    test_folder = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    test_folder = next((path / name for name in _TEST_FOLDERS if (path / name).is_dir()), None)
+    if test_folder is None and any(part.is_dir() for part in (path / "train").glob("*")):
+        raise InvalidInput(
+            f"{str(path)!r} has a folder train/ of classes, and beside it none of {', '.join(_TEST_FOLDERS)}."
+        )
     try:
         if not (path / "train").is_dir() or test_folder is None:
             images = ImageFolder(str(path))
@@ -49,6 +56,8 @@ def folder(source: DataSource, form: InputForm) -> DataSet:
 def _checked(
     source: DataSource, train: Dataset[Any], test: Dataset[Any], classes: list[str], stages: Stages, form: InputForm
 ) -> DataSet:
+    if len(classes) < 2:
+        raise InvalidInput(f"{source.name!r} has one class alone, {classes[0]!r}: there is nothing to tell apart.")
     if not len(train) or not len(test):  # type: ignore[arg-type]
         raise InvalidInput(f"{source.name!r} has too few images: a class needs five for one of them to be in the test.")
     prepared = PreparedImages(train, stages), PreparedImages(test, stages)

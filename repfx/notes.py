@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import suppress
+from types import FunctionType
 from typing import Any
 
 from torch import fx, nn
@@ -55,7 +58,21 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     shared = [path for path, module in copied.named_modules() if id(module) in originals]
     if shared:
         raise InvalidInput(f"{shared[0]!r} isn't copied by copy.deepcopy, so a rewrite would change the model itself.")
+    for path, module in copied.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, FunctionType) and any(id(each) in originals for each in _enclosed_by(value)):
+                raise InvalidInput(
+                    f"{f'{path}.{name}'.lstrip('.')!r} is a function that was written around a part of the model, and copy.deepcopy "
+                    "doesn't copy it, so a copy would run the model itself: make it a method."
+                )
     return copied
+
+
+def _enclosed_by(function: FunctionType) -> Iterator[Any]:
+    """What a function knows from where it was written."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # nothing is in it yet
+            yield cell.cell_contents
 
 
 def copy_without_numbers(model: nn.Module) -> Any:

@@ -219,7 +219,12 @@ class RunFolder:
         Raises:
             InvalidInput: the files don't belong together; OSError: a file is missing.
         """
-        model = self.structure.model.build()
+        structure = self.structure
+        if not (self.path / CHECKPOINT).is_file():
+            raise InvalidInput(
+                f"the run in {str(self.path)!r} isn't finished: `repfx train --resume --out {self.path}` goes on with it."
+            )
+        model = structure.model.build()
         return repfx.load(self.path / CHECKPOINT, model, random_state=False).eval()
 
 

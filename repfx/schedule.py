@@ -160,6 +160,9 @@ class Schedule:
         if unknown:
             known = ", ".join(each.name for each in sorted(fields(cls), key=lambda each: bool(each.kw_only)))
             raise InvalidInput(f"{cls.__name__} has no option {', '.join(unknown)}; it has {known}.")
+        for each in fields(cls):
+            if each.name in options:
+                _require_kind(each.name, options[each.name], str(each.type))
         found = cls(**{**cls._proportions(epochs, options), **options})
         found.require_squeezable()
         late = found.squeeze_from is not None and found.squeeze_from >= epochs
@@ -182,3 +185,17 @@ def require(condition: bool, message: str) -> None:
     """Raise `InvalidInput` for an option that can't be."""
     if not condition:
         raise InvalidInput(message)
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+}
+
+
+def _require_kind(name: str, value: Any, annotation: str) -> None:
+    """Raise `InvalidInput` for an option that is a number, or true or false, if the value is something else."""
+    kinds, needed = _KINDS.get(annotation.removesuffix(" | None"), ((), ""))
+    fits = type(value) in kinds or (value is None and annotation.endswith("None"))
+    require(fits or not kinds, f"{name} is {value!r}; it must be {needed}.")

@@ -222,7 +222,7 @@ def test_options_of_a_schedule_are_its_own(tmp_path: Path, repfx_command) -> Non
         (["--device", "nowhere"], "device 'nowhere' can't be used"),
         (["--option", "width"], "must be NAME=VALUE"),
         (["--option", "depth=3"], "can't be built: TypeError"),
-        (["--weights", "no/such/file.pt"], "No such file"),
+        (["--weights", "no/such/file.pt"], "'no/such/file.pt': No such file or directory."),
         (["--learning-rate", "-1"], "must be a positive number"),
         (["--recipe", "vgg"], "no recipe (a name, or a file that ends in .toml) 'vgg'"),
         (["--set", "training.epoch=1"], "no key in training 'epoch'; did you mean 'epochs'?"),
@@ -361,6 +361,14 @@ def test_a_structure_from_elsewhere_is_refused(tmp_path: Path, repfx_command) ->
         (tmp_path / STRUCTURE).write_text(text)
         outcome = repfx_command("fuse", tmp_path, "--onnx", tmp_path / "m.onnx")
         assert (outcome.code, message in outcome.err) == (2, True), outcome.err
+
+
+def test_a_run_that_is_not_finished_says_how_to_go_on(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    shutil.copy(finished / STRUCTURE, tmp_path / STRUCTURE)
+    for verb in (["fuse", tmp_path, "--onnx", tmp_path / "m.onnx"], ["inspect", tmp_path]):
+        outcome = repfx_command(*verb)
+        assert outcome.code == 2
+        assert "isn't finished: `repfx train --resume --out" in outcome.err
 
 
 # --- inspect and list -----------------------------------------------------------------------------------------------

@@ -159,6 +159,18 @@ def test_a_folder_with_parts_keeps_them(tmp_path: Path) -> None:
     assert data.example_shape == (1, 8, 8)
 
 
+def test_parts_and_classes_that_are_missing_are_told(tmp_path: Path) -> None:
+    """Else the one part would be the one class, and all answers right."""
+    write_images(tmp_path / "parts" / "train", 5)
+    with pytest.raises(
+        InvalidInput, match="a folder train/ of classes, and beside it none of test, val, valid, validation"
+    ):
+        load_data(DataSource(str(tmp_path / "parts")), InputForm(3))
+    write_images(tmp_path / "one", 5, "a")
+    with pytest.raises(InvalidInput, match="has one class alone, 'a'"):
+        load_data(DataSource(str(tmp_path / "one")), InputForm(3))
+
+
 def test_folders_that_can_not_be_used_are_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="no image folder"):
         load_data(DataSource(str(tmp_path)), InputForm(3))

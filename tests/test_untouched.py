@@ -120,3 +120,18 @@ def test_the_result_computes_the_same(name: str, verb: str, mode: bool) -> None:
         assert result.get_submodule("0").merged
         assert not result.train().get_submodule("0").merged
         assert (result.eval()(x) - copy.deepcopy(model).eval()(x)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("verb", [repfx.fuse, lambda model: repfx.expand(model, "acb")])
+def test_a_function_around_a_part_of_the_model_would_run_that_part_in_the_copy(verb: Any) -> None:
+    class Wraps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.block = lambda x: self.norm(self.conv(x))
+
+        def forward(self, x: Tensor) -> Any:
+            return self.block(x)
+
+    with pytest.raises(InvalidInput, match="'block' is a function that was written around a part of the model"):
+        verb(Wraps())

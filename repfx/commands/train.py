@@ -39,7 +39,7 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="The data: digits (scikit-learn's), a folder with one folder of images per class (or train/ and test/ of such), "
+            help="The data: digits (scikit-learn's), a folder with one folder of images per class (or train/ and test/, or val/, of such), "
             "an .npz file with x_train, y_train, x_test and y_test, or the name of a torchvision data set.",
             show_default=_DEFAULT.data.name,
         ),

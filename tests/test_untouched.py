@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repfx
+from repfx.errors import InvalidInput
 from repfx.testing import randomize_batch_norm
 from tests.inline_net import Net, image
 
@@ -128,7 +129,7 @@ def test_a_function_around_a_part_of_the_model_would_run_that_part_in_the_copy(v
         def __init__(self) -> None:
             super().__init__()
             self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-            self.block = lambda x: self.norm(self.conv(x))
+            self.block: Any = lambda x: self.norm(self.conv(x))
 
         def forward(self, x: Tensor) -> Any:
             return self.block(x)

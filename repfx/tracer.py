@@ -10,6 +10,7 @@ import operator
 import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -42,7 +43,7 @@ class Tracer(fx.Tracer):
         self.shared = shared
         self.opaque = opaque
         self.block_calls: Counter[nn.Module] = Counter()
-        self._switches = _switches()
+        self._with_gradients = torch.is_grad_enabled()
         self.running: list[nn.Module] = []  # whose code runs now; after an error, whose code failed
         self.failures: list[tuple[str, nn.Module | None]] = []  # what could not be traced, caught by code or not
 
@@ -54,6 +55,11 @@ class Tracer(fx.Tracer):
         self.block_calls.clear()
         self.running.clear()
         self.failures.clear()
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """As torch.fx, but that code that switches autocast on or off, wherever that is written, can't be traced."""
+        with _without_autocast():
+            return super().trace(root, concrete_args)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -72,10 +78,10 @@ class Tracer(fx.Tracer):
     ) -> fx.Node:
         """Without annotations that are texts, as ``from __future__ import annotations`` makes them: torch 2.8 can't pickle such a graph.
 
-        A graph knows nothing of autocast and of gradients that are switched off, so neither may have changed since tracing began.
+        A graph knows nothing of gradients that are switched off, so they may not have changed since tracing began.
         """
-        if _switches() != self._switches:
-            raise TypeError("it switches autocast or gradients on or off")
+        if torch.is_grad_enabled() != self._with_gradients:
+            raise TypeError("it switches gradients on or off")
         return super().create_node(kind, target, args, kwargs, name, None if isinstance(type_expr, str) else type_expr)
 
     def create_arg(self, a: Any) -> Any:
@@ -139,10 +145,19 @@ def _order_placeholders(parameters: list[inspect.Parameter], graph: fx.Graph) ->
             raise TypeError(f"torch.fx can't take {after.name!r} by keyword alone, after an argument with a default")
 
 
-def _switches() -> tuple[Any, ...]:
-    """What code may switch on or off for all operations."""
-    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Whoever enters autocast gets a `TypeError`, for a graph knows nothing of it."""
+
+    def refuse(_: Any) -> None:
+        raise TypeError("it switches autocast on or off")
+
+    enter = torch.autocast.__enter__
+    torch.autocast.__enter__ = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
 _INSTANCE_CHECKS = ("abc", "torch.nn.parameter")  # where `isinstance` of some classes is written in Python

@@ -17,7 +17,7 @@ from tests.random_numbers import numbers_from
 from tests.traps import TRAPS
 from tests.traps.inputs import IsTensor, Lists, Sizes, Unpacks
 from tests.traps.names import Annotates, ByKeyword, KeepsAnAttribute, ReadsABuffer
-from tests.traps.own_code import Forgetful, FreezesItsNorm
+from tests.traps.own_code import Forgetful, FreezesItsNorm, StaysInFloat32
 from tests.traps.parts import Block, Untraceable
 from tests.traps.reaching import CallsFeatures, Features, NormalisesWhatItGets, ViewsAndZips
 
@@ -204,3 +204,9 @@ def test_a_graph_that_took_its_input_for_a_tensor_says_so() -> None:
     fused = repfx.fuse(ready(Unpacks()))
     with pytest.raises(InvalidInput, match="traced with a tensor where it is called with a list"):
         fused([image_of(0)])
+
+
+def test_code_without_autocast_stays_so_under_autocast() -> None:
+    model = StaysInFloat32().eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert repfx.fuse(model)(image_of(0).float()).dtype == torch.float32

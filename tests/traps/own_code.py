@@ -40,25 +40,36 @@ class FreezesItsNorm(Block):
         return self
 
 
-def in_half_precision(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def wrapped(*args: Any) -> Any:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return forward(*args)
+def under_autocast(enabled: bool) -> Callable[..., Any]:
+    def decorated(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def wrapped(*args: Any) -> Any:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                return forward(*args)
 
-    return wrapped
+        return wrapped
+
+    return decorated
 
 
 class Decorated(nn.Module):
-    """In float32, which autocast makes bfloat16."""
+    """A product in float32, which autocast makes one in bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()
         self.block = Block()
 
-    @in_half_precision
+    @under_autocast(enabled=True)
     def forward(self, x: Tensor) -> Any:
         return torch.mm(self.block(x).float().flatten(1).float(), torch.ones(256, 3))
+
+
+class StaysInFloat32(Block):
+    """Whatever autocast there is around it."""
+
+    @under_autocast(enabled=False)
+    def forward(self, x: Tensor) -> Any:
+        return self.bn(self.conv(x))
 
 
 TRAPS: dict[str, Callable[[], nn.Module]] = {
@@ -72,4 +83,5 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "train returns nothing": Forgetful,
     "a norm that stays frozen": FreezesItsNorm,
     "autocast in a decorator": Decorated,
+    "no autocast, in a decorator": StaysInFloat32,
 }

@@ -228,6 +228,10 @@ def _schedule(experiment: Experiment) -> Schedule | None:
     if name not in SCHEDULES:
         raise UnknownName("schedule", name, SCHEDULES)
     spec = {} if experiment.spec is None else {"spec": spec_of(experiment.spec)}
+    if spec.get("spec") == []:
+        raise InvalidInput(
+            f"the spec is empty, so that {name} has no branches to work with: name some, or leave it out."
+        )
     return SCHEDULES[name].over(experiment.training.epochs, **{**spec, **options})
 
 

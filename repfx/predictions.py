@@ -49,7 +49,8 @@ def check_fit(model: nn.Module, data: DataSet, device: str | torch.device) -> in
         ) from error
     if logits.shape[1] < len(data.classes):
         raise InvalidInput(
-            f"the model gives {logits.shape[1]} classes, the data has {len(data.classes)}: set --num-classes."
+            f"the model gives {logits.shape[1]} classes, the data has {len(data.classes)}: "
+            f"set --num-classes {len(data.classes)}, or leave it out."
         )
     return logits.shape[1]
 

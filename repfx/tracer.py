@@ -229,7 +229,7 @@ def _asked_by_code() -> bool:
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_globals.get("__name__") in _INSTANCE_CHECKS:
         frame = frame.f_back
-    if frame.f_globals.get("__name__") == "torch.autograd.function":
+    if str(frame.f_globals.get("__name__")).startswith(("torch.autograd.function", "torch._functorch")):
         raise TypeError("it calls a torch.autograd.Function, whose own backward pass a graph doesn't have")
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
     words = line if line else " ".join(frame.f_code.co_names)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils.checkpoint import checkpoint
 
 from repfx.adding import add_in_place, is_transformed
 from repfx.assembly import assembled
@@ -25,6 +22,7 @@ from repfx.kernel import Kernel
 from repfx.meaning import Layer, has_hooks, is_batch_norm, meaning_of, refusal_of, takes_batch_statistics, template_of
 from repfx.module_tree import fits, module_at
 from repfx.moments import Moments, set_kernel
+from repfx.recomputing import recomputed
 from repfx.spec import ConvSpec
 from repfx.stages import AttachRate, Scale
 
@@ -145,7 +143,7 @@ class RepBlock(nn.Module):
         if kernel is not None:
             return kernel(input)
         if self.recomputes and self.training and torch.is_grad_enabled() and not is_transformed():
-            return _recomputed(self, input)
+            return recomputed(partial(self._sum_of_paths, running=self.running), self, input)
         return self._sum_of_paths(input, self.running)
 
     def _sum_of_paths(self, input: Tensor, running: Sequence[str]) -> Tensor:
@@ -367,72 +365,6 @@ def _sum(terms: list[Tensor]) -> Tensor:
     if isinstance(terms[0], fx.Proxy):
         return reduce(operator.add, terms)
     return reduce(add_in_place, terms[2:], reduce(operator.add, terms[:2]))
-
-
-def _recomputed(block: RepBlock, input: Tensor) -> Tensor:
-    """What a block gives out, of which only the input is kept; the statistics that BatchNorms keep count the batch once."""
-    output: Tensor = checkpoint(
-        partial(block._sum_of_paths, running=block.running),
-        input,
-        use_reentrant=False,
-        context_fn=partial(_contexts, block),
-    )
-    return output
-
-
-def _contexts(block: RepBlock) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _AsItWas(block)
-
-
-class _AsItWas:
-    """Modes, parameters and buffers of a block are inside what they were when this was made; what is written into buffers is lost.
-
-    Parameters that were written into since raise `InvalidInput`, for torch, too, refuses to go back through what was changed.
-    """
-
-    def __init__(self, block: RepBlock) -> None:
-        self._then = [_State.of(module).with_buffers_of_its_own() for module in block.modules()]
-        self._versions = [(name, each, each._version) for name, each in block.named_parameters()]
-        self._now: list[_State] = []
-
-    def __enter__(self) -> None:
-        changed = next((name for name, each, version in self._versions if each._version != version), None)
-        if changed is not None:
-            raise InvalidInput(
-                f"{changed!r} of a block that recomputes was written into between forward and backward pass, so that the block "
-                "can't run again as it was: write into parameters after the backward pass."
-            )
-        self._now = [_State.of(state.module) for state in self._then]
-        for state in self._then:
-            state.with_buffers_of_its_own().restore()
-
-    def __exit__(self, *_: object) -> None:
-        for state in self._now:
-            state.restore()
-
-
-@dataclass(frozen=True)
-class _State:
-    """What a module was at some time, without its children."""
-
-    module: nn.Module
-    training: bool
-    parameters: Mapping[str, Tensor | None]
-    buffers: Mapping[str, Tensor | None]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> _State:
-        return cls(module, module.training, dict(module._parameters), dict(module._buffers))
-
-    def with_buffers_of_its_own(self) -> _State:
-        return replace(
-            self, buffers={name: None if each is None else each.clone() for name, each in self.buffers.items()}
-        )
-
-    def restore(self) -> None:
-        self.module.training = self.training
-        self.module._parameters.update(self.parameters)  # type: ignore[arg-type]
-        self.module._buffers.update(self.buffers)
 
 
 def _assembled(block: RepBlock) -> Kernel | None:

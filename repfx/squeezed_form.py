@@ -145,9 +145,6 @@ class _Same:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and self.value is other.value
 
-    def __hash__(self) -> int:
-        return id(self.value)
-
 
 def _differs(entry: _Entry, seen: _Outline) -> bool:
     path, module = entry

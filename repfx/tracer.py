@@ -174,7 +174,8 @@ class _Proxy(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """What `isinstance` looks at: a tensor, of which the graph makes sure where it runs."""
-        if _asked_by_tracing() or not _asked_by_code():
+        frame = _asking_frame()
+        if _is_tracing(frame) or not _asks_for_a_class(frame):
             return type(self)
         known = _known_type(self.node)
         if known is not None:
@@ -195,7 +196,7 @@ class _Proxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __str__(self) -> str:
-        if _asked_by_tracing():
+        if _is_tracing(_asking_frame()):
             return fx.Proxy.__repr__(self)
         raise TypeError("code writes a value that depends on the input into a text")
 
@@ -212,28 +213,36 @@ for _name in IN_PLACE_OPERATORS:
     setattr(_Proxy, f"__{_name}__", _in_place(_name))
 
 
-def _asked_by_tracing() -> bool:
-    """Whether the code that called the caller of this is the tracer's, not the model's."""
+def _asking_frame() -> FrameType | None:
+    """Where the code runs that called the caller of this; of a question that Python code passes on, where it was asked."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") in _INSTANCE_CHECKS:
         frame = frame.f_back
-    return frame is not None and str(frame.f_globals.get("__name__", "")).startswith(("torch.fx", "repfx."))
+    return frame
 
 
-def _asked_by_code() -> bool:
+def _is_tracing(frame: FrameType | None) -> bool:
+    """Whether it is the tracer's code that runs there, not the model's."""
+    return frame is not None and _module_of(frame).startswith(("torch.fx", "repfx."))
+
+
+def _asks_for_a_class(frame: FrameType | None) -> bool:
     """Whether Python code asks for a value's class, not one of torch's functions in C++, which would take a proxy for a tensor in memory.
 
     Raises:
         TypeError: it is a `torch.autograd.Function` that asks, whose own backward pass a graph of its forward would lose.
     """
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__") in _INSTANCE_CHECKS:
-        frame = frame.f_back
-    if str(frame.f_globals.get("__name__")).startswith(("torch.autograd.function", "torch._functorch")):
+    if frame is None:
+        return False
+    if _module_of(frame).startswith(("torch.autograd.function", "torch._functorch")):
         raise TypeError("it calls a torch.autograd.Function, whose own backward pass a graph doesn't have")
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
     words = line if line else " ".join(frame.f_code.co_names)
     return any(word in words for word in ("isinstance", "__class__", "case ", "is_tensor"))
+
+
+def _module_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
 
 
 def _known_type(node: fx.Node) -> type | None:

@@ -11,7 +11,7 @@ from torch import nn
 import repfx
 import repfx.passes
 import repfx.recipes.nets
-from repfx.recipe_file import read_recipe, shipped_recipes
+from repfx.training.recipe_file import read_recipe, shipped_recipes
 
 checkout = Path(sys.argv[1]).resolve()
 for module in (repfx, repfx.passes, repfx.recipes.nets):

@@ -12,8 +12,8 @@ import torch
 from scipy.stats import t
 
 import repfx
-from repfx.cost import count_macs
-from repfx.models import ModelReference
+from repfx.measuring.cost import count_macs
+from repfx.training.models import ModelReference
 
 Row = dict[str, Any]
 PLAIN, AS_LONG, LONGER = BASES = ("plain", "plain, 2.5 times", "plain, longer")  # from the shortest on

@@ -27,11 +27,11 @@ from torch.utils._pytree import tree_leaves
 
 import repfx
 from benchmarks._zoo_page import STRUCTURE
+from repfx.algebra.layers import is_batch_norm, is_conv
 from repfx.errors import ExportError, Refused, first_line
-from repfx.graph import trace
-from repfx.meaning import is_batch_norm, is_conv
-from repfx.pipeline import rewrite
-from repfx.precision import map_tensors, run_double
+from repfx.graphs.trace import trace
+from repfx.measuring.in_float64 import map_tensors, run_double
+from repfx.rewriting.pipeline import rewrite
 from repfx.testing import randomize_batch_norm, relative_error
 
 PRESETS = ("dbb", "repvgg")

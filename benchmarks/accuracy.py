@@ -26,16 +26,16 @@ from torch import nn
 
 from benchmarks._evidence_page import AS_LONG, LONGER, PLAIN, page
 from benchmarks._record import machine
-from repfx.augmentation import Augmentation
-from repfx.cost import count_macs
-from repfx.dataset import DataSource
-from repfx.experiment import Experiment, Metrics, run
-from repfx.models import ModelReference
-from repfx.plain_values import to_plain
-from repfx.recipe import Distillation, Recipe
-from repfx.run_folder import ARCHITECTURE, RunFolder
-from repfx.schedule import SCHEDULES
-from repfx.search import Search
+from repfx.change.schedule import SCHEDULES
+from repfx.data.augmentation import Augmentation
+from repfx.data.dataset import DataSource
+from repfx.measuring.cost import count_macs
+from repfx.records.plain_values import to_plain
+from repfx.search.base import Search
+from repfx.training.experiment import Experiment, Metrics, run
+from repfx.training.models import ModelReference
+from repfx.training.recipe import Distillation, Recipe
+from repfx.training.run_folder import ARCHITECTURE, RunFolder
 
 RESULTS = Path(__file__).parent / "results"
 TEACHER = "teacher"

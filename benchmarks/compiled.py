@@ -31,8 +31,8 @@ from torchvision.models.resnet import BasicBlock
 from benchmarks._comparison import Ratio
 from benchmarks._record import Row, machine, write
 from benchmarks.training import expanded
-from repfx.block import blocks_at
-from repfx.cost import measure_times
+from repfx.blocks.block import blocks_at
+from repfx.measuring.cost import measure_times
 from repfx.passes.gate import gate
 
 WIDTHS: tuple[int, ...] = (64, 128)

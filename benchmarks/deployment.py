@@ -36,10 +36,10 @@ from torch import Tensor, nn
 import repfx
 from benchmarks._comparison import Measurement, compare
 from benchmarks._record import Row, machine, write
-from repfx.cost import measure_times
 from repfx.errors import first_line
-from repfx.free_axes import FreeAxes
-from repfx.onnx_program import quiet, write_program
+from repfx.measuring.cost import measure_times
+from repfx.onnx.free_axes import FreeAxes
+from repfx.onnx.program import quiet, write_program
 from repfx.testing import randomize_batch_norm, relative_error
 
 FORMS = FUSED, AGAIN, UNFUSED = "fused", "fused, again", "unfused"

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import repfx
 from benchmarks._record import Row, machine, write
-from repfx.meaning import Layer, is_batch_norm
-from repfx.moments import set_kernel
+from repfx.algebra.layers import Layer, is_batch_norm
+from repfx.algebra.moments import set_kernel
 from repfx.testing import relative_error
 
 OUT = Path(__file__).parent / "results" / "drift.json"

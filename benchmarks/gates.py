@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import repfx
 from benchmarks._memory import bytes_of, peak_on_gpu
 from benchmarks._record import Row, machine, write
-from repfx.cost import measure_times
+from repfx.measuring.cost import measure_times
 from repfx.recipes.nets import resnet18
 
 BUDGETS: dict[str, float] = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "all": 1.0}

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 import repfx
 from benchmarks._comparison import Measurement, compare
 from benchmarks._record import machine, write
-from repfx.cost import count_macs, measure_times
-from repfx.free_axes import FreeAxes
-from repfx.onnx_program import write_program
+from repfx.measuring.cost import count_macs, measure_times
+from repfx.onnx.free_axes import FreeAxes
+from repfx.onnx.program import write_program
 from repfx.testing import randomize_batch_norm, relative_error
 
 TWIN, AGAIN, FUSED, UNFUSED, EXPANDED = "by hand", "by hand, again", "fused", "conv + BatchNorm", "expanded"

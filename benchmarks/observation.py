@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import repfx
 from benchmarks._comparison import Ratio
 from benchmarks._record import Row, machine, write
-from repfx.saliency import METRICS
+from repfx.change.saliency import METRICS
 
 FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "plain": lambda model: model,

@@ -27,9 +27,9 @@ from torch.nn import functional as F
 
 import repfx
 from benchmarks._record import Row, machine, write
-from repfx.data import load_data
-from repfx.dataset import DataSource, Images, InputForm
-from repfx.quantization_report import QuantizationReport
+from repfx.data.dataset import DataSource, Images, InputForm
+from repfx.data.load import load_data
+from repfx.onnx.quantization_report import QuantizationReport
 
 FORMS: tuple[str | None, ...] = (None, "repvgg", "qarepvgg")
 ROUNDINGS: dict[str, dict[str, Any]] = {

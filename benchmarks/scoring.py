@@ -29,12 +29,14 @@ import repfx
 from benchmarks._comparison import Ratio
 from benchmarks._record import Row, machine, write
 from benchmarks.drift import settle
-from repfx.cost import measure_times
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.blocks.presets import resolve_spec
+from repfx.blocks.spec import BranchSpec
+from repfx.measuring.cost import measure_times
 from repfx.passes.gate import gate
 from repfx.recipes.nets import resnet18, vgg16
-from repfx.scoring import FusedSupernet
-from repfx.search_space import Code, Space
-from repfx.spec import BranchSpec, ConvSpec, resolve_spec
+from repfx.search.scoring import FusedSupernet
+from repfx.search.space import Code, Space
 
 BRANCHES, FUSED = "multi-branch", "fused"
 LAYOUTS = {"": torch.contiguous_format, ", channels last": torch.channels_last}

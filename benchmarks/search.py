@@ -30,7 +30,7 @@ import repfx
 from benchmarks._record import Row, machine, write
 from repfx.passes.calibrate import calibrate
 from repfx.passes.freeze import freeze
-from repfx.search import Search
+from repfx.search.base import Search
 
 KINDS = ("1x1", "1xk", "kx1", "1x1-avg", "dilated-2x2", "identity")
 TRUTH: dict[str, tuple[str, ...]] = {

@@ -28,10 +28,10 @@ from torch.profiler import ProfilerActivity, profile
 import repfx
 from benchmarks._memory import peak_on_gpu
 from benchmarks._record import Row, machine, write
-from repfx.cost import measure_times
-from repfx.module_tree import set_submodule
+from repfx.measuring.cost import measure_times
 from repfx.passes.recompute import recompute
 from repfx.recipes.nets import resnet18, vgg16
+from repfx.records.module_tree import set_submodule
 
 NETS: dict[str, Callable[[], nn.Module]] = {"resnet18": resnet18, "vgg16": vgg16}
 PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -35,8 +35,8 @@ import repfx
 from benchmarks._comparison import Ratio, compare
 from benchmarks._memory import bytes_of, peak_of
 from benchmarks._record import Row, machine, write
-from repfx.cost import measure_times
-from repfx.meaning import is_batch_norm
+from repfx.algebra.layers import is_batch_norm
+from repfx.measuring.cost import measure_times
 from repfx.recipes.nets import resnet18, vgg16
 
 SIZES = (100, 500, 2000)

@@ -20,7 +20,8 @@ MARK = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
 
 def presets() -> str:
     """Each preset with the branches that it puts beside a site's own conv."""
-    from repfx.spec import PRESETS, Spec
+    from repfx.blocks.presets import PRESETS
+    from repfx.blocks.spec import Spec
 
     def branches(spec: Spec) -> str:
         if callable(spec.branches):
@@ -33,7 +34,7 @@ def presets() -> str:
 
 def branches() -> str:
     """Each branch kind with the first line of its class's docstring."""
-    from repfx.branch import KINDS
+    from repfx.blocks.branch import KINDS
 
     rows = [(f"`{kind}`", _first_line(cls), f"`{_file_of(cls)}`") for kind, cls in KINDS.items()]
     return table(("kind", "what it is", "file"), rows)
@@ -41,7 +42,7 @@ def branches() -> str:
 
 def passes() -> str:
     """Each pass: a verb on models, or a rule that `fuse` runs."""
-    from repfx.rule import PASSES, RULES
+    from repfx.rewriting.rule import PASSES, RULES
 
     rows = [(f"`{name}`", "rule" if name in RULES else "verb", each.description) for name, each in PASSES.items()]
     return table(("pass", "sort", "what it does"), sorted(rows, key=lambda row: row[1], reverse=True))
@@ -49,7 +50,7 @@ def passes() -> str:
 
 def schedules() -> str:
     """Each schedule with the first line of its class's docstring."""
-    from repfx.schedule import SCHEDULES
+    from repfx.change.schedule import SCHEDULES
 
     rows = [(f"`{name}`", _first_line(cls), f"`{_file_of(cls)}`") for name, cls in SCHEDULES.items()]
     return table(("schedule", "what it is", "file"), rows)
@@ -57,7 +58,7 @@ def schedules() -> str:
 
 def recipes() -> str:
     """Each shipped recipe with its first line."""
-    from repfx.recipe_file import description_of, shipped_recipes
+    from repfx.training.recipe_file import description_of, shipped_recipes
 
     rows = [(f"`{name}`", description_of(path)) for name, path in shipped_recipes().items()]
     return table(("recipe", "what it is"), rows)
@@ -65,7 +66,7 @@ def recipes() -> str:
 
 def recipe_keys() -> str:
     """Each key of a recipe's file with its default and what its dataclass says of it."""
-    from repfx.experiment import Experiment
+    from repfx.training.experiment import Experiment
 
     elsewhere = ("out", "overwrite", "resume")  # where a run goes is no part of its recipe
     rows = [row for row in _keys(Experiment) if row[0].strip("`") not in elsewhere]

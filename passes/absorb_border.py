@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from repfx.guards import unmutated, used_once
-from repfx.pattern import BorderedPadding
-from repfx.rule import Rule
+from repfx.rewriting.guards import unmutated, used_once
+from repfx.rewriting.patterns import BorderedPadding
+from repfx.rewriting.rule import Rule
 
 ABSORB_BORDER = Rule(
     "absorb_border",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from repfx.guards import is_convolution, no_dearer, pads_alike, unmutated, used_once
-from repfx.pattern import Sequence
-from repfx.rule import Rule
+from repfx.rewriting.guards import is_convolution, no_dearer, pads_alike, unmutated, used_once
+from repfx.rewriting.patterns import Sequence
+from repfx.rewriting.rule import Rule
 
 ABSORB_PADDING = Rule(
     "absorb_padding",

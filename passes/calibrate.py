@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from repfx.calibration import calibrate_norms
+from repfx.algebra.layers import is_batch_norm
 from repfx.errors import InvalidInput
-from repfx.journaling import Action, record
-from repfx.meaning import is_batch_norm
-from repfx.pipeline import verb
-from repfx.reporting import Edit, Report
+from repfx.measuring.calibration import calibrate_norms
+from repfx.records.journal import Action, record
+from repfx.records.report import Edit, Report
+from repfx.rewriting.pipeline import verb
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from repfx.guards import unmutated, weight_of_its_own
-from repfx.pattern import FunctionalConv
-from repfx.rule import Rule
+from repfx.rewriting.guards import unmutated, weight_of_its_own
+from repfx.rewriting.patterns import FunctionalConv
+from repfx.rewriting.rule import Rule
 
 COMPUTE_WEIGHTS = Rule(
     "compute_weights",

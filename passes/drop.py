@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from repfx.activated_norm import joined
-from repfx.block import ORIGIN, RepBlock, block_at
-from repfx.calibration import PartialSum, measure_sums
+from repfx.algebra.activated_norm import joined
+from repfx.algebra.moments import set_kernel
+from repfx.blocks.block import ORIGIN, RepBlock, block_at
 from repfx.errors import InvalidInput
-from repfx.journaling import Action, record
-from repfx.module_tree import set_submodule
-from repfx.moments import set_kernel
-from repfx.pipeline import verb
-from repfx.reporting import Edit, Report
+from repfx.measuring.calibration import PartialSum, measure_sums
+from repfx.records.journal import Action, record
+from repfx.records.module_tree import set_submodule
+from repfx.records.report import Edit, Report
+from repfx.rewriting.pipeline import verb
 
 
 @dataclass(frozen=True)

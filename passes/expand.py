@@ -13,25 +13,28 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from repfx.activated_norm import norm_of, rest_of
-from repfx.architecture import Architecture
-from repfx.block import RepBlock
-from repfx.branch import Branch, fitting, kind_of
-from repfx.calibration import PartialSum, calibrate_norms, measure_sums
-from repfx.cropped_conv import share
+from repfx.algebra.activated_norm import norm_of, rest_of
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.kernel import Kernel
+from repfx.algebra.layers import Layer, is_batch_norm, is_conv
+from repfx.algebra.meaning import kernel_of
+from repfx.algebra.moments import Moments, set_kernel
+from repfx.blocks.architecture import Architecture
+from repfx.blocks.block import RepBlock
+from repfx.blocks.branch import Branch, fitting, kind_of
+from repfx.blocks.cropped_conv import share
+from repfx.blocks.presets import SpecLike
+from repfx.blocks.selection import Selection
+from repfx.blocks.spec import BranchSpec, Normalisation, Spec, Weights
+from repfx.blocks.stages import FIRST_WEIGHTS, Norm
 from repfx.errors import InvalidInput
-from repfx.journaling import Action, record
-from repfx.kernel import Kernel
-from repfx.meaning import Layer, is_batch_norm, is_conv, kernel_of
-from repfx.module_tree import set_submodule
-from repfx.moments import Moments, set_kernel
-from repfx.notes import copy_of
-from repfx.pipeline import verb
-from repfx.reporting import Edit, Report, Skip
-from repfx.selection import Selection
-from repfx.site import Site, find_sites
-from repfx.spec import BranchSpec, ConvSpec, Normalisation, Spec, SpecLike, Weights
-from repfx.stages import FIRST_WEIGHTS, Norm
+from repfx.graphs.sites import Site, find_sites
+from repfx.measuring.calibration import PartialSum, calibrate_norms, measure_sums
+from repfx.records.journal import Action, record
+from repfx.records.module_tree import set_submodule
+from repfx.records.notes import copy_of
+from repfx.records.report import Edit, Report, Skip
+from repfx.rewriting.pipeline import verb
 
 
 @dataclass(frozen=True)

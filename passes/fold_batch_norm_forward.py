@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from repfx.guards import channels_stay_put, input_is_known, is_convolution, no_dearer, unmutated, used_once
-from repfx.pattern import Sequence
-from repfx.rule import Rule
+from repfx.rewriting.guards import channels_stay_put, input_is_known, is_convolution, no_dearer, unmutated, used_once
+from repfx.rewriting.patterns import Sequence
+from repfx.rewriting.rule import Rule
 
 FOLD_BATCH_NORM_FORWARD = Rule(
     "fold_batch_norm_forward",

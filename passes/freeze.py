@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from repfx.block import RepBlock, block_at
-from repfx.journaling import Action, record
-from repfx.notes import keep, kept
-from repfx.pipeline import verb
-from repfx.reporting import Edit, Report
+from repfx.blocks.block import RepBlock, block_at
+from repfx.records.journal import Action, record
+from repfx.records.notes import keep, kept
+from repfx.records.report import Edit, Report
+from repfx.rewriting.pipeline import verb
 
 _ATTRIBUTE = "repfx_frozen"
 

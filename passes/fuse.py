@@ -8,20 +8,20 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from repfx.activated_norm import norm_of, rest_of
-from repfx.block import RepBlock
-from repfx.branch import kernel_of_both
+from repfx.algebra.activated_norm import norm_of, rest_of
+from repfx.algebra.layers import is_conv
+from repfx.algebra.moments import set_kernel
+from repfx.blocks.block import RepBlock
+from repfx.blocks.branch import kernel_of_both
+from repfx.blocks.folded_norm import FoldedNorm, remember_norm
 from repfx.errors import InvalidInput, UnknownName
-from repfx.folded_norm import FoldedNorm, remember_norm
-from repfx.journaling import Action, record
-from repfx.leaves import calls_conv
-from repfx.meaning import is_conv
-from repfx.module_tree import set_submodule
-from repfx.moments import set_kernel
+from repfx.graphs.leaves import calls_conv
+from repfx.graphs.sites import find_sites
 from repfx.passes.drop import absorb
-from repfx.pipeline import rewrite, verb
-from repfx.rule import RULES
-from repfx.site import find_sites
+from repfx.records.journal import Action, record
+from repfx.records.module_tree import set_submodule
+from repfx.rewriting.pipeline import rewrite, verb
+from repfx.rewriting.rule import RULES
 
 
 @dataclass(frozen=True)

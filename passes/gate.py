@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from repfx.block import block_at
+from repfx.blocks.block import block_at
 from repfx.errors import InvalidInput
-from repfx.journaling import Action, record
-from repfx.pipeline import verb
-from repfx.reporting import Edit, Report
+from repfx.records.journal import Action, record
+from repfx.records.report import Edit, Report
+from repfx.rewriting.pipeline import verb
 
 
 @dataclass(frozen=True)

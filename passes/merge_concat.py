@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from repfx.guards import channels_stay_put, is_convolution, no_dearer, unmutated, used_once
-from repfx.kernel import Kernel, NoKernel
-from repfx.operations import Op
-from repfx.pattern import META, Match, Pattern, Term, View, linear_paths, term_kernel
-from repfx.rule import Rule
+from repfx.algebra.kernel import Kernel, NoKernel
+from repfx.graphs.operations import Op
+from repfx.rewriting.guards import channels_stay_put, is_convolution, no_dearer, unmutated, used_once
+from repfx.rewriting.match import Match, Term, term_kernel
+from repfx.rewriting.patterns import Pattern, linear_paths
+from repfx.rewriting.rule import Rule
+from repfx.rewriting.view import META, View
 
 _CONCATENATIONS = frozenset({torch.cat, torch.concat, torch.concatenate})
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from repfx.guards import channels_stay_put, is_convolution, no_dearer, unmutated, used_once
-from repfx.pattern import Sum
-from repfx.rule import Rule
+from repfx.rewriting.guards import channels_stay_put, is_convolution, no_dearer, unmutated, used_once
+from repfx.rewriting.patterns import Sum
+from repfx.rewriting.rule import Rule
 
 MERGE_PARALLEL = Rule(
     "merge_parallel",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from repfx.guards import channels_stay_put, is_convolution, no_dearer, unmutated, used_once
-from repfx.pattern import Sequence
-from repfx.rule import Rule
+from repfx.rewriting.guards import channels_stay_put, is_convolution, no_dearer, unmutated, used_once
+from repfx.rewriting.patterns import Sequence
+from repfx.rewriting.rule import Rule
 
 MERGE_SEQUENTIAL = Rule(
     "merge_sequential",

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from repfx.block import blocks_at
-from repfx.pipeline import verb
-from repfx.reporting import Edit, Report
+from repfx.blocks.block import blocks_at
+from repfx.records.report import Edit, Report
+from repfx.rewriting.pipeline import verb
 
 
 @verb

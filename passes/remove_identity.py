@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repfx.pattern import Single
-from repfx.rule import Rule
+from repfx.rewriting.patterns import Single
+from repfx.rewriting.rule import Rule
 
 REMOVE_IDENTITY = Rule("remove_identity", "Remove identity layers", Single(frozenset({"identity"})), ())

@@ -10,22 +10,23 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from repfx.activated_norm import is_rest, joined
-from repfx.calibration import set_kernels_measured
+from repfx.algebra.activated_norm import is_rest, joined
+from repfx.algebra.kernel import Kernel
+from repfx.algebra.layers import CONVS, TRANSPOSED_CONVS, Layer
+from repfx.algebra.meaning import kernel_of, meaning_of, torch_class
+from repfx.algebra.moments import set_kernel
+from repfx.blocks.folded_norm import FoldedNorm, folded_norm, forget_norm
+from repfx.blocks.stages import Norm
 from repfx.errors import InvalidInput
-from repfx.folded_norm import FoldedNorm, folded_norm, forget_norm
-from repfx.graph import Island, call_counts, trace
-from repfx.installation import install, prepare
-from repfx.journaling import Action, forget, record
-from repfx.kernel import Kernel
-from repfx.meaning import CONVS, TRANSPOSED_CONVS, Layer, kernel_of, meaning_of, torch_class
-from repfx.module_tree import module_at, set_submodule
-from repfx.moments import set_kernel
-from repfx.notes import copy_of
-from repfx.pipeline import take_over_modes, verb
-from repfx.provenance import Provenance, attach
-from repfx.reporting import Edit, Report, Skip
-from repfx.stages import Norm
+from repfx.graphs.trace import Island, call_counts, trace
+from repfx.measuring.calibration import set_kernels_measured
+from repfx.records.journal import Action, forget, record
+from repfx.records.module_tree import module_at, set_submodule
+from repfx.records.notes import copy_of
+from repfx.records.provenance import Provenance, attach
+from repfx.records.report import Edit, Report, Skip
+from repfx.rewriting.installation import install, prepare
+from repfx.rewriting.pipeline import take_over_modes, verb
 
 
 @dataclass(frozen=True)

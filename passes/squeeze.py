@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from repfx.block import RepBlock, block_at
+from repfx.algebra.layers import is_batch_norm, is_conv, is_frozen_norm, takes_batch_statistics, template_of
+from repfx.blocks.block import RepBlock, block_at
 from repfx.errors import InvalidInput, RepfxError, UnknownName
-from repfx.journaling import Action, record
-from repfx.meaning import is_batch_norm, is_conv, is_frozen_norm, takes_batch_statistics, template_of
-from repfx.module_tree import fits
-from repfx.passes.squeeze_regions import SqueezeRegions, held_in, regions_of
-from repfx.pipeline import verb
-from repfx.reporting import Edit, Report, Skip
+from repfx.records.journal import Action, record
+from repfx.records.module_tree import fits
+from repfx.records.report import Edit, Report, Skip
+from repfx.rewriting.pipeline import verb
+from repfx.rewriting.squeezed_regions import SqueezeRegions, held_in, regions_of
 
 Statistics = Literal["frozen"]
 
@@ -95,7 +95,7 @@ def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: S
 
     >>> from repfx.passes.expand import expand
     >>> model = expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "acb")
-    >>> from repfx.reporting import report
+    >>> from repfx.records.report import report
     >>> print(*report(squeeze(model)).skipped)
     Skip '0': 'origin.norm' takes its statistics from the batch (squeeze)
     >>> squeeze(model, statistics="frozen")[0].squeezed

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from repfx.block import ORIGIN, RepBlock, block_at
-from repfx.branch import Chain
+from repfx.algebra.layers import Layer, is_batch_norm, is_conv
+from repfx.blocks.block import ORIGIN, RepBlock, block_at
+from repfx.blocks.branch import Chain
+from repfx.blocks.stages import Scale
 from repfx.errors import InvalidInput
-from repfx.journaling import Action, record
-from repfx.meaning import Layer, is_batch_norm, is_conv
-from repfx.pipeline import verb
-from repfx.reporting import Edit, Report
-from repfx.stages import Scale
+from repfx.records.journal import Action, record
+from repfx.records.report import Edit, Report
+from repfx.rewriting.pipeline import verb
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
 """What the papers trained, and how: their plain nets in `nets`, and one TOML file for each training.
 
-`repfx list recipes` names them, `repfx train --recipe NAME` runs one. Importing this needs torch alone.
+`repfx list recipes` names them, `repfx train --recipe NAME` runs one.
+
+Imports `repfx.errors` alone, so it needs no more than torch. Begin with `nets`.
 """

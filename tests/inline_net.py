@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import repfx
-from repfx.meaning import is_batch_norm, is_conv
+from repfx.algebra.layers import is_batch_norm, is_conv
 from repfx.testing import randomize_batch_norm, relative_error
 
 

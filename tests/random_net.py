@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from repfx.strategies import PADDING_MODES, tensors
 from repfx.testing import randomize_batch_norm
+from repfx.testing.strategies import PADDING_MODES, tensors
 from tests.random_numbers import numbers_from
 
 # ---- nets as values: a list of calls, each of a layer or a function on earlier values

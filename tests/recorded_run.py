@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from repfx.experiment import Experiment, run
-from repfx.history import Epoch, History
-from repfx.journaling import Action
-from repfx.models import ModelReference
+from repfx.blocks.spec import BranchSpec
 from repfx.passes.drop import Drop
 from repfx.passes.expand import Expand
-from repfx.recipe import Recipe
-from repfx.spec import BranchSpec
+from repfx.records.journal import Action
+from repfx.training.experiment import Experiment, run
+from repfx.training.history import Epoch, History
+from repfx.training.models import ModelReference
+from repfx.training.recipe import Recipe
 
 TINY = f"{Path(__file__).with_name('tiny.py')}:net"
 

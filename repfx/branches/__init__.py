@@ -1,4 +1,7 @@
-"""The branch kinds, one file each; importing this package registers all of them."""
+"""The branch kinds, one file each; importing this package registers all of them.
+
+Imports blocks and below. Begin with `pointwise`, the shortest.
+"""
 
 from __future__ import annotations
 

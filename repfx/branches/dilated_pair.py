@@ -6,10 +6,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from repfx.branch import Branch
-from repfx.kernel import Ints
-from repfx.spec import ConvSpec
-from repfx.stages import Norm, Stages, conv_stages
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.kernel import Ints
+from repfx.blocks.branch import Branch
+from repfx.blocks.stages import Norm, Stages, conv_stages
 
 
 class DilatedCorners(Branch):

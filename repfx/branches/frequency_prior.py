@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from repfx.branch import Branch
-from repfx.spec import ConvSpec
-from repfx.stages import Norm, Pad, Stages, conv_module
+from repfx.algebra.baking import conv_module
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.blocks.branch import Branch
+from repfx.blocks.stages import Norm, Pad, Stages
 
 
 class FrequencyPrior(Branch):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from repfx.branch import Branch
-from repfx.spec import ConvSpec
-from repfx.stages import Norm, Stages, conv_stages
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.blocks.branch import Branch
+from repfx.blocks.stages import Norm, Stages, conv_stages
 
 
 class Pointwise(Branch):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from repfx.branch import Branch
-from repfx.spec import ConvSpec
-from repfx.stages import AVERAGE_POOL_OF, Norm, Pad, Stages, conv_module
+from repfx.algebra.baking import conv_module
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.blocks.branch import Branch
+from repfx.blocks.stages import AVERAGE_POOL_OF, Norm, Pad, Stages
 
 
 class PointwiseAverage(Branch):

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from repfx.branch import Branch
-from repfx.meaning import Layer
-from repfx.spec import ConvSpec
-from repfx.stages import Norm, Pad, Residual, Stages, conv_module
+from repfx.algebra.baking import conv_module
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.layers import Layer
+from repfx.blocks.branch import Branch
+from repfx.blocks.stages import Norm, Pad, Residual, Stages
 
 
 class PointwiseFull(Branch):

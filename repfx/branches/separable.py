@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from repfx.branch import Branch, require_positive
-from repfx.spec import ConvSpec
-from repfx.stages import Norm, Stages, conv_module, conv_stages
+from repfx.algebra.baking import conv_module
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.blocks.branch import Branch, require_positive
+from repfx.blocks.stages import Norm, Stages, conv_stages
 
 
 class Separable(Branch):

@@ -11,10 +11,10 @@ import torch
 import typer
 from torch import nn
 
-from repfx.dataset import InputForm
+from repfx.data.dataset import InputForm
 from repfx.errors import InvalidInput
-from repfx.models import ModelReference, load_weights
-from repfx.run_folder import STRUCTURE, RunFolder
+from repfx.training.models import ModelReference, load_weights
+from repfx.training.run_folder import STRUCTURE, RunFolder
 
 MODEL_FORMS = "torchvision:NAME, timm:NAME, package.module:callable or file.py:callable"
 _AXES = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}
@@ -55,7 +55,7 @@ def load_model(
         raise InvalidInput(f"folder {name!r} holds no training run: it has no {STRUCTURE}.")
     if weights is not None or num_classes is not None or option:
         raise InvalidInput(f"{name!r} is a training run, which has its own weights and options: leave them out.")
-    return folder.load(), folder.structure.preparation
+    return folder.load(), folder.setup.preparation
 
 
 def shape_of_input(asked: str | None, preparation: Mapping[str, Any] | None) -> tuple[int, ...] | None:

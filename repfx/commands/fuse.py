@@ -27,16 +27,16 @@ from repfx.commands.arguments import (
     print_json,
     shape_of_input,
 )
-from repfx.dataset import DataSource
-from repfx.equivalence import EquivalenceReport
+from repfx.commands.progress import busy
+from repfx.commands.tables import fusion_table, quantization_table
+from repfx.data.dataset import DataSource
+from repfx.data.samples import samples
 from repfx.errors import InvalidInput
-from repfx.onnx import ExportReport, export_onnx
-from repfx.progress import busy
-from repfx.quantization import METHODS, quantize_onnx
-from repfx.quantization_report import QuantizationReport
-from repfx.samples import samples
-from repfx.tables import fusion_table, quantization_table
-from repfx.target_file import staged
+from repfx.measuring.equivalence import EquivalenceReport
+from repfx.onnx.export import ExportReport, export_onnx
+from repfx.onnx.quantization_report import QuantizationReport
+from repfx.onnx.quantize import METHODS, quantize_onnx
+from repfx.records.target_file import staged
 
 
 @app.command()

@@ -22,10 +22,10 @@ from repfx.commands.arguments import (
     print_json,
     shape_of_input,
 )
+from repfx.commands.progress import busy
 from repfx.errors import EquivalenceError, InvalidInput
 from repfx.pages.model_page import Check, write_model_page
-from repfx.progress import busy
-from repfx.run_folder import spec_of
+from repfx.training.run_folder import spec_of
 
 
 @app.command()

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from repfx.branch import KINDS
+from repfx.blocks.branch import KINDS
+from repfx.blocks.presets import PRESETS
+from repfx.change.schedule import SCHEDULES
 from repfx.commands.app import app
 from repfx.commands.arguments import Json, print_json
-from repfx.recipe_file import description_of, shipped_recipes
-from repfx.rule import PASSES
-from repfx.schedule import SCHEDULES
-from repfx.spec import PRESETS
-from repfx.tables import listing
+from repfx.commands.tables import listing
+from repfx.rewriting.rule import PASSES
+from repfx.training.recipe_file import description_of, shipped_recipes
 
 
 class Registry(str, Enum):

@@ -9,9 +9,9 @@ import typer
 
 from repfx.commands.app import app
 from repfx.commands.arguments import Json, print_json
+from repfx.commands.progress import busy
 from repfx.pages.run_page import write_run_page
-from repfx.progress import busy
-from repfx.run_folder import RunFolder
+from repfx.training.run_folder import RunFolder
 
 
 @app.command()

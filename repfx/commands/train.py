@@ -9,17 +9,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from repfx.change.schedule import SCHEDULES
 from repfx.commands.app import app
 from repfx.commands.arguments import MODEL_FORMS, Options, Weights, parse_options
+from repfx.commands.progress import shown_progress
+from repfx.commands.tables import metrics_table
 from repfx.errors import InvalidInput
-from repfx.experiment import OF_A_CALL, Experiment, run
-from repfx.plain_values import from_plain
-from repfx.progress import shown_progress
-from repfx.recipe import PRECISIONS, Recipe
-from repfx.recipe_file import read_recipe
-from repfx.run_folder import RunFolder
-from repfx.schedule import SCHEDULES
-from repfx.tables import metrics_table
+from repfx.records.plain_values import from_plain
+from repfx.training.experiment import OF_A_CALL, Experiment, run
+from repfx.training.recipe import PRECISIONS, Recipe
+from repfx.training.recipe_file import read_recipe
+from repfx.training.run_folder import RunFolder
 
 _DEFAULT = Experiment()
 

@@ -1,1 +1,4 @@
-"""repfx inside the training frameworks that people use; each module needs its own extra."""
+"""repfx inside the training frameworks that people use; each package needs its own extra.
+
+Imports everything above it. Begin with `lightning`.
+"""

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, count
 
-from repfx.block import ORIGIN
-from repfx.history import Epoch
-from repfx.journaling import Action
+from repfx.blocks.block import ORIGIN
 from repfx.passes.drop import Drop
 from repfx.passes.expand import Expand
 from repfx.passes.fuse import Fuse
+from repfx.records.journal import Action
+from repfx.training.history import Epoch
 
 Names = tuple[str, ...]
 _NAMED = {Expand.kind: "grown", Drop.kind: "dropped"}

@@ -12,11 +12,11 @@ from statistics import fmean
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
-from repfx.history import Epoch
 from repfx.pages.changes import changes_of
 from repfx.pages.columns import columns_of
 from repfx.pages.scale import Scale, round_marks, span
 from repfx.pages.strips import Sign, strips
+from repfx.training.history import Epoch
 
 WIDTHS = {"narrow": 340, "middle": 660, "wide": 1060}
 _LEFT, _RIGHT, _TITLE, _PANEL, _GAP, _STRIP, _AXIS = 68, 62, 24, 128, 22, 22, 34

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from repfx.block import ORIGIN, RepBlock
-from repfx.branch import Chain
-from repfx.cropped_conv import CroppedConv
-from repfx.meaning import CONVS, Layer, is_batch_norm, is_conv, torch_class
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.layers import CONVS, Layer, is_batch_norm, is_conv
+from repfx.algebra.meaning import torch_class
+from repfx.blocks.block import ORIGIN, RepBlock
+from repfx.blocks.branch import Chain
+from repfx.blocks.cropped_conv import CroppedConv
+from repfx.blocks.stages import Pad
 from repfx.passes.merge_parallel import MERGE_PARALLEL
-from repfx.provenance import provenance_of
-from repfx.spec import ConvSpec
-from repfx.stages import Pad
+from repfx.records.provenance import provenance_of
 
 _FEW_PARTS = 2
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from repfx.cost import count_macs, count_parameters
 from repfx.errors import InvalidInput
+from repfx.measuring.cost import count_macs, count_parameters
 from repfx.pages.diagram import Count
 
 TITLES = {"plain": "plain model", "expanded": "training form", "fused": "fused", "onnxruntime": "in onnxruntime"}

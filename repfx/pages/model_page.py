@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 import repfx
-from repfx.block import RepBlock
-from repfx.equivalence import EquivalenceReport
+from repfx.blocks.block import RepBlock
+from repfx.blocks.presets import SpecLike
 from repfx.errors import RepfxError, first_line
-from repfx.notes import copy_of
+from repfx.measuring.equivalence import EquivalenceReport
 from repfx.pages.diagram import parts_of
 from repfx.pages.forms import form_of_model
 from repfx.pages.rendering import write_page
-from repfx.spec import SpecLike
+from repfx.records.notes import copy_of
 from repfx.testing import randomize_batch_norm
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import repfx
 from repfx.errors import InvalidInput
-from repfx.number_text import duration, engineering, grouped, percent, plural
 from repfx.pages.changes import when
-from repfx.target_file import staged
+from repfx.records.number_text import duration, engineering, grouped, percent, plural
+from repfx.records.target_file import staged
 
 _TEMPLATES = Path(__file__).with_name("templates")
 

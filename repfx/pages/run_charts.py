@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from repfx.history import Epoch
-from repfx.number_text import duration, engineering
 from repfx.pages.chart import WIDTHS, Line, Panel, chart
 from repfx.pages.rendering import svg
+from repfx.records.number_text import duration, engineering
+from repfx.training.history import Epoch
 
 
 def learning_chart(epochs: Sequence[Epoch]) -> list[Any]:

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import repfx
-from repfx.architecture import Architecture
+from repfx.blocks.architecture import Architecture
 from repfx.errors import InvalidInput, first_line
-from repfx.heat_map import cells
-from repfx.history import Epoch, History
 from repfx.pages.changes import changes_of, deeds
 from repfx.pages.diagram import Part, parts_of
 from repfx.pages.forms import forms_of_run
@@ -20,7 +18,9 @@ from repfx.pages.rendering import write_page
 from repfx.pages.run_charts import cost_chart, learning_chart
 from repfx.pages.structure_map import LEVELS, structure_map
 from repfx.pages.summary import cost_tiles, facts_of, progress_tiles, result_tiles, structure_tiles
-from repfx.run_folder import CHECKPOINT, HISTORY, METRICS, REPORT, STRUCTURE, RunFolder
+from repfx.search.heat_map import cells
+from repfx.training.history import Epoch, History
+from repfx.training.run_folder import CHECKPOINT, HISTORY, METRICS, REPORT, STRUCTURE, RunFolder
 
 _FEW_SITES = 6
 
@@ -46,7 +46,7 @@ def write_run_page(folder: RunFolder, out: str | os.PathLike[str] | None = None)
 
 def _shown(folder: RunFolder) -> dict[str, Any]:
     metrics = folder.metrics
-    structure = folder.structure if (folder.path / STRUCTURE).is_file() else None
+    setup = folder.setup if (folder.path / STRUCTURE).is_file() else None
     epochs = _epochs(folder.history, metrics)
     changes = [change for epoch in epochs if (change := changes_of(epoch))]
     graph = _graph(folder)
@@ -55,7 +55,7 @@ def _shown(folder: RunFolder) -> dict[str, Any]:
     return {
         "name": folder.path.resolve().name,
         "finished": metrics is not None,
-        "facts": facts_of(structure, epochs),
+        "facts": facts_of(setup, epochs),
         "tiles": progress_tiles(epochs) if metrics is None else result_tiles(metrics, forms),
         "forms": forms,
         "test_images": None if metrics is None else metrics.get("test_images"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from repfx.history import Epoch
 from repfx.pages.changes import Changes, changes_of, count_of, when
 from repfx.pages.columns import columns_of
+from repfx.training.history import Epoch
 
 
 @dataclass(frozen=True)

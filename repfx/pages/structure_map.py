@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from repfx.block import ORIGIN
-from repfx.history import Epoch
-from repfx.number_text import plural, short
+from repfx.blocks.block import ORIGIN
 from repfx.pages.changes import Changes, changes_of, when
 from repfx.pages.columns import Column, columns_of
+from repfx.records.number_text import plural, short
+from repfx.training.history import Epoch
 
 LEVELS = (0.002, 0.005, 0.02, 0.05, 0.2, 0.5)  # 0.01 and 1, with which branches and convs begin, lie amid a class
 _MOST_COLUMNS = 25

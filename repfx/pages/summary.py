@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from repfx.history import Epoch
-from repfx.number_text import duration, engineering, grouped, percent, plural
 from repfx.pages.changes import Changes, count_of
 from repfx.pages.forms import Form
-from repfx.run_folder import Structure
+from repfx.records.number_text import duration, engineering, grouped, percent, plural
+from repfx.training.history import Epoch
+from repfx.training.run_folder import Setup
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,20 @@ class Fact:
     text: str
 
 
-def facts_of(structure: Structure | None, epochs: Sequence[Epoch]) -> list[Fact]:
+def facts_of(setup: Setup | None, epochs: Sequence[Epoch]) -> list[Fact]:
     """The model, how its structure came about, what it was trained on, as far as the run has left that."""
     found = []
-    if structure is not None:
-        model = structure.model
+    if setup is not None:
+        model = setup.model
         options = {"num_classes": model.num_classes, **model.options}
         found.append(Fact("Model", f"{model.name} {_options(options)}".strip()))
-        if structure.schedule is not None:
-            name, options = structure.schedule.get("name", "?"), {**structure.schedule}
+        if setup.schedule is not None:
+            name, options = setup.schedule.get("name", "?"), {**setup.schedule}
             options.pop("name", None)
             found.append(Fact("Schedule", f"{name} {_options(options)}".strip()))
-        elif structure.spec is not None:
-            found.append(Fact("Expanded with", str(structure.spec)))
-        shape = structure.preparation.get("shape")
+        elif setup.spec is not None:
+            found.append(Fact("Expanded with", str(setup.spec)))
+        shape = setup.preparation.get("shape")
         if shape:
             found.append(Fact("Image", "×".join(map(str, shape))))
     trained = [epoch for epoch in epochs if epoch.epoch]

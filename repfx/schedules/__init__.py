@@ -1,4 +1,7 @@
-"""The schedules, one file each; importing this package registers all of them, and gives their classes as its attributes."""
+"""The schedules, one file each; importing this package registers all of them, and gives their classes as its attributes.
+
+Imports search and below. Begin with `fixed`, the shortest.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import importlib
 import pkgutil
 from typing import Any
 
-from repfx.schedule import SCHEDULES
+from repfx.change.schedule import SCHEDULES
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -8,9 +8,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from repfx.schedule import require
-from repfx.search import Gated, PopulationSearch
-from repfx.search_space import Code, Space
+from repfx.change.schedule import require
+from repfx.search.base import PopulationSearch
+from repfx.search.observation import Gated
+from repfx.search.space import Code, Space
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any, ClassVar
 
+from repfx.blocks.presets import SpecLike
+from repfx.blocks.selection import spec_at
+from repfx.change.saliency import METRICS
+from repfx.change.schedule import Candidate, Observation, ObservedBlock, Schedule, require
 from repfx.errors import UnknownName
-from repfx.journaling import Action
 from repfx.passes.drop import Drop
 from repfx.passes.expand import Expand
-from repfx.saliency import METRICS
-from repfx.schedule import Block, Candidate, Observation, Schedule, require
-from repfx.selection import spec_at
-from repfx.spec import SpecLike
+from repfx.records.journal import Action
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class DyRep(Schedule):
                 return [*expands]
         return []
 
-    def _drops(self, block: Block) -> list[Drop]:
+    def _drops(self, block: ObservedBlock) -> list[Drop]:
         scores = block.scales
         if len(scores) < 2 or pstdev(scores.values()) <= self.deviation:
             return []

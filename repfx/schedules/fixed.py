@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from repfx.journaling import Action
+from repfx.blocks.presets import SpecLike
+from repfx.blocks.selection import Selection, spec_at
+from repfx.change.schedule import Candidate, Observation, Schedule, require
 from repfx.passes.expand import Expand
-from repfx.schedule import Candidate, Observation, Schedule, require
-from repfx.selection import Selection, spec_at
-from repfx.spec import SpecLike
+from repfx.records.journal import Action
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from repfx.search import Gated, PopulationSearch
-from repfx.search_space import Code
+from repfx.search.base import PopulationSearch
+from repfx.search.observation import Gated
+from repfx.search.space import Code
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.blocks.presets import SpecLike
+from repfx.blocks.selection import spec_at
+from repfx.blocks.spec import Weights
+from repfx.change.schedule import Observation, ObservedBlock, Schedule, require
 from repfx.errors import InvalidInput, UnknownName
-from repfx.journaling import Action
 from repfx.passes.drop import Drop
 from repfx.passes.expand import Expand
 from repfx.passes.freeze import Freeze
 from repfx.passes.fuse import Fuse
 from repfx.passes.restore import Restore
-from repfx.schedule import Block, Observation, Schedule, require
-from repfx.selection import spec_at
-from repfx.spec import ConvSpec, SpecLike, Weights
+from repfx.records.journal import Action
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class RepAn(Schedule):
         freezes = [Freeze(action.site) for action in expands] if self.freeze and self.warm_up else []
         return [*thaw, *self._fold(blocks), *expands, *freezes]
 
-    def _fold(self, blocks: list[Block]) -> list[Action]:
+    def _fold(self, blocks: list[ObservedBlock]) -> list[Action]:
         measured = self.statistics == "measured"
         normalised = [block.site for block in blocks if block.normalised]
         drops = [Drop(block.site, branch) for block in blocks if not block.normalised for branch in block.branches]

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from repfx.schedule import require
-from repfx.search import Draw, Gated, Search
-from repfx.search_space import Code
-from repfx.spec import Weights
+from repfx.blocks.spec import Weights
+from repfx.change.schedule import require
+from repfx.search.base import Search
+from repfx.search.observation import Draw, Gated
+from repfx.search.space import Code
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import distributed
 
 import repfx
 from repfx.integrations.lightning import RepFXCallback
-from tests.test_lightning import SHORT, Classifier, averaging, loader, pl, trainer_of
+from tests.integrations.test_lightning import SHORT, Classifier, averaging, loader, pl, trainer_of
 
 
 def main(name: str, folder: Path) -> None:

@@ -9,8 +9,8 @@ from torch import distributed, nn
 
 import repfx
 from repfx.passes.gate import gate
-from repfx.scoring import FusedSupernet, scores
-from repfx.search_space import Space
+from repfx.search.scoring import FusedSupernet, scores
+from repfx.search.space import Space
 from repfx.testing import randomize_batch_norm
 
 

@@ -1,0 +1,132 @@
+"""From a kernel back to a plain module: float64 arithmetic, rounded once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.kernel import Kernel, is_symmetric
+from repfx.algebra.layers import Layer
+from repfx.errors import InvalidInput
+
+
+def float64_like(weight: Tensor) -> Tensor:
+    """Where kernels are computed: float64, on the weight's device if that has it."""
+    return torch.empty((), dtype=torch.float64, device="cpu" if weight.device.type == "mps" else weight.device)
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in another dtype, rounded once, where torch takes float64 to float16 by way of float32 and so rounds twice.
+
+    Float32 is rounded to odd, which tells the second rounding of each tie on which side of it the number was (Boldo and Melquiond, 2008).
+
+    >>> rounded(torch.tensor(1 + 2**-11 + 2**-30, dtype=torch.float64), torch.float16).item()
+    1.0009765625
+    """
+    if x.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):
+        return x.to(dtype)
+    near = x.float()
+    other = torch.nextafter(near, torch.where(x > near, torch.inf, -torch.inf).float())
+    keep = (near.double() == x) | (near.view(torch.int32) % 2 == 1)
+    return torch.where(keep, near, other).to(dtype)
+
+
+def conv_from_kernel(kernel: Kernel, template: Layer, path: str) -> nn.Module:
+    """A plain conv or linear layer with this kernel, rounded once to the dtype of `template`, on its device.
+
+    Raises:
+        InvalidInput: a weight that isn't finite.
+    """
+    conv = _empty_conv(kernel, template)
+    for name in ("weight", "bias"):
+        value = getattr(kernel, name)
+        if value is None:
+            continue
+        tensor = rounded(value.detach(), template.weight.dtype).to(template.weight.device)
+        if tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+            raise InvalidInput(
+                f"the merged {name} of {path!r} is not finite in {tensor.dtype}; look for NaN or Inf in the model."
+            )
+        # Copied: `contiguous` keeps odd strides over axes of one, by which torch takes what a 1×1 conv gives out for channels last.
+        laid_out = torch.empty_like(tensor, memory_format=_memory_format(tensor, template.weight)).copy_(tensor)
+        setattr(conv, name, nn.Parameter(laid_out, requires_grad=template.weight.requires_grad))
+    return conv
+
+
+def _memory_format(tensor: Tensor, like: Tensor) -> torch.memory_format:
+    """Channels last where the weights that lend their settings lie so."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    as_is = (
+        last is None or like.ndim != tensor.ndim or like.is_contiguous() or not like.is_contiguous(memory_format=last)
+    )
+    return torch.contiguous_format if as_is or last is None else last
+
+
+def _empty_conv(kernel: Kernel, template: Layer) -> nn.Module:
+    like = torch.empty((), device="meta", dtype=template.weight.dtype)
+    bias = kernel.bias is not None
+    if kernel.dimensions == 0:
+        return nn.Linear(kernel.in_channels, kernel.out_channels, bias, device="meta", dtype=like.dtype)
+    if kernel.transposed:
+        return _empty_transposed_conv(kernel, like)
+    spec = ConvSpec.of_kernel(kernel)
+    if isinstance(template.padding, str) and _same_places(spec, ConvSpec.of(template)):
+        return CONV_OF[spec.dimensions](  # padding="same" stays as the user wrote it
+            spec.in_channels,
+            spec.out_channels,
+            spec.kernel_size,
+            spec.stride,
+            template.padding,
+            spec.dilation,
+            spec.groups,
+            bias,
+            spec.padding_mode,
+            device="meta",
+            dtype=like.dtype,
+        )
+    return conv_module(spec, like, bias=bias, padded=is_symmetric(kernel.padding))
+
+
+def _same_places(a: ConvSpec, b: ConvSpec) -> bool:
+    return (a.kernel_size, a.padding, a.dilation) == (b.kernel_size, b.padding, b.dilation)
+
+
+_TRANSPOSED_CONV_OF: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+def _empty_transposed_conv(kernel: Kernel, like: Tensor) -> nn.Module:
+    return _TRANSPOSED_CONV_OF[kernel.dimensions](
+        kernel.in_channels,
+        kernel.out_channels,
+        kernel.kernel_size,
+        kernel.stride,
+        tuple(before for before, _ in kernel.padding),
+        kernel.output_padding,
+        kernel.groups,
+        kernel.bias is not None,
+        kernel.dilation,
+        device="meta",
+        dtype=like.dtype,
+    )
+
+
+CONV_OF: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def conv_module(spec: ConvSpec, like: Tensor, *, bias: bool, padded: bool = True) -> nn.Module:
+    """torch's conv of these sizes, its padding symmetric; `padded=False` leaves the padding out."""
+    padding = tuple(before if padded else 0 for before, _ in spec.padding)
+    return CONV_OF[spec.dimensions](
+        spec.in_channels,
+        spec.out_channels,
+        spec.kernel_size,
+        spec.stride,
+        padding,
+        spec.dilation,
+        spec.groups,
+        bias,
+        spec.padding_mode,
+        device=like.device,
+        dtype=like.dtype,
+    )

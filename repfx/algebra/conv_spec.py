@@ -1,0 +1,94 @@
+"""`ConvSpec`: the sizes of one conv, without its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from repfx.algebra.kernel import Ints, Kernel, Padding
+from repfx.algebra.layers import Layer
+from repfx.algebra.meaning import padding_of
+from repfx.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """One conv's sizes, without its weights. Padding is (before, after) per axis; negative crops.
+
+    >>> from torch import nn
+    >>> site = ConvSpec.of(nn.Conv2d(8, 16, (3, 5), padding=(1, 2)))
+    >>> str(site), site.inner((1, 1)).padding
+    ('3×5 8→16', ((0, 0), (0, 0)))
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: Ints
+    stride: Ints
+    padding: Padding
+    dilation: Ints
+    groups: int = 1
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def of(cls, conv: Layer) -> ConvSpec:
+        """The sizes of a conv module, or of a `Kernel`'s twin."""
+        window, stride, dilation = tuple(conv.kernel_size), tuple(conv.stride), tuple(conv.dilation)
+        padding = padding_of(conv)
+        return cls(
+            conv.in_channels, conv.out_channels, window, stride, padding, dilation, conv.groups, conv.padding_mode
+        )
+
+    @classmethod
+    def of_kernel(cls, kernel: Kernel) -> ConvSpec:
+        """The sizes of a kernel."""
+        return cls(
+            kernel.in_channels,
+            kernel.out_channels,
+            kernel.kernel_size,
+            kernel.stride,
+            kernel.padding,
+            kernel.dilation,
+            kernel.groups,
+            kernel.padding_mode,
+        )
+
+    @property
+    def dimensions(self) -> int:
+        return len(self.kernel_size)
+
+    @property
+    def is_pointwise(self) -> bool:
+        return all(k == 1 for k in self.kernel_size)
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups == self.in_channels and self.groups > 1
+
+    def inner(self, kernel_size: Ints, dilation: Ints | None = None) -> ConvSpec:
+        """A smaller window in the middle of this one, whose outputs line up with this one's, position by position.
+
+        `dilation` counts in taps of this window. Its padding may be negative: then the input is cropped.
+        """
+        dilation = tuple(d * own for d, own in zip(dilation or (1,) * self.dimensions, self.dilation))
+        padding = []
+        for k, d, inner_k, inner_d, (before, after) in zip(
+            self.kernel_size, self.dilation, kernel_size, dilation, self.padding
+        ):
+            spare = d * (k - 1) - inner_d * (inner_k - 1)
+            if spare < 0:
+                raise InvalidInput(f"a window of {inner_k} taps with dilation {inner_d} doesn't fit into {self}.")
+            left = spare // (2 * d) * d
+            padding.append((before - left, after - (spare - left)))
+        return replace(self, kernel_size=kernel_size, dilation=dilation, padding=tuple(padding))
+
+    def __str__(self) -> str:
+        parts = ["×".join(map(str, self.kernel_size)), f"{self.in_channels}→{self.out_channels}"]
+        if any(s != 1 for s in self.stride):
+            parts.append("stride " + "×".join(map(str, self.stride)))
+        if any(d != 1 for d in self.dilation):
+            parts.append("dilation " + "×".join(map(str, self.dilation)))
+        if self.groups > 1:
+            parts.append("depthwise" if self.is_depthwise else f"groups {self.groups}")
+        if self.padding_mode != "zeros" and any(side for pair in self.padding for side in pair):
+            parts.append(self.padding_mode)
+        return " ".join(parts)

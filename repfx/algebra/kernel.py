@@ -1,0 +1,505 @@
+"""`Kernel`: a linear, shift-equivariant map with a finite window, as a value; and its algebra.
+
+Between two nonlinearities a conv net is linear, and every such map *is* a convolution. Along one axis a kernel has
+the taps ``t = 0 … k-1`` and computes ``y[o] = Σ_t w[t] · x[o·s - p + t·d]`` with stride s, padding (p, q) before and after, dilation d.
+Two numbers say everything about borders: the offsets of the taps, ``-p + t·d``, and the *reach* ``p + q - d(k-1)``,
+which fixes the size of the output, ``⌊(n + reach - 1) / s⌋ + 1``.
+
+Laws, for every x, borders included (`*` is composition, first map on the left):
+
+=====================  ==================================================================================================
+``a.add(b)``           a(x) + b(x). Needs equal stride and reach. Taps are laid on the common lattice of offsets.
+``a.compose(b)``       b(a(x)). Stride ``s·s'``, padding ``p + s·p'``, taps at ``t·d + t'·d'·s``. Where b pads with zeros, what a
+                       would give out there has to be zero too: a has no bias and ``d(k-1) ≤ p + s - 1``, ``d(k-1) ≤ q``.
+                       Where b pads otherwise (reflect, …), a must act on each position alone.
+``a.fold_affine``      scale · a(x) + shift. Always.
+``widen``, ``densify`` the same map on a larger window, on a finer lattice.
+``regroup(g)``         the same map with g groups, g a divisor of its groups; ``ungroup`` is ``regroup(1)``.
+``concat``             several maps of one x, outputs side by side; ``slice_channels`` undoes it.
+``slice_inputs``       what a part of the input contributes; the sum over all parts, and the bias, is the map.
+=====================  ==================================================================================================
+
+Where a law fails, `NoKernel` gives the reason; a wrong kernel is never returned. All operations are pure tensor functions,
+differentiable, for any number of axes (0 is a linear layer), and take dtype and device from their operands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from types import EllipsisType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from repfx.algebra.in_place import add_in_place, has_room
+from repfx.algebra.product import CONV, CONV_TRANSPOSE, product
+from repfx.errors import RepfxError
+
+Ints = tuple[int, ...]
+Padding = tuple[tuple[int, int], ...]
+
+
+class NoKernel(RepfxError):
+    """What was asked is not a convolution; the message is the reason."""
+
+
+def pad(x: Tensor, padding: Padding, mode: str = "zeros") -> Tensor:
+    """Pad the last axes of `x` by (before, after) each; negative numbers crop. Any sign, any of torch's padding modes.
+
+    >>> pad(torch.arange(3.0), ((1, -1),), "replicate")
+    tensor([0., 0., 1.])
+    """
+    grow = [max(side, 0) for pair in reversed(padding) for side in pair]
+    crop = [min(side, 0) for pair in reversed(padding) for side in pair]
+    if any(grow):
+        x = _grow(x, grow, "constant" if mode == "zeros" else mode)
+    return F.pad(x, crop) if any(crop) else x
+
+
+def _grow(x: Tensor, sides: list[int], mode: str) -> Tensor:
+    """`F.pad`, which wants a batch and channels in front of the axes wherever it does more than fill in a constant."""
+    if mode == "constant":
+        return F.pad(x, sides)
+    missing = len(sides) // 2 + 2 - x.ndim
+    padded = F.pad(x.reshape((1,) * missing + x.shape), sides, mode=mode)
+    return padded.reshape(padded.shape[max(missing, 0) :])
+
+
+def is_symmetric(padding: Padding) -> bool:
+    """Whether torch's convs can pad so by themselves: both sides alike, and nothing cropped."""
+    return all(before == after >= 0 for before, after in padding)
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """One convolution as a value.
+
+    Args:
+        weight: ``(out, in / groups, *window)``; for a transposed kernel ``(in, out / groups, *window)``, as torch has it.
+        bias: ``(out,)`` or None.
+        stride, dilation: one number per axis.
+        padding: (before, after) per axis; negative crops. Of a transposed kernel: what is cut off its output.
+        groups: as in torch.
+        padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``; of no meaning without padding.
+        transposed, output_padding: for transposed convolutions, which fold affine maps and no more.
+
+    >>> blur = Kernel.average_pool(torch.ones(1), channels=3, kernel_size=(3, 3), padding=((1, 1), (1, 1)))
+    >>> both = blur.add(Kernel.identity(torch.ones(1), channels=3, dimensions=2))
+    >>> x = torch.randn(2, 3, 5, 7)
+    >>> torch.allclose(both(x), F.avg_pool2d(x, 3, 1, 1) + x, atol=1e-6)
+    True
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: Ints
+    padding: Padding
+    dilation: Ints
+    groups: int = 1
+    padding_mode: str = "zeros"
+    transposed: bool = False
+    output_padding: Ints = ()
+
+    # ---- what it is
+
+    @property
+    def dimensions(self) -> int:
+        return self.weight.ndim - 2
+
+    @property
+    def kernel_size(self) -> Ints:
+        return tuple(self.weight.shape[2:])
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
+
+    @property
+    def reach(self) -> Ints:
+        """Per axis, padding less the extent of the window; kernels of equal stride and reach give outputs of equal size."""
+        return tuple(sum(p) - d * (k - 1) for p, d, k in self._axes())
+
+    @property
+    def padded(self) -> bool:
+        return any(side > 0 for pair in self.padding for side in pair)
+
+    @property
+    def is_channelwise_affine(self) -> bool:
+        """Whether the map is ``x · scale + shift`` per channel and nothing else, which BatchNorm in eval mode is."""
+        return self.is_channelwise and not any(side for pair in self.padding for side in pair)
+
+    @property
+    def is_channelwise(self) -> bool:
+        """Whether the map is ``x · scale + shift`` per channel after padding x."""
+        alone = not self.transposed and self.groups == self.in_channels == self.out_channels
+        return alone and all(k == 1 for k in self.kernel_size) and all(s == 1 for s in self.stride)
+
+    def _axes(self) -> list[tuple[tuple[int, int], int, int]]:
+        return list(zip(self.padding, self.dilation, self.kernel_size))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The map applied: ``(batch, in, *axes)`` to ``(batch, out, *axes)``; with no axes ``(…, in)`` to ``(…, out)``."""
+        if self.dimensions == 0:
+            return F.linear(x, self.ungroup().weight, self.bias)
+        if self.transposed:
+            cut = tuple(before for before, _ in self.padding)
+            transpose = CONV_TRANSPOSE[self.dimensions]
+            return transpose(
+                x, self.weight, self.bias, self.stride, cut, self.output_padding, self.groups, self.dilation
+            )
+        around: Ints | int = 0
+        if self.padding_mode == "zeros" and is_symmetric(self.padding):
+            around = tuple(before for before, _ in self.padding)
+        else:
+            x = pad(x, self.padding, self.padding_mode)
+        return CONV[self.dimensions](x, self.weight, self.bias, self.stride, around, self.dilation, self.groups)
+
+    def to(self, like: Tensor | torch.dtype | torch.device | str) -> Kernel:
+        """The same kernel in another dtype or on another device."""
+        return replace(self, weight=self.weight.to(like), bias=None if self.bias is None else self.bias.to(like))
+
+    def copy(self) -> Kernel:
+        """The same kernel in memory of its own, without gradients."""
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return replace(self, weight=self.weight.detach().clone(), bias=bias)
+
+    # ---- maps that are no conv yet
+
+    @staticmethod
+    def diagonal(scale: Tensor, shift: Tensor | None, dimensions: int, padding: Padding | None = None) -> Kernel:
+        """``x · scale + shift`` per channel, both ``(channels,)``, after padding x."""
+        channels = scale.shape[0]
+        weight = scale.reshape((channels, 1) + (1,) * dimensions)
+        ones = (1,) * dimensions
+        return Kernel(weight, shift, ones, padding or ((0, 0),) * dimensions, ones, groups=channels)
+
+    @staticmethod
+    def identity(like: Tensor, *, channels: int, dimensions: int) -> Kernel:
+        """x itself."""
+        return Kernel.diagonal(like.new_ones(channels), None, dimensions)
+
+    @staticmethod
+    def average_pool(
+        like: Tensor,
+        *,
+        channels: int,
+        kernel_size: Ints,
+        stride: Ints = (),
+        padding: Padding = (),
+        area: int | None = None,
+    ) -> Kernel:
+        """The mean over the window, padding counted: each channel's own window times ``1 / area`` (default: its size)."""
+        dimensions = len(kernel_size)
+        weight = like.new_full((channels, 1, *kernel_size), 1 / (area or math.prod(kernel_size)))
+        ones = (1,) * dimensions
+        return Kernel(weight, None, stride or ones, padding or ((0, 0),) * dimensions, ones, groups=channels)
+
+    # ---- the same map, written otherwise
+
+    def widen(self, before: Ints, after: Ints) -> Kernel:
+        """The same map on a window with `before` and `after` more taps of zero on each axis."""
+        self._refuse_transposed("widened")
+        if min((*before, *after), default=0) < 0:
+            raise NoKernel(f"a window can't be widened by {before} and {after} taps")
+        if not any((*before, *after)):
+            return self
+        sides = [side for pair in zip(reversed(before), reversed(after)) for side in pair]
+        padding = tuple((p + b * d, q + a * d) for (p, q), b, a, d in zip(self.padding, before, after, self.dilation))
+        return replace(self, weight=F.pad(self.weight, sides), padding=padding)
+
+    def densify(self, factors: Ints | None = None) -> Kernel:
+        """The same map with the dilation divided by its divisors `factors` (default: all of it), zeros between the taps."""
+        self._refuse_transposed("densified")
+        factors = factors or self.dilation
+        if any(d % f for d, f in zip(self.dilation, factors)):
+            raise NoKernel(f"dilation {self.dilation} can't be divided by {factors}")
+        if all(f == 1 for f in factors):
+            return self
+        window = tuple((k - 1) * f + 1 for k, f in zip(self.kernel_size, factors))
+        weight = self.weight.new_zeros((*self.weight.shape[:2], *window))
+        taps: tuple[EllipsisType | slice, ...] = (..., *(slice(None, None, f) for f in factors))
+        weight[taps] = self.weight
+        return replace(self, weight=weight, dilation=tuple(d // f for d, f in zip(self.dilation, factors)))
+
+    def regroup(self, groups: int) -> Kernel:
+        """The same map with fewer groups, `groups` a divisor of the present number; what lay between groups is zero."""
+        if groups == self.groups:
+            return self
+        self._refuse_transposed("regrouped")
+        if self.groups % groups:
+            raise NoKernel(f"{self.groups} groups can't be written as {groups}")
+        inner = self.groups // groups
+        out, channels = self.weight.shape[0] // self.groups, self.weight.shape[1]
+        blocks = self.weight.reshape(groups, inner, out, channels, *self.kernel_size)
+        spread = torch.diag_embed(blocks.movedim(1, -1), dim1=1, dim2=3)
+        weight = spread.reshape(self.out_channels, inner * channels, *self.kernel_size)
+        return replace(self, weight=weight, groups=groups)
+
+    def ungroup(self) -> Kernel:
+        """The same map with one group."""
+        return self.regroup(1)
+
+    def _refuse_transposed(self, what: str) -> None:
+        if self.transposed:
+            raise NoKernel(f"a transposed convolution can't be {what}")
+
+    def _on_lattice(self, first: Ints, last: Ints, step: Ints) -> Kernel:
+        """The same map with taps from offset `first` to `last` in steps of `step`, per axis."""
+        fine = self.densify(tuple(d // s if k > 1 else 1 for d, s, k in zip(self.dilation, step, self.kernel_size)))
+        fine = replace(fine, dilation=step)
+        before = tuple((-p - f) // s for (p, _), f, s in zip(fine.padding, first, step))
+        after = tuple((end + p) // s - (k - 1) for (p, _), end, s, k in zip(fine.padding, last, step, fine.kernel_size))
+        return fine.widen(before, after)
+
+    # ---- laws
+
+    def add(self, other: Kernel, *, over: bool = False) -> Kernel:
+        """The kernel of ``self(x) + other(x)``; `over` allows the sum to be written over this one's weight, which is then lost."""
+        if self.transposed or other.transposed:
+            return self._add_transposed(other)
+        _require_alike(self, other)
+        mode = _common_padding_mode(self, other)
+        groups = math.gcd(self.groups, other.groups)
+        first, second = self.regroup(groups), other.regroup(groups)
+        taps = _taps_within(first, second) if over and has_room(first.weight, second.weight) else None
+        whole = first.weight.shape == second.weight.shape
+        if taps is not None and (whole or not first.weight.requires_grad):  # a part's gradient would cost a copy
+            _plus_in_place(first.weight if whole else first.weight[taps], second.weight)
+            return replace(first, bias=_sum(self.bias, other.bias), padding_mode=mode)
+        first, second = _align([first, second])
+        if second.weight is not other.weight:  # written anew just now, so the sum can be written there
+            weight = _plus_in_place(second.weight, first.weight)
+        else:
+            weight = _plus(first.weight, second.weight)
+        return replace(first, weight=weight, bias=_sum(self.bias, other.bias), padding_mode=mode)
+
+    @staticmethod
+    def sum(kernels: Sequence[Kernel]) -> Kernel:
+        """The kernel of ``Σ kernel(x)``, of at least one; no further memory than two need."""
+        total = reduce(Kernel.add, kernels[:2])
+        return reduce(partial(Kernel.add, over=True), kernels[2:], total)
+
+    def _add_transposed(self, other: Kernel) -> Kernel:
+        if _transposed_form(self) != _transposed_form(other):
+            raise NoKernel("transposed convolutions add only when all their sizes are equal")
+        return replace(self, weight=self.weight + other.weight, bias=_sum(self.bias, other.bias))
+
+    def negate(self) -> Kernel:
+        """The kernel of ``-self(x)``."""
+        return replace(self, weight=-self.weight, bias=None if self.bias is None else -self.bias)
+
+    def subtract(self, other: Kernel) -> Kernel:
+        """The kernel of ``self(x) - other(x)``."""
+        return self.add(other.negate())
+
+    def fold_affine(self, scale: Tensor, shift: Tensor | None = None) -> Kernel:
+        """The kernel of ``scale · self(x) + shift``, both ``(out,)``: BatchNorm in eval mode, a gate, a layer scale."""
+        ones = (1,) * self.dimensions
+        bias = _sum(None if self.bias is None else self.bias * scale, shift)
+        if self.weight.is_meta:  # where even one operation takes long
+            return replace(self, bias=bias)
+        if not self.transposed:
+            return replace(self, weight=self.weight * scale.reshape(-1, 1, *ones), bias=bias)
+        per_group = self.weight.reshape(self.groups, -1, *self.weight.shape[1:])
+        weight = (per_group * scale.reshape(self.groups, 1, -1, *ones)).reshape(self.weight.shape)
+        return replace(self, weight=weight, bias=bias)
+
+    def fold_affine_before(self, scale: Tensor, shift: Tensor | None = None) -> Kernel:
+        """The kernel of ``self(scale · x + shift)``, both ``(in,)``; a shift only where no zero padding comes between."""
+        if shift is not None and (self.transposed or (self.padded and self.padding_mode == "zeros")):
+            what = "a transposed convolution" if self.transposed else "the zero padding of the second map"
+            raise NoKernel(f"the first map's bias does not reach the border: {what} stands between")
+        ones = (1,) * self.dimensions
+        if self.transposed:
+            return replace(self, weight=self.weight * scale.reshape(-1, 1, *ones))
+        per_group = self.weight.reshape(self.groups, -1, *self.weight.shape[1:])
+        weight = (per_group * scale.reshape(self.groups, 1, -1, *ones)).reshape(self.weight.shape)
+        bias = self.bias if shift is None else _sum(self.bias, self._response(shift))
+        return replace(self, weight=weight, bias=bias)
+
+    def _response(self, constant: Tensor) -> Tensor:
+        """What the map without its bias gives, ``(out,)``, for an input that is `constant`, ``(in,)``, everywhere."""
+        total = self.weight.reshape(*self.weight.shape[:2], -1).sum(2)
+        per_group = total.reshape(self.groups, -1, self.weight.shape[1])
+        return torch.einsum("goi,gi->go", per_group, constant.reshape(self.groups, -1)).flatten()
+
+    def compose(self, second: Kernel) -> Kernel:
+        """The kernel of ``second(self(x))``."""
+        _require_meeting(self, second)
+        if second.is_channelwise_affine:
+            return self.fold_affine(second.weight.flatten(), second.bias)
+        if self.is_channelwise_affine:
+            return second.fold_affine_before(self.weight.flatten(), self.bias)
+        if self.transposed or second.transposed:
+            raise NoKernel("a transposed convolution composes with nothing but a scale or a shift")
+        _require_same_borders(self, second)
+        padding = tuple(
+            (p + s * p2, q + s * q2) for (p, q), s, (p2, q2) in zip(self.padding, self.stride, second.padding)
+        )
+        mode = self.padding_mode if self.padded else second.padding_mode
+        if self.is_channelwise:
+            folded = second.fold_affine_before(self.weight.flatten(), self.bias)
+            return replace(folded, padding=padding, padding_mode=mode)
+        if second.is_channelwise:
+            folded = self.fold_affine(second.weight.flatten(), second.bias)
+            return replace(folded, padding=padding, padding_mode=mode)
+        weight, dilation = _composed_weight(self, second)
+        bias = second.bias if self.bias is None else _sum(second.bias, second._response(self.bias))
+        stride = tuple(s * s2 for s, s2 in zip(self.stride, second.stride))
+        return Kernel(weight, bias, stride, padding, dilation, math.gcd(self.groups, second.groups), mode)
+
+    @staticmethod
+    def concat(kernels: Sequence[Kernel]) -> Kernel:
+        """The kernel that gives the outputs of all `kernels` for one x, side by side along the channels."""
+        for other in kernels[1:]:
+            kernels[0]._refuse_transposed("concatenated")
+            other._refuse_transposed("concatenated")
+            _require_alike(kernels[0], other, same_outputs=False)
+        mode = reduce(_common_padding_mode_of, kernels, None) or "zeros"
+        parts = _align([kernel.ungroup() for kernel in kernels])
+        bias = None
+        if any(kernel.bias is not None for kernel in kernels):
+            biases = [k.weight.new_zeros(k.out_channels) if k.bias is None else k.bias for k in kernels]
+            bias = torch.cat(biases)
+        return replace(parts[0], weight=torch.cat([part.weight for part in parts]), bias=bias, padding_mode=mode)
+
+    def slice_channels(self, start: int, stop: int) -> Kernel:
+        """The kernel of the output channels from `start` up to `stop`."""
+        whole = self.ungroup()
+        weight = whole.weight[:, start:stop] if self.transposed else whole.weight[start:stop]
+        return replace(whole, weight=weight, bias=None if self.bias is None else self.bias[start:stop])
+
+    def slice_inputs(self, start: int, stop: int) -> Kernel:
+        """What the input channels from `start` up to `stop` contribute to the output, without the bias."""
+        whole = self.ungroup()
+        weight = whole.weight[start:stop] if self.transposed else whole.weight[:, start:stop]
+        return replace(whole, weight=weight, bias=None)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return _plus(a, b)
+
+
+def _plus(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of two of one shape, which on the meta device is either."""
+    return a if a.is_meta and b.is_meta else a + b
+
+
+def _plus_in_place(a: Tensor, b: Tensor) -> Tensor:
+    """The same, written over `a` where that can be."""
+    return _plus(a, b) if a.is_meta else add_in_place(a, b)
+
+
+def _transposed_form(kernel: Kernel) -> tuple[object, ...]:
+    sizes = (kernel.stride, kernel.padding, kernel.dilation, kernel.output_padding)
+    return (kernel.transposed, kernel.weight.shape, kernel.groups, *sizes)
+
+
+def _require_alike(a: Kernel, b: Kernel, *, same_outputs: bool = True) -> None:
+    if a.dimensions != b.dimensions:
+        raise NoKernel(f"{a.dimensions} and {b.dimensions} dimensions can't be merged")
+    if a.in_channels != b.in_channels or (same_outputs and a.out_channels != b.out_channels):
+        have, other = f"{a.in_channels}→{a.out_channels}", f"{b.in_channels}→{b.out_channels}"
+        raise NoKernel(f"channels differ: {have} and {other}")
+    if a.stride != b.stride:
+        raise NoKernel(f"strides differ: {a.stride} and {b.stride}")
+    if a.reach != b.reach:
+        raise NoKernel(f"output sizes differ: padding less window is {a.reach} and {b.reach}")
+
+
+def _common_padding_mode(a: Kernel, b: Kernel) -> str:
+    if a.padded and b.padded and a.padding_mode != b.padding_mode:
+        raise NoKernel(f"padding modes differ: {a.padding_mode} and {b.padding_mode}")
+    return a.padding_mode if a.padded else b.padding_mode
+
+
+def _common_padding_mode_of(mode: str | None, kernel: Kernel) -> str | None:
+    if not kernel.padded:
+        return mode
+    if mode not in (None, kernel.padding_mode):
+        raise NoKernel(f"padding modes differ: {mode} and {kernel.padding_mode}")
+    return kernel.padding_mode
+
+
+def _taps_within(whole: Kernel, part: Kernel) -> tuple[EllipsisType | slice, ...] | None:
+    """Where in the window of one kernel the taps of another one lie; None if one of them lies elsewhere."""
+    places: list[EllipsisType | slice] = [...]
+    for axis, (size, own) in enumerate(zip(part.kernel_size, whole.kernel_size)):
+        step = whole.dilation[axis]
+        start, offset = divmod(whole.padding[axis][0] - part.padding[axis][0], step)
+        stride, rest = divmod(part.dilation[axis], step) if size > 1 else (1, 0)
+        last = start + (size - 1) * stride
+        if offset or rest or start < 0 or last >= own:
+            return None
+        places.append(slice(start, last + 1, stride))
+    return tuple(places)
+
+
+def _align(kernels: list[Kernel]) -> list[Kernel]:
+    """The same maps with one window and one dilation: the coarsest lattice that holds every tap of every kernel."""
+    first, last, step = [], [], []
+    for axis in range(kernels[0].dimensions):
+        taps = [(-k.padding[axis][0], k.dilation[axis], k.kernel_size[axis]) for k in kernels]
+        first.append(min(start for start, _, _ in taps))
+        last.append(max(start + d * (size - 1) for start, d, size in taps))
+        gaps = [d for _, d, size in taps if size > 1] + [start - first[-1] for start, _, _ in taps]
+        step.append(math.gcd(*gaps) or 1)
+    return [kernel._on_lattice(tuple(first), tuple(last), tuple(step)) for kernel in kernels]
+
+
+def _require_meeting(first: Kernel, second: Kernel) -> None:
+    if first.dimensions != second.dimensions or first.out_channels != second.in_channels:
+        have = f"{first.out_channels} channels in {first.dimensions} dimensions"
+        raise NoKernel(f"{have} can't enter a map of {second.in_channels} in {second.dimensions}")
+
+
+def _require_same_borders(first: Kernel, second: Kernel) -> None:
+    if not second.padded:
+        return
+    if second.padding_mode != "zeros":
+        alone = all(k == 1 for k in first.kernel_size) and all(s == 1 for s in first.stride)
+        if not alone or any(side for pair in first.padding for side in pair):
+            raise NoKernel(
+                f"{second.padding_mode} padding between two convs commutes only with a plain 1×1 conv before it"
+            )
+        return
+    if first.bias is not None:
+        raise NoKernel(
+            "padding between two convs isn't zero-equivalent: the first map's bias does not reach the border"
+        )
+    if first.padded and first.padding_mode != "zeros":
+        raise NoKernel(f"zero padding after {first.padding_mode} padding is not one padding")
+    for (p, q), s, d, k, (p2, q2) in zip(
+        first.padding, first.stride, first.dilation, first.kernel_size, second.padding
+    ):
+        extent = d * (k - 1)
+        if (p2 > 0 and extent > p + s - 1) or (q2 > 0 and extent > q):
+            raise NoKernel(
+                "padding between two convs isn't zero-equivalent: the first conv's window still sees the image there"
+            )
+
+
+def _composed_weight(first: Kernel, second: Kernel) -> tuple[Tensor, Ints]:
+    """The weight of ``second(first(x))``, and its dilation: the coarsest lattice that holds the sums of both maps' offsets."""
+    dilation, spread, spread2 = [], [], []
+    for axis, (k, k2) in enumerate(zip(first.kernel_size, second.kernel_size)):
+        d, d2 = first.dilation[axis], second.dilation[axis] * first.stride[axis]
+        step = math.gcd(d if k > 1 else 0, d2 if k2 > 1 else 0) or 1
+        dilation.append(step)
+        spread.append(d // step if k > 1 else 1)
+        spread2.append(d2 // step if k2 > 1 else 1)
+    groups = math.gcd(first.groups, second.groups)
+    if first.groups > groups and second.groups > groups:
+        first = first.regroup(groups)
+    weight = product(first.weight, second.weight, (first.groups, second.groups), tuple(spread), tuple(spread2))
+    return weight, tuple(dilation)

@@ -1,0 +1,123 @@
+"""What can be asked of a layer before it is read: its kind, its hooks, and whether it runs code of its own."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+# A torch layer whose class is known where it is used. torch types every attribute of a module as `Tensor | Module`.
+Layer: TypeAlias = Any
+
+CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+TRANSPOSED_CONVS: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+FROZEN_BATCH_NORMS = {"torchvision.ops.misc.FrozenBatchNorm2d", "detectron2.layers.batch_norm.FrozenBatchNorm2d"}
+
+# a BatchNorm, then the module's `drop`, then its `act`; with the class that does the first of these alone
+ACTIVATED_BATCH_NORMS = {
+    "timm.layers.norm_act.BatchNormAct2d": "torch.nn.BatchNorm2d",
+    "timm.layers.norm_act.SyncBatchNormAct": "torch.nn.SyncBatchNorm",
+    "timm.layers.norm_act.FrozenBatchNormAct2d": "torchvision.ops.misc.FrozenBatchNorm2d",
+}
+
+_LAZY_BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
+
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+
+CODE = ("__call__", "forward", "_conv_forward")  # the methods that say what a layer computes
+
+
+def template_of(layer: Layer) -> Tensor:
+    """A tensor of the dtype and on the device of a layer's weight, which isn't computed for that if there is a parametrization.
+
+    >>> template_of(nn.Conv2d(4, 4, 3).double()).dtype
+    torch.float64
+    """
+    found = next(layer.parameters(), None)
+    weight: Tensor = layer.weight if found is None else found
+    return weight
+
+
+def qualified_name(module: Layer) -> str:
+    """Module and name of a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether `module` is some kind of convolution, readable or not."""
+    return isinstance(module, CONVS + TRANSPOSED_CONVS)
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether `module` is some kind of BatchNorm, readable or not."""
+    name = qualified_name(module)
+    return (
+        isinstance(module, BATCH_NORMS + _LAZY_BATCH_NORMS)
+        or name in FROZEN_BATCH_NORMS
+        or name in ACTIVATED_BATCH_NORMS
+    )
+
+
+def takes_batch_statistics(module: Layer) -> bool:
+    """Whether `module` is a BatchNorm that normalises by the batch in the mode that it is in."""
+    return is_batch_norm(module) and not is_frozen_norm(module) and (module.training or module.running_mean is None)
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether `module` is a BatchNorm whose numbers are buffers, the same map in both modes."""
+    return qualified_name(module) in FROZEN_BATCH_NORMS
+
+
+def is_plain_sequence(module: nn.Module) -> bool:
+    """Whether a module runs its children one after another and nothing else."""
+    return getattr(type(module), "forward", None) is nn.Sequential.forward and code_of_its_own(module) is None
+
+
+def has_tensors(module: nn.Module) -> bool:
+    """Whether a module holds parameters or buffers."""
+    return any(True for _ in (*module.parameters(), *module.buffers()))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` runs more than its forward."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or any(getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS))
+
+
+def code_of_its_own(module: nn.Module) -> str | None:
+    """Why calling `module` runs something else than the forward of its class, or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is compiled by TorchScript"
+    if qualified_name(module) == "torch._dynamo.eval_frame.OptimizedModule":
+        return "it is compiled by torch.compile"
+    if is_patched(module):
+        return "its forward was replaced on the instance"
+    if has_call_of_its_own(module):
+        return f"{type(module).__name__} has a __call__ of its own"
+    return None
+
+
+def has_call_of_its_own(module: nn.Module) -> bool:
+    """Whether the class of a module does more than torch's around its forward."""
+    return type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule)
+
+
+def has_modes_of_its_own(module: nn.Module) -> bool:
+    """Whether putting a module into training or eval mode runs code of others than torch and repfx, which may write into its weights."""
+    classes = [cls for cls in type(module).__mro__ if not cls.__module__.startswith(("torch.", "repfx."))]
+    return any(name in vars(owner) for name in ("train", "eval") for owner in (module, *classes))
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether this one instance runs code that its class doesn't have."""
+    return any(name in vars(module) for name in CODE)

@@ -1,0 +1,303 @@
+"""What a module means as a linear map: the exact class decides, never `isinstance` alone.
+
+A subclass that overrides `forward` may do anything (timm's `Conv2dSame` pads by the input's size), so a module means what its class in
+torch means only if it runs that class's own code. What can't be read says why. timm's BatchNorms that also activate are a case of
+their own (`repfx.algebra.activated_norm`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from repfx.algebra.kernel import Ints, Kernel, Padding
+from repfx.algebra.layers import (
+    ACTIVATED_BATCH_NORMS,
+    BATCH_NORMS,
+    CODE,
+    CONVS,
+    TRANSPOSED_CONVS,
+    Layer,
+    has_hooks,
+    is_batch_norm,
+    is_conv,
+    is_frozen_norm,
+    is_patched,
+    qualified_name,
+)
+from repfx.errors import InvalidInput
+
+Kind: TypeAlias = Literal["conv", "affine", "pool", "pad", "identity"]
+Build: TypeAlias = Callable[[Any, int, int], Kernel]
+Reader: TypeAlias = Callable[[nn.Module], "Meaning | None"]
+
+
+_READERS: dict[type[nn.Module], Reader] = {}
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """One linear map, before its kernel is built.
+
+    Args:
+        kind: ``conv`` (linear layers too), ``affine`` per channel, ``pool``, ``pad`` or ``identity``.
+        dimensions: spatial axes, 0 for a linear layer; None where any number is served.
+        in_channels: None where any number is served.
+        build: from a tensor to take dtype and device from, channels and dimensions, to the kernel; a conv's own are taken for None.
+        spare: whether the kernel is one that a rewrite has made, which the next may write over.
+    """
+
+    kind: Kind
+    dimensions: int | None
+    in_channels: int | None
+    build: Build
+    spare: bool = False
+
+
+def reads(*classes: type[nn.Module]) -> Callable[[Reader], Reader]:
+    """Register how modules of exactly these classes are read."""
+
+    def register(reader: Reader) -> Reader:
+        _READERS.update(dict.fromkeys(classes, reader))
+        return reader
+
+    return register
+
+
+def torch_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class whose meaning is registered and whose own code `module` runs, or None.
+
+    >>> class Renamed(nn.Conv2d): ...
+    >>> class Other(nn.Conv2d):
+    ...     def forward(self, x): return x
+    >>> torch_class(Renamed(1, 1, 1)), torch_class(Other(1, 1, 1))
+    (<class 'torch.nn.modules.conv.Conv2d'>, None)
+    """
+    bases = [base for base in type(module).__mro__ if base in _READERS]
+    if not bases or is_patched(module):
+        return None
+    known = bases[0]
+    own_code = all(getattr(type(module), name, None) is getattr(known, name, None) for name in CODE)
+    return known if own_code else None
+
+
+def meaning_of(module: nn.Module) -> Meaning | None:
+    """The linear map that `module` is in eval mode, or None; `refusal_of` says why a conv or BatchNorm is none."""
+    if refusal_of(module) is not None:
+        return None
+    if is_frozen_norm(module):
+        return _read_batch_norm(module)
+    known = torch_class(module)
+    return None if known is None else _READERS[known](module)
+
+
+def _unchecked_meaning(module: nn.Module) -> Meaning | None:
+    """The same of a module that was read before, without what `torch.compile` can't follow."""
+    if is_frozen_norm(module):
+        return _read_batch_norm(module)
+    known = [base for base in type(module).__mro__ if base in _READERS]
+    if not known or type(module).forward is not known[0].forward:
+        return None
+    return _READERS[known[0]](module)
+
+
+def kernel_of(module: nn.Module, like: Tensor, channels: int, dimensions: int) -> Kernel:
+    """The kernel of a linear module for inputs of `channels` channels and `dimensions` axes, in the dtype of `like`.
+
+    Raises:
+        InvalidInput: the module is no linear map.
+    """
+    compiling = torch.compiler.is_compiling()
+    meaning = _unchecked_meaning(module) if compiling else meaning_of(module)
+    if meaning is None:
+        why = None if compiling else refusal_of(module)
+        raise InvalidInput(f"{type(module).__name__} is no linear map: {why or 'its class is not known'}.")
+    return meaning.build(like, channels, dimensions)
+
+
+def refusal_of(module: Layer) -> str | None:
+    """Why a conv, linear layer or BatchNorm can't be read; None for what can be, and for all other modules."""
+    if not (is_conv(module) or is_batch_norm(module) or isinstance(module, nn.Linear)):
+        return None
+    name = type(module).__name__
+    own_tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if any(is_lazy(tensor) for tensor in own_tensors):
+        return f"{name} is lazy and not initialized yet: run the model once"
+    if has_hooks(module):
+        return f"{name} has hooks, which would no longer see what they see now"
+    if is_patched(module) if is_frozen_norm(module) else torch_class(module) is None:
+        return f"{name} runs code of its own, not {_nearest(module)}'s"
+    other = next((tensor.dtype for tensor in module.parameters(recurse=False) if not tensor.is_floating_point()), None)
+    if other is not None:
+        return f"{name} has weights in {other}"
+    if is_batch_norm(module) and module.running_mean is None:
+        return f"{name} keeps no running statistics, so it is no fixed map in eval mode either"
+    return None
+
+
+def _nearest(module: nn.Module) -> str:
+    if qualified_name(module) in ACTIVATED_BATCH_NORMS:
+        return ACTIVATED_BATCH_NORMS[qualified_name(module)].rpartition(".")[2]
+    return next((base for base in type(module).__mro__ if base in _READERS), type(module)).__name__
+
+
+def padding_of(conv: Layer) -> Padding:
+    """(before, after) per axis of a conv module, `padding="same"` as torch resolves it."""
+    if isinstance(conv.padding, str):
+        totals = [d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((p, p) for p in conv.padding)
+
+
+def affine_of(norm: Layer, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each ``(channels,)``, of a BatchNorm in eval mode: s = γ / √(σ² + ε), β - μ·s."""
+    if like.is_meta:  # where even one operation takes long
+        return like.new_empty(norm.running_mean.shape), like.new_empty(norm.running_mean.shape)
+    mean, variance = norm.running_mean.to(like), norm.running_var.to(like)
+    scale = torch.rsqrt(variance + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(like)
+    shift = -mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.to(like)
+
+
+@reads(*CONVS)
+def _read_conv(conv: Layer) -> Meaning:
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        bias = None if conv.bias is None else conv.bias.to(like)
+        sizes = (conv.stride, padding_of(conv), conv.dilation, conv.groups, conv.padding_mode)
+        return Kernel(conv.weight.to(like), bias, *sizes)
+
+    return Meaning("conv", len(conv.kernel_size), conv.in_channels, build)
+
+
+@reads(*TRANSPOSED_CONVS)
+def _read_transposed_conv(conv: Layer) -> Meaning:
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        bias = None if conv.bias is None else conv.bias.to(like)
+        sizes = (conv.stride, padding_of(conv), conv.dilation, conv.groups)
+        return Kernel(conv.weight.to(like), bias, *sizes, transposed=True, output_padding=tuple(conv.output_padding))
+
+    return Meaning("conv", len(conv.kernel_size), conv.in_channels, build)
+
+
+@reads(nn.Linear)
+def _read_linear(linear: Layer) -> Meaning:
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        bias = None if linear.bias is None else linear.bias.to(like)
+        return Kernel(linear.weight.to(like), bias, (), (), ())
+
+    return Meaning("conv", 0, linear.in_features, build)
+
+
+@reads(*BATCH_NORMS)
+def _read_batch_norm(norm: Layer) -> Meaning:
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        return Kernel.diagonal(*affine_of(norm, like), dimensions)
+
+    dimensions = 2 if is_frozen_norm(norm) else _BATCH_NORM_DIMENSIONS[torch_class(norm)]
+    return Meaning("affine", dimensions, norm.running_mean.shape[0], build)
+
+
+# BatchNorm1d takes (batch, channels) and (batch, channels, length); SyncBatchNorm takes anything
+_BATCH_NORM_DIMENSIONS: dict[type[nn.Module] | None, int | None] = {
+    nn.BatchNorm1d: None,
+    nn.BatchNorm2d: 2,
+    nn.BatchNorm3d: 3,
+    nn.SyncBatchNorm: None,
+}
+
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+@reads(nn.Identity, *_DROPOUTS)
+def _read_identity(module: nn.Module) -> Meaning | None:
+    """Dropout stays, so that a fused model can be trained with it, unless it drops nothing."""
+    if getattr(module, "p", 0.0) > 0:
+        return None
+    return Meaning(
+        "identity", None, None, lambda like, channels, n: Kernel.identity(like, channels=channels, dimensions=n)
+    )
+
+
+_AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+
+
+@reads(*_AVERAGE_POOLS)
+def _read_average_pool(pool: Layer) -> Meaning | None:
+    dimensions = next(n for n, kind in enumerate(_AVERAGE_POOLS, 1) if isinstance(pool, kind))
+    kernel_size, stride, padding = (
+        per_axis(size, dimensions) for size in (pool.kernel_size, pool.stride, pool.padding)
+    )
+    if pool.ceil_mode or (any(padding) and not pool.count_include_pad):
+        return None  # the window shrinks at the border
+    return average_pool_meaning(dimensions, kernel_size, stride, padding, getattr(pool, "divisor_override", None))
+
+
+def average_pool_meaning(
+    dimensions: int, kernel_size: Ints, stride: Ints, padding: Ints, area: int | None = None
+) -> Meaning:
+    """An average pool as a map."""
+
+    def build(like: Tensor, channels: int, _: int) -> Kernel:
+        pairs = tuple((p, p) for p in padding)
+        return Kernel.average_pool(
+            like,
+            channels=channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=pairs,
+            area=area or math.prod(kernel_size),
+        )
+
+    return Meaning("pool", dimensions, None, build)
+
+
+def pad_meaning(padding: Padding, mode: str) -> Meaning:
+    """Padding as a map: the identity with padding."""
+
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        ones = (1,) * dimensions
+        weight = like.new_ones((channels, 1, *ones))
+        return Kernel(weight, None, ones, padding, ones, groups=channels, padding_mode=mode)
+
+    return Meaning("pad", len(padding), None, build)
+
+
+def per_axis(value: int | tuple[int, ...], dimensions: int) -> Ints:
+    """One number for each axis, from a number or a tuple as torch's modules hold it."""
+    return (value,) * dimensions if isinstance(value, int) else tuple(value)
+
+
+_PADS = {
+    "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+}
+
+
+@reads(*(cls for classes in _PADS.values() for cls in classes))
+def _read_pad(module: Layer) -> Meaning | None:
+    mode = next(mode for mode, classes in _PADS.items() if torch_class(module) in classes)
+    padding = pairs_of(module.padding)
+    if wraps_the_rest(padding, mode) or getattr(module, "value", 0) != 0:
+        return None
+    return pad_meaning(padding, mode)
+
+
+def wraps_the_rest(padding: Padding, mode: str) -> bool:
+    """Whether torch crops one side and fills the other with what is left, where a kernel would pad before it crops."""
+    return mode == "circular" and any(min(pair) < 0 < max(pair) for pair in padding)
+
+
+def pairs_of(sides: tuple[int, ...]) -> Padding:
+    """torch's flat padding, last axis first, as (before, after) per axis."""
+    return tuple((sides[i], sides[i + 1]) for i in range(len(sides) - 2, -1, -2))

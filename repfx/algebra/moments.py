@@ -1,0 +1,94 @@
+"""`Moments`: mean and variance of a linear map's output, per channel; and how a conv is put in front of a BatchNorm by them.
+
+In training mode BatchNorm gives out mean β and variance γ², whatever it is fed. So where the moments of a map's output are
+known, conv + BatchNorm can stand for it in both modes: W and b the kernel, m and v the moments of its output,
+
+    conv weight W, no bias;   μ = m - b,   σ² = v,   γ = √(v + ε),   β = m.
+
+A channel whose γ was negative stays so, with -W and -μ.
+
+In eval mode this is W·x + b exactly, whatever m and v are. In training mode it is as right as they are. No γ is divided by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from repfx.algebra.kernel import Kernel
+from repfx.algebra.layers import Layer
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean and variance over batch and positions, both ``(channels,)``.
+
+    >>> norm = nn.BatchNorm2d(1)
+    >>> both = Moments.after(norm).add(Moments.after(norm))
+    >>> both.mean.tolist(), [round(variance, 3) for variance in both.variance.tolist()]
+    ([0.0], [2.0])
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def after(cls, norm: Layer) -> Moments:
+        """Of a BatchNorm's output in training mode: β and γ² · σ² / (σ² + ε), which is γ² but for channels that hardly vary."""
+        like = norm.running_mean
+        gamma = torch.ones_like(like) if norm.weight is None else norm.weight.detach()
+        beta = torch.zeros_like(like) if norm.bias is None else norm.bias.detach()
+        return cls(beta.to(torch.float64, copy=True), gamma.double().square() * _share_of_variance(norm))
+
+    def add(self, other: Moments) -> Moments:
+        """Of a sum: means add exactly, variances as if the terms were uncorrelated."""
+        return Moments(self.mean + other.mean, self.variance + other.variance)
+
+    def affine(self, scale: Tensor, shift: Tensor | None) -> Moments:
+        """Of scale · y + shift."""
+        mean = self.mean * scale
+        return Moments(mean if shift is None else mean + shift, self.variance * scale.square())
+
+
+def _share_of_variance(norm: Layer) -> Tensor:
+    variance: Tensor = norm.running_var.double()
+    share: Tensor = variance / (variance + norm.eps)
+    return share
+
+
+@torch.no_grad()
+def set_kernel(conv: Layer, norm: Layer | None, kernel: Kernel, moments: Moments | None) -> None:
+    """Write a kernel into a conv and the BatchNorm behind it, in place; the parameters stay the same objects.
+
+    Without a BatchNorm the bias goes to the conv, which gets one where it had none.
+    """
+    bias = kernel.weight.new_zeros(kernel.out_channels) if kernel.bias is None else kernel.bias
+    if norm is None:
+        conv.weight.copy_(kernel.weight)
+        if conv.bias is not None:
+            conv.bias.copy_(bias)
+        elif kernel.bias is not None:
+            conv.bias = nn.Parameter(bias.to(conv.weight), requires_grad=conv.weight.requires_grad)
+        return
+    known = moments or Moments(bias.double(), torch.ones_like(bias, dtype=torch.float64))
+    mean, variance = known.mean.to(bias.device), known.variance.to(bias.device)
+    sign = torch.where(
+        norm.weight < 0, -1.0, 1.0
+    ).double()  # stays, so that the weights' momentum still points their way
+    conv.weight.copy_(kernel.weight if kernel.transposed else kernel.weight * _along(sign, kernel.weight))
+    if kernel.transposed:
+        sign = torch.ones_like(sign)
+    norm.running_mean.copy_(sign * (mean - bias))
+    if conv.bias is not None:
+        conv.bias.zero_()
+    norm.running_var.copy_(variance)
+    # from the rounded variance, so that √(σ² + ε) in eval mode cancels γ to the last digit
+    norm.weight.copy_(sign * (norm.running_var.double() + norm.eps).sqrt())
+    norm.bias.copy_(mean)
+
+
+def _along(channels: Tensor, weight: Tensor) -> Tensor:
+    """For each output channel of a weight, in the weight's dtype."""
+    return channels.to(weight).reshape(-1, *(1,) * (weight.ndim - 1))

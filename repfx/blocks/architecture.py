@@ -1,0 +1,211 @@
+"""`Architecture`: which branches each site of a net has, as a search found them; a value and a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.layers import CONVS, is_conv
+from repfx.algebra.meaning import torch_class
+from repfx.blocks.block import ORIGIN, RepBlock
+from repfx.blocks.cropped_conv import is_shared
+from repfx.blocks.spec import BranchSpec, Normalisation, Spec, Weights
+from repfx.errors import InvalidInput, RepfxError
+from repfx.records.target_file import staged
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SiteCode:
+    """What a site can have, and what it has.
+
+    Args:
+        conv: the sizes of its own conv, as text.
+        branches: all that the search chose from, in order.
+        code: one digit for the site's own conv and one for each branch, 1 for what it has; as in IRepNAS, figure A2.
+        norm, weights, origin_scale: as in `Spec`.
+        importance: what a search has learned of each path, in the order of the code: α of RepNAS, σ(α) · σ(β) of DES; None where there is
+            nothing to learn. Empty without a search.
+    """
+
+    conv: str
+    branches: tuple[BranchSpec, ...]
+    code: str
+    norm: Normalisation = "batch_norm"
+    weights: Weights = "default"
+    importance: tuple[float | None, ...] = ()
+    origin_scale: float | None = None
+
+    @property
+    def chosen(self) -> tuple[BranchSpec, ...]:
+        """The branches that the site has."""
+        return tuple(branch for branch, digit in zip(self.branches, self.code[1:]) if digit == "1")
+
+    @property
+    def spec(self) -> Spec:
+        """What the site is to be expanded with."""
+        origin = self.code[0] == "1"
+        return Spec(self.chosen, self.norm, weights=self.weights, origin=origin, origin_scale=self.origin_scale)
+
+    @classmethod
+    def of(cls, block: RepBlock) -> SiteCode:
+        """Of a block: the paths that run in eval mode."""
+        branches, gates = list(block.branches.values()), block.gates
+        names, running = (ORIGIN, *block.branches), block.running_in(training=False)
+        code = "".join("01"[name in running] for name in names)
+        importance = () if gates is None else tuple(gates.importance_of(name) for name in names)
+        weights: Weights = "shared" if any(map(is_shared, branches)) else "default"
+        norm: Any = branches[0].normalisation if branches else "batch_norm"
+        specs = tuple(
+            replace(branch.spec, name=None if name == branch.kind else name) for name, branch in block.branches.items()
+        )
+        return cls(str(block.site), specs, code, norm, weights, importance, block.origin_scale)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        branches = [{**asdict(branch), "options": dict(branch.options)} for branch in self.branches]
+        return {
+            "conv": self.conv,
+            "branches": branches,
+            "code": self.code,
+            "norm": self.norm,
+            "weights": self.weights,
+            "importance": list(self.importance),
+            "origin_scale": self.origin_scale,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SiteCode:
+        """The reverse of `to_dict`."""
+        branches = tuple(BranchSpec(**branch) for branch in values["branches"])
+        found = cls(**{**values, "branches": branches, "importance": tuple(values.get("importance", ()))})
+        if len(found.code) != len(found.branches) + 1 or set(found.code) - {"0", "1"}:
+            raise InvalidInput(
+                f"the code {found.code!r} isn't one digit 0 or 1 for each of {len(found.branches) + 1} paths"
+            )
+        if len(found.importance) not in (0, len(found.code)):
+            raise InvalidInput(f"{len(found.importance)} importances can't be those of {len(found.code)} paths")
+        if any(isinstance(value, (str, bool)) for value in found.importance):
+            raise InvalidInput("importances are numbers")
+        if "1" not in found.code:
+            raise InvalidInput("a site's code leaves it nothing at all")
+        return found
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Which branches each site of a net has.
+
+    `repfx.expand(model, "arch.json")` builds it again from the plain net.
+
+    Args:
+        sites: by path, in the model's order.
+        others: the sizes, as text, of the net's further convs, by path, by which another net is told.
+
+    >>> import repfx
+    >>> model = repfx.expand(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)), "repvgg")
+    >>> print(Architecture.of(repfx.drop(model, "0", "identity")))
+    0  11  origin, 1x1
+    """
+
+    sites: Mapping[str, SiteCode]
+    others: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Architecture:
+        """Of the blocks of a model: the paths that run in eval mode.
+
+        Raises:
+            InvalidInput: the model has no blocks, or blocks inside blocks.
+        """
+        blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
+        if not blocks:
+            raise InvalidInput(f"{type(model).__name__} has no blocks; repfx.expand makes them.")
+        nested = [path for path in blocks if any(path.startswith(f"{other}.") for other in blocks)]
+        if nested:
+            raise InvalidInput(f"{nested[0]!r} is a block inside a block, which no architecture describes.")
+        others = {
+            path: _sizes(module)
+            for path, module in model.named_modules()
+            if is_conv(module) and not any(path.startswith(f"{block}.") for block in blocks)
+        }
+        return cls({path: SiteCode.of(block) for path, block in blocks.items()}, others)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON; the file appears whole or not at all."""
+        with staged(path, ".json") as (_, staging):
+            staging.write_text(self.to_json() + "\n", encoding="utf-8")
+
+    def to_json(self) -> str:
+        """As text."""
+        sites = {site: code.to_dict() for site, code in self.sites.items()}
+        return json.dumps({"format": _FORMAT, "sites": sites, "others": dict(self.others)}, indent=2)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Architecture:
+        """Read what `save` wrote.
+
+        Raises:
+            InvalidInput: it is something else; OSError: the file can't be read.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except RepfxError as error:
+            raise InvalidInput(f"{str(path)!r}: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Architecture:
+        """The reverse of `to_json`.
+
+        Raises:
+            InvalidInput: it is something else.
+        """
+        try:
+            found = json.loads(text)
+            if found["format"] != _FORMAT:
+                raise InvalidInput(f"it has format {found['format']}, and this version of repfx reads {_FORMAT}")
+            sites = {site: SiteCode.from_dict(code) for site, code in found["sites"].items()}
+            if not sites:
+                raise InvalidInput("it has no sites")
+            return cls(sites, {path: str(sizes) for path, sizes in found["others"].items()})
+        except RepfxError as error:
+            raise InvalidInput(f"this is no architecture: {str(error).rstrip('.')}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidInput(f"this is no architecture that a search wrote: {text[:80]!r}.") from error
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """What `expand` takes, by site; a site that has its own conv alone stays plain."""
+        return {site: code.spec for site, code in self.sites.items() if code.chosen}
+
+    def require_fits(self, convs: Mapping[str, str]) -> None:
+        """Raise `InvalidInput` if it isn't of a net with these convs, sizes as text by path."""
+        known = {site: code.conv for site, code in self.sites.items()} | dict(self.others)
+        for site in dict.fromkeys((*known, *convs)):
+            if known.get(site) != convs.get(site):
+                told = [f"a conv {each}" if each else "none" for each in (known.get(site), convs.get(site))]
+                raise InvalidInput(
+                    f"the architecture is of another net: it has {told[0]} at {site!r}, this one has {told[1]}."
+                )
+
+    def __str__(self) -> str:
+        rows = [(site, code.code, ", ".join(_names(code))) for site, code in self.sites.items()]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+        return "\n".join(f"{site:<{widths[0]}}  {code:<{widths[1]}}  {names}" for site, code, names in rows)
+
+
+def _sizes(conv: nn.Module) -> str:
+    return str(ConvSpec.of(conv)) if torch_class(conv) in CONVS else "?"
+
+
+def _names(code: SiteCode) -> list[str]:
+    own = [ORIGIN] if code.code[0] == "1" else []
+    return own + [branch.kind for branch in code.chosen]

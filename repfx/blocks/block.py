@@ -1,0 +1,412 @@
+"""`RepBlock`: the training form of one site, its own conv and the branches beside it, at the path where the conv was."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping, Sequence
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from repfx.algebra.assembly import assembled
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.in_place import add_in_place, is_transformed
+from repfx.algebra.kernel import Kernel
+from repfx.algebra.layers import Layer, has_hooks, is_batch_norm, takes_batch_statistics, template_of
+from repfx.algebra.meaning import meaning_of, refusal_of
+from repfx.algebra.moments import Moments, set_kernel
+from repfx.blocks.branch import Branch, Chain
+from repfx.blocks.cropped_conv import is_shared, unshare
+from repfx.blocks.gates import Gates, StraightThrough
+from repfx.blocks.recompute import recomputed
+from repfx.blocks.stages import AttachRate, Scale
+from repfx.errors import InvalidInput, RepfxError, UnknownName
+from repfx.records.module_tree import fits, module_at
+
+ORIGIN = "origin"
+_RESERVED = ("attach", "gate")
+_CONV_ATTRIBUTES = set(ConvSpec.__dataclass_fields__)
+
+
+class RepBlock(nn.Module):
+    """``origin(x) + Σ branch(x)``, or ``origin(x) + λ · Σ branch(x)``; the branches are children by name.
+
+    Its *paths* are the origin and the branches. Each can have a gate, and doesn't run while that is closed; the origin can also rest for
+    good, and then is only the place that takes over what branches leave.
+
+    A *squeezed* block runs as one conv, whose kernel is assembled from the trainable parameters in forward, wherever that is exact: where
+    nothing in the block takes its statistics from the batch, and no hook listens to anything in it. A block that *recomputes* keeps
+    nothing but its input for the backward pass, and runs once more there.
+
+    Args:
+        conv: the site's own conv, the same object.
+        norm: the BatchNorm behind it: the site's own, if it moves there, or one made for it; else None.
+        branches: by name.
+        norm_path: where the site's own BatchNorm stood, relative to the model.
+        attach_rate: λ to begin with; None for a block without one.
+        origin_scale: what a `Scale` behind the conv begins with; None for none, and only where there is no `norm`.
+
+    The sizes of the conv (``kernel_size``, ``stride``, …) can be read from the block, for code around it that does.
+    """
+
+    def __init__(
+        self,
+        conv: Layer,
+        norm: Layer | None,
+        branches: Mapping[str, Branch],
+        norm_path: str | None = None,
+        attach_rate: float | None = None,
+        origin_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self._resting: tuple[str, ...] | None = None  # the origin's parameters that were trained
+        self.squeezed = False
+        self.holds_statistics = False  # its BatchNorms stay in eval mode
+        self.recomputes = False
+        self.site = ConvSpec.of(conv)
+        self.norm_path = norm_path
+        self.origin_scale = origin_scale
+        self.origin = Chain(iter({"conv": conv}.items()), self.site)
+        if norm is not None:
+            self.origin.add_module("norm", norm)
+        elif origin_scale is not None:
+            self.origin.add_module("scale", Scale.like(conv, origin_scale))
+        for name, branch in branches.items():
+            if "." in name:
+                raise InvalidInput(f"a branch can't be named {name!r}: no module can.")
+            if hasattr(self, name) or name in _RESERVED or hasattr(nn.ModuleDict, name):
+                raise InvalidInput(
+                    f"a branch can't be named {name!r}: a block, or a dict of modules, has an attribute of that name."
+                )
+            self.add_module(name, branch)
+        if attach_rate is not None:
+            self.attach = AttachRate(attach_rate, self.site.out_channels, self.site.dimensions, conv.weight)
+        self.training = self.origin.training = conv.training
+
+    @property
+    def conv(self) -> Layer:
+        """The site's own conv."""
+        return self.origin[0]
+
+    @property
+    def norm(self) -> Layer | None:
+        """The BatchNorm behind the site's own conv, if it has one."""
+        return self.origin._modules.get("norm")
+
+    @property
+    def scale(self) -> Layer | None:
+        """The `Scale` behind the site's own conv, if it has one."""
+        return self.origin._modules.get("scale")
+
+    @property
+    def branches(self) -> dict[str, Branch]:
+        """The branches beside the origin, by name."""
+        return {name: child for name, child in self.named_children() if isinstance(child, Branch)}
+
+    @property
+    def attach_rate(self) -> Tensor | None:
+        """λ, by which the branches are attached; a buffer without axes, or None."""
+        return self.attach.rate if "attach" in self._modules else None
+
+    @property
+    def paths(self) -> dict[str, Chain]:
+        """All that is summed: the origin, unless it rests, and the branches."""
+        origin = {} if self.rests else {ORIGIN: self.origin}
+        return origin | self.branches
+
+    @property
+    def gates(self) -> Gates | None:
+        """The gates of the paths, if there are any."""
+        return self._modules.get("gate")  # type: ignore[return-value]
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The paths that run in the mode that the block is in."""
+        return self.running_in(self.training)
+
+    def running_in(self, training: bool) -> tuple[str, ...]:
+        """The paths that run in one mode."""
+        gates = self.gates
+        if gates is None:
+            return tuple(self.paths)
+        closed = set(gates.names) - set(gates.open_in(training))
+        return tuple(name for name in self.paths if name not in closed)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
+        if isinstance(input, fx.Proxy):
+            return self._sum_of_paths(input, self.running)
+        kernel = _assembled(self) if self.squeezed and self.is_one_map else None
+        if kernel is not None:
+            return kernel(input)
+        if self.recomputes and self.training and torch.is_grad_enabled() and not is_transformed():
+            return recomputed(partial(self._sum_of_paths, running=self.running), self, input)
+        return self._sum_of_paths(input, self.running)
+
+    def _sum_of_paths(self, input: Tensor, running: Sequence[str]) -> Tensor:
+        paths, gates = self.paths, self.gates
+        outputs: dict[str, Tensor] = {name: paths[name](input) for name in running}
+        if not outputs:
+            nothing: Tensor = self.origin(input) * 0
+            return nothing
+        if len(outputs) == 1 and paths[running[0]].hands_on:
+            outputs = {running[0]: outputs[running[0]].clone()}  # code behind the block may write into it
+        if gates is not None:
+            outputs = {name: gates.of[name](x) if name in gates.of else x for name, x in outputs.items()}
+        own = [outputs.pop(ORIGIN)] if ORIGIN in outputs else []
+        factors, branches = self._shared_factors, list(outputs.values())
+        if isinstance(input, fx.Proxy):  # each branch by itself, so that it can be merged with the origin
+            branches = [reduce(lambda x, factor: x * factor.factor(), factors, branch) for branch in branches]
+        elif branches and factors:
+            branches = [reduce(lambda x, factor: factor(x), factors, _sum(branches))]
+        return _sum(own + branches)
+
+    @property
+    def nonlinear_part(self) -> str | None:
+        """The path, in the block, of a BatchNorm that takes its statistics from the batch in the mode that it is in; None if none does."""
+        return next((path for path, module in self.named_modules() if takes_batch_statistics(module)), None)
+
+    @property
+    def is_one_map(self) -> bool:
+        """Whether the block is linear in the mode that it is in, and nothing listens to anything inside."""
+        parts = [module for module in self.modules() if module is not self]
+        return not any(takes_batch_statistics(module) or has_hooks(module) for module in parts)
+
+    def squeeze(self, *, hold_statistics: bool) -> None:
+        """Run as one conv wherever that is exact; everywhere, with `hold_statistics`: BatchNorms keep theirs from now on."""
+        self.squeezed = True
+        if hold_statistics:
+            self.holds_statistics = True
+            self.stop_norms()
+
+    def unsqueeze(self) -> None:
+        """The reverse of `squeeze`; BatchNorms follow the mode of the block again."""
+        self.squeezed = False
+        if self.holds_statistics:
+            self.holds_statistics = False
+            self.train(self.training)
+
+    def extra_repr(self) -> str:
+        states = {"squeezed": self.squeezed, "statistics held": self.holds_statistics, "recomputes": self.recomputes}
+        return ", ".join(name for name, holds in states.items() if holds)
+
+    def train(self, mode: bool = True) -> RepBlock:
+        """As torch's, but BatchNorms whose statistics are held stay in eval mode."""
+        super().train(mode)
+        self.stop_norms()
+        return self
+
+    def stop_norms(self) -> None:
+        """Put BatchNorms whose statistics are held into eval mode."""
+        for module in self.modules() if self.holds_statistics else ():
+            if is_batch_norm(module):
+                module.eval()
+
+    @property
+    def _shared_factors(self) -> list[Layer]:
+        """What the sum of the branches is multiplied by."""
+        found: list[Layer] = [
+            self._modules.get("attach"),
+            None if self.gates is None else self.gates._modules.get("block"),
+        ]
+        return [factor for factor in found if factor is not None]
+
+    def equivalent_kernel(self, like: Tensor) -> Kernel:
+        """The one kernel that the block amounts to in eval mode; differentiable. `like` gives dtype and device."""
+        return self.kernel_in(False, like)
+
+    def kernel_in(self, training: bool, like: Tensor) -> Kernel:
+        """The same of the paths that run in one mode, BatchNorms as in eval mode."""
+        kernels = [self.kernel_of(name, like) for name in self.running_in(training)]
+        return Kernel.sum(kernels or [self._nothing(like)])
+
+    def kernel_of(self, name: str, like: Tensor) -> Kernel:
+        """What a path adds to the block's kernel if it runs: its own kernel, times its gates, and for a branch times λ if there is one."""
+        kernel = self.paths[name].equivalent_kernel(like)
+        factors = [] if self.gates is None else [factor.kernel(like) for factor in self.gates.factors(name)]
+        if name != ORIGIN and self.attach_rate is not None:
+            factors.append(self.attach.kernel(like))
+        return reduce(Kernel.compose, factors, kernel)
+
+    def _nothing(self, like: Tensor) -> Kernel:
+        nothing = like.new_zeros(self.site.out_channels)
+        return self.origin.equivalent_kernel(like).fold_affine(nothing)
+
+    @property
+    def rests(self) -> bool:
+        """Whether the origin doesn't run."""
+        return self._resting is not None
+
+    def rest(self) -> None:
+        """Let the origin no longer run, nor be trained but for weights that branches share."""
+        if not self.branches:
+            raise InvalidInput("the origin of a block without branches can't rest.")
+        if self.rests:
+            return
+        trained = {name: each for name, each in self.origin.named_parameters() if each.requires_grad}
+        if any(is_shared(branch) for branch in self.branches.values()):
+            trained = {name: each for name, each in trained.items() if each is not self.conv.weight}
+        for parameter in trained.values():
+            parameter.requires_grad_(False)
+        self._resting = tuple(trained)
+
+    def wake(self) -> None:
+        """The reverse of `rest`."""
+        parameters = dict(self.origin.named_parameters())
+        for name in self._resting or ():
+            parameters[name].requires_grad_(True)
+        self._resting = None
+
+    def set_gates(self, style: str, *, origin: bool = False) -> None:
+        """Give the branches gates, and the origin, too, if it is asked for; all are open."""
+        if origin and style != StraightThrough.style:
+            raise InvalidInput(f"the origin can have a {StraightThrough.style} gate, not a {style} one.")
+        names = [name for name in self.paths if origin or name != ORIGIN]
+        site = self.site
+        gates = Gates(names, style, site.out_channels, site.dimensions, self.conv.weight)
+        self.add_module("gate", gates.train(self.training))
+
+    def remove_gates(self) -> None:
+        """Take the gates away; all paths run then."""
+        del self.gate
+
+    def require_affine(self, what: str) -> None:
+        """Raise `InvalidInput` if the origin can't take over `what`: its conv can't be written into, its BatchNorm has no γ or β."""
+        norm = self.norm
+        unwritable = _unwritable(self.conv)
+        if unwritable is not None:
+            raise InvalidInput(f"the origin can't absorb {what}: {unwritable}.")
+        if norm is not None and (norm.weight is None or norm.bias is None):
+            missing = "γ" if norm.weight is None else "β"
+            raise InvalidInput(f"the origin can't absorb {what}: its BatchNorm has no {missing} to put it into.")
+
+    def require_branch(self, name: str) -> None:
+        """Raise `UnknownName` if there is no branch of that name."""
+        if name not in self.branches:
+            raise UnknownName("branch", name, self.branches)
+
+    def require(self, name: str) -> None:
+        """Raise `UnknownName` if there is no branch of that name, `InvalidInput` if the origin can't absorb it."""
+        self.require_branch(name)
+        self.require_affine(repr(name))
+        if not self.rests and ORIGIN not in self.running_in(training=False):
+            raise InvalidInput(f"the origin can't absorb {name!r}: its own gate is closed.")
+
+    def origin_kernel(self) -> Kernel:
+        """What the site's own conv and BatchNorm amount to, in float64 and in tensors of its own."""
+        return copy.deepcopy(self.origin).equivalent_kernel(self.conv.weight.detach().double())
+
+    @torch.no_grad()
+    def take(self, kernel: Kernel, moments: Moments | None, scale: Tensor | None = None) -> None:
+        """Let the site's own conv and what is behind it amount to a kernel; see `set_kernel`. A scale becomes 1, or `scale`."""
+        if self.scale is not None:
+            self.scale.weight.fill_(1.0) if scale is None else self.scale.weight.copy_(scale)
+            kernel = kernel.fold_affine(1 / self.scale.weight.to(kernel.weight))
+        set_kernel(self.conv, self.norm, kernel, moments)
+
+    def absorb(self, name: str) -> None:
+        """Remove a branch; the origin takes its kernel over, in float64 and rounded once, so that the function stays.
+
+        Branches that shared the origin's weights get weights of their own.
+        """
+        self.require(name)
+        for branch in self.branches.values():
+            unshare(branch)
+        like: Tensor = self.conv.weight.detach().double()
+        own = self._nothing(like) if self.rests else self.kernel_of(ORIGIN, like)
+        is_open = name in self.running_in(training=False)
+        self.take(own.add(self.kernel_of(name, like)) if is_open else own, self._moments_with(name))
+        self.wake()
+        self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Take a branch away, and its gate, and leave everything else as it is."""
+        delattr(self, name)
+        if self.gates is not None:
+            self.gates.remove(name)
+
+    def _moments_with(self, name: str) -> Moments | None:
+        """Of the origin's output and a branch's together."""
+        norm, other = self.norm, self.branches[name].last_norm
+        if norm is None or other is None:
+            return None if norm is None else Moments.after(norm)
+        added = self._times_factor(name, Moments.after(other))
+        return added if self.rests else self._times_factor(ORIGIN, Moments.after(norm)).add(added)
+
+    def _times_factor(self, name: str, moments: Moments) -> Moments:
+        return moments.affine(self.factor_of(name).to(moments.mean).expand_as(moments.mean), None)
+
+    def factor_of(self, name: str) -> Tensor:
+        """What the output of a path is multiplied by if it runs, in float64: its gates, and for a branch λ."""
+        one = torch.ones((), dtype=torch.float64, device=self.conv.weight.device)
+        rate = one if name == ORIGIN or self.attach_rate is None else self.attach_rate.double()
+        return rate if self.gates is None else rate * self.gates.factor_of(name).to(rate.device)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _CONV_ATTRIBUTES or name == "bias":  # of which code may ask whether there is one
+            return getattr(self.conv, name)
+        return super().__getattr__(name)
+
+
+def _unwritable(conv: Layer) -> str | None:
+    """Why a kernel can't be written into what stands where a site's own conv was, or None."""
+    if is_parametrized(conv):
+        return f"its {type(conv).__name__} computes weights by a parametrization"
+    if meaning_of(conv) is None:
+        return refusal_of(conv) or f"in place of its conv there is a {type(conv).__name__}"
+    return None
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    """All of them together, in one new tensor where their types are alike."""
+    if isinstance(terms[0], fx.Proxy):
+        return reduce(operator.add, terms)
+    return reduce(add_in_place, terms[2:], reduce(operator.add, terms[:2]))
+
+
+def _assembled(block: RepBlock) -> Kernel | None:
+    """The kernel of a squeezed block in the mode that it is in, in the weights' own precision; differentiable.
+
+    None where a part was exchanged for something that has none.
+    """
+    try:
+        return assembled(partial(block.kernel_in, block.training), template_of(block.conv))
+    except RepfxError:
+        return None
+
+
+def block_at(model: nn.Module, site: str) -> RepBlock:
+    """The block at a path.
+
+    Raises:
+        InvalidInput: the model has no blocks; UnknownName: none at that path.
+    """
+    found = module_at(model, site) if site else model
+    if not isinstance(found, RepBlock):
+        raise UnknownName("block at", site, _all_blocks(model))
+    return found
+
+
+def blocks_at(model: nn.Module, sites: str | Sequence[str]) -> dict[str, RepBlock]:
+    """The blocks whose paths fit a pattern, or one of several; those inside others, too.
+
+    Raises:
+        InvalidInput: the model has no blocks; UnknownName: a pattern fits none.
+    """
+    blocks = _all_blocks(model)
+    patterns = [sites] if isinstance(sites, str) else sites
+    for pattern in patterns:
+        if not any(fits(path, pattern) for path in blocks):
+            raise UnknownName("block at", pattern, blocks)
+    return {path: block for path, block in blocks.items() if any(fits(path, pattern) for pattern in patterns)}
+
+
+def _all_blocks(model: nn.Module) -> dict[str, RepBlock]:
+    blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
+    if not blocks:
+        raise InvalidInput(f"{type(model).__name__} has no blocks; repfx.expand makes them.")
+    return blocks

@@ -1,0 +1,169 @@
+"""`Chain` and `Branch`: linear modules one after another, and the contract of a branch kind, with its registry.
+
+A branch kind is one file in `repfx/branches/`: a subclass of `Branch` that names its `kind`, says which sites it refuses, and
+yields its stages. Everything else (forward, equivalent kernel, the command line, the docs' table, the contract tests) follows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable
+from functools import reduce
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.kernel import Kernel
+from repfx.algebra.layers import Layer, is_batch_norm
+from repfx.algebra.meaning import kernel_of
+from repfx.blocks.spec import BranchSpec
+from repfx.blocks.stages import Norm, Pad, Stages
+from repfx.errors import InvalidInput, UnknownName
+
+KINDS: dict[str, type[Branch]] = {}
+
+
+class Chain(nn.Sequential):
+    """Linear modules one after another; their kernels compose to one."""
+
+    def __init__(self, stages: Stages, site: ConvSpec) -> None:
+        super().__init__(OrderedDict(stages))
+        self.site = site
+
+    def equivalent_kernel(self, like: Tensor) -> Kernel:
+        """The one kernel that the chain amounts to in eval mode; differentiable.
+
+        What acts on each channel alone is put into the conv before it, so that a conv's weights are scaled rather than larger ones that
+        are made of several.
+
+        Args:
+            like: gives dtype and device of the arithmetic.
+        """
+        parts: list[Kernel] = []
+        channels = self.site.in_channels
+        for stage in self:
+            kernel = self._kernel_of(stage, like, channels)
+            channels = kernel.out_channels
+            parts[-1:] = [parts[-1].compose(kernel)] if parts and kernel.is_channelwise else [*parts[-1:], kernel]
+        return reduce(Kernel.compose, parts or [self._kernel_of(nn.Identity(), like, channels)])
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether what comes out may be the input itself, or a view of it."""
+        return all(isinstance(stage, (nn.Identity, Pad)) for stage in self)
+
+    def _kernel_of(self, stage: Layer, like: Tensor, channels: int) -> Kernel:
+        if hasattr(stage, "equivalent_kernel"):
+            kernel: Kernel = stage.equivalent_kernel(like)
+            return kernel
+        return kernel_of(stage, like, channels, self.site.dimensions)
+
+    @property
+    def last_norm(self) -> Layer | None:
+        """The BatchNorm at the end of the chain, if there is one; of a block at its end, that of its origin."""
+        stages: list[Layer] = [stage for stage in self if not isinstance(stage, nn.Identity)]
+        if not stages:
+            return None
+        if hasattr(stages[-1], "origin"):
+            return stages[-1].origin.last_norm
+        return stages[-1] if is_batch_norm(stages[-1]) else None
+
+
+def kernel_of_both(conv: Layer, norm: Layer) -> Kernel:
+    """What a conv and a BatchNorm behind it amount to, in float64 and in tensors of its own."""
+    stages = copy.deepcopy(nn.ModuleDict({"conv": conv, "norm": norm}))
+    return Chain(iter(stages.items()), ConvSpec.of(conv)).equivalent_kernel(conv.weight.detach().double())
+
+
+class Branch(Chain):
+    """Base of all branch kinds: one linear path beside a site's own conv.
+
+    A subclass sets `kind` (registered at once), answers `refusal`, and yields its `stages`, whose composition must fit into the
+    site's window: same stride and output size, no tap outside.
+    """
+
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        kind = getattr(cls, "kind", None)
+        if not isinstance(kind, str) or not kind or "." in kind:
+            raise InvalidInput(f"branch class {cls.__name__} needs a name without dots in `kind`, not {kind!r}.")
+        if kind in KINDS and _full_name(KINDS[kind]) != _full_name(cls):
+            raise InvalidInput(
+                f"branch class {cls.__name__} needs another `kind`: {kind!r} is taken by {_full_name(KINDS[kind])}."
+            )
+        KINDS[kind] = cls
+
+    def __init__(self, site: ConvSpec, norm: Norm, like: Tensor, **options: Any) -> None:
+        super().__init__(self.stages(site, norm, like, **options), site)
+        self.normalisation = norm.kind
+        self.options = options
+        self.first_scale = 1.0
+
+    @property
+    def spec(self) -> BranchSpec:
+        """What a branch like this one is asked for with."""
+        return BranchSpec(self.kind, self.options, scale=self.first_scale)
+
+    @classmethod
+    def refusal(cls, site: ConvSpec, *_: Any, **options: Any) -> str | None:
+        """Why this kind can't serve a site, or None."""
+        return None
+
+    @classmethod
+    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor, *_: Any, **options: Any) -> Stages:
+        """The modules of the branch in order, each with its name; `like` gives dtype and device."""
+        raise NotImplementedError
+
+
+def kind_of(branch: BranchSpec) -> type[Branch]:
+    """The class of a branch kind.
+
+    Raises:
+        UnknownName: no such kind.
+    """
+    if branch.kind not in KINDS:
+        raise UnknownName("branch kind", branch.kind, KINDS)
+    return KINDS[branch.kind]
+
+
+def refusal_of_branch(branch: BranchSpec, site: ConvSpec) -> str | None:
+    """Why a branch can't serve a site, or None."""
+    try:
+        return kind_of(branch).refusal(site, **branch.options)
+    except TypeError as error:
+        raise InvalidInput(
+            f"branch kind {branch.kind!r} doesn't take the options {dict(branch.options)}: {error}."
+        ) from error
+
+
+def fitting(branches: Iterable[BranchSpec], site: ConvSpec) -> tuple[tuple[BranchSpec, ...], str]:
+    """The branches that can serve a site; and, of the others, which can't and why, kinds with one reason together.
+
+    >>> site = ConvSpec(8, 8, (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1))
+    >>> fitting([BranchSpec("1x1"), BranchSpec("1xk"), BranchSpec("identity")], site)
+    ((BranchSpec(kind='identity', options={}),), 'not 1x1, 1xk: the window is 1×1 already')
+    """
+    served: list[BranchSpec] = []
+    refused: dict[str, list[str]] = {}
+    for branch in branches:
+        reason = refusal_of_branch(branch, site)
+        if reason is None:
+            served.append(branch)
+        else:
+            refused.setdefault(reason, []).append(branch.kind)
+    return tuple(served), "; ".join(f"not {', '.join(kinds)}: {reason}" for reason, kinds in refused.items())
+
+
+def require_positive(kind: str, **options: object) -> None:
+    """Raise `InvalidInput` for an option of a branch kind that is no whole number from 1 on."""
+    for name, value in options.items():
+        if not isinstance(value, int) or value < 1:
+            raise InvalidInput(f"branch kind {kind!r} takes a whole number from 1 on as {name}, not {value!r}.")
+
+
+def _full_name(cls: type[Branch]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

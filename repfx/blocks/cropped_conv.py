@@ -1,0 +1,104 @@
+"""`CroppedConv`: a conv without weights of its own, which takes the middle of another's (RepNAS, eq. 5)."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from torch import Tensor, nn
+
+from repfx.algebra.baking import conv_module
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.kernel import Kernel
+from repfx.algebra.layers import Layer
+from repfx.algebra.meaning import Meaning, reads
+from repfx.errors import InvalidInput
+
+
+class CroppedConv(nn.Module):
+    """A conv whose weight is the centre crop of `source`'s, which stays where it is registered.
+
+    Args:
+        source: the conv that has the weights; channels and groups are the same.
+        site: the sizes of this one; its window fits into that of `source`.
+
+    >>> source = nn.Conv2d(4, 4, 3)
+    >>> small = CroppedConv(source, ConvSpec.of(nn.Conv2d(4, 4, (1, 3))))
+    >>> bool((small.weight == source.weight[:, :, 1:2]).all()), len(list(small.parameters()))
+    (True, 0)
+    """
+
+    def __init__(self, source: Layer, site: ConvSpec) -> None:
+        super().__init__()
+        self.site = site
+        self._source = (source,)  # in a tuple, so that it isn't registered here as well
+
+    @staticmethod
+    def fits(source: Layer, conv: Layer) -> bool:
+        """Whether the weights of `conv` could be cropped from those of `source`."""
+        inner, outer = conv.weight.shape, source.weight.shape
+        alike = inner[:2] == outer[:2] and conv.groups == source.groups
+        steps = zip(inner[2:], outer[2:], conv.dilation, source.dilation)
+        return alike and all(small <= large and (small == 1 or step == own) for small, large, step, own in steps)
+
+    @property
+    def weight(self) -> Tensor:
+        """``(out, in / groups, *window)``, a view of the source's."""
+        crop: Tensor = self._source[0].weight
+        for axis, size in enumerate(self.site.kernel_size, start=2):
+            crop = crop.narrow(axis, (crop.shape[axis] - size) // 2, size)
+        return crop
+
+    def kernel(self, like: Tensor) -> Kernel:
+        """As a linear map, differentiable."""
+        site = self.site
+        return Kernel(
+            self.weight.to(like), None, site.stride, site.padding, site.dilation, site.groups, site.padding_mode
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernel(self.weight)(x)
+
+    def independent(self) -> nn.Module:
+        """A conv that begins with these weights and has them for itself."""
+        weight = self.weight
+        conv: Layer = conv_module(self.site, weight, bias=False)
+        conv.weight.detach().copy_(weight.detach())
+        conv.requires_grad_(weight.requires_grad)
+        return conv.train(self.training)  # type: ignore[no-any-return]
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise InvalidInput(
+            f"a replica of the conv {self.site}, which takes the centre of another conv's weights (weights='shared'), would "
+            "read the original's, which lie on another device; use DistributedDataParallel instead of DataParallel."
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.site}, the centre of another's"
+
+
+@reads(CroppedConv)
+def _read_cropped_conv(conv: Layer) -> Meaning:
+    return Meaning(
+        "conv", conv.site.dimensions, conv.site.in_channels, lambda like, channels, dimensions: conv.kernel(like)
+    )
+
+
+def share(branch: nn.Module, source: Layer) -> None:
+    """Let the convs of a branch take the centre of `source`'s weights, as far as channels and windows allow."""
+    for name, conv in branch.named_children():
+        layer: Layer = conv
+        if isinstance(conv, nn.modules.conv._ConvNd) and CroppedConv.fits(source, layer):
+            cropped = CroppedConv(source, ConvSpec.of(conv))
+            setattr(branch, name, cropped.train(conv.training))
+
+
+def unshare(branch: nn.Module) -> None:
+    """Give the convs of a branch weights of their own."""
+    for name, conv in branch.named_children():
+        if isinstance(conv, CroppedConv):
+            setattr(branch, name, conv.independent())
+
+
+def is_shared(branch: nn.Module) -> bool:
+    """Whether a conv of a branch takes another's weights."""
+    return any(isinstance(conv, CroppedConv) for conv in branch.children())

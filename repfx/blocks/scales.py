@@ -1,0 +1,31 @@
+"""How much each path of a block weighs: mean |γ| of its last BatchNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from repfx.blocks.block import RepBlock
+
+ORIGIN = "origin"
+
+
+@torch.no_grad()
+def gammas_of(block: RepBlock) -> dict[str, float | None]:
+    """By name, the site's own conv first (``origin``); None where there is no γ.
+
+    >>> import repfx
+    >>> model = repfx.expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), ["1x1"])
+    >>> gammas_of(model[0])
+    {'origin': 1.0, '1x1': 0.0}
+    """
+    norms = {ORIGIN: block.norm, **{name: branch.last_norm for name, branch in block.branches.items()}}
+    gammas = {name: None if norm is None else norm.weight for name, norm in norms.items()}
+    known = [gamma.abs().mean() for gamma in gammas.values() if gamma is not None]
+    means = iter(torch.stack(known).tolist() if known else [])  # one transfer from the device
+    return {name: None if gamma is None else next(means) for name, gamma in gammas.items()}
+
+
+def gammas_in(model: nn.Module) -> dict[str, dict[str, float | None]]:
+    """Of all blocks, by path."""
+    return {path: gammas_of(block) for path, block in model.named_modules() if isinstance(block, RepBlock)}

@@ -1,0 +1,259 @@
+"""`SqueezedForm`: how a module runs while linear regions of its graph run as one conv each; and how it takes that form on and off.
+
+The module stays what it is: same object, parameters, state dict, and a class that is a subclass of its own. It runs its own forward
+whenever the form isn't exact: while a BatchNorm of a region takes its statistics from the batch, while a hook listens to anything inside,
+where a part was exchanged, and where another tracer asks.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from repfx.algebra.kernel import NoKernel
+from repfx.algebra.layers import has_hooks, is_patched, takes_batch_statistics
+from repfx.blocks.block import RepBlock
+from repfx.records.notes import keep, kept
+
+NAME = "repfx_squeezed_form"
+_OWN = "repfx_own_class"
+
+
+class Region(Protocol):
+    """A linear part of a module that runs as one conv; `repfx.rewriting.linear_region` has the one there is."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The paths of all modules that the region consists of."""
+
+    @property
+    def template(self) -> str:
+        """The path of the module whose weight gives dtype and device."""
+
+    def __call__(self, root: nn.Module, x: Tensor) -> Tensor:
+        """Run the region's conv on ``(batch, channels, *axes)``."""
+
+
+@dataclass
+class SqueezedForm:
+    """The code of a module's graph in which each linear region is one call.
+
+    Args:
+        root: the module that takes the form.
+        code: takes `root` and the inputs; calls regions as ``root.repfx_squeezed_form.run("<name>", x)``.
+        inputs: how many there are.
+        regions: by name.
+        held: paths of BatchNorms that stay in eval mode.
+    """
+
+    root: nn.Module
+    code: Callable[..., Any]
+    inputs: int
+    regions: Mapping[str, Region]
+    held: tuple[str, ...]
+    _seen: tuple[Any, ...] = ()
+    _apart: tuple[str, ...] = ()  # of `held`, what had another mode than the root
+
+    def __post_init__(self) -> None:
+        modules = self._modules
+        self._apart = tuple(path for path in self.held if modules[path].training != self.root.training)
+
+    def look(self) -> None:
+        """See what the root consists of, which it has to consist of from now on; modules inside it may have taken forms of their own."""
+        self._seen = tuple(map(_outline, self._modules.items()))
+
+    def run(self, name: str, x: Any) -> Any:
+        """What a region gives out."""
+        return self.regions[name](self.root, x)
+
+    def takes(self, module: nn.Module, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
+        """Whether the form gives out just what the module's own forward would, now that held BatchNorms are in eval mode again."""
+        modules = self._modules
+        self._stop(modules)  # a part of the module may have been put into training mode by itself
+        if self.root is not module or options or len(args) != self.inputs:
+            return False
+        return all(isinstance(argument, Tensor) for argument in args) and self._is_exact(modules)
+
+    @property
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(self.root.named_modules(remove_duplicate=False))
+
+    def _is_exact(self, modules: dict[str, nn.Module]) -> bool:
+        """Whether all modules below are what they were and unheard, and what regions consist of is linear in this mode."""
+        if len(modules) != len(self._seen) or any(map(_differs, modules.items(), self._seen)):
+            return False
+        return not any(_varies(modules[path]) for region in self.regions.values() for path in region.modules)
+
+    def stop_norms(self) -> None:
+        """Put the BatchNorms whose statistics are held into eval mode."""
+        self._stop(self._modules if self.held else {})
+
+    def _stop(self, modules: dict[str, nn.Module]) -> None:
+        for norm in _at(modules, self.held):
+            if norm.training:
+                norm.eval()
+
+    def let_norms_go(self) -> None:
+        """Let the BatchNorms whose statistics were held follow the mode of the module again, those that did before."""
+        for norm in _at(self._modules, {*self.held} - {*self._apart}):
+            norm.train(self.root.training)
+
+
+def _at(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[nn.Module]:
+    """Those at paths that are still there."""
+    return [modules[path] for path in paths if path in modules]
+
+
+_Entry: TypeAlias = tuple[str, nn.Module]
+_Outline: TypeAlias = tuple[str, nn.Module, type[nn.Module], dict[str, Any], dict[str, Any]]
+
+
+def _outline(entry: _Entry) -> _Outline:
+    """All that a graph takes for granted of a module at a path: what it is, and the values that its code may read."""
+    path, module = entry
+    return path, module, type(module), *(_values(module) if module._modules else ({}, {}))
+
+
+def _values(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a module has beside what torch gives each: plain values, and all others."""
+    plain: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if name not in _OF_EVERY_MODULE and not name.startswith("repfx_"):
+            is_plain = all(isinstance(each, _PLAIN) for each in _items(value))
+            (plain if is_plain else others)[name] = value if is_plain else _snapshot(value)
+    return plain, others
+
+
+_PLAIN = (bool, int, float, str, type(None))
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _snapshot(value: Any) -> Any:
+    """Something that is equal as long as a value is the same: containers by what is in them, everything else by identity."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, dict):
+        return type(value), [(key, _snapshot(each)) for key, each in value.items()]
+    if isinstance(value, (list, tuple)):
+        return type(value), [_snapshot(each) for each in value]
+    return _Same(value)
+
+
+@dataclass(eq=False)
+class _Same:
+    """Equal to another one of the same object."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+def _differs(entry: _Entry, seen: _Outline) -> bool:
+    path, module = entry
+    if path != seen[0] or module is not seen[1] or type(module) is not seen[2]:
+        return True
+    if is_patched(module) or (path and has_hooks(module)):
+        return True
+    if torch.compiler.is_compiling():  # where not every torch can list what a module has
+        return any(vars(module).get(name) != value for name, value in seen[3].items())
+    return bool(module._modules) and _values(module) != seen[3:]
+
+
+def _varies(part: nn.Module) -> bool:
+    """Whether a part of a region is no linear map in the mode that it is in."""
+    if isinstance(part, RepBlock):
+        return not (part.squeezed and part.is_one_map)
+    return takes_batch_statistics(part)
+
+
+def form_of(module: nn.Module) -> SqueezedForm | None:
+    """The form that a module has taken, or None."""
+    found = kept(module, NAME)
+    return found if isinstance(found, SqueezedForm) else None
+
+
+def forms_in(model: nn.Module) -> dict[str, SqueezedForm]:
+    """All forms in a model, by the paths of the modules that took them."""
+    forms = {path: form_of(module) for path, module in model.named_modules()}
+    return {path: form for path, form in forms.items() if form is not None}
+
+
+def take(forms: Iterable[SqueezedForm]) -> None:
+    """Let the forms' modules, one of which may lie in another, run in them from now on."""
+    forms = list(forms)
+    for form in forms:
+        release(form.root)
+        if not hasattr(type(form.root), _OWN):
+            form.root.__class__ = _squeezed(type(form.root))  # type: ignore[arg-type]
+        keep(form.root, NAME, form)
+        form.stop_norms()
+    for form in forms:
+        form.look()
+
+
+def release(module: nn.Module) -> None:
+    """Let a module be of its own class again; its norms' mode stays."""
+    if form_of(module) is not None:
+        if _OWN in vars(type(module)):  # else code of others has made a subclass since, as a parametrization does
+            module.__class__ = vars(type(module))[_OWN]
+        delattr(module, NAME)
+
+
+def release_all(model: nn.Module) -> None:
+    """Let all modules of a model be of their own classes again."""
+    for module in model.modules():
+        release(module)
+
+
+@functools.cache
+def _squeezed(own: Any) -> Any:
+    """A subclass whose instances run in the form that they have taken."""
+
+    @functools.wraps(own.forward)
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        form = getattr(self, NAME, None)
+        if form is not None and form.takes(self, args, options):
+            try:
+                return form.code(self, *args)
+            except NoKernel:  # where sizes were changed
+                pass
+        return own.forward(self, *args, **options)
+
+    def train(self: Any, *args: Any, **options: Any) -> Any:
+        own.train(self, *args, **options)
+        form = getattr(self, NAME, None)
+        if form is not None:
+            form.stop_norms()
+        return self
+
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        copied: Any = nn.Module.__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        """Pickled, it is of its own class, for a graph with regions can't be."""
+        state = {name: value for name, value in vars(self).items() if name != NAME}
+        return nn.Module.__new__, (own,), state
+
+    body: dict[str, Any] = {
+        _OWN: own,
+        "forward": forward,
+        "train": train,
+        "__deepcopy__": deepcopy,
+        "__reduce_ex__": reduce,
+    }
+    return type(own.__name__, (own,), {**body, "__module__": own.__module__, "__qualname__": own.__qualname__})

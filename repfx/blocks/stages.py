@@ -1,0 +1,194 @@
+"""The modules that blocks are made of, beside torch's own: padding of any sign, scales, and how a branch is normalised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repfx.algebra.baking import conv_module
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.kernel import Kernel, Padding, is_symmetric, pad
+from repfx.algebra.layers import BATCH_NORMS, Layer
+from repfx.algebra.meaning import Meaning, kernel_of, pad_meaning, reads, torch_class
+
+BATCH_NORM_OF: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+AVERAGE_POOL_OF: dict[int, type[nn.Module]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+Stages = Iterator[tuple[str, nn.Module]]
+
+
+class Pad(nn.Module):
+    """Pads by (before, after) per axis, in any of torch's padding modes; negative numbers crop.
+
+    >>> Pad(((-1, 1),))(torch.arange(3.0))
+    tensor([1., 2., 0.])
+    """
+
+    def __init__(self, padding: Padding, mode: str = "zeros") -> None:
+        super().__init__()
+        self.padding = padding
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pad(x, self.padding, self.mode)
+
+    def extra_repr(self) -> str:
+        return f"{self.padding}, {self.mode!r}"
+
+
+@reads(Pad)
+def _read_pad(module: Layer) -> Meaning:
+    return pad_meaning(module.padding, module.mode)
+
+
+class Scale(nn.Module):
+    """One learned factor per channel, ``(batch, channels, *axes)`` times ``(channels,)``."""
+
+    def __init__(self, channels: int, dimensions: int, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, **factory))
+        self.dimensions = dimensions
+
+    @classmethod
+    def like(cls, conv: Layer, value: float) -> Scale:
+        """For the output of a conv, all factors alike at first."""
+        scale = cls(conv.out_channels, conv.weight.ndim - 2, device=conv.weight.device, dtype=conv.weight.dtype)
+        nn.init.constant_(scale.weight, value)
+        scale.weight.requires_grad_(conv.weight.requires_grad)
+        return scale.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.reshape(-1, *(1,) * self.dimensions)
+
+    def extra_repr(self) -> str:
+        return str(self.weight.shape[0])
+
+
+@reads(Scale)
+def _read_scale(scale: Layer) -> Meaning:
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        return Kernel.diagonal(scale.weight.to(like), None, dimensions)
+
+    return Meaning("affine", scale.dimensions, scale.weight.shape[0], build)
+
+
+class Residual(nn.Module):
+    """``x + conv(x)``, for a 1×1 conv that gives out as many channels as it takes."""
+
+    def __init__(self, conv: Layer) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x + self.conv(x)
+        return found
+
+    def equivalent_kernel(self, like: Tensor) -> Kernel:
+        """As a linear map, differentiable."""
+        dimensions = self.conv.weight.ndim - 2
+        identity = Kernel.identity(like, channels=self.conv.in_channels, dimensions=dimensions)
+        return kernel_of(self.conv, like, self.conv.in_channels, dimensions).add(identity)
+
+
+class AttachRate(nn.Module):
+    """One factor λ for all channels, a buffer, by which a block attaches its branches (RepAn, eq. 3).
+
+    Args:
+        value: from 0, where the branches add nothing, to 1.
+        channels: of the input, `(batch, channels, *axes)`.
+    """
+
+    rate: Tensor
+
+    def __init__(self, value: float, channels: int, dimensions: int, like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("rate", torch.tensor(value, dtype=like.dtype, device=like.device))
+        self.channels = channels
+        self.dimensions = dimensions
+
+    def factor(self) -> Tensor:
+        """λ."""
+        return self.rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.rate
+
+    def kernel(self, like: Tensor) -> Kernel:
+        """As a linear map, differentiable."""
+        return Kernel.diagonal(self.rate.to(like).expand(self.channels), None, self.dimensions)
+
+
+@reads(AttachRate)
+def _read_attach_rate(attach: Layer) -> Meaning:
+    return Meaning("affine", attach.dimensions, attach.channels, lambda like, channels, dimensions: attach.kernel(like))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """How the outputs of a branch are normalised: `kind` as in `Spec.norm`; the rest are BatchNorm's own settings.
+
+    `frozen` is the class of one whose numbers are never trained.
+    """
+
+    kind: str = "batch_norm"
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    synchronized: bool = False
+    frozen: type[nn.Module] | None = None
+
+    @classmethod
+    def like(cls, kind: str, norm: Layer | None) -> Norm:
+        """With the settings of a BatchNorm module, where there is one."""
+        if norm is None or torch_class(norm) not in BATCH_NORMS:
+            return cls(kind)
+        return cls(kind, norm.eps, norm.momentum, isinstance(norm, nn.SyncBatchNorm))
+
+    def batch_norm(self, channels: int, dimensions: int, like: Tensor) -> nn.Module:
+        """A fresh BatchNorm for `channels`, on the device and in the dtype of `like`."""
+        if self.frozen is not None:
+            return self.frozen(channels, self.eps).to(like.device, like.dtype)
+        kind = nn.SyncBatchNorm if self.synchronized else BATCH_NORM_OF[dimensions]
+        return kind(channels, self.eps, self.momentum, device=like.device, dtype=like.dtype)
+
+    def inside(self, name: str, channels: int, dimensions: int, like: Tensor) -> Stages:
+        """What stands between the convs of a branch."""
+        if self.kind == "batch_norm":
+            yield name, self.batch_norm(channels, dimensions, like)
+
+    def last(self, channels: int, dimensions: int, like: Tensor) -> Stages:
+        """What stands at the end of a branch."""
+        if self.kind == "scale":
+            yield "scale", Scale(channels, dimensions, device=like.device, dtype=like.dtype)
+        yield from self.inside("norm", channels, dimensions, like)
+
+
+def conv_stages(name: str, spec: ConvSpec, like: Tensor, *, bias: bool = False) -> Stages:
+    """A conv of these sizes; where torch's conv can't pad so by itself, with a `Pad` before it."""
+    symmetric = is_symmetric(spec.padding)
+    if not symmetric:
+        yield f"{name}_pad", Pad(spec.padding, spec.padding_mode)
+    yield name, conv_module(spec, like, bias=bias, padded=symmetric)
+
+
+def _fan_out(conv: Layer) -> None:
+    """N(0, √(2 / (window · out))), as DyRep does."""
+    nn.init.normal_(conv.weight, 0.0, math.sqrt(2 / (math.prod(conv.kernel_size) * conv.out_channels)))
+
+
+def _small(conv: Layer) -> None:
+    """U(-0.1 / √out, 0.1 / √out), as RepAn does."""
+    limit = 0.1 / math.sqrt(conv.out_channels)
+    nn.init.uniform_(conv.weight, -limit, limit)
+
+
+FIRST_WEIGHTS: dict[str, Callable[[Layer], object]] = {
+    "default": lambda conv: None,  # torch has drawn them
+    "fan_out": _fan_out,
+    "small": _small,
+    "shared": lambda conv: None,  # those that are left are torch's
+}

@@ -1,0 +1,186 @@
+"""Optimizers and averages that follow a model whose structure changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from repfx.algebra.activated_norm import norm_of
+from repfx.algebra.kernel import Kernel
+from repfx.algebra.moments import Moments, set_kernel
+from repfx.blocks.block import RepBlock
+from repfx.blocks.branch import kernel_of_both
+from repfx.blocks.cropped_conv import is_shared
+from repfx.blocks.gates import gates_in
+from repfx.blocks.squeezed_form import forms_in
+from repfx.errors import InvalidInput
+from repfx.graphs.sites import find_sites
+from repfx.records.journal import Action, journal, replay
+from repfx.records.provenance import provenance_of
+
+
+@contextmanager
+def carry(model: nn.Module, *followers: torch.optim.Optimizer | nn.Module) -> Iterator[None]:
+    """Let optimizers of a model's parameters, and averages of the model, follow what happens to its structure inside the block.
+
+    Parameters that stay keep their state, momentum say: also those of a conv that absorbed a branch, whose gradient goes on along
+    the same direction. Those of a branch that left leave the optimizer with their state. Those of a new branch join the group that
+    trains their site's own conv; vectors, as γ and β, that of its own vectors, if there are any. So rates by layer and groups without
+    weight decay stay. Where a site's own conv isn't trained by an optimizer, neither are its branches. What gates learn joins no group: a
+    driver trains it by itself.
+
+    An averaged copy goes through the same changes with its own numbers, so that what it computes stays, too.
+
+    Args:
+        followers: optimizers, and modules that hold a copy of the model as it is when the block begins, as
+            `torch.optim.swa_utils.AveragedModel` does.
+
+    Raises:
+        InvalidInput: a module holds no copy of the model in the structure that it has now, or an optimizer can't take up new parameters.
+
+    >>> import repfx
+    >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8))
+    >>> optimizer = torch.optim.SGD([{"params": [model[0].weight]}, {"params": model[1].parameters(), "weight_decay": 0}], 0.1)
+    >>> with carry(model, optimizer):
+    ...     model = repfx.expand(model, ["1xk", "kx1"], inplace=True)
+    >>> [len(group["params"]) for group in optimizer.param_groups]
+    [3, 6]
+    """
+    require_open(follower for follower in followers if isinstance(follower, torch.optim.Optimizer))
+    before, done = dict(model.named_parameters()), journal(model)
+    copies = [copy_in(follower, model) for follower in followers if isinstance(follower, nn.Module)]
+    try:
+        yield
+    finally:
+        _follow(model, [each for each in followers if isinstance(each, torch.optim.Optimizer)], before)
+        for copied in copies:
+            _go_through(copied, model, journal(model)[len(done) :])
+
+
+def copy_in(follower: nn.Module, model: nn.Module) -> nn.Module:
+    """The copy of a model that a module holds."""
+    names = [name for name, _ in model.named_parameters()]
+    for inner in follower.modules():
+        kinds = [fx.GraphModule if isinstance(each, fx.GraphModule) else type(each) for each in (inner, model)]
+        same = kinds[0] is kinds[1] and journal(inner) == journal(model)  # each GraphModule has a class of its own
+        if same and inner is not model and [name for name, _ in inner.named_parameters()] == names:
+            return inner
+    raise InvalidInput(
+        f"{type(follower).__name__} holds no copy of the {type(model).__name__} in the structure that it has now."
+    )
+
+
+@torch.no_grad()
+def _go_through(copied: nn.Module, model: nn.Module, actions: tuple[Action, ...]) -> None:
+    """Make the same changes; branches begin as the model's do, and what they add is taken off the copy's origin."""
+    present = set(copied.parameters())
+    modes = {module: module.training for module in copied.modules()}
+    replay(copied, actions)
+    changed = {action.site for action in actions if action.changes_function}
+    for name, block in copied.named_modules():
+        if isinstance(block, RepBlock):
+            new = [
+                branch for branch, part in block.branches.items() if not any(p in present for p in part.parameters())
+            ]
+            if new:
+                _begin_as(block, model.get_submodule(name), new, preserve=name not in changed)
+    _share_moments(copied, model, {action.site for action in actions if action.moves_kernels})
+    for module, training in modes.items():
+        module.training = training
+    for module in copied.modules():
+        if isinstance(module, RepBlock):
+            module.stop_norms()
+    for form in forms_in(copied).values():
+        form.stop_norms()
+
+
+def _share_moments(copied: nn.Module, model: nn.Module, sites: set[str]) -> None:
+    """Write the sites' BatchNorms by the moments of the model's, for averaging takes over the model's statistics."""
+    for site in find_sites(copied) if sites else ():
+        if site.path not in sites or site.norm is None:
+            continue
+        nets: list[Any] = [each.get_submodule(site.path) for each in (copied, model)]
+        if isinstance(nets[0], RepBlock):
+            if any(map(is_shared, nets[0].branches.values())):
+                continue  # whose weights follow the conv's
+            conv, norms = nets[0].conv, [each.norm for each in nets]
+        else:
+            conv, norms = nets[0], [norm_of(each.get_submodule(site.norm)) for each in (copied, model)]
+        norm, other = norms
+        if other.weight is not None and other.bias is not None:
+            set_kernel(conv, norm, kernel_of_both(conv, norm), Moments.after(other))
+
+
+def _begin_as(block: RepBlock, other: Any, branches: list[str], *, preserve: bool) -> None:
+    """Give these branches of a block the state of another block's; with `preserve` the function stays."""
+    like = block.conv.weight.double()
+    before = block.equivalent_kernel(like)
+    for branch in branches:
+        block.branches[branch].load_state_dict(other.branches[branch].state_dict())
+    if block.attach_rate is not None:
+        block.attach_rate.copy_(other.attach_rate)
+    if not preserve:
+        return
+    added = [block.kernel_of(branch, like) for branch in branches]
+    if any(bool(kernel.weight.any()) for kernel in added):
+        kernel = reduce(Kernel.subtract, (block.kernel_of(branch, like) for branch in block.branches), before)
+        scale = None if other.scale is None else other.scale.weight
+        block.take(kernel, None if other.norm is None else Moments.after(other.norm), scale)
+
+
+def require_open(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Raise `InvalidInput` for an optimizer that fails as soon as some of its parameters have been trained and others haven't."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.SGD) and any(
+            group["fused"] and group["momentum"] for group in optimizer.param_groups
+        ):
+            raise InvalidInput(
+                "torch's fused SGD with momentum can't take up parameters that come later, as those of new branches: leave out fused=True."
+            )
+
+
+def _follow(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], before: dict[str, nn.Parameter]) -> None:
+    """Each new parameter joins one group, of all optimizers the one that trains its nearest relative of the same sort."""
+    present, known = set(model.parameters()), set(before.values())
+    gone = known - present
+    all_groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
+    groups = {parameter: params for params in all_groups for parameter in params}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"][:] = [parameter for parameter in group["params"] if parameter not in gone]
+        for parameter in gone:
+            optimizer.state.pop(parameter, None)
+    gates = {parameter for each in gates_in(model).values() for parameter in each.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter in known or parameter in groups or parameter in gates:
+            continue
+        relatives = [relative for relative in _relatives(model, name, before) if relative in groups]
+        alike = [relative for relative in relatives if (relative.ndim > 1) == (parameter.ndim > 1)]
+        if relatives:
+            groups[parameter] = groups[(alike or relatives)[0]]
+            groups[parameter].append(parameter)
+
+
+def _relatives(model: nn.Module, name: str, before: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+    """The parameters that the one of that name belongs to, the nearest first.
+
+    The one it replaces; those of its module, of the conv that its BatchNorm was put back behind, and of the origins of the blocks around.
+    """
+    found = [before[name]] if name in before else []
+    path = name.rpartition(".")[0]
+    module = model.get_submodule(path)
+    found += module.parameters(recurse=False)
+    provenance = provenance_of(module)
+    for source in () if provenance is None else provenance.sources:
+        found += model.get_submodule(source).parameters()
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if isinstance(module, RepBlock):
+            found += module.origin.parameters()
+    return found

@@ -1,0 +1,373 @@
+"""`Driver`: lets a schedule change a model while it trains, in place, with all that belongs to the run."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repfx.algebra.activated_norm import norm_of
+from repfx.algebra.layers import Layer
+from repfx.blocks.block import RepBlock
+from repfx.blocks.scales import gammas_of
+from repfx.blocks.stages import AttachRate
+from repfx.change.carry import carry, require_open
+from repfx.change.companion import Companion, Run, Score
+from repfx.change.saliency import METRICS
+from repfx.change.schedule import Candidate, Observation, ObservedBlock, Schedule, Unchanged
+from repfx.errors import InvalidInput
+from repfx.graphs.sites import Site, find_sites
+from repfx.passes.freeze import is_frozen
+from repfx.records.journal import Action, apply, from_json, to_json
+
+
+class Driver:
+    """Observes a model in training, asks a schedule what to change, and changes it: the same model object, the same optimizer object.
+
+    What the schedule has due before the first epoch is done at once, so make the driver before the model is wrapped or compiled. In a
+    run of `torch.distributed`, make one on each rank: decisions are made from sums over all ranks, and what is new is taken from the
+    first.
+
+    Args:
+        model: to be trained; inside a `DistributedDataParallel` or a compiled module, that one's own module is meant.
+        optimizer: of its parameters; or several.
+        schedule: when and how the structure changes.
+        calibrate: inputs of the model, or a data loader, for the statistics of new BatchNorms; it is gone through at each adjustment.
+        ema: a module that holds a copy of the model, as `torch.optim.swa_utils.AveragedModel` does; it is changed in the same way.
+        scaler: the `torch.amp.GradScaler` of the run, so that saliency is that of unscaled gradients, and a step that overflowed counts for
+            nothing.
+        steps_per_epoch: how many calls of `after_backward` an epoch has, for schedules that change something by step.
+        score: what a candidate of a search is worth, from the plain net that it is when fused, in eval mode; the higher the better.
+        state: of an earlier driver of this model, which has its structure already, as `state_dict` gave it; then nothing is done at once.
+
+    Raises:
+        InvalidInput: the schedule needs data and `calibrate` isn't given, the model's parameters are sharded, or an optimizer can't take up
+            new ones.
+
+    >>> import repfx
+    >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+    >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    >>> images = torch.randn(4, 8, 9, 7)
+    >>> driver = Driver(model, optimizer, repfx.schedules.DyRep(interval=1), calibrate=[images])
+    >>> model(images).square().mean().backward()
+    >>> driver.after_backward()
+    >>> optimizer.step()
+    >>> print(*driver.after_epoch())
+    expand 0: 1x1, 1x1-kxk, 1x1-avg, 1xk, kx1, identity
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        schedule: Schedule,
+        *,
+        calibrate: Iterable[Any] | None = None,
+        ema: nn.Module | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        steps_per_epoch: int | None = None,
+        score: Score | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        schedule.require_squeezable()
+        if schedule.needs_data and calibrate is None:
+            raise InvalidInput(
+                f"{type(schedule).__name__} measures new BatchNorms on data: give `calibrate`, the training data's loader."
+            )
+        self.model = _bare(model)
+        _require_whole(self.model)
+        self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        if not isinstance(schedule, Unchanged):
+            require_open(self.optimizers)
+        self.schedule = schedule
+        self.ema = ema
+        self.epoch = 0
+        self.history: list[tuple[int, Action]] = []
+        self._calibrate = calibrate
+        self._scaler = scaler
+        self._steps_per_epoch = steps_per_epoch
+        self._step = 0
+        self._saliency: _Saliency | None = None
+        averages = [] if ema is None else [ema]
+        data = None if calibrate is None else _First(calibrate, schedule)
+        self.companion: Companion = schedule.companion(Run(self.model, self.optimizers, averages, score, data))
+        if state is None:
+            self._adjust()
+        else:
+            self.load_state_dict(state)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What `repfx.save` and `repfx.load` take along with the driver."""
+        return {} if self.ema is None else {"ema": self.ema}
+
+    @property
+    def search(self) -> Any:
+        """The companion of a schedule that brings one, which for a search is its `Searcher`; None for all others."""
+        return None if type(self.companion) is Companion else self.companion
+
+    def after_backward(self) -> None:
+        """Observe the gradients; between `backward()` and the optimizer's step, before a `GradScaler` unscales them."""
+        metric, last = self.schedule.metric, self.schedule.squeeze_from
+        if metric is not None and (last is None or self.epoch < last):
+            if self._saliency is None:
+                self._saliency = _Saliency.of(self._candidates())
+            weights = [self.model.get_submodule(site).weight for site in self._saliency.sites]
+            self._saliency.add(metric, weights, self._scaler)
+        self.companion.after_backward(self.epoch, self._scaler)
+        self._step += 1
+        self.companion.before_step(self.epoch, self._step)
+        self._set_attach_rate()
+
+    def shares(self) -> Iterator[float]:
+        """What the loss of the next step is multiplied by: once by 1, unless a search averages the step over several nets.
+
+        Go through it with a forward and a backward pass each, and call `after_backward` afterwards:
+        ``for share in driver.shares(): (share * loss_fn(model(x), y)).backward()``.
+        """
+        yield from self.companion.shares(self.epoch, self._step)
+
+    def after_epoch(self) -> tuple[Action, ...]:
+        """Do what the schedule decides, in place.
+
+        Returns:
+            What was done. If that is anything, wrap the model anew in its `DistributedDataParallel`.
+        """
+        step = self._step
+        self.epoch += 1
+        self._step = 0
+        try:
+            return self._adjust()
+        except Exception:  # so that it can be tried again
+            self.epoch -= 1
+            self._step = step
+            raise
+
+    def observe(self) -> Observation:
+        """What a schedule would decide by now, of all ranks together."""
+        saliency = {} if self._saliency is None else self._saliency.means()
+        blocks = {path: module for path, module in self.model.named_modules() if isinstance(module, RepBlock)}
+        candidates = [
+            Candidate(site.path, site.conv, _depth(site.path, blocks), saliency.get(site.path, 0.0))
+            for site in self._candidates()
+            if site.conv is not None
+        ]
+        seen = [
+            ObservedBlock(
+                path,
+                block.site,
+                tuple(block.branches),
+                _relative_scales(block),
+                block.norm_path is not None,
+                _depth(path, blocks),
+                is_frozen(block),
+                None if block.gates is None else block.gates.style,
+                block.running_in(training=False),
+            )
+            for path, block in blocks.items()
+            if block.conv.weight.requires_grad or is_frozen(block) or block.rests or block.gates is not None
+        ]
+        return Observation(self.epoch, candidates, seen, tuple(blocks))
+
+    def synchronize(self) -> None:
+        """Share out among all ranks what each has observed, so that the state of one stands for all; call it on all before one saves."""
+        if self._saliency is not None:
+            self._saliency.share()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands; what was done to the model is in its journal."""
+        saliency = None if self._saliency is None else self._saliency.state_dict()
+        epochs, actions = [epoch for epoch, _ in self.history], [action for _, action in self.history]
+        history = {"epochs": epochs, "actions": to_json(actions)}
+        companion = self.companion.state_dict()
+        return {"epoch": self.epoch, "step": self._step, "saliency": saliency, "history": history, "search": companion}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The reverse of `state_dict`."""
+        saliency = state["saliency"]
+        history = state["history"]
+        actions = from_json(history["actions"])
+        self.history = list(zip(history["epochs"], actions, strict=True))
+        self.epoch, self._step = int(state["epoch"]), int(state["step"])
+        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        self._saliency = None if saliency is None else _Saliency.from_state(saliency, device)
+        if state["search"] is not None:
+            self.companion.load_state_dict(state["search"])
+
+    def _candidates(self) -> list[Site]:
+        return [
+            site
+            for site in find_sites(self.model)
+            if site.refusal is None
+            and not site.branches
+            and self.model.get_submodule(site.path).weight.requires_grad
+            and _is_affine(self.model, site.norm)
+        ]
+
+    def _adjust(self) -> tuple[Action, ...]:
+        actions: tuple[Action, ...] = ()
+        if self.epoch:
+            self.companion.after_epoch(self.epoch)
+        if self.schedule.is_due(self.epoch):
+            squeezes = self.epoch == self.schedule.squeeze_from
+            if self.schedule.metric is not None and self._saliency is None and not squeezes:
+                raise InvalidInput(
+                    "no gradients were observed: call after_backward() between backward() and the optimizer's step."
+                )
+            actions = tuple(self.schedule.plan(self.observe()))
+            self._saliency = None
+        if actions:
+            averages = [] if self.ema is None else [self.ema]
+            with carry(self.model, *self.optimizers, *averages):
+                apply(self.model, actions, None if self._calibrate is None else _First(self._calibrate, self.schedule))
+            _take_from_first_rank(self.model, *averages)
+            _forget_compiled()
+            self.history += [(self.epoch, action) for action in actions]
+        if self.schedule.cycle is not None and self.epoch % self.schedule.cycle == 0:
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
+        self.companion.begin(self.epoch)
+        self._set_attach_rate()
+        return actions
+
+    @torch.no_grad()
+    def _set_attach_rate(self) -> None:
+        done = min(self._step / self._steps_per_epoch, 1.0) if self._steps_per_epoch else 0.0
+        over = math.nextafter(self.epoch + 1, self.epoch)  # an epoch ends when `after_epoch` says so, not before
+        rate = self.schedule.attach_rate(min(self.epoch + done, over))
+        if rate is not None:
+            for module in self.model.modules():
+                if isinstance(module, AttachRate):
+                    module.rate.fill_(rate)
+
+
+class _Saliency:
+    """Sums over steps, on the device; nothing waits for it before the means are asked for."""
+
+    def __init__(self, sites: list[str], sums: Tensor | None = None, steps: Tensor | None = None) -> None:
+        self.sites = sites
+        self.sums = sums
+        self.steps = steps
+
+    @classmethod
+    def of(cls, sites: Iterable[Site]) -> _Saliency:
+        return cls([site.path for site in sites])
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> _Saliency:
+        return cls(list(state["sites"]), state["sums"].to(device), state["steps"].to(device))
+
+    def state_dict(self) -> dict[str, Any] | None:
+        return None if self.sums is None else {"sites": self.sites, "sums": self.sums, "steps": self.steps}
+
+    @torch.no_grad()
+    def add(self, metric: str, weights: Sequence[Layer], scaler: torch.amp.GradScaler | None) -> None:
+        """Add one step; nothing, if a gradient overflowed."""
+        if not weights:
+            return
+        device = weights[0].device
+        values = torch.stack([_value(metric, weight).to(device) for weight in weights])
+        if scaler is not None:
+            values = values / scaler.scale(torch.ones((), device=device))
+        if self.sums is None or self.steps is None:
+            self.sums, self.steps = torch.zeros_like(values), torch.zeros((), device=device)
+        counts = values.isfinite().all()
+        self.sums += torch.where(counts, values, torch.zeros_like(values))
+        self.steps += counts
+
+    def share(self) -> None:
+        """Let each rank have the mean of what all have."""
+        if self.sums is not None and self.steps is not None and _is_distributed():
+            for tensor in (self.sums, self.steps):
+                torch.distributed.all_reduce(tensor)
+                tensor /= torch.distributed.get_world_size()
+
+    def means(self) -> dict[str, float]:
+        """By site, over all steps and ranks."""
+        if self.sums is None or self.steps is None:
+            return {}
+        total = torch.cat([self.sums, self.steps[None]])
+        if _is_distributed():
+            torch.distributed.all_reduce(total)
+        return dict(zip(self.sites, (total[:-1] / total[-1].clamp(min=1)).tolist()))
+
+
+def _value(metric: str, weight: Tensor) -> Tensor:
+    """In float32 at least, so that float16 doesn't overflow."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if weight.grad is None:
+        return torch.zeros((), dtype=dtype, device=weight.device)
+    return METRICS[metric](weight.to(dtype), weight.grad.to(dtype))
+
+
+class _First:
+    """The first batches of data, each time anew."""
+
+    def __init__(self, data: Iterable[Any], schedule: Schedule) -> None:
+        self.data = data
+        self.count = schedule.batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.data), self.count)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The module inside what wraps it for several processes or compiled it."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def _require_whole(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh") or hasattr(parameter, "_is_flat_param"):
+            raise InvalidInput(
+                f"{name} is sharded over several processes, so its structure can't be changed: use DistributedDataParallel."
+            )
+
+
+def _forget_compiled() -> None:
+    """What was compiled for an earlier structure would stay, and count: after eight, `torch.compile` gives up and says so in a warning."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def _depth(path: str, blocks: Mapping[str, RepBlock]) -> int:
+    return sum(path.startswith(f"{block}.") for block in blocks)
+
+
+def _relative_scales(block: RepBlock) -> dict[str, float]:
+    own, *others = gammas_of(block).items()
+    if own[1] is None:
+        return {}
+    return {name: mean / own[1] if own[1] else math.inf for name, mean in others if mean is not None}
+
+
+def _is_affine(model: nn.Module, norm_path: str | None) -> bool:
+    """Whether what a branch adds can be taken off the origin."""
+    if norm_path is None:
+        return True
+    norm: Layer = norm_of(model.get_submodule(norm_path))
+    return norm.weight is not None and norm.bias is not None
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+@torch.no_grad()
+def _take_from_first_rank(*modules: nn.Module) -> None:
+    if not _is_distributed():
+        return
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            torch.distributed.broadcast(tensor, 0)

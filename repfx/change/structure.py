@@ -1,0 +1,126 @@
+"""`Structure`: how a model came by its layers, as plain values and tensors; and how it is taken there and back again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repfx.algebra.moments import Moments
+from repfx.blocks.folded_norm import folded_norm, remember_norm
+from repfx.errors import InvalidInput
+from repfx.records.journal import Action, forget, from_json, journal, record, replay, to_json
+from repfx.records.notes import copy_without_numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """What a checkpoint holds of a model beside its weights.
+
+    Args:
+        journals: by path, of the model and of all modules in it that have one, as an `AveragedModel` has of the model that it holds.
+        folded: by path, mean and variance that convs remember of the BatchNorms that they have absorbed, for `restore`.
+
+    >>> import repfx
+    >>> model = repfx.expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "acb")
+    >>> again = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    >>> Structure.of(model).rebuild(again)
+    >>> again.load_state_dict(model.state_dict())
+    <All keys matched successfully>
+    """
+
+    journals: Mapping[str, str]
+    folded: Mapping[str, tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Structure:
+        """The structure that a module has now."""
+        modules = dict(module.named_modules())
+        journals: dict[str, tuple[Action, ...]] = {path: journal(inner) for path, inner in modules.items()}
+        notes = {path: folded_norm(inner) for path, inner in modules.items()}
+        moments = {path: note.moments for path, note in notes.items() if note is not None}
+        return cls(
+            {path: to_json(actions) for path, actions in journals.items() if actions},
+            {path: (known.mean, known.variance) for path, known in moments.items() if known is not None},
+        )
+
+    def rebuild(self, module: nn.Module) -> None:
+        """Take a module there, in place, from any structure that the saved one has gone through. Its weights are left to a checkpoint.
+
+        Raises:
+            RepfxError: the module has gone another way.
+        """
+        for path, text in self.journals.items():
+            inner = module.get_submodule(path)
+            done, wanted = journal(inner), from_json(text)
+            if wanted[: len(done)] != done:
+                raise InvalidInput("the model has been through other changes than the one that was saved")
+            replay(inner, wanted[len(done) :])
+        for path, (mean, variance) in self.folded.items():
+            conv = module.get_submodule(path)
+            note = folded_norm(conv)
+            if note is not None:
+                remember_norm(conv, replace(note, moments=Moments(mean, variance)))
+
+
+class Skeleton:
+    """The layers of a model as they are now, without their numbers; later the model can be taken back to them.
+
+    >>> import repfx
+    >>> model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    >>> skeleton = Skeleton(model)
+    >>> model = repfx.expand(model, "acb", inplace=True)
+    >>> skeleton.take_back(model)
+    >>> model, repfx.journal(model)
+    (Sequential(
+      (0): Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1))
+      (1): BatchNorm2d(8, ...)
+    ), ())
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers: Any = copy_without_numbers(model)
+
+    @property
+    def journal(self) -> tuple[Action, ...]:
+        """What the model had been through then."""
+        return journal(self._layers)
+
+    def take_back(self, model: nn.Module) -> None:
+        """Put the layers of then in the place of those that differ, in place; they hold zeros, for a checkpoint to fill."""
+        device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        _take_back(model, self._layers, device)
+        forget(model)
+        record(model, self.journal)
+
+
+def _take_back(model: nn.Module, layers: nn.Module, device: torch.device) -> None:
+    for name, wanted in layers.named_children():
+        found = model.get_submodule(name)
+        if _is_alike(found, wanted):
+            _take_back(found, wanted, device)
+        else:
+            setattr(model, name, _with_zeros(wanted, device).train(found.training))
+
+
+def _is_alike(found: nn.Module, wanted: nn.Module) -> bool:
+    """Whether a module is of the same make, what lies inside its children aside."""
+    kinds = [fx.GraphModule if isinstance(each, fx.GraphModule) else type(each) for each in (found, wanted)]
+    makes = []
+    for each in (found, wanted):
+        own = [*each.named_parameters(recurse=False), *each.named_buffers(recurse=False)]
+        sizes = [(name, tuple(tensor.shape)) for name, tensor in own]
+        makes.append((sizes, [name for name, _ in each.named_children()], each.extra_repr()))
+    return kinds[0] is kinds[1] and makes[0] == makes[1]
+
+
+@torch.no_grad()
+def _with_zeros(layers: nn.Module, device: torch.device) -> nn.Module:
+    made: nn.Module = copy.deepcopy(layers).to_empty(device=device)
+    for tensor in (*made.parameters(), *made.buffers()):
+        tensor.zero_()
+    return made

@@ -1,0 +1,75 @@
+"""What the command line prints: results as rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor, nn
+
+from repfx.algebra.layers import is_batch_norm, is_conv
+from repfx.measuring.cost import count_macs, count_parameters
+from repfx.onnx.quantization_report import QuantizationReport
+from repfx.records.number_text import engineering
+from repfx.training.experiment import Metrics
+
+_TITLES = {"plain": "plain", "expanded": "expanded, trained", "fused": "fused", "onnxruntime": "in onnxruntime"}
+
+
+def metrics_table(metrics: Metrics) -> Table:
+    """One row for each form of the model."""
+    table = _table("", "accuracy", "flips", "parameters", "MACs", "latency")
+    for name, title in _TITLES.items():
+        accuracy = f"{metrics.accuracy[name]:.2%}" if name in metrics.accuracy else "–"
+        flips = f"{metrics.flips[name]} of {metrics.test_images}" if name in metrics.flips else "–"
+        cost = metrics.cost.get(name)
+        parameters, macs = (engineering(cost.parameters), engineering(cost.macs)) if cost else ("", "")
+        latency = cost.latency if cost else metrics.onnx_latency
+        table.add_row(title, accuracy, flips, parameters, macs, f"{latency * 1e3:.2f} ms")
+    return table
+
+
+def fusion_table(forms: Mapping[str, nn.Module], x: Tensor) -> Table:
+    """Sizes of a model before and after fusing, for one image of `x`."""
+    table = _table("", "convs", "BatchNorms", "parameters", "MACs")
+    for name, model in forms.items():
+        modules = list(model.modules())
+        counts = str(sum(map(is_conv, modules))), str(sum(map(is_batch_norm, modules)))
+        table.add_row(name, *counts, engineering(count_parameters(model)), engineering(count_macs(model, x[:1])))
+    return table
+
+
+def quantization_table(report: QuantizationReport) -> Table:
+    """One row for each layer; those below the report's bound are marked."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("layer")
+    for column in ("largest\nweight", "× median\nchannel", "outputs", "99.9 %\nin", "weights\nSQNR", "outputs\nSQNR"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for layer in report.layers:
+        table.add_row(
+            layer.name,
+            f"{layer.weight_range:.3g}",
+            f"{layer.channel_spread:.1f}",
+            f"{layer.low:.3g} to {layer.high:.3g}",
+            f"{layer.share:.0%}",
+            f"{layer.weight_sqnr:.1f} dB" if layer.quantized else "float32",
+            f"{layer.output_sqnr:.1f} dB",
+            style="bold red" if layer.output_sqnr < report.bound else None,
+        )
+    return table
+
+
+def listing(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and one line on each, one a line."""
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{name:<{width}}  {description}" for name, description in rows)
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table

@@ -1,0 +1,170 @@
+"""`Augmentation`: how training images are varied, by the transforms of torchvision (v2).
+
+What is drawn for an image depends on the seed, the epoch and the image alone, so neither the number of processes that load images nor an
+interruption changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from repfx.data.dataset import Images, PreparedImages
+from repfx.data.seeds import seed_of
+from repfx.errors import InvalidInput, UnknownName
+
+_POLICIES = {"imagenet": "AutoAugment", "cifar10": "AutoAugment", "svhn": "AutoAugment"}
+_POLICIES |= {"rand": "RandAugment", "trivial": "TrivialAugmentWide", "augmix": "AugMix"}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images, in this order; by default nothing.
+
+    Args:
+        crop_padding: black pixels put around an image, of which then a crop of its old size is taken.
+        resized_crop: smallest part of the area that a random crop, resized, shows; 0 takes the whole image. Instead of `crop_padding`.
+        flip: probability of a left–right flip.
+        auto_augment: a policy: imagenet, cifar10, svhn (AutoAugment), rand, trivial or augmix.
+        color_jitter: greatest change of brightness, contrast and saturation, relatively.
+        random_erasing: probability that a rectangle is set to the mean.
+        cutout: side of a square, in pixels, that is set to the mean in each image.
+        mixup: α of mixup over a batch; 0 for none.
+        cutmix: α of CutMix over a batch; 0 for none. Where both are on, each batch gets one of them.
+    """
+
+    crop_padding: int = 0
+    resized_crop: float = 0.0
+    flip: float = 0.0
+    auto_augment: str = ""
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
+    cutout: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("crop_padding", "color_jitter", "cutout", "mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise InvalidInput(f"{name} is {getattr(self, name)}; it must be at least 0.")
+        for name in ("resized_crop", "flip", "random_erasing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InvalidInput(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
+        if self.crop_padding and self.resized_crop:
+            raise InvalidInput("crop_padding and resized_crop are two ways to crop: set one of them.")
+        if self.auto_augment and self.auto_augment not in _POLICIES:
+            raise UnknownName("policy of auto_augment", self.auto_augment, _POLICIES)
+
+    @property
+    def per_image(self) -> bool:
+        """Whether single images are changed."""
+        return self != Augmentation(mixup=self.mixup, cutmix=self.cutmix)
+
+    def of_images(self, images: Images, seed: int) -> Images:
+        """The images, each varied when it is asked for; as they are, if single images aren't changed.
+
+        Raises:
+            InvalidInput: they are no raw pictures of two axes.
+        """
+        if not self.per_image:
+            return images
+        if not isinstance(images, PreparedImages) or len(images.stages.size) != 2:
+            raise InvalidInput(
+                "images can be augmented only where they are pictures, of two axes: leave augmentation out."
+            )
+        if (self.auto_augment or self.color_jitter) and getattr(images.raw[0][0], "dtype", torch.uint8) != torch.uint8:
+            name = "auto_augment" if self.auto_augment else "color_jitter"
+            raise InvalidInput(
+                f"{name} needs pictures of bytes, and these hold floats, which resizing makes of bytes, too."
+            )
+        return AugmentedImages(images.raw, self._transform(images), seed)
+
+    def of_batch(self, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """What mixes the images of a batch; labels then become `(images, classes)`."""
+        from torchvision.transforms import v2
+
+        mixes = [
+            kind(alpha=alpha, num_classes=classes)
+            for kind, alpha in ((v2.MixUp, self.mixup), (v2.CutMix, self.cutmix))
+            if alpha
+        ]
+        return v2.RandomChoice(mixes) if mixes else lambda x, y: (x, y)
+
+    def _transform(self, images: PreparedImages) -> Callable[[Any], Tensor]:
+        from torchvision.transforms import v2
+
+        stages, size = images.stages, images.stages.size
+        steps: list[Callable[[Any], Any]] = [stages.convert]
+        if self.resized_crop:
+            steps += [v2.RandomResizedCrop(size, (self.resized_crop, 1.0))]
+        else:
+            steps += [stages.fit]
+        if self.crop_padding:
+            steps += [v2.RandomCrop(size, self.crop_padding)]
+        if self.flip:
+            steps += [v2.RandomHorizontalFlip(self.flip)]
+        if self.auto_augment:
+            steps += [_policy(self.auto_augment)]
+        if self.color_jitter:
+            steps += [v2.ColorJitter(*[self.color_jitter] * 3)]
+        steps += [stages.normalize]
+        if self.random_erasing:
+            steps += [v2.RandomErasing(self.random_erasing)]
+        if self.cutout:
+            steps += [Cutout(self.cutout)]
+        every: Callable[[Any], Tensor] = v2.Compose(steps)
+        return every
+
+
+class AugmentedImages(Dataset[Any]):
+    """Raw images with labels, varied anew in each `epoch`."""
+
+    def __init__(self, raw: Images, transform: Callable[[Any], Tensor], seed: int) -> None:
+        self.raw = raw
+        self.transform = transform
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.raw)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        image, label = self.raw[index]
+        elsewhere = torch.get_default_device().type != "cpu"  # where other numbers would be drawn
+        with torch.random.fork_rng(devices=[]), torch.device("cpu") if elsewhere else nullcontext():
+            torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
+            return self.transform(image), label
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """Set a square to 0, whose centre is anywhere in the image, so that it may lie partly outside (DeVries & Taylor, 2017).
+
+    >>> Cutout(4)(torch.ones(3, 8, 6)).sum(0).min().item()
+    0.0
+    """
+
+    side: int
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """`(channels, height, width)`, with a hole."""
+        height, width = image.shape[-2:]
+        top = int(torch.randint(height, ())) - self.side // 2
+        left = int(torch.randint(width, ())) - self.side // 2
+        rows = torch.arange(height, device=image.device)[:, None]
+        columns = torch.arange(width, device=image.device)
+        hole = (rows >= top) & (rows < top + self.side) & (columns >= left) & (columns < left + self.side)
+        return image.masked_fill(hole, 0)
+
+
+def _policy(name: str) -> Any:
+    from torchvision.transforms import v2
+
+    kind = getattr(v2, _POLICIES[name])
+    return kind(v2.AutoAugmentPolicy(name)) if _POLICIES[name] == "AutoAugment" else kind()

@@ -1,0 +1,143 @@
+"""Data sets by name: what `--data` of the command line means, as training and test images of the size a model takes.
+
+`digits`, an image folder, an `.npz` file, or the name of a torchvision data set. Nothing is downloaded unless asked for.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from repfx.data import image_files
+from repfx.data.dataset import DataSet, DataSource, InputForm, PreparedImages, Stages, as_it_is, every_fifth
+from repfx.errors import InvalidInput
+
+_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+_DIGITS_SIZE = 16
+
+
+def load_data(source: DataSource, form: InputForm) -> DataSet:
+    """The data set of a source, its images in the form a model takes.
+
+    Raises:
+        InvalidInput: no such data set, or one that is malformed or doesn't fit the model.
+        OSError: a file can't be read.
+    """
+    path = Path(source.name)
+    if source.name == "digits":
+        return _digits(form)
+    if path.suffix == ".npz":
+        return _arrays(path, form)
+    if path.is_dir():
+        return image_files.folder(source, form)
+    return image_files.torchvision_data(source, form)
+
+
+def _digits(form: InputForm) -> DataSet:
+    """scikit-learn's 1797 handwritten digits, 8×8; of each class every fifth is for the test."""
+    from sklearn.datasets import load_digits
+
+    if form.dimensions != 2:
+        raise InvalidInput(
+            f"the digits are images, but the model's first conv is {form.dimensions}d: give --data an .npz file."
+        )
+    digits = load_digits()
+    images, labels = torch.tensor(digits.images, dtype=torch.float32), torch.tensor(digits.target)
+    test = every_fifth(labels)
+    size = form.size or _DIGITS_SIZE
+    split = (images[~test], labels[~test], images[test], labels[test])
+    return _in_memory(split, InputForm(form.channels, 2, size), tuple(map(str, range(10))))
+
+
+def _arrays(path: Path, form: InputForm) -> DataSet:
+    try:
+        with numpy.load(path, allow_pickle=False) as archive:
+            missing = [name for name in _ARRAYS if name not in archive]
+            if missing:
+                raise InvalidInput(f"{str(path)!r} lacks {', '.join(missing)}; it must hold {', '.join(_ARRAYS)}.")
+            split = [torch.from_numpy(archive[name]) for name in _ARRAYS]
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InvalidInput(f"{str(path)!r} can't be read as arrays: {error}.") from error
+    x_train, y_train, x_test, y_test = split
+    for name, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+        if y.ndim != 1 or len(x) != len(y) or not len(y):
+            shapes = f"x_{name} is {tuple(x.shape)} and y_{name} is {tuple(y.shape)}"
+            raise InvalidInput(f"in {str(path)!r} {shapes}: there must be one label for each of at least one image.")
+        if y.is_floating_point() or y.is_complex() or int(y.min()) < 0:
+            raise InvalidInput(f"in {str(path)!r} y_{name} must hold whole numbers from 0, the classes.")
+    classes = int(max(y_train.max(), y_test.max())) + 1
+    layout = [_channels_first(_bytes_or_floats(x), form, path) for x in (x_train, x_test)]
+    return _in_memory((layout[0], y_train.long(), layout[1], y_test.long()), form, tuple(map(str, range(classes))))
+
+
+def _bytes_or_floats(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.uint8 else x.float()
+
+
+def _channels_first(x: Tensor, form: InputForm, path: Path) -> Tensor:
+    """`(images, *axes)`, `(images, channels, *axes)` or `(images, *axes, channels)` to the second of these."""
+    if not x.isfinite().all():
+        raise InvalidInput(f"{str(path)!r} holds numbers that are not finite.")
+    if x.ndim == form.dimensions + 1:
+        return x[:, None]
+    if x.ndim != form.dimensions + 2:
+        raise InvalidInput(
+            f"{str(path)!r} has images {tuple(x.shape[1:])}; the model's first conv has {form.dimensions} axes."
+        )
+    known = {1, form.channels}
+    if x.shape[1] not in known and x.shape[-1] in known | {3}:
+        return x.movedim(-1, 1)
+    return x
+
+
+def _in_memory(split: tuple[Tensor, ...], form: InputForm, classes: tuple[str, ...]) -> DataSet:
+    """Fit to the form, and standardize by each channel's mean and deviation over the training images."""
+    x_train, y_train, x_test, y_test = split
+    images = [fit_to(x, form) for x in (x_train, x_test)]
+    mean, deviation = _moments(images[0])
+    axes = tuple(images[0].shape[2:])
+    stages = Stages(axes, as_it_is, partial(_standardize, mean=mean, deviation=deviation))
+    preparation = {"mean": mean.tolist(), "std": deviation.tolist(), "shape": list(images[0].shape[1:])}
+    train, test = (PreparedImages(TensorDataset(x, y), stages) for x, y in zip(images, (y_train, y_test)))
+    return DataSet(train, test, classes, preparation)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel `(channels,)`, a channel at a time: bytes need not all become floats at once."""
+    channels = [x[:, channel].double() for channel in range(x.shape[1])]
+    mean = torch.stack([channel.mean() for channel in channels])
+    deviation = torch.stack([channel.std(correction=0) for channel in channels]).clamp_min(1e-12)
+    return mean.float(), deviation.float()
+
+
+def _standardize(image: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    shape = (-1, *[1] * (image.ndim - 1))
+    return (image.float() - mean.view(shape)) / deviation.view(shape)
+
+
+def fit_to(x: Tensor, form: InputForm) -> Tensor:
+    """Images `(images, channels, *axes)`, or without channels, resized and with the channels that a model takes.
+
+    One channel is repeated, several become their mean where the model takes one.
+
+    >>> fit_to(torch.zeros(2, 8, 8), InputForm(channels=3, dimensions=2, size=32)).shape
+    torch.Size([2, 3, 32, 32])
+    """
+    x = x[:, None] if x.ndim == form.dimensions + 1 else x
+    fits = form.size is None or set(x.shape[2:]) == {form.size}
+    if x.shape[1] != form.channels and 1 not in (x.shape[1], form.channels):
+        raise InvalidInput(f"the images have {x.shape[1]} channels, the model's first conv takes {form.channels}.")
+    if x.shape[1] != form.channels:
+        x = x if x.shape[1] == 1 else x.float().mean(1, keepdim=True)
+        x = x.expand(-1, form.channels, *x.shape[2:])
+    if not fits:
+        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[form.dimensions]
+        x = F.interpolate(x.float(), (form.size or 1,) * form.dimensions, mode=mode, align_corners=False)
+    return x.contiguous()

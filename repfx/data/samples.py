@@ -1,0 +1,85 @@
+"""Real images for a file in 8 bits: some to measure ranges on, and labelled ones to count what changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from repfx.data.dataset import DataSource, Images, InputForm
+from repfx.data.load import load_data
+from repfx.data.predictions import check_fit
+from repfx.errors import InvalidInput
+
+_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Of a data set.
+
+    Args:
+        calibrate: batches of training images.
+        labelled: batches of all test images with their labels.
+        example: two test images.
+    """
+
+    calibrate: DataLoader[Any]
+    labelled: DataLoader[Any]
+    example: Tensor
+
+
+def samples(
+    model: nn.Module,
+    source: DataSource,
+    count: int,
+    *,
+    shape: tuple[int, ...] | None = None,
+    preparation: Mapping[str, Any] | None = None,
+) -> Samples:
+    """Images of a data set in the form that a classifier takes.
+
+    Args:
+        count: how many to measure ranges on, from all over the training images.
+        shape: of one image; None leaves the data its own size.
+        preparation: what the images went through that the model was trained on.
+
+    Raises:
+        InvalidInput: no such data, the model doesn't take it, or it is prepared otherwise.
+    """
+    data = load_data(source, InputForm.of(model, _side(shape)))
+    if preparation is not None and dict(preparation) != data.preparation:
+        raise InvalidInput(
+            f"the model was trained on images prepared otherwise ({_said(preparation)}) than those of {source.name!r} "
+            f"({_said(data.preparation)}): give the data that it was trained on."
+        )
+    check_fit(model, data, "cpu")
+    return Samples(
+        DataLoader(_evenly(data.train, count), _AT_ONCE),
+        DataLoader(data.test, _AT_ONCE),
+        torch.stack([data.test[place][0] for place in range(min(2, len(data.test)))]),  # type: ignore[arg-type]
+    )
+
+
+def _side(shape: tuple[int, ...] | None) -> int | None:
+    if shape is None:
+        return None
+    if len(set(shape[1:])) != 1:
+        raise InvalidInput(
+            f"images of data sets are as high as they are wide, and the model takes {shape}: use repfx.quantize_onnx."
+        )
+    return shape[-1]
+
+
+def _evenly(images: Images, count: int) -> Images:
+    total = len(images)  # type: ignore[arg-type]
+    count = min(count, total)
+    return Subset(images, [place * total // count for place in range(count)])
+
+
+def _said(preparation: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in preparation.items())

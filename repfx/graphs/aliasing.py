@@ -1,0 +1,102 @@
+"""Which tensors the nodes of a graph write into, share, or only ask for their shape."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from repfx.algebra.layers import is_batch_norm, is_conv
+from repfx.errors import InvalidInput
+from repfx.graphs.source_code import writes_in_place
+from repfx.graphs.vocabulary import ARITHMETIC
+
+IN_PLACE_OPERATORS = (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "imatmul",
+    "iand",
+    "ior",
+    "ixor",
+    "ilshift",
+    "irshift",
+)
+_IN_PLACE = {operator.setitem, *(getattr(operator, name) for name in IN_PLACE_OPERATORS)}
+
+# functions whose results are tensors of their own, whatever they are given
+_NEW = frozenset(
+    {F.pad, F.linear, torch.cat, torch.stack, torch.matmul}
+    | {getattr(torch, f"{kind}{n}d") for kind in ("conv", "conv_transpose") for n in (1, 2, 3)}
+)
+
+
+def mutated_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
+    """The node whose tensor this one changes in place, if it does."""
+    given = node.args[0] if node.args else node.kwargs.get("input")
+    first = given if isinstance(given, fx.Node) else None
+    if node.op == "call_module":
+        return first if any(map(_works_in_place, root.get_submodule(str(node.target)).modules())) else None
+    out = node.kwargs.get("out")
+    if isinstance(out, fx.Node):
+        return out
+    if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
+        return first
+    in_place = (
+        node.target in _IN_PLACE
+        or node.kwargs.get("inplace") is True
+        or str(getattr(node.target, "__name__", "")).endswith("_")
+    )
+    return first if node.op == "call_function" and in_place else None
+
+
+def _works_in_place(layer: nn.Module) -> bool:
+    if hasattr(layer, "inplace"):
+        return bool(layer.inplace)
+    return not type(layer).__module__.startswith("torch.") and writes_in_place(type(layer))  # type: ignore[arg-type]
+
+
+def has_code_of_others(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node calls a module with code that is not torch's, which may change tensors that the module holds."""
+    layers = root.get_submodule(str(node.target)).modules()
+    return any(not type(layer).__module__.startswith("torch.") for layer in layers)
+
+
+def may_share_memory(node: fx.Node, root: nn.Module) -> set[fx.Node]:
+    """The nodes whose tensors `node` may be, whole or in part: itself alone where it surely makes a tensor of its own."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += [] if _makes_new_tensor(node, root) else node.all_input_nodes
+    return found
+
+
+def _makes_new_tensor(node: fx.Node, root: nn.Module) -> bool:
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        return is_conv(module) or is_batch_norm(module) or isinstance(module, nn.Linear)
+    return node.target in _NEW or (node.target in ARITHMETIC and mutated_by(node, root) is None)
+
+
+def require_tensor(value: object) -> None:
+    """Refuse what is no tensor, where traced code asked and the graph took it for one."""
+    if not isinstance(value, Tensor):
+        raise InvalidInput(f"this module was traced with a tensor where it is called with a {type(value).__name__}.")
+
+
+def reads_only_the_form(node: fx.Node) -> bool:
+    """Whether a node asks a tensor for its shape, dtype or device and for no number in it."""
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    if node.op == "call_function" and node.target is require_tensor:
+        return True
+    return node.op == "call_method" and node.target in ("size", "dim", "numel", "ndimension", "nelement")

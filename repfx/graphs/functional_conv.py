@@ -1,0 +1,181 @@
+"""Convs written as a function's call, whose weight is a parameter or computed from parameters alone: each can be a plain conv.
+
+So can conv classes with a forward of their own, as those that standardize their weight first, since tracing goes into them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from types import SimpleNamespace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from repfx.algebra.kernel import Ints, Kernel, Padding
+from repfx.algebra.layers import Layer, is_conv
+from repfx.algebra.meaning import Meaning
+from repfx.graphs.aliasing import reads_only_the_form
+from repfx.graphs.constants import Constants, NotConstant
+from repfx.graphs.operations import Op
+from repfx.records.module_tree import attribute, has
+
+
+def _conv(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> None: ...
+
+
+def _conv_transpose(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> None: ...
+
+
+# the dimensions, and the arguments, of which torch's own functions don't tell
+_FUNCTIONS: dict[Any, tuple[int, Callable[..., None]]] = {
+    F.conv1d: (1, _conv),
+    F.conv2d: (2, _conv),
+    F.conv3d: (3, _conv),
+    F.conv_transpose1d: (1, _conv_transpose),
+    F.conv_transpose2d: (2, _conv_transpose),
+    F.conv_transpose3d: (3, _conv_transpose),
+}
+
+
+def is_functional_conv(node: fx.Node) -> bool:
+    """Whether a node calls one of torch's functions for convs."""
+    return node.op == "call_function" and node.target in _FUNCTIONS
+
+
+def read_functional_conv(node: fx.Node, constants: Constants) -> Op | None:
+    """The conv with the weight that it has now; None where weight or sizes depend on the input."""
+    if not is_functional_conv(node):
+        return None
+    dimensions, _ = _FUNCTIONS[node.target]
+    call = _arguments(node)
+    weight, bias = constants.tensor(call["weight"]), constants.tensor(call["bias"])
+    unreadable = weight is None or weight.ndim != dimensions + 2 or (bias is None) is not (call["bias"] is None)
+    if (
+        weight is None
+        or unreadable
+        or not isinstance(call["input"], fx.Node)
+        or _has_a_dtype_of_its_own(call["weight"], constants)
+    ):
+        return None
+    try:
+        sizes = {name: constants.literal(value) for name, value in call.items() if name in _SIZES}
+        kernel = _kernel(weight, bias, transposed="output_padding" in call, **sizes)
+    except (NotConstant, TypeError):  # a size that is computed from the input
+        return None
+    meaning = Meaning("conv", dimensions, kernel.in_channels, lambda like, channels, n: kernel.to(like))
+    return Op(node, call["input"], meaning)
+
+
+_CASTS = frozenset({"to", "type", "type_as", "half", "bfloat16", "float", "double"})
+_SIZES = ("stride", "padding", "dilation", "groups", "output_padding")
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    call = inspect.signature(_FUNCTIONS[node.target][1]).bind(*node.args, **node.kwargs)
+    call.apply_defaults()
+    return call.arguments
+
+
+def _kernel(
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    transposed: bool,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    output_padding: Any = 0,
+) -> Kernel:
+    strides, dilations = (_per_axis(size, weight.ndim - 2) for size in (stride, dilation))
+    if isinstance(padding, str):
+        totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, weight.shape[2:])]
+        sides: Padding = tuple((total // 2, total - total // 2) for total in totals)
+    else:
+        sides = tuple((side, side) for side in _per_axis(padding, weight.ndim - 2))
+    if not transposed:
+        return Kernel(weight, bias, strides, sides, dilations, groups)
+    more = _per_axis(output_padding, weight.ndim - 2)
+    return Kernel(weight, bias, strides, sides, dilations, groups, transposed=True, output_padding=more)
+
+
+def _per_axis(size: Any, dimensions: int) -> Ints:
+    """torch's functions take a number, a sequence of one for all axes, or one for each."""
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    return sizes * dimensions if len(sizes) == 1 else sizes
+
+
+def settings_of(node: fx.Node, root: nn.Module) -> Layer:
+    """What a plain conv takes over beside the kernel, as a conv would have it: dtype, device, whether it is trained and has a bias."""
+    call = _arguments(node)
+    found = [attribute(root, str(source.target)) for source in _parameters(call["weight"])]
+    weights = [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.is_floating_point()]
+    like = weights[0].detach().new_empty(0).requires_grad_(any(weight.requires_grad for weight in weights))
+    window = (1,) * _FUNCTIONS[node.target][0]
+    return SimpleNamespace(weight=like, bias=call["bias"], padding=(), kernel_size=window)
+
+
+def _has_a_dtype_of_its_own(weight: fx.Node, constants: Constants) -> bool:
+    """Whether a weight isn't in the dtype of the parameters that it is computed from."""
+    casts = any(node.op == "call_method" and node.target in _CASTS for node in _origins(weight))
+    return casts or any(constants.literal(source).is_complex() for source in _parameters(weight))
+
+
+def is_shared(node: fx.Node) -> bool:
+    """Whether something else in the graph reads the weight, too."""
+    weight = _arguments(node)["weight"]
+    own = set(_origins(weight))
+    names = {source.target for source in _parameters(weight)}
+    readers = [
+        user for other in node.graph.nodes if other.target in names and other.op == "get_attr" for user in other.users
+    ]
+    return any(user not in own and user is not node and not reads_only_the_form(user) for user in readers)
+
+
+def _parameters(node: fx.Node) -> list[fx.Node]:
+    """The parameters and buffers that a node is computed from."""
+    return [source for source in _origins(node) if source.op == "get_attr"]
+
+
+def _origins(node: fx.Node) -> list[fx.Node]:
+    """All that a node is computed from, itself among them."""
+    found: dict[fx.Node, None] = {}
+    pending = [node]
+    while pending:
+        source = pending.pop()
+        if source not in found:
+            found[source] = None
+            pending += source.all_input_nodes
+    return list(found)
+
+
+def path_for(node: fx.Node, root: nn.Module, taken: Collection[str]) -> str:
+    """Where the plain conv goes: in the place of the conv whose code this is, or else beside the code that calls the function."""
+    owner = _owner(node)
+    alone = [other for other in node.graph.nodes if is_functional_conv(other) and _owner(other) == owner] == [node]
+    if owner and alone and owner not in taken and is_conv(root.get_submodule(owner)):
+        return owner
+    path, number = f"{owner}.{node.name}".lstrip("."), 0
+    while path in taken or has(root, path):
+        number += 1
+        path = f"{owner}.{node.name}_{number}".lstrip(".")
+    return path
+
+
+def _owner(node: fx.Node) -> str:
+    """The path of the module whose code made a node."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]) if stack else ""

@@ -1,0 +1,67 @@
+"""How far tracing goes: which modules stay leaves, and which sequences have to stay what they are."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from repfx.algebra.layers import code_of_its_own, has_hooks, is_batch_norm, is_conv, is_plain_sequence
+from repfx.algebra.meaning import torch_class
+from repfx.blocks.block import RepBlock
+from repfx.graphs.source_code import calls
+
+_AUTOCAST = frozenset({"autocast", "_enter_autocast"})
+CONV_FUNCTIONS = frozenset(f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3))
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether code around a module may index it or iterate over it, so that it has to stay what it is.
+
+    A sequence of mere layers does so as an island too, and a list or dict that is run itself is first of all a module.
+    """
+    if holds_modules(module):
+        return type(module).forward is nn.Module.forward
+    return is_plain_sequence(module) and not all(_is_layer(child) for child in module.children())
+
+
+def holds_modules(module: nn.Module) -> bool:
+    """Whether a module is a list or a dict of others."""
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    if is_plain_sequence(module):
+        return all(_is_layer(child) for child in module.children())
+    return isinstance(module, RepBlock) or is_conv(module) or is_leaf(module)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether there is nothing in a module to trace: a layer of torch, or neither conv nor BatchNorm in it."""
+    if is_conv(module):
+        return torch_class(module) is not None or not calls_conv(module)
+    if is_batch_norm(module):
+        return True
+    if is_plain_sequence(module):
+        return False
+    return not any(is_conv(inner) or is_batch_norm(inner) or calls_conv(inner) for inner in module.modules())
+
+
+def stays_whole(module: nn.Module) -> str | None:
+    """Why tracing can't go into a module, whatever its code is, or None."""
+    if has_hooks(module):
+        return "it has hooks, which would no longer run"
+    if _calls(module, _AUTOCAST):
+        return "it switches autocast on or off"
+    return code_of_its_own(module)
+
+
+def calls_conv(module: nn.Module) -> bool:
+    """Whether the code of a module that has parameters calls a function for convs."""
+    own_code = not type(module).__module__.startswith("torch.nn.")
+    return own_code and _calls(module, CONV_FUNCTIONS) and any(True for _ in module.parameters())
+
+
+def _calls(module: nn.Module, names: frozenset[str]) -> bool:
+    """Whether the code of a module calls a function by one of these names; that of a graph would have to be parsed for each graph."""
+    if isinstance(module, fx.GraphModule):
+        return any(getattr(node.target, "__name__", None) in names for node in module.graph.nodes)
+    return calls(type(module), names)  # type: ignore[arg-type]

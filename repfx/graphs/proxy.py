@@ -1,0 +1,157 @@
+"""What code sees in place of a tensor while it is traced: it records what is done to a value, and is taken for nothing else than it is."""
+
+from __future__ import annotations
+
+import linecache
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repfx.graphs.aliasing import IN_PLACE_OPERATORS, require_tensor
+
+_INSTANCE_CHECKS = ("abc", "torch.nn.parameter")  # where `isinstance` of some classes is written in Python
+
+_OWN = frozenset({"__dict__", "tracer", "node", "_node", "root", "attr"})
+
+
+class ValueProxy(fx.Proxy):
+    """Records what code does to a value in place, and doesn't let it take a value for something else than it is.
+
+    torch.fx's own proxy takes ``x += y`` for ``x = x + y``, which leaves x as it was; says that it is no tensor; and lets code assign
+    attributes, or write its shape into a text, as if nothing had happened.
+    """
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What `isinstance` looks at: a tensor, of which the graph makes sure where it runs."""
+        frame = _asking_frame()
+        if _is_tracing(frame) or not _asks_for_a_class(frame):
+            return type(self)
+        known = _known_type(self.node)
+        if known is not None:
+            return known
+        if not any(user.target is require_tensor for user in self.node.users):
+            self.tracer.create_proxy("call_function", require_tensor, (self,), {})
+        return Tensor
+
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN:
+            raise TypeError(f"code assigns the attribute {name!r} of a tensor")
+        object.__setattr__(self, name, value)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __str__(self) -> str:
+        if _is_tracing(_asking_frame()):
+            return fx.Proxy.__repr__(self)
+        raise TypeError("code writes a value that depends on the input into a text")
+
+    def __format__(self, form: str) -> str:
+        raise TypeError("code writes a value that depends on the input into a text")
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in IN_PLACE_OPERATORS:
+    setattr(ValueProxy, f"__{_name}__", _in_place(_name))
+
+
+def _asking_frame() -> FrameType | None:
+    """Where the code runs that called the caller of this; of a question that Python code passes on, where it was asked."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") in _INSTANCE_CHECKS:
+        frame = frame.f_back
+    return frame
+
+
+def _is_tracing(frame: FrameType | None) -> bool:
+    """Whether it is the tracer's code that runs there, not the model's."""
+    return frame is not None and _module_of(frame).startswith(("torch.fx", "repfx."))
+
+
+def _asks_for_a_class(frame: FrameType | None) -> bool:
+    """Whether Python code asks for a value's class, not one of torch's functions in C++, which would take a proxy for a tensor in memory.
+
+    Raises:
+        TypeError: it is a `torch.autograd.Function` that asks, whose own backward pass a graph of its forward would lose.
+    """
+    if frame is None:
+        return False
+    if _module_of(frame).startswith(("torch.autograd.function", "torch._functorch")):
+        raise TypeError("it calls a torch.autograd.Function, whose own backward pass a graph doesn't have")
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    words = line if line else " ".join(frame.f_code.co_names)
+    return any(word in words for word in ("isinstance", "__class__", "case ", "is_tensor"))
+
+
+def _module_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def _known_type(node: fx.Node) -> type | None:
+    """The type of sizes and what is computed from them; None for all else."""
+    if node.op == "call_function" and node.target is getattr:
+        return {"shape": torch.Size, "ndim": int, "dtype": torch.dtype, "device": torch.device}.get(str(node.args[1]))
+    if node.op == "call_method" and node.target in ("size", "dim", "numel", "ndimension", "nelement"):
+        return torch.Size if node.target == "size" and len(node.args) + len(node.kwargs) == 1 else int
+    if node.op != "call_function" or getattr(node.target, "__module__", None) != "_operator":
+        return None
+    types: set[type] = set()
+    for source in node.all_input_nodes:
+        known = _known_type(source)
+        if known not in (int, float, torch.Size):
+            return None
+        types.add(known)
+    if node.target is operator.getitem and types == {torch.Size}:
+        return torch.Size if isinstance(node.args[1], slice) else int
+    return None if torch.Size in types else (float if node.target is operator.truediv else types.pop())
+
+
+class _Attribute(ValueProxy, fx.proxy.Attribute):
+    """``x.name``, of which it isn't known yet whether it is called."""
+
+
+class ParameterProxy(ValueProxy):
+    """A parameter or buffer, of which the sizes are known."""
+
+    def __iter__(self) -> Iterator[Any]:
+        whole: Any = self
+        return iter([whole[index] for index in range(len(self))])
+
+    def __len__(self) -> int:
+        return len(self._tensor())
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._tensor().shape
+
+    @property
+    def ndim(self) -> int:
+        return self._tensor().ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def numel(self) -> int:
+        return self._tensor().numel()
+
+    def _tensor(self) -> Tensor:
+        tracer: Any = self.tracer
+        path, _, name = str(self.node.target).rpartition(".")
+        owner: nn.Module = tracer.root.get_submodule(path)  # whose attributes are proxies while tracing runs
+        return {**owner._parameters, **owner._buffers}[name]  # type: ignore[return-value]

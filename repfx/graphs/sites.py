@@ -1,0 +1,239 @@
+"""Sites: where the convs of a model sit, with the BatchNorm that only they feed, the branches they have, or why they are left alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from torch import fx, nn
+
+from repfx.algebra.activated_norm import norm_of
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.layers import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, Layer, code_of_its_own, is_conv
+from repfx.algebra.meaning import refusal_of, torch_class
+from repfx.blocks.architecture import Architecture
+from repfx.blocks.block import RepBlock
+from repfx.blocks.branch import fitting
+from repfx.blocks.presets import SpecLike
+from repfx.blocks.selection import Selection
+from repfx.graphs.leaves import is_leaf
+from repfx.graphs.source_code import Around, asked_for
+from repfx.graphs.trace import Island, Traces, call_counts, trace
+from repfx.records.module_tree import module_paths, outer_paths
+from repfx.records.report import report
+
+
+@dataclass(frozen=True)
+class Site:
+    """One conv of a model.
+
+    Args:
+        path: of the conv, or of the block that stands for it.
+        conv: its sizes; None where they can't be read.
+        norm: path of the BatchNorm that only this conv feeds.
+        branches: names of the branches beside the conv; empty for a plain conv.
+        block: path of the block whose branch this conv is part of, if it is.
+        refusal: why this conv can't be expanded.
+        note: what a spec would do here, or why the last `expand` left it alone.
+    """
+
+    path: str
+    conv: ConvSpec | None
+    norm: str | None = None
+    branches: tuple[str, ...] = ()
+    block: str | None = None
+    refusal: str | None = None
+    note: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """The branches, or in brackets why there are none."""
+        return ", ".join(self.branches) or f"({self.refusal or self.note or 'plain'})"
+
+
+@dataclass(frozen=True)
+class SiteTable:
+    """The sites of a model, in order; printed, a table."""
+
+    sites: tuple[Site, ...]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, path: str) -> Site:
+        return {site.path: site for site in self.sites}[path]
+
+    def __str__(self) -> str:
+        rows = [("site", "conv", "branches")]
+        rows += [(site.path, str(site.conv or "?"), site.outcome) for site in self.sites]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        return "\n".join(f"{path:<{widths[0]}}  {conv:<{widths[1]}}  {branches}" for path, conv, branches in rows)
+
+
+def sites(model: nn.Module, spec: SpecLike | Architecture | None = None) -> SiteTable:
+    """The sites of a model: path, conv, branches, or why a conv was left alone; with `spec`, what it would add.
+
+    >>> print(sites(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 8, 2)), "repvgg"))
+    site  conv     branches
+    0     3×3 3→8  (would get 1x1; not identity: 3 channels go in and 8 come out)
+    2     ?        (a transposed conv is folded but not expanded)
+    """
+    found = [site for site in find_sites(model) if site.block is None]
+    if spec is not None:
+        selection = Selection.of(spec)
+        return SiteTable(tuple(replace(site, note=_plan(site, selection)) for site in found))
+    reasons = {skip.path: skip.reason for skip in report(model).skipped if skip.rule == "expand"}
+    return SiteTable(tuple(replace(site, note=reasons.get(site.path, "")) for site in found))
+
+
+def _plan(site: Site, selection: Selection) -> str:
+    spec = selection.spec_for(site.path)
+    if spec is None:
+        return "no pattern of the spec names it"
+    if site.conv is None or site.branches:
+        return ""
+    branches, refusals = fitting(spec.branches_for(site.conv), site.conv)
+    plan = f"would get {', '.join(branch.kind for branch in branches)}" if branches else "would stay plain"
+    return "; ".join(filter(None, (plan, refusals)))
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """All sites, those inside blocks too."""
+    traces = trace(model)
+    read = _read_elsewhere(traces)
+    registered = module_paths(model)
+    calls = call_counts(traces)
+    owners = _owners(model)
+    code = _code_around(model)
+    norms = {
+        conv: norm
+        for conv, norm in _own_norms(model, traces, calls, registered, read).items()
+        if not code[norm].needs_norm(norm, model.get_submodule(norm))
+    }
+    blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
+    origins = {f"{path}.origin.conv" for path in blocks}
+    found = []
+    for path, module in model.named_modules():
+        inside = next((outer for outer in outer_paths(path)[1:] if outer in blocks), None)
+        if isinstance(module, RepBlock):
+            found.append(Site(path, module.site, module.norm_path, tuple(module.branches), inside))
+        elif is_conv(module) and path not in origins:
+            refusal = _refusal(module, path, read, registered, owners) or code[path].refusal(
+                module, called=calls[path] > 0
+            )
+            conv = ConvSpec.of(module) if torch_class(module) in CONVS else None
+            found.append(Site(path, conv, norms.get(path), (), inside, refusal))
+    return found
+
+
+@dataclass(frozen=True)
+class _Code:
+    """The code around a layer: what it reads and asks for, and why nothing in it can be changed, if so."""
+
+    around: Around = field(default_factory=Around)
+    closed: str | None = None
+
+    def refusal(self, conv: nn.Module, *, called: bool) -> str | None:
+        """Why a conv can't become a block; `called` is whether a graph calls it."""
+        asked = asked_for(conv, self.around.classes)
+        if asked is not None:
+            return f"code around it asks whether it is a {asked}"
+        if not called and "weight" in self.around.names:
+            return "code around it, which can't be traced, reads its weights"
+        return self.closed
+
+    def needs_norm(self, path: str, norm: nn.Module) -> bool:
+        """Whether a BatchNorm has to stay where it is."""
+        if path.rpartition(".")[2] in self.around.sets_modes:
+            return True
+        return asked_for(norm, self.around.classes) is not None or bool(_OF_NORMS & self.around.names)
+
+
+_OF_NORMS = frozenset({"eps", "momentum", "num_features", "running_mean", "running_var", "affine"})
+
+
+def _code_around(model: nn.Module) -> dict[str, _Code]:
+    """For each module, by path, the code of all that it lies in, but for that of blocks, which serve what becomes of their parts."""
+    found = {"": _Code()}
+    for path, module in model.named_modules():
+        code = found.get(path, _Code())
+        if not (is_leaf(module) or isinstance(module, RepBlock)):
+            code = _Code(code.around.inside(module), code.closed or code_of_its_own(module))
+        for name, _ in module.named_children():
+            found[f"{path}.{name}".lstrip(".")] = code
+    return found
+
+
+def _refusal(
+    conv: Layer, path: str, read: set[str], registered: dict[int, list[str]], owners: dict[int, list[str]]
+) -> str | None:
+    if not path:
+        return "it is the model itself: put it into an nn.Sequential"
+    if torch_class(conv) in TRANSPOSED_CONVS:
+        return "a transposed conv is folded but not expanded"
+    if refusal_of(conv) is not None:
+        return refusal_of(conv)
+    if nn.utils.parametrize.is_parametrized(conv):
+        return "its weight is computed by a parametrization"
+    if len(registered[id(conv)]) > 1:
+        return f"it is registered under {len(registered[id(conv)])} names: {', '.join(registered[id(conv)])}"
+    if path in read:
+        return "its parameters are read elsewhere in the model"
+    shared = [name for tensor in conv.parameters() for name in owners[id(tensor)] if name.rpartition(".")[0] != path]
+    if shared:
+        return f"its weights are shared with {shared[0].rpartition('.')[0]!r}"
+    if not conv.weight.is_floating_point():
+        return f"its weights are {conv.weight.dtype}"
+    return None
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _read_elsewhere(traces: Traces) -> set[str]:
+    return {
+        island.full_path(str(node.target)).rpartition(".")[0]
+        for island in traces.islands
+        for node in island.graph.nodes
+        if node.op == "get_attr"
+    }
+
+
+def _own_norms(
+    model: nn.Module, traces: Traces, calls: Counter[str], registered: dict[int, list[str]], read: set[str]
+) -> dict[str, str]:
+    """For each conv that is called once, and feeds one BatchNorm called once and nothing else: that BatchNorm's path.
+
+    A BatchNorm whose tensors are read by other code, as DBB's padding reads them, belongs to that code.
+    """
+    pairs: dict[str, str] = {}
+    for island in traces.islands:
+        for node in island.graph.nodes:
+            paths = _conv_and_norm(node, island, model)
+            if paths is None or paths[1] in read:
+                continue
+            if all(calls[path] == 1 and len(registered[id(model.get_submodule(path))]) == 1 for path in paths):
+                pairs[paths[0]] = paths[1]
+    return pairs
+
+
+def _conv_and_norm(node: fx.Node, island: Island, model: nn.Module) -> tuple[str, str] | None:
+    """The paths of a conv and of the BatchNorm that this node calls on its output, if they belong together."""
+    if node.op != "call_module" or len(node.all_input_nodes) != 1:
+        return None
+    before = node.all_input_nodes[0]
+    if before.op != "call_module" or len(before.users) != 1 or {before.target, node.target} & island.constants.keys():
+        return None
+    paths = island.full_path(str(before.target)), island.full_path(str(node.target))
+    conv, norm = model.get_submodule(paths[0]), norm_of(model.get_submodule(paths[1]))
+    if torch_class(conv) not in CONVS or torch_class(norm) not in BATCH_NORMS or refusal_of(norm) is not None:
+        return None
+    return paths

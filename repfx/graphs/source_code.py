@@ -1,0 +1,328 @@
+"""What code does that isn't traced, read from its text: what it takes from inside its children, and whether it writes in place.
+
+Such code runs as it is, so a layer that it takes from inside a child, as in ``self.stem.conv(x)``, has to stay what it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import inspect
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repfx.algebra.layers import is_batch_norm, is_conv, is_plain_sequence
+
+
+@dataclass(frozen=True)
+class Around:
+    """What code that can't be traced, around a module, reads of it or of what is in it.
+
+    Args:
+        names: attributes that it reads from anything but itself.
+        classes: names of classes that it asks for with `isinstance`.
+        taken_apart: its own attributes that it does more with than call them: it may index them or iterate over them.
+        indexes: whether it calls what it has indexed, as in ``layers[0](x)``.
+        lists_children: whether it goes through children by their order.
+        sets_modes: its own attributes that its `train` mentions: a BatchNorm that stays frozen, say.
+        passes_more: whether it calls what may be a module with more than one argument, or by keyword.
+    """
+
+    names: frozenset[str] = frozenset()
+    classes: frozenset[str] = frozenset()
+    taken_apart: frozenset[str] = frozenset()
+    indexes: bool = False
+    lists_children: bool = False
+    passes_more: bool = False
+    sets_modes: frozenset[str] = frozenset()
+
+    def inside(self, module: nn.Module) -> Around:
+        """With what this module's code does, for what is in it."""
+        code = list(_code_of(type(module), ("forward", "train", *self._members(module)), helpers=True))
+        calls = [node for node in code if isinstance(node, ast.Call)]
+        attributes = [node for node in code if isinstance(node, ast.Attribute)]
+        used_whole = {id(call.func) for call in calls} | {id(node.value) for node in attributes}
+        return Around(
+            self.names | _names_read(attributes, _results(code, module)) | _names_by_text(calls),
+            self.classes | _classes_asked_for(calls),
+            frozenset(node.attr for node in attributes if _is_self(node.value) and id(node) not in used_whole),
+            self.indexes or any(isinstance(call.func, ast.Subscript) for call in calls),
+            self.lists_children or any(node.attr in _LISTS and not _is_self(node.value) for node in attributes),
+            self.passes_more or any(_passes_more(call, type(module)) for call in calls),
+            frozenset(
+                node.attr
+                for node in _code_of(type(module), ("train",), helpers=False)
+                if isinstance(node, ast.Attribute) and _is_self(node.value)
+            ),
+        )
+
+    def reason(self, module: nn.Module) -> str | None:
+        """Why a module can't become a graph, or None."""
+        what = "code around it, which can't be traced,"
+        part = next((path for path, each in module.named_modules() if self._reads(path, each)), None)
+        if part is not None:
+            return f"{what} reaches for its {part!r}"
+        if is_plain_sequence(module):
+            return None
+        asked = asked_for(module, self.classes)
+        if asked is not None:
+            return f"{what} asks whether it is a {asked}"
+        return next((f"{what} reads its {member!r}" for member in self._members(module)), None)
+
+    def _members(self, module: nn.Module) -> list[str]:
+        """The methods of a module that the code calls in the place of its forward, and the properties that it reads.
+
+        Code knows nothing of a block: a `squeeze` in it is a tensor's, a `train` any module's.
+        """
+        classes = [cls for cls in _own_classes(module) if not cls.__module__.startswith("repfx.")]
+        own = {name for cls in classes for name in vars(cls)}
+        return sorted(name for name in own & self.names if not _is_value(module, name))
+
+    @property
+    def order_of_children(self) -> str | None:
+        """Why nothing inside may be changed, or None."""
+        return (
+            "code around it, which can't be traced, goes through children by their order"
+            if self.lists_children
+            else None
+        )
+
+    def other_arguments(self, module: nn.Module) -> str | None:
+        """Why a module's arguments can't be taken for their defaults, or None."""
+        if not self.passes_more:
+            return None
+        parameters = inspect.signature(module.forward).parameters.values()
+        name = next((each.name for each in parameters if each.default is not inspect.Parameter.empty), None)
+        return name and f"code around it, which can't be traced, may give it {name!r}"
+
+    def takes_apart(self, path: str) -> bool:
+        """Whether a plain sequence at a path may be run in parts."""
+        return self.indexes or path.rpartition(".")[2] in self.taken_apart
+
+    def _reads(self, path: str, part: nn.Module) -> bool:
+        """Whether a part of a module is read by its name, and is or holds a layer that may be merged."""
+        named = path.rpartition(".")[2] in self.names
+        return named and any(
+            is_conv(inner) or is_batch_norm(inner) or isinstance(inner, nn.Linear) for inner in part.modules()
+        )
+
+
+_LISTS = frozenset({"children", "named_children", "_modules"})
+
+
+def _is_value(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is a plain value, which a graph in the module's place has too."""
+    return name.startswith("__") or isinstance(getattr(module, name, None), (bool, int, float, str, tuple))
+
+
+def asked_for(module: nn.Module, classes: frozenset[str]) -> str | None:
+    """The first of a module's classes, up to `nn.Module`, that is among these names."""
+    return next((cls.__name__ for cls in _own_classes(module) if cls.__name__ in classes), None)
+
+
+def _own_classes(module: nn.Module) -> tuple[type, ...]:
+    """A module's class and its bases, up to torch's."""
+    classes = type(module).__mro__
+    return classes[: classes.index(nn.Module)]
+
+
+def _names_read(attributes: list[ast.Attribute], results: frozenset[str]) -> frozenset[str]:
+    """What is read from anything but `self` and what is no module."""
+    return frozenset(
+        node.attr
+        for node in attributes
+        if not (_is_self(node.value) or (isinstance(node.value, ast.Name) and node.value.id in results))
+    )
+
+
+def _results(code: list[ast.AST], module: nn.Module) -> frozenset[str]:
+    """The names that only ever stand for what children have given out, or for new objects that are no modules."""
+    assigned: Counter[str] = Counter()
+    for node in code:
+        if isinstance(node, ast.Assign) and _gives_no_module(node.value, module):
+            assigned.update(target.id for target in node.targets if isinstance(target, ast.Name))
+    bound = Counter(map(_bound, code))
+    return frozenset(name for name, times in assigned.items() if bound[name] == times)
+
+
+def _bound(node: ast.AST) -> str | None:
+    """The name that a piece of code gives a meaning, if it does."""
+    if isinstance(node, ast.Name):
+        return node.id if isinstance(node.ctx, ast.Store) else None
+    if isinstance(node, ast.alias):
+        return node.asname or node.name
+    return node.arg if isinstance(node, ast.arg) else None
+
+
+def _gives_no_module(value: ast.expr, module: nn.Module) -> bool:
+    if not isinstance(value, ast.Call):
+        return False
+    if isinstance(value.func, ast.Attribute) and _is_self(value.func.value):
+        return isinstance(getattr(module, value.func.attr, None), nn.Module)
+    name = value.func.id if isinstance(value.func, ast.Name) else ""
+    made = _globals(type(module)).get(name, getattr(builtins, name, None))
+    return isinstance(made, type) and not issubclass(made, nn.Module)
+
+
+def _classes_asked_for(calls: list[ast.Call]) -> frozenset[str]:
+    """The names of classes in calls of `isinstance`."""
+    asked = [call.args[1] for call in calls if _calls_by_name(call, "isinstance") and len(call.args) == 2]
+    nodes = (node for each in asked for node in ast.walk(each))
+    return frozenset(
+        node.attr if isinstance(node, ast.Attribute) else node.id
+        for node in nodes
+        if isinstance(node, (ast.Attribute, ast.Name))
+    )
+
+
+def _names_by_text(calls: list[ast.Call]) -> frozenset[str]:
+    """``getattr(module, "name")``."""
+    named = [call.args[1] for call in calls if _calls_by_name(call, "getattr") and len(call.args) > 1]
+    return frozenset(str(each.value) for each in named if isinstance(each, ast.Constant))
+
+
+def _passes_more(call: ast.Call, cls: type[nn.Module]) -> bool:
+    """Whether something that may be a module is called with more than one argument, or by keyword."""
+    starred = any(isinstance(argument, ast.Starred) for argument in call.args)
+    if len(call.args) < 2 and not call.keywords and not starred:
+        return False
+    if isinstance(call.func, ast.Attribute) and hasattr(Tensor, call.func.attr):
+        return False
+    if isinstance(call.func, ast.Attribute) and _is_self(call.func.value) and hasattr(cls, call.func.attr):
+        return False  # a method, whose code is read too
+    root: ast.expr = call.func
+    while isinstance(root, (ast.Attribute, ast.Subscript, ast.Call)):
+        root = root.func if isinstance(root, ast.Call) else root.value
+    return not (isinstance(root, ast.Name) and (root.id in _globals(cls) or hasattr(builtins, root.id)))
+
+
+def _calls_by_name(call: ast.Call, name: str) -> bool:
+    return isinstance(call.func, ast.Name) and call.func.id == name
+
+
+@cache
+def writes_in_place(cls: Any) -> bool:
+    """Whether a class's forward, or a function of its package that it calls, may write into a tensor.
+
+    ``x.mul_(…)``, ``relu_(x)``, ``F.relu(x, inplace=True)``, ``x += …``, ``x[…] = …``.
+
+    >>> writes_in_place(nn.Conv2d)
+    False
+    """
+    for node in _code_of(cls, ("forward",), helpers=True):
+        if isinstance(node, ast.AugAssign):
+            return True
+        if isinstance(node, ast.Assign) and any(isinstance(target, ast.Subscript) for target in node.targets):
+            return True
+        if isinstance(node, ast.Call) and _is_call_in_place(node):
+            return True
+    return False
+
+
+# where the argument `inplace` stands in torch's functions
+_INPLACE = {
+    name: list(inspect.signature(function).parameters).index("inplace")
+    for name, function in vars(F).items()
+    if inspect.isfunction(function) and "inplace" in inspect.signature(function).parameters
+}
+
+
+def _is_call_in_place(call: ast.Call) -> bool:
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if name.endswith("_") and name.strip("_") and not name.endswith("__"):
+        return True
+    if name not in _INPLACE:
+        return False
+    asked = [*call.args[_INPLACE[name] :], *(each.value for each in call.keywords if each.arg == "inplace")]
+    return not all(isinstance(each, ast.Constant) and each.value is False for each in asked)
+
+
+@cache
+def calls(cls: Any, names: frozenset[str]) -> bool:
+    """Whether a class's forward, or what it calls of its own, calls a function by one of these names.
+
+    >>> calls(nn.Conv2d, frozenset({"conv2d"})), calls(nn.ReLU, frozenset({"conv2d"}))
+    (True, False)
+    """
+    functions = (node.func for node in _forward(cls) if isinstance(node, ast.Call))
+    return any(
+        (isinstance(function, ast.Name) and function.id in names)
+        or (isinstance(function, ast.Attribute) and not _is_self(function.value) and function.attr in names)
+        for function in functions
+    )
+
+
+def _forward(cls: type[nn.Module]) -> Iterator[ast.AST]:
+    """All that a class's forward is written of, and the methods and properties of its own that it reads."""
+    return _code_of(cls, ("forward",), helpers=False)
+
+
+def _code_of(cls: type[nn.Module], names: Iterable[str], *, helpers: bool) -> Iterator[ast.AST]:
+    """The same from other methods on; with `helpers` also the functions of the same package that they call by name."""
+    pending: list[Any] = list(names)
+    seen = set(pending)
+    functions = _functions_beside(cls) if helpers else {}
+    while pending:
+        each = pending.pop()
+        for node in _code(cls, each) if isinstance(each, str) else _source(each):
+            yield node
+            found: Any = None
+            if isinstance(node, ast.Attribute) and _is_self(node.value):
+                found = node.attr
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                found = functions.get(node.func.id)
+            if found is not None and found not in seen:
+                seen.add(found)
+                pending.append(found)
+
+
+def _functions_beside(cls: type[nn.Module]) -> dict[str, Any]:
+    package = cls.__module__.split(".")[0]
+    return {
+        name: value
+        for name, value in _globals(cls).items()
+        if inspect.isfunction(value) and (value.__module__ or "").split(".")[0] == package
+    }
+
+
+def _globals(cls: type[nn.Module]) -> dict[str, Any]:
+    """What a class's code knows by name."""
+    return getattr(sys.modules.get(cls.__module__), "__dict__", {})
+
+
+def _code(cls: type[nn.Module], name: str) -> Iterator[ast.AST]:
+    """All that a method or property is written of, in the class and those that it inherits from."""
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        found = vars(base).get(name)
+        function = found.fget if isinstance(found, property) else found
+        yield from _source(function, of_instance=True) if inspect.isfunction(function) else ()
+
+
+@cache
+def _source(function: Any, *, of_instance: bool = False) -> tuple[ast.AST, ...]:
+    """All that a function is written of; with `of_instance` its first parameter is named `self`, whatever the code calls it."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return ()
+    nodes = tuple(ast.walk(tree))
+    arguments = tree.body[0].args.args if isinstance(tree.body[0], ast.FunctionDef) else []
+    if of_instance and arguments:
+        for node in nodes:
+            if isinstance(node, ast.Name) and node.id == arguments[0].arg:
+                node.id = "self"
+    return nodes
+
+
+def _is_self(value: ast.expr) -> bool:
+    """Whether the instance itself is meant, or what it inherits."""
+    own_name = isinstance(value, ast.Name) and value.id == "self"
+    return own_name or (isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "super")

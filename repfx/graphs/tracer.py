@@ -1,0 +1,169 @@
+"""A tracer for torch.fx that records what the code does: writing in place, arguments with defaults, iterating over a parameter."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repfx.algebra.layers import has_call_of_its_own
+from repfx.blocks.block import RepBlock
+from repfx.errors import InvalidInput, first_line
+from repfx.graphs.leaves import is_leaf, stays_whole
+from repfx.graphs.proxy import ParameterProxy, ValueProxy
+
+# functions of libraries that no trace gets through, with nothing in them to rewrite
+_LEAF_FUNCTIONS = {"timm.layers.padding": ("pad_same",)}
+
+
+class Tracer(fx.Tracer):
+    """Leaves are convs, BatchNorms, and all that holds none of them or has hooks; the blocks in `shared`, and the `opaque` classes."""
+
+    proxy_buffer_attributes = True  # else what is computed from a buffer would be a constant, whatever is loaded later
+
+    def __init__(self, shared: Container[nn.Module] = (), opaque: Container[type[nn.Module]] = ()) -> None:
+        found = (
+            getattr(sys.modules[module], name)
+            for module, names in _LEAF_FUNCTIONS.items()
+            if module in sys.modules
+            for name in names
+        )
+        super().__init__(autowrap_functions=tuple(found))
+        self.shared = shared
+        self.opaque = opaque
+        self.block_calls: Counter[nn.Module] = Counter()
+        self._with_gradients = torch.is_grad_enabled()
+        self.running: list[nn.Module] = []  # whose code runs now; after an error, whose code failed
+        self.failures: list[tuple[str, nn.Module | None]] = []  # what could not be traced, caught by code or not
+
+    def let_go(self) -> None:
+        """Hold on to no module: torch.fx puts a tracer that has run into a cycle, which only Python's garbage collector takes apart."""
+        self.root = nn.Module()
+        self.submodule_paths = None
+        self.tensor_attrs = {}
+        self.block_calls.clear()
+        self.running.clear()
+        self.failures.clear()
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """As torch.fx, but that code that switches autocast on or off, wherever that is written, can't be traced."""
+        with _without_autocast():
+            return super().trace(root, concrete_args)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if has_call_of_its_own(m):  # which has run already when this is reached, and would run again in the graph
+            self.running.append(m)
+            raise TypeError(f"{type(m).__name__} has a __call__ of its own")
+        self.block_calls[m] += isinstance(m, RepBlock)
+        self.running.append(m)
+        result = super().call_module(m, forward, args, kwargs)
+        self.running.pop()
+        return result
+
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
+    ) -> fx.Node:
+        """Without annotations that are texts, as ``from __future__ import annotations`` makes them: torch 2.8 can't pickle such a graph.
+
+        A graph knows nothing of gradients that are switched off, so they may not have changed since tracing began.
+        """
+        if torch.is_grad_enabled() != self._with_gradients:
+            raise TypeError("it switches gradients on or off")
+        return super().create_node(kind, target, args, kwargs, name, None if isinstance(type_expr, str) else type_expr)
+
+    def create_arg(self, a: Any) -> Any:
+        """numpy's numbers, and others of a class of their own, as plain ones, for the graph is written as text."""
+        if issubclass(type(a), fx.Proxy):
+            return a.node
+        if type(a).__module__ == "numpy" and getattr(a, "ndim", 1) == 0:
+            return a.item()
+        if type(a) not in (bool, int, float) and isinstance(a, (int, float)) and not isinstance(a, enum.Enum):
+            return int(a) if isinstance(a, int) else float(a)
+        return super().create_arg(a)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self._noting_failure(super().to_bool, obj))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        found: Iterator[Any] = self._noting_failure(super().iter, obj)
+        return found
+
+    def _noting_failure(self, function: Callable[[fx.Proxy], Any], obj: fx.Proxy) -> Any:
+        """Code may catch the error and go on as if it had been its own."""
+        try:
+            return function(obj)
+        except Exception as error:
+            self.failures.append((sentence(error), self.running[-1] if self.running else None))
+            raise
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return ParameterProxy(node, self) if node.op == "get_attr" else ValueProxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_leaf(m) or stays_whole(m) is not None or m in self.shared or type(m) in self.opaque
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """An argument with a default stands for its default; the graph refuses any other value when it is called."""
+        function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
+        parameters = list(inspect.signature(root_fn).parameters.values())
+        single = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # torch.fx lists them first
+        for index, parameter in enumerate(single):
+            if index and parameter.default is not inspect.Parameter.empty and isinstance(arguments[index], fx.Proxy):
+                self.create_proxy(
+                    "call_function", require_default, (arguments[index], parameter.name, parameter.default), {}
+                )
+                arguments[index] = parameter.default
+        _order_placeholders(parameters[1:], self.graph)
+        return function, arguments
+
+
+def _order_placeholders(parameters: list[inspect.Parameter], graph: fx.Graph) -> None:
+    """Let the graph's forward take its arguments as the traced one does; torch.fx would put ``*args`` behind those by keyword alone."""
+    required = inspect.Parameter.empty
+    parameters = sorted(parameters, key=lambda p: (p.kind, p.kind is p.KEYWORD_ONLY and p.default is not required))
+    placeholders = {str(node.target).lstrip("*"): node for node in graph.nodes if node.op == "placeholder"}
+    nodes = [placeholders[parameter.name] for parameter in parameters]
+    for before, node in itertools.pairwise(nodes):
+        before.append(node)
+    for before, after in itertools.pairwise(parameters):
+        if after.kind is after.KEYWORD_ONLY and after.default is required and before.default is not required:
+            raise TypeError(f"torch.fx can't take {after.name!r} by keyword alone, after an argument with a default")
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Whoever enters autocast gets a `TypeError`, for a graph knows nothing of it."""
+
+    def refuse(_: Any) -> None:
+        raise TypeError("it switches autocast on or off")
+
+    enter = torch.autocast.__enter__
+    torch.autocast.__enter__ = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+
+
+def sentence(error: Exception) -> str:
+    """What torch.fx says, without its advice. Kept in the error's place, whose frames would hold on to the model."""
+    return first_line(error).split(". ")[0]
+
+
+def require_default(value: object, name: str, default: object) -> None:
+    """Refuse a value other than the one that the graph was traced with."""
+    tensors = isinstance(value, Tensor) or isinstance(default, Tensor)
+    if value is not default and (tensors or value != default):
+        raise InvalidInput(f"this module was traced with {name}={default!r} and can't be called with another value.")

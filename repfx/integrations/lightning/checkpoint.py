@@ -1,0 +1,84 @@
+"""What a Lightning checkpoint says about the structure of its LightningModule, and how it is loaded by that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from repfx.change.structure import Skeleton, Structure
+from repfx.errors import InvalidInput
+from repfx.records.journal import Action, journal, replay
+
+KEY = "repfx"
+_FORMAT = 1
+
+
+def rebuild(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Give a LightningModule the structure that the weights of a checkpoint have, in place. `RepFXCallback` does so by itself.
+
+    Call it in ``on_load_checkpoint``, and ``load_from_checkpoint`` works too.
+
+    Args:
+        module: as it is made, or in any structure that the saved one has gone through.
+        checkpoint: with the weights of the same class of LightningModule.
+
+    Raises:
+        InvalidInput: the module has gone another way.
+    """
+    entry = entry_in(checkpoint)
+    Structure(entry.get("journals", {}), entry.get("folded", {})).rebuild(module)
+
+
+def load_weights(path: str | os.PathLike[str], module: nn.Module) -> nn.Module:
+    """Give a LightningModule the structure and the weights of a checkpoint, in place, without unpickling code and without a Trainer.
+
+    Args:
+        path: of a checkpoint that a Trainer with a `RepFXCallback` wrote. With `WeightAveraging`, its weights are the averages.
+        module: as it is made, or in any structure that the saved one has gone through.
+
+    Returns:
+        The module, ready for `repfx.fuse` and `repfx.export_onnx` of the net in it.
+
+    Raises:
+        InvalidInput: the checkpoint's structure doesn't fit the module.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    rebuild(module, checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    return module
+
+
+def entry_of(module: nn.Module) -> dict[str, Any]:
+    """What a checkpoint says about the structure that goes with its weights."""
+    structure = Structure.of(module)
+    return {"format": _FORMAT, "journals": dict(structure.journals), "folded": dict(structure.folded)}
+
+
+def write_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Add it to a checkpoint that holds nothing of the kind yet."""
+    checkpoint.setdefault(KEY, entry_of(module))
+
+
+def entry_in(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Empty for a checkpoint that repfx had no part in."""
+    entry: Mapping[str, Any] = checkpoint.get(KEY, {})
+    if entry and entry["format"] != _FORMAT:
+        raise InvalidInput(f"the checkpoint has format {entry['format']}; this version of repfx reads {_FORMAT}.")
+    return entry
+
+
+def take_to(model: nn.Module, wanted: tuple[Action, ...], skeleton: Skeleton) -> None:
+    """Take a model to a structure that it is to get, or had before."""
+    done = journal(model)
+    if wanted[: len(done)] != done:
+        skeleton.take_back(model)
+        done = skeleton.journal
+    if wanted[: len(done)] != done:
+        raise InvalidInput(
+            "the model was changed otherwise before its training began than the one that was saved: make the LightningModule anew."
+        )
+    replay(model, wanted[len(done) :])

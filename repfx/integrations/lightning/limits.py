@@ -1,0 +1,107 @@
+"""What of Lightning can't be served, and why; and which module of a LightningModule is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from repfx.algebra.layers import is_conv
+from repfx.change.schedule import Schedule
+from repfx.errors import InvalidInput
+from repfx.graphs.sites import find_sites
+
+
+def require_served(trainer: Any, module: Any, schedule: Schedule, ema: str | None) -> None:
+    """Raise `InvalidInput` where a Trainer is to train in a way in which the structure couldn't change, or not rightly."""
+    strategy = _strategy(trainer.strategy, schedule)
+    for reason in (*strategy, *_optimization(trainer, module, schedule), *_averages(trainer, ema)):
+        raise InvalidInput(reason)
+
+
+def _strategy(strategy: Any, schedule: Schedule) -> Iterator[str]:
+    name = type(strategy).__name__
+    kinds = {each.__name__ for each in type(strategy).__mro__}  # of either package
+    if not kinds & {"SingleDeviceStrategy", "DDPStrategy"}:
+        yield f"{name} keeps parameters in pieces or in a way of its own: train with strategy='auto' or 'ddp'."
+    if getattr(strategy, "_start_method", "popen") != "popen":
+        yield (
+            f"{name} with {strategy._start_method!r} hands back weights alone when its processes end, not what the structure has become: "
+            "train with strategy='ddp'."
+        )
+    if getattr(strategy, "_layer_sync", None) is not None:
+        yield (
+            "sync_batchnorm leaves BatchNorms of a class of its own behind, which nothing folds: call "
+            "torch.nn.SyncBatchNorm.convert_sync_batchnorm on the net instead."
+        )
+    finds = getattr(strategy, "_ddp_kwargs", {}).get("find_unused_parameters", False)
+    if schedule.closes_paths and "DDPStrategy" in kinds and not finds:
+        yield (
+            f"in a search some branches don't run, and {name} would wait for their gradients: train with "
+            "strategy='ddp_find_unused_parameters_true'."
+        )
+
+
+def _optimization(trainer: Any, module: Any, schedule: Schedule) -> Iterator[str]:
+    automatic = module.automatic_optimization
+    if automatic and schedule.nets_per_step > 1:
+        yield (
+            f"{type(schedule).__name__} averages each step over {schedule.nets_per_step} nets, and automatic optimization makes one "
+            "backward pass: give it nets=1, or optimize by hand and go through `callback.driver.shares()`."
+        )
+    if not automatic and getattr(trainer.precision_plugin, "scaler", None) is not None:
+        yield (
+            "with manual optimization gradients are seen when they are unscaled already: train with precision='bf16-mixed' or "
+            "'32-true'."
+        )
+
+
+def _averages(trainer: Any, ema: str | None) -> Iterator[str]:
+    names = [each.__name__ for callback in trainer.callbacks for each in type(callback).__mro__]
+    if "StochasticWeightAveraging" in names:
+        yield "StochasticWeightAveraging keeps a copy that can't follow: take Lightning's WeightAveraging, which can."
+    if "WeightAveraging" in names and ema is not None:
+        yield f"there are two averages, WeightAveraging and {ema!r}, and one can follow: leave one out."
+
+
+def require_one_trainer(module: Any, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise `InvalidInput` if several optimizers train parts of a model by hand, so that a step of it can't be told."""
+    count = sum(trains(optimizer, model) for optimizer in optimizers)
+    if not module.automatic_optimization and count != 1:
+        raise InvalidInput(
+            f"{count} optimizers train the {type(model).__name__} by hand, and its gradients are observed where one makes its step: name "
+            "the module that one optimizer trains, as in RepFXCallback(…, model='net')."
+        )
+
+
+def trains(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
+    """Whether an optimizer has a parameter of a model."""
+    own = set(model.parameters())
+    return any(parameter in own for group in optimizer.param_groups for parameter in group["params"])
+
+
+def model_path(module: Any, ema: str | None) -> str:
+    """The one child that holds a LightningModule's convs, or else the LightningModule itself, by an empty path."""
+    inside = [
+        name
+        for name, child in module.named_children()
+        if not is_conv(child) and any(map(is_conv, child.modules())) and name != (ema or "").split(".")[0]
+    ]
+    if len(inside) == 1 and not any(map(is_conv, module.children())):
+        return str(inside[0])
+    if type(module).forward.__module__.split(".")[0] in ("lightning", "pytorch_lightning"):
+        raise InvalidInput(
+            f"{type(module).__name__} has no forward of its own, and its convs lie in {', '.join(inside) or 'no child'}: name the module "
+            "to be changed, as in RepFXCallback(…, model='net')."
+        )
+    return ""
+
+
+def require_open_sites(model: nn.Module) -> None:
+    """Raise `InvalidInput` if nothing could ever change in a model."""
+    sites = find_sites(model)
+    if all(site.refusal is not None for site in sites):
+        reasons = "; ".join(f"{site.path}: {site.refusal}" for site in sites[:3]) or "it has no conv"
+        raise InvalidInput(f"no conv of {type(model).__name__} can be expanded ({reasons}).")

@@ -1,0 +1,174 @@
+"""Running a copy of any model wholly in float64, so that what two models compute can be told from how they round it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from repfx.errors import InvalidInput
+from repfx.records.notes import copy_of
+
+Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+_WIDE = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+_CASTS: set[object] = {Tensor.float, Tensor.half, Tensor.bfloat16}
+
+
+def double_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode that shares nothing with the model and whose every floating tensor is float64.
+
+    Raises:
+        InvalidInput: the model can't be copied, or has parameters without values.
+    """
+    memo: dict[int, Any] = {}
+    for path, module in model.named_modules():
+        for name, tensor in _own_tensors(module):
+            if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
+                raise InvalidInput(f"{f'{path}.{name}'.lstrip('.')!r} has no values yet: run or load the model first.")
+            memo[id(tensor)] = _double(tensor)
+    copied: nn.Module = copy_of(model, memo)
+    copied.eval()
+    return copied
+
+
+def run_double(model: nn.Module, x: Inputs) -> Any:
+    """The outputs of a `double_copy` on x in float64 and on the model's device, without gradients and from one seed.
+
+    What the model creates on its way, or casts to a narrower type, is float64 too. The state of the random number
+    generators and the default dtype are as before afterwards.
+    """
+    args, kwargs = as_arguments(widened(x, device_of(model)))
+    # A GraphModule's own call prints its code to stderr when its forward raises.
+    call: Callable[..., Any] = nn.Module.__call__ if isinstance(model, fx.GraphModule) else type(model).__call__
+    with torch.no_grad(), seeded(model), default_dtype(torch.float64), _DoublePrecision():
+        return call(model, *args, **kwargs)
+
+
+def as_arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the keyword arguments that x stands for.
+
+    Raises:
+        InvalidInput: x is not a tensor, a tuple, a list or a dict with string keys.
+
+    >>> as_arguments((1, 2)), as_arguments([1, 2]), as_arguments({"mask": 3})
+    (((1, 2), {}), (([1, 2],), {}), ((), {'mask': 3}))
+    """
+    if isinstance(x, Tensor):
+        return (x,), {}
+    if isinstance(x, tuple):
+        return x, {}
+    if isinstance(x, list):
+        return (x,), {}
+    if isinstance(x, Mapping) and all(isinstance(key, str) for key in x):
+        return (), dict(x)
+    raise InvalidInput(
+        f"x is of type {type(x).__name__}: give a tensor, a tuple of positional inputs, a dict of keyword inputs or a list "
+        "that is one input (a dict or tuple that is one input goes inside a tuple)."
+    )
+
+
+def describe(x: object) -> str:
+    """Types and shapes of an input in a few words.
+
+    >>> describe((torch.zeros(2, 3), 1))
+    '(float32 [2, 3], 1)'
+    """
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+    if isinstance(x, Mapping):
+        return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in x.items()) + "}"
+    if isinstance(x, list):
+        return "[" + ", ".join(map(describe, x)) + "]"
+    if isinstance(x, tuple):
+        return "(" + ", ".join(map(describe, x)) + ")"
+    return repr(x) if isinstance(x, (int, float, str, bool, type(None))) else type(x).__name__
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to all tensors in a nesting of tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(function, child) for key, child in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(function, child) for child in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(function, child) for child in value)
+    return value
+
+
+def widened(x: Any, device: torch.device | None) -> Any:
+    """Copies of the tensors of x, the floating ones in float64, on a device if one is named."""
+    return map_tensors(lambda tensor: tensor.detach().to(device, _WIDE.get(tensor.dtype, tensor.dtype), copy=True), x)
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """The one device that all of a model is on, else None."""
+    devices = {tensor.device for module in model.modules() for _, tensor in _own_tensors(module)}
+    return devices.pop() if len(devices) == 1 else None
+
+
+@contextmanager
+def seeded(model: nn.Module) -> Iterator[None]:
+    """Inside, random numbers start from one seed on each device of the model; afterwards they go on undisturbed."""
+    used = {tensor.device for module in model.modules() for _, tensor in _own_tensors(module)}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        torch.default_generator.manual_seed(0)
+        for device in used:
+            if device.type in ("cpu", "meta"):
+                continue
+            stack.enter_context(torch.random.fork_rng(devices=[device], device_type=device.type))
+            with torch.get_device_module(device).device(device):
+                torch.get_device_module(device).manual_seed(0)
+        yield
+
+
+class _DoublePrecision(TorchFunctionMode):
+    """Casts to a narrower type, and tensors created in one, become float64."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        function = Tensor.double if func in _CASTS else func
+        named = {name: _wide(value) for name, value in (kwargs or {}).items()}
+        return function(*(_wide(value) for value in args), **named)
+
+
+def _wide(value: Any) -> Any:
+    return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What torch creates inside is of this dtype, where nobody says otherwise."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, buffers and plain tensors that a module holds itself; `nn.utils.weight_norm` keeps its weight so."""
+    for held in (module._parameters, module._buffers, vars(module)):
+        for name, value in held.items():
+            if isinstance(value, Tensor):
+                yield name, value
+
+
+def _double(tensor: Tensor) -> Tensor:
+    wide = tensor.detach().to(_WIDE.get(tensor.dtype, tensor.dtype), copy=True)
+    return nn.Parameter(wide, requires_grad=False) if isinstance(tensor, nn.Parameter) else wide

@@ -1,0 +1,211 @@
+"""A model as an ONNX file: fused, exported, and run in onnxruntime against the torch model before the file appears."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repfx.errors import ExportError, InvalidInput
+from repfx.measuring.difference import Difference, differences, worst
+from repfx.measuring.in_float64 import Inputs, describe, map_tensors
+from repfx.onnx.file import OnnxFile, Value, open_session, package, require_packages, runtime_reason
+from repfx.onnx.free_axes import AxisNames, FreeAxes, tensors_of
+from repfx.onnx.opset import LOWEST
+from repfx.onnx.program import write_program
+from repfx.onnx.reference import CPU, DTYPES, Reference
+from repfx.records.module_tree import require_module
+from repfx.records.target_file import staged
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_onnx` wrote.
+
+    Args:
+        path: the file.
+        max_error: the worst ``max |a - b| / max |a|`` between the fused model's outputs a and onnxruntime's b.
+        tolerance: what `max_error` was held against.
+        opset: version of ONNX's operators.
+        inputs: what the file takes.
+        outputs: what it gives.
+        size: bytes, with the weights beside the file where it is too large for one.
+        nodes: how often each operator occurs.
+    """
+
+    path: Path
+    max_error: float
+    tolerance: float
+    opset: int
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    size: int
+    nodes: Mapping[str, int]
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {name}" for name, count in sorted(self.nodes.items(), key=lambda item: -item[1]))
+        return "\n".join(
+            [
+                f"{self.path} ({self.size / 1e6:.2f} MB, opset {self.opset})",
+                f"  takes   {'; '.join(map(str, self.inputs))}",
+                f"  gives   {'; '.join(map(str, self.outputs))}",
+                f"  nodes   {counts}",
+                f"  differs {self.max_error:.1e} from torch in onnxruntime (allowed {self.tolerance:.0e})",
+            ]
+        )
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    x: Inputs,
+    *,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    dynamic_axes: AxisNames | None = None,
+    dtype: torch.dtype | None = None,
+    opset: int | None = None,
+    tolerance: float = 1e-4,
+) -> ExportReport:
+    """Fuse a model, export it in eval mode, and run the file in onnxruntime on x before it is kept.
+
+    The model stays as it is. Where axes are free, an input of another size along all of them is compared as well. The file
+    appears at `path` only when all of this has passed; one that was there is replaced in one step.
+
+    Args:
+        model: any model; what can't be fused is exported as it is.
+        path: of the file, ending in ``.onnx``; its folder exists.
+        x: an example: a tensor, a tuple of positional inputs, a dict of keyword inputs, or a list that is one input.
+        dynamic_batch: leave the first axis free, of every tensor in x that is as long there as the first one is.
+        dynamic_size: leave the axes from the third on free, of the same tensors.
+        dynamic_axes: the free axes by name, in place of these two: ``{"x": {0: "batch", 2: "height"}}``. An input goes by the name that
+            the model's forward gives it; axes of one name are always of one size.
+        dtype: of the weights and of what the file takes and gives, ``torch.float16`` or ``torch.float32``; the model is then fused in
+            float64 and rounded once. None keeps the model's own.
+        opset: version of ONNX's operators, from 13 on; None takes torch's.
+        tolerance: allowed ``max |a - b| / max |a|`` for each output a of the fused model. 1e-4 leaves room for another
+            order of summation in float32. Where torch's own output is that far from the one in float64, four times that is
+            allowed, up to a hundred times the tolerance. A model in float16 is allowed at least 1e-1, as `check_equivalent` does;
+            with ``dtype=torch.float16`` the file, and torch where it rounds each operation to float16 as a GPU does, are held against
+            the same model in float32, and allowed at least 2e-2.
+
+    Raises:
+        InvalidInput: the path can't be written, or the model can't run on x.
+        ExportError: the model can't be exported, onnxruntime can't run it or gives something else, or a package is
+            missing (``pip install 'repfx[onnx]'``).
+    """
+    require_module(model)
+    if not tolerance > 0:
+        raise InvalidInput(f"tolerance is {tolerance}: it must be a number above 0.")
+    if dtype not in (None, *DTYPES):
+        raise InvalidInput(f"dtype is {dtype}: onnxruntime runs convs in {' and '.join(map(str, DTYPES))} on a CPU.")
+    with staged(path, ".onnx") as (target, staging):
+        require_packages()
+        _check_opset(opset)
+        x = map_tensors(lambda tensor: tensor.detach().to(CPU, copy=True), x)
+        reference = Reference.of(model, dtype)
+        x = reference.rounded(x)
+        expected = reference.run(x)
+        if dynamic_axes is None:
+            free = FreeAxes.usual(x, batch=dynamic_batch, size=dynamic_size)
+        else:
+            free = FreeAxes.named(reference.deployed, x, dynamic_axes)
+        # torch.export takes a size of 1 for a constant.
+        example = free.resized(x, {name: 2 for name, size in free.sizes(x).items() if size == 1})
+        outputs = _output_names(expected, x)
+        write_program(reference.deployed, example, staging, free=free, opset=opset, outputs=outputs)
+        runs = [(x, expected)]
+        found = [_difference(staging, reference.deployed, x, expected)]
+        if free:
+            runs.append(_run_resized(reference, example, free))
+            found.append(_difference_resized(staging, reference.deployed, *runs[1], free=free))
+        bound = reference.bound(tolerance, worst(found), runs)
+        if not worst(found).error <= bound:
+            raise ExportError(f"onnxruntime gives something else than torch: {_mismatch(worst(found), bound)}.")
+        half = reference.rounding_throughout(x, expected)
+        if half is not None and not half.error <= bound:
+            raise ExportError(f"in float16 the model gives something else than in float32: {_mismatch(half, bound)}.")
+        error = max(each.error for each in (*found, half) if each is not None)
+        report = _report(target, staging, error, bound)
+        if opset is not None and report.opset != opset:
+            raise ExportError(
+                f"torch wrote opset {report.opset} and can't convert it to opset {opset}: leave opset out."
+            )
+    return report
+
+
+def _check_opset(opset: int | None) -> None:
+    newest = package("onnx").defs.onnx_opset_version()
+    if opset is not None and not (isinstance(opset, int) and LOWEST <= opset <= newest):
+        raise InvalidInput(
+            f"opset {opset!r} can't be written: it must be one from {LOWEST} to {newest}, the newest of the installed onnx."
+        )
+
+
+def _run_resized(reference: Reference, x: Inputs, free: FreeAxes) -> tuple[Any, dict[str, Tensor]]:
+    """An input of another size along each free axis, and what the file has to give for it."""
+    failure = None
+    for sizes in free.others(x):
+        other = free.resized(x, sizes)
+        try:
+            return other, reference.run(other)
+        except InvalidInput as error:
+            failure = failure or error
+    raise ExportError(
+        f"the model takes no other {free} than in x, so these axes can't all be free: {failure}"
+    ) from failure
+
+
+def _output_names(outputs: Mapping[str, Tensor], x: Inputs) -> list[str]:
+    """``output`` for one tensor, ``output_0`` … for a tuple, and the keys of a dict unless an input is called so."""
+    if list(outputs) == ["output 0"]:
+        return ["output"]
+    names = ["_".join(re.findall(r"\w+", where.removeprefix("output "))) for where in outputs]
+    plain = all(re.match(r"[A-Za-z_]", name) for name in names) and len(set(names)) == len(names)
+    return names if plain and not isinstance(x, Mapping) else [f"output_{name}" for name in names]
+
+
+def _difference(path: Path, model: nn.Module, x: Inputs, expected: Mapping[str, Tensor]) -> Difference:
+    """The worst difference between torch's outputs and onnxruntime's."""
+    try:
+        session = open_session(path)
+        feeds = {value.name: tensor.numpy() for value, tensor in zip(session.get_inputs(), tensors_of(x), strict=True)}
+        given = session.run(None, feeds)
+    except Exception as error:
+        dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+        advice = (
+            "" if dtypes <= {"float32"} else f"; its weights are {', '.join(sorted(dtypes))}: give dtype=torch.float32"
+        )
+        raise ExportError(
+            f"onnxruntime can't run the exported model on {describe(x)}: {runtime_reason(error)}{advice}."
+        ) from error
+    return worst(differences(list(expected.values()), [torch.from_numpy(output) for output in given]))
+
+
+def _difference_resized(
+    path: Path, model: nn.Module, x: Inputs, expected: Mapping[str, Tensor], free: FreeAxes
+) -> Difference:
+    try:
+        found = _difference(path, model, x, expected)
+    except ExportError as error:
+        raise ExportError(f"{str(error)[:-1]}; with x itself it runs, so leave fewer axes free than {free}.") from error
+    problem = found.problem and f"{found.problem} for {describe(x)}"
+    return replace(found, where=f"{found.where} for {describe(x)}", problem=problem)
+
+
+def _mismatch(found: Difference, bound: float) -> str:
+    if found.problem:
+        return f"{found.problem} ('model' being the file)"
+    return f"worst relative difference {found.error:.1e} (allowed {bound:.0e}) at {found.where}"
+
+
+def _report(target: Path, staging: Path, error: float, bound: float) -> ExportReport:
+    file = OnnxFile.read(staging)
+    size = sum(each.stat().st_size for each in staging.parent.iterdir())
+    return ExportReport(target, error, bound, file.opset, file.inputs, file.outputs, size, file.nodes)

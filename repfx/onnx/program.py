@@ -1,0 +1,147 @@
+"""From a torch model to an ONNX file, with the exporter's failures in one sentence and its chatter kept back."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from repfx.errors import ExportError, first_line
+from repfx.measuring.in_float64 import Inputs, as_arguments, map_tensors, seeded
+from repfx.onnx.free_axes import BATCH, FreeAxes
+from repfx.onnx.opset import LOWEST_OF_TORCH, lowered
+
+SINGLE_FILE_LIMIT = 2_000_000_000  # bytes of weights; protobuf ends at 2 GiB with all else in the file
+
+
+def write_program(
+    model: nn.Module, x: Inputs, path: Path, *, free: FreeAxes, opset: int | None, outputs: Sequence[str]
+) -> None:
+    """Export a model in eval mode to `path`; weights past protobuf's limit go to ``<name>.data`` beside it.
+
+    Args:
+        free: the axes of x that are to be free.
+        opset: version of ONNX's operators; None takes torch's.
+        outputs: names for the outputs.
+
+    Raises:
+        ExportError: the model can't be exported, or not with these axes free, or not in this opset.
+    """
+    program = _export(model, x, free)
+    large = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()}) > SINGLE_FILE_LIMIT
+    with quiet():
+        try:
+            converted = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                opset_version=opset and max(opset, LOWEST_OF_TORCH),
+                output_names=list(outputs),
+            )
+            assert converted is not None
+            converted.save(path, external_data=large)
+        except Exception as error:
+            raise ExportError(f"the model can't be exported: {reason(error)}.") from error
+    _finish(path, free, opset)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep prints, warnings and logs of the exporter from the user, who gets the one error that matters."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def reason(error: BaseException) -> str:
+    """Why an export failed, in one sentence without its full stop."""
+    chain = list(_chain(error))
+    text = "\n".join(str(link) for link in chain)
+    if "data-dependent" in text or "DataDependent" in "".join(type(link).__name__ for link in chain):
+        place = re.search(r"Caused by: \((?!.*__torch_function__)(.*?)\)\n", text)
+        where = f" ({place[1]})" if place else ""
+        return (
+            f"what it computes depends on values inside its tensors{where}, which a graph can't follow; "
+            "export a part of it that doesn't, such as its backbone"
+        )
+    missing = re.search(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", text)
+    if missing:
+        return f"ONNX has no operator for torch's {missing[1]!r}"
+    return re.sub(r"\x1b\[[0-9;]*m", "", first_line(chain[-1]))
+
+
+def _export(model: nn.Module, x: Inputs, free: FreeAxes) -> torch.export.ExportedProgram:
+    try:
+        return _exported(model, x, free)
+    except Exception as error:
+        if not free:
+            raise ExportError(f"the model can't be exported: {reason(error)}.") from error
+        cause = error
+    try:
+        _exported(model, x, FreeAxes())
+    except Exception as error:
+        raise ExportError(f"the model can't be exported: {reason(error)}.") from error
+    raise ExportError(_fixed(free, x)) from cause
+
+
+def _fixed(free: FreeAxes, x: Inputs) -> str:
+    sizes = free.sizes(x)
+    if list(sizes) == [BATCH]:
+        return (
+            "the model can't be exported with a free batch size, since it fixes the first axis of its input "
+            f"({sizes[BATCH]} in this example): pass dynamic_batch=False."
+        )
+    listed = ", ".join(f"{name} ({size} in this example)" for name, size in sizes.items())
+    return (
+        f"the model can't be exported with free axes {listed}, since it fixes at least one of them: leave fewer free."
+    )
+
+
+def _exported(model: nn.Module, x: Inputs, free: FreeAxes) -> torch.export.ExportedProgram:
+    x = map_tensors(torch.clone, x)  # torch.export marks the tensors themselves as of free size
+    args, kwargs = as_arguments(x)
+    with quiet(), torch.no_grad(), seeded(model):
+        return torch.export.export(model, args, kwargs, dynamic_shapes=free.specification(x), strict=False)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__
+
+
+def _finish(path: Path, free: FreeAxes, opset: int | None) -> None:
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    _name_axes(model.graph, free)
+    if opset is not None and opset < LOWEST_OF_TORCH:
+        model = lowered(model, opset)
+    onnx.save(model, path)
+
+
+def _name_axes(graph: Any, free: FreeAxes) -> None:
+    """Call the free axes by their names in the file, where the exporter calls them by numbers."""
+    names: dict[str, str] = {}
+    for value, own in zip(graph.input, free.names):
+        for axis, name in own.items():
+            names.setdefault(value.type.tensor_type.shape.dim[axis].dim_param, name)
+    symbol = re.compile(rf"\b({'|'.join(map(re.escape, filter(None, names)))})\b")
+    for value in [*graph.input, *graph.output, *graph.value_info]:
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_param = symbol.sub(lambda found: names[found[1]], size.dim_param)

@@ -1,0 +1,263 @@
+"""An ONNX file in 8 bits: ranges are measured on real inputs, weights and activations become integers, and what that costs is said.
+
+Static quantization by onnxruntime, in the QDQ format: a pair of nodes around each tensor says by which scale and zero point it is rounded,
+so that every runtime reads the same numbers from the file. Weights are 8-bit integers with a sign, one scale for each output channel;
+activations are 8-bit integers without.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repfx.errors import ExportError, InvalidInput, RepfxError, UnknownName, first_line
+from repfx.measuring.calibration import Batches
+from repfx.onnx.file import OnnxFile, Value, open_session, package, require_packages, runtime_reason
+from repfx.onnx.layer_ranges import measure_layers, weighted_layers
+from repfx.onnx.program import quiet
+from repfx.onnx.quantization_report import Accuracy, QuantizationReport
+from repfx.records.target_file import staged
+
+METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
+_AT_ONCE = 32  # images, if the file leaves that open
+_PER_CHANNEL = 13  # the first opset whose DequantizeLinear has an axis
+
+
+def quantize_onnx(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    calibrate: Batches,
+    *,
+    labelled: Iterable[tuple[Tensor, Tensor]] | None = None,
+    method: str = "minmax",
+    per_channel: bool = True,
+    reduce_range: bool = False,
+    keep_float: Sequence[str] = (),
+    bound: float = 10.0,
+) -> QuantizationReport:
+    """Quantize an ONNX file in float32 to 8 bits, run it in onnxruntime, and say layer by layer what that cost.
+
+    The file appears at `target` only when it has run; one that was there is replaced in one step.
+
+    Args:
+        source: a file that takes one input, such as `export_onnx` writes.
+        target: ends in ``.onnx``; its folder exists.
+        calibrate: real inputs, some hundred, prepared as for the model: tensors, or a data loader, of whose tuples the first entry is the
+            input. Ranges, and what the layers lose, are measured on them.
+        labelled: batches of inputs and classes, on which both files are run as classifiers.
+        method: how the range of an activation is chosen from what was seen: ``minmax`` (all of it), ``entropy`` (what loses least
+            information) or ``percentile`` (all but the outermost).
+        per_channel: give each output channel of a weight its own scale.
+        reduce_range: give weights 7 bits. x86 processors without VNNI add products in 16 bits, which 8 bits can overflow.
+        keep_float: layers that stay as they are, by the names that the report gives them.
+        bound: decibels that a layer's outputs should stand above the noise; the report names the first layer below.
+
+    Raises:
+        InvalidInput: a path, an option, the data or the file can't be used.
+        ExportError: onnxruntime can't quantize the file or can't run what it made, or a package is missing
+            (``pip install 'repfx[onnx]'``).
+    """
+    if method not in METHODS:
+        raise UnknownName("calibration method", method, METHODS)
+    with staged(target, ".onnx") as (final, staging):
+        require_packages()
+        path, taken = _source(source, per_channel=per_channel)
+        excluded = _nodes(path, keep_float)
+        inputs = _inputs(taken, calibrate)
+        try:
+            with quiet():
+                _quantize(
+                    path,
+                    staging,
+                    _Reader(taken.name, inputs),
+                    method=method,
+                    per_channel=per_channel,
+                    reduce_range=reduce_range,
+                    excluded=excluded,
+                )
+                OnnxFile.read(staging)
+                layers = measure_layers(path, staging, inputs)
+                kernel_error = _kernel_error(staging, inputs)
+                accuracy = None if labelled is None else _accuracy(path, staging, labelled, _batch_size(taken))
+        except RepfxError:
+            raise
+        except Exception as error:
+            raise ExportError(
+                f"onnxruntime can't quantize {str(source)!r}, or run what it made: {runtime_reason(error)}."
+            ) from error
+        return QuantizationReport(
+            path=final,
+            method=method,
+            per_channel=per_channel,
+            reduce_range=reduce_range,
+            images=sum(map(len, inputs)),
+            size_before=_size(path),
+            size=_size(staging),
+            layers=layers,
+            bound=bound,
+            kernel_error=kernel_error,
+            accuracy=accuracy,
+        )
+
+
+class _Reader:
+    """Gives calibration inputs as onnxruntime asks for them: a range at a time, so that it needn't hold what all of them give."""
+
+    def __init__(self, name: str, inputs: Sequence[Tensor]) -> None:
+        self._name, self._inputs = name, inputs
+        self._waiting = iter(inputs)
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._waiting = iter(self._inputs[start_index:end_index])
+
+    def get_next(self) -> dict[str, Any] | None:
+        batch = next(self._waiting, None)
+        return None if batch is None else {self._name: batch.numpy()}
+
+
+def _source(source: str | os.PathLike[str], *, per_channel: bool) -> tuple[Path, Value]:
+    path = Path(source)
+    if not path.is_file():
+        raise InvalidInput(f"there is no file {str(source)!r} to quantize.")
+    try:
+        file = OnnxFile.read(path)
+    except Exception as error:
+        raise InvalidInput(f"{str(source)!r} can't be read as an ONNX file: {first_line(error)}.") from error
+    if "QuantizeLinear" in file.nodes or "DequantizeLinear" in file.nodes:
+        raise InvalidInput(f"{str(source)!r} is quantized already: give the file in float32.")
+    if len(file.inputs) != 1 or file.inputs[0].dtype != "float":
+        taken = "; ".join(map(str, file.inputs))
+        raise InvalidInput(
+            f"{str(source)!r} takes {taken}: only files that take one input in float32 can be quantized."
+        )
+    if per_channel and file.opset < _PER_CHANNEL:
+        raise InvalidInput(
+            f"{str(source)!r} is of opset {file.opset}, and scales for each channel need {_PER_CHANNEL}: "
+            f"export it with opset={_PER_CHANNEL} or newer, or give per_channel=False."
+        )
+    if not weighted_layers(package("onnx").load(path)):
+        raise InvalidInput(f"{str(source)!r} has no conv or linear layer with constant weights to quantize.")
+    return path, file.inputs[0]
+
+
+def _nodes(path: Path, keep_float: Sequence[str]) -> list[str]:
+    """The nodes of these layers."""
+    layers = weighted_layers(package("onnx").load(path))
+    for name in keep_float:
+        if name not in {layer.name for layer in layers}:
+            raise UnknownName("layer", name, [layer.name for layer in layers])
+    return [layer.node for layer in layers if layer.name in keep_float]
+
+
+def _inputs(taken: Value, calibrate: Batches) -> list[Tensor]:
+    """Batches of a size that the file takes."""
+    size = _batch_size(taken)
+    found: list[Tensor] = []
+    for number, batch in enumerate(calibrate):
+        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(x, Tensor):
+            raise InvalidInput(
+                f"batch {number} of calibrate is of type {type(x).__name__}: give tensors or a data loader."
+            )
+        x = x.detach().to("cpu", torch.float32)
+        _check_fit(x, taken, number)
+        if not x.isfinite().all():
+            raise InvalidInput(f"batch {number} of calibrate holds numbers that are not finite.")
+        found += [part for part in x.split(size or _AT_ONCE) if len(part) == (size or len(part))]
+    if not found:
+        wanted = "" if size is None else f" of {size} inputs, as the file takes them"
+        raise InvalidInput(f"calibrate gave no batch{wanted}: ranges are measured on real inputs.")
+    return found
+
+
+def _batch_size(taken: Value) -> int | None:
+    """What the file takes at a time; None if that is free."""
+    return taken.shape[0] if taken.shape and isinstance(taken.shape[0], int) else None
+
+
+def _check_fit(x: Tensor, taken: Value, number: int) -> None:
+    fixed = [axis for axis in range(1, len(taken.shape)) if isinstance(taken.shape[axis], int)]
+    if x.dim() != len(taken.shape) or any(x.shape[axis] != taken.shape[axis] for axis in fixed):
+        raise InvalidInput(f"batch {number} of calibrate is {list(x.shape)}, and the file takes {taken}.")
+
+
+def _quantize(
+    path: Path,
+    staging: Path,
+    inputs: _Reader,
+    *,
+    method: str,
+    per_channel: bool,
+    reduce_range: bool,
+    excluded: list[str],
+) -> None:
+    quantization = package("onnxruntime.quantization")
+    quantization.quantize_static(
+        path,
+        staging,
+        inputs,
+        quant_format=quantization.QuantFormat.QDQ,
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+        calibrate_method=getattr(quantization.CalibrationMethod, METHODS[method]),
+        per_channel=per_channel,
+        reduce_range=reduce_range,
+        nodes_to_exclude=excluded,
+        extra_options={"CalibStridedMinMax": 1},  # a batch at a time, or it holds what all of them give
+    )
+
+
+def _kernel_error(path: Path, inputs: Sequence[Tensor]) -> float:
+    as_written, here = open_session(path, optimized=False), open_session(path)
+    name = here.get_inputs()[0].name
+    signal = noise = 0.0
+    for batch in inputs:
+        a, b = (torch.from_numpy(each.run(None, {name: batch.numpy()})[0]).double() for each in (as_written, here))
+        signal += float(a.square().sum())
+        noise += float((a - b).square().sum())
+    return math.sqrt(noise / signal) if signal else float(noise > 0)
+
+
+def _accuracy(path: Path, staging: Path, labelled: Iterable[tuple[Tensor, Tensor]], size: int | None) -> Accuracy:
+    sessions = [open_session(path), open_session(staging, optimized=False), open_session(staging)]
+    predicted, labels = [], []
+    for number, (x, y) in enumerate(labelled):
+        try:
+            logits = [_run(each, x.to(torch.float32), size) for each in sessions]
+        except Exception as error:
+            raise InvalidInput(f"batch {number} of labelled doesn't fit the file: {runtime_reason(error)}.") from error
+        if logits[0].ndim != 2 or y.shape != logits[0].shape[:1]:
+            raise InvalidInput(
+                f"batch {number} of labelled has labels {list(y.shape)}, and the file gives {list(logits[0].shape)} for its inputs: "
+                "accuracy is that of a classifier, (images, classes), with one label for each image."
+            )
+        predicted.append(torch.stack([each.argmax(1) for each in logits]))
+        labels.append(y)
+    if not labels:
+        raise InvalidInput("labelled gave no batch.")
+    found, truth = torch.cat(predicted, 1), torch.cat(labels)
+    right = (found == truth).double().mean(1).tolist()
+    flips = (found != found[0]).sum(1).tolist()
+    return Accuracy(len(truth), right[0], right[1], flips[1], right[2], flips[2])
+
+
+def _run(session: Any, x: Tensor, size: int | None) -> Tensor:
+    """The file's first output for x, in batches of `size`, of which the last is filled up."""
+    name = session.get_inputs()[0].name
+    filled = x if size is None else torch.cat([x, x[-1:].expand(-len(x) % size, *x.shape[1:])])
+    parts = [session.run(None, {name: part.numpy()})[0] for part in filled.split(size or len(x))]
+    return torch.cat([torch.from_numpy(part) for part in parts])[: len(x)]
+
+
+def _size(path: Path) -> int:
+    """Bytes, with weights beside the file."""
+    return sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists())

@@ -1,0 +1,134 @@
+"""What is exported, and what the file is held against: the same model, or the same before its weights are rounded to another dtype."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repfx.algebra.baking import rounded
+from repfx.errors import ExportError, InvalidInput, first_line
+from repfx.measuring.difference import Difference, count_numbers, differences, leaves, worst
+from repfx.measuring.equivalence import TOLERANCES
+from repfx.measuring.in_float64 import Inputs, as_arguments, describe, double_copy, map_tensors, run_double, seeded
+from repfx.onnx.program import quiet
+from repfx.passes.fuse import fuse
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.float16)
+HALF = 2e-2  # of float16 against float32: deep nets are off by some 1e-3
+Run = tuple[Any, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A fused model for export, and one that says what the file has to give.
+
+    Args:
+        deployed: the model that is exported, on the CPU and in eval mode.
+        exact: in `dtype` float16 and float32, the same model in float32; else `deployed`.
+        dtype: what was asked for; None keeps the model's own.
+    """
+
+    deployed: nn.Module
+    exact: nn.Module
+    dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, model: nn.Module, dtype: torch.dtype | None) -> Reference:
+        """Fuse a model; with a dtype in float64, from which each weight is rounded once.
+
+        Raises:
+            ExportError: a weight is too large for the dtype.
+        """
+        if dtype is None:
+            deployed = copy.deepcopy(fuse(model)).to(CPU).eval()
+            return cls(deployed, deployed, None)
+        wide = fuse(double_copy(model)).to(CPU).eval()
+        exact = copy.deepcopy(wide).to(torch.float32)
+        deployed = wide._apply(lambda tensor: rounded(tensor, dtype) if tensor.is_floating_point() else tensor)
+        for path, tensor in deployed.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ExportError(f"{path!r} is not finite in {dtype}, which ends at {torch.finfo(dtype).max:.0f}.")
+        return cls(deployed, exact, dtype)
+
+    def rounded(self, x: Inputs) -> Any:
+        """x in the dtype that the file takes."""
+        return x if self.dtype is None else _cast(x, self.dtype)
+
+    def run(self, x: Inputs) -> dict[str, Tensor]:
+        """What the file has to give for x, by the names of the outputs.
+
+        Raises:
+            InvalidInput: the model can't run on x, or gives no numbers.
+        """
+        return _run(self.exact, x if self.dtype is None else _cast(x, torch.float32))
+
+    def bound(self, tolerance: float, found: Difference, runs: Sequence[Run]) -> float:
+        """What `found` is held against."""
+        if any(parameter.dtype == torch.float16 for parameter in self.deployed.parameters()):
+            return max(tolerance, TOLERANCES[torch.float16] if self.dtype is None else HALF)
+        if found.error <= tolerance:
+            return tolerance
+        rounding = max(_rounding(self.exact, *each) for each in runs)
+        return max(tolerance, min(4 * rounding, 100 * tolerance))
+
+    def rounding_throughout(self, x: Inputs, expected: Mapping[str, Tensor]) -> Difference | None:
+        """How far off float16 is where each operation rounds to it, as on a GPU; onnxruntime on a CPU computes float16 in float32.
+
+        None for another dtype, and where torch has no kernels in float16 for the CPU.
+
+        Raises:
+            ExportError: a layer gives out what is not finite; the first one is named.
+        """
+        if self.dtype is not torch.float16:
+            return None
+        with ExitStack() as stack:
+            for path, module in self.deployed.named_modules():
+                if not any(module.children()):
+                    stack.callback(module.register_forward_hook(_watch(path)).remove)
+            try:
+                given = _run(self.deployed, x)
+            except InvalidInput:  # the exporter has seen the same model: what torch can't do here is no fault of it
+                return None
+        return worst(differences(list(expected.values()), list(given.values())))
+
+
+def _cast(x: Inputs, dtype: torch.dtype) -> Any:
+    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, x)
+
+
+def _run(model: nn.Module, x: Inputs) -> dict[str, Tensor]:
+    args, kwargs = as_arguments(map_tensors(torch.clone, x))  # a ReLU in place may write over its input
+    try:
+        with torch.no_grad(), seeded(model), quiet():
+            outputs = model(*args, **kwargs)
+    except ExportError:
+        raise
+    except Exception as error:
+        raise InvalidInput(f"the model can't run on x = {describe(x)}: {first_line(error)}.") from error
+    if not count_numbers(outputs):
+        raise InvalidInput(f"the model gives no numbers for x = {describe(x)}, so the file could not be checked.")
+    return {where: leaf for where, leaf in leaves(outputs) if isinstance(leaf, Tensor)}
+
+
+def _rounding(model: nn.Module, x: Inputs, expected: Mapping[str, Tensor]) -> float:
+    """How far torch's own outputs are from those in float64, relatively; 0 where that can't be said."""
+    exact = [leaf for _, leaf in leaves(run_double(double_copy(model), x)) if isinstance(leaf, Tensor)]
+    found = worst(differences(exact, list(expected.values())))
+    return 0.0 if found.problem else found.error
+
+
+def _watch(path: str) -> Any:
+    def check(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
+            raise ExportError(
+                f"{path!r} gives out more for x than float16 holds, which ends at 65504: scale what enters it, or stay in float32."
+            )
+
+    return check

@@ -1,0 +1,139 @@
+"""What is done to a model's structure: `Action`, and the journal of those that were applied to a model, in order.
+
+A base model and a journal make the same structure again, so a checkpoint needs no pickled code. Each pass that changes a model in place
+defines its action beside it and records it; the verbs that give out a new model give it an empty journal, for it is a base of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby
+from typing import Any, ClassVar
+
+from torch import nn
+
+from repfx.errors import InvalidInput
+from repfx.records.notes import keep, kept
+
+ACTIONS: dict[str, type[Action]] = {}
+_ATTRIBUTE = "repfx_journal"
+
+
+@dataclass(frozen=True)
+class Action:
+    """One change of a model's structure. A subclass is a frozen dataclass of plain values that names its `kind`.
+
+    Args:
+        site: path of the conv or block that is changed.
+    """
+
+    kind: ClassVar[str]
+    site: str
+
+    @property
+    def moves_kernels(self) -> bool:
+        """Whether what the site computes is shared out otherwise among its conv, its BatchNorm and its branches."""
+        return True
+
+    @property
+    def changes_function(self) -> bool:
+        """Whether the model computes something else afterwards, in eval mode."""
+        return False
+
+    def __init_subclass__(cls) -> None:
+        ACTIONS[cls.kind] = cls
+
+    @classmethod
+    def apply(cls, model: nn.Module, actions: Sequence[Any], calibrate: Iterable[Any] | None) -> None:
+        """Make these changes of one kind in place and record them.
+
+        Args:
+            calibrate: inputs of the model, which may be gone through more than once; without any, nothing is measured.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def replay(cls, model: nn.Module, actions: Sequence[Any]) -> None:
+        """The same without data: what the model computes stays in eval mode, and what new tensors hold is of no interest."""
+        cls.apply(model, actions, None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"action": self.kind, **{field.name: getattr(self, field.name) for field in fields(self)}}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Action:
+        """The reverse of `to_dict`."""
+        return cls(**values)
+
+
+def journal(model: nn.Module) -> tuple[Action, ...]:
+    """All that was done to the structure of a model since it was built, fused or restored, in order.
+
+    >>> import repfx
+    >>> model = repfx.expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "acb")
+    >>> repfx.drop(model, "0", "1xk") is model
+    True
+    >>> [action.kind for action in repfx.journal(model)]
+    ['expand', 'drop']
+    """
+    found = kept(model, _ATTRIBUTE)
+    return found if isinstance(found, tuple) else ()
+
+
+def record(model: nn.Module, actions: Iterable[Action]) -> None:
+    """Add to the journal of a model what was done to it."""
+    keep(model, _ATTRIBUTE, (*journal(model), *actions))
+
+
+def forget(model: nn.Module) -> None:
+    """Empty the journal of a model: as it is now, it is a base."""
+    if journal(model):
+        keep(model, _ATTRIBUTE, ())
+
+
+def apply(model: nn.Module, actions: Iterable[Action], calibrate: Iterable[Any] | None) -> None:
+    """Make changes in place, one after another.
+
+    Raises:
+        RepfxError: an action doesn't fit the model; those of other kinds before it are done, and recorded.
+    """
+    for kind, group in groupby(actions, lambda action: action.kind):
+        ACTIONS[kind].apply(model, list(group), calibrate)
+
+
+def replay(model: nn.Module, actions: Iterable[Action]) -> None:
+    """Give a base model the structure that a journal describes, in place. What its new tensors hold is left to a checkpoint.
+
+    Raises:
+        RepfxError: an action doesn't fit the model.
+    """
+    done, actions = journal(model), tuple(actions)
+    for kind, group in groupby(actions, lambda action: action.kind):
+        ACTIONS[kind].replay(model, list(group))
+    keep(model, _ATTRIBUTE, (*done, *actions))  # in the same order, also where several were done at once
+
+
+def to_json(actions: Iterable[Action]) -> str:
+    """A journal as text."""
+    return json.dumps([action.to_dict() for action in actions])
+
+
+def from_json(text: str) -> tuple[Action, ...]:
+    """The reverse of `to_json`.
+
+    Raises:
+        InvalidInput: the text is no journal, or knows an action that this version doesn't.
+    """
+    try:
+        entries = json.loads(text)
+        unknown = sorted({entry["action"] for entry in entries} - ACTIONS.keys())
+        if unknown:
+            raise InvalidInput(
+                f"the journal has actions that this version of repfx doesn't know: {', '.join(unknown)}."
+            )
+        return tuple(ACTIONS[entry.pop("action")].from_dict(entry) for entry in entries)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InvalidInput(f"this is no journal: {text[:80]!r}.") from error

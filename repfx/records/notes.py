@@ -1,0 +1,87 @@
+"""Values that a module carries beside its tensors, through copying and pickling."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import suppress
+from types import FunctionType
+from typing import Any
+
+from torch import fx, nn
+
+from repfx.errors import InvalidInput, first_line
+from repfx.records.module_tree import require_module
+
+_COPIED = "_user_preserved_attributes"  # torch.fx's name: all that copying keeps of a GraphModule's own attributes
+_NAMES = "repfx_notes"  # loading forgets the above, and keeps plain attributes
+
+
+def keep(module: nn.Module, name: str, value: object) -> None:
+    """Let `module` carry `value` as its plain attribute `name`."""
+    if name == _NAMES:
+        return  # kept by itself
+    setattr(module, name, value)
+    if isinstance(module, fx.GraphModule):
+        names = tuple(dict.fromkeys((*vars(module).get(_NAMES, ()), name)))
+        setattr(module, _NAMES, names)
+        module.meta.setdefault(_COPIED, {}).update({name: value, _NAMES: names})
+
+
+def kept(module: nn.Module, name: str) -> object | None:
+    """What `module` carries under `name`, or None."""
+    found: object | None = vars(module).get(name)
+    if found is None and isinstance(module, fx.GraphModule):
+        return module.meta.get(_COPIED, {}).get(name)  # type: ignore[no-any-return]
+    return found
+
+
+def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
+    """A deep copy of a model, of one that was saved and loaded too, with all that its modules carry.
+
+    Args:
+        memo: what stands for what in the copy, by the original's id, as `copy.deepcopy` takes it.
+
+    Raises:
+        InvalidInput: it is no module, or not all of it is copied.
+    """
+    require_module(model)
+    for module in model.modules():
+        for name in vars(module).get(_NAMES, ()):
+            if isinstance(module, fx.GraphModule) and name in vars(module):
+                keep(module, name, vars(module)[name])
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise InvalidInput(f"{type(model).__name__} can't be copied: {first_line(error)}.") from error
+    originals = {id(module) for module in model.modules()}
+    shared = [path for path, module in copied.named_modules() if id(module) in originals]
+    if shared:
+        raise InvalidInput(f"{shared[0]!r} isn't copied by copy.deepcopy, so a rewrite would change the model itself.")
+    for path, module in copied.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, FunctionType) and any(id(each) in originals for each in _enclosed_by(value)):
+                raise InvalidInput(
+                    f"{f'{path}.{name}'.lstrip('.')!r} is a function that was written around a part of the model, and copy.deepcopy "
+                    "doesn't copy it, so a copy would run the model itself: make it a method."
+                )
+    return copied
+
+
+def _enclosed_by(function: FunctionType) -> Iterator[Any]:
+    """What a function knows from where it was written."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # nothing is in it yet
+            yield cell.cell_contents
+
+
+def copy_without_numbers(model: nn.Module) -> Any:
+    """The same with parameters and buffers on the meta device.
+
+    Raises:
+        InvalidInput: as `copy_of`.
+    """
+    memo: dict[int, Any] = {id(buffer): buffer.detach().to("meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    return copy_of(model, memo)

@@ -1,0 +1,94 @@
+"""Dataclasses as nested plain values, as a file holds them, and back, with errors that name the key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from repfx.errors import InvalidInput, UnknownName
+
+T = TypeVar("T")
+_NAMES: dict[Any, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
+
+
+def to_plain(value: Any) -> Any:
+    """A dataclass as a dict, without what is None.
+
+    >>> from repfx.data.dataset import DataSource
+    >>> to_plain(DataSource("digits"))
+    {'name': 'digits', 'root': 'data', 'download': False, 'crop': 1.0}
+    """
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_plain(each) for key, each in value.items() if each is not None}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_plain(kind: type[T], values: Any, where: str = "") -> T:
+    """The reverse of `to_plain`.
+
+    Args:
+        where: the key of the whole, for errors.
+
+    Raises:
+        InvalidInput: a key is unknown or missing, or a value is of another type.
+    """
+    return _read(kind, values, where)  # type: ignore[no-any-return]
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    if get_origin(kind) in (Union, UnionType):
+        kinds = [each for each in get_args(kind) if each is not NoneType]
+        return value if value is None else _read(kinds[0], value, where)
+    if kind is Any:
+        return value
+    if is_dataclass(kind):
+        return _read_dataclass(kind, value, where)
+    if get_origin(kind) is tuple:
+        _require(isinstance(value, (list, tuple)), where, value, "a list")
+        return tuple(_read(get_args(kind)[0], each, where) for each in value)
+    if get_origin(kind) is not None:
+        _require(isinstance(value, Mapping), where, value, "a table")
+        return dict(value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    _require(type(value) is kind or (kind is Path and isinstance(value, Path)), where, value, _NAMES[kind])
+    return value
+
+
+def _read_dataclass(kind: Any, values: Any, where: str) -> Any:
+    _require(isinstance(values, Mapping), where, values, "a table")
+    hints = get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            raise UnknownName(f"key in {where}" if where else "key", key, hints)
+    try:
+        return kind(**{key: _read(hints[key], value, f"{where}.{key}".lstrip(".")) for key, value in values.items()})
+    except TypeError as error:
+        raise InvalidInput(f"{where or 'the recipe'} lacks something: {error}.") from error
+
+
+def _require(condition: bool, where: str, found: Any, needed: str) -> None:
+    if not condition:
+        raise InvalidInput(f"{where} is {found!r}; it must be {needed}.")
+
+
+def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys.
+
+    >>> flat({"data": {"name": "digits"}, "spec": "dbb"})
+    {'data.name': 'digits', 'spec': 'dbb'}
+    """
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{where}.{key}".lstrip(".")
+        found |= flat(value, name) if isinstance(value, Mapping) else {name: value}
+    return found

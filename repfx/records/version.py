@@ -1,0 +1,3 @@
+"""The version of repfx, for files that say what wrote them."""
+
+VERSION = "0.1.0"

@@ -1,0 +1,294 @@
+"""`Editor`: the one place where graphs are changed. It replaces matches by nodes, counts, and stamps where each came from."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from repfx.algebra.activated_norm import is_separated
+from repfx.algebra.baking import conv_from_kernel, float64_like, rounded
+from repfx.algebra.kernel import Kernel, is_symmetric
+from repfx.algebra.layers import BATCH_NORMS, Layer, is_frozen_norm
+from repfx.algebra.meaning import torch_class
+from repfx.algebra.moments import Moments
+from repfx.blocks.block import RepBlock
+from repfx.blocks.folded_norm import FoldedNorm, remember_norm
+from repfx.graphs.bordered_padding import CLOSE
+from repfx.graphs.functional_conv import is_functional_conv, path_for, settings_of
+from repfx.graphs.operations import Op
+from repfx.graphs.trace import Island
+from repfx.records.module_tree import has, outer_paths, set_submodule
+from repfx.records.provenance import Provenance, attach
+from repfx.records.report import Edit
+from repfx.rewriting.match import Match, Term
+from repfx.rewriting.patterns import is_sum
+from repfx.rewriting.rule import Rule
+from repfx.rewriting.view import META, View
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What is known of a node that stands for a merged kernel."""
+
+    template: Layer
+    path: str
+    provenance: Provenance
+    norm: FoldedNorm | None
+
+
+@dataclass
+class Editor:
+    """Edits the graph of one island and writes the outcome into its module."""
+
+    view: View
+    island: Island
+    merged: dict[fx.Node, Merged] = field(default_factory=dict)
+    edits: list[Edit] = field(default_factory=list)
+    _placed: list[str] = field(default_factory=list)
+    _settled: set[fx.Node] = field(default_factory=set)
+
+    @torch.no_grad()  # else what the backward pass would need of each product stays until the model is written
+    def apply(self, rule: Rule, match: Match) -> fx.Node:
+        """Replace a match by one node; returns what now stands where the match began."""
+        node = self._replace(rule, match)
+        self.view.graph_changed()
+        return node
+
+    def _replace(self, rule: Rule, match: Match) -> fx.Node:
+        if all(op.meaning.kind == "identity" for op in match.ops):
+            return self._remove(rule, match)
+        template_op = self._template(match)
+        kernel = _without_rounded_bias(match, float64_like(self._weight_of(template_op)))
+        before = min(op.node for op in match.ops)
+        graph = self.view.graph
+        path = self._path(template_op)
+        if is_functional_conv(template_op.node) and not has(self.view.root, path):
+            set_submodule(self.view.root, path, conv_from_kernel(kernel, self._template_module(template_op), path))
+            self._placed.append(path)
+        with graph.inserting_before(before):
+            node = graph.call_module(path, (match.source,))
+        self.view.kernels[node] = kernel
+        self.merged[node] = self._merge_notes(rule, match, template_op, path)
+        self._replace_root(match, node)
+        self.edits.append(
+            Edit(rule.name, self.island.full_path(str(node.target)), self.merged[node].provenance.sources)
+        )
+        return node
+
+    def _remove(self, rule: Rule, match: Match) -> fx.Node:
+        self.edits.append(Edit(rule.name, self.island.full_path(str(match.root.target))))
+        match.root.replace_all_uses_with(match.source)
+        self.view.graph.erase_node(match.root)
+        return match.source
+
+    def _replace_root(self, match: Match, node: fx.Node) -> None:
+        graph = self.view.graph
+        with graph.inserting_before(match.root):
+            total = reduce(_add_term(graph), match.remainder, node)
+        match.root.replace_all_uses_with(total)
+        inside = set(match.nodes)
+        for old in match.nodes:  # what is still used is asked for its shape (`used_once`), which `node` has too
+            old.replace_all_uses_with(node, lambda user: user not in inside)
+        for old in match.nodes:
+            graph.erase_node(old)
+            self.view.kernels.pop(old, None)
+            self.merged.pop(old, None)
+
+    def settle(self, node: fx.Node) -> None:
+        """Round what a node reads that no rule can merge any more, now that none has at this node, which is no linear map itself.
+
+        So no more than a few kernels at a time are in float64. A node that reads several, as a concatenation, may yet be merged.
+        """
+        if self.view.op(node) is not None or len(node.all_input_nodes) != 1:
+            return
+        self._settled.add(node)
+        pending = node.all_input_nodes
+        while pending:
+            source = pending.pop()
+            if source in self._settled or any(user not in self._settled for user in source.users):
+                continue
+            if source in self.merged:
+                self._round(source)
+            elif is_sum(source, self.view):
+                self._settled.add(source)
+                pending += source.all_input_nodes
+
+    def _round(self, node: fx.Node) -> None:
+        kernel, dtype = self.view.kernels[node], self.merged[node].template.weight.dtype
+        bias = None if kernel.bias is None else rounded(kernel.bias, dtype)
+        self.view.set_kernel(node, replace(kernel, weight=rounded(kernel.weight, dtype), bias=bias))
+
+    def _template(self, match: Match) -> Op:
+        """The op whose module lends its path and settings to the merged conv: the first of those with the largest window."""
+        convs = [op for op in match.ops if self.view.is_conv(op.node)]
+        return max(convs, key=lambda op: _window(self._template_module(op)))
+
+    def _template_module(self, op: Op) -> Layer:
+        if op.node in self.merged:
+            return self.merged[op.node].template
+        if is_functional_conv(op.node):
+            return settings_of(op.node, self.view.root)
+        return self.view.root.get_submodule(str(op.node.target))
+
+    def _weight_of(self, op: Op) -> Tensor:
+        weight: Tensor = self._template_module(op).weight
+        return weight
+
+    def _path(self, op: Op) -> str:
+        if op.node in self.merged:
+            return self.merged[op.node].path
+        if is_functional_conv(op.node):
+            return path_for(op.node, self.view.root, {notes.path for notes in self.merged.values()})
+        return str(op.node.target)
+
+    # ---- what the merged conv will carry
+
+    def _merge_notes(self, rule: Rule, match: Match, template: Op, path: str) -> Merged:
+        rules: dict[str, None] = {}
+        sources: dict[str, None] = {}
+        for op in match.ops:
+            known = self.merged.get(op.node)
+            rules.update(dict.fromkeys(known.provenance.rules if known else ()))
+            own = tuple(self.island.full_path(str(node.target)) for node in op.nodes if node.op == "call_module")
+            sources.update(dict.fromkeys(known.provenance.sources if known else own))
+        rules[rule.name] = None
+        provenance = Provenance(tuple(rules), tuple(sources), self._equals(match))
+        return Merged(self._template_module(template), path, provenance, self._norm_of(match, template))
+
+    def _equals(self, match: Match) -> str | None:
+        last = match.terms[0].ops[-1]
+        if (
+            len(match.terms) > 1
+            or match.remainder
+            or match.root is not last.node
+            or is_separated(self.view.module(last.node))
+        ):
+            return None
+        if last.node in self.merged:
+            return self.merged[last.node].provenance.equals
+        return self.island.full_path(str(last.node.target)) if last.node.op == "call_module" else None
+
+    def _norm_of(self, match: Match, template: Op) -> FoldedNorm | None:
+        norms = [self._norm_of_term(term) for term in match.terms]
+        own = next((norm for term, norm in zip(match.terms, norms) if template in term.ops), None)
+        if own is None:
+            return None
+        known = [norm.moments for norm in norms if norm is not None and norm.moments is not None]
+        return replace(own, moments=reduce(Moments.add, known) if len(known) == len(norms) else None)
+
+    def _norm_of_term(self, term: Term) -> FoldedNorm | None:
+        """The last BatchNorm of a path, unless another map than a scale or shift comes after it."""
+        norm: FoldedNorm | None = None
+        for op in term.ops:
+            module: Layer | None = self.view.module(op.node)
+            if op.node in self.merged:
+                norm = self.merged[op.node].norm
+            elif module is not None and (torch_class(module) in BATCH_NORMS or is_frozen_norm(module)):
+                norm = FoldedNorm.of(module, self.island.full_path(str(op.node.target)))
+            elif op.meaning.kind != "identity":
+                norm = None
+        return norm
+
+    # ---- back to modules
+
+    def lower(self) -> None:
+        """Write every merged kernel into a plain conv; one that is all that is left of a block takes the block's path."""
+        self._erase_unused_constants()
+        inside = self._calls_inside()
+        for node, notes in self.merged.items():
+            kernel = self.view.kernels[node]
+            self.view.kernels[node] = kernel.to(META)  # the numbers go as soon as they are written
+            block_path = self._block_path(node, inside)
+            path = notes.path if block_path is None else block_path
+            conv = conv_from_kernel(kernel, notes.template, self.island.full_path(path))
+            attach(conv, self._final_provenance(notes, block_path))
+            if notes.norm is not None:
+                norm = self._final_norm(notes.norm, path, block_path)
+                remember_norm(conv, replace(norm, bias=notes.template.bias is not None))
+            if not is_symmetric(kernel.padding) and not isinstance(conv.padding, str):
+                self._pad_before(node, kernel)
+            node.target = path or notes.path  # an island that is a block has no other place for its conv
+            set_submodule(self.view.root, str(node.target), conv)
+        self._remove_unused_places()
+
+    def _erase_unused_constants(self) -> None:
+        """What kernels have absorbed: scales, shifts, and all that weights were computed from."""
+        for node in reversed(list(self.view.graph.nodes)):
+            if not node.users and self.view.constants.depends_on_parameters_alone(node):
+                self.view.graph.erase_node(node)
+
+    def _remove_unused_places(self) -> None:
+        """Convs that were put where there was none, and have been merged into others since."""
+        called = {node.target for node in self.view.graph.nodes if node.op == "call_module"}
+        for path in self._placed:
+            if path not in called:
+                owner, _, name = path.rpartition(".")
+                delattr(self.view.root.get_submodule(owner), name)
+
+    def _calls_inside(self) -> Counter[str]:
+        """How many nodes call or read something inside each module, by its path in the island."""
+        called = (str(node.target) for node in self.view.graph.nodes if node.op in ("call_module", "get_attr"))
+        return Counter(path for target in called for path in outer_paths(target))
+
+    def _block_path(self, node: fx.Node, inside: Counter[str]) -> str | None:
+        """The outermost block of which `node` is all that is left, or None."""
+        for path in outer_paths(str(node.target)):
+            if not path and not self.island.path:
+                continue
+            if inside[path] == 1 and isinstance(self.view.root.get_submodule(path), RepBlock):
+                return path
+        return None
+
+    def _final_provenance(self, notes: Merged, block_path: str | None) -> Provenance:
+        if block_path is None or notes.provenance.equals is not None:
+            return notes.provenance
+        return replace(notes.provenance, equals=self.island.full_path(block_path))
+
+    def _final_norm(self, norm: FoldedNorm, path: str, block_path: str | None) -> FoldedNorm:
+        conv = self.island.full_path(path)
+        if block_path is not None and norm.norm.startswith(f"{conv}."):
+            block: Layer = self.view.root.get_submodule(block_path)
+            if block.norm_path is not None:
+                norm = replace(norm, norm=block.norm_path)
+        return replace(norm, conv=conv)
+
+    def _pad_before(self, node: fx.Node, kernel: Kernel) -> None:
+        """torch's convs pad both sides alike; what they can't is padded before them."""
+        grow = [max(side, 0) for pair in reversed(kernel.padding) for side in pair]
+        crop = [min(side, 0) for pair in reversed(kernel.padding) for side in pair]
+        source = node.args[0]
+        with self.view.graph.inserting_before(node):
+            if any(grow):
+                mode = "constant" if kernel.padding_mode == "zeros" else kernel.padding_mode
+                source = self.view.graph.call_function(F.pad, (source, tuple(grow)), {"mode": mode})
+            if any(crop):
+                source = self.view.graph.call_function(F.pad, (source, tuple(crop)))
+        node.args = (source,)
+
+
+def _without_rounded_bias(match: Match, like: Tensor) -> Kernel:
+    """The kernel of a match, without a bias that is nothing but what rounding left of two that cancel."""
+    kernel = match.kernel(like)
+    if kernel.bias is None or kernel.bias.is_meta or len(match.ops) < 2:
+        return kernel
+    largest = max((float(shift.detach().abs().max()) for shift in match.shifts(like) if shift.numel()), default=0.0)
+    cancelled = largest > 0 and float(kernel.bias.detach().abs().max()) <= CLOSE * largest
+    return replace(kernel, bias=None) if cancelled else kernel
+
+
+def _add_term(graph: fx.Graph) -> Callable[[fx.Node, tuple[int, fx.Node]], fx.Node]:
+    def add(total: fx.Node, term: tuple[int, fx.Node]) -> fx.Node:
+        return graph.call_function(torch.add if term[0] > 0 else torch.sub, (total, term[1]))
+
+    return add
+
+
+def _window(module: nn.Module) -> int:
+    return math.prod(getattr(module, "kernel_size", ()))

@@ -1,0 +1,106 @@
+"""Why convs and BatchNorms stay: the rule that was nearest, what stands in the way, or that there is no rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import fx, nn
+
+from repfx.algebra.layers import is_batch_norm, is_conv
+from repfx.graphs.functional_conv import is_functional_conv
+from repfx.graphs.trace import Traces
+from repfx.records.report import Skip
+from repfx.rewriting.editor import Editor
+from repfx.rewriting.view import View
+
+UNTRACED = "what calls it can't be traced"
+NearMisses = Mapping[fx.Node, list[Skip]]
+
+
+def left_alone(editor: Editor, near_misses: NearMisses) -> list[Skip]:
+    """What users may have expected to go: BatchNorms, layers that can't be read, and each near miss of a rule."""
+    skips = []
+    for node in editor.view.graph.nodes:
+        path = _path(node, editor)
+        misses = near_misses.get(node, [])
+        skips += [Skip(path, miss.reason, miss.rule) for miss in misses]
+        if node in editor.merged or not _is_layer(node, editor.view):
+            continue
+        reason = editor.view.refusal(node)
+        if reason is not None:
+            skips.append(Skip(path, reason))
+        elif not misses and not _is_plain_conv(node, editor.view):
+            skips.append(Skip(path, _no_rule(node, editor.view)))
+    return skips
+
+
+def all_that_stays(editor: Editor, near_misses: NearMisses) -> list[Skip]:
+    """Every conv and BatchNorm that is in the graph now, with the reason."""
+    return [
+        Skip(_path(node, editor), _reason(node, editor, near_misses))
+        for node in editor.view.graph.nodes
+        if node in editor.merged or _is_layer(node, editor.view)
+    ]
+
+
+def left_outside(model: nn.Module, traces: Traces) -> Iterator[Skip]:
+    """Convs and BatchNorms of a model that no graph calls."""
+    called = {
+        island.full_path(str(node.target))
+        for island in traces.islands
+        for node in island.graph.nodes
+        if node.op == "call_module"
+    }
+    for path, module in model.named_modules():
+        if (is_batch_norm(module) or is_conv(module)) and path not in called:
+            inside = any(not code or f"{path}.".startswith(f"{code}.") for code in traces.untraced)
+            yield Skip(path, UNTRACED if inside else "nothing calls it", "trace")
+
+
+def _reason(node: fx.Node, editor: Editor, near_misses: NearMisses) -> str:
+    view = editor.view
+    refusal = view.refusal(node)
+    if refusal is not None:
+        return refusal
+    if editor.island.path and all(
+        near.op in ("placeholder", "output") for near in (*node.all_input_nodes, *node.users)
+    ):
+        return UNTRACED
+    misses = [miss for near in (node, *node.users) for miss in near_misses.get(near, [])]
+    return f"{misses[0].reason} ({misses[0].rule})" if misses else _no_rule(node, view)
+
+
+def _no_rule(node: fx.Node, view: View) -> str:
+    """What stands next to a node, where no rule applies."""
+    if is_functional_conv(node):
+        return "its weight or sizes depend on the input"
+    if not _is_plain_conv(node, view):
+        return f"no rule: {_name(node.all_input_nodes[0], view)} comes before it"
+    users = list(node.users)
+    names = " and ".join(dict.fromkeys(_name(user, view) for user in users))
+    return f"no rule: {names} {'follows' if len(users) == 1 else 'follow'}" if users else "no rule: nothing uses it"
+
+
+def _name(node: fx.Node, view: View) -> str:
+    """What a node is, in a word."""
+    if node.op in ("placeholder", "output"):
+        return {"placeholder": "the input", "output": "the output"}[node.op]
+    module = view.module(node)
+    if module is not None:
+        return type(module).__name__
+    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _is_layer(node: fx.Node, view: View) -> bool:
+    module = view.module(node)
+    return is_functional_conv(node) or (module is not None and (is_batch_norm(module) or is_conv(module)))
+
+
+def _is_plain_conv(node: fx.Node, view: View) -> bool:
+    module = view.module(node)
+    return module is not None and not is_batch_norm(module) and view.is_conv(node)
+
+
+def _path(node: fx.Node, editor: Editor) -> str:
+    """Of the module that a node calls, or else the node's name."""
+    return editor.island.full_path(str(node.target) if node.op == "call_module" else node.name)

@@ -1,0 +1,165 @@
+"""The conditions of rules: each is one question about a match, and answers with the reason against it, or None."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+
+from repfx.algebra.kernel import NoKernel, is_symmetric
+from repfx.algebra.layers import has_tensors
+from repfx.graphs.aliasing import may_share_memory, mutated_by, reads_only_the_form
+from repfx.graphs.functional_conv import is_shared
+from repfx.rewriting.match import Match, Term
+from repfx.rewriting.view import META, View
+
+
+def used_once(match: Match, view: View) -> str | None:
+    """What lies inside the match is used by nobody else, unless for its shape, which the merged conv's output has too."""
+    inside = set(match.nodes)
+    for node in match.nodes[1:]:
+        outside = [user for user in node.users if user not in inside and not _asks_for_the_shape(user, node, match)]
+        if outside:
+            return f"{node.name!r} has a second user, {outside[0].name!r}"
+    return None
+
+
+def _asks_for_the_shape(user: fx.Node, node: fx.Node, match: Match) -> bool:
+    return node is match.ops[0].node and match.keeps_the_form and reads_only_the_form(user)
+
+
+def unmutated(match: Match, view: View) -> str | None:
+    """Nobody changes what the match reads before its root is reached, or relies on the match itself doing so."""
+    inside = set(match.nodes)
+    node = min(inside)
+    while node is not match.root.next:
+        written = mutated_by(node, view.root)
+        if written is not None and written not in inside:
+            reason = _relied_on(written, inside, view) if node in inside else _halfway(node, written, match, view)
+            if reason is not None:
+                return reason
+        node = node.next
+    return None
+
+
+def _relied_on(written: fx.Node, inside: set[fx.Node], view: View) -> str | None:
+    """The match writes into a tensor from outside, which will no longer be changed."""
+    memory = may_share_memory(written, view.root)
+    for node in view.graph.nodes:
+        needed = node not in inside and any(user not in inside for user in node.users)
+        if needed and memory & may_share_memory(node, view.root):
+            return f"{written.name!r} is changed in place and used elsewhere"
+    return None
+
+
+def _halfway(node: fx.Node, written: fx.Node, match: Match, view: View) -> str | None:
+    """Someone else writes into what the match reads while it is being computed."""
+    memory = may_share_memory(written, view.root)
+    for source in (match.source, *(term for _, term in match.remainder)):
+        if source < node and memory & may_share_memory(source, view.root):
+            return f"{node.name!r} changes {source.name!r} in place halfway"
+    return None
+
+
+def weight_of_its_own(match: Match, view: View) -> str | None:
+    """No other call reads the weight that a functional conv is given, or what that is computed from."""
+    return "its weight is read elsewhere in the model" if is_shared(match.root) else None
+
+
+def is_convolution(match: Match, view: View) -> str | None:
+    """The algebra has a kernel for the match, borders included."""
+    try:
+        match.kernel(META)
+    except NoKernel as reason:
+        return str(reason)
+    return None
+
+
+def no_dearer(match: Match, view: View) -> str | None:
+    """The merged conv has no more weights than the convs it replaces; so it needs no more multiply-adds either."""
+    after = match.kernel(META).weight.numel()
+    distinct = {tuple(op.node for op in term.ops): term for term in match.terms}  # a sum may read one path twice
+    before = sum(count for term in distinct.values() for count in _weights(term, match))
+    if after > before:
+        return f"the merged conv would have {after} weights, the present ones have {before}"
+    return None
+
+
+def _weights(term: Term, match: Match) -> Iterator[int]:
+    """How many weights each conv of a term has."""
+    channels, dimensions = match.sizes()
+    for op in term.ops:
+        kernel = op.meaning.build(META, channels, dimensions)
+        channels = kernel.out_channels
+        yield kernel.weight.numel() if op.meaning.kind == "conv" else 0
+
+
+def channels_stay_put(match: Match, view: View) -> str | None:
+    """A linear layer acts on the last axis, BatchNorm1d on the second: they meet only on ``(batch, channels)``."""
+    if match.sizes()[1] != 0:
+        return None
+    norms = [op.node for op in match.ops if isinstance(view.module(op.node), nn.BatchNorm1d | nn.SyncBatchNorm)]
+    if not norms or _is_flat(match.source, view) or all(view.input_axes(str(node.target)) == 2 for node in norms):
+        return None
+    return "the input of the linear layer isn't known to be (batch, channels), and BatchNorm1d counts its channels on the second axis"
+
+
+def input_is_known(match: Match, view: View) -> str | None:
+    """Arithmetic on the model's own input stays: that may be of integers, or of one channel that a constant makes several of."""
+    first = match.ops[0]
+    if view.module(first.node) is not None:
+        return None
+    source = match.source
+    while source.op != "placeholder" and len(source.all_input_nodes) == 1 and not _is_layer(source, view):
+        source = source.all_input_nodes[0]
+    if source.op == "placeholder":
+        return "the input may be of integers, or have fewer channels than the constant"
+    op = view.op(source)
+    if op is not None and op.meaning.kind == "conv":
+        out_channels = op.meaning.build(META, op.meaning.in_channels or 0, op.meaning.dimensions or 0).out_channels
+        if out_channels != match.sizes()[0]:
+            return f"the constant makes {match.sizes()[0]} channels of {out_channels}"
+    return None
+
+
+def _is_layer(node: fx.Node, view: View) -> bool:
+    """Whether a node's output has a fraction, and as many channels as the module says."""
+    module = view.module(node)
+    return view.is_conv(node) or (module is not None and has_tensors(module))
+
+
+def pads_alike(match: Match, view: View) -> str | None:
+    """torch's conv can pad as the merged kernel wants it; otherwise a padding layer would only be replaced by another."""
+    if is_symmetric(match.kernel(META).padding):
+        return None
+    return "a conv pads both sides alike, this padding doesn't"
+
+
+_ELEMENTWISE = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.GELU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.Dropout,
+    nn.Identity,
+)
+
+
+def _is_flat(node: fx.Node, view: View) -> bool:
+    """Whether a node is known to be ``(batch, channels)``."""
+    while True:
+        module = view.module(node)
+        if isinstance(module, nn.Flatten):
+            return (module.start_dim, module.end_dim) == (1, -1)
+        if node.target in (torch.flatten, "flatten"):
+            return (*node.args[1:], *node.kwargs.values()) in ((1,), (1, -1))
+        same_rank = node in view.kernels or isinstance(module, (nn.Linear, nn.BatchNorm1d, *_ELEMENTWISE))
+        if not same_rank or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]

@@ -1,0 +1,175 @@
+"""Putting the graph of an island to work in the place of its module, so that code around it finds what it found before.
+
+A module becomes a `torch.fx.GraphModule` with the attributes of the original. What its graph never used stays, so that a state dict has
+the same keys. Two kinds of module keep their own form, since code around them may iterate over or index them: a plain sequence of
+layers stays one, with identities where layers have been merged, and a block, or a conv with a forward of its own, that has become one
+plain conv is that conv.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+
+from repfx.algebra.activated_norm import bare, join
+from repfx.algebra.layers import is_conv, is_plain_sequence
+from repfx.blocks.block import RepBlock
+from repfx.graphs.trace import Island
+from repfx.records.module_tree import has, set_submodule
+from repfx.records.notes import keep, kept
+
+_NOT_SAVED = "repfx_not_saved"
+
+
+def install(model: nn.Module, island: Island) -> nn.Module:
+    """Put the island's graph to work in place of its module; returns the model."""
+    root = model.get_submodule(island.path)
+    prepare(root, island)
+    join(root, island.graph)
+    island.graph.lint()
+    calls = _chain(island.graph)
+    if island.path and is_plain_sequence(root) and calls is not None and _keep_sequence(root, calls):
+        return model
+    if island.path and (isinstance(root, RepBlock) or is_conv(root)) and calls is not None and len(calls) == 1:
+        set_submodule(model, island.path, root.get_submodule(calls[0]))
+        return model
+    compiled = _compile(root, island)
+    if not island.path:
+        return compiled
+    set_submodule(model, island.path, compiled)
+    return model
+
+
+def prepare(root: nn.Module, island: Island) -> None:
+    """Make a module fit its graph: with the constants that tracing made, and norms that leave their activation to the graph."""
+    for name, value in island.constants.items():
+        setattr(root, name, value)
+    bare(root, island.graph)
+
+
+# ---- modules that keep their form
+
+
+def _chain(graph: fx.Graph) -> list[str] | None:
+    """What a graph calls, one after another, if it does nothing else."""
+    nodes = list(graph.nodes)
+    if [node.op for node in nodes] != ["placeholder", *["call_module"] * (len(nodes) - 2), "output"]:
+        return None
+    if any(node.args != (before,) or node.kwargs for before, node in itertools.pairwise(nodes)):
+        return None
+    return [str(node.target) for node in nodes[1:-1]]
+
+
+def _keep_sequence(root: nn.Module, calls: list[str]) -> bool:
+    """Leave in the place of each layer of a sequence what is still called of it; False where the calls have another order."""
+    left = {path: [call for call in calls if f"{call}.".startswith(f"{path}.")] for path in _layers(root)}
+    if [call for parts in left.values() for call in parts] != calls:
+        return False
+    if any(path in parts != [path] for path, parts in left.items()):
+        return False
+    for path, parts in left.items():
+        if parts != [path]:
+            set_submodule(root, path, _sequence_of(root, parts))
+    return True
+
+
+def _sequence_of(root: nn.Module, paths: list[str]) -> nn.Module:
+    """Modules by their own names, one after another; the identity if there are none."""
+    modules = OrderedDict((path.rpartition(".")[2], root.get_submodule(path)) for path in paths)
+    return nn.Sequential(modules) if modules else nn.Identity()
+
+
+def _layers(sequence: nn.Module, prefix: str = "") -> Iterator[str]:
+    """The paths of the layers of a plain sequence, and of those in it, in order."""
+    for name, module in sequence.named_children():
+        if is_plain_sequence(module):
+            yield from _layers(module, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+# ---- modules that become graphs
+
+
+def _compile(root: nn.Module, island: Island) -> fx.GraphModule:
+    saved = root.state_dict().keys() - island.constants.keys() - _not_saved(root)
+    compiled = fx.GraphModule(root, island.graph, class_name=type(root).__name__)
+    _take_over_attributes(compiled, root)
+    _keep_unused(compiled, root, island.used)
+    _save_as_before(compiled, set(saved))
+    return compiled
+
+
+def _take_over_attributes(compiled: fx.GraphModule, root: nn.Module) -> None:
+    """The plain attributes that code around the module may read."""
+    own = set(vars(nn.Module())) | set(vars(compiled))
+    for name, value in {**_class_attributes(root), **vars(root)}.items():
+        if name not in own and not isinstance(value, (nn.Module, torch.Tensor)):
+            keep(compiled, name, value)
+
+
+def _class_attributes(root: nn.Module) -> dict[str, object]:
+    """Numbers, texts and tuples of them that the class of a module defines, as values or properties."""
+    stop = type(root).__mro__.index(nn.Module)
+    names = {name for cls in type(root).__mro__[:stop] if cls is not fx.GraphModule for name in vars(cls)}
+    found: dict[str, object] = {}
+    for name in names:
+        value = None if name.startswith("__") else getattr(root, name, None)
+        if isinstance(value, (bool, int, float, str, tuple)):
+            found[name] = value
+    return found
+
+
+def _keep_unused(compiled: fx.GraphModule, root: nn.Module, used: frozenset[str]) -> None:
+    """Modules, parameters and buffers that the graph never used."""
+    touched = {".".join(path.split(".")[:length]) for path in used for length in range(1, path.count(".") + 2)}
+    for path, child in root.named_modules(remove_duplicate=False):
+        if path in used or _lies_in(path, used):
+            continue
+        if path and path not in touched:
+            if path.rpartition(".")[0] in ("", *touched) and not has(compiled, path):
+                set_submodule(compiled, path, child)
+            continue
+        for name, tensor in [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]:
+            full = f"{path}.{name}" if path else name
+            if full not in used and not has(compiled, full):
+                _place_tensor(compiled, path, name, tensor, saved=name not in child._non_persistent_buffers_set)
+
+
+def _lies_in(path: str, used: frozenset[str]) -> bool:
+    parts = path.split(".")
+    return any(".".join(parts[:length]) in used for length in range(1, len(parts)))
+
+
+def _place_tensor(compiled: nn.Module, path: str, name: str, tensor: torch.Tensor, *, saved: bool) -> None:
+    if path and not has(compiled, path):
+        set_submodule(compiled, path, nn.Module())
+    owner = compiled.get_submodule(path)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(name, tensor)
+    else:
+        owner.register_buffer(name, tensor, persistent=saved)
+
+
+def _not_saved(root: nn.Module) -> set[str]:
+    """The buffers that a GraphModule was told to keep out of its state dict, which copying forgets."""
+    names = kept(root, _NOT_SAVED)
+    return set(names) if isinstance(names, tuple) else set()
+
+
+def _save_as_before(compiled: fx.GraphModule, saved: set[str]) -> None:
+    """torch.fx makes every tensor that is no parameter a saved buffer; those that were none before are not saved."""
+    others = tuple(name for name, _ in compiled.named_buffers() if name not in saved and _is_own_copy(compiled, name))
+    for path in others:
+        owner, _, name = path.rpartition(".")
+        compiled.get_submodule(owner)._non_persistent_buffers_set.add(name)
+    keep(compiled, _NOT_SAVED, others)
+
+
+def _is_own_copy(compiled: fx.GraphModule, name: str) -> bool:
+    """Whether a buffer belongs to the module itself or its graph, and not to a module that it calls."""
+    return "." not in name or any(node.op == "get_attr" and node.target == name for node in compiled.graph.nodes)

@@ -1,0 +1,129 @@
+"""`Match`: nodes of a graph that amount to a sum of paths of linear maps, and the kernel of that sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, fx
+
+from repfx.algebra.kernel import Kernel, NoKernel
+from repfx.graphs.operations import Op
+from repfx.rewriting.view import META
+
+
+@dataclass(frozen=True)
+class Term:
+    """One path of a match: linear maps from the source on; none for the source itself. `sign` is that in the sum."""
+
+    ops: tuple[Op, ...]
+    sign: int = 1
+
+
+@dataclass(frozen=True)
+class Match:
+    """Nodes that amount to ``root = Σ sign · term(source) + Σ sign · remainder``."""
+
+    root: fx.Node
+    source: fx.Node
+    terms: tuple[Term, ...]
+    inner: tuple[fx.Node, ...] = ()
+    remainder: tuple[tuple[int, fx.Node], ...] = ()
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        return tuple(op for term in self.terms for op in term.ops)
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """All nodes that the match replaces, the root first."""
+        others = [*self.inner, *(node for op in reversed(self.ops) for node in op.nodes)]
+        return (self.root, *dict.fromkeys(node for node in others if node is not self.root))
+
+    @property
+    def keeps_the_form(self) -> bool:
+        """Whether the output has the shape of what the first map gives out: nothing but scales, shifts and identities follow."""
+        followers = self.terms[0].ops[1:]
+        alone = len(self.terms) == 1 and not self.remainder
+        return alone and all(op.meaning.kind in ("affine", "identity") for op in followers)
+
+    def kernel(self, like: Tensor) -> Kernel:
+        """The kernel of all terms, in the dtype and on the device of `like`; `META` asks for sizes alone, which several guards do.
+
+        Raises:
+            NoKernel: they are no convolution.
+        """
+        return self._sizes_alone if like is META else self._kernel(like)
+
+    @cached_property
+    def _sizes_alone(self) -> Kernel:
+        return self._kernel(META)
+
+    def _kernel(self, like: Tensor) -> Kernel:
+        channels, dimensions = self.sizes()
+        first, *others = self.terms
+        total = signed(term_kernel(first, like, channels, dimensions), first.sign)
+        new = len(first.ops) != 1 or first.ops[0].meaning.spare  # in no one else's hands
+        for term in others:  # one by one, so that none waits in memory for its turn
+            total = total.add(signed(term_kernel(term, like, channels, dimensions), term.sign), over=new)
+            new = True
+        return total
+
+    def shifts(self, like: Tensor) -> list[Tensor]:
+        """What the scales and shifts among the maps add, each before the maps that follow it."""
+        channels, dimensions = self.sizes()
+        shifts = [shift for term in self.terms for shift in _shifts(term, like, channels, dimensions)]
+        return [shift for shift in shifts if shift is not None]
+
+    def sizes(self) -> tuple[int, int]:
+        """Channels and axes of the source.
+
+        Raises:
+            NoKernel: the maps don't agree on them.
+        """
+        dimensions = {op.meaning.dimensions for op in self.ops} - {None}
+        channels = {_in_channels(term) for term in self.terms} - {None}
+        if len(dimensions) != 1 or len(channels) != 1:
+            raise NoKernel(
+                f"channels {sorted(map(str, channels))} and dimensions {sorted(map(str, dimensions))} don't fit together"
+            )
+        return channels.pop() or 0, dimensions.pop() or 0
+
+
+def _in_channels(term: Term) -> int | None:
+    """The channels that enter the term; every map that doesn't say so keeps their number."""
+    return next((op.meaning.in_channels for op in term.ops if op.meaning.in_channels is not None), None)
+
+
+def term_kernel(term: Term, like: Tensor, channels: int, dimensions: int) -> Kernel:
+    """The kernel of one path."""
+    if not term.ops:
+        return Kernel.identity(like, channels=channels, dimensions=dimensions)
+    first, *others = term.ops
+    total = _kernel_of(first, None if first.meaning.kind == "conv" else like, channels, dimensions)
+    if not others or others[0].meaning.kind != "affine" or total.weight.device != like.device:
+        total = total.to(like)  # else the product with the scale, which is in full precision, is, too
+    for op in others:
+        total = total.compose(_kernel_of(op, like, total.out_channels, dimensions))
+    return total
+
+
+def _shifts(term: Term, like: Tensor, channels: int, dimensions: int) -> Iterator[Tensor | None]:
+    for op in term.ops:
+        affine = op.meaning.kind == "affine"
+        kernel = _kernel_of(op, like if affine else META, channels, dimensions)
+        if affine:
+            yield kernel.bias
+        channels = kernel.out_channels
+
+
+def _kernel_of(op: Op, like: Tensor | None, channels: int, dimensions: int) -> Kernel:
+    if op.meaning.dimensions not in (None, dimensions):
+        raise NoKernel(f"{op.node.name!r} has {op.meaning.dimensions} dimensions, not {dimensions}")
+    return op.meaning.build(like, channels, dimensions)
+
+
+def signed(kernel: Kernel, sign: int) -> Kernel:
+    """Return the kernel, or its negative where `sign` is."""
+    return kernel if sign > 0 else kernel.negate()

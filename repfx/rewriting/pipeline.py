@@ -1,0 +1,156 @@
+"""Running rules over every island of a model, to a fixpoint; and the verbs that the passes offer."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from repfx.algebra.layers import has_modes_of_its_own, is_batch_norm
+from repfx.blocks.cropped_conv import unshare
+from repfx.blocks.squeezed_form import release_all
+from repfx.graphs.trace import Island, Traces, call_counts, trace
+from repfx.records.journal import forget
+from repfx.records.module_tree import module_paths, require_module
+from repfx.records.notes import copy_of
+from repfx.records.report import Edit, Report, Skip
+from repfx.rewriting.editor import Editor
+from repfx.rewriting.explanation import UNTRACED, all_that_stays, left_alone, left_outside
+from repfx.rewriting.input_axes import InputAxes
+from repfx.rewriting.installation import install, prepare
+from repfx.rewriting.rule import PASSES as PASSES
+from repfx.rewriting.rule import Pass, Rule
+from repfx.rewriting.view import View
+
+
+def verb(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Register a function on models as a pass of its name, described by the first line of its docstring.
+
+    In a caller's `torch.inference_mode()`, too, its results are ordinary tensors, which can be trained.
+    """
+    Pass(function.__name__, (function.__doc__ or "").strip().splitlines()[0].rstrip("."))
+
+    @wraps(function)
+    def checked(model: nn.Module, *args: Any, **options: Any) -> Any:
+        require_module(model)
+        return function(model, *args, **options)
+
+    return torch.inference_mode(False)(checked)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A rewritten model and what was done to it."""
+
+    model: nn.Module
+    report: Report
+
+
+def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
+    """Run rules over a copy of the model until none applies.
+
+    Each rewrite removes a node, and each node is visited once more after each rewrite, so the cost is linear.
+    """
+    weights = {} if any(map(has_modes_of_its_own, model.modules())) else _sharing_memory(model)
+    shared = [weakref.ref(weight) for weight in weights.values()]
+    target = copy_of(model, weights)
+    del weights
+    result = _rewrite(target, model, tuple(rules), name)
+    for reference in shared:
+        if (weight := reference()) is not None:  # what has been merged is gone
+            weight.data = weight.data.clone()
+    return result
+
+
+def _sharing_memory(model: nn.Module) -> dict[int, nn.Parameter]:
+    """For each parameter of a model another one with the same memory, by the id of the first."""
+    return {
+        id(weight): nn.Parameter(weight.detach(), weight.requires_grad)
+        for weight in model.parameters()
+        if type(weight) is nn.Parameter and not weight.is_inference()
+    }
+
+
+def _rewrite(target: nn.Module, model: nn.Module, rules: tuple[Rule, ...], name: str) -> Result:
+    """The same with `target`, a copy of the model that has been made already."""
+    release_all(target)
+    target.eval()  # a parametrized weight may change when it is read in training mode
+    for module in list(target.modules()):
+        unshare(module)
+    traces = trace(target)
+    views = Views(target, traces, model)
+    edits: list[Edit] = []
+    kept: list[Skip] = []
+    skips: list[Skip] = [
+        Skip(path, f"it can't be traced: {reason}", "trace") for path, reason in traces.untraced.items()
+    ]
+    for island in traces.islands:
+        editor = Editor(views.of(island), island)
+        near_misses = run_rules(editor, rules)
+        edits += editor.edits
+        skips += left_alone(editor, near_misses)
+        editor.lower()
+        kept += all_that_stays(editor, near_misses)
+        target = install(target, island)
+    outside = list(left_outside(target, traces))
+    skips += [s for s in outside if s.reason == UNTRACED and is_batch_norm(target.get_submodule(s.path))]
+    kept += outside
+    optional = {rule.name for rule in rules if rule.optional}
+    declined = tuple(skip for skip in dict.fromkeys(skips) if skip.rule in optional)
+    skipped = tuple(skip for skip in dict.fromkeys(skips) if skip.rule not in optional)
+    take_over_modes(target, model)
+    forget(target)
+    return Result(target, Report(name, tuple(edits), skipped, declined, tuple(dict.fromkeys(kept))))
+
+
+class Views:
+    """The islands of a traced model as patterns see them; `original` is what the model is a copy of."""
+
+    def __init__(self, model: nn.Module, traces: Traces, original: nn.Module) -> None:
+        self._model = model
+        self._calls = call_counts(traces)
+        self._registered = module_paths(model)
+        self._axes = InputAxes(original)
+
+    def of(self, island: Island) -> View:
+        """That of one island, whose module is prepared for its graph."""
+        root = self._model.get_submodule(island.path)
+        prepare(root, island)
+        paths = {path: self._registered.get(id(module), []) for path, module in root.named_modules()}
+        calls = Counter({path: self._calls[island.full_path(path)] for path in paths})
+        names = Counter({path: len(names) for path, names in paths.items()})
+        return View(root, island.graph, calls, names, input_axes=lambda path: self._axes.of(island.full_path(path)))
+
+
+def run_rules(editor: Editor, rules: tuple[Rule, ...]) -> dict[fx.Node, list[Skip]]:
+    """Rewrite to a fixpoint; returns why rules whose pattern was there did not fire, by node."""
+    near_misses: dict[fx.Node, list[Skip]] = {}
+    node = next(iter(editor.view.graph.nodes))
+    while node.op != "root":
+        near_misses.pop(node, None)
+        for rule in rules:
+            found = rule.find(node, editor.view)
+            if isinstance(found, Skip):
+                near_misses.setdefault(node, []).append(found)
+            elif found is not None:
+                node = editor.apply(rule, found)
+                break
+        else:
+            editor.settle(node)
+            node = node.next
+    return near_misses
+
+
+def take_over_modes(model: nn.Module, original: nn.Module) -> None:
+    """Give each module the mode that the one at its path had, or else the mode of what it lies in."""
+    modes = {path: module.training for path, module in original.named_modules()}
+    for path, module in model.named_modules():
+        while path not in modes:
+            path = path.rpartition(".")[0]
+        module.training = modes[path]

@@ -1,0 +1,142 @@
+"""Where a model is linear outside blocks: the regions that may run as one conv each, found by the rules that fuse a model.
+
+The rules run on an outline of the model: a copy without numbers in which each block is a conv of its sizes. What they find depends on sizes
+alone, so it stays right while parameters are trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from repfx.algebra.activated_norm import join
+from repfx.algebra.baking import conv_module
+from repfx.algebra.layers import has_tensors
+from repfx.blocks.block import RepBlock
+from repfx.blocks.squeezed_form import NAME, SqueezedForm
+from repfx.graphs.operations import Op
+from repfx.graphs.source_code import calls
+from repfx.graphs.trace import Island, trace
+from repfx.records.notes import copy_of
+from repfx.rewriting.editor import Editor
+from repfx.rewriting.linear_region import LinearRegion
+from repfx.rewriting.match import Match
+from repfx.rewriting.pipeline import Views, run_rules
+from repfx.rewriting.rule import RULES, Rule
+from repfx.rewriting.view import View
+
+
+def find_forms(model: nn.Module, parts: Collection[str], held: Collection[str]) -> Iterator[SqueezedForm]:
+    """The forms that modules of a model can take, which have taken none.
+
+    Args:
+        parts: the paths of all modules with tensors that a region may consist of; squeezed blocks among them.
+        held: those of BatchNorms that stay in eval mode if they lie in a region.
+    """
+    outline = _outline(model)
+    traces = trace(outline)
+    views, rules = Views(outline, traces, outline), tuple(rule for rule in RULES.values() if rule.by_sizes)
+    for island in traces.islands:
+        root = model.get_submodule(island.path)
+        if island.constants or _refuses(root):
+            continue
+        finder = _Finder(_LinearView.over(views.of(island), _inside(island, parts)), island)
+        run_rules(finder, rules)
+        if finder.merged:
+            yield _form(root, finder, _inside(island, held))
+
+
+def _inside(island: Island, paths: Collection[str]) -> set[str]:
+    prefix = island.full_path("x").removesuffix("x")
+    return {path.removeprefix(prefix) for path in paths if path.startswith(prefix)}
+
+
+def _outline(model: nn.Module) -> nn.Module:
+    """A copy without numbers, with a conv in the place of each block."""
+    memo: dict[int, Any] = {id(buffer): buffer.detach().to("meta") for buffer in model.buffers()}
+    memo |= {id(each): nn.Parameter(each.detach().to("meta")) for each in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, RepBlock):
+            like = module.conv.weight.detach().to("meta")
+            memo[id(module)] = conv_module(module.site, like, bias=True, padded=True)
+    outline: nn.Module = copy_of(model, memo)
+    return outline
+
+
+_COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__init_subclass__")
+_GRADIENT_MODES = frozenset({"no_grad", "enable_grad", "set_grad_enabled", "inference_mode", "is_grad_enabled"})
+
+
+def _refuses(root: nn.Module) -> bool:
+    """Whether a module is copied or subclassed by code of its own, or asks for a gradient mode, which a graph forgets."""
+    own = {name for cls in type(root).__mro__ if cls not in (nn.Module, object) for name in vars(cls)}
+    if isinstance(root, fx.GraphModule) or own & {*_COPYING}:
+        return True
+    classes = {type(module) for module in root.modules()}
+    foreign = [cls for cls in classes if not cls.__module__.startswith(("torch.nn.", "repfx."))]
+    return any(calls(cls, _GRADIENT_MODES) for cls in foreign)  # type: ignore[arg-type]
+
+
+@dataclass
+class _LinearView(View):
+    """A view in which rules touch nothing but these parts, maps without tensors, and what was made of them."""
+
+    parts: Collection[str] = ()
+
+    @classmethod
+    def over(cls, view: View, parts: Collection[str]) -> _LinearView:
+        """What another view shows."""
+        return cls(view.root, view.graph, view.calls, view.registered, input_axes=view.input_axes, parts=parts)
+
+    def op(self, node: fx.Node) -> Op | None:
+        found = super().op(node)
+        return found if found is not None and (node in self.kernels or self._is_touchable(found)) else None
+
+    def _is_touchable(self, op: Op) -> bool:
+        module = self.module(op.node)
+        if module is None:  # a constant among the arguments may be trained
+            return not op.inner and len(op.node.all_input_nodes) == 1
+        return str(op.node.target) in self.parts or not (has_tensors(module) or isinstance(module, _DropoutNd))
+
+
+@dataclass
+class _Finder(Editor):
+    """An editor that remembers what it has merged."""
+
+    regions: dict[fx.Node, LinearRegion] = field(default_factory=dict)
+
+    def apply(self, rule: Rule, match: Match) -> fx.Node:
+        if all(op.meaning.kind == "identity" for op in match.ops):
+            return super().apply(rule, match)
+        region = LinearRegion.of(match, self._path(self._template(match)), self.regions)
+        node = super().apply(rule, match)
+        self.regions[node] = region
+        return node
+
+
+def _form(root: nn.Module, finder: _Finder, held: Collection[str]) -> SqueezedForm:
+    """With code that calls each region that was found."""
+    graph = finder.view.graph
+    join(finder.view.root, graph)
+    regions = {f"region_{index}": finder.regions[node] for index, node in enumerate(finder.merged)}
+    for name, node in zip(regions, finder.merged):
+        with graph.inserting_before(node):
+            form = graph.get_attr(NAME)
+            call = graph.call_method("run", (form, name, node.args[0]))
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+    inside = {path for region in regions.values() for path in region.modules}
+    inputs = sum(node.op == "placeholder" and not node.args for node in graph.nodes)
+    return SqueezedForm(root, _code_of(graph), inputs, regions, tuple(sorted(inside & {*held})))
+
+
+def _code_of(graph: fx.Graph) -> Callable[..., Any]:
+    code = graph.python_code("self")
+    names: dict[str, Any] = dict(code.globals)
+    exec(code.src, names)
+    forward: Callable[..., Any] = names["forward"]
+    return forward

@@ -1,0 +1,80 @@
+"""`SqueezeRegions`: what is linear outside blocks runs as one conv each, as a conv with its BatchNorm, or somebody else's branches."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from repfx.blocks.squeezed_form import forms_in, release, take
+from repfx.records.journal import Action, record
+from repfx.rewriting.region_finder import find_forms
+
+
+@dataclass(frozen=True)
+class SqueezeRegions(Action):
+    """The linear regions that consist of these modules run as one conv each, and no others do.
+
+    Args:
+        site: "", for the model.
+        parts: the paths of the convs, BatchNorms and squeezed blocks of all regions; none to let the model run as its code says.
+        held: of BatchNorms that keep their statistics.
+    """
+
+    kind: ClassVar[str] = "squeeze_regions"
+    parts: Sequence[str] = ()
+    held: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("parts", "held"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # of JSON they are lists
+
+    @property
+    def moves_kernels(self) -> bool:
+        return False
+
+    @classmethod
+    def apply(cls, model: nn.Module, actions: Sequence[SqueezeRegions], calibrate: Iterable[Any] | None) -> None:
+        for action in actions:
+            _set_regions(model, action.parts, action.held)
+        record(model, actions)
+
+    @classmethod
+    def among(cls, model: nn.Module, parts: Collection[str], held: Collection[str]) -> None:
+        """The same, of which only what has been found is recorded; nothing where nothing was squeezed before nor is now."""
+        before = forms_in(model)
+        _set_regions(model, parts, held)
+        after = forms_in(model)
+        if before or after:
+            parts = [part for region in regions_of(model).values() for part in region]
+            record(model, [cls("", parts, held_in(model))])
+
+    def __str__(self) -> str:
+        if not self.parts:
+            return "unsqueeze regions"
+        return f"squeeze regions of {len(self.parts)} modules{': their statistics stay' if self.held else ''}"
+
+
+def _set_regions(model: nn.Module, parts: Collection[str], held: Collection[str]) -> None:
+    for form in forms_in(model).values():
+        form.let_norms_go()
+        release(form.root)
+    if parts:
+        take(find_forms(model, parts, held))
+
+
+def regions_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """By the path of the conv that lends its window: the paths of all that a region consists of."""
+    found = [(path, region) for path, form in forms_in(model).items() for region in form.regions.values()]
+    return {_full(path, region.template): tuple(_full(path, part) for part in region.modules) for path, region in found}
+
+
+def held_in(model: nn.Module) -> list[str]:
+    """The paths of the BatchNorms outside blocks that keep their statistics."""
+    return [_full(path, norm) for path, form in forms_in(model).items() for norm in form.held]
+
+
+def _full(path: str, inner: str) -> str:
+    return f"{path}.{inner}" if path else inner

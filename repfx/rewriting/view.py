@@ -1,0 +1,111 @@
+"""`View`: a graph as patterns and guards see it, each node read as a linear map where it may be touched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from repfx.algebra.kernel import Kernel
+from repfx.algebra.layers import has_hooks, has_tensors, is_batch_norm, is_conv
+from repfx.algebra.meaning import Meaning, refusal_of
+from repfx.graphs.constants import Constants
+from repfx.graphs.functional_conv import is_functional_conv
+from repfx.graphs.operations import Op, read_op
+from repfx.graphs.viewed_norm import read_viewed_norm
+
+META = torch.empty((), device="meta", dtype=torch.float64)
+
+
+@dataclass
+class View:
+    """A graph as patterns and guards see it.
+
+    Args:
+        root: the module the graph belongs to.
+        calls: how often each module is called in the whole model, by path in `root`.
+        registered: under how many paths each module is registered, by path in `root`.
+        kernels: the nodes that rules have already merged, with their kernels, in float64 as long as they may be merged further.
+        input_axes: how many axes the input of the module at a path in `root` has, if that is known.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    calls: Counter[str]
+    registered: Counter[str]
+    kernels: dict[fx.Node, Kernel] = field(default_factory=dict)
+    input_axes: Callable[[str], int | None] = lambda path: None
+
+    def __post_init__(self) -> None:
+        read = {str(node.target).rpartition(".")[0] for node in self.graph.nodes if node.op == "get_attr"}
+        self._read_elsewhere = read
+        self._ops: dict[fx.Node, Op | None] = {}
+        self.constants = Constants(self.graph, self.root)
+
+    def op(self, node: fx.Node) -> Op | None:
+        """The node as a linear map that may be moved and merged, or None; what was read holds until the graph has changed."""
+        if node not in self._ops:
+            self._ops[node] = self._read(node)
+        return self._ops[node]
+
+    def graph_changed(self) -> None:
+        """Let each node be read anew."""
+        self._ops.clear()
+
+    def set_kernel(self, node: fx.Node, kernel: Kernel) -> None:
+        """Let a node that rules have merged have this kernel."""
+        self.kernels[node] = kernel
+        self._ops.pop(node, None)
+
+    def _read(self, node: fx.Node) -> Op | None:
+        if node in self.kernels:
+            kernel = self.kernels[node]
+            sizes = (kernel.dimensions, kernel.in_channels)
+            meaning = Meaning("conv", *sizes, lambda like, channels, n: kernel.to(like), spare=True)
+            return Op(node, node.all_input_nodes[0], meaning)
+        if self.refusal(node):
+            return None
+        return read_op(node, self.root, self.constants) or self._viewed_norm(node)
+
+    def _viewed_norm(self, node: fx.Node) -> Op | None:
+        normed = node.args[0] if node.op in ("call_method", "call_function") and node.args else None
+        norm = self.module(normed) if isinstance(normed, fx.Node) else None
+        if not isinstance(normed, fx.Node) or norm is None or not is_batch_norm(norm) or self.refusal(normed):
+            return None
+        return read_viewed_norm(node, norm, normed, self.input_axes(str(normed.target)))
+
+    def refusal(self, node: fx.Node) -> str | None:
+        """Why the module that a node calls must stay as it is, or None."""
+        if node.op != "call_module" or node in self.kernels:
+            return None
+        path = str(node.target)
+        module = self.root.get_submodule(path)
+        if has_hooks(module):
+            return f"{type(module).__name__} has hooks, which would no longer see what they see now"
+        if not has_tensors(module):
+            return None
+        if self.calls[path] > 1:
+            return f"it is called {self.calls[path]} times; a change would change every call"
+        if self.registered[path] > 1:
+            return f"it is registered under {self.registered[path]} names"
+        if self.constants.changes(path):
+            return "its parameters are changed in forward"
+        if path in self._read_elsewhere and not is_batch_norm(module):  # whose tensors no rewrite changes
+            return "its parameters are read elsewhere in the model"
+        if any(tensor.is_complex() for tensor in module.parameters()):
+            return "its weights are complex"
+        return refusal_of(module)
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls, or None."""
+        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def is_conv(self, node: fx.Node) -> bool:
+        """Whether a node is a convolution or a linear layer with weights of its own."""
+        module = self.module(node)
+        if node in self.kernels or is_functional_conv(node):
+            return True
+        return module is not None and (is_conv(module) or isinstance(module, nn.Linear))

@@ -1,0 +1,303 @@
+"""The main job in one call: expand, train, fuse, export, verify, measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repfx.blocks.selection import Selection
+from repfx.change.schedule import SCHEDULES, Schedule
+from repfx.data.dataset import DataSet, DataSource, InputForm
+from repfx.data.load import load_data
+from repfx.data.predictions import Predictions, predict
+from repfx.errors import Interrupted, InvalidInput, UnknownName
+from repfx.graphs.sites import sites
+from repfx.measuring.cost import count_macs, count_parameters, measure_latency
+from repfx.measuring.equivalence import check_equivalent
+from repfx.onnx.export import export_onnx
+from repfx.passes.expand import expand
+from repfx.passes.fuse import fuse
+from repfx.records.notes import copy_of
+from repfx.records.plain_values import flat, to_plain
+from repfx.training.engine import accelerator_for
+from repfx.training.history import History
+from repfx.training.loop import Trained, Watcher, train
+from repfx.training.models import ModelReference, load_weights
+from repfx.training.recipe import Recipe
+from repfx.training.recipe_file import from_root, to_toml
+from repfx.training.run_folder import MODEL, STATE, RunFolder, Setup, spec_of
+
+OF_A_CALL = ("out", "overwrite", "resume")  # what no recipe says
+_TEST_BATCH = 64
+_SPEC = "dbb"
+_MAY_DIFFER = {"data.root", "data.download", "training.device", "training.workers", "training.log_with"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What `repfx train` is asked to do.
+
+    Args:
+        model: to be trained, in its plain form.
+        data: to train and test on.
+        spec: what the model is expanded with, an empty list for nothing; or what `schedule` expands convs with. None for dbb, or the
+            schedule's own.
+        schedule: its `name` and options; the model then begins plain, and is changed while it trains.
+        training: how.
+        weights: a file to begin from; then expanding preserves the function instead of starting as the papers do.
+        image_size: height and width of an image; None takes the data's own.
+        out: the folder of the run.
+        overwrite: whether an older run there is replaced.
+        resume: whether a run there is gone on with.
+    """
+
+    model: ModelReference = field(default_factory=lambda: ModelReference("torchvision:resnet18"))
+    data: DataSource = field(default_factory=DataSource)
+    spec: Any = None
+    schedule: Mapping[str, Any] | None = None
+    training: Recipe = field(default_factory=Recipe)
+    weights: Path | None = None
+    image_size: int | None = None
+    out: Path = Path("runs/first")
+    overwrite: bool = False
+    resume: bool = False
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What stands in the file of a recipe: all but where the run goes. Files are named from the root."""
+        return from_root({key: value for key, value in to_plain(self).items() if key not in OF_A_CALL})
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one form of the model, for one image; latency in seconds."""
+
+    parameters: int
+    macs: int
+    latency: float
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What `metrics.json` holds. Flips are test images whose predicted class differs from the one before fusing."""
+
+    losses: list[float]
+    test_images: int
+    accuracy: dict[str, float]
+    flips: dict[str, int]
+    max_error: dict[str, float]
+    cost: dict[str, Cost]
+    onnx_latency: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Metrics:
+        """The reverse of `as_dict`."""
+        return cls(**{**values, "cost": {name: Cost(**cost) for name, cost in values["cost"].items()}})
+
+
+def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | None:
+    """Do it all and leave the files in `experiment.out`.
+
+    Returns:
+        What was measured; None in all processes but the first.
+
+    Raises:
+        RepfxError: something asked for can't be done; before the training wherever that can be known.
+        Interrupted: by a signal; `resume` goes on from there.
+        OSError: a file can't be read or written.
+    """
+    if experiment.overwrite and experiment.resume:
+        raise InvalidInput("a run can be replaced or gone on with: give --overwrite or --resume.")
+    schedule, folder, watcher = _schedule(experiment), RunFolder(experiment.out), watcher or Watcher()
+    if experiment.resume:
+        _require_same(experiment, folder)
+    with ExitStack() as stack:
+        with accelerator_for(experiment.training, folder.logs) as accelerator:
+            is_first: bool = accelerator.is_main_process
+            done = folder.metrics if experiment.resume else None
+            if done is not None:
+                return Metrics.from_dict(done) if is_first else None
+            if is_first:
+                stack.enter_context(folder.new_run(overwrite=experiment.overwrite, resume=experiment.resume))
+            accelerator.wait_for_everyone()  # until the folder is there
+            results = _train(experiment, schedule, folder, watcher if is_first else Watcher(), accelerator)
+        return _finish(experiment, folder, watcher, *results) if is_first else None
+
+
+def _finish(
+    experiment: Experiment, folder: RunFolder, watcher: Watcher, trained: Trained, plain: nn.Module, data: DataSet
+) -> Metrics:
+    """Fuse, export and measure, in the first process alone."""
+    expanded = trained.model.cpu().to(memory_format=torch.contiguous_format)
+    plain = plain.cpu().to(memory_format=torch.contiguous_format)
+    if trained.architecture is not None:
+        folder.write_architecture(trained.architecture)
+    folder.write_checkpoint(expanded)
+    watcher.on_stage("fuse")
+    x = torch.stack([data.test[i][0] for i in range(min(2, len(data.test)))])  # type: ignore[arg-type]
+    fused = fuse(expanded)
+    equivalence = check_equivalent(expanded, fused, x)
+    watcher.on_stage("export")
+    exported = export_onnx(fused, folder.path / MODEL, x)
+    watcher.on_stage("test")
+    forms = {"plain": plain.eval(), "expanded": expanded, "fused": fused}
+    session = onnx_session(folder.path / MODEL)
+    tests = {
+        name: predict(compute, data.test, _TEST_BATCH, experiment.training.workers)
+        for name, compute in {"expanded": expanded, "fused": fused, "onnxruntime": session}.items()
+    }
+    watcher.on_stage("measure")
+    errors = {"fused": equivalence.max_error, "onnxruntime": exported.max_error}
+    losses = [epoch.loss for epoch in trained.history.epochs if epoch.loss is not None]
+    metrics = _metrics(losses, tests, errors, forms, session, x[:1])
+    folder.write_metrics(metrics.as_dict())
+    folder.forget_state()
+    return metrics
+
+
+def _train(
+    experiment: Experiment, schedule: Schedule | None, folder: RunFolder, watcher: Watcher, accelerator: Any
+) -> tuple[Trained, nn.Module, DataSet]:
+    """In every process."""
+    with accelerator.main_process_first():  # it may download the data
+        plain, data, reference = _prepare(experiment)
+    watcher.on_stage("expand")
+    spec = _SPEC if experiment.spec is None else experiment.spec
+    if schedule is None:
+        model = expand(plain, spec_of(spec), preserve=experiment.weights is not None)
+    else:
+        _require_sites(schedule, plain)
+        model = copy_of(plain)
+    how = None if schedule is None else {"name": schedule.name, **asdict(schedule)}
+    setup = Setup(reference, None if how else spec, how, data.preparation)
+    goes_on = experiment.resume and (folder.path / STATE).is_file()
+
+    def on_epoch(history: History) -> None:
+        if len(history.epochs) == 1 and not goes_on:
+            folder.begin(setup, to_toml(experiment.values))
+        folder.write_history(history)
+        watcher.on_epoch(history)
+
+    watcher.on_stage("train")
+    try:
+        trained = train(
+            model,
+            data,
+            experiment.training,
+            schedule,
+            watcher=replace(watcher, on_epoch=on_epoch),
+            plain=plain,
+            checkpoint=folder.path / STATE,
+            resume=experiment.resume,
+            accelerator=accelerator,
+        )
+    except Interrupted as error:
+        raise Interrupted(f"{error}; go on with: repfx train --resume --out {folder.path}") from error
+    return trained, plain, data
+
+
+def _require_same(experiment: Experiment, folder: RunFolder) -> None:
+    """Raise if the run in the folder was begun otherwise."""
+    begun = folder.recipe
+    if begun is None:
+        return
+    now, then = (flat(values) for values in (experiment.values, begun))
+    differing = [key for key in sorted({*now, *then}) if now.get(key) != then.get(key) and key not in _MAY_DIFFER]
+    if differing:
+        key = differing[0]
+        found = f"{key} = {then.get(key)!r}, and now it is {now.get(key)!r}"
+        raise InvalidInput(
+            f"the run in {str(folder.path)!r} was begun with {found}: leave it out, or --overwrite the run."
+        )
+
+
+def _schedule(experiment: Experiment) -> Schedule | None:
+    if experiment.schedule is None:
+        return None
+    options = dict(experiment.schedule)
+    name = options.pop("name", None)
+    if name is None:
+        raise InvalidInput("there are options for a schedule, and no schedule.")
+    if name not in SCHEDULES:
+        raise UnknownName("schedule", name, SCHEDULES)
+    spec = {} if experiment.spec is None else {"spec": spec_of(experiment.spec)}
+    if spec.get("spec") == []:
+        raise InvalidInput(
+            f"the spec is empty, so that {name} has no branches to work with: name some, or leave it out."
+        )
+    return SCHEDULES[name].over(experiment.training.epochs, **{**spec, **options})
+
+
+def _require_sites(schedule: Schedule, plain: nn.Module) -> None:
+    """Raise if the schedule's spec has a pattern that fits no conv of the model."""
+    spec = getattr(schedule, "spec", None)
+    if isinstance(spec, Mapping):
+        Selection.of(spec).require_used({site.path: str(site.conv or "?") for site in sites(plain)})
+
+
+def _prepare(experiment: Experiment) -> tuple[nn.Module, DataSet, ModelReference]:
+    """The plain model and its data; the model gets as many classes as the data has, unless told otherwise."""
+    torch.manual_seed(experiment.training.seed)
+    form = InputForm.of(experiment.model.build(), experiment.image_size)
+    data = load_data(experiment.data, form)
+    classes = experiment.model.num_classes or len(data.classes)
+    reference = ModelReference(experiment.model.name, classes, experiment.model.options)
+    torch.manual_seed(experiment.training.seed)
+    plain = reference.build()
+    if experiment.weights is not None:
+        load_weights(plain, experiment.weights)
+    return plain, data, reference
+
+
+def onnx_session(path: Path) -> Callable[[Tensor], Tensor]:
+    """A file's model in onnxruntime on the CPU, as a function of a batch.
+
+    It runs on as many threads as torch does, so that their latencies can be compared.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def _metrics(
+    losses: list[float],
+    tests: Mapping[str, Predictions],
+    errors: dict[str, float],
+    forms: Mapping[str, nn.Module],
+    session: Callable[[Tensor], Tensor],
+    x: Tensor,
+) -> Metrics:
+    calls = {name: _call(form, x) for name, form in forms.items()} | {"onnxruntime": _call(session, x)}
+    latency = measure_latency(calls)
+    before = tests["expanded"]
+    return Metrics(
+        losses=losses,
+        test_images=len(before.labels),
+        accuracy={name: predictions.accuracy for name, predictions in tests.items()},
+        flips={name: before.flips(tests[name]) for name in ("fused", "onnxruntime")},
+        max_error=errors,
+        cost={name: Cost(count_parameters(form), count_macs(form, x), latency[name]) for name, form in forms.items()},
+        onnx_latency=latency["onnxruntime"],
+    )
+
+
+def _call(compute: Callable[[Tensor], Any], x: Tensor) -> Callable[[], Any]:
+    def call() -> Any:
+        with torch.no_grad():
+            return compute(x)
+
+    return call

@@ -1,0 +1,95 @@
+"""`History`: how a training run went, epoch by epoch; what `history.json` holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from repfx.errors import InvalidInput, RepfxError
+from repfx.records.journal import Action, from_json
+
+_FORMAT = 1
+_NUMBERS = ("epoch", "loss", "accuracy", "ema_accuracy", "learning_rate", "seconds", "parameters", "macs")
+_None = type(None)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of a run.
+
+    Args:
+        epoch: 0 for the state before training, then counted from 1.
+        loss: mean over the training steps; None for epoch 0.
+        accuracy: on the test images in eval mode, from 0 to 1; None where it wasn't measured.
+        ema_accuracy: the same of the averaged model, if there is one.
+        learning_rate: of the last step; None for epoch 0.
+        seconds: that it took; None for epoch 0.
+        parameters, macs: of the training form of this epoch, MACs for one image forward; of the plain model in epoch 0.
+        actions: what was changed at the end of this epoch; in epoch 0, before training.
+        blocks: by the paths of sites, mean |γ| of the own conv's BatchNorm as ``origin`` and of each branch's last one; None where there is
+            none. At the end of the epoch and before its actions; in epoch 0, after them.
+    """
+
+    epoch: int
+    loss: float | None = None
+    accuracy: float | None = None
+    ema_accuracy: float | None = None
+    learning_rate: float | None = None
+    seconds: float | None = None
+    parameters: int = 0
+    macs: int = 0
+    actions: tuple[Action, ...] = ()
+    blocks: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        blocks = {site: dict(gammas) for site, gammas in self.blocks.items()}
+        return {**own, "actions": [action.to_dict() for action in self.actions], "blocks": blocks}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Epoch:
+        """The reverse of `to_dict`."""
+        found = cls(**{**values, "actions": from_json(json.dumps(values.get("actions", [])))})
+        numbers = [getattr(found, name) for name in _NUMBERS]
+        numbers += [gamma for gammas in found.blocks.values() for gamma in gammas.values()]
+        if found.epoch is None or any(isinstance(x, bool) or not isinstance(x, (int, float, _None)) for x in numbers):
+            raise InvalidInput(f"epoch {found.epoch!r} has something else where a number has to be.")
+        return found
+
+
+@dataclass(frozen=True)
+class History:
+    """The epochs of a run, from 0 on, as far as it has come.
+
+    >>> history = History((Epoch(0, parameters=9, macs=90), Epoch(1, loss=0.5, parameters=9, macs=90)))
+    >>> History.from_json(history.to_json()) == history
+    True
+    """
+
+    epochs: tuple[Epoch, ...]
+
+    def to_json(self) -> str:
+        """As text."""
+        return json.dumps({"format": _FORMAT, "epochs": [epoch.to_dict() for epoch in self.epochs]})
+
+    @classmethod
+    def from_json(cls, text: str, path: Path | None = None) -> History:
+        """Read what `to_json` wrote; `path` is named in errors.
+
+        Raises:
+            InvalidInput: it is something else.
+        """
+        where = "this" if path is None else repr(str(path))
+        try:
+            found = json.loads(text)
+            if found["format"] != _FORMAT:
+                raise InvalidInput(f"it has format {found['format']}, and this version of repfx reads {_FORMAT}.")
+            return cls(tuple(Epoch.from_dict(values) for values in found["epochs"]))
+        except RepfxError as error:
+            raise InvalidInput(f"{where} is no history of a run: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidInput(f"{where} is no history that `repfx train` wrote.") from error

@@ -1,0 +1,389 @@
+"""`train`: trains a model on a data set as a recipe says, in one process or many, and goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Subset
+
+from repfx.blocks.architecture import Architecture
+from repfx.blocks.scales import gammas_in
+from repfx.change.checkpoint import load, save
+from repfx.change.driver import Driver
+from repfx.change.optimizer_groups import lay_out_state
+from repfx.change.schedule import Schedule, Unchanged
+from repfx.data.dataset import DataSet, Images, every, labels_of, part_of
+from repfx.data.predictions import check_fit, logits_of, mean_log_likelihood
+from repfx.data.seeds import seed_of
+from repfx.errors import Interrupted, InvalidInput, RepfxError, first_line
+from repfx.measuring.cost import count_macs_in_batch, count_parameters
+from repfx.records.journal import Action
+from repfx.records.notes import copy_of
+from repfx.records.plain_values import flat, to_plain
+from repfx.training.engine import accelerator_for
+from repfx.training.history import Epoch, History
+from repfx.training.interruption import noticed_signals
+from repfx.training.learning_rate import share_of_rate
+from repfx.training.loss import loss_of, teacher_of
+from repfx.training.optimizers import make_optimizer
+from repfx.training.process import Place
+from repfx.training.recipe import Recipe
+from repfx.training.supply import Supply
+
+_STEPS_BETWEEN_LOOKS = 10  # where a look makes the host wait for the device
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the training stands after a step, of `total`, counted from 1."""
+
+    number: int
+    total: int
+    epoch: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Hears what goes on: `on_stage` for each part of the work, the others while training."""
+
+    on_stage: Callable[[str], None] = lambda stage: None
+    on_step: Callable[[Step], None] = lambda step: None
+    on_epoch: Callable[[History], None] = lambda history: None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training ends with.
+
+    Args:
+        model: in eval mode; the averaged one, if there is an average.
+        history: epoch by epoch.
+        architecture: what a search has found.
+    """
+
+    model: nn.Module
+    history: History
+    architecture: Architecture | None
+
+
+def train(
+    model: nn.Module,
+    data: DataSet,
+    recipe: Recipe,
+    schedule: Schedule | None = None,
+    *,
+    watcher: Watcher | None = None,
+    plain: nn.Module | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    accelerator: Any = None,
+) -> Trained:
+    """Train a model in place on a data set. Equal seeds give equal weights, also after an interruption.
+
+    Args:
+        schedule: changes the model's structure on the way; the learning rate begins anew with each of its cycles. If it scores candidates,
+            it does so on every tenth training image of each class, on which the model is then not trained.
+        watcher: hears of each step and epoch, in the first process.
+        plain: what the history compares costs with; None is the model as it is given.
+        checkpoint: the file that holds the state of the run, written after each epoch and when the run is interrupted.
+        resume: whether to go on from that file if it is there.
+        accelerator: the process that this is, as `accelerator_for` gives it; None sets one up.
+
+    Raises:
+        InvalidInput: the model doesn't take the images or gives no logits for their classes, or the recipe can't be followed here.
+        RepfxError: the loss is no longer finite.
+        Interrupted: by SIGINT or SIGTERM; the state is in the checkpoint.
+    """
+    with ExitStack() as stack:
+        if accelerator is None:
+            accelerator = stack.enter_context(accelerator_for(recipe))
+        run = _Training(model, data, recipe, schedule or Unchanged(), accelerator, watcher or Watcher(), plain or model)
+        if checkpoint is not None and resume and checkpoint.is_file():
+            run.load(checkpoint)
+        return run.go(checkpoint, stack.enter_context(noticed_signals()))
+
+
+class _Training:
+    """A training on its way."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: DataSet,
+        recipe: Recipe,
+        schedule: Schedule,
+        accelerator: Any,
+        watcher: Watcher,
+        plain: nn.Module,
+    ) -> None:
+        _require_possible(recipe, schedule)
+        self.recipe, self.place = recipe, Place(accelerator, recipe)
+        self.accelerator = accelerator
+        self.watcher = watcher if self.place.is_first else Watcher()
+        self.model, self.data = self.place.put(model), data
+        self.place.put(plain)
+        logits = check_fit(model, data, self.place.device)
+        images, score = data.train, None
+        if schedule.needs_score:
+            images, held_out = hold_out(images)
+            size, device = recipe.batch_size, self.place.device
+            score = partial(mean_log_likelihood, images=held_out, batch_size=size, device=device)
+        self.supply = Supply(images, recipe, self.place)
+        self.steps = self.supply.steps
+        self.mix = recipe.augmentation.of_batch(logits)
+        teacher = teacher_of(recipe, logits)
+        self.place.lay_out([model, *([] if teacher is None else [teacher])], self._two_images())
+        self.loss = loss_of(recipe, teacher)
+        self._try_loss(logits)
+        self.unused_parameters = schedule.closes_paths or (self.place.processes > 1 and self._has_other_outputs())
+        self.optimizer = make_optimizer(model, recipe, self.place.device)
+        self.average = _average(model, recipe.average) if recipe.average else None
+        self.progress = _Progress()
+        before = self._cost(plain)
+        self.driver = Driver(
+            model,
+            self.optimizer,
+            schedule,
+            calibrate=self.supply,
+            ema=self.average,
+            scaler=accelerator.scaler,
+            steps_per_epoch=self.steps,
+            score=score,
+        )
+        self.history = History(
+            (Epoch(0, None, None, None, None, None, *before, self._last_actions(), gammas_in(model)),)
+        )
+
+    def go(self, checkpoint: Path | None, stopping: Callable[[], bool]) -> Trained:
+        """Train to the end."""
+        self._prepare()
+        self.watcher.on_epoch(self.history)  # which may clear the folder that a tracker writes into
+        if self.recipe.log_with:
+            self.accelerator.init_trackers("repfx", config=_loggable(self.recipe))
+        while self.progress.epoch < self.recipe.epochs:
+            for x, y in self._rest_of_epoch():
+                self._step(x, y)
+                if self._looks and self.place.agree(stopping()):
+                    self.save(checkpoint)
+                    raise Interrupted(f"stopped in epoch {self.progress.epoch + 1} after step {self.progress.step}")
+            self._end_epoch()
+            self.save(checkpoint)
+        if self.place.agree(stopping()):
+            raise Interrupted("stopped after the last epoch")
+        search = self.driver.search
+        model = self.model if self.average is None else self.average.module
+        return Trained(model.eval(), self.history, None if search is None else search.architecture)
+
+    def _prepare(self) -> None:
+        """What runs in training; made anew when the structure has changed."""
+        self.net = self.place.wrap(self.model, unused_parameters=self.unused_parameters)
+        self.stepper = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
+
+    def _has_other_outputs(self) -> bool:
+        """Whether the model in training has heads beside the one that is trained."""
+        with torch.no_grad():
+            return not isinstance(copy_of(self.model).train()(self.place.bring(self._two_images())), Tensor)
+
+    def _two_images(self) -> Tensor:
+        return torch.stack([self.data.train[index][0] for index in range(2)])
+
+    def _try_loss(self, logits: int) -> None:
+        """Let a teacher or a mix that doesn't fit the images fail now, not after an older run has been replaced."""
+        images = self.place.bring(self._two_images())
+        x, labels = self.mix(images, self.place.bring(torch.tensor([0, 1 % logits])))
+        try:
+            self.loss(torch.zeros(2, logits, device=self.place.device), x, labels)
+        except RuntimeError as error:
+            raise InvalidInput(f"the teacher fails on images {tuple(x.shape[1:])}: {first_line(error)}.") from error
+
+    # ---- a step
+
+    def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self._began = time.perf_counter()
+        self.model.train()
+        yield from self.supply.loader(self.progress.epoch, self.progress.step)
+
+    def _step(self, x: Tensor, y: Tensor) -> None:
+        number = self.progress.epoch * self.steps + self.progress.step
+        torch.manual_seed(seed_of(self.recipe.seed, self.place.process, number))
+        x, labels = self.mix(self.place.bring(x), self.place.bring(y))
+        self._set_rate(number)
+        self.optimizer.zero_grad()
+        loss = torch.zeros((), device=self.place.device)
+        for share in self.driver.shares():
+            with self.accelerator.autocast():
+                logits = self.net(x)
+            part = share * self.loss(logits.float(), x, labels)
+            self.accelerator.backward(part)
+            loss += part.detach()
+        self.driver.after_backward()
+        if self.recipe.clip:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.stepper.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.progress.step += 1
+        self.progress.sum_of_losses = self.progress.sum_of_losses + loss
+        if self._looks:
+            value = loss.item()
+            self._require_finite(value)
+            self.watcher.on_step(Step(number + 1, self.recipe.epochs * self.steps, self.progress.epoch + 1, value))
+
+    @property
+    def _looks(self) -> bool:
+        """Whether to look, after this step, at the loss and for a wish to stop; all processes look at the same time."""
+        step = self.progress.step
+        return self.place.device.type == "cpu" or step % _STEPS_BETWEEN_LOOKS == 0 or step == self.steps
+
+    def _set_rate(self, number: int) -> None:
+        recipe, steps = self.recipe, self.steps
+        cycle = (self.driver.schedule.cycle or recipe.epochs) * steps
+        share = share_of_rate(
+            number % cycle,
+            cycle,
+            shape=recipe.rates,
+            warm_up=None if recipe.warm_up is None else round(recipe.warm_up * steps),
+            steps_down=[epoch * steps for epoch in recipe.milestones],
+            factor=recipe.milestone_factor,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * share
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            epoch, rate = self.progress.epoch + 1, self.recipe.learning_rate
+            raise RepfxError(f"the loss is {loss} in epoch {epoch}: try a lower learning rate than {rate}.")
+
+    # ---- an epoch
+
+    def _end_epoch(self) -> None:
+        progress = self.progress
+        loss = self.place.mean(progress.sum_of_losses) / self.steps
+        self._require_finite(loss)
+        tested = (progress.epoch + 1) % self.recipe.test_every == 0 or progress.epoch + 1 == self.recipe.epochs
+        accuracy = self._accuracy(self.model) if tested else None
+        average = self._accuracy(self.average.module) if tested and self.average is not None else None
+        cost, gammas = self._cost(self.model), gammas_in(self.model)
+        self.supply.epoch += 1
+        torch.manual_seed(seed_of(self.recipe.seed, progress.epoch))  # of new branches, wherever the run was begun
+        if self.driver.after_epoch():
+            self._prepare()
+        seconds = progress.seconds + time.perf_counter() - self._began
+        rate = self.optimizer.param_groups[0]["lr"]
+        number = progress.epoch + 1
+        entry = Epoch(number, loss, accuracy, average, rate, seconds, *cost, self._last_actions(), gammas)
+        self.history = History((*self.history.epochs, entry))
+        self.progress = _Progress(number)
+        self.watcher.on_epoch(self.history)
+        self._log(entry)
+
+    def _last_actions(self) -> tuple[Action, ...]:
+        return tuple(action for epoch, action in self.driver.history if epoch == self.driver.epoch)
+
+    def _log(self, entry: Epoch) -> None:
+        values = {"loss": entry.loss, "accuracy": entry.accuracy, "accuracy of the average": entry.ema_accuracy}
+        values |= {"learning rate": entry.learning_rate, "parameters": entry.parameters, "MACs": entry.macs}
+        self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=entry.epoch)
+
+    def _accuracy(self, model: nn.Module) -> float:
+        """Over the test images, which the processes share."""
+        count = len(self.data.test)  # type: ignore[arg-type]
+        own = Subset(self.data.test, range(self.place.process, count, self.place.processes))
+        right = torch.zeros((), dtype=torch.long, device=self.place.device)
+        training = model.training
+        self.place.share_buffers(model)
+        model.eval()
+        with torch.no_grad():
+            for x, y in DataLoader(own, self.recipe.batch_size, num_workers=self.recipe.workers):
+                right += (logits_of(model(self.place.bring(x))).argmax(1) == self.place.bring(y)).sum()
+        model.train(training)
+        return int(self.accelerator.reduce(right)) / count
+
+    def _cost(self, model: nn.Module) -> tuple[int, int]:
+        image = self.place.bring(self.data.test[0][0][None])
+        return count_parameters(model), count_macs_in_batch(model, image, self.recipe.batch_size)
+
+    # ---- checkpoints
+
+    def save(self, path: Path | None) -> None:
+        """Write all that the run needs to go on, if there is a file for it."""
+        if path is None:
+            return
+        self.driver.synchronize()
+        if self.place.is_first:
+            seconds = self.progress.seconds + time.perf_counter() - self._began if self.progress.step else 0.0
+            sum_of_losses, history = float(self.progress.sum_of_losses), self.history.to_json()
+            state = asdict(self.progress) | {"seconds": seconds, "sum_of_losses": sum_of_losses, "history": history}
+            save(path, self.model, self.optimizer, self.driver, random_state=False, progress=state, **self._parts())
+        self.accelerator.wait_for_everyone()
+
+    def load(self, path: Path) -> None:
+        """The reverse of `save`."""
+        state: dict[str, Any] = {}
+        load(path, self.model, self.optimizer, self.driver, random_state=False, progress=state, **self._parts())
+        self.place.put(self.model)
+        lay_out_state(self.optimizer)
+        self.history = History.from_json(state.pop("history"), path)
+        self.progress = _Progress(**state)
+        self.supply.epoch = self.progress.epoch
+
+    def _parts(self) -> dict[str, Any]:
+        return {} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler}
+
+
+@dataclass
+class _Progress:
+    """How far the training has come: whole epochs, and steps of the next one."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    sum_of_losses: float | Tensor = 0.0
+
+
+def hold_out(images: Images) -> tuple[Images, Images]:
+    """All but every tenth image of each class, and these.
+
+    Raises:
+        InvalidInput: there are too few.
+    """
+    chosen = every(10, labels_of(images))
+    if not chosen.any():
+        raise InvalidInput("there are fewer than 10 training images of each class: too few to score candidates on.")
+    kept, held_out = ((mask).nonzero().flatten().tolist() for mask in (~chosen, chosen))
+    return part_of(images, kept), part_of(images, held_out)
+
+
+def _average(model: nn.Module, decay: float) -> AveragedModel:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def _loggable(recipe: Recipe) -> dict[str, Any]:
+    return {
+        key: value if isinstance(value, (int, float, str)) else str(value)
+        for key, value in flat(to_plain(recipe)).items()
+    }
+
+
+def _require_possible(recipe: Recipe, schedule: Schedule) -> None:
+    cycle = schedule.cycle or recipe.epochs
+    if recipe.warm_up is not None and recipe.warm_up >= cycle:
+        raise InvalidInput(
+            f"warm_up is {recipe.warm_up} epochs; it must end before the {cycle} of the learning rate's cycle."
+        )
+    if recipe.compile and schedule.closes_paths:
+        name = type(schedule).__name__
+        raise InvalidInput(
+            f"{name} opens other gates in each step, for which torch.compile would compile anew: leave it out."
+        )

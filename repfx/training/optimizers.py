@@ -1,0 +1,58 @@
+"""The optimizer of a recipe."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from repfx.errors import InvalidInput, first_line
+from repfx.training.recipe import Recipe
+
+_FUSED_DEVICES = ("cpu", "cuda")
+_FUSED = ("Adam", "AdamW")  # SGD can't take up new parameters once it is fused
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    """Of all parameters that are trained; in one kernel for all of them, where torch has that.
+
+    Raises:
+        InvalidInput: the optimizer doesn't take one of `optimizer_options`.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    >>> optimizer = make_optimizer(model, Recipe(optimizer="SGD", decay_vectors=False), torch.device("cpu"))
+    >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
+    [(1, 0.01), (3, 0.0)]
+    """
+    kind = getattr(torch.optim, recipe.optimizer)
+    known = inspect.signature(kind).parameters
+    options: dict[str, Any] = {"lr": recipe.learning_rate}
+    if "weight_decay" in known:
+        options["weight_decay"] = recipe.weight_decay
+    if (
+        recipe.optimizer in _FUSED
+        and device.type in _FUSED_DEVICES
+        and not {"foreach", "differentiable"} & recipe.optimizer_options.keys()
+    ):
+        options["fused"] = True
+    if "lr" in recipe.optimizer_options:
+        raise InvalidInput("optimizer_options has lr, which is set step by step: set learning_rate.")
+    options |= recipe.optimizer_options
+    unknown = ", ".join(sorted(options.keys() - known.keys()))
+    if unknown:
+        raise InvalidInput(f"{recipe.optimizer} has no option {unknown}; it has {', '.join(known)}.")
+    try:
+        optimizer: torch.optim.Optimizer = kind(_groups(model, recipe), **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"{recipe.optimizer} can't be made with {options}: {first_line(error)}.") from error
+    return optimizer
+
+
+def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if recipe.decay_vectors:
+        return [{"params": parameters}]
+    kernels, vectors = ([each for each in parameters if (each.ndim > 1) == many] for many in (True, False))
+    return [{"params": kernels}, {"params": vectors, "weight_decay": 0.0}]

@@ -1,0 +1,96 @@
+"""`Place`: where a model is trained, and in which form it runs there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repfx.data.predictions import logits_of
+from repfx.training.memory_format import runs_with_channels_last
+from repfx.training.recipe import Recipe
+
+
+class Place:
+    """One process of a training.
+
+    Args:
+        accelerator: as `repfx.training.engine.accelerator_for` gives it.
+    """
+
+    def __init__(self, accelerator: Any, recipe: Recipe) -> None:
+        self.accelerator = accelerator
+        self.channels_last = recipe.channels_last
+        self.compile, self.compile_mode = recipe.compile, recipe.compile_mode
+        self.device: torch.device = accelerator.device
+        self.process, self.processes = accelerator.process_index, accelerator.num_processes
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes files."""
+        return bool(self.accelerator.is_main_process)
+
+    def put(self, model: nn.Module) -> nn.Module:
+        """A model onto the device, in place."""
+        model = model.to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+
+    def lay_out(self, models: Sequence[nn.Module], images: Tensor) -> None:
+        """Choose the order of memory where the recipe doesn't, for models that all get the same images, and put them.
+
+        Args:
+            images: two or more, as the data has them.
+        """
+        if self.channels_last is None:
+            known = self.device.type in ("cpu", "cuda")
+            self.channels_last = known and all(runs_with_channels_last(model, images) for model in models)
+        for model in models:
+            self.put(model)
+
+    def bring(self, x: Tensor) -> Tensor:
+        """Images or labels to the device."""
+        x = x.to(self.device, non_blocking=self.device.type != "cpu")  # what comes to the CPU would be read too early
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x
+
+    def wrap(self, model: nn.Module, *, unused_parameters: bool) -> nn.Module:
+        """What gives the logits in training, in all processes and compiled if that is asked for; the model itself is left as it is.
+
+        Args:
+            unused_parameters: whether some parameters have no part in some steps.
+        """
+        self.accelerator.free_memory()
+        self.accelerator.ddp_handler.find_unused_parameters = unused_parameters
+        net: nn.Module = self.accelerator.prepare_model(_Logits(self.put(model)))
+        if self.compile:
+            net = torch.compile(net, mode=self.compile_mode)  # type: ignore[assignment]
+        return net
+
+    def mean(self, value: float | Tensor) -> float:
+        """Of what each process has."""
+        tensor = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+        return float(self.accelerator.reduce(tensor, "mean")) if self.processes > 1 else float(value)
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all processes the first one's statistics, as the next step would."""
+        if self.processes > 1:
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def agree(self, wish: bool) -> bool:
+        """Whether any process wishes it."""
+        if self.processes == 1:
+            return wish
+        if wish:
+            self.accelerator.set_trigger()
+        return bool(self.accelerator.check_trigger())
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits_of(self.model(x))

@@ -1,0 +1,144 @@
+"""`Recipe`: how a model is trained, as plain values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from repfx.data.augmentation import Augmentation
+from repfx.errors import InvalidInput, UnknownName
+from repfx.training.learning_rate import SHAPES
+from repfx.training.models import ModelReference
+
+PRECISIONS = ("no", "bf16", "fp16")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_LEAST = {
+    "epochs": 1,
+    "batch_size": 2,
+    "workers": 0,
+    "weight_decay": 0,
+    "test_every": 1,
+    "clip": 0,
+    "seed": 0,
+    "milestone_factor": 0,
+}
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A teacher, from which the model learns beside the labels; see `repfx.distillation_loss`.
+
+    Args:
+        teacher: any classifier of the same images.
+        weights: the file of its weights, or the `checkpoint.safetensors` of the run that trained it.
+        alpha: the teacher's part of the loss.
+        temperature: by which both logits are divided.
+    """
+
+    teacher: ModelReference
+    weights: str
+    alpha: float = 0.9
+    temperature: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.alpha <= 1 and self.temperature > 0):
+            found = f"alpha is {self.alpha} and temperature {self.temperature}"
+            raise InvalidInput(f"in distillation, {found}; they must be from 0 to 1, and positive.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Args:
+        epochs: passes over the training images.
+        batch_size: images in a step, of all processes together.
+        optimizer: a class of `torch.optim`.
+        optimizer_options: what it gets beside the rate and the decay, as momentum.
+        learning_rate: the highest one.
+        weight_decay: how much weights decay.
+        decay_vectors: whether biases, γ and β decay, too.
+        rates: how the learning rate goes down: cosine, linear or constant; in each cycle of a schedule that has some.
+        warm_up: epochs over which it rises; None is a fifth of all.
+        milestones: epochs after which it is multiplied by `milestone_factor`, each time.
+        milestone_factor: by which it is multiplied there.
+        label_smoothing: part of the label that is spread over all classes.
+        clip: greatest norm of the gradient; 0 leaves it as it is.
+        average: decay of an exponential moving average of the model, which then is what is fused; 0 for none.
+        augmentation: of the training images.
+        distillation: a teacher to learn from; None for none.
+        mixed_precision: no, bf16 or fp16.
+        channels_last: whether images and kernels are laid out channels last; None for that on CPUs and CUDA GPUs where it changes
+            nothing but speed, as a trial on two images shows.
+        compile: whether `torch.compile` runs the model in training.
+        compile_mode: its `mode`; reduce-overhead captures CUDA graphs, which squeezed blocks want.
+        seed: of weights, order, augmentation and whatever else is drawn. Equal seeds give equal weights on one kind of machine; on a GPU,
+            with `deterministic`.
+        deterministic: whether torch takes deterministic algorithms alone, even if they are slower.
+        device: cpu, cuda, cuda:1, mps, …; auto takes the accelerator that is there.
+        workers: processes that load images.
+        test_every: epochs from one test to the next; the last one is always tested.
+        log_with: a tracker that Accelerate knows, as tensorboard.
+    """
+
+    epochs: int = 5
+    batch_size: int = 128
+    optimizer: str = "AdamW"
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    decay_vectors: bool = True
+    rates: str = "cosine"
+    warm_up: float | None = None
+    milestones: tuple[int, ...] = ()
+    milestone_factor: float = 0.1
+    label_smoothing: float = 0.0
+    clip: float = 0.0
+    average: float = 0.0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    distillation: Distillation | None = None
+    mixed_precision: str = "no"
+    channels_last: bool | None = None
+    compile: bool = False
+    compile_mode: str = "default"
+    seed: int = 0
+    deterministic: bool = False
+    device: str = "auto"
+    workers: int = 0
+    test_every: int = 1
+    log_with: str = ""
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise InvalidInput(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise InvalidInput(f"learning_rate is {self.learning_rate}; it must be a positive number.")
+        for name in ("label_smoothing", "average"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InvalidInput(f"{name} is {getattr(self, name)}; it must be from 0 to less than 1.")
+        if self.warm_up is not None and not 0 <= self.warm_up <= self.epochs:
+            raise InvalidInput(
+                f"warm_up is {self.warm_up}; it must be from 0 to the {self.epochs} epochs of the training."
+            )
+        if self.rates not in SHAPES:
+            raise UnknownName("shape of rates", self.rates, SHAPES)
+        if self.mixed_precision == "fp16" and not torch.accelerator.is_available():
+            raise InvalidInput("mixed_precision is 'fp16', for which there must be an accelerator; a CPU has 'bf16'.")
+        if self.compile_mode not in COMPILE_MODES:
+            raise UnknownName("compile_mode", self.compile_mode, COMPILE_MODES)
+        if self.compile_mode != "default" and not self.compile:
+            raise InvalidInput(f"compile_mode is {self.compile_mode!r}, but compile is false; set it, too.")
+        if self.mixed_precision not in PRECISIONS:
+            raise UnknownName("mixed_precision", self.mixed_precision, PRECISIONS)
+        if self.optimizer not in _optimizers():
+            raise UnknownName("optimizer", self.optimizer, _optimizers())
+
+
+def _optimizers() -> dict[str, type[torch.optim.Optimizer]]:
+    found = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
+    return {name: kind for name, kind in found.items() if issubclass(kind, torch.optim.Optimizer)}

@@ -1,0 +1,89 @@
+"""Recipes as TOML files: of one's own, or shipped with repfx."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from repfx.errors import InvalidInput, UnknownName, first_line
+
+SHIPPED = Path(__file__).parents[1] / "recipes"
+_PATHS = (
+    "weights",
+    "spec",
+    "data.name",
+    "model.name",
+    "training.distillation.teacher.name",
+    "training.distillation.weights",
+)
+
+
+def read_recipe(source: str | Path) -> dict[str, Any]:
+    """The values of a recipe, from a file or by the name of one that is shipped.
+
+    Relative paths in a file, but for `root`, start from its folder.
+
+    Raises:
+        InvalidInput: the file is no TOML; UnknownName: no recipe is called so; OSError: the file can't be read.
+    """
+    path = Path(source)
+    if path.suffix != ".toml":
+        known = shipped_recipes()
+        if str(source) not in known:
+            raise UnknownName("recipe (a name, or a file that ends in .toml)", str(source), known)
+        path = known[str(source)]
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    try:
+        values: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidInput(f"{str(path)!r} is no TOML: {first_line(error)}.") from error
+    _start_from(path.parent, values, _PATHS)
+    return values
+
+
+def from_root(values: dict[str, Any]) -> dict[str, Any]:
+    """The same values, with the files and folders in them named from the root."""
+    _start_from(Path.cwd(), values, (*_PATHS, "data.root"))
+    return values
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """By name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
+
+
+def description_of(path: Path) -> str:
+    """The comment at the top of a recipe's file."""
+    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """As text.
+
+    Raises:
+        InvalidInput: a value has no form in TOML, or tomli-w is missing.
+    """
+    try:
+        text: str = importlib.import_module("tomli_w").dumps(values)
+    except ImportError as error:
+        raise InvalidInput("writing a recipe needs tomli-w, which is missing: pip install 'repfx[train]'.") from error
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"the recipe can't be written as TOML: {first_line(error)}.") from error
+    return text
+
+
+def _start_from(folder: Path, values: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Name what is in a folder by it, in place."""
+    for key in keys:
+        *outer, last = key.split(".")
+        table: Any = values
+        for name in outer:
+            table = table.get(name) if isinstance(table, dict) else None
+        value = table.get(last) if isinstance(table, dict) else None
+        if isinstance(value, str) and value not in ("", "digits") and (key != "spec" or value.endswith(".json")):
+            path, separator, name = value.rpartition(":") if ".py:" in value else (value, "", "")
+            if (folder / path).exists():
+                table[last] = f"{folder / path}{separator}{name}"

@@ -1,0 +1,239 @@
+"""What a training run leaves behind: a folder whose files each appear whole or not at all, and how to build its model again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import nn
+
+from repfx.blocks.architecture import Architecture
+from repfx.blocks.branch import KINDS
+from repfx.blocks.presets import SpecLike
+from repfx.change.checkpoint import load, save
+from repfx.errors import InvalidInput
+from repfx.records.version import VERSION
+from repfx.search.heat_map import draw
+from repfx.training.history import History
+from repfx.training.models import ModelReference
+from repfx.training.recipe_file import read_recipe
+
+CHECKPOINT, STRUCTURE, MODEL, METRICS = "checkpoint.safetensors", "structure.json", "model.onnx", "metrics.json"
+ARCHITECTURE, HEAT_MAP = "architecture.json", "architecture.png"
+RECIPE, HISTORY, STATE, REPORT = "recipe.toml", "history.json", "state.safetensors", "report.html"
+_FILES = (METRICS, STATE, STRUCTURE, CHECKPOINT, MODEL, ARCHITECTURE, HEAT_MAP, RECIPE, HISTORY, REPORT)
+_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a checkpoint's weights belong to; how the model's structure came about is in the checkpoint.
+
+    Args:
+        model: the plain model.
+        spec: what it was expanded with, as text or JSON gives it.
+        schedule: the options of the schedule that changed it in training, and its `name`; None without one.
+        preparation: what the data's raw values went through; `shape` is that of one image.
+    """
+
+    model: ModelReference
+    spec: Any
+    schedule: Mapping[str, Any] | None
+    preparation: Mapping[str, Any]
+
+    def to_json(self) -> str:
+        """As text, with the version of repfx that wrote it."""
+        model = {"name": self.model.name, "num_classes": self.model.num_classes, "options": dict(self.model.options)}
+        head = {"format": _FORMAT, "repfx": VERSION}
+        how = {"spec": self.spec, "schedule": self.schedule, "preparation": self.preparation}
+        return json.dumps({**head, "model": model, **how}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> Setup:
+        """Read what `to_json` wrote; `path` is named in errors.
+
+        Raises:
+            InvalidInput: it is something else.
+        """
+        try:
+            found = json.loads(text)
+            if found["format"] != _FORMAT:
+                raise InvalidInput(
+                    f"{str(path)!r} has format {found['format']}; this version of repfx reads {_FORMAT}."
+                )
+            model = found["model"]
+            reference = ModelReference(model["name"], model["num_classes"], model["options"])
+            return cls(reference, found["spec"], found["schedule"], found["preparation"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidInput(f"{str(path)!r} is no structure that `repfx train` wrote.") from error
+
+
+def spec_of(text: Any) -> SpecLike:
+    """A spec from text: a preset's name, branch kinds with commas between, or a JSON object from site patterns to these.
+
+    >>> spec_of("dbb"), spec_of("1x1,1xk"), spec_of('{"layer1.*": "acb"}')
+    ('dbb', ['1x1', '1xk'], {'layer1.*': 'acb'})
+    """
+    if isinstance(text, dict):
+        return {pattern: spec_of(part) for pattern, part in text.items()}
+    if isinstance(text, list):
+        return text
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            return spec_of(json.loads(text))
+        except ValueError as error:
+            raise InvalidInput(f"spec {text!r} is no JSON: {error}.") from error
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return parts if len(parts) != 1 or parts[0] in KINDS else str(parts[0])
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder with the files of a run."""
+
+    path: Path
+
+    @contextmanager
+    def new_run(self, *, overwrite: bool, resume: bool) -> Iterator[RunFolder]:
+        """Make the folder; if nothing is written into a new one, it is removed again.
+
+        Raises:
+            InvalidInput: a run is there already and neither `overwrite` nor `resume` is set.
+            OSError: the folder can't be made or written.
+        """
+        there = [name for name in _FILES if (self.path / name).exists()]
+        if there and not (overwrite or resume):
+            advice = "--overwrite replaces it" + ("" if METRICS in there else ", --resume goes on with it")
+            raise InvalidInput(f"{str(self.path)!r} holds a run already ({', '.join(there)}): {advice}.")
+        new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            TemporaryDirectory(dir=self.path).cleanup()  # say now, not after the training, that it can't be written
+            yield self
+        finally:
+            _remove_empty(new)
+
+    @property
+    def logs(self) -> Path:
+        """Where a tracker writes."""
+        return self.path / "logs"
+
+    def clear(self) -> None:
+        """Remove an older run, its metrics first: they say that a run is complete."""
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)
+            for left in self.path.glob(f".{name}.*"):  # by a run that was killed while it wrote
+                shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(self.logs, ignore_errors=True)
+
+    def write(self, name: str, fill: Callable[[Path], None]) -> None:
+        """Let `fill` write a file, which appears under its name once it is whole."""
+        with TemporaryDirectory(prefix=f".{name}.", dir=self.path) as staging:
+            staged = Path(staging) / name
+            fill(staged)
+            staged.replace(self.path / name)
+
+    def begin(self, setup: Setup, recipe: str) -> None:
+        """Remove an older run, and write down what this one is."""
+        self.clear()
+        self.write(RECIPE, lambda path: _write_text(path, recipe))
+        self.write(STRUCTURE, lambda path: _write_text(path, setup.to_json() + "\n"))
+
+    def write_history(self, history: History) -> None:
+        """The epochs so far."""
+        self.write(HISTORY, lambda path: _write_text(path, history.to_json()))
+
+    def write_checkpoint(self, model: nn.Module) -> None:
+        """The training form at the end."""
+        save(self.path / CHECKPOINT, model, random_state=False)
+
+    def forget_state(self) -> None:
+        """Remove what only an unfinished run needs."""
+        (self.path / STATE).unlink(missing_ok=True)
+
+    def write_architecture(self, architecture: Architecture) -> None:
+        """What a search has found, as JSON and as a picture."""
+        self.write(ARCHITECTURE, architecture.save)
+        self.write(HEAT_MAP, lambda path: draw(architecture, path))
+
+    @property
+    def architecture(self) -> Architecture | None:
+        """What a search has found; None if the run was none."""
+        path = self.path / ARCHITECTURE
+        return Architecture.load(path) if path.is_file() else None
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """All numbers of the run; the last file."""
+        self.write(METRICS, lambda path: _write_text(path, json.dumps(metrics, indent=2) + "\n"))
+
+    @property
+    def metrics(self) -> dict[str, Any] | None:
+        """All numbers of the run; None as long as it isn't finished.
+
+        Raises:
+            InvalidInput: the file is none that `repfx train` wrote.
+        """
+        path = self.path / METRICS
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InvalidInput(f"{str(path)!r} holds no metrics that `repfx train` wrote.") from error
+        if not isinstance(found, dict):
+            raise InvalidInput(f"{str(path)!r} holds no metrics that `repfx train` wrote.")
+        return found
+
+    @property
+    def history(self) -> History | None:
+        """How the run went, epoch by epoch, as far as it has come; None if that was not written down."""
+        path = self.path / HISTORY
+        return History.from_json(path.read_text(encoding="utf-8", errors="replace"), path) if path.is_file() else None
+
+    @property
+    def recipe_text(self) -> str | None:
+        """What the run was asked to do, as text; None if that was not written down."""
+        path = self.path / RECIPE
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """The same, as values."""
+        path = self.path / RECIPE
+        return read_recipe(path) if path.is_file() else None
+
+    @property
+    def setup(self) -> Setup:
+        """Read from the folder."""
+        path = self.path / STRUCTURE
+        return Setup.from_json(path.read_text(encoding="utf-8"), path)
+
+    def load(self) -> nn.Module:
+        """The trained model in its training form.
+
+        Raises:
+            InvalidInput: the files don't belong together; OSError: a file is missing.
+        """
+        setup = self.setup
+        if not (self.path / CHECKPOINT).is_file():
+            raise InvalidInput(
+                f"the run in {str(self.path)!r} isn't finished: `repfx train --resume --out {self.path}` goes on with it."
+            )
+        model = setup.model.build()
+        return load(self.path / CHECKPOINT, model, random_state=False).eval()
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

@@ -1,0 +1,373 @@
+"""The contract of branch kinds, over every registered kind and a broad list of sites; a new kind is held to it the day it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import repfx
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.layers import Layer, is_batch_norm, is_conv
+from repfx.algebra.meaning import kernel_of
+from repfx.blocks.branch import KINDS, Branch, kind_of, refusal_of_branch
+from repfx.blocks.spec import BranchSpec
+from repfx.blocks.stages import Norm, Pad, Scale, Stages, conv_stages
+from repfx.errors import InvalidInput, UnknownName
+from repfx.testing import assert_same_map, randomize_batch_norm
+
+SITES: dict[str, Callable[[], Layer]] = {
+    "3x3": lambda: nn.Conv2d(4, 6, 3, padding=1),
+    "3x3 same channels": lambda: nn.Conv2d(4, 4, 3, padding=1),
+    "stride 2": lambda: nn.Conv2d(4, 4, 3, stride=2, padding=1),
+    "stride 3 by 2": lambda: nn.Conv2d(4, 6, 3, stride=(3, 2), padding=1),
+    "groups": lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2),
+    "groups same channels": lambda: nn.Conv2d(6, 6, 3, padding=1, groups=3),
+    "depthwise": lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4),
+    "depthwise with multiplier": lambda: nn.Conv2d(3, 6, 3, padding=1, groups=3),
+    "one channel": lambda: nn.Conv2d(1, 1, 3, padding=1),
+    "dilation": lambda: nn.Conv2d(4, 4, 3, padding=2, dilation=2),
+    "dilation 3 by 1, stride 2": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=(3, 1), dilation=(3, 1)),
+    "rectangular": lambda: nn.Conv2d(4, 4, (3, 5), padding=(1, 2)),
+    "row": lambda: nn.Conv2d(4, 4, (1, 7), padding=(0, 3)),
+    "column": lambda: nn.Conv2d(4, 6, (7, 1), padding=(3, 0)),
+    "even, same": lambda: nn.Conv2d(4, 4, 4, padding="same"),
+    "even by odd, same, dilation": lambda: nn.Conv2d(4, 6, (2, 3), padding="same", dilation=(3, 2)),
+    "even, reflect, same": lambda: nn.Conv2d(4, 4, 4, padding="same", padding_mode="reflect"),
+    "valid": lambda: nn.Conv2d(4, 4, 3, padding="valid"),
+    "unpadded 5x5": lambda: nn.Conv2d(4, 6, 5),
+    "over-padded": lambda: nn.Conv2d(4, 4, 3, padding=3),
+    "reflect": lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+    "replicate, over-padded": lambda: nn.Conv2d(4, 4, 3, padding=(2, 4), padding_mode="replicate"),
+    "circular, dilation": lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2, padding_mode="circular"),
+    "reflect, unpadded": lambda: nn.Conv2d(4, 4, 3, padding_mode="reflect"),
+    "1x1": lambda: nn.Conv2d(4, 4, 1),
+    "1x1 stride 2": lambda: nn.Conv2d(4, 6, 1, stride=2),
+    "1x1 padded": lambda: nn.Conv2d(4, 4, 1, padding=1),
+    "9x9 depthwise, stride 2": lambda: nn.Conv2d(2, 2, 9, stride=2, padding=4, groups=2),
+    "17x17 depthwise": lambda: nn.Conv2d(2, 2, 17, padding=8, groups=2),
+    "1d": lambda: nn.Conv1d(4, 4, 5, padding=2),
+    "1d causal": lambda: nn.Conv1d(4, 4, 3, padding=2, dilation=2, stride=2),
+    "1d 1": lambda: nn.Conv1d(4, 6, 1),
+    "3d": lambda: nn.Conv3d(2, 2, 3, padding=1),
+    "3d factored": lambda: nn.Conv3d(2, 4, (3, 1, 1), padding=(1, 0, 0)),
+    "3d spatial, stride": lambda: nn.Conv3d(2, 4, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+    "3d even, replicate": lambda: nn.Conv3d(2, 2, 2, padding=1, padding_mode="replicate"),
+}
+SIZES = {name: ConvSpec.of(make()) for name, make in SITES.items()}
+VARIANTS = [
+    *(BranchSpec(kind) for kind in KINDS),
+    BranchSpec("dilated", {"kernel_size": 5, "dilation": 2}),
+    BranchSpec("dilated", {"kernel_size": 3, "dilation": 7}),
+    BranchSpec("dilated", {"kernel_size": 2, "dilation": 1}),
+    BranchSpec("separable", {"expansion": 1}),
+]
+NORMS = ["batch_norm", "scale", "none"]
+
+
+def label(value: object) -> str | None:
+    return f"{value.kind}{list(value.options.values()) or ''}" if isinstance(value, BranchSpec) else None
+
+
+PAIRS = [(branch, name) for branch in VARIANTS for name in SITES]
+FITTING = [(branch, name) for branch, name in PAIRS if refusal_of_branch(branch, SIZES[name]) is None]
+REFUSED = [pair for pair in PAIRS if pair not in FITTING]
+on_fitting_sites = pytest.mark.parametrize(("branch", "name"), FITTING, ids=label)
+with_each_norm = pytest.mark.parametrize("norm", NORMS)
+
+
+@torch.no_grad()
+def build(branch: BranchSpec, name: str, norm: str, dtype: torch.dtype = torch.float64) -> Branch:
+    """A branch in which nothing has a value that could hide a mistake."""
+    like = torch.empty((), dtype=dtype)
+    built = kind_of(branch)(SIZES[name], Norm(norm, eps=1e-3), like, **branch.options)
+    weights: list[Layer] = [module for module in built.modules() if is_conv(module) or isinstance(module, Scale)]
+    for module in weights:
+        if module.weight.requires_grad:
+            module.weight.normal_(0.5, 0.5)
+    randomize_batch_norm(built)
+    return built
+
+
+def example(name: str) -> Tensor:
+    """An input just large enough, of another size on each axis, so that a swapped axis shows."""
+    site = SIZES[name]
+    extents = [d * (k - 1) + 1 for d, k in zip(site.dilation, site.kernel_size)]
+    sizes = [max(extent + 2, 5) + axis for axis, extent in enumerate(extents)]
+    return torch.randn(2, site.in_channels, *sizes, dtype=torch.float64)
+
+
+def norms_of(branch: Branch) -> list[Layer]:
+    return [module for module in branch.modules() if is_batch_norm(module)]
+
+
+@torch.no_grad()
+def with_batch_statistics(branch: Branch, x: Tensor) -> Tensor:
+    """The output in training mode; afterwards each BatchNorm's running statistics are those of this batch, unrounded."""
+    seen: dict[Layer, Tensor] = {}
+    hooks = [
+        norm.register_forward_pre_hook(lambda norm, inputs: seen.update({norm: inputs[0]})) for norm in norms_of(branch)
+    ]
+    output: Tensor = branch.train()(x)
+    for hook in hooks:
+        hook.remove()
+    for norm, entered in seen.items():
+        channels = entered.transpose(0, 1).flatten(1)
+        norm.running_mean.copy_(channels.mean(1))
+        norm.running_var.copy_(channels.var(1, unbiased=False))
+    return output
+
+
+@on_fitting_sites
+def test_equivalent_kernel_is_what_forward_computes(branch: BranchSpec, name: str) -> None:
+    for norm in NORMS:
+        built, x = build(branch, name, norm).eval(), example(name)
+        assert_same_map(built.equivalent_kernel(x), built, x)
+
+
+@on_fitting_sites
+def test_added_to_the_sites_conv_it_keeps_that_convs_window(branch: BranchSpec, name: str) -> None:
+    conv, x = SITES[name]().double(), example(name)
+    own = kernel_of(conv, x, 0, 0)
+    for norm in NORMS:
+        built = build(branch, name, norm).eval()
+        total = own.add(built.equivalent_kernel(x))
+        # of an unpadded kernel the padding mode means nothing
+        mode = own.padding_mode if own.padded else total.padding_mode
+        assert ConvSpec.of_kernel(total) == replace(SIZES[name], padding_mode=mode)
+        assert_same_map(total, lambda x, built=built: conv(x) + built(x), x)  # type: ignore[misc]
+
+
+@on_fitting_sites
+def test_in_training_mode_it_is_one_conv_too(branch: BranchSpec, name: str) -> None:
+    """Strategy A: x is padded before anything adds a constant to it, so BatchNorm's batch statistics change numbers only."""
+    built, x = build(branch, name, "batch_norm"), example(name)
+    output = with_batch_statistics(built, x)
+    assert output.shape == SITES[name]().double()(x).shape
+    assert_same_map(built.equivalent_kernel(x), lambda _: output, x)
+
+
+@pytest.mark.parametrize("branch", VARIANTS, ids=label)
+@with_each_norm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_dtype_is_that_of_the_site(branch: BranchSpec, norm: str, dtype: torch.dtype) -> None:
+    name = fitting_site(branch)
+    built, x = build(branch, name, norm, dtype), example(name).to(dtype)
+    tensors = [tensor for tensor in (*built.parameters(), *built.buffers()) if tensor.is_floating_point()]
+    assert {tensor.dtype for tensor in tensors} <= {dtype}
+    assert built.eval()(x).dtype == built.train()(x).dtype == dtype
+    assert built.equivalent_kernel(x).weight.dtype == dtype
+    assert built.equivalent_kernel(x.double()).weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("branch", VARIANTS, ids=label)
+@with_each_norm
+def test_equivalent_kernel_is_differentiable(branch: BranchSpec, norm: str) -> None:
+    name = fitting_site(branch)
+    built, x = build(branch, name, norm).eval(), example(name)
+    learned = [parameter for parameter in built.parameters() if parameter.requires_grad]
+    kernel = built.equivalent_kernel(x)(x).square().sum()
+    direct = built(x).square().sum()
+    if not learned:
+        assert not kernel.requires_grad
+        return
+    for by_kernel, expected in zip(torch.autograd.grad(kernel, learned), torch.autograd.grad(direct, learned)):
+        torch.testing.assert_close(by_kernel, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("branch", VARIANTS, ids=label)
+def test_every_kind_serves_a_site(branch: BranchSpec) -> None:
+    assert fitting_site(branch) in SITES
+
+
+@pytest.mark.parametrize(("branch", "name"), REFUSED, ids=label)
+def test_a_refusal_says_why(branch: BranchSpec, name: str) -> None:
+    reason = refusal_of_branch(branch, SIZES[name])
+    assert isinstance(reason, str)
+    assert len(reason.split()) > 1
+    assert not reason.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "reason"),
+    [
+        ("identity", "3x3", "4 channels go in and 6 come out"),
+        ("identity", "stride 2", "stride 2×2"),
+        ("1x1", "1x1", "1×1 already"),
+        ("1xk", "row", "a single row"),
+        ("1xk", "column", "1×1"),
+        ("kx1", "column", "a single column"),
+        ("kx1", "row", "1×1"),
+        ("1xk", "1d", "no rows"),
+        ("kx1", "1d", "no columns"),
+        ("1x1-kxk", "1x1", "1×1"),
+        ("1x1-avg", "1x1", "1×1 already"),
+        ("1x1-avg", "dilation", "dilation 2×2"),
+        ("1x1-avg", "depthwise with multiplier", "6 channels from 3"),
+        ("dilated-2x2", "rectangular", "3×3"),
+        ("dilated", "3x3", "cover 5"),
+        ("frequency-prior", "3d", "3"),
+        ("frequency-prior", "1x1", "1×1"),
+        ("separable", "depthwise", "depthwise already"),
+        ("separable", "1d 1", "1×1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(kind: str, name: str, reason: str) -> None:
+    assert reason in str(refusal_of_branch(BranchSpec(kind), SIZES[name]))
+
+
+def test_depthwise_sites_keep_their_groups() -> None:
+    """A branch that mixed the channels of a depthwise site would make its conv a dense one."""
+    site = "depthwise"
+    kernels = [build(branch, name, "none").equivalent_kernel(torch.ones(1)) for branch, name in FITTING if name == site]
+    assert {kernel.groups for kernel in kernels} == {SIZES[site].groups}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("1x1", {"dilation": 2}),
+        ("identity", {"kernel_size": 3}),
+        ("dilated", {"size": 5}),
+        ("dilated", {"kernel_size": "3"}),
+        ("dilated", {"kernel_size": 0}),
+        ("dilated", {"dilation": 0}),
+        ("dilated", {"kernel_size": 2.5}),
+        ("separable", {"expansion": 0}),
+    ],
+)
+def test_wrong_options_are_invalid(kind: str, options: dict[str, object]) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 9, padding=4), nn.BatchNorm2d(4))
+    with pytest.raises(InvalidInput, match=kind):
+        repfx.expand(model, repfx.Spec((BranchSpec(kind, options),)))
+
+
+def test_an_unknown_kind_names_the_nearest() -> None:
+    with pytest.raises(UnknownName, match="did you mean 'identity'"):
+        kind_of(BranchSpec("identiti"))
+
+
+def test_norms_take_over_the_settings_of_the_sites_own() -> None:
+    own = nn.SyncBatchNorm(4, eps=1e-2, momentum=0.3)
+    built = KINDS["1x1-kxk"](SIZES["3x3"], Norm.like("batch_norm", own), torch.empty(()))
+    assert [type(norm) for norm in norms_of(built)] == [nn.SyncBatchNorm] * 2
+    assert {(norm.eps, norm.momentum) for norm in norms_of(built)} == {(1e-2, 0.3)}
+    assert built.last_norm is norms_of(built)[-1]
+
+
+@pytest.mark.parametrize("norm", ["scale", "none"])
+def test_without_batch_norm_there_is_none(norm: str) -> None:
+    assert not any(norms_of(build(branch, name, norm)) for branch, name in FITTING)
+
+
+def fitting_site(branch: BranchSpec) -> str:
+    return next(name for other, name in FITTING if other is branch)
+
+
+# ---- the registry
+
+
+@pytest.fixture
+def kinds_as_before() -> Iterator[None]:
+    before = dict(KINDS)
+    yield
+    KINDS.clear()
+    KINDS.update(before)
+
+
+def new_kind(name: str) -> type[Branch]:
+    """All that it takes to add a branch kind."""
+
+    class Crossing(Branch):
+        """1×k, then k×1; x is padded first."""
+
+        kind = name
+
+        @classmethod
+        def refusal(cls, site: ConvSpec) -> str | None:
+            return "the window is 1×1 already" if site.is_pointwise else None
+
+        @classmethod
+        def stages(cls, site: ConvSpec, norm: Norm, like: Tensor) -> Stages:
+            rows, columns = site.kernel_size
+            unpadded = ((0, 0), (0, 0))
+            channels, ones = site.in_channels, (1, 1)
+            across = ConvSpec(channels, channels, (1, columns), ones, unpadded, ones)
+            down = ConvSpec(channels, site.out_channels, (rows, 1), site.stride, unpadded, ones)
+            yield "pad", Pad(site.padding, site.padding_mode)
+            yield from conv_stages("conv1", across, like)
+            yield from norm.inside("norm1", channels, site.dimensions, like)
+            yield from conv_stages("conv2", down, like)
+            yield from norm.last(site.out_channels, site.dimensions, like)
+
+    return Crossing
+
+
+@pytest.mark.usefixtures("kinds_as_before")
+class TestRegistration:
+    @pytest.mark.parametrize("kind", ["", "a.b", 3, None], ids=repr)
+    def test_a_malformed_kind_is_rejected(self, kind: object) -> None:
+        before = dict(KINDS)
+        with pytest.raises(InvalidInput, match="Nameless"):
+            type("Nameless", (Branch,), {"kind": kind})
+        assert before == KINDS
+
+    def test_a_missing_kind_is_rejected(self) -> None:
+        with pytest.raises(InvalidInput, match="Nameless"):
+            type("Nameless", (Branch,), {})
+
+    def test_a_taken_kind_is_rejected(self) -> None:
+        before = dict(KINDS)
+        with pytest.raises(InvalidInput, match=r"Other.*Pointwise"):
+            type("Other", (Branch,), {"kind": "1x1"})
+        assert before == KINDS
+
+    def test_a_taken_kind_is_rejected_from_a_class_of_the_same_name(self) -> None:
+        before = dict(KINDS)
+        with pytest.raises(InvalidInput, match="Pointwise"):
+            type("Pointwise", (Branch,), {"kind": "1x1", "__module__": "elsewhere"})
+        assert before == KINDS
+
+    def test_a_subclass_needs_a_kind_of_its_own(self) -> None:
+        with pytest.raises(InvalidInput, match="Child"):
+            type("Child", (KINDS["1x1"],), {})
+
+    def test_a_class_that_is_loaded_again_takes_its_own_place(self) -> None:
+        again = type("Pointwise", (Branch,), {"kind": "1x1", "__module__": KINDS["1x1"].__module__})
+        assert KINDS["1x1"] is again
+
+    @pytest.mark.parametrize("kind", ["origin", "forward", "kernel_size", "training"])
+    def test_a_kind_that_a_block_needs_for_itself_leaves_the_model_alone(self, kind: str) -> None:
+        new_kind(kind)
+        model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+        with pytest.raises(InvalidInput, match=kind):
+            repfx.expand(model, [kind], inplace=True)
+        assert [type(module) for module in model] == [nn.Conv2d, nn.BatchNorm2d]
+
+    @pytest.mark.parametrize("preset_norm", NORMS)
+    def test_a_new_kind_is_one_class(self, preset_norm: str) -> None:
+        crossing = new_kind("1xk-kx1")
+        model = randomize_batch_norm(
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 1))
+        ).double()
+        spec = repfx.Spec(("1xk-kx1",), norm=preset_norm)  # type: ignore[arg-type]
+        table = repfx.sites(model, spec)
+        assert table["0"].note == "would get 1xk-kx1"
+        assert "1×1" in table["3"].note
+
+        expanded = repfx.expand(model, spec).eval()
+        block = expanded.get_submodule("0")
+        assert isinstance(block, repfx.RepBlock)
+        assert isinstance(block.branches["1xk-kx1"], crossing)
+        x = torch.randn(2, 4, 7, 8, dtype=torch.float64)
+        assert_same_map(expanded, model.eval(), x)
+        randomize_batch_norm(expanded, seed=3)
+        fused = repfx.fuse(expanded)
+        assert_same_map(fused, expanded, x)
+        assert [type(module) for module in fused.children()] == [nn.Conv2d, nn.ReLU, nn.Conv2d]
+
+    def test_the_fixture_takes_new_kinds_back(self) -> None:
+        assert "1xk-kx1" not in KINDS

@@ -1,0 +1,212 @@
+"""Models that a tracer is easily wrong about: what is fused or expanded computes the same, or is left alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import repfx
+from repfx.errors import InvalidInput, RepfxError
+from repfx.testing import randomize_batch_norm
+from tests.graphs.traps import TRAPS
+from tests.graphs.traps.inputs import IsTensor, Lists, Sizes, Unpacks
+from tests.graphs.traps.names import Annotates, ByKeyword, KeepsAnAttribute, ReadsABuffer
+from tests.graphs.traps.own_code import Forgetful, FreezesItsNorm, StaysInFloat32
+from tests.graphs.traps.parts import Block, Untraceable
+from tests.graphs.traps.reaching import CallsFeatures, Features, NormalisesWhatItGets, ViewsAndZips
+from tests.inline_net import Net, convs, error_of, image, norms, ready, reasons
+from tests.random_numbers import numbers_from
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_it_is_fused_right_or_left_alone(name: str) -> None:
+    model = in_eval_mode(TRAPS[name]())
+    expected = copy.deepcopy(model)(image_of(0))
+    fused = repfx.fuse(model)
+    assert_same(fused, expected)
+    assert_same(model, expected)
+
+
+@pytest.mark.parametrize("spec", ["acb", "qarepvgg"])
+@pytest.mark.parametrize("name", TRAPS)
+def test_it_is_expanded_right_or_left_alone(name: str, spec: str) -> None:
+    model = in_eval_mode(TRAPS[name]())
+    expected = copy.deepcopy(model)(image_of(0))
+    try:
+        expanded = repfx.expand(model, spec)
+    except RepfxError:
+        return
+    assert_same(expanded, expected)
+    assert_same(repfx.fuse(expanded), expected)
+    if not backward(copy.deepcopy(model)):
+        return
+    assert backward(expanded)
+    for block in (module for module in expanded.modules() if isinstance(module, repfx.RepBlock)):
+        called = {parameter.grad is not None for parameter in block.parameters()}
+        assert len(called) == 1, "branches that nobody calls"
+
+
+def backward(model: nn.Module) -> bool:
+    """Train a model for a step; whether that can be done at all."""
+    model.train()
+    try:
+        model(image_of(1)).double().sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+def in_eval_mode(model: nn.Module) -> nn.Module:
+    """As `ready`, for one whose `eval` may return nothing."""
+    randomize_batch_norm(model.double()).eval()
+    return model
+
+
+def image_of(seed: int) -> Tensor:
+    return torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=numbers_from(seed))
+
+
+def assert_same(model: nn.Module, expected: Tensor) -> None:
+    found = copy.deepcopy(model)(image_of(0))
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    assert float((found - expected).abs().max()) <= 1e-9 * float(expected.abs().max())
+
+
+# ---- what isn't float, or has other channels than it seems
+
+
+@pytest.mark.parametrize("function", [lambda m, x: m.a(x / 255.0), lambda m, x: m.a((x - m.mean) / m.std)])
+def test_pixels_in_bytes_are_still_made_numbers_with_a_fraction(function: Any) -> None:
+    model = Net(function, a=nn.Conv2d(4, 8, 3))
+    model.register_buffer("mean", torch.rand(4, 1, 1))
+    model.register_buffer("std", torch.rand(4, 1, 1) + 1)
+    x = torch.randint(0, 255, (1, 4, 9, 10), dtype=torch.uint8)
+    assert torch.allclose(repfx.fuse(model)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_grey_image_is_spread_over_the_channels_of_a_constant() -> None:
+    model = Net(lambda m, x: m.a(x / m.std), a=nn.Conv2d(3, 4, 3)).double()
+    model.register_buffer("std", torch.rand(1, 3, 1, 1, dtype=torch.float64) + 1)
+    assert error_of(repfx.fuse(model), model, image(2, 1, 6, 7)) < 1e-12
+
+
+def test_a_linear_layer_without_outputs() -> None:
+    model = Net(lambda m, x: m.a(x) * 2 + 1, a=nn.Linear(8, 0)).double()
+    assert repfx.fuse(model)(image(2, 8)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("nothing", [None, "resnet18", torch.ones(2)])
+@pytest.mark.parametrize("verb", [repfx.fuse, repfx.restore, repfx.sites, lambda model: repfx.expand(model, "acb")])
+def test_what_is_no_model_is_an_invalid_input(verb: Any, nothing: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"not a torch\.nn\.Module"):
+        verb(nothing)
+
+
+class CopiesItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = Block()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.b(x)
+
+    def __deepcopy__(self, memo: Any) -> CopiesItself:
+        return self
+
+
+def test_a_part_that_is_its_own_copy_is_no_part_to_change() -> None:
+    model = ready(nn.Sequential(CopiesItself(), nn.Conv2d(4, 4, 1)))
+    before = model(image_of(0))
+    with pytest.raises(InvalidInput, match=r"'0'.*isn't copied"):
+        repfx.fuse(model)
+    assert torch.equal(model(image_of(0)), before)
+
+
+def test_hooks_on_all_modules_are_seen() -> None:
+    calls: list[str] = []
+    model = ready(Block())
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+    try:
+        fused = repfx.fuse(model)
+        fused(image_of(0))
+    finally:
+        handle.remove()
+    assert "BatchNorm2d" in calls
+
+
+# ---- restore where code around can't be traced
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: Untraceable(lambda m, x: m.b(x), model)])
+def test_a_norm_comes_back_once(wrap: Any) -> None:
+    model = ready(wrap(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))))
+    fused = repfx.fuse(model)
+    restored = repfx.restore(fused) if not norms(fused) else fused
+    assert error_of(restored, model, image_of(0)) < 1e-12
+    model.load_state_dict(restored.state_dict(), strict=True)
+
+
+# ---- what is loaded, kept and set later
+
+
+def test_what_is_computed_from_buffers_is_loaded_with_them() -> None:
+    one, other = in_eval_mode(ReadsABuffer()), in_eval_mode(ReadsABuffer())
+    fused = repfx.fuse(one)
+    fused.load_state_dict(repfx.fuse(other).state_dict(), strict=True)
+    assert error_of(fused, other, image_of(0)) < 1e-12
+
+
+def test_attributes_are_still_kept() -> None:
+    model = in_eval_mode(KeepsAnAttribute())
+    fused = repfx.fuse(model)
+    assert torch.allclose(fused(image_of(0)).mean(), fused.mean)
+    assert "mean" not in vars(model)
+
+
+@torch.no_grad()
+def test_a_frozen_norm_stays_frozen_in_an_expanded_model() -> None:
+    model = in_eval_mode(FreezesItsNorm())
+    expanded = repfx.expand(model, "acb").train()
+    assert error_of(expanded, model.train(), image_of(0)) < 1e-9
+
+
+# ---- what is still done where it can be
+
+
+@pytest.mark.parametrize(
+    ("make", "left"),
+    [
+        (Unpacks, 0),
+        (Lists, 0),
+        (IsTensor, 0),
+        (Sizes, 0),
+        (Forgetful, 0),
+        (ByKeyword, 0),
+        (Annotates, 0),
+        (ViewsAndZips, 0),
+        (Features, 0),
+        (CallsFeatures, 0),
+        (NormalisesWhatItGets, 0),
+    ],
+)
+def test_what_only_asks_is_fused_all_the_same(make: Any, left: int) -> None:
+    fused = repfx.fuse(in_eval_mode(make()))
+    assert len(norms(fused)) == left, reasons(fused)
+    assert len(convs(fused)) == 1
+
+
+def test_a_graph_that_took_its_input_for_a_tensor_says_so() -> None:
+    fused = repfx.fuse(ready(Unpacks()))
+    with pytest.raises(InvalidInput, match="traced with a tensor where it is called with a list"):
+        fused([image_of(0)])
+
+
+def test_code_without_autocast_stays_so_under_autocast() -> None:
+    model = StaysInFloat32().eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert repfx.fuse(model)(image_of(0).float()).dtype == torch.float32

@@ -1,0 +1,444 @@
+"""`expand`: the function kept in both modes, and everything that `spec` may be."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import repfx
+from repfx.blocks.architecture import Architecture
+from repfx.blocks.presets import PRESETS
+from repfx.blocks.stages import AttachRate
+from repfx.errors import InvalidInput, Refused, UnknownName
+from repfx.testing import assert_same_map, randomize_batch_norm, relative_error
+from tests.small_net import SmallNet, batch, small_net
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_function_is_kept_in_both_modes(preset: str, training: bool) -> None:
+    model = small_net()
+    expanded = repfx.expand(model, preset)
+    assert repfx.report(expanded).applied
+    assert_same_map(expanded.train(training), copy.deepcopy(model).train(training), batch(), 1e-12)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_new_branch_learns_and_is_fused_exactly(preset: str) -> None:
+    model = repfx.expand(small_net(), preset)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(2):  # γ = 0 lets the first step reach γ alone
+        optimizer.zero_grad()
+        model(batch(seed=step)).square().sum().backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert "norm1" in name or bool(parameter.grad.any()), name
+    randomize_batch_norm(model, seed=5)
+    assert_same_map(repfx.fuse(model.eval()), model, batch())
+
+
+def test_class_attributes_and_input_stay() -> None:
+    model = small_net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expanded = repfx.expand(model, "dbb")
+    assert type(expanded) is SmallNet
+    assert isinstance(model.stem, nn.Conv2d)
+    assert isinstance(expanded.norm, nn.Identity)
+    assert expanded.stem.kernel_size == (3, 3)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_in_place_keeps_the_parameters_the_same_objects() -> None:
+    model = small_net()
+    parameters = set(map(id, model.parameters()))
+    assert repfx.expand(model, "dyrep", inplace=True) is model
+    assert parameters <= set(map(id, model.parameters()))
+
+
+def test_calibrate_measures_the_new_statistics_and_nothing_else() -> None:
+    model = small_net()
+    data = [batch(seed=seed) for seed in range(3)]
+    expanded: Any = repfx.expand(model, "dbb", calibrate=data)
+    seen = torch.cat(data)
+    with torch.no_grad():
+        mixed = expanded.stem.get_submodule("1x1").conv(seen)
+    norm = expanded.stem.get_submodule("1x1").norm
+    assert relative_error(norm.running_mean, mixed.mean((0, 2, 3))) < 1e-9
+    assert norm.momentum == 0.2
+    assert all(torch.equal(*pair) for pair in zip(expanded.stem.norm.buffers(), model.norm.buffers()))
+    assert_same_map(expanded.eval(), copy.deepcopy(model).eval(), batch(), 1e-12)
+
+
+def test_calibrate_takes_what_a_loader_gives() -> None:
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(batch(), torch.zeros(6)), batch_size=3)
+    assert repfx.report(repfx.expand(small_net(), "acb", calibrate=loader)).applied
+
+
+@pytest.mark.parametrize("bad", [[], [torch.zeros(1, 5, 9, 11).double()]])
+@pytest.mark.parametrize("preset", ["dbb", "qarepvgg"])
+def test_a_failure_on_the_way_leaves_the_model_as_it_was(preset: str, bad: list[Tensor]) -> None:
+    model = small_net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    text, modes = str(model), [module.training for module in model.modules()]
+    with pytest.raises(InvalidInput, match="calibrate"):
+        repfx.expand(model, preset, inplace=True, calibrate=bad)
+    assert str(model) == text
+    assert modes == [module.training for module in model.modules()]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_without_preserve_each_paper_s_own_beginning() -> None:
+    dyrep: Any = repfx.expand(small_net(), "dyrep", preserve=False)
+    assert bool((dyrep.stem.get_submodule("1xk").norm.weight == 0.01).all())
+    dbb: Any = repfx.expand(small_net(), "dbb", preserve=False)
+    assert bool((dbb.stem.get_submodule("1x1-kxk").norm.weight == 1).all())
+    mixed = dbb.stem.get_submodule("1x1-kxk").conv1.weight.flatten(1)
+    assert torch.equal(mixed, torch.eye(3, dtype=torch.float64))
+
+
+def test_a_dict_chooses_by_pattern_and_the_first_that_fits_counts() -> None:
+    model = repfx.expand(small_net(), {"st*": "acb", "stem": "dbb", "depthwise": ["1x1", "identity"]})
+    table = repfx.sites(model)
+    assert table["stem"].branches == ("1xk", "kx1")
+    assert table["depthwise"].branches == ("1x1", "identity")
+    assert "no pattern" in table["plain"].note
+
+
+def test_expanding_twice_leaves_finished_sites_alone() -> None:
+    once = repfx.expand(small_net(), {"stem": "acb"})
+    twice = repfx.expand(once, "repvgg")
+    table = repfx.sites(twice)
+    assert table["stem"].branches == ("1xk", "kx1")
+    assert table["plain"].branches == ("1x1", "identity")
+    assert "block already" in str(repfx.report(twice))
+
+
+def test_inside_a_block_only_what_is_named_exactly() -> None:
+    model = small_net()
+    expanded = repfx.expand(model, "dbb")
+    nested: Any = repfx.expand(expanded, {"stem.1x1-kxk.conv2": "acb"})
+    assert isinstance(nested.stem.get_submodule("1x1-kxk.conv2"), repfx.RepBlock)
+    with pytest.raises(InvalidInput, match="fits no site"):
+        repfx.expand(expanded, {"stem.1x1-kxk.*": "acb"})
+    randomize_batch_norm(nested, seed=4)
+    assert_same_map(repfx.fuse(nested.eval()), nested, batch())
+
+
+def test_a_spec_of_one_s_own() -> None:
+    spec = repfx.Spec([repfx.BranchSpec("dilated", {"kernel_size": 3, "dilation": 3}), "kxk", "kxk"], norm="scale")
+    model = small_net()
+    expanded = repfx.expand(model, {"depthwise": spec})
+    assert repfx.sites(expanded)["depthwise"].branches == ("dilated", "kxk", "kxk-2")
+    assert_same_map(expanded.eval(), model.eval(), batch(), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_branches_take_dtype_and_mode_of_their_conv(dtype: torch.dtype) -> None:
+    model = small_net().to(dtype).eval()
+    expanded = repfx.expand(model, "ireps")
+    assert {parameter.dtype for parameter in expanded.parameters()} == {dtype}
+    assert not any(module.training for module in expanded.modules())
+
+
+BAD: list[tuple[Any, type[Exception], str]] = [
+    ("dbbb", UnknownName, "did you mean 'dbb'"),
+    (["1x2"], UnknownName, "branch kind '1x2'"),
+    ({"zz*": "dbb"}, InvalidInput, "fits no site; there are 3"),
+    ({}, InvalidInput, "empty dict"),
+    ([3], InvalidInput, "named by its kind"),
+    (5, InvalidInput, "not int"),
+    ([repfx.BranchSpec("dilated", {"size": 3})], InvalidInput, "doesn't take the options"),
+]
+
+
+@pytest.mark.parametrize(("spec", "error", "message"), BAD)
+def test_bad_specs(spec: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        repfx.expand(small_net(), spec)
+
+
+def test_a_model_without_convs() -> None:
+    with pytest.raises(InvalidInput, match="Linear has no convs"):
+        repfx.expand(nn.Linear(2, 2), "dbb")
+
+
+def shared_weight() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+class Hooked(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 3, 3))
+        self[0].register_forward_hook(lambda module, inputs, output: output)
+
+
+class OwnCode(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class ReadsWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.conv(x) + self.conv.weight.sum()
+        return output
+
+
+def two_names() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3))
+    model.add_module("again", model[0])
+    return model
+
+
+REFUSED: list[tuple[Any, str]] = [
+    (lambda: nn.Sequential(nn.ConvTranspose2d(3, 3, 3)), "transposed"),
+    (shared_weight, "shared with"),
+    (Hooked, "hooks"),
+    (lambda: nn.Sequential(OwnCode(3, 3, 3)), "code of its own"),
+    (ReadsWeight, "read elsewhere"),
+    (two_names, "registered under 2 names"),
+    (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3))), "parametrization"),
+    (lambda: nn.Sequential(nn.LazyConv2d(3, 3)), "lazy"),
+]
+
+
+@pytest.mark.parametrize(("build", "reason"), REFUSED)
+def test_what_can_t_be_expanded_says_why_and_strict_raises(build: Any, reason: str) -> None:
+    model = build()
+    expanded = repfx.expand(model, "repvgg")
+    assert reason in str(repfx.report(expanded))
+    assert reason in str(repfx.sites(expanded))
+    assert not any(isinstance(module, repfx.RepBlock) for module in expanded.modules())
+    with pytest.raises(Refused, match=reason):
+        repfx.expand(model, "repvgg", strict=True)
+
+
+def test_a_conv_that_is_called_twice_is_expanded_without_its_batch_norm() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.norm(self.conv(self.conv(x)))
+            return output
+
+    model = randomize_batch_norm(Twice().double())
+    expanded: Any = repfx.expand(model, "dbb")
+    assert isinstance(expanded.norm, nn.BatchNorm2d)
+    assert_same_map(expanded.eval(), model.eval(), batch(), 1e-12)
+    randomize_batch_norm(expanded, seed=6)
+    fused = repfx.fuse(expanded)
+    assert_same_map(fused, expanded, batch())
+
+
+def test_a_refused_branch_is_named_and_the_others_come() -> None:
+    expanded = repfx.expand(small_net(), {"stem": "repvgg"})
+    assert repfx.sites(expanded)["stem"].branches == ("1x1",)
+    assert "identity: 3 channels go in and 8 come out" in str(repfx.report(expanded))
+
+
+def test_a_model_that_is_one_conv_has_no_place_for_a_block() -> None:
+    conv = nn.Conv2d(3, 3, 3)
+    assert "put it into an nn.Sequential" in str(repfx.report(repfx.expand(conv, "acb")))
+    assert_same_map(repfx.fuse(conv), conv, torch.randn(2, 3, 5, 7), 1e-6)
+
+
+# ---- branches that add something at once
+
+
+@pytest.mark.parametrize("preset", ["dyrep", "dbb", "acb", "repvgg", "mobileone"])
+def test_with_gamma_branches_add_something_and_the_function_stays(preset: str) -> None:
+    model = small_net()
+    expanded: Any = repfx.expand(model, preset, gamma=0.01, calibrate=[batch(), batch(seed=1)])
+    assert_same_map(expanded.eval(), model.eval(), batch(seed=2))
+    for block in (module for module in expanded.modules() if isinstance(module, repfx.RepBlock)):
+        x = torch.randn(2, block.in_channels, 9, 9, dtype=torch.float64)
+        assert all(bool(branch(x).any()) for branch in block.branches.values())
+    expanded(batch()).square().sum().backward()
+    convs = [module for module in expanded.modules() if isinstance(module, nn.Conv2d)]
+    grads = [conv.weight.grad for conv in convs]
+    assert all(grad is not None and bool(grad.any()) for grad in grads), (
+        "the first step reaches the convs of the branches too"
+    )
+
+
+def test_with_gamma_a_conv_alone_gets_a_batch_norm_of_its_own() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1)).double()
+    batches = [batch(seed=seed) for seed in range(3)]
+    expanded: Any = repfx.expand(model, "acb", gamma=0.01, calibrate=batches)
+    assert_same_map(expanded.eval(), model, batch(seed=9))
+    assert_same_map(copy.deepcopy(expanded).train(), model, torch.cat(batches), 5e-3)
+    assert [name for name, _ in expanded[0].origin.named_children()] == ["conv", "norm"]
+    for site in ("0", "2"):
+        for branch in ("1xk", "kx1"):
+            repfx.drop(expanded, site, branch)
+    assert_same_map(expanded, model, batch(seed=9))
+    assert [type(module) for module in expanded] == [nn.Conv2d, nn.ReLU, nn.Conv2d]
+    assert expanded[0].bias is not None, "there is no other place for what the BatchNorm learnt"
+
+
+def test_gamma_is_relative_to_the_site_s_own() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)).double()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([30.0, -3.0, 0.3, 0.03, 1.0, 0.0]))
+    expanded: Any = repfx.expand(model, ["1x1"], gamma=0.1, calibrate=[batch()])
+    assert torch.allclose(expanded[0].branches["1x1"].last_norm.weight, 0.1 * model[1].weight.abs())
+    assert_same_map(expanded.eval(), model.eval(), batch(seed=9))
+
+
+# ---- branches that are attached by a rate
+
+
+def attached(rate: float) -> Any:
+    model: Any = repfx.expand(small_net(), repfx.Spec(["1x1", "identity", "1x1-kxk"], weights="small"), attach_rate=0)
+    randomize_batch_norm(model)
+    for module in model.modules():
+        if isinstance(module, AttachRate):
+            module.rate.fill_(rate)
+    return model.eval()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_at_rate_zero_the_function_stays_though_branches_begin_as_in_their_papers(training: bool) -> None:
+    model = small_net()
+    expanded: Any = repfx.expand(model, "dbb", attach_rate=0.0)
+    assert_same_map(copy.deepcopy(expanded).train(training), copy.deepcopy(model).train(training), batch())
+    norms = [branch.last_norm for branch in expanded.stem.branches.values()]
+    assert norms
+    assert all(bool((norm.weight == 1).all()) for norm in norms)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_the_rate_is_part_of_the_kernel(rate: float) -> None:
+    model = attached(rate)
+    reference, x = copy.deepcopy(model), batch()
+    block = model.stem
+    fused = repfx.fuse(model)
+    assert_same_map(fused, reference, x)
+    assert sum(isinstance(module, nn.Conv2d) for module in fused.modules()) == 3
+    assert_same_map(repfx.restore(fused), reference, x)
+    kernel = block.equivalent_kernel(block.conv.weight)
+    assert_same_map(lambda x: kernel(x), block, x)
+    for branch in list(block.branches):
+        repfx.drop(model, "stem", branch)
+        assert_same_map(model, reference, x)
+    assert isinstance(model.stem, nn.Conv2d)
+
+
+def test_a_rate_that_differs_from_zero_makes_itself_felt() -> None:
+    assert relative_error(attached(0.5)(batch()), attached(0.0)(batch())) > 0.01
+
+
+def test_small_first_weights() -> None:
+    torch.manual_seed(0)
+    model: Any = repfx.expand(nn.Sequential(nn.Conv2d(8, 64, 3)), repfx.Spec(["1x1"], weights="small"))
+    weight = model[0].branches["1x1"].conv.weight
+    assert 0.9 * 0.1 / 8 < float(weight.detach().abs().max()) <= 0.1 / 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attach_rate": 0.5}, r"attach_rate=0\.5 changes the function"),
+        ({"attach_rate": 0.0, "gamma": 0.1, "calibrate": [batch()]}, "two ways of a gentle beginning"),
+    ],
+)
+def test_rates_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        repfx.expand(small_net(), "acb", **options)
+
+
+def test_gamma_needs_data_and_a_norm_that_can_be_set() -> None:
+    with pytest.raises(InvalidInput, match=r"gamma=0\.1 needs preserve and calibrate"):
+        repfx.expand(small_net(), "acb", gamma=0.1)
+    with pytest.raises(InvalidInput, match=r"gamma=0\.1 needs preserve and calibrate"):
+        repfx.expand(small_net(), "acb", gamma=0.1, preserve=False, calibrate=[batch()])
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, affine=False)).double()
+    before = str(model)
+    with pytest.raises(InvalidInput, match="has no γ"):
+        repfx.expand(model, "acb", gamma=0.1, calibrate=[batch()], inplace=True)
+    assert str(model) == before
+
+
+def test_data_that_is_used_up_leaves_the_model_as_it_was() -> None:
+    model = small_net()
+    before, text = copy.deepcopy(model.state_dict()), str(model)
+    with pytest.raises(InvalidInput, match="calibrate gave no batch"):
+        repfx.expand(model, "acb", gamma=0.01, calibrate=iter([batch()]), inplace=True)
+    assert str(model) == text
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_orepa_begins_as_in_its_paper() -> None:
+    site = nn.Conv2d(6, 8, 3, padding=1, bias=False)
+    weight = site.weight.detach().clone()
+    block: Any = repfx.expand(nn.Sequential(site, nn.BatchNorm2d(8)), "orepa", preserve=False)[0]
+    scales = {name: float(path.scale.weight.unique()) for name, path in block.paths.items()}
+    assert scales == {
+        "origin": 0.25,
+        "1x1-avg": 0.25,
+        "frequency-prior": 0.0,
+        "1x1-kxk": 0.5,
+        "1x1": 1.0,
+        "separable": 0.5,
+    }
+    assert torch.equal(block.conv.weight, weight)
+    inner = block.branches["1x1-kxk"].conv1
+    assert type(inner).__name__ == "Residual"
+    assert not inner.conv.weight.any()
+    assert torch.equal(inner.equivalent_kernel(weight).weight.squeeze(), torch.eye(6))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_scaled_origin_with_a_bias_keeps_the_function_until_nothing_is_left(groups: int) -> None:
+    model: Any = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=groups), nn.BatchNorm2d(8)).double()
+    reference, x = randomize_batch_norm(copy.deepcopy(model)), torch.randn(2, 8, 7, 9).double()
+    model = repfx.expand(reference, "orepa")
+    assert_same_map(model, reference, x)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    before = copy.deepcopy(model)
+    for branch in list(model[0].branches):
+        repfx.drop(model, "0", branch)
+        assert_same_map(model, before, x)
+    assert type(model[0]) is nn.Conv2d
+
+
+def test_a_scaled_origin_keeps_the_function_under_a_rate_too() -> None:
+    reference: Any = randomize_batch_norm(small_net())
+    model = repfx.expand(reference, "orepa", attach_rate=0.0)
+    assert_same_map(model.eval(), reference.eval(), batch())
+
+
+@pytest.mark.parametrize(("norm", "scale"), [("none", 0.5), ("scale", 0.0), ("scale", math.nan)])
+def test_a_scale_of_the_origin_that_can_t_be(norm: Any, scale: float) -> None:
+    with pytest.raises(InvalidInput, match='needs norm="scale", and to be a finite number'):
+        repfx.Spec(["1x1"], norm, origin_scale=scale)
+
+
+def test_a_frozen_conv_gets_a_frozen_scale() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(4, 4, 3))
+    model[0].weight.requires_grad_(False)
+    assert not repfx.expand(model, "orepa")[0].scale.weight.requires_grad
+
+
+def test_an_architecture_knows_what_scales_begin_with() -> None:
+    model = repfx.expand(nn.Sequential(nn.Conv2d(4, 4, 3)), "orepa")
+    again: Any = repfx.expand(
+        nn.Sequential(nn.Conv2d(4, 4, 3)), Architecture.from_json(Architecture.of(model).to_json())
+    )
+    scales = [float(path.scale.weight[0]) for path in again[0].paths.values()]
+    assert scales == [0.25, 0.25, 0.0, 0.5, 1.0, 0.5]

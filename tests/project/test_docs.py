@@ -1,0 +1,233 @@
+"""All code in the README and the docs runs, page by page, as a reader would type it; links resolve; tables are true."""
+
+from __future__ import annotations
+
+import doctest
+import pkgutil
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+import repfx
+from docs.tables import MARK, TABLES, on_page_markdown
+from repfx.blocks.branch import KINDS
+from repfx.blocks.presets import PRESETS
+from repfx.change.schedule import SCHEDULES
+from repfx.commands import app
+from repfx.data.dataset import DataSource
+from repfx.records.journal import ACTIONS
+from repfx.records.plain_values import flat, from_plain
+from repfx.rewriting.rule import PASSES, RULES
+from repfx.training.experiment import Experiment
+from repfx.training.models import ModelReference
+from repfx.training.recipe import Distillation, Recipe
+from repfx.training.recipe_file import read_recipe, shipped_recipes
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = [*PAGES, ROOT / "CHANGELOG.md"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
+DOCTEST_FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+REGISTRIES: dict[str, dict[str, Any]] = {
+    "presets": PRESETS,
+    "branches": KINDS,
+    "passes": PASSES,
+    "schedules": SCHEDULES,
+    "recipes": shipped_recipes(),
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page: its language, its code, and the line on which the code starts."""
+
+    language: str
+    code: str
+    line: int
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    text = page.read_text()
+    return [Block(found[1], found[2], text.count("\n", 0, found.start()) + 1) for found in FENCE.finditer(text)]
+
+
+def code_of(page: Path) -> list[Block]:
+    """The blocks of a page that run."""
+    return [block for block in blocks_of(page) if block.language in ("python", "pycon")]
+
+
+def named(page: Path) -> str:
+    """The id of a page's test."""
+    return str(page.relative_to(ROOT))
+
+
+PAGES_WITH_CODE = [page for page in PAGES if code_of(page)]
+# These train or export several models of the sizes that their readers have.
+SLOW_PAGES = ["docs/deploy.md", "docs/how-to/detectors.md", "docs/lightning.md", "docs/timm.md", "docs/torchvision.md"]
+
+
+@pytest.fixture
+def registries_restored() -> Iterator[None]:
+    """Pages that show how to register something leave nothing registered."""
+    registries = [*REGISTRIES.values(), RULES]
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, kept in zip(registries, before):
+        registry.clear()
+        registry.update(kept)
+
+
+def run(page: Path, block: Block, namespace: dict[str, Any]) -> None:
+    """Execute a `python` block, or compare what a `pycon` block shows with what comes out."""
+    if block.language == "python":
+        exec(compile("\n" * block.line + block.code, str(page), "exec"), namespace)
+        return
+    example = doctest.DocTestParser().get_doctest(block.code, namespace, named(page), str(page), block.line)
+    runner = doctest.DebugRunner(optionflags=DOCTEST_FLAGS)
+    try:
+        runner.run(example, clear_globs=False)
+    except doctest.DocTestFailure as failure:
+        where = f"{named(page)}:{block.line + failure.example.lineno + 1}"
+        pytest.fail(f"{where}: the page shows\n{failure.example.want}\nbut it is\n{failure.got}")
+    namespace.update(example.globs)
+
+
+@pytest.mark.usefixtures("registries_restored")
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (named(page) in SLOW_PAGES)) for page in PAGES_WITH_CODE],
+    ids=map(named, PAGES_WITH_CODE),
+)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    module = ModuleType(f"page of {page.stem}")  # dataclasses look up the module that they are defined in
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    namespace = vars(module)
+    assert code_of(page)
+    for block in code_of(page):
+        run(page, block, namespace)
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=named)
+def test_every_block_names_a_language_that_is_run_or_is_no_code(page: Path) -> None:
+    assert {block.language for block in blocks_of(page)} <= {"python", "pycon", "sh", "text", "toml"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```toml" in page.read_text()], ids=named)
+def test_the_recipes_that_a_page_shows_can_be_read(page: Path, tmp_path: Path) -> None:
+    for block in blocks_of(page):
+        if block.language == "toml":
+            (tmp_path / "shown.toml").write_text(block.code)
+            assert from_plain(Experiment, read_recipe(tmp_path / "shown.toml")) != Experiment()
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=named)
+def test_links_to_files_resolve(page: Path) -> None:
+    links = [link.split("#")[0] for link in LINK.findall(FENCE.sub("", page.read_text())) if "://" not in link]
+    missing = [link for link in links if link and not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_the_preset_table_of_the_readme_is_the_registry() -> None:
+    table = (ROOT / "README.md").read_text().split("<!-- table: presets -->\n")[1].split("\n\n")[0]
+    assert table == TABLES["presets"]()
+
+
+@pytest.mark.parametrize(("table", "registry"), REGISTRIES.items())
+def test_a_generated_table_names_everything_registered(table: str, registry: dict[str, object]) -> None:
+    assert registry
+    named_there = re.findall(r"^\| `([^`]+)`", on_page_markdown(f"<!-- table: {table} -->"), re.MULTILINE)
+    assert sorted(named_there) == sorted(registry)
+
+
+def test_the_table_of_keys_explains_all_that_a_recipe_can_hold() -> None:
+    model = ModelReference("torchvision:resnet18", 10, {"width": 1})
+    training = Recipe(
+        optimizer_options={"eps": 1e-7}, warm_up=0.0, distillation=Distillation(model, "t.pt"), channels_last=True
+    )
+    whole = Experiment(model, DataSource(), "dbb", {"name": "repan"}, training, Path("begin.pt"), image_size=32)
+    keys = {re.sub(r"(options|schedule)\..*", r"\1", key) for key in flat(whole.values)}
+    rows = re.findall(r"^\| `([\w.]+)` \| .* \| (.+) \|$", TABLES["recipe_keys"](), re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(keys)
+
+
+def test_every_table_that_a_page_asks_for_exists() -> None:
+    asked = {mark for page in PAGES for mark in MARK.findall(page.read_text())}
+    assert asked == set(TABLES)
+
+
+def is_public(value: object) -> bool:
+    """Whether something that `repfx` holds is a verb or value of its own, no module and nothing of Python's."""
+    return not isinstance(value, ModuleType) and getattr(value, "__module__", "").startswith("repfx")
+
+
+def names_of_the_reference() -> list[str]:
+    """What the reference shows, by full names."""
+    return re.findall(r"^::: (repfx\.[\w.]+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+
+
+def test_the_reference_lists_every_public_name() -> None:
+    public = {f"repfx.{name}" for name, value in vars(repfx).items() if name[0] != "_" and is_public(value)}
+    public |= {f"{cls.__module__}.{cls.__name__}" for cls in (*SCHEDULES.values(), *ACTIONS.values())}
+    verbs = {name for name in PASSES.keys() - RULES.keys() if f"repfx.{name}" not in public}
+    public |= {f"repfx.passes.{name}.{name}" for name in verbs} | {
+        "repfx.errors",
+        "repfx.testing",
+        "repfx.testing.strategies",
+    }
+    listed = names_of_the_reference()
+    assert len(listed) == len(set(listed))
+    assert not public - set(listed)
+
+
+def test_what_the_reference_lists_exists_and_says_what_it_is() -> None:
+    silent = [name for name in names_of_the_reference() if not (pkgutil.resolve_name(name).__doc__ or "").strip()]
+    assert not silent
+
+
+def shell_commands() -> list[str]:
+    """Every line of a page's `sh` blocks that calls repfx, without what stands before `&&`."""
+    lines = [
+        line
+        for page in PAGES
+        for block in blocks_of(page)
+        if block.language == "sh"
+        for line in block.code.splitlines()
+    ]
+    return sorted({line.rpartition("&& ")[2] for line in lines if line.rpartition("&& ")[2].startswith("repfx ")})
+
+
+@pytest.mark.parametrize("line", shell_commands())
+def test_the_commands_that_pages_show_exist_with_their_options(line: str) -> None:
+    group: Any = typer.main.get_command(app)
+    name, *arguments = shlex.split(line)[1:]
+    context = group.commands[name].make_context(name, arguments)
+    assert context.params
+
+
+def test_the_page_of_the_command_line_shows_every_command() -> None:
+    group: Any = typer.main.get_command(app)
+    headings = re.findall(r"^## `repfx (\w+)`$", (ROOT / "docs" / "command-line.md").read_text(), re.MULTILINE)
+    assert sorted(headings) == sorted(group.commands)
+
+
+@pytest.mark.parametrize("marker", ["main-job", "tests"])
+def test_the_readme_marks_the_commands_that_ci_runs(marker: str) -> None:
+    (block,) = re.findall(
+        rf"^<!-- {marker} -->\n```sh\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert f"run_readme {marker}\n" in (ROOT / ".ci" / "run").read_text()
+    assert block.startswith("pip install ")

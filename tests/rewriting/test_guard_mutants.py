@@ -1,0 +1,298 @@
+"""Tests of the tests: with one guard off, or reading less than it should, a legal graph is fused wrongly, and its check says so.
+
+A new guard is one more row of `MUTANTS`: a name, what is done to the code, and the checks that must fail, each by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+from torch import fx, nn
+
+import repfx.algebra.layers
+import repfx.graphs.aliasing
+import repfx.graphs.constants
+import repfx.graphs.leaves
+import repfx.graphs.sites
+import repfx.graphs.trace
+import repfx.graphs.tracer
+import repfx.records.module_tree
+import repfx.rewriting.guards
+import repfx.rewriting.pipeline
+import repfx.rewriting.view
+from repfx.algebra.kernel import NoKernel
+from repfx.errors import InvalidInput
+from repfx.graphs.aliasing import mutated_by
+from repfx.graphs.source_code import Around
+from repfx.graphs.tracer import Tracer
+from repfx.rewriting.rule import RULES, Rule
+from repfx.rewriting.view import View
+from tests.graphs import test_trace, test_traps
+from tests.graphs.traps import TRAPS
+from tests.inline_net import Net, fused_exactly, image
+from tests.rewriting import test_guards, test_legal_graphs
+
+Check = Callable[[], object]
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def conv(kernel_size: int = 1, **keywords: Any) -> nn.Conv2d:
+    return nn.Conv2d(4, 4, kernel_size, **keywords)
+
+
+def read_twice(first: nn.Module, second: nn.Module) -> Check:
+    """The output of `first` enters `second` and one thing more."""
+    return lambda: fused_exactly(
+        Net(lambda m, x: (lambda y: m.b(y).sum() + y.relu())(m.a(x)), a=first, b=second), image()
+    )
+
+
+def legal(name: str) -> Check:
+    return lambda: test_legal_graphs.test_fused_right_or_left_alone_with_the_reason(name)
+
+
+def in_place(function: Callable[..., Any]) -> Check:
+    return lambda: test_guards.test_what_is_changed_in_place_is_not_moved(function)
+
+
+def trap(name: str) -> Check:
+    return lambda: test_traps.test_it_is_fused_right_or_left_alone(name)
+
+
+IN_PLACE = (
+    test_guards.foreign_term_changed,
+    test_guards.foreign_term_written_into,
+    test_guards.view_changed,
+    test_guards.view_used_afterwards,
+    test_guards.changed_inside_a_layer,
+)
+CHECKS: dict[str, Check] = {
+    **{name: legal(name) for name in test_legal_graphs.CASES},
+    "padding read twice": read_twice(nn.ZeroPad2d(1), conv(3)),
+    "conv read twice": read_twice(conv(), conv()),
+    "BatchNorm read twice": read_twice(nn.BatchNorm2d(4), conv()),
+    "BatchNorm of a sequence, then linear": lambda: fused_exactly(
+        nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)), image(3, 4, 4)
+    ),
+    "linear and BatchNorm of a sequence": lambda: fused_exactly(
+        Net(lambda m, x: m.c(x) + m.n(x), c=nn.Linear(4, 4), n=nn.BatchNorm1d(4)), image(3, 4, 4)
+    ),
+    "a moving parameter": test_guards.test_a_parameter_that_the_forward_changes_is_no_constant,
+    "a moving buffer": test_guards.test_a_buffer_that_the_forward_changes_is_no_constant,
+    "a moving tensor": test_guards.test_a_tensor_that_the_forward_changes_is_not_traced_through,
+    "complex weights": test_guards.test_complex_weights_are_not_made_real,
+    "a hook on an identity": lambda: test_guards.test_a_layer_with_a_hook_is_called_as_before(nn.Identity(), "forward"),
+    "a hook on a block": lambda: test_trace.test_a_module_with_a_hook_is_called_as_it_is("forward"),
+    "another graph in training mode": lambda: test_trace.test_what_has_no_single_graph_is_fused_in_islands(
+        test_trace.differs_by_mode, "different things in training and in eval mode"
+    ),
+    "another constant in training mode": lambda: test_trace.test_what_has_no_single_graph_is_fused_in_islands(
+        test_trace.constant_differs_by_mode, "different things in training and in eval mode"
+    ),
+    "an unknown module of a list": test_trace.test_a_sequence_in_code_that_can_t_be_traced_stays_a_sequence,
+    "a default taken": test_trace.test_an_argument_with_a_default_stands_for_it,
+    **{function.__name__: in_place(function) for function in IN_PLACE},
+    "a grey image": test_traps.test_a_grey_image_is_spread_over_the_channels_of_a_constant,
+    **{name: trap(name) for name in TRAPS},
+    "expanding an alias": lambda: test_traps.test_it_is_expanded_right_or_left_alone("alias in a list", "acb"),
+    "expanding what is asked for": lambda: test_traps.test_it_is_expanded_right_or_left_alone("asks for convs", "acb"),
+}
+
+
+# --- Mistakes -------------------------------------------------------------------------------------------------------
+
+
+# By other numbers, or because the code trips over it; `pytest.fail` is what an error that doesn't come ends in.
+FAILURES = (AssertionError, InvalidInput, NoKernel, RuntimeError, pytest.fail.Exception)
+
+
+def never(*_: Any) -> None:
+    """A guard that is off."""
+
+
+def without_guard(guard: str, *rules: str) -> Plant:
+    """That guard off, in these rules or in all."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        for rule in [RULES[name] for name in rules] or RULES.values():
+            patch.setitem(rule.__dict__, "guards", weakened(rule, guard))
+
+    return plant
+
+
+def weakened(rule: Rule, guard: str) -> tuple[Any, ...]:
+    return tuple(never if known.__name__ == guard else known for known in rule.guards)
+
+
+def without_refusal(piece: str) -> Plant:
+    """Modules are not refused for the reason that holds `piece`."""
+    refusal = View.refusal
+
+    def weaker(view: View, node: fx.Node) -> str | None:
+        reason = refusal(view, node)
+        return None if reason is not None and piece in reason else reason
+
+    return lambda patch: patch.setattr(View, "refusal", weaker)
+
+
+def without_what_changes(patch: pytest.MonkeyPatch) -> None:
+    """A view takes a parameter that the forward writes to for a constant."""
+    patch.setattr(repfx.graphs.constants, "mutated_by", never)
+
+
+def without_own_code(patch: pytest.MonkeyPatch) -> None:
+    for module in (repfx.graphs.trace, repfx.graphs.leaves, repfx.algebra.layers):
+        patch.setattr(module, "code_of_its_own", never)
+
+
+def written_by_functions_alone(node: fx.Node, root: nn.Module) -> fx.Node | None:
+    return None if node.op == "call_module" else mutated_by(node, root)
+
+
+def puts(owner: object, attribute: str, mistake: Any) -> Plant:
+    return lambda patch: patch.setattr(owner, attribute, mistake)
+
+
+def itself_alone(node: fx.Node, root: nn.Module) -> set[fx.Node]:
+    """Views are other tensors."""
+    return {node}
+
+
+class Mutant(NamedTuple):
+    name: str
+    plant: Plant
+    checks: tuple[str, ...]
+
+
+MUTANTS = [
+    Mutant("used_once", without_guard("used_once"), ("two consumers", "two outputs")),
+    Mutant("used_once, padding", without_guard("used_once", "absorb_padding"), ("padding read twice",)),
+    Mutant("used_once, convs", without_guard("used_once", "merge_sequential"), ("conv read twice",)),
+    Mutant("used_once, forward", without_guard("used_once", "fold_batch_norm_forward"), ("BatchNorm read twice",)),
+    Mutant(
+        "unmutated",
+        without_guard("unmutated"),
+        (
+            "input changed in place between the reads",
+            "output added into an input that is used again",
+            *(function.__name__ for function in IN_PLACE),
+        ),
+    ),
+    Mutant(
+        "changes by others ignored",
+        puts(repfx.rewriting.guards, "_halfway", never),
+        ("input changed in place between the reads",),
+    ),
+    Mutant(
+        "own changes ignored",
+        puts(repfx.rewriting.guards, "_relied_on", never),
+        ("output added into an input that is used again",),
+    ),
+    Mutant(
+        "views ignored",
+        puts(repfx.rewriting.guards, "may_share_memory", itself_alone),
+        ("view_changed", "view_used_afterwards"),
+    ),
+    Mutant(
+        "in-place layers ignored",
+        puts(repfx.rewriting.guards, "mutated_by", written_by_functions_alone),
+        ("changed_inside_a_layer",),
+    ),
+    Mutant(
+        "is_convolution",
+        without_guard("is_convolution"),
+        ("BatchNorm before a padded conv", "1×1 with bias, then padded"),
+    ),
+    Mutant(
+        "no_dearer",
+        without_guard("no_dearer"),
+        ("bottleneck of two 1×1", "grouped and dense, dearer when merged"),
+    ),
+    Mutant("channels_stay_put", without_guard("channels_stay_put"), ("linear on a sequence of equal sizes",)),
+    Mutant("weight_of_its_own", without_guard("weight_of_its_own"), ("a weight that two calls read",)),
+    Mutant(
+        "channels_stay_put, forward",
+        without_guard("channels_stay_put", "fold_batch_norm_forward"),
+        ("BatchNorm of a sequence, then linear",),
+    ),
+    Mutant(
+        "channels_stay_put, parallel",
+        without_guard("channels_stay_put", "merge_parallel"),
+        ("linear and BatchNorm of a sequence",),
+    ),
+    Mutant("pads_alike", without_guard("pads_alike"), ("one-sided padding",)),
+    Mutant(
+        "calls not counted",
+        puts(repfx.rewriting.pipeline, "call_counts", lambda traces: Counter[str]()),
+        ("conv called twice", "conv and BatchNorm called twice", "one call without BatchNorm"),
+    ),
+    Mutant(
+        "names not counted",
+        puts(repfx.rewriting.pipeline, "module_paths", lambda model: {}),
+        ("one conv under two names",),
+    ),
+    Mutant("reads not seen", without_refusal("read elsewhere"), ("weight read elsewhere",)),
+    Mutant("complex taken for real", without_refusal("complex"), ("complex weights",)),
+    Mutant("hooks on layers ignored", puts(repfx.rewriting.view, "has_hooks", never), ("a hook on an identity",)),
+    Mutant(
+        "hooks on blocks ignored", puts(repfx.graphs.leaves, "has_hooks", lambda module: False), ("a hook on a block",)
+    ),
+    Mutant("what moves taken for a constant", without_what_changes, ("a moving parameter", "a moving buffer")),
+    Mutant("moving tensors traced through", puts(repfx.graphs.trace, "_state", never), ("a moving tensor",)),
+    Mutant("one mode for both", puts(repfx.graphs.trace, "_text", never), ("another graph in training mode",)),
+    Mutant(
+        "constants of one mode",
+        puts(repfx.graphs.trace, "_same_tensors", lambda *_: True),
+        ("another constant in training mode",),
+    ),
+    Mutant(
+        "+= taken for +",
+        puts(Tracer, "proxy", lambda tracer, node: fx.Proxy(node, tracer)),
+        ("output added into an input that is used again",),
+    ),
+    Mutant("input_is_known", without_guard("input_is_known"), ("a grey image",)),
+    Mutant(
+        "writing layers ignored", puts(repfx.graphs.aliasing, "writes_in_place", never), ("in place without saying so",)
+    ),
+    Mutant("caught errors forgotten", puts(Tracer, "_noting_failure", lambda tracer, f, x: f(x)), ("error caught",)),
+    Mutant("code around not read", puts(Around, "reason", never), ("helper function", "asks for blocks")),
+    Mutant("other arguments not seen", puts(Around, "other_arguments", never), ("argument with a default",)),
+    Mutant("parts of sequences not seen", puts(Around, "takes_apart", never), ("tapped", "indexed")),
+    Mutant("children in order not seen", puts(Around, "order_of_children", None), ("children",)),
+    Mutant("own code ignored", without_own_code, ("… of a part of what can't be traced",)),
+    Mutant(
+        "plain attributes not seen",
+        puts(repfx.records.module_tree, "_modules_in", lambda _: ()),
+        ("expanding an alias",),
+    ),
+    Mutant("classes not asked for", puts(repfx.graphs.sites, "asked_for", never), ("expanding what is asked for",)),
+    Mutant("defaults not kept", puts(repfx.graphs.tracer, "require_default", never), ("a default taken",)),
+]
+ROWS = [pytest.param(mutant, check, id=f"{mutant.name}-{check}") for mutant in MUTANTS for check in mutant.checks]
+
+
+@contextlib.contextmanager
+def planted(mutant: Mutant) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        mutant.plant(patch)
+        yield
+
+
+@pytest.mark.parametrize(("mutant", "check"), ROWS)
+def test_the_check_sees_the_mistake(mutant: Mutant, check: str) -> None:
+    with planted(mutant), pytest.raises(FAILURES):
+        CHECKS[check]()
+
+
+@pytest.mark.parametrize("check", sorted({check for mutant in MUTANTS for check in mutant.checks}))
+def test_the_check_passes_without_a_mistake(check: str) -> None:
+    CHECKS[check]()
+
+
+def test_every_guard_has_a_mistake() -> None:
+    guards = {guard.__name__ for rule in RULES.values() for guard in rule.guards}
+    assert guards <= {mutant.name for mutant in MUTANTS}

@@ -27,19 +27,13 @@ class Calibrate(Action):
 
     kind: ClassVar[str] = "calibrate"
 
-    @property
-    def moves_kernels(self) -> bool:
-        return False
+    moves_kernels = False
 
     @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Calibrate], calibrate: Iterable[Any] | None) -> None:
         for action in actions:
             if calibrate is not None and _norms(model, action.site):
                 _measure(model, action.site, calibrate)
-        record(model, actions)
-
-    @classmethod
-    def replay(cls, model: nn.Module, actions: Sequence[Calibrate]) -> None:
         record(model, actions)
 
     def __str__(self) -> str:

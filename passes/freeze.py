@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from repfx.blocks.block import RepBlock, block_at
-from repfx.records.journal import Action, record
+from repfx.records.journal import Action, apply
 from repfx.records.notes import keep, kept
 from repfx.records.report import Edit, Report
 from repfx.rewriting.pipeline import verb
@@ -28,14 +27,17 @@ class Freeze(Action):
     kind: ClassVar[str] = "freeze"
     frozen: bool = True
 
-    @property
-    def moves_kernels(self) -> bool:
-        return False
+    moves_kernels = False
 
-    @classmethod
-    def apply(cls, model: nn.Module, actions: Sequence[Freeze], calibrate: Iterable[Any] | None) -> None:
-        for action in actions:
-            freeze(model, action.site, frozen=action.frozen)
+    def do(self, model: nn.Module) -> None:
+        block = block_at(model, self.site)
+        parameters = dict(block.origin.named_parameters())
+        trained = [name for name, each in parameters.items() if each.requires_grad]
+        chosen = trained if self.frozen else _frozen(block)
+        for name in chosen:
+            parameters[name].requires_grad_(not self.frozen)
+            parameters[name].grad = None
+        keep(block, _ATTRIBUTE, tuple(dict.fromkeys((*_frozen(block), *chosen))) if self.frozen else ())
 
     def __str__(self) -> str:
         return f"{'freeze' if self.frozen else 'thaw'} {self.site}"
@@ -60,14 +62,7 @@ def freeze(model: nn.Module, site: str, *, frozen: bool = True) -> nn.Module:
     >>> sorted({name.split(".")[1] for name, parameter in model.named_parameters() if parameter.requires_grad})
     ['1xk', 'kx1']
     """
-    block = block_at(model, site)
-    parameters = dict(block.origin.named_parameters())
-    chosen = [name for name, each in parameters.items() if each.requires_grad] if frozen else _frozen(block)
-    for name in chosen:
-        parameters[name].requires_grad_(not frozen)
-        parameters[name].grad = None
-    keep(block, _ATTRIBUTE, tuple(dict.fromkeys((*_frozen(block), *chosen))) if frozen else ())
-    record(model, [Freeze(site, frozen)])
+    apply(model, [Freeze(site, frozen)], None)
     Report("freeze", (Edit("freeze", site),)).attach(model)
     return model
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from repfx.blocks.block import block_at
 from repfx.errors import InvalidInput
-from repfx.records.journal import Action, record
+from repfx.records.journal import Action, apply
 from repfx.records.report import Edit, Report
 from repfx.rewriting.pipeline import verb
 
@@ -28,14 +27,13 @@ class Gate(Action):
     style: str = "straight_through"
     origin: bool = False
 
-    @property
-    def moves_kernels(self) -> bool:
-        return False
+    moves_kernels = False
 
-    @classmethod
-    def apply(cls, model: nn.Module, actions: Sequence[Gate], calibrate: Iterable[Any] | None) -> None:
-        for action in actions:
-            gate(model, action.site, action.style, origin=action.origin)
+    def do(self, model: nn.Module) -> None:
+        block = block_at(model, self.site)
+        if block.gates is not None:
+            raise InvalidInput(f"{self.site!r} has gates already; repfx.passes.ungate takes them away.")
+        block.set_gates(self.style, origin=self.origin)
 
     def __str__(self) -> str:
         return f"gate {self.site}: {self.style}{', its own conv too' if self.origin else ''}"
@@ -65,10 +63,6 @@ def gate(model: nn.Module, site: str, style: str = "straight_through", *, origin
     >>> block.running
     ('origin', 'kx1')
     """
-    block = block_at(model, site)
-    if block.gates is not None:
-        raise InvalidInput(f"{site!r} has gates already; repfx.passes.ungate takes them away.")
-    block.set_gates(style, origin=origin)
-    record(model, [Gate(site, style, origin)])
+    apply(model, [Gate(site, style, origin)], None)
     Report("gate", (Edit("gate", site),)).attach(model)
     return model

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from repfx.algebra.layers import is_batch_norm, is_conv, is_frozen_norm, takes_batch_statistics, template_of
 from repfx.blocks.block import RepBlock, block_at
 from repfx.errors import InvalidInput, RepfxError, UnknownName
-from repfx.records.journal import Action, record
+from repfx.records.journal import Action, apply
 from repfx.records.module_tree import fits
 from repfx.records.report import Edit, Report, Skip
 from repfx.rewriting.pipeline import verb
@@ -33,15 +33,10 @@ class Squeeze(Action):
     kind: ClassVar[str] = "squeeze"
     frozen: bool = True
 
-    @property
-    def moves_kernels(self) -> bool:
-        return False
+    moves_kernels = False
 
-    @classmethod
-    def apply(cls, model: nn.Module, actions: Sequence[Squeeze], calibrate: Iterable[Any] | None) -> None:
-        for action in actions:
-            block_at(model, action.site).squeeze(hold_statistics=action.frozen)
-        record(model, actions)
+    def do(self, model: nn.Module) -> None:
+        block_at(model, self.site).squeeze(hold_statistics=self.frozen)
 
     def __str__(self) -> str:
         return f"squeeze {self.site}{': its statistics stay' if self.frozen else ''}"
@@ -53,15 +48,10 @@ class Unsqueeze(Action):
 
     kind: ClassVar[str] = "unsqueeze"
 
-    @property
-    def moves_kernels(self) -> bool:
-        return False
+    moves_kernels = False
 
-    @classmethod
-    def apply(cls, model: nn.Module, actions: Sequence[Unsqueeze], calibrate: Iterable[Any] | None) -> None:
-        for action in actions:
-            block_at(model, action.site).unsqueeze()
-        record(model, actions)
+    def do(self, model: nn.Module) -> None:
+        block_at(model, self.site).unsqueeze()
 
     def __str__(self) -> str:
         return f"unsqueeze {self.site}"
@@ -107,7 +97,7 @@ def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: S
     blocks, convs = _blocks_and_convs(model, sites)
     refusals = {path: _refusal(block, hold=hold) for path, block in blocks.items()}
     actions = [Squeeze(path, hold) for path, reason in refusals.items() if reason is None]
-    Squeeze.apply(model, actions, None)
+    apply(model, actions, None)
     before = regions_of(model)
     known = [part for parts in before.values() for part in parts]
     parts = {*known, *_parts(model, {*convs, *blocks}, hold=hold)}
@@ -149,7 +139,7 @@ def unsqueeze(model: nn.Module, sites: str | Sequence[str] = "*") -> nn.Module:
     kept = {part for path, parts in regions.items() if path not in loose for part in parts}
     if loose:
         SqueezeRegions.among(model, kept, kept & {*held_in(model)})
-    Unsqueeze.apply(model, [Unsqueeze(path) for path in squeezed], None)
+    apply(model, [Unsqueeze(path) for path in squeezed], None)
     edits = dict.fromkeys([*squeezed, *loose])
     Report("unsqueeze", tuple(Edit("unsqueeze", path) for path in edits)).attach(model)
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from repfx.blocks.block import ORIGIN, RepBlock, block_at
 from repfx.blocks.branch import Chain
 from repfx.blocks.stages import Scale
 from repfx.errors import InvalidInput
-from repfx.records.journal import Action, record
+from repfx.records.journal import Action, apply
 from repfx.records.report import Edit, Report
 from repfx.rewriting.pipeline import verb
 
@@ -30,19 +30,21 @@ class Ungate(Action):
     kind: ClassVar[str] = "ungate"
     rests: bool = False
 
-    @property
-    def moves_kernels(self) -> bool:
-        return False
+    moves_kernels = False
+
+    def do(self, model: nn.Module) -> None:
+        _remove(block_at(model, self.site), rests=self.rests)
 
     @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Ungate], calibrate: Iterable[Any] | None) -> None:
-        for action in actions:
-            ungate(model, action.site)
+        now = [replace(action, rests=_rests(block_at(model, action.site), action.site)) for action in actions]
+        super().apply(model, now, calibrate)
 
     @classmethod
     def replay(cls, model: nn.Module, actions: Sequence[Ungate]) -> None:
-        for action in actions:
-            _remove(block_at(model, action.site), rests=action.rests)
+        super().apply(
+            model, actions, None
+        )  # a base model's gates are all open yet, so what rests is known from the action alone
 
     def __str__(self) -> str:
         return f"ungate {self.site}{': its own conv rests' if self.rests else ''}"
@@ -70,10 +72,7 @@ def ungate(model: nn.Module, site: str) -> nn.Module:
     >>> ungate(model, "0")[0].gates is None
     True
     """
-    block = block_at(model, site)
-    rests = _rests(block, site)
-    _remove(block, rests=rests)
-    record(model, [Ungate(site, rests)])
+    apply(model, [Ungate(site)], None)
     Report("ungate", (Edit("ungate", site),)).attach(model)
     return model
 

@@ -45,18 +45,24 @@ class Action:
     def __init_subclass__(cls) -> None:
         ACTIONS[cls.kind] = cls
 
+    def do(self, model: nn.Module) -> None:
+        """Make this one change in place, without data. A kind whose changes are made together overrides `apply` instead."""
+        raise NotImplementedError
+
     @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Any], calibrate: Iterable[Any] | None) -> None:
-        """Make these changes of one kind in place and record them.
+        """Make these changes of one kind in place, one after another, and record each.
 
         Args:
             calibrate: inputs of the model, which may be gone through more than once; without any, nothing is measured.
         """
-        raise NotImplementedError
+        for action in actions:
+            action.do(model)
+            record(model, [action])
 
     @classmethod
     def replay(cls, model: nn.Module, actions: Sequence[Any]) -> None:
-        """The same without data: what the model computes stays in eval mode, and what new tensors hold is of no interest."""
+        """Make these changes without data. Eval mode computes what it did; what new tensors hold is left to a checkpoint."""
         cls.apply(model, actions, None)
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -31,15 +31,10 @@ class SqueezeRegions(Action):
         for name in ("parts", "held"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # of JSON they are lists
 
-    @property
-    def moves_kernels(self) -> bool:
-        return False
+    moves_kernels = False
 
-    @classmethod
-    def apply(cls, model: nn.Module, actions: Sequence[SqueezeRegions], calibrate: Iterable[Any] | None) -> None:
-        for action in actions:
-            _set_regions(model, action.parts, action.held)
-        record(model, actions)
+    def do(self, model: nn.Module) -> None:
+        _set_regions(model, self.parts, self.held)
 
     @classmethod
     def among(cls, model: nn.Module, parts: Collection[str], held: Collection[str]) -> None:

@@ -13,7 +13,7 @@ from repfx.algebra.moments import set_kernel
 from repfx.blocks.block import ORIGIN, RepBlock, block_at
 from repfx.errors import InvalidInput
 from repfx.measuring.calibration import PartialSum, measure_sums
-from repfx.records.journal import Action, record
+from repfx.records.journal import Action, apply, record
 from repfx.records.module_tree import set_submodule
 from repfx.records.report import Edit, Report
 from repfx.rewriting.pipeline import verb
@@ -48,29 +48,29 @@ class Drop(Action):
                 raise InvalidInput(
                     f"nothing of {action.site!r} runs, so nothing can leave: open one of its gates first."
                 )
-        cls._do(model, actions, calibrate)
+        _let_leave(model, actions, calibrate)
 
     @classmethod
     def replay(cls, model: nn.Module, actions: Sequence[Drop]) -> None:
-        cls._do(model, actions, None)
-
-    @classmethod
-    def _do(cls, model: nn.Module, actions: Sequence[Drop], calibrate: Iterable[Any] | None) -> None:
-        leaving: dict[str, list[str]] = {}
-        for action in actions:
-            if action.closed:
-                block_at(model, action.site).remove(action.branch)
-            else:
-                leaving.setdefault(action.site, []).append(action.branch)
-        absorb(model, leaving, calibrate)
-        for site in dict.fromkeys(action.site for action in actions if action.site not in leaving):
-            block = block_at(model, site)
-            if not block.branches:
-                collapse(model, site, block)
-        record(model, actions)
+        _let_leave(model, actions, None)  # a base model's gates are all open yet, so nothing is asked of them
 
     def __str__(self) -> str:
         return f"drop {self.site}.{self.branch}"
+
+
+def _let_leave(model: nn.Module, actions: Sequence[Drop], calibrate: Iterable[Any] | None) -> None:
+    leaving: dict[str, list[str]] = {}
+    for action in actions:
+        if action.closed:
+            block_at(model, action.site).remove(action.branch)
+        else:
+            leaving.setdefault(action.site, []).append(action.branch)
+    absorb(model, leaving, calibrate)
+    for site in dict.fromkeys(action.site for action in actions if action.site not in leaving):
+        block = block_at(model, site)
+        if not block.branches:
+            collapse(model, site, block)
+    record(model, actions)
 
 
 @verb
@@ -97,7 +97,7 @@ def drop(model: nn.Module, site: str, branch: str, *, calibrate: Iterable[Any] |
     """
     block = block_at(model, site)
     block.require_branch(branch)
-    Drop.apply(model, [Drop(site, branch, branch not in block.running_in(training=False))], calibrate)
+    apply(model, [Drop(site, branch, branch not in block.running_in(training=False))], calibrate)
     Report("drop", (Edit("drop", site, (f"{site}.{branch}",)),)).attach(model)
     return model
 

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from repfx.algebra.layers import Layer, is_batch_norm, is_conv
 from repfx.algebra.meaning import kernel_of
 from repfx.algebra.moments import Moments, set_kernel
 from repfx.blocks.architecture import Architecture
-from repfx.blocks.block import RepBlock
+from repfx.blocks.block import RepBlock, block_at
 from repfx.blocks.branch import Branch, fitting, kind_of
 from repfx.blocks.cropped_conv import share
 from repfx.blocks.presets import SpecLike
@@ -28,7 +28,7 @@ from repfx.blocks.selection import Selection
 from repfx.blocks.spec import BranchSpec, Normalisation, Spec, Weights
 from repfx.blocks.stages import FIRST_WEIGHTS, Norm
 from repfx.errors import InvalidInput
-from repfx.graphs.sites import Site, find_sites
+from repfx.graphs.sites import Site, find_sites, sites_at
 from repfx.measuring.calibration import PartialSum, calibrate_norms, measure_sums
 from repfx.records.journal import Action, record
 from repfx.records.module_tree import set_submodule
@@ -42,7 +42,7 @@ class Expand(Action):
     """A conv becomes a block, and the function stays.
 
     Args:
-        branches: beside the site's own conv, in order.
+        branches: beside the site's own conv, in order; once it is done, each with the name that it has in the block.
         norm, weights, origin: as in `Spec`.
         gamma: of their last BatchNorms at first, as in `expand`; where `preserve` is False, as in `Spec`, and 0 stands for its default.
         attach_rate: λ of the block at first, if it gets one.
@@ -74,14 +74,25 @@ class Expand(Action):
     @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Expand], calibrate: Iterable[Any] | None) -> None:
         for group in _apart(actions):
-            options: dict[str, Any] = {name: getattr(group[0], name) for name in _ALIKE}
-            options["gamma"] = group[0].gamma if group[0].preserve else 0.0
-            expand(model, _specs(group), **options, calibrate=calibrate, inplace=True, strict=True)
+            first = group[0]
+            gamma = first.gamma if first.preserve else 0.0
+            beginning = _Beginning(first.preserve, gamma, first.attach_rate, calibrate)
+            plans, skips = _plans_of(model, group, beginning)
+            _require_all(skips)
+            _grow(model, plans, beginning)
+            record(model, [action._done(model) for action in group])
+            _report(plans, skips).attach(model)
 
     @classmethod
     def replay(cls, model: nn.Module, actions: Sequence[Expand]) -> None:
         for group in _apart(actions):
             _rebuild(model, group)
+
+    def _done(self, model: nn.Module) -> Expand:
+        """Give this action as it is recorded: its branches with their names, γ with its number."""
+        names = block_at(model, self.site).branches
+        branches = tuple(replace(branch, name=name) for branch, name in zip(self.branches, names))
+        return replace(self, branches=branches, gamma=self.gamma if self.preserve else _first_gamma(self))
 
     def __str__(self) -> str:
         rate = "" if self.attach_rate is None else f", attached by {self.attach_rate:g}"
@@ -171,60 +182,79 @@ def expand(
     ['1x1', 'identity']
     """
     selection = Selection.of(spec)
-    if preserve is None:
-        preserve = selection.keeps_origins
-    if preserve and not selection.keeps_origins:
-        raise InvalidInput(
-            "the spec lets the own conv of a site rest, so the function can't be kept: give preserve=False."
-        )
-    if gamma and (calibrate is None or not preserve):
-        raise InvalidInput(
-            f"gamma={gamma} needs preserve and calibrate: the site's own BatchNorm has to be measured anew."
-        )
-    if gamma and any(spec.weights == "shared" for _, spec in selection.patterns):
-        raise InvalidInput(
-            "gamma can't be given to branches with shared weights: what they add can't be taken off the weights they share."
-        )
-    if attach_rate and preserve:
-        raise InvalidInput(f"attach_rate={attach_rate} changes the function: begin with 0, or give preserve=False.")
-    if gamma and attach_rate is not None:
-        raise InvalidInput("gamma and attach_rate are two ways of a gentle beginning: give one of them.")
+    beginning = _Beginning(selection.keeps_origins if preserve is None else preserve, gamma, attach_rate, calibrate)
+    beginning.require_possible(selection)
     if not any(is_conv(module) for module in model.modules()):
         raise InvalidInput(f"{type(model).__name__} has no convs, so there is nothing to expand.")
     target = model if inplace else copy_of(model)
     plans, skips = _plan(find_sites(target), selection)
-    report = Report("expand", tuple(Edit("expand", plan.site.path) for plan in plans), tuple(skips))
     if strict:
-        Report("expand", (), tuple(skip for skip in skips if skip.reason != _NOT_NAMED)).require_all()
-    quiet = preserve and attach_rate is None  # γ = 0, or taken off the origin
-    blocks = [_block(target, plan, attach_rate, quiet=quiet) for plan in plans]
+        _require_all(skips)
+    _grow(target, plans, beginning)
+    record(target, [plan.action(target, beginning) for plan in plans])
+    _report(plans, skips).attach(target)
+    return target
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """How new branches begin; the fields are arguments of `expand`."""
+
+    preserve: bool
+    gamma: float = 0.0
+    attach_rate: float | None = None
+    calibrate: Iterable[Any] | None = None
+
+    def require_possible(self, selection: Selection) -> None:
+        """Raise `InvalidInput` if branches of these specs can't begin so."""
+        preserve, gamma, attach_rate = self.preserve, self.gamma, self.attach_rate
+        if preserve and not selection.keeps_origins:
+            raise InvalidInput(
+                "the spec lets the own conv of a site rest, so the function can't be kept: give preserve=False."
+            )
+        if gamma and (self.calibrate is None or not preserve):
+            raise InvalidInput(
+                f"gamma={gamma} needs preserve and calibrate: the site's own BatchNorm has to be measured anew."
+            )
+        if gamma and any(spec.weights == "shared" for _, spec in selection.patterns):
+            raise InvalidInput(
+                "gamma can't be given to branches with shared weights: what they add can't be taken off the weights they share."
+            )
+        if attach_rate and preserve:
+            raise InvalidInput(f"attach_rate={attach_rate} changes the function: begin with 0, or give preserve=False.")
+        if gamma and attach_rate is not None:
+            raise InvalidInput("gamma and attach_rate are two ways of a gentle beginning: give one of them.")
+
+
+def _require_all(skips: list[Skip]) -> None:
+    """Raise `Refused` if a site or branch that the spec names is left alone."""
+    Report("expand", (), tuple(skip for skip in skips if skip.reason != _NOT_NAMED)).require_all()
+
+
+def _report(plans: list[_Plan], skips: list[Skip]) -> Report:
+    return Report("expand", tuple(Edit("expand", plan.site.path) for plan in plans), tuple(skips))
+
+
+def _grow(model: nn.Module, plans: list[_Plan], beginning: _Beginning) -> None:
+    """Make the blocks and put them in their places; where that fails, the model is as it was."""
+    preserve, gamma, calibrate = beginning.preserve, beginning.gamma, beginning.calibrate
+    quiet = preserve and beginning.attach_rate is None  # γ = 0, or taken off the origin
+    blocks = [_block(model, plan, beginning.attach_rate, quiet=quiet) for plan in plans]
     with ExitStack() as undo:  # nothing was changed before all of them existed
         for plan, block in zip(plans, blocks):
-            _install(target, plan, block, undo, preserve=preserve)
+            _install(model, plan, block, undo, preserve=preserve)
         if calibrate is not None:
-            calibrate_norms(target, [norm for block in blocks for norm in _new_norms(block)], calibrate)
+            calibrate_norms(model, [norm for block in blocks for norm in _new_norms(block)], calibrate)
         if gamma and calibrate is not None:
-            _begin_with(gamma, target, blocks, calibrate, undo)
+            _begin_with(gamma, model, blocks, calibrate, undo)
         undo.pop_all()
-    record(
-        target,
-        [
-            Expand(
-                plan.site.path,
-                plan.branches,
-                plan.spec.norm,
-                plan.spec.weights,
-                gamma if preserve else plan.spec.gamma,
-                attach_rate,
-                preserve,
-                plan.spec.origin,
-                plan.spec.origin_scale,
-            )
-            for plan in plans
-        ],
-    )
-    report.attach(target)
-    return target
+
+
+def _plans_of(model: nn.Module, actions: list[Expand], beginning: _Beginning) -> tuple[list[_Plan], list[Skip]]:
+    """What becomes of the sites of actions; they are found anew only where nobody has found them yet."""
+    selection = Selection.of(_specs(actions))
+    beginning.require_possible(selection)
+    return _plan(list(sites_at(model, [action.site for action in actions]).values()), selection)
 
 
 _NOT_NAMED = "no pattern of the spec names it"
@@ -235,6 +265,20 @@ class _Plan:
     site: Site
     spec: Spec
     branches: tuple[BranchSpec, ...]
+
+    def action(self, model: nn.Module, beginning: _Beginning) -> Expand:
+        """Say what was done, once the block is there."""
+        spec, gamma = self.spec, beginning.gamma if beginning.preserve else self.spec.gamma
+        how = (
+            spec.norm,
+            spec.weights,
+            gamma,
+            beginning.attach_rate,
+            beginning.preserve,
+            spec.origin,
+            spec.origin_scale,
+        )
+        return Expand(self.site.path, self.branches, *how)._done(model)
 
 
 def _plan(sites: list[Site], selection: Selection) -> tuple[list[_Plan], list[Skip]]:
@@ -376,8 +420,9 @@ def _put_back(block: RepBlock, norm: Layer | None, state: dict[str, Tensor]) -> 
 
 def _rebuild(model: nn.Module, actions: list[Expand]) -> None:
     """Make blocks whose branches add nothing yet, without data."""
-    rate = None if actions[0].attach_rate is None else 0.0
-    expand(model, _specs(actions), attach_rate=rate, preserve=actions[0].preserve, inplace=True)
+    beginning = _Beginning(actions[0].preserve, attach_rate=None if actions[0].attach_rate is None else 0.0)
+    plans, _ = _plans_of(model, actions, beginning)
+    _grow(model, plans, beginning)
     for action in actions:
         block = model.get_submodule(action.site)
         if (

@@ -14,9 +14,9 @@ from repfx.algebra.moments import set_kernel
 from repfx.blocks.block import RepBlock
 from repfx.blocks.branch import kernel_of_both
 from repfx.blocks.folded_norm import FoldedNorm, remember_norm
-from repfx.errors import InvalidInput, UnknownName
+from repfx.errors import InvalidInput
 from repfx.graphs.leaves import calls_conv
-from repfx.graphs.sites import find_sites
+from repfx.graphs.sites import find_sites, sites_at
 from repfx.passes.drop import absorb
 from repfx.records.journal import Action, record
 from repfx.records.module_tree import set_submodule
@@ -33,15 +33,17 @@ class Fuse(Action):
     @classmethod
     def apply(cls, model: nn.Module, actions: Sequence[Fuse], calibrate: Iterable[Any] | None) -> None:
         paths = [action.site for action in actions]
-        sites = {site.path: site for site in find_sites(model)}
+        sites = sites_at(model, paths)
         for path in paths:
-            if path not in sites:
-                raise UnknownName("site", path, sites)
             if any(path.startswith(f"{other}.") for other in paths):
                 raise InvalidInput(f"{path!r} lies in another site that is to be fused.")
         blocks = {path: module for path in paths if isinstance(module := model.get_submodule(path), RepBlock)}
+        behind = any(
+            block.norm is None for block in blocks.values()
+        )  # a BatchNorm behind a block is found once it is a conv
         absorb(model, {path: list(block.branches) for path, block in blocks.items()}, calibrate)
-        sites = {site.path: site for site in find_sites(model)}
+        if behind:
+            sites = {site.path: site for site in find_sites(model)}
         for path in paths:
             if sites[path].norm is not None and sites[path].refusal is None:
                 _fold(model, path, str(sites[path].norm))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any
@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from repfx.algebra.activated_norm import norm_of
 from repfx.algebra.kernel import Kernel
+from repfx.algebra.layers import is_conv
 from repfx.algebra.moments import Moments, set_kernel
 from repfx.blocks.block import RepBlock
 from repfx.blocks.branch import kernel_of_both
@@ -19,7 +20,7 @@ from repfx.blocks.cropped_conv import is_shared
 from repfx.blocks.gates import gates_in
 from repfx.blocks.squeezed_form import forms_in
 from repfx.errors import InvalidInput
-from repfx.graphs.sites import find_sites
+from repfx.graphs.sites import sites_at, sites_known_of
 from repfx.records.journal import Action, journal, replay
 from repfx.records.provenance import provenance_of
 
@@ -80,7 +81,10 @@ def _go_through(copied: nn.Module, model: nn.Module, actions: tuple[Action, ...]
     """Make the same changes; branches begin as the model's do, and what they add is taken off the copy's origin."""
     present = set(copied.parameters())
     modes = {module: module.training for module in copied.modules()}
-    replay(copied, actions)
+    with sites_known_of(model, copied):
+        replay(copied, actions)
+        moved = {action.site for action in actions if action.moves_kernels}
+        norms = {path: site.norm for path, site in sites_at(copied, _standing(copied, moved)).items() if site.norm}
     changed = {action.site for action in actions if action.changes_function}
     for name, block in copied.named_modules():
         if isinstance(block, RepBlock):
@@ -89,7 +93,7 @@ def _go_through(copied: nn.Module, model: nn.Module, actions: tuple[Action, ...]
             ]
             if new:
                 _begin_as(block, model.get_submodule(name), new, preserve=name not in changed)
-    _share_moments(copied, model, {action.site for action in actions if action.moves_kernels})
+    _share_moments(copied, model, norms)
     for module, training in modes.items():
         module.training = training
     for module in copied.modules():
@@ -99,18 +103,29 @@ def _go_through(copied: nn.Module, model: nn.Module, actions: tuple[Action, ...]
         form.stop_norms()
 
 
-def _share_moments(copied: nn.Module, model: nn.Module, sites: set[str]) -> None:
-    """Write the sites' BatchNorms by the moments of the model's, for averaging takes over the model's statistics."""
-    for site in find_sites(copied) if sites else ():
-        if site.path not in sites or site.norm is None:
-            continue
-        nets: list[Any] = [each.get_submodule(site.path) for each in (copied, model)]
+def _standing(model: nn.Module, sites: set[str]) -> list[str]:
+    """Give the sites that are still there: one inside a branch leaves with the branch."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if path in sites and (is_conv(module) or isinstance(module, RepBlock))
+    ]
+
+
+def _share_moments(copied: nn.Module, model: nn.Module, sites: Mapping[str, str]) -> None:
+    """Write the sites' BatchNorms by the moments of the model's, for averaging takes over the model's statistics.
+
+    Args:
+        sites: the path of the BatchNorm of each.
+    """
+    for path, norm_path in sites.items():
+        nets: list[Any] = [each.get_submodule(path) for each in (copied, model)]
         if isinstance(nets[0], RepBlock):
             if any(map(is_shared, nets[0].branches.values())):
                 continue  # whose weights follow the conv's
             conv, norms = nets[0].conv, [each.norm for each in nets]
         else:
-            conv, norms = nets[0], [norm_of(each.get_submodule(site.norm)) for each in (copied, model)]
+            conv, norms = nets[0], [norm_of(each.get_submodule(norm_path)) for each in (copied, model)]
         norm, other = norms
         if other.weight is not None and other.bias is not None:
             set_kernel(conv, norm, kernel_of_both(conv, norm), Moments.after(other))

@@ -21,9 +21,9 @@ from repfx.change.companion import Companion, Run, Score
 from repfx.change.saliency import METRICS
 from repfx.change.schedule import Candidate, Observation, ObservedBlock, Schedule, Unchanged
 from repfx.errors import InvalidInput
-from repfx.graphs.sites import Site, find_sites
+from repfx.graphs.sites import Site, find_sites, sites_known
 from repfx.passes.freeze import is_frozen
-from repfx.records.journal import Action, apply, from_json, to_json
+from repfx.records.journal import Action, apply, from_json, journal, to_json
 
 
 class Driver:
@@ -93,6 +93,7 @@ class Driver:
         self._steps_per_epoch = steps_per_epoch
         self._step = 0
         self._saliency: _Saliency | None = None
+        self._found: tuple[object, list[Site]] | None = None
         averages = [] if ema is None else [ema]
         data = None if calibrate is None else _First(calibrate, schedule)
         self.companion: Companion = schedule.companion(Run(self.model, self.optimizers, averages, score, data))
@@ -199,10 +200,18 @@ class Driver:
         if state["search"] is not None:
             self.companion.load_state_dict(state["search"])
 
+    def _sites(self) -> list[Site]:
+        """Give the model's sites; they are found once and hold until a module or the journal is another one."""
+        present = tuple(self.model.named_modules())
+        now = (journal(self.model), tuple((path, id(module)) for path, module in present))
+        if self._found is None or self._found[0] != now:
+            self._found = now, find_sites(self.model)
+        return self._found[1]
+
     def _candidates(self) -> list[Site]:
         return [
             site
-            for site in find_sites(self.model)
+            for site in self._sites()
             if site.refusal is None
             and not site.branches
             and self.model.get_submodule(site.path).weight.requires_grad
@@ -222,11 +231,12 @@ class Driver:
             actions = tuple(self.schedule.plan(self.observe()))
             self._saliency = None
         if actions:
-            averages = [] if self.ema is None else [self.ema]
-            with carry(self.model, *self.optimizers, *averages):
+            averages, before = [] if self.ema is None else [self.ema], len(journal(self.model))
+            with sites_known(self._sites(), self.model), carry(self.model, *self.optimizers, *averages):
                 apply(self.model, actions, None if self._calibrate is None else _First(self._calibrate, self.schedule))
             _take_from_first_rank(self.model, *averages)
             _forget_compiled()
+            actions = journal(self.model)[before:]  # as they are recorded: branches have their names
             self.history += [(self.epoch, action) for action in actions]
         if self.schedule.cycle is not None and self.epoch % self.schedule.cycle == 0:
             for optimizer in self.optimizers:

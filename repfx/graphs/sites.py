@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 
 from repfx.algebra.activated_norm import norm_of
 from repfx.algebra.conv_spec import ConvSpec
-from repfx.algebra.layers import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, Layer, code_of_its_own, is_conv
+from repfx.algebra.layers import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, Layer, code_of_its_own, is_batch_norm, is_conv
 from repfx.algebra.meaning import refusal_of, torch_class
 from repfx.blocks.architecture import Architecture
 from repfx.blocks.block import RepBlock
 from repfx.blocks.branch import fitting
 from repfx.blocks.presets import SpecLike
 from repfx.blocks.selection import Selection
+from repfx.errors import UnknownName
 from repfx.graphs.leaves import is_leaf
 from repfx.graphs.source_code import Around, asked_for
 from repfx.graphs.trace import Island, Traces, call_counts, trace
@@ -99,6 +102,74 @@ def _plan(site: Site, selection: Selection) -> str:
     branches, refusals = fitting(spec.branches_for(site.conv), site.conv)
     plan = f"would get {', '.join(branch.kind for branch in branches)}" if branches else "would stay plain"
     return "; ".join(filter(None, (plan, refusals)))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Sites that were found already, and the models, all of one structure, that have them."""
+
+    sites: dict[str, Site]
+    models: tuple[nn.Module, ...]
+
+    def holds_for(self, model: nn.Module) -> bool:
+        return any(each is model for each in self.models)
+
+    def tells(self, model: nn.Module, paths: Iterable[str]) -> bool:
+        """Whether they say all of the sites at some paths; of a block they don't say which BatchNorm stands behind its sum."""
+        sites = [self.sites.get(path) for path in paths]
+        return self.holds_for(model) and all(site is not None and (site.norm or not site.branches) for site in sites)
+
+
+_KNOWN: ContextVar[_Known | None] = ContextVar("known sites", default=None)
+
+
+@contextmanager
+def sites_known(sites: Iterable[Site], *models: nn.Module) -> Iterator[None]:
+    """Let `sites_at` answer for these models from sites that were found already, so that nothing is traced again.
+
+    Inside the block nothing may change the models' structure but actions of repfx.
+    """
+    token = _KNOWN.set(_Known({site.path: site for site in sites}, models))
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
+@contextmanager
+def sites_known_of(other: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Let what is known of one model's sites hold for another one of the same structure, such as an average."""
+    known = _KNOWN.get()
+    if known is None or not known.holds_for(other):
+        yield
+        return
+    with sites_known(known.sites.values(), *known.models, model):
+        yield
+
+
+def sites_at(model: nn.Module, paths: Collection[str]) -> dict[str, Site]:
+    """Give the sites at some paths, as they are now, by path; the model is traced only where `sites_known` doesn't tell them all.
+
+    Raises:
+        UnknownName: there is no site at a path.
+    """
+    known = _KNOWN.get()
+    if known is not None and known.tells(model, paths):
+        return {path: _as_now(known.sites[path], model) for path in paths}
+    found = {site.path: site for site in find_sites(model)}
+    for path in paths:
+        if path not in found:
+            raise UnknownName("site", path, found)
+    return {path: found[path] for path in paths}
+
+
+def _as_now(site: Site, model: nn.Module) -> Site:
+    """Give a site as actions have left it: they change what stands at its path, and whether its BatchNorm stands behind it."""
+    module = model.get_submodule(site.path)
+    if isinstance(module, RepBlock):
+        return replace(site, conv=module.site, norm=module.norm_path, branches=tuple(module.branches))
+    norm = None if site.norm is None else norm_of(model.get_submodule(site.norm))
+    return replace(site, norm=site.norm if norm is not None and is_batch_norm(norm) else None, branches=())
 
 
 def find_sites(model: nn.Module) -> list[Site]:

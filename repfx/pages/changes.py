@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, count
 
 from repfx.blocks.block import ORIGIN
 from repfx.passes.drop import Drop
@@ -61,8 +60,8 @@ def changes_of(epoch: Epoch) -> Changes:
     others: dict[str, list[str]] = {}
     for action in epoch.actions:
         if isinstance(action, Expand):
-            names = _names(action, branches.setdefault(action.site, []))
-            branches[action.site] += names
+            names = [branch.name or branch.kind for branch in action.branches]
+            branches.setdefault(action.site, []).extend(names)
             grown.setdefault(action.site, []).extend(names)
             continue
         for site, leaving in _leaving(action, branches):
@@ -99,15 +98,6 @@ def when(epoch: int) -> str:
 def count_of(by_site: Mapping[str, Names]) -> int:
     """How many branches there are in all."""
     return sum(map(len, by_site.values()))
-
-
-def _names(action: Expand, taken: Iterable[str]) -> list[str]:
-    """The names that the branches get, as `expand` gives them."""
-    found = list(taken)
-    for branch in action.branches:
-        free = chain([branch.kind], (f"{branch.kind}-{number}" for number in count(2)))
-        found.append(branch.name or next(name for name in free if name not in found))
-    return found[len(found) - len(action.branches) :]
 
 
 def _leaving(action: Action, branches: Mapping[str, list[str]]) -> list[tuple[str, list[str]]]:

@@ -252,7 +252,8 @@ def test_a_branch_that_leaves_takes_the_blocks_in_it_along() -> None:
 
 
 def test_a_fold_drops_all_branches_and_what_grows_anew_is_both() -> None:
-    actions = Fuse("0"), Expand("0", branches("1x1-kxk", "1x1-kxk"))
+    first, second = branches("1x1-kxk", "1x1-kxk")
+    actions = Fuse("0"), Expand("0", (first, replace(second, name="1x1-kxk-2")))
     found = changes_of(epoch_with(*actions))
     assert found.dropped == {"0": ("1x1-kxk",), "0.1x1-kxk.conv2": ("1xk",)}
     assert found.grown == {"0": ("1x1-kxk", "1x1-kxk-2")}

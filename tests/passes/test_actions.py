@@ -62,7 +62,15 @@ def test_together_they_are_the_same() -> None:
     assert_same_map(model.eval(), reference, batch(seed=9))
     done = repfx.journal(model)[3:]
     assert len(done) == len(CYCLE)
-    assert all(action in done for action in CYCLE)
+    assert sorted(map(str, done)) == sorted(map(str, CYCLE))
+
+
+def test_what_grew_is_recorded_with_the_names_that_branches_have() -> None:
+    model: Any = repfx.expand(small_net(), {"plain": ["1x1"]})
+    twice = Expand("stem", (BranchSpec("kxk"), BranchSpec("kxk"), BranchSpec("1x1", name="own")))
+    apply(model, [twice], None)
+    recorded: Any = repfx.journal(model)[-1]
+    assert [branch.name for branch in recorded.branches] == list(model.stem.branches) == ["kxk", "kxk-2", "own"]
 
 
 def test_a_base_model_gets_the_same_structure_from_their_text() -> None:

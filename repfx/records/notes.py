@@ -20,7 +20,7 @@ _NAMES = "repfx_notes"  # loading drops the above but keeps plain attributes
 def keep(module: nn.Module, name: str, value: object) -> None:
     """Let `module` carry `value` as its plain attribute `name`."""
     if name == _NAMES:
-        return  # the calls for other names keep it
+        return  # the calls for other names write it
     setattr(module, name, value)
     if isinstance(module, fx.GraphModule):
         names = tuple(dict.fromkeys((*vars(module).get(_NAMES, ()), name)))

@@ -36,7 +36,10 @@ class Moments:
 
     @classmethod
     def after(cls, norm: Layer) -> Moments:
-        """Return those of a BatchNorm's output in training mode: β and γ² · σ² / (σ² + ε), near γ² unless a channel hardly varies."""
+        """Return the moments of a BatchNorm's output in training mode: β and γ² · σ² / (σ² + ε).
+
+        The variance is near γ² unless the channel hardly varies.
+        """
         like = norm.running_mean
         gamma = torch.ones_like(like) if norm.weight is None else norm.weight.detach()
         beta = torch.zeros_like(like) if norm.bias is None else norm.bias.detach()

@@ -1,4 +1,4 @@
-"""`python -m repfx`, which launchers of several processes need: ``torchrun --nproc-per-node 2 -m repfx train``."""
+"""`python -m repfx`, which launchers of several processes need, such as ``torchrun --nproc-per-node 2 -m repfx train``."""
 
 from repfx.cli import main
 

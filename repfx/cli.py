@@ -14,7 +14,7 @@ _SHORT_WAITS = {_WAIT_POLICY: "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line on `arguments`, by default those of the process.
+    """Run the command line on `arguments` (default: those of the process).
 
     Raises:
         SystemExit: always; code 0 if all went well, 2 for an error of the input or of a file, 130 after an interruption.
@@ -39,9 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _restart_without_spinning() -> None:
-    """Let torch's threads sleep if they wait for each other for long; OpenMP reads this only as torch is imported, so begin again.
+    """Restart the process with settings that let torch's threads sleep if they wait for each other for long.
 
-    Else they spin for milliseconds, and one other busy process makes training ten times slower.
+    OpenMP reads these settings only when torch is imported, so the process must start again. Without them the threads spin for
+    milliseconds, and one other busy process makes training ten times slower.
     """
     if sys.platform == "linux" and _WAIT_POLICY not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **_SHORT_WAITS})

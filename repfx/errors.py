@@ -38,20 +38,20 @@ class Refused(RepfxError):
 
 
 class EquivalenceError(RepfxError):
-    """Two models that should compute the same function do not; `report` holds what was measured, where there is a report."""
+    """Two models that should compute the same function do not. `report` holds what was measured, or None if there is no report."""
 
     report: Any = None
 
 
 class ExportError(RepfxError):
-    """A model could not be exported, or what was exported computes something else."""
+    """A model could not be exported, or the exported model computes something else."""
 
 
 class Interrupted(RepfxError):
-    """A signal has ended the work early; what is needed to go on is in a file."""
+    """A signal ended the work early; a file holds what is needed to resume it."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop."""
+    """Return the first line of an error's message, without its full stop."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(". ")

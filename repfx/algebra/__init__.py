@@ -1,4 +1,4 @@
-"""From a layer to its kernel and back: `Kernel` and its laws, what layers mean as linear maps, moments, baking.
+"""Layers to kernels and back: `Kernel` and its laws, layers as linear maps, moments, baking.
 
-Imports records. No graph and no block is in sight here. Begin with `kernel`.
+Imports records, and knows nothing of graphs and blocks. Begin with `kernel`.
 """

@@ -1,7 +1,7 @@
-"""BatchNorms that also drop and activate, as timm's `BatchNormAct2d`: their affine part is a linear map like any other BatchNorm's.
+"""BatchNorms that also drop and activate, such as timm's `BatchNormAct2d`. Their affine part is a linear map like any BatchNorm's.
 
-In a graph such a module is several calls: the norm, then its `drop` and its `act`, as far as they do anything. Where the norm is
-merged, those stay at their paths; where it isn't, the calls become one again, of the module as it was.
+In a graph such a module becomes several calls: the norm, then its `drop` and its `act`, unless these do nothing. If a rule merges the
+norm, `drop` and `act` stay at their paths. If none does, the calls become one call of the original module again.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _BEFORE = "repfx_class_before"
 
 
 def is_activated(module: nn.Module) -> bool:
-    """Whether `module` is a BatchNorm and then a `drop` and an `act`, and runs no other code."""
+    """Whether `module` runs a BatchNorm, then its `drop` and its `act`, and no other code."""
     return qualified_name(module) in ACTIVATED_BATCH_NORMS and not has_hooks(module) and not is_patched(module)
 
 
 def norm_of(module: Layer) -> Layer:
-    """The norm alone, with the same parameters and buffers; a BatchNorm that does nothing else is returned itself."""
+    """Return the norm alone, with the same parameters and buffers. A BatchNorm that does nothing else is returned itself."""
     if not is_activated(module):
         return module
     norm = copy.copy(module)
@@ -39,7 +39,7 @@ def norm_of(module: Layer) -> Layer:
 
 
 def rest_of(module: nn.Module) -> nn.Module:
-    """What is left of a BatchNorm when the norm is taken away: the identity, or the drop and the activation by their names."""
+    """Return the part of a BatchNorm behind the norm: its drop and activation under their names, or the identity."""
     if not is_activated(module):
         return nn.Identity().train(module.training)
     parts = OrderedDict((name, getattr(module, name)) for name in _PARTS if hasattr(module, name))
@@ -49,7 +49,7 @@ def rest_of(module: nn.Module) -> nn.Module:
 
 
 def joined(norm: nn.Module, rest: nn.Module) -> nn.Module:
-    """A norm together with the `rest_of` one; where the two come from one module, a module of its class."""
+    """Join a norm and a module that `rest_of` returned. If both come from one module, the result is of that module's class."""
     parts = OrderedDict(rest.named_children()) if is_rest(rest) else OrderedDict()
     before = kept(norm, _BEFORE)
     if isinstance(before, type):
@@ -62,7 +62,7 @@ def joined(norm: nn.Module, rest: nn.Module) -> nn.Module:
 
 
 def is_rest(module: nn.Module) -> bool:
-    """Whether nothing but the drop and the activation of a BatchNorm is left here."""
+    """Whether `module` consists only of the drop and the activation of a BatchNorm."""
     names = {name for name, _ in module.named_children()}
     return type(module) in (nn.Module, nn.Sequential) and bool(names) and names <= set(_PARTS)
 
@@ -77,7 +77,7 @@ def _norm_class(module: nn.Module) -> type[nn.Module]:
 
 
 def separate(graph: fx.Graph, root: nn.Module) -> None:
-    """Let a graph call the norm, the drop and the activation one after another, as it then is right for `bare` modules."""
+    """Make a graph call the norm, the drop and the activation one after another. This is right once `bare` has changed the modules."""
     for node, module in _calls(graph, root):
         if not is_activated(module):
             continue
@@ -91,7 +91,7 @@ def separate(graph: fx.Graph, root: nn.Module) -> None:
 
 
 def bare(root: nn.Module, graph: fx.Graph) -> None:
-    """Let the modules of a separated graph be norms alone; their parts stay their children."""
+    """Turn the modules of a separated graph into norms alone. Their drop and activation stay their children."""
     for _, module in _calls(graph, root):
         if is_activated(module):
             keep(module, _WHOLE, type(module))
@@ -99,7 +99,7 @@ def bare(root: nn.Module, graph: fx.Graph) -> None:
 
 
 def join(root: nn.Module, graph: fx.Graph) -> None:
-    """Let what is still separated be one call of one module again."""
+    """Undo `separate` and `bare` for each norm that the graph still calls: its calls become one call of one module again."""
     separated = [(node, module) for node, module in _calls(graph, root) if kept(module, _WHOLE) is not None]
     for node, module in separated:
         for name in _working_parts(module):
@@ -113,12 +113,12 @@ def join(root: nn.Module, graph: fx.Graph) -> None:
 
 
 def is_separated(module: nn.Module | None) -> bool:
-    """Whether `module` is the norm of a separated one that did more."""
+    """Whether `module` is a norm that `bare` made from a module whose drop or activation does something."""
     return module is not None and kept(module, _WHOLE) is not None and bool(_working_parts(module))
 
 
 def _calls(graph: fx.Graph, root: nn.Module) -> list[tuple[fx.Node, nn.Module]]:
-    """The nodes that call a module, with it."""
+    """Return the nodes that call a module, each with its module."""
     return [(node, root.get_submodule(str(node.target))) for node in graph.nodes if node.op == "call_module"]
 
 

@@ -1,4 +1,4 @@
-"""`assembled`: the kernel that stands for several modules in one forward pass, made from their parameters."""
+"""`assembled`: the kernel that replaces several modules in one forward pass, made from their parameters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from repfx.algebra.kernel import Kernel
 
 
 def assembled(kernel_like: Callable[[Tensor], Kernel], weight: Tensor) -> Kernel:
-    """What `kernel_like` makes in the precision and on the device of `weight`, whatever autocast there is; differentiable.
+    """Return the kernel that `kernel_like` makes in the precision and on the device of `weight`, under any autocast; differentiable.
 
-    Its gradient is put in order once, for all products behind it: that of a conv in channels last has the taps of a kernel in its middle
-    axes, and the products' own gradients have them last.
+    The gradient of its weight is made contiguous once, for all products behind it. The gradient that comes from a conv in channels last
+    has the taps of a kernel in its middle axes, but the products' own gradients have them last.
     """
     # autocast doesn't know the meta device
     exact: AbstractContextManager[Any] = nullcontext()
@@ -26,15 +26,16 @@ def assembled(kernel_like: Callable[[Tensor], Kernel], weight: Tensor) -> Kernel
     with exact:
         kernel = kernel_like(weight)
         compiling, tracing = torch.compiler.is_compiling(), torch._C._get_tracing_state() is not None
-        if compiling or tracing:  # the one lays gradients out by itself, the other has none
+        if compiling or tracing:  # a compiler lays gradients out by itself, and a trace has none
             return kernel
         return replace(kernel, weight=_OrderedGradient.apply(kernel.weight))
 
 
 class _OrderedGradient(torch.autograd.Function):
-    """The same tensor, whose gradient comes back contiguous.
+    """The identity, whose gradient comes back contiguous.
 
-    That of a kernel in channels last has the batch of these products in its innermost axis, for which torch multiplies matrix by matrix.
+    The gradient of a kernel in channels last has the batch of these products in its innermost axis. torch would then multiply matrix by
+    matrix.
     """
 
     generate_vmap_rule = True

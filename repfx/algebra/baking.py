@@ -1,4 +1,4 @@
-"""From a kernel back to a plain module: float64 arithmetic, rounded once."""
+"""Kernels back to plain modules: float64 arithmetic, rounded once."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from repfx.errors import InvalidInput
 
 
 def float64_like(weight: Tensor) -> Tensor:
-    """Where kernels are computed: float64, on the weight's device if that has it."""
+    """Return a scalar with the dtype and device in which kernels are computed: float64, on the weight's device if that has float64."""
     return torch.empty((), dtype=torch.float64, device="cpu" if weight.device.type == "mps" else weight.device)
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in another dtype, rounded once, where torch takes float64 to float16 by way of float32 and so rounds twice.
+    """Return x in another dtype, rounded once. torch itself takes float64 to float16 through float32 and so rounds twice.
 
-    Float32 is rounded to odd, which tells the second rounding of each tie on which side of it the number was (Boldo and Melquiond, 2008).
+    The step to float32 rounds to odd. At a tie, this tells the second rounding on which side the number was (Boldo and Melquiond, 2008).
 
     >>> rounded(torch.tensor(1 + 2**-11 + 2**-30, dtype=torch.float64), torch.float16).item()
     1.0009765625
@@ -33,10 +33,10 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def conv_from_kernel(kernel: Kernel, template: Layer, path: str) -> nn.Module:
-    """A plain conv or linear layer with this kernel, rounded once to the dtype of `template`, on its device.
+    """Return a plain conv or linear layer with this kernel, rounded once to the dtype of `template`, on its device.
 
     Raises:
-        InvalidInput: a weight that isn't finite.
+        InvalidInput: the weight or the bias isn't finite.
     """
     conv = _empty_conv(kernel, template)
     for name in ("weight", "bias"):
@@ -48,14 +48,14 @@ def conv_from_kernel(kernel: Kernel, template: Layer, path: str) -> nn.Module:
             raise InvalidInput(
                 f"the merged {name} of {path!r} is not finite in {tensor.dtype}; look for NaN or Inf in the model."
             )
-        # Copied: `contiguous` keeps odd strides over axes of one, by which torch takes what a 1×1 conv gives out for channels last.
+        # Copied, because `contiguous` keeps odd strides of axes of size one. From these torch takes a 1×1 conv's output for channels last.
         laid_out = torch.empty_like(tensor, memory_format=_memory_format(tensor, template.weight)).copy_(tensor)
         setattr(conv, name, nn.Parameter(laid_out, requires_grad=template.weight.requires_grad))
     return conv
 
 
 def _memory_format(tensor: Tensor, like: Tensor) -> torch.memory_format:
-    """Channels last where the weights that lend their settings lie so."""
+    """Return channels last if `like`, the weight of the template, is laid out so; else contiguous."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
     as_is = (
         last is None or like.ndim != tensor.ndim or like.is_contiguous() or not like.is_contiguous(memory_format=last)
@@ -115,7 +115,7 @@ CONV_OF: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def conv_module(spec: ConvSpec, like: Tensor, *, bias: bool, padded: bool = True) -> nn.Module:
-    """torch's conv of these sizes, its padding symmetric; `padded=False` leaves the padding out."""
+    """Return torch's conv of these sizes. The padding of `spec` has to be symmetric, unless `padded=False` leaves it out."""
     padding = tuple(before if padded else 0 for before, _ in spec.padding)
     return CONV_OF[spec.dimensions](
         spec.in_channels,

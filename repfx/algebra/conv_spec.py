@@ -31,7 +31,7 @@ class ConvSpec:
 
     @classmethod
     def of(cls, conv: Layer) -> ConvSpec:
-        """The sizes of a conv module, or of a `Kernel`'s twin."""
+        """Return the sizes of a conv module."""
         window, stride, dilation = tuple(conv.kernel_size), tuple(conv.stride), tuple(conv.dilation)
         padding = padding_of(conv)
         return cls(
@@ -40,7 +40,7 @@ class ConvSpec:
 
     @classmethod
     def of_kernel(cls, kernel: Kernel) -> ConvSpec:
-        """The sizes of a kernel."""
+        """Return the sizes of a kernel."""
         return cls(
             kernel.in_channels,
             kernel.out_channels,
@@ -65,9 +65,9 @@ class ConvSpec:
         return self.groups == self.in_channels and self.groups > 1
 
     def inner(self, kernel_size: Ints, dilation: Ints | None = None) -> ConvSpec:
-        """A smaller window in the middle of this one, whose outputs line up with this one's, position by position.
+        """Return a smaller window in the middle of this one, whose outputs line up with this one's, position by position.
 
-        `dilation` counts in taps of this window. Its padding may be negative: then the input is cropped.
+        `dilation` counts in taps of this window. The padding of the result may be negative, which crops the input.
         """
         dilation = tuple(d * own for d, own in zip(dilation or (1,) * self.dimensions, self.dilation))
         padding = []

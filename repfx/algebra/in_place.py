@@ -1,4 +1,4 @@
-"""Addition in place, where that is the same as addition; and whether calls go straight to the tensors."""
+"""Addition in place where it equals ordinary addition, and whether calls go straight to the tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def add_in_place(total: Tensor, term: Tensor) -> Tensor:
-    """The sum of two tensors of one shape, written over `total` where it has room for that.
+    """Return the sum of two tensors of one shape, written over `total` if `has_room` allows it.
 
     >>> total = torch.ones(2)
     >>> add_in_place(total, torch.ones(2)) is total, add_in_place(total, torch.ones(2).double()) is total
@@ -18,16 +18,16 @@ def add_in_place(total: Tensor, term: Tensor) -> Tensor:
 
 
 def has_room(total: Tensor, term: Tensor) -> bool:
-    """Whether a tensor has all digits that its sum with another one of its shape has, and nobody records or transforms the code.
+    """Whether `total` can hold its sum with `term`, of the same shape: their dtypes are equal, and nothing records or transforms the code.
 
-    Under `vmap` the sum may have more elements, a recorded graph would write over its constants, and a compiler decides by itself what
-    to write over.
+    Under `vmap` the sum may have more elements. A recorded graph would write over its constants. A compiler decides by itself what to
+    write over.
     """
     return total.dtype == term.dtype and not is_transformed()
 
 
 def is_transformed() -> bool:
-    """Whether `torch.compile`, a transform of `torch.func` or a record of all operations, as `make_fx` makes it, is at work.
+    """Whether `torch.compile`, a transform of `torch.func` or a recorder of all operations, such as `make_fx`, is at work.
 
     >>> torch.func.vmap(lambda x: x + is_transformed())(torch.zeros(2)), is_transformed()
     (tensor([1., 1.]), False)

@@ -2,25 +2,25 @@
 
 Between two nonlinearities a conv net is linear, and every such map *is* a convolution. Along one axis a kernel has
 the taps ``t = 0 … k-1`` and computes ``y[o] = Σ_t w[t] · x[o·s - p + t·d]`` with stride s, padding (p, q) before and after, dilation d.
-Two numbers say everything about borders: the offsets of the taps, ``-p + t·d``, and the *reach* ``p + q - d(k-1)``,
+Two things say everything about borders: the offsets of the taps, ``-p + t·d``, and the *reach* ``p + q - d(k-1)``,
 which fixes the size of the output, ``⌊(n + reach - 1) / s⌋ + 1``.
 
-Laws, for every x, borders included (`*` is composition, first map on the left):
+Laws, for every x, borders included:
 
 =====================  ==================================================================================================
 ``a.add(b)``           a(x) + b(x). Needs equal stride and reach. Taps are laid on the common lattice of offsets.
-``a.compose(b)``       b(a(x)). Stride ``s·s'``, padding ``p + s·p'``, taps at ``t·d + t'·d'·s``. Where b pads with zeros, what a
-                       would give out there has to be zero too: a has no bias and ``d(k-1) ≤ p + s - 1``, ``d(k-1) ≤ q``.
+``a.compose(b)``       b(a(x)). Stride ``s·s'``, padding ``p + s·p'``, taps at ``t·d + t'·d'·s``. Where b pads with zeros, a's output
+                       there has to be zero too: a has no bias and ``d(k-1) ≤ p + s - 1``, ``d(k-1) ≤ q``.
                        Where b pads otherwise (reflect, …), a must act on each position alone.
 ``a.fold_affine``      scale · a(x) + shift. Always.
 ``widen``, ``densify`` the same map on a larger window, on a finer lattice.
 ``regroup(g)``         the same map with g groups, g a divisor of its groups; ``ungroup`` is ``regroup(1)``.
 ``concat``             several maps of one x, outputs side by side; ``slice_channels`` undoes it.
-``slice_inputs``       what a part of the input contributes; the sum over all parts, and the bias, is the map.
+``slice_inputs``       what a part of the input contributes; the sum over all parts, plus the bias, is the map.
 =====================  ==================================================================================================
 
-Where a law fails, `NoKernel` gives the reason; a wrong kernel is never returned. All operations are pure tensor functions,
-differentiable, for any number of axes (0 is a linear layer), and take dtype and device from their operands.
+Where a law does not apply, `NoKernel` gives the reason; a wrong kernel is never returned. All operations are pure, differentiable tensor
+functions for any number of axes (0 is a linear layer). They take dtype and device from their operands.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ Padding = tuple[tuple[int, int], ...]
 
 
 class NoKernel(RepfxError):
-    """What was asked is not a convolution; the message is the reason."""
+    """The map that was asked for is not a convolution; the message is the reason."""
 
 
 def pad(x: Tensor, padding: Padding, mode: str = "zeros") -> Tensor:
-    """Pad the last axes of `x` by (before, after) each; negative numbers crop. Any sign, any of torch's padding modes.
+    """Pad the last axes of `x` by (before, after) each; negative numbers crop. Takes any sign and any of torch's padding modes.
 
     >>> pad(torch.arange(3.0), ((1, -1),), "replicate")
     tensor([0., 0., 1.])
@@ -61,7 +61,7 @@ def pad(x: Tensor, padding: Padding, mode: str = "zeros") -> Tensor:
 
 
 def _grow(x: Tensor, sides: list[int], mode: str) -> Tensor:
-    """`F.pad`, which wants a batch and channels in front of the axes wherever it does more than fill in a constant."""
+    """Call `F.pad` with axes for batch and channels in front, which it needs unless it fills in a constant."""
     if mode == "constant":
         return F.pad(x, sides)
     missing = len(sides) // 2 + 2 - x.ndim
@@ -70,7 +70,7 @@ def _grow(x: Tensor, sides: list[int], mode: str) -> Tensor:
 
 
 def is_symmetric(padding: Padding) -> bool:
-    """Whether torch's convs can pad so by themselves: both sides alike, and nothing cropped."""
+    """Whether torch's convs can apply this padding themselves: both sides are equal, and nothing is cropped."""
     return all(before == after >= 0 for before, after in padding)
 
 
@@ -82,10 +82,10 @@ class Kernel:
         weight: ``(out, in / groups, *window)``; for a transposed kernel ``(in, out / groups, *window)``, as torch has it.
         bias: ``(out,)`` or None.
         stride, dilation: one number per axis.
-        padding: (before, after) per axis; negative crops. Of a transposed kernel: what is cut off its output.
+        padding: (before, after) per axis; negative crops. For a transposed kernel: the amount cut off its output.
         groups: as in torch.
-        padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``; of no meaning without padding.
-        transposed, output_padding: for transposed convolutions, which fold affine maps and no more.
+        padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``; ignored without padding.
+        transposed, output_padding: settings of transposed convolutions, which fold affine maps and no more.
 
     >>> blur = Kernel.average_pool(torch.ones(1), channels=3, kernel_size=(3, 3), padding=((1, 1), (1, 1)))
     >>> both = blur.add(Kernel.identity(torch.ones(1), channels=3, dimensions=2))
@@ -124,7 +124,7 @@ class Kernel:
 
     @property
     def reach(self) -> Ints:
-        """Per axis, padding less the extent of the window; kernels of equal stride and reach give outputs of equal size."""
+        """Padding minus the extent of the window, per axis. Kernels of equal stride and reach give outputs of equal size."""
         return tuple(sum(p) - d * (k - 1) for p, d, k in self._axes())
 
     @property
@@ -133,7 +133,7 @@ class Kernel:
 
     @property
     def is_channelwise_affine(self) -> bool:
-        """Whether the map is ``x · scale + shift`` per channel and nothing else, which BatchNorm in eval mode is."""
+        """Whether the map is ``x · scale + shift`` per channel and nothing else, such as a BatchNorm in eval mode."""
         return self.is_channelwise and not any(side for pair in self.padding for side in pair)
 
     @property
@@ -146,7 +146,7 @@ class Kernel:
         return list(zip(self.padding, self.dilation, self.kernel_size))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The map applied: ``(batch, in, *axes)`` to ``(batch, out, *axes)``; with no axes ``(…, in)`` to ``(…, out)``."""
+        """Apply the map: ``(batch, in, *axes)`` to ``(batch, out, *axes)``; with no axes, ``(…, in)`` to ``(…, out)``."""
         if self.dimensions == 0:
             return F.linear(x, self.ungroup().weight, self.bias)
         if self.transposed:
@@ -163,11 +163,11 @@ class Kernel:
         return CONV[self.dimensions](x, self.weight, self.bias, self.stride, around, self.dilation, self.groups)
 
     def to(self, like: Tensor | torch.dtype | torch.device | str) -> Kernel:
-        """The same kernel in another dtype or on another device."""
+        """Return this kernel in another dtype or on another device."""
         return replace(self, weight=self.weight.to(like), bias=None if self.bias is None else self.bias.to(like))
 
     def copy(self) -> Kernel:
-        """The same kernel in memory of its own, without gradients."""
+        """Return this kernel in memory of its own, without gradients."""
         bias = None if self.bias is None else self.bias.detach().clone()
         return replace(self, weight=self.weight.detach().clone(), bias=bias)
 
@@ -175,7 +175,7 @@ class Kernel:
 
     @staticmethod
     def diagonal(scale: Tensor, shift: Tensor | None, dimensions: int, padding: Padding | None = None) -> Kernel:
-        """``x · scale + shift`` per channel, both ``(channels,)``, after padding x."""
+        """Return the kernel of ``x · scale + shift`` per channel, both ``(channels,)``, after padding x."""
         channels = scale.shape[0]
         weight = scale.reshape((channels, 1) + (1,) * dimensions)
         ones = (1,) * dimensions
@@ -183,7 +183,7 @@ class Kernel:
 
     @staticmethod
     def identity(like: Tensor, *, channels: int, dimensions: int) -> Kernel:
-        """x itself."""
+        """Return the kernel of the identity: x itself."""
         return Kernel.diagonal(like.new_ones(channels), None, dimensions)
 
     @staticmethod
@@ -196,7 +196,7 @@ class Kernel:
         padding: Padding = (),
         area: int | None = None,
     ) -> Kernel:
-        """The mean over the window, padding counted: each channel's own window times ``1 / area`` (default: its size)."""
+        """Return the kernel of the mean over the window, padding counted: each channel's window times ``1 / area`` (default: its size)."""
         dimensions = len(kernel_size)
         weight = like.new_full((channels, 1, *kernel_size), 1 / (area or math.prod(kernel_size)))
         ones = (1,) * dimensions
@@ -205,7 +205,7 @@ class Kernel:
     # ---- the same map, written otherwise
 
     def widen(self, before: Ints, after: Ints) -> Kernel:
-        """The same map on a window with `before` and `after` more taps of zero on each axis."""
+        """Return the same map on a window with `before` and `after` more taps of zero on each axis."""
         self._refuse_transposed("widened")
         if min((*before, *after), default=0) < 0:
             raise NoKernel(f"a window can't be widened by {before} and {after} taps")
@@ -216,7 +216,7 @@ class Kernel:
         return replace(self, weight=F.pad(self.weight, sides), padding=padding)
 
     def densify(self, factors: Ints | None = None) -> Kernel:
-        """The same map with the dilation divided by its divisors `factors` (default: all of it), zeros between the taps."""
+        """Return the same map with the dilation divided by its divisors `factors` (default: all of it) and zeros between the taps."""
         self._refuse_transposed("densified")
         factors = factors or self.dilation
         if any(d % f for d, f in zip(self.dilation, factors)):
@@ -230,7 +230,7 @@ class Kernel:
         return replace(self, weight=weight, dilation=tuple(d // f for d, f in zip(self.dilation, factors)))
 
     def regroup(self, groups: int) -> Kernel:
-        """The same map with fewer groups, `groups` a divisor of the present number; what lay between groups is zero."""
+        """Return the same map with `groups` groups, a divisor of the present number. The weights between former groups are zero."""
         if groups == self.groups:
             return self
         self._refuse_transposed("regrouped")
@@ -244,7 +244,7 @@ class Kernel:
         return replace(self, weight=weight, groups=groups)
 
     def ungroup(self) -> Kernel:
-        """The same map with one group."""
+        """Return the same map with one group."""
         return self.regroup(1)
 
     def _refuse_transposed(self, what: str) -> None:
@@ -252,7 +252,7 @@ class Kernel:
             raise NoKernel(f"a transposed convolution can't be {what}")
 
     def _on_lattice(self, first: Ints, last: Ints, step: Ints) -> Kernel:
-        """The same map with taps from offset `first` to `last` in steps of `step`, per axis."""
+        """Return the same map with taps from offset `first` to `last` in steps of `step`, per axis."""
         fine = self.densify(tuple(d // s if k > 1 else 1 for d, s, k in zip(self.dilation, step, self.kernel_size)))
         fine = replace(fine, dilation=step)
         before = tuple((-p - f) // s for (p, _), f, s in zip(fine.padding, first, step))
@@ -283,7 +283,7 @@ class Kernel:
 
     @staticmethod
     def sum(kernels: Sequence[Kernel]) -> Kernel:
-        """The kernel of ``Σ kernel(x)``, of at least one; no further memory than two need."""
+        """Return the kernel of ``Σ kernel(x)``, for at least one kernel. It needs no more memory than a sum of two."""
         total = reduce(Kernel.add, kernels[:2])
         return reduce(partial(Kernel.add, over=True), kernels[2:], total)
 
@@ -293,15 +293,15 @@ class Kernel:
         return replace(self, weight=self.weight + other.weight, bias=_sum(self.bias, other.bias))
 
     def negate(self) -> Kernel:
-        """The kernel of ``-self(x)``."""
+        """Return the kernel of ``-self(x)``."""
         return replace(self, weight=-self.weight, bias=None if self.bias is None else -self.bias)
 
     def subtract(self, other: Kernel) -> Kernel:
-        """The kernel of ``self(x) - other(x)``."""
+        """Return the kernel of ``self(x) - other(x)``."""
         return self.add(other.negate())
 
     def fold_affine(self, scale: Tensor, shift: Tensor | None = None) -> Kernel:
-        """The kernel of ``scale · self(x) + shift``, both ``(out,)``: BatchNorm in eval mode, a gate, a layer scale."""
+        """Return the kernel of ``scale · self(x) + shift``, both ``(out,)``: BatchNorm in eval mode, a gate, a layer scale."""
         ones = (1,) * self.dimensions
         bias = _sum(None if self.bias is None else self.bias * scale, shift)
         if self.weight.is_meta:  # where even one operation takes long
@@ -313,7 +313,7 @@ class Kernel:
         return replace(self, weight=weight, bias=bias)
 
     def fold_affine_before(self, scale: Tensor, shift: Tensor | None = None) -> Kernel:
-        """The kernel of ``self(scale · x + shift)``, both ``(in,)``; a shift only where no zero padding comes between."""
+        """Return the kernel of ``self(scale · x + shift)``, both ``(in,)``. A shift is possible only if no zero padding comes between."""
         if shift is not None and (self.transposed or (self.padded and self.padding_mode == "zeros")):
             what = "a transposed convolution" if self.transposed else "the zero padding of the second map"
             raise NoKernel(f"the first map's bias does not reach the border: {what} stands between")
@@ -326,13 +326,13 @@ class Kernel:
         return replace(self, weight=weight, bias=bias)
 
     def _response(self, constant: Tensor) -> Tensor:
-        """What the map without its bias gives, ``(out,)``, for an input that is `constant`, ``(in,)``, everywhere."""
+        """Return the output ``(out,)`` of the map without its bias, for an input that is `constant` ``(in,)`` everywhere."""
         total = self.weight.reshape(*self.weight.shape[:2], -1).sum(2)
         per_group = total.reshape(self.groups, -1, self.weight.shape[1])
         return torch.einsum("goi,gi->go", per_group, constant.reshape(self.groups, -1)).flatten()
 
     def compose(self, second: Kernel) -> Kernel:
-        """The kernel of ``second(self(x))``."""
+        """Return the kernel of ``second(self(x))``."""
         _require_meeting(self, second)
         if second.is_channelwise_affine:
             return self.fold_affine(second.weight.flatten(), second.bias)
@@ -358,7 +358,7 @@ class Kernel:
 
     @staticmethod
     def concat(kernels: Sequence[Kernel]) -> Kernel:
-        """The kernel that gives the outputs of all `kernels` for one x, side by side along the channels."""
+        """Return the kernel that gives the outputs of all `kernels` for one x, side by side along the channels."""
         for other in kernels[1:]:
             kernels[0]._refuse_transposed("concatenated")
             other._refuse_transposed("concatenated")
@@ -372,13 +372,13 @@ class Kernel:
         return replace(parts[0], weight=torch.cat([part.weight for part in parts]), bias=bias, padding_mode=mode)
 
     def slice_channels(self, start: int, stop: int) -> Kernel:
-        """The kernel of the output channels from `start` up to `stop`."""
+        """Return the kernel of the output channels from `start` up to `stop`."""
         whole = self.ungroup()
         weight = whole.weight[:, start:stop] if self.transposed else whole.weight[start:stop]
         return replace(whole, weight=weight, bias=None if self.bias is None else self.bias[start:stop])
 
     def slice_inputs(self, start: int, stop: int) -> Kernel:
-        """What the input channels from `start` up to `stop` contribute to the output, without the bias."""
+        """Return the kernel of what the input channels from `start` up to `stop` contribute to the output, without the bias."""
         whole = self.ungroup()
         weight = whole.weight[start:stop] if self.transposed else whole.weight[:, start:stop]
         return replace(whole, weight=weight, bias=None)
@@ -391,12 +391,12 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _plus(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of two of one shape, which on the meta device is either."""
+    """Return the sum of two tensors of one shape. On the meta device either of them serves as the sum."""
     return a if a.is_meta and b.is_meta else a + b
 
 
 def _plus_in_place(a: Tensor, b: Tensor) -> Tensor:
-    """The same, written over `a` where that can be."""
+    """Return the sum of two tensors of one shape, written over `a` if `add_in_place` can do so."""
     return _plus(a, b) if a.is_meta else add_in_place(a, b)
 
 
@@ -432,7 +432,7 @@ def _common_padding_mode_of(mode: str | None, kernel: Kernel) -> str | None:
 
 
 def _taps_within(whole: Kernel, part: Kernel) -> tuple[EllipsisType | slice, ...] | None:
-    """Where in the window of one kernel the taps of another one lie; None if one of them lies elsewhere."""
+    """Return where the taps of `part` lie in the window of `whole`, or None if one of them lies elsewhere."""
     places: list[EllipsisType | slice] = [...]
     for axis, (size, own) in enumerate(zip(part.kernel_size, whole.kernel_size)):
         step = whole.dilation[axis]
@@ -446,7 +446,7 @@ def _taps_within(whole: Kernel, part: Kernel) -> tuple[EllipsisType | slice, ...
 
 
 def _align(kernels: list[Kernel]) -> list[Kernel]:
-    """The same maps with one window and one dilation: the coarsest lattice that holds every tap of every kernel."""
+    """Return the same maps with one window and one dilation: the coarsest lattice that holds every tap of every kernel."""
     first, last, step = [], [], []
     for axis in range(kernels[0].dimensions):
         taps = [(-k.padding[axis][0], k.dilation[axis], k.kernel_size[axis]) for k in kernels]
@@ -490,7 +490,7 @@ def _require_same_borders(first: Kernel, second: Kernel) -> None:
 
 
 def _composed_weight(first: Kernel, second: Kernel) -> tuple[Tensor, Ints]:
-    """The weight of ``second(first(x))``, and its dilation: the coarsest lattice that holds the sums of both maps' offsets."""
+    """Return the weight of ``second(first(x))`` and its dilation: the coarsest lattice that holds the sums of both maps' offsets."""
     dilation, spread, spread2 = [], [], []
     for axis, (k, k2) in enumerate(zip(first.kernel_size, second.kernel_size)):
         d, d2 = first.dilation[axis], second.dilation[axis] * first.stride[axis]

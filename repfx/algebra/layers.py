@@ -1,4 +1,4 @@
-"""What can be asked of a layer before it is read: its kind, its hooks, and whether it runs code of its own."""
+"""Questions about a layer before it is read: its kind, its hooks, and whether it runs code of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.B
 
 FROZEN_BATCH_NORMS = {"torchvision.ops.misc.FrozenBatchNorm2d", "detectron2.layers.batch_norm.FrozenBatchNorm2d"}
 
-# a BatchNorm, then the module's `drop`, then its `act`; with the class that does the first of these alone
+# classes that run a BatchNorm, then their `drop`, then their `act`; each with the class that is the BatchNorm alone
 ACTIVATED_BATCH_NORMS = {
     "timm.layers.norm_act.BatchNormAct2d": "torch.nn.BatchNorm2d",
     "timm.layers.norm_act.SyncBatchNormAct": "torch.nn.SyncBatchNorm",
@@ -38,7 +38,7 @@ CODE = ("__call__", "forward", "_conv_forward")  # the methods that say what a l
 
 
 def template_of(layer: Layer) -> Tensor:
-    """A tensor of the dtype and on the device of a layer's weight, which isn't computed for that if there is a parametrization.
+    """Return a tensor of the dtype and on the device of a layer's weight. A parametrized weight isn't computed for this.
 
     >>> template_of(nn.Conv2d(4, 4, 3).double()).dtype
     torch.float64
@@ -49,7 +49,7 @@ def template_of(layer: Layer) -> Tensor:
 
 
 def qualified_name(module: Layer) -> str:
-    """Module and name of a module's class."""
+    """Return the full name of a module's class, such as ``torch.nn.modules.conv.Conv2d``."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
@@ -69,12 +69,12 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def takes_batch_statistics(module: Layer) -> bool:
-    """Whether `module` is a BatchNorm that normalises by the batch in the mode that it is in."""
+    """Whether `module` is a BatchNorm that normalises by the batch in its present mode."""
     return is_batch_norm(module) and not is_frozen_norm(module) and (module.training or module.running_mean is None)
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
-    """Whether `module` is a BatchNorm whose numbers are buffers, the same map in both modes."""
+    """Whether `module` is a BatchNorm whose numbers are all buffers, so that it is the same map in both modes."""
     return qualified_name(module) in FROZEN_BATCH_NORMS
 
 
@@ -89,13 +89,13 @@ def has_tensors(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling `module` runs more than its forward."""
+    """Whether calling `module` runs hooks, its own or global ones, besides its forward."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(own or any(getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS))
 
 
 def code_of_its_own(module: nn.Module) -> str | None:
-    """Why calling `module` runs something else than the forward of its class, or None."""
+    """Why calling `module` runs something other than the forward of its class, or None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by TorchScript"
     if qualified_name(module) == "torch._dynamo.eval_frame.OptimizedModule":
@@ -108,16 +108,16 @@ def code_of_its_own(module: nn.Module) -> str | None:
 
 
 def has_call_of_its_own(module: nn.Module) -> bool:
-    """Whether the class of a module does more than torch's around its forward."""
+    """Whether the class of a module has a `__call__` other than torch's, which may do more than run its forward."""
     return type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule)
 
 
 def has_modes_of_its_own(module: nn.Module) -> bool:
-    """Whether putting a module into training or eval mode runs code of others than torch and repfx, which may write into its weights."""
+    """Whether a change of training or eval mode runs code from outside torch and repfx, which may write into the module's weights."""
     classes = [cls for cls in type(module).__mro__ if not cls.__module__.startswith(("torch.", "repfx."))]
     return any(name in vars(owner) for name in ("train", "eval") for owner in (module, *classes))
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether this one instance runs code that its class doesn't have."""
+    """Whether `module`, as an instance, has one of the methods in `CODE` in place of its class's."""
     return any(name in vars(module) for name in CODE)

@@ -1,8 +1,8 @@
-"""What a module means as a linear map: the exact class decides, never `isinstance` alone.
+"""Modules as linear maps: the exact class decides, never `isinstance` alone.
 
-A subclass that overrides `forward` may do anything (timm's `Conv2dSame` pads by the input's size), so a module means what its class in
-torch means only if it runs that class's own code. What can't be read says why. timm's BatchNorms that also activate are a case of
-their own (`repfx.algebra.activated_norm`).
+A subclass that overrides `forward` may do anything (timm's `Conv2dSame` pads by the input's size). So a module means what its class in
+torch means only if it runs that class's own code. `refusal_of` says why a layer can't be read. timm's BatchNorms that also activate are
+a case of their own (`repfx.algebra.activated_norm`).
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Meaning:
 
     Args:
         kind: ``conv`` (linear layers too), ``affine`` per channel, ``pool``, ``pad`` or ``identity``.
-        dimensions: spatial axes, 0 for a linear layer; None where any number is served.
-        in_channels: None where any number is served.
-        build: from a tensor to take dtype and device from, channels and dimensions, to the kernel; a conv's own are taken for None.
+        dimensions: number of spatial axes, 0 for a linear layer; None if any number fits.
+        in_channels: number of input channels; None if any number fits.
+        build: `build(like, channels, dimensions)` returns the kernel in the dtype and on the device of `like`; a conv's own for None.
         spare: whether the kernel is one that a rewrite has made, which the next may write over.
     """
 
@@ -71,7 +71,7 @@ def reads(*classes: type[nn.Module]) -> Callable[[Reader], Reader]:
 
 
 def torch_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class whose meaning is registered and whose own code `module` runs, or None.
+    """Return the registered class whose own code `module` runs, or None.
 
     >>> class Renamed(nn.Conv2d): ...
     >>> class Other(nn.Conv2d):
@@ -88,7 +88,7 @@ def torch_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 def meaning_of(module: nn.Module) -> Meaning | None:
-    """The linear map that `module` is in eval mode, or None; `refusal_of` says why a conv or BatchNorm is none."""
+    """Return the linear map that `module` is in eval mode, or None. `refusal_of` says why a conv or BatchNorm can't be read."""
     if refusal_of(module) is not None:
         return None
     if is_frozen_norm(module):
@@ -98,7 +98,10 @@ def meaning_of(module: nn.Module) -> Meaning | None:
 
 
 def _unchecked_meaning(module: nn.Module) -> Meaning | None:
-    """The same of a module that was read before, without what `torch.compile` can't follow."""
+    """Return the meaning of a module without the checks that `torch.compile` can't trace, such as those for hooks and patches.
+
+    Only for modules that `meaning_of` has accepted.
+    """
     if is_frozen_norm(module):
         return _read_batch_norm(module)
     known = [base for base in type(module).__mro__ if base in _READERS]
@@ -108,7 +111,7 @@ def _unchecked_meaning(module: nn.Module) -> Meaning | None:
 
 
 def kernel_of(module: nn.Module, like: Tensor, channels: int, dimensions: int) -> Kernel:
-    """The kernel of a linear module for inputs of `channels` channels and `dimensions` axes, in the dtype of `like`.
+    """Return the kernel of a linear module for inputs of `channels` channels and `dimensions` axes, in the dtype of `like`.
 
     Raises:
         InvalidInput: the module is no linear map.
@@ -122,7 +125,7 @@ def kernel_of(module: nn.Module, like: Tensor, channels: int, dimensions: int) -
 
 
 def refusal_of(module: Layer) -> str | None:
-    """Why a conv, linear layer or BatchNorm can't be read; None for what can be, and for all other modules."""
+    """Why a conv, linear layer or BatchNorm can't be read; None if it can be, and for all other modules."""
     if not (is_conv(module) or is_batch_norm(module) or isinstance(module, nn.Linear)):
         return None
     name = type(module).__name__
@@ -137,7 +140,7 @@ def refusal_of(module: Layer) -> str | None:
     if other is not None:
         return f"{name} has weights in {other}"
     if is_batch_norm(module) and module.running_mean is None:
-        return f"{name} keeps no running statistics, so it is no fixed map in eval mode either"
+        return f"{name} keeps no running statistics, so it isn't a fixed map even in eval mode"
     return None
 
 
@@ -148,7 +151,7 @@ def _nearest(module: nn.Module) -> str:
 
 
 def padding_of(conv: Layer) -> Padding:
-    """(before, after) per axis of a conv module, `padding="same"` as torch resolves it."""
+    """Return the padding of a conv module, (before, after) per axis; `padding="same"` is resolved as in torch."""
     if isinstance(conv.padding, str):
         totals = [d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size)]
         return tuple((total // 2, total - total // 2) for total in totals)
@@ -156,7 +159,7 @@ def padding_of(conv: Layer) -> Padding:
 
 
 def affine_of(norm: Layer, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, shift), each ``(channels,)``, of a BatchNorm in eval mode: s = γ / √(σ² + ε), β - μ·s."""
+    """Return (scale, shift), each ``(channels,)``, of a BatchNorm in eval mode: s = γ / √(σ² + ε) and β - μ·s."""
     if like.is_meta:  # where even one operation takes long
         return like.new_empty(norm.running_mean.shape), like.new_empty(norm.running_mean.shape)
     mean, variance = norm.running_mean.to(like), norm.running_var.to(like)
@@ -219,7 +222,7 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 @reads(nn.Identity, *_DROPOUTS)
 def _read_identity(module: nn.Module) -> Meaning | None:
-    """Dropout stays, so that a fused model can be trained with it, unless it drops nothing."""
+    """Read an Identity, or a Dropout that drops nothing. Any other Dropout stays, so that a fused model can be trained with it."""
     if getattr(module, "p", 0.0) > 0:
         return None
     return Meaning(
@@ -244,7 +247,7 @@ def _read_average_pool(pool: Layer) -> Meaning | None:
 def average_pool_meaning(
     dimensions: int, kernel_size: Ints, stride: Ints, padding: Ints, area: int | None = None
 ) -> Meaning:
-    """An average pool as a map."""
+    """Return the map of an average pool."""
 
     def build(like: Tensor, channels: int, _: int) -> Kernel:
         pairs = tuple((p, p) for p in padding)
@@ -261,7 +264,7 @@ def average_pool_meaning(
 
 
 def pad_meaning(padding: Padding, mode: str) -> Meaning:
-    """Padding as a map: the identity with padding."""
+    """Return the map of a padding: the identity with padding."""
 
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
         ones = (1,) * dimensions
@@ -272,7 +275,7 @@ def pad_meaning(padding: Padding, mode: str) -> Meaning:
 
 
 def per_axis(value: int | tuple[int, ...], dimensions: int) -> Ints:
-    """One number for each axis, from a number or a tuple as torch's modules hold it."""
+    """Return one number for each axis, from the number or the tuple that a torch module holds."""
     return (value,) * dimensions if isinstance(value, int) else tuple(value)
 
 
@@ -294,10 +297,10 @@ def _read_pad(module: Layer) -> Meaning | None:
 
 
 def wraps_the_rest(padding: Padding, mode: str) -> bool:
-    """Whether torch crops one side and fills the other with what is left, where a kernel would pad before it crops."""
+    """Whether torch crops one side and fills the other with what is left. A kernel would pad before it crops."""
     return mode == "circular" and any(min(pair) < 0 < max(pair) for pair in padding)
 
 
 def pairs_of(sides: tuple[int, ...]) -> Padding:
-    """torch's flat padding, last axis first, as (before, after) per axis."""
+    """Return torch's flat padding, which has the last axis first, as (before, after) per axis."""
     return tuple((sides[i], sides[i + 1]) for i in range(len(sides) - 2, -1, -2))

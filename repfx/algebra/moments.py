@@ -1,13 +1,13 @@
-"""`Moments`: mean and variance of a linear map's output, per channel; and how a conv is put in front of a BatchNorm by them.
+"""`Moments`: mean and variance of a linear map's output, per channel. They turn a kernel into a conv and the BatchNorm behind it.
 
-In training mode BatchNorm gives out mean β and variance γ², whatever it is fed. So where the moments of a map's output are
-known, conv + BatchNorm can stand for it in both modes: W and b the kernel, m and v the moments of its output,
+In training mode the output of a BatchNorm has mean β and variance γ², whatever the input is. So if the moments of a map's output are
+known, a conv and a BatchNorm can replace the map in both modes. With W and b the kernel, m and v the moments of its output:
 
     conv weight W, no bias;   μ = m - b,   σ² = v,   γ = √(v + ε),   β = m.
 
-A channel whose γ was negative stays so, with -W and -μ.
+A channel whose γ was negative keeps a negative γ, with -W and -μ.
 
-In eval mode this is W·x + b exactly, whatever m and v are. In training mode it is as right as they are. No γ is divided by.
+In eval mode this is W·x + b exactly, whatever m and v are. In training mode it is as accurate as they are. Nothing is divided by γ.
 """
 
 from __future__ import annotations
@@ -36,18 +36,21 @@ class Moments:
 
     @classmethod
     def after(cls, norm: Layer) -> Moments:
-        """Of a BatchNorm's output in training mode: β and γ² · σ² / (σ² + ε), which is γ² but for channels that hardly vary."""
+        """Return the moments of a BatchNorm's output in training mode: β and γ² · σ² / (σ² + ε).
+
+        The variance is near γ² unless the channel hardly varies.
+        """
         like = norm.running_mean
         gamma = torch.ones_like(like) if norm.weight is None else norm.weight.detach()
         beta = torch.zeros_like(like) if norm.bias is None else norm.bias.detach()
         return cls(beta.to(torch.float64, copy=True), gamma.double().square() * _share_of_variance(norm))
 
     def add(self, other: Moments) -> Moments:
-        """Of a sum: means add exactly, variances as if the terms were uncorrelated."""
+        """Return the moments of a sum. Means add exactly, variances as if the terms were uncorrelated."""
         return Moments(self.mean + other.mean, self.variance + other.variance)
 
     def affine(self, scale: Tensor, shift: Tensor | None) -> Moments:
-        """Of scale · y + shift."""
+        """Return the moments of scale · y + shift, for a y with these moments."""
         mean = self.mean * scale
         return Moments(mean if shift is None else mean + shift, self.variance * scale.square())
 
@@ -60,9 +63,9 @@ def _share_of_variance(norm: Layer) -> Tensor:
 
 @torch.no_grad()
 def set_kernel(conv: Layer, norm: Layer | None, kernel: Kernel, moments: Moments | None) -> None:
-    """Write a kernel into a conv and the BatchNorm behind it, in place; the parameters stay the same objects.
+    """Write a kernel into a conv and the BatchNorm behind it, in place. The parameters stay the same objects.
 
-    Without a BatchNorm the bias goes to the conv, which gets one where it had none.
+    If there is no BatchNorm, the bias goes to the conv, which gets one if it had none.
     """
     bias = kernel.weight.new_zeros(kernel.out_channels) if kernel.bias is None else kernel.bias
     if norm is None:
@@ -76,7 +79,7 @@ def set_kernel(conv: Layer, norm: Layer | None, kernel: Kernel, moments: Moments
     mean, variance = known.mean.to(bias.device), known.variance.to(bias.device)
     sign = torch.where(
         norm.weight < 0, -1.0, 1.0
-    ).double()  # stays, so that the weights' momentum still points their way
+    ).double()  # kept, so that the momentum of the weights still points their way
     conv.weight.copy_(kernel.weight if kernel.transposed else kernel.weight * _along(sign, kernel.weight))
     if kernel.transposed:
         sign = torch.ones_like(sign)
@@ -90,5 +93,5 @@ def set_kernel(conv: Layer, norm: Layer | None, kernel: Kernel, moments: Moments
 
 
 def _along(channels: Tensor, weight: Tensor) -> Tensor:
-    """For each output channel of a weight, in the weight's dtype."""
+    """Return one number per output channel in the dtype of a weight, shaped to multiply it."""
     return channels.to(weight).reshape(-1, *(1,) * (weight.ndim - 1))

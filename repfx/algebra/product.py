@@ -1,4 +1,4 @@
-"""The product of two convs' weights: the one weight of both, one after another."""
+"""The product of two convs' weights: the weight of the one conv that equals both in sequence."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {
 def product(
     first: Tensor, second: Tensor, groups: tuple[int, int], spread: tuple[int, ...], spread2: tuple[int, ...]
 ) -> Tensor:
-    """``W[o, i, t·f + t'·f'] += W'[o, m, t'] · W[m, i, t]``, which is one transposed conv.
+    """Return P with ``P[o, i, t·f + t'·f'] += W'[o, m, t'] · W[m, i, t]``, which is one transposed conv.
 
-    The channels m fall into *pieces* that lie within one group of each map, so that nothing is computed of what is zero anyway. With
-    g groups of the result, p·g of the first map and q·g of the second, one of p and q has to be 1; a group has p·q pieces.
+    The channels m fall into *pieces*. Each piece lies within one group of each map, so that weights that are zero anyway aren't computed.
+    The result has g groups, the first map p·g and the second q·g. One of p and q has to be 1. A group of the result has p·q pieces.
 
     Args:
         first: W, ``(middle, in / groups, *window)``.
         second: W', ``(out, middle / groups, *window)``.
-        groups: of each map.
-        spread, spread2: f and f', the distances of the taps of each map on their common lattice.
+        groups: number of groups of each map.
+        spread, spread2: f and f', the distances between the taps of each map on their common lattice.
     """
     common = math.gcd(*groups)
     p, q = groups[0] // common, groups[1] // common
     pieces = common * p * q
     out, channels, middle = second.shape[0] // groups[1], first.shape[1], first.shape[0] // pieces
     window, window2 = first.shape[2:], second.shape[2:]
-    if p == pieces and math.prod(window) == 1 and window2:  # the same sum as a conv over the second map's weights
+    if p == pieces and math.prod(window) == 1 and window2:  # a conv over the second map's weights gives this sum
         mix = first.reshape(pieces, middle, channels).transpose(1, 2).reshape(-1, middle, *window)
         return CONV[len(window2)](second, mix, groups=pieces)
     taps = second.reshape(common * q, out, p, middle, -1).transpose(1, 2).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What a model carries beside its tensors, and how it is written: notes, journal, report, provenance, files.
+"""Data that a model carries beside its tensors, and how it is written to files: notes, journal, report, provenance.
 
 Imports `repfx.errors` and nothing else of repfx. Begin with `journal` (what was done to a structure) and `report` (what a verb did).
 """

@@ -1,7 +1,7 @@
-"""What is done to a model's structure: `Action`, and the journal of those that were applied to a model, in order.
+"""`Action`, one change of a model's structure, and the journal: the actions that were applied to a model, in order.
 
 A base model and a journal make the same structure again, so a checkpoint needs no pickled code. Each pass that changes a model in place
-defines its action beside it and records it; the verbs that give out a new model give it an empty journal, for it is a base of its own.
+defines its action beside it and records it. The verbs that return a new model give it an empty journal, because it is a base of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Action:
 
     @property
     def moves_kernels(self) -> bool:
-        """Whether what the site computes is shared out otherwise among its conv, its BatchNorm and its branches."""
+        """Whether the action changes how the site's function is divided among its conv, its BatchNorm and its branches."""
         return True
 
     @property
@@ -71,12 +71,12 @@ class Action:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Action:
-        """The reverse of `to_dict`."""
+        """Make an action from the values that `to_dict` returned."""
         return cls(**values)
 
 
 def journal(model: nn.Module) -> tuple[Action, ...]:
-    """All that was done to the structure of a model since it was built, fused or restored, in order.
+    """Return the actions on the structure of a model since it was built, fused or restored, in order.
 
     >>> import repfx
     >>> model = repfx.expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "acb")
@@ -90,12 +90,12 @@ def journal(model: nn.Module) -> tuple[Action, ...]:
 
 
 def record(model: nn.Module, actions: Iterable[Action]) -> None:
-    """Add to the journal of a model what was done to it."""
+    """Add actions to the journal of a model."""
     keep(model, _ATTRIBUTE, (*journal(model), *actions))
 
 
 def forget(model: nn.Module) -> None:
-    """Empty the journal of a model: as it is now, it is a base."""
+    """Empty the journal of a model, so that the model as it is now is a base."""
     if journal(model):
         keep(model, _ATTRIBUTE, ())
 
@@ -104,14 +104,14 @@ def apply(model: nn.Module, actions: Iterable[Action], calibrate: Iterable[Any] 
     """Make changes in place, one after another.
 
     Raises:
-        RepfxError: an action doesn't fit the model; those of other kinds before it are done, and recorded.
+        RepfxError: an action doesn't fit the model. The actions of other kinds before it have been applied and recorded.
     """
     for kind, group in groupby(actions, lambda action: action.kind):
         ACTIONS[kind].apply(model, list(group), calibrate)
 
 
 def replay(model: nn.Module, actions: Iterable[Action]) -> None:
-    """Give a base model the structure that a journal describes, in place. What its new tensors hold is left to a checkpoint.
+    """Give a base model the structure that a journal describes, in place. The values of new tensors are left to a checkpoint.
 
     Raises:
         RepfxError: an action doesn't fit the model.
@@ -119,19 +119,19 @@ def replay(model: nn.Module, actions: Iterable[Action]) -> None:
     done, actions = journal(model), tuple(actions)
     for kind, group in groupby(actions, lambda action: action.kind):
         ACTIONS[kind].replay(model, list(group))
-    keep(model, _ATTRIBUTE, (*done, *actions))  # in the same order, also where several were done at once
+    keep(model, _ATTRIBUTE, (*done, *actions))  # in the given order, even where a kind made several changes at once
 
 
 def to_json(actions: Iterable[Action]) -> str:
-    """A journal as text."""
+    """Return a journal as text."""
     return json.dumps([action.to_dict() for action in actions])
 
 
 def from_json(text: str) -> tuple[Action, ...]:
-    """The reverse of `to_json`.
+    """Read a journal from the text that `to_json` returned.
 
     Raises:
-        InvalidInput: the text is no journal, or knows an action that this version doesn't.
+        InvalidInput: the text is no journal, or it has an action that this version doesn't know.
     """
     try:
         entries = json.loads(text)

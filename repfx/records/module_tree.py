@@ -12,16 +12,16 @@ from repfx.errors import InvalidInput
 
 
 def require_module(model: object) -> None:
-    """Raise `InvalidInput` for what is no module."""
+    """Raise `InvalidInput` if `model` is not a module."""
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"model is of type {type(model).__name__}, not a torch.nn.Module.")
 
 
 def attribute(root: nn.Module, path: str) -> Any:
-    """What a module holds at a path, module, parameter or anything else.
+    """Return what a module holds at a path: a module, a parameter or anything else.
 
     Raises:
-        AttributeError: nothing.
+        AttributeError: the module holds nothing at the path.
     """
     found: Any = root
     for part in path.split("."):
@@ -39,13 +39,13 @@ def has(root: nn.Module, path: str) -> bool:
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module | None:
-    """The module at a path, or None."""
+    """Return the module at a path, or None."""
     found = attribute(root, path) if has(root, path) else None
     return found if isinstance(found, nn.Module) else None
 
 
 def outer_paths(path: str) -> list[str]:
-    """The paths of all modules that what is at a path lies in, from the outside inwards.
+    """Return the paths of all modules around `path`, outermost first.
 
     >>> outer_paths("layer1.0.conv1")
     ['', 'layer1', 'layer1.0']
@@ -55,7 +55,7 @@ def outer_paths(path: str) -> list[str]:
 
 
 def fits(path: str, pattern: str) -> bool:
-    """Whether a path is what a pattern names; `*` goes over dots, too.
+    """Whether a path equals or matches a pattern; `*` also matches dots.
 
     >>> fits("layer1.0.conv1", "layer1.*"), fits("a[0]", "a[0]")
     (True, True)
@@ -64,7 +64,7 @@ def fits(path: str, pattern: str) -> bool:
 
 
 def module_paths(model: nn.Module) -> dict[int, list[str]]:
-    """Every path under which each module is registered or kept in a plain attribute, by the module's id."""
+    """Map each module's id to every path at which the module is registered or kept in a plain attribute."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
@@ -77,13 +77,13 @@ def module_paths(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _modules_in(value: Any) -> Iterator[nn.Module]:
-    """The modules that a plain attribute holds, alone or in a list, a tuple or a dict."""
+    """Return the modules that a plain attribute holds, alone or in a list, a tuple or a dict."""
     values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
     return (each for each in values if isinstance(each, nn.Module))
 
 
 def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a path whose parent exists; a path that doesn't gets empty modules on the way."""
+    """Put a module at a path, and make an empty module for each parent that doesn't exist."""
     parent_path, _, name = path.rpartition(".")
     parent = model
     for part in parent_path.split(".") if parent_path else []:

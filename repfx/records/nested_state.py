@@ -1,4 +1,4 @@
-"""Nested values, as `state_dict()` gives them, as JSON and named tensors apart: nothing is pickled, and all comes back as it was."""
+"""Nested values, such as `state_dict()` returns, split into JSON and named tensors. Nothing is pickled, and all comes back as it was."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _DICTS: dict[type, str] = {dict: "dict", OrderedDict: "dict", Counter: "counter"
 
 
 def take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON; the tensors in it go to `tensors` under names that begin with `name`, as copies on the CPU.
+    """Return the value as JSON, and copy its tensors to the CPU into `tensors`, under names that begin with `name`.
 
-    Numbers, text, None, lists, tuples, dicts and tensors are known; the kinds of containers and of keys are kept.
+    The value may hold numbers, text, None, lists, tuples, dicts and tensors. The types of containers and of keys are kept.
 
     Raises:
-        InvalidInput: there is something else in it.
+        InvalidInput: the value holds something else.
 
     >>> import torch
     >>> tensors = {}
@@ -31,13 +31,13 @@ def take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         if value.is_complex() or value.is_sparse or value.is_quantized:
             raise InvalidInput(f"{name} is a {value.dtype} tensor of layout {value.layout}, which can't be saved.")
-        while name in tensors:  # {1: …, "1": …}
+        while name in tensors:  # the keys 1 and "1" of one dict
             name += "'"
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
     if type(value) in _PLAIN:
         return value
-    if isinstance(value, float):  # numpy's
+    if isinstance(value, float):  # a subclass, such as numpy's float64
         return float(value)
     if type(value) in (list, tuple):
         kind = type(value).__name__
@@ -50,7 +50,7 @@ def take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The reverse of `take_apart`."""
+    """Rebuild the value that `take_apart` split into JSON and tensors."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()

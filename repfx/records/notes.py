@@ -13,14 +13,14 @@ from torch import fx, nn
 from repfx.errors import InvalidInput, first_line
 from repfx.records.module_tree import require_module
 
-_COPIED = "_user_preserved_attributes"  # torch.fx's name: all that copying keeps of a GraphModule's own attributes
-_NAMES = "repfx_notes"  # loading forgets the above, and keeps plain attributes
+_COPIED = "_user_preserved_attributes"  # torch.fx's name: a copied GraphModule keeps only these attributes of its own
+_NAMES = "repfx_notes"  # loading drops the above but keeps plain attributes
 
 
 def keep(module: nn.Module, name: str, value: object) -> None:
     """Let `module` carry `value` as its plain attribute `name`."""
     if name == _NAMES:
-        return  # kept by itself
+        return  # the calls for other names write it
     setattr(module, name, value)
     if isinstance(module, fx.GraphModule):
         names = tuple(dict.fromkeys((*vars(module).get(_NAMES, ()), name)))
@@ -29,7 +29,7 @@ def keep(module: nn.Module, name: str, value: object) -> None:
 
 
 def kept(module: nn.Module, name: str) -> object | None:
-    """What `module` carries under `name`, or None."""
+    """Return what `module` carries under `name`, or None."""
     found: object | None = vars(module).get(name)
     if found is None and isinstance(module, fx.GraphModule):
         return module.meta.get(_COPIED, {}).get(name)  # type: ignore[no-any-return]
@@ -37,13 +37,13 @@ def kept(module: nn.Module, name: str) -> object | None:
 
 
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
-    """A deep copy of a model, of one that was saved and loaded too, with all that its modules carry.
+    """Return a deep copy of a model with all that its modules carry, even if the model was saved and loaded before.
 
     Args:
-        memo: what stands for what in the copy, by the original's id, as `copy.deepcopy` takes it.
+        memo: objects that replace originals in the copy, by the original's id, as `copy.deepcopy` takes them.
 
     Raises:
-        InvalidInput: it is no module, or not all of it is copied.
+        InvalidInput: `model` is no module, or a part of it is not copied.
     """
     require_module(model)
     for module in model.modules():
@@ -62,21 +62,21 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
         for name, value in vars(module).items():
             if isinstance(value, FunctionType) and any(id(each) in originals for each in _enclosed_by(value)):
                 raise InvalidInput(
-                    f"{f'{path}.{name}'.lstrip('.')!r} is a function that was written around a part of the model, and copy.deepcopy "
-                    "doesn't copy it, so a copy would run the model itself: make it a method."
+                    f"{f'{path}.{name}'.lstrip('.')!r} is a function that closes over a part of the model. copy.deepcopy doesn't copy "
+                    "functions, so a copy would run the original's part: make it a method."
                 )
     return copied
 
 
 def _enclosed_by(function: FunctionType) -> Iterator[Any]:
-    """What a function knows from where it was written."""
+    """Yield the values that a function closes over."""
     for cell in function.__closure__ or ():
-        with suppress(ValueError):  # nothing is in it yet
+        with suppress(ValueError):  # the cell is still empty
             yield cell.cell_contents
 
 
 def copy_without_numbers(model: nn.Module) -> Any:
-    """The same with parameters and buffers on the meta device.
+    """Return a deep copy of a model, as `copy_of` does, with parameters and buffers on the meta device.
 
     Raises:
         InvalidInput: as `copy_of`.

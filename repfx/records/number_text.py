@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def engineering(number: float) -> str:
-    """Three digits and a unit.
+    """Format a number with three digits and a unit.
 
     >>> engineering(11181642), engineering(950)
     ('11.2 M', '950')
@@ -16,7 +16,7 @@ def engineering(number: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Two decimals, unless it is all or nothing.
+    """Format a share as a percentage with two decimals; all and nothing get none.
 
     >>> percent(0.98765), percent(1), percent(0)
     ('98.77 %', '100 %', '0 %')
@@ -25,7 +25,7 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that fits.
+    """Format a duration in the unit that fits.
 
     >>> duration(0.00231), duration(4.2), duration(250), duration(9000)
     ('2.31 ms', '4.2 s', '4.2 min', '2.5 h')
@@ -37,7 +37,7 @@ def duration(seconds: float) -> str:
 
 
 def short(value: float) -> str:
-    """Two digits in little room, without the leading zero.
+    """Format a number with two digits in little room, without the leading zero.
 
     >>> short(0.0123), short(0.5), short(1.04), short(12.3), short(0.0002), short(0)
     ('.012', '.50', '1.0', '12', '<.001', '0')
@@ -55,7 +55,7 @@ def short(value: float) -> str:
 
 
 def grouped(number: int) -> str:
-    """All digits, in threes, with narrow spaces between them.
+    """Format all digits of a number in groups of three, with narrow spaces between the groups.
 
     >>> grouped(11181642).split("\u202f")
     ['11', '181', '642']
@@ -64,7 +64,7 @@ def grouped(number: int) -> str:
 
 
 def plural(number: int, one: str, many: str | None = None) -> str:
-    """A number and what it counts.
+    """Format a number and the word for what it counts.
 
     >>> plural(1, "site"), plural(3, "site"), plural(2, "branch", "branches")
     ('1 site', '3 sites', '2 branches')

@@ -1,4 +1,4 @@
-"""Dataclasses as nested plain values, as a file holds them, and back, with errors that name the key."""
+"""Conversion of dataclasses to nested plain values, which a file can hold, and back, with errors that name the key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMES: dict[Any, str] = {str: "text", int: "a whole number", float: "a number",
 
 
 def to_plain(value: Any) -> Any:
-    """A dataclass as a dict, without what is None.
+    """Return a dataclass as a dict, without the fields that are None.
 
     >>> from repfx.data.dataset import DataSource
     >>> to_plain(DataSource("digits"))
@@ -31,10 +31,10 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: type[T], values: Any, where: str = "") -> T:
-    """The reverse of `to_plain`.
+    """Build a dataclass of type `kind` from the values that `to_plain` returns.
 
     Args:
-        where: the key of the whole, for errors.
+        where: key of `values` as a whole, for error messages.
 
     Raises:
         InvalidInput: a key is unknown or missing, or a value is of another type.
@@ -82,7 +82,7 @@ def _require(condition: bool, where: str, found: Any, needed: str) -> None:
 
 
 def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested values by dotted keys.
+    """Return nested values as one flat dict with dotted keys.
 
     >>> flat({"data": {"name": "digits"}, "spec": "dbb"})
     {'data.name': 'digits', 'spec': 'dbb'}

@@ -1,4 +1,4 @@
-"""Where a module that repfx made comes from, carried by the module itself."""
+"""The origin of a module that repfx made, carried by the module itself."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Provenance:
     """The origin of one module.
 
     Args:
-        rules: what made it, in the order in which it was done.
-        sources: paths, in the input model, of the modules that it was made from.
-        equals: path of the module in the input model whose output in eval mode is this one's too, if there is one.
+        rules: names of the rules that made the module, in the order in which they were applied.
+        sources: paths, in the input model, of the modules that the module was made from.
+        equals: path of the module in the input model that has the same output in eval mode, if there is one.
     """
 
     rules: tuple[str, ...] = ()
@@ -27,7 +27,7 @@ class Provenance:
 
 
 def attach(module: nn.Module, provenance: Provenance) -> None:
-    """Let the module carry this origin, through copying and pickling, in place of any that it carried.
+    """Let the module carry this origin, in place of any earlier one, through copying and pickling.
 
     >>> conv = nn.Conv2d(1, 1, 1)
     >>> attach(conv, Provenance(("fold_batch_norm",), ("conv", "bn"), "bn"))
@@ -38,6 +38,6 @@ def attach(module: nn.Module, provenance: Provenance) -> None:
 
 
 def provenance_of(module: nn.Module) -> Provenance | None:
-    """The origin that a module carries, or None."""
+    """Return the origin that a module carries, or None."""
     found = kept(module, _ATTRIBUTE)
     return found if isinstance(found, Provenance) else None

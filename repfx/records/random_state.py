@@ -12,7 +12,7 @@ import torch
 
 
 def read_random_state() -> dict[str, Any]:
-    """Where the random numbers of this process stand."""
+    """Return the state of this process's random numbers, those of numpy only if it is imported."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     state = {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
     if "numpy" in sys.modules:
@@ -22,7 +22,7 @@ def read_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Let them go on from there."""
+    """Set the random numbers of this process to a state that `read_random_state` returned."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What a pass did and what it left alone, as values: `Report`, kept with the model it describes."""
+"""`Report`: the changes that a pass made and the places it left alone, as values, kept with the model they describe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ATTRIBUTE = "repfx_report"
 
 @dataclass(frozen=True)
 class Edit:
-    """One change: which rule or pass made it, at which module path, from what."""
+    """One change: which rule or pass made it, at which module path, from which modules."""
 
     rule: str
     path: str
@@ -40,9 +40,9 @@ class Skip:
 
 @dataclass(frozen=True)
 class Report:
-    """What a pass did (`applied`), what it left alone and why (`skipped`), and which optional merges it decided against (`declined`).
+    """The changes of a pass (`applied`), what it left alone and why (`skipped`), and optional merges it decided against (`declined`).
 
-    `stays` has every conv and BatchNorm of a fused model, and why it is there.
+    `stays` lists every conv and BatchNorm of a fused model, and why it is there.
 
     >>> print(Report("expand", (Edit("expand", "conv1"),), (Skip("conv2", "the window is 1×1 already"),)))
     expand: 1 change, 1 left alone
@@ -57,7 +57,7 @@ class Report:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How often each rule was applied."""
+        """The number of times each rule was applied."""
         return dict(Counter(edit.rule for edit in self.applied))
 
     def require_all(self) -> None:
@@ -77,6 +77,6 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """The report of the last verb that made or changed this model; an empty one if there was none."""
+    """Return the report of the last verb that made or changed this model, or an empty report if there was none."""
     found = kept(model, _ATTRIBUTE)
     return found if isinstance(found, Report) else Report("nothing done yet")

@@ -1,4 +1,4 @@
-"""Where a file goes: found out before any slow work, and written whole or not at all."""
+"""Files whose path is checked before any slow work, and which are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from repfx.errors import InvalidInput
 
 @contextmanager
 def staged(path: str | os.PathLike[str], suffix: str = "") -> Iterator[tuple[Path, Path]]:
-    """The file's final path, and a path of the same name in a new folder beside it in which to build the file.
+    """Yield the file's final path, and a path of the same name in a new folder beside it, in which to build the file.
 
-    What stands in the folder when the block ends moves to the final path's folder; an error throws it away.
+    When the block ends, all files in the new folder move to the final path's folder. After an error they are deleted.
 
     Args:
-        suffix: that the file's name must have, as ``.onnx``.
+        suffix: ending that the file's name must have, such as ``.onnx``.
 
     Raises:
         InvalidInput: the path can't be written, or the finished file can't be moved there.
@@ -31,7 +31,7 @@ def staged(path: str | os.PathLike[str], suffix: str = "") -> Iterator[tuple[Pat
     with folder as name:
         staging = Path(name) / target.name
         yield target, staging
-        # The model last: whoever sees it sees the weights beside it too.
+        # The model moves last, so that whoever sees it sees the weights beside it too.
         for file in sorted(staging.parent.iterdir(), key=staging.__eq__):
             _move(file, target.parent / file.name)
 
@@ -39,11 +39,11 @@ def staged(path: str | os.PathLike[str], suffix: str = "") -> Iterator[tuple[Pat
 def _target(path: str | os.PathLike[str], suffix: str) -> Path:
     example = f"model{suffix}"
     if not isinstance(path, (str, os.PathLike)):
-        raise InvalidInput(f"path is of type {type(path).__name__}: give the name of a file, as {example!r}.")
+        raise InvalidInput(f"path is of type {type(path).__name__}: give the name of a file, such as {example!r}.")
     try:
         target = Path(path).resolve()
         if target.is_dir():
-            raise InvalidInput(f"{str(path)!r} is a folder: give a file in it, as {str(target / example)!r}.")
+            raise InvalidInput(f"{str(path)!r} is a folder: give a file in it, such as {str(target / example)!r}.")
         if suffix and target.suffix != suffix:
             raise InvalidInput(f"{str(path)!r} doesn't end in {suffix!r}, by which other tools know the format.")
         if not target.parent.is_dir():

@@ -134,5 +134,5 @@ def test_a_function_around_a_part_of_the_model_would_run_that_part_in_the_copy(v
         def forward(self, x: Tensor) -> Any:
             return self.block(x)
 
-    with pytest.raises(InvalidInput, match="'block' is a function that was written around a part of the model"):
+    with pytest.raises(InvalidInput, match="'block' is a function that closes over a part of the model"):
         verb(Wraps())

@@ -90,7 +90,9 @@ def _makes_new_tensor(node: fx.Node, root: nn.Module) -> bool:
 def require_tensor(value: object) -> None:
     """Raise InvalidInput unless `value` is a tensor. Traced code has asked whether it is one, and tracing answered yes."""
     if not isinstance(value, Tensor):
-        raise InvalidInput(f"this module was traced with a tensor where it is called with a {type(value).__name__}.")
+        raise InvalidInput(
+            f"this module was traced with a tensor and is called with a {type(value).__name__} instead: pass a tensor."
+        )
 
 
 def reads_only_the_form(node: fx.Node) -> bool:

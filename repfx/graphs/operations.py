@@ -1,4 +1,4 @@
-"""Linear maps in a graph: `read_op` reads a node as the linear map of one input (`Op`), be it a call of a module, a function or a method."""
+"""Linear maps in a graph: `read_op` reads a call of a module, function or method as the linear map of one input (`Op`)."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def _asks_for_a_class(frame: FrameType | None) -> bool:
     if frame is None:
         return False
     if _module_of(frame).startswith(("torch.autograd.function", "torch._functorch")):
-        raise TypeError("it calls a torch.autograd.Function, whose own backward pass a graph doesn't have")
+        raise TypeError("it calls a torch.autograd.Function, and a graph would lose its own backward pass")
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
     words = line if line else " ".join(frame.f_code.co_names)
     return any(word in words for word in ("isinstance", "__class__", "case ", "is_tensor"))

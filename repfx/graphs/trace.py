@@ -322,7 +322,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _sum_of_bits(weight: Tensor) -> int:
-    """Sum the bits of a parameter, read as integers; other values nearly always give another sum. The sum is 0 if there are no values to read."""
+    """Sum the bits of a parameter, read as integers; other values nearly always give another sum. 0 if there are none to read."""
     if weight.is_meta or weight.layout is not torch.strided:
         return 0
     real = torch.view_as_real(weight.detach()) if weight.is_complex() else weight.detach()

@@ -1,4 +1,4 @@
-"""Which tensors the nodes of a graph write into, share, or only ask for their shape."""
+"""Memory in a graph: which tensors its nodes write into, which they may share, and which they only ask for a shape."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ IN_PLACE_OPERATORS = (
 )
 _IN_PLACE = {operator.setitem, *(getattr(operator, name) for name in IN_PLACE_OPERATORS)}
 
-# functions whose results are tensors of their own, whatever they are given
+# functions that always return a new tensor
 _NEW = frozenset(
     {F.pad, F.linear, torch.cat, torch.stack, torch.matmul}
     | {getattr(torch, f"{kind}{n}d") for kind in ("conv", "conv_transpose") for n in (1, 2, 3)}
@@ -38,7 +38,7 @@ _NEW = frozenset(
 
 
 def mutated_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
-    """The node whose tensor this one changes in place, if it does."""
+    """Return the node whose tensor `node` changes in place, or None."""
     given = node.args[0] if node.args else node.kwargs.get("input")
     first = given if isinstance(given, fx.Node) else None
     if node.op == "call_module":
@@ -63,13 +63,13 @@ def _works_in_place(layer: nn.Module) -> bool:
 
 
 def has_code_of_others(node: fx.Node, root: nn.Module) -> bool:
-    """Whether a node calls a module with code that is not torch's, which may change tensors that the module holds."""
+    """Whether a node calls a module with code that is not torch's. Such code may change tensors that the module holds."""
     layers = root.get_submodule(str(node.target)).modules()
     return any(not type(layer).__module__.startswith("torch.") for layer in layers)
 
 
 def may_share_memory(node: fx.Node, root: nn.Module) -> set[fx.Node]:
-    """The nodes whose tensors `node` may be, whole or in part: itself alone where it surely makes a tensor of its own."""
+    """The nodes whose memory `node` may share, itself included; only itself if it certainly makes a new tensor."""
     found: set[fx.Node] = set()
     pending = [node]
     while pending:
@@ -88,13 +88,15 @@ def _makes_new_tensor(node: fx.Node, root: nn.Module) -> bool:
 
 
 def require_tensor(value: object) -> None:
-    """Refuse what is no tensor, where traced code asked and the graph took it for one."""
+    """Raise InvalidInput unless `value` is a tensor. Traced code has asked whether it is one, and tracing answered yes."""
     if not isinstance(value, Tensor):
-        raise InvalidInput(f"this module was traced with a tensor where it is called with a {type(value).__name__}.")
+        raise InvalidInput(
+            f"this module was traced with a tensor and is called with a {type(value).__name__} instead: pass a tensor."
+        )
 
 
 def reads_only_the_form(node: fx.Node) -> bool:
-    """Whether a node asks a tensor for its shape, dtype or device and for no number in it."""
+    """Whether a node asks only for the shape, dtype, device or class of a tensor, not for a number in it."""
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("shape", "ndim", "dtype", "device")
     if node.op == "call_function" and node.target is require_tensor:

@@ -1,6 +1,7 @@
-"""Padding by what a conv gives out for zero: ``F.pad`` with zeros, and then the border is written over, strip by strip, with the bias.
+"""Padding with the bias of a conv: ``F.pad`` adds zeros, then code writes the bias over the border, strip by strip.
 
-DBB and ECBSR pad so between a 1×1 and a k×k conv, which keeps the two one conv with padding in front.
+The bias is what the conv outputs for zeros. DBB and ECBSR pad in this way between a 1×1 and a k×k conv, so that the two equal one conv with
+padding in front.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from repfx.graphs.aliasing import reads_only_the_form
 from repfx.graphs.constants import Constants
 from repfx.graphs.operations import Op, per_channel
 
-CLOSE = 1e-12  # of what is the same but for rounding in float64
+CLOSE = 1e-12  # largest relative difference that counts as rounding in float64
 
 
 @dataclass(frozen=True)
 class Border:
-    """A padding node, the nodes that write its border, and what they write, ``(channels,)`` each."""
+    """A padding node, the nodes that write its border, and the values that each of them writes, ``(channels,)``."""
 
     padded: fx.Node
     writes: tuple[fx.Node, ...]
@@ -30,7 +31,7 @@ class Border:
 
 
 def read_border(node: fx.Node, padding: Padding, channels: int, constants: Constants) -> Border | None:
-    """The border of a padding by zeros, if all of it is written over with constants before anyone reads it."""
+    """Return the border of a padding by zeros, or None unless constants are written over all of it before another node reads it."""
     writes = [user for user in node.users if user.target is operator.setitem and user.args[0] is node]
     strips = {(axis, side): size for axis, pair in enumerate(padding) for side, size in enumerate(pair) if size}
     found = [_strip(write, len(padding)) for write in writes]
@@ -49,7 +50,7 @@ def read_border(node: fx.Node, padding: Padding, channels: int, constants: Const
 
 
 def _strip(write: fx.Node, dimensions: int) -> tuple[int, int, int] | None:
-    """Axis, side (0 before, 1 after) and width of the strip that a write fills; None if it is no strip of the border."""
+    """Return axis, side (0 before, 1 after) and width of the strip of the border that a write fills, or None if it fills none."""
     index: Any = write.args[1]
     if not isinstance(index, tuple) or len(index) != dimensions + 2 or not all(isinstance(s, slice) for s in index):
         return None
@@ -65,7 +66,10 @@ def _strip(write: fx.Node, dimensions: int) -> tuple[int, int, int] | None:
 
 
 def padded_before(conv: Op, padding: Padding, border: Border) -> Op | None:
-    """The conv that pads its input with zeros, where what is written on the border is what it then gives out there."""
+    """Return the conv with zeros padded around its input, or None unless it then outputs on the border what `border` writes.
+
+    The conv must be 1×1, of stride 1, without padding and not transposed.
+    """
     like = torch.empty((), dtype=torch.float64, device="cpu")
     kernel = conv.meaning.build(like, conv.meaning.in_channels or 0, len(padding))
     simple = all(size == 1 for size in (*kernel.kernel_size, *kernel.stride)) and not any(map(any, kernel.padding))

@@ -1,6 +1,6 @@
-"""What a graph computes from its parameters alone: numbers, tensors and sizes that are the same for every input.
+"""Constants of a graph: numbers, tensors and sizes that it computes from parameters alone, so they are the same for every input.
 
-A weight that is standardized, summed or masked in forward is such a tensor. It is computed in float64 from the parameters as they are.
+For example, a weight that forward standardizes, sums or masks is a constant. Constants are computed in float64 from the current parameters.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ class NotConstant(Exception):
 
 @dataclass(frozen=True)
 class _Varies:
-    """What is known of such a value; an error in its place would hold on to the frames that it went through, and to all in them."""
+    """The mark of a node that is not constant, with the reason.
+
+    Storing the exception instead would keep its traceback, and every tensor in it, alive.
+    """
 
     reason: str
 
 
-# calls whose result isn't given by their arguments
+# parts of the names of calls whose arguments don't determine the result
 _BY_CHANCE = (
     "rand",
     "normal",
@@ -68,13 +71,13 @@ class Constants:
         return any(target.startswith(f"{path}.") for target in self._changing)
 
     def number(self, value: Any) -> Tensor | float | None:
-        """A number or real tensor that depends on no input, or None."""
+        """Return a value as a number or real tensor if it depends on no input, else None."""
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         return self.tensor(value)
 
     def tensor(self, value: Any) -> Tensor | None:
-        """A real tensor that depends on no input, floating ones in float64, or None."""
+        """Return a value as a real tensor if it depends on no input, else None. Floating-point tensors are in float64."""
         try:
             found = self.literal(value)
         except NotConstant:
@@ -82,16 +85,16 @@ class Constants:
         return found if isinstance(found, Tensor) and not found.is_complex() else None
 
     def literal(self, value: Any) -> Any:
-        """Any value that depends on no input.
+        """Return a value of any type that depends on no input.
 
         Raises:
-            NotConstant: it does.
+            NotConstant: the value depends on the input, on chance, or on something that the graph changes.
         """
         found: Any = fx.node.map_arg(value, self._value_of)
         return found
 
     def depends_on_parameters_alone(self, node: fx.Node) -> bool:
-        """Whether a node can be left out where nothing uses it."""
+        """Whether a node is constant, so that it can be left out if nothing uses it."""
         try:
             self.literal(node)
         except NotConstant:
@@ -107,25 +110,25 @@ class Constants:
         return found
 
     def _compute(self, node: fx.Node) -> Any:
-        """The value of a node, or why it has none."""
+        """Compute the value of a node, or return the reason why it is not constant."""
         if node.op == "get_attr":
             if node.target in self._changing or any(str(node.target).startswith(f"{path}.") for path in self._own_code):
-                return _Varies(f"{node.target} is changed, or may be")
+                return _Varies(f"the graph changes {node.target}, or may change it")
             return _float64(attribute(self._root, str(node.target)))
         if not _is_pure(node) or mutated_by(node, self._root) is not None:
-            return _Varies(f"{node.name} is computed otherwise than from parameters")
+            return _Varies(f"{node.name} isn't computed from parameters alone")
         try:
             args, kwargs = self.literal(node.args), self.literal(node.kwargs)
             with torch.no_grad():
                 if node.op == "call_method":
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 return node.target(*args, **kwargs)  # type: ignore[operator]
-        except Exception as error:  # its operands may not fit each other in float64; then it is no constant for us
+        except Exception as error:  # operands may not fit together once they are float64; then the node is no constant
             return _Varies(str(error))
 
 
 def _is_pure(node: fx.Node) -> bool:
-    """Whether a node calls something of torch or Python that neither draws random numbers nor creates tensors with none in them."""
+    """Whether a node calls a function of torch or Python that neither draws random numbers nor creates uninitialised tensors."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if (any(part in name for part in _BY_CHANCE) and name != "normalize") or not node.all_input_nodes:
         return False
@@ -136,7 +139,7 @@ def _is_pure(node: fx.Node) -> bool:
 
 
 def _float64(value: Any) -> Any:
-    """As a tensor of the same place; float64 where numbers with a fraction are held."""
+    """Detach a tensor and, if it is floating-point and not on mps, convert it to float64. Return any other value as it is."""
     if not isinstance(value, Tensor):
         return value
     wide = value.is_floating_point() and value.device.type != "mps"

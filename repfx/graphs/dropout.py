@@ -1,4 +1,4 @@
-"""Calls such as ``F.dropout(x, training=self.training)``: a trace would bake the mode, a dropout module follows it."""
+"""Dropout calls such as ``F.dropout(x, training=self.training)``: a trace would fix their mode, so dropout modules replace them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MODULES: dict[object, type[nn.Module]] = {
 
 
 def let_dropout_follow_the_mode(training: fx.Graph, evaluation: fx.Graph, taken: set[str]) -> dict[str, nn.Module]:
-    """Replace, in the graphs of both modes, each dropout that is on in the one and off in the other by a module's call.
+    """Replace each dropout call that is on in training and off in eval mode by the call of a dropout module, in the graphs of both modes.
 
-    Returns the modules, under names that are not among `taken`.
+    Return the modules by name. No name is among `taken`.
     """
     made: dict[str, nn.Module] = {}
     free = (name for index in range(len(taken) + len(training.nodes)) if (name := f"dropout_{index}") not in taken)
@@ -39,7 +39,10 @@ def let_dropout_follow_the_mode(training: fx.Graph, evaluation: fx.Graph, taken:
 
 
 def _as_module(node: fx.Node, training: bool) -> nn.Module | None:
-    """The module that does what a call does whose argument `training` says what the mode is."""
+    """Return the dropout module that does what a dropout call does, or None.
+
+    The call's own argument `training` must equal `training`, which is the mode of its graph.
+    """
     if node.op != "call_function" or node.target not in MODULES or len(node.all_input_nodes) != 1:
         return None
     call = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]

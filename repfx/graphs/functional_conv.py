@@ -1,6 +1,7 @@
-"""Convs written as a function's call, whose weight is a parameter or computed from parameters alone: each can be a plain conv.
+"""Convs written as function calls, such as ``F.conv2d(x, self.weight)``, that can each become a plain conv.
 
-So can conv classes with a forward of their own, as those that standardize their weight first, since tracing goes into them.
+Their weight must be a parameter or depend on parameters alone. A conv class with a forward of its own, such as one that
+standardizes its weight first, can become a plain conv, too, because tracing goes into it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _conv_transpose(
 ) -> None: ...
 
 
-# the dimensions, and the arguments, of which torch's own functions don't tell
+# dimensions and arguments of each function; `inspect` can't read the arguments from torch's functions
 _FUNCTIONS: dict[Any, tuple[int, Callable[..., None]]] = {
     F.conv1d: (1, _conv),
     F.conv2d: (2, _conv),
@@ -56,7 +57,10 @@ def is_functional_conv(node: fx.Node) -> bool:
 
 
 def read_functional_conv(node: fx.Node, constants: Constants) -> Op | None:
-    """The conv with the weight that it has now; None where weight or sizes depend on the input."""
+    """Read a functional conv with its current weight.
+
+    Return None if weight or sizes depend on the input, or if the weight may have a dtype of its own.
+    """
     if not is_functional_conv(node):
         return None
     dimensions, _ = _FUNCTIONS[node.target]
@@ -113,13 +117,16 @@ def _kernel(
 
 
 def _per_axis(size: Any, dimensions: int) -> Ints:
-    """torch's functions take a number, a sequence of one for all axes, or one for each."""
+    """Return one size for each axis. torch's functions take a number or a sequence of one for all axes, or one number for each axis."""
     sizes = (size,) if isinstance(size, int) else tuple(size)
     return sizes * dimensions if len(sizes) == 1 else sizes
 
 
 def settings_of(node: fx.Node, root: nn.Module) -> Layer:
-    """What a plain conv takes over beside the kernel, as a conv would have it: dtype, device, whether it is trained and has a bias."""
+    """Return the settings that a plain conv takes over beside the kernel: dtype, device, whether it is trained and whether it has a bias.
+
+    They are attributes of the result, under the names that they have on a conv.
+    """
     call = _arguments(node)
     found = [attribute(root, str(source.target)) for source in _parameters(call["weight"])]
     weights = [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.is_floating_point()]
@@ -129,13 +136,13 @@ def settings_of(node: fx.Node, root: nn.Module) -> Layer:
 
 
 def _has_a_dtype_of_its_own(weight: fx.Node, constants: Constants) -> bool:
-    """Whether a weight isn't in the dtype of the parameters that it is computed from."""
+    """Whether a weight may have another dtype than the parameters that it is computed from."""
     casts = any(node.op == "call_method" and node.target in _CASTS for node in _origins(weight))
     return casts or any(constants.literal(source).is_complex() for source in _parameters(weight))
 
 
 def is_shared(node: fx.Node) -> bool:
-    """Whether something else in the graph reads the weight, too."""
+    """Whether another node of the graph reads the weight, or a parameter that the weight is computed from."""
     weight = _arguments(node)["weight"]
     own = set(_origins(weight))
     names = {source.target for source in _parameters(weight)}
@@ -151,7 +158,7 @@ def _parameters(node: fx.Node) -> list[fx.Node]:
 
 
 def _origins(node: fx.Node) -> list[fx.Node]:
-    """All that a node is computed from, itself among them."""
+    """All nodes that a node is computed from, itself included."""
     found: dict[fx.Node, None] = {}
     pending = [node]
     while pending:
@@ -163,7 +170,11 @@ def _origins(node: fx.Node) -> list[fx.Node]:
 
 
 def path_for(node: fx.Node, root: nn.Module, taken: Collection[str]) -> str:
-    """Where the plain conv goes: in the place of the conv whose code this is, or else beside the code that calls the function."""
+    """Choose the path of the plain conv that replaces a functional one.
+
+    It is the path of the conv module whose code `node` is, if that code calls no other functional conv and the path isn't taken.
+    Otherwise it is a new path inside the module whose code calls the function.
+    """
     owner = _owner(node)
     alone = [other for other in node.graph.nodes if is_functional_conv(other) and _owner(other) == owner] == [node]
     if owner and alone and owner not in taken and is_conv(root.get_submodule(owner)):

@@ -16,7 +16,8 @@ CONV_FUNCTIONS = frozenset(f"{name}{n}d" for name in ("conv", "conv_transpose") 
 def is_container(module: nn.Module) -> bool:
     """Whether code around a module may index it or iterate over it, so that it has to stay what it is.
 
-    A sequence of mere layers does so as an island too, and a list or dict that is run itself is first of all a module.
+    A sequence of layers alone is no container here, because it stays what it is as an island, too. Nor is a list or dict with a forward of
+    its own, because it is run as a module.
     """
     if holds_modules(module):
         return type(module).forward is nn.Module.forward
@@ -35,7 +36,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether there is nothing in a module to trace: a layer of torch, or neither conv nor BatchNorm in it."""
+    """Whether a module has nothing inside to trace: it is a layer of torch, or it holds neither a conv nor a BatchNorm."""
     if is_conv(module):
         return torch_class(module) is not None or not calls_conv(module)
     if is_batch_norm(module):
@@ -46,7 +47,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def stays_whole(module: nn.Module) -> str | None:
-    """Why tracing can't go into a module, whatever its code is, or None."""
+    """Why tracing can't go into a module, or None. This can be told before its code is traced."""
     if has_hooks(module):
         return "it has hooks, which would no longer run"
     if _calls(module, _AUTOCAST):
@@ -61,7 +62,10 @@ def calls_conv(module: nn.Module) -> bool:
 
 
 def _calls(module: nn.Module, names: frozenset[str]) -> bool:
-    """Whether the code of a module calls a function by one of these names; that of a graph would have to be parsed for each graph."""
+    """Whether the code of a module calls a function by one of these names.
+
+    For a GraphModule the nodes are read, because its code would have to be parsed for each graph.
+    """
     if isinstance(module, fx.GraphModule):
         return any(getattr(node.target, "__name__", None) in names for node in module.graph.nodes)
     return calls(type(module), names)  # type: ignore[arg-type]

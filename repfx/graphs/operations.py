@@ -1,4 +1,4 @@
-"""Which nodes of a graph are linear maps of one input, and which map each is (`Op`); conv modules and `F.` calls alike."""
+"""Linear maps in a graph: `read_op` reads a call of a module, function or method as the linear map of one input (`Op`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from repfx.graphs.vocabulary import ARITHMETIC, NEGATIONS, PRODUCTS, QUOTIENTS, 
 
 @dataclass(frozen=True)
 class Op:
-    """A node that is a linear map of `source`; `inner` are the nodes between the two, the last first."""
+    """A node that is a linear map of `source`. `inner` holds the nodes between the two, the last one first."""
 
     node: fx.Node
     source: fx.Node
@@ -38,7 +38,7 @@ class Op:
 
 
 def read_op(node: fx.Node, root: nn.Module, constants: Constants | None = None) -> Op | None:
-    """The node as a linear map, or None."""
+    """Read a node as a linear map, or return None."""
     constants = constants or Constants(node.graph, root)
     if node.op == "call_module":
         meaning = meaning_of(root.get_submodule(str(node.target)))
@@ -55,7 +55,7 @@ def read_op(node: fx.Node, root: nn.Module, constants: Constants | None = None) 
 
 
 def split(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The input of a call, which may be written as `input=`; and the other arguments."""
+    """Split the arguments of a call into its input, which may be written as `input=`, and the others, by position and by keyword."""
     if node.args:
         return node.args[0], node.args[1:], node.kwargs
     keywords = dict(node.kwargs)
@@ -133,7 +133,7 @@ _ScaleAndShift = tuple[Tensor, Tensor | None]
 def _map_with_constant(
     target: Any, left: Tensor | float | None, right: Tensor | float | None
 ) -> Callable[[Tensor], _ScaleAndShift] | None:
-    """(scale, shift) of ``left ∘ x`` or ``x ∘ right``."""
+    """Return a function that gives (scale, shift) of ``left ∘ x`` or ``x ∘ right``, or None for ``left / x``."""
     value = right if left is None else left
     if target in PRODUCTS:
         return lambda like: (_tensor(value, like), None)
@@ -162,12 +162,18 @@ def _affine(scale_and_shift: Callable[[Tensor], _ScaleAndShift]) -> Meaning:
 
 
 def per_channel(value: Tensor, channels: int, dimensions: int) -> Tensor:
-    """A constant as it broadcasts against ``(batch, channels, *axes)``, as ``(channels,)``."""
+    """Return a constant that broadcasts against ``(batch, channels, *axes)`` as a vector ``(channels,)``.
+
+    Raises:
+        NoKernel: the constant varies along another axis, or its number of channels doesn't fit.
+    """
     shape = (1,) * (dimensions + 2 - value.ndim) + tuple(value.shape)
     if (
         len(shape) > dimensions + 2
         or any(size != 1 for size in (shape[0], *shape[2:]))
         or shape[1] not in (1, channels)
     ):
-        raise NoKernel(f"a constant of shape {tuple(value.shape)} is no scale or shift of each of {channels} channels")
+        raise NoKernel(
+            f"a constant of shape {tuple(value.shape)} isn't one number, or one for each of {channels} channels"
+        )
     return value.reshape(-1).expand(channels)

@@ -1,4 +1,7 @@
-"""What code sees in place of a tensor while it is traced: it records what is done to a value, and is taken for nothing else than it is."""
+"""Proxies: the objects that code sees in place of tensors while it is traced.
+
+A proxy records what code does to a value, and refuses what a graph can't record.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,24 @@ from torch import Tensor, fx, nn
 
 from repfx.graphs.aliasing import IN_PLACE_OPERATORS, require_tensor
 
-_INSTANCE_CHECKS = ("abc", "torch.nn.parameter")  # where `isinstance` of some classes is written in Python
+_INSTANCE_CHECKS = ("abc", "torch.nn.parameter")  # modules whose Python code answers `isinstance` for some classes
 
 _OWN = frozenset({"__dict__", "tracer", "node", "_node", "root", "attr"})
 
 
 class ValueProxy(fx.Proxy):
-    """Records what code does to a value in place, and doesn't let it take a value for something else than it is.
+    """A proxy that records in-place changes, answers `isinstance` like a tensor, and refuses what a graph can't record.
 
-    torch.fx's own proxy takes ``x += y`` for ``x = x + y``, which leaves x as it was; says that it is no tensor; and lets code assign
-    attributes, or write its shape into a text, as if nothing had happened.
+    torch.fx's own proxy takes ``x += y`` for ``x = x + y``, which leaves x as it was. It says that it is no tensor. It lets code assign
+    attributes, or format its shape as text, as if nothing had happened.
     """
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """What `isinstance` looks at: a tensor, of which the graph makes sure where it runs."""
+        """The class that the model's Python code sees: Tensor, or the known type of a size. Other code sees the proxy's own class.
+
+        If the answer is Tensor, the graph checks at each call that the value is one.
+        """
         frame = _asking_frame()
         if _is_tracing(frame) or not _asks_for_a_class(frame):
             return type(self)
@@ -69,7 +75,7 @@ for _name in IN_PLACE_OPERATORS:
 
 
 def _asking_frame() -> FrameType | None:
-    """Where the code runs that called the caller of this; of a question that Python code passes on, where it was asked."""
+    """The frame that asked: two frames up, skipping modules such as `abc` that only forward an `isinstance` call."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") in _INSTANCE_CHECKS:
         frame = frame.f_back
@@ -77,20 +83,22 @@ def _asking_frame() -> FrameType | None:
 
 
 def _is_tracing(frame: FrameType | None) -> bool:
-    """Whether it is the tracer's code that runs there, not the model's."""
+    """Whether a frame runs the tracer's code, not the model's."""
     return frame is not None and _module_of(frame).startswith(("torch.fx", "repfx."))
 
 
 def _asks_for_a_class(frame: FrameType | None) -> bool:
-    """Whether Python code asks for a value's class, not one of torch's functions in C++, which would take a proxy for a tensor in memory.
+    """Whether Python code asks for a value's class, and not one of torch's functions in C++.
+
+    Such a function must not be told Tensor, because it would take the proxy for a tensor in memory.
 
     Raises:
-        TypeError: it is a `torch.autograd.Function` that asks, whose own backward pass a graph of its forward would lose.
+        TypeError: a `torch.autograd.Function` asks. A graph of its forward would lose its own backward pass.
     """
     if frame is None:
         return False
     if _module_of(frame).startswith(("torch.autograd.function", "torch._functorch")):
-        raise TypeError("it calls a torch.autograd.Function, whose own backward pass a graph doesn't have")
+        raise TypeError("it calls a torch.autograd.Function, and a graph would lose its own backward pass")
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
     words = line if line else " ".join(frame.f_code.co_names)
     return any(word in words for word in ("isinstance", "__class__", "case ", "is_tensor"))
@@ -101,7 +109,7 @@ def _module_of(frame: FrameType) -> str:
 
 
 def _known_type(node: fx.Node) -> type | None:
-    """The type of sizes and what is computed from them; None for all else."""
+    """The type of a node that is a shape, size, dtype or device, or is computed from sizes; None for any other node."""
     if node.op == "call_function" and node.target is getattr:
         return {"shape": torch.Size, "ndim": int, "dtype": torch.dtype, "device": torch.device}.get(str(node.args[1]))
     if node.op == "call_method" and node.target in ("size", "dim", "numel", "ndimension", "nelement"):
@@ -120,11 +128,11 @@ def _known_type(node: fx.Node) -> type | None:
 
 
 class _Attribute(ValueProxy, fx.proxy.Attribute):
-    """``x.name``, of which it isn't known yet whether it is called."""
+    """The value of ``x.name``, as long as it isn't known whether code calls it."""
 
 
 class ParameterProxy(ValueProxy):
-    """A parameter or buffer, of which the sizes are known."""
+    """A parameter or buffer. Its sizes are known, so code gets them as numbers and can iterate over it."""
 
     def __iter__(self) -> Iterator[Any]:
         whole: Any = self
@@ -153,5 +161,6 @@ class ParameterProxy(ValueProxy):
     def _tensor(self) -> Tensor:
         tracer: Any = self.tracer
         path, _, name = str(self.node.target).rpartition(".")
-        owner: nn.Module = tracer.root.get_submodule(path)  # whose attributes are proxies while tracing runs
+        # read from the dicts below, because the owner's attributes are proxies while tracing runs
+        owner: nn.Module = tracer.root.get_submodule(path)
         return {**owner._parameters, **owner._buffers}[name]  # type: ignore[return-value]

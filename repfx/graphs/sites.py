@@ -1,4 +1,4 @@
-"""Sites: where the convs of a model sit, with the BatchNorm that only they feed, the branches they have, or why they are left alone."""
+"""Sites: where the convs of a model sit. Each has the BatchNorm that only its conv feeds, and its branches or why it has none."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Site:
     """One conv of a model.
 
     Args:
-        path: of the conv, or of the block that stands for it.
-        conv: its sizes; None where they can't be read.
-        norm: path of the BatchNorm that only this conv feeds.
+        path: path of the conv, or of the block that replaces it.
+        conv: sizes of the conv; None if they can't be read.
+        norm: path of the BatchNorm that only this conv feeds, or None.
         branches: names of the branches beside the conv; empty for a plain conv.
-        block: path of the block whose branch this conv is part of, if it is.
-        refusal: why this conv can't be expanded.
-        note: what a spec would do here, or why the last `expand` left it alone.
+        block: path of the block that has this conv inside one of its branches, or None.
+        refusal: reason why this conv can't be expanded, or None.
+        note: summary of what a spec would do here, or the reason why the last `expand` left the conv alone.
     """
 
     path: str
@@ -51,13 +51,13 @@ class Site:
 
     @property
     def outcome(self) -> str:
-        """The branches, or in brackets why there are none."""
+        """The names of the branches, or in brackets the reason why there are none."""
         return ", ".join(self.branches) or f"({self.refusal or self.note or 'plain'})"
 
 
 @dataclass(frozen=True)
 class SiteTable:
-    """The sites of a model, in order; printed, a table."""
+    """The sites of a model, in order. `print` shows them as a table."""
 
     sites: tuple[Site, ...]
 
@@ -78,7 +78,7 @@ class SiteTable:
 
 
 def sites(model: nn.Module, spec: SpecLike | Architecture | None = None) -> SiteTable:
-    """The sites of a model: path, conv, branches, or why a conv was left alone; with `spec`, what it would add.
+    """List the sites of a model: path, conv, and branches or the reason why a conv was left alone. With `spec`, show what it would add.
 
     >>> print(sites(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 8, 2)), "repvgg"))
     site  conv     branches
@@ -173,7 +173,7 @@ def _as_now(site: Site, model: nn.Module) -> Site:
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """All sites, those inside blocks too."""
+    """List all sites of a model, including those inside blocks."""
     traces = trace(model)
     read = _read_elsewhere(traces)
     registered = module_paths(model)
@@ -203,13 +203,13 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 @dataclass(frozen=True)
 class _Code:
-    """The code around a layer: what it reads and asks for, and why nothing in it can be changed, if so."""
+    """The code around a layer: what it reads and asks for, and the reason why nothing inside it can be changed (`closed`), or None."""
 
     around: Around = field(default_factory=Around)
     closed: str | None = None
 
     def refusal(self, conv: nn.Module, *, called: bool) -> str | None:
-        """Why a conv can't become a block; `called` is whether a graph calls it."""
+        """Why a conv can't become a block, or None. `called` says whether a graph calls the conv."""
         asked = asked_for(conv, self.around.classes)
         if asked is not None:
             return f"code around it asks whether it is a {asked}"
@@ -218,7 +218,7 @@ class _Code:
         return self.closed
 
     def needs_norm(self, path: str, norm: nn.Module) -> bool:
-        """Whether a BatchNorm has to stay where it is."""
+        """Whether the code needs a BatchNorm to stay where it is."""
         if path.rpartition(".")[2] in self.around.sets_modes:
             return True
         return asked_for(norm, self.around.classes) is not None or bool(_OF_NORMS & self.around.names)
@@ -228,7 +228,10 @@ _OF_NORMS = frozenset({"eps", "momentum", "num_features", "running_mean", "runni
 
 
 def _code_around(model: nn.Module) -> dict[str, _Code]:
-    """For each module, by path, the code of all that it lies in, but for that of blocks, which serve what becomes of their parts."""
+    """Map the path of each module to the code of all modules that it lies in.
+
+    The code of blocks is left out, because it works with whatever their parts become.
+    """
     found = {"": _Code()}
     for path, module in model.named_modules():
         code = found.get(path, _Code())
@@ -281,9 +284,9 @@ def _read_elsewhere(traces: Traces) -> set[str]:
 def _own_norms(
     model: nn.Module, traces: Traces, calls: Counter[str], registered: dict[int, list[str]], read: set[str]
 ) -> dict[str, str]:
-    """For each conv that is called once, and feeds one BatchNorm called once and nothing else: that BatchNorm's path.
+    """Map the path of each conv that feeds one BatchNorm and nothing else to the path of that BatchNorm. Both are called once.
 
-    A BatchNorm whose tensors are read by other code, as DBB's padding reads them, belongs to that code.
+    A BatchNorm whose tensors other code reads belongs to that code. DBB's padding, for example, is such code.
     """
     pairs: dict[str, str] = {}
     for island in traces.islands:
@@ -297,7 +300,7 @@ def _own_norms(
 
 
 def _conv_and_norm(node: fx.Node, island: Island, model: nn.Module) -> tuple[str, str] | None:
-    """The paths of a conv and of the BatchNorm that this node calls on its output, if they belong together."""
+    """Return the paths of a conv and of the BatchNorm that `node` calls on its output, or None unless the conv feeds nothing else."""
     if node.op != "call_module" or len(node.all_input_nodes) != 1:
         return None
     before = node.all_input_nodes[0]

@@ -1,6 +1,6 @@
-"""What code does that isn't traced, read from its text: what it takes from inside its children, and whether it writes in place.
+"""Code that isn't traced, read from its text: what it takes from inside its children, and whether it writes in place.
 
-Such code runs as it is, so a layer that it takes from inside a child, as in ``self.stem.conv(x)``, has to stay what it is.
+Such code runs as it is. So a layer that it takes from inside a child, as in ``self.stem.conv(x)``, has to stay what it is.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from repfx.algebra.layers import is_batch_norm, is_conv, is_plain_sequence
 
 @dataclass(frozen=True)
 class Around:
-    """What code that can't be traced, around a module, reads of it or of what is in it.
+    """Facts about untraceable code around a module: what it reads of the module, or of the modules inside it.
 
     Args:
-        names: attributes that it reads from anything but itself.
-        classes: names of classes that it asks for with `isinstance`.
-        taken_apart: its own attributes that it does more with than call them: it may index them or iterate over them.
-        indexes: whether it calls what it has indexed, as in ``layers[0](x)``.
-        lists_children: whether it goes through children by their order.
-        sets_modes: its own attributes that its `train` mentions: a BatchNorm that stays frozen, say.
-        passes_more: whether it calls what may be a module with more than one argument, or by keyword.
+        names: names of attributes that the code reads from anything but `self`.
+        classes: names of classes that the code asks for with `isinstance`.
+        taken_apart: names of attributes of `self` that the code does more with than call them; it may index them or iterate over them.
+        indexes: whether the code calls the result of an index, as in ``layers[0](x)``.
+        lists_children: whether the code goes through children by their order.
+        sets_modes: names of attributes of `self` that its `train` mentions, for example a BatchNorm that stays frozen.
+        passes_more: whether the code gives something that may be a module more than one argument, or an argument by keyword.
     """
 
     names: frozenset[str] = frozenset()
@@ -45,7 +45,10 @@ class Around:
     sets_modes: frozenset[str] = frozenset()
 
     def inside(self, module: nn.Module) -> Around:
-        """With what this module's code does, for what is in it."""
+        """Return the facts for the modules inside `module`: these, and those about the code of `module` itself.
+
+        `taken_apart` and `sets_modes` name attributes of `module` alone.
+        """
         code = list(_code_of(type(module), ("forward", "train", *self._members(module)), helpers=True))
         calls = [node for node in code if isinstance(node, ast.Call)]
         attributes = [node for node in code if isinstance(node, ast.Attribute)]
@@ -78,9 +81,9 @@ class Around:
         return next((f"{what} reads its {member!r}" for member in self._members(module)), None)
 
     def _members(self, module: nn.Module) -> list[str]:
-        """The methods of a module that the code calls in the place of its forward, and the properties that it reads.
+        """The module's own methods that the code calls instead of its forward, and the properties that it reads.
 
-        Code knows nothing of a block: a `squeeze` in it is a tensor's, a `train` any module's.
+        Classes of repfx don't count, because the code knows nothing of a block: a `squeeze` in it is a tensor's, a `train` any module's.
         """
         classes = [cls for cls in _own_classes(module) if not cls.__module__.startswith("repfx.")]
         own = {name for cls in classes for name in vars(cls)}
@@ -88,7 +91,7 @@ class Around:
 
     @property
     def order_of_children(self) -> str | None:
-        """Why nothing inside may be changed, or None."""
+        """Why nothing inside the module may be changed, or None."""
         return (
             "code around it, which can't be traced, goes through children by their order"
             if self.lists_children
@@ -96,7 +99,7 @@ class Around:
         )
 
     def other_arguments(self, module: nn.Module) -> str | None:
-        """Why a module's arguments can't be taken for their defaults, or None."""
+        """Why tracing can't assume that a module's arguments have their defaults, or None."""
         if not self.passes_more:
             return None
         parameters = inspect.signature(module.forward).parameters.values()
@@ -104,11 +107,11 @@ class Around:
         return name and f"code around it, which can't be traced, may give it {name!r}"
 
     def takes_apart(self, path: str) -> bool:
-        """Whether a plain sequence at a path may be run in parts."""
+        """Whether the code may run a plain sequence at a path in parts."""
         return self.indexes or path.rpartition(".")[2] in self.taken_apart
 
     def _reads(self, path: str, part: nn.Module) -> bool:
-        """Whether a part of a module is read by its name, and is or holds a layer that may be merged."""
+        """Whether the code reads a part of a module by its name, and the part is or holds a layer that may be merged."""
         named = path.rpartition(".")[2] in self.names
         return named and any(
             is_conv(inner) or is_batch_norm(inner) or isinstance(inner, nn.Linear) for inner in part.modules()
@@ -119,23 +122,23 @@ _LISTS = frozenset({"children", "named_children", "_modules"})
 
 
 def _is_value(module: nn.Module, name: str) -> bool:
-    """Whether an attribute is a plain value, which a graph in the module's place has too."""
+    """Whether an attribute has a special name (``__name__``) or is a plain value; a graph that replaces the module has these, too."""
     return name.startswith("__") or isinstance(getattr(module, name, None), (bool, int, float, str, tuple))
 
 
 def asked_for(module: nn.Module, classes: frozenset[str]) -> str | None:
-    """The first of a module's classes, up to `nn.Module`, that is among these names."""
+    """Return the name of the first of a module's classes before `nn.Module` that is in `classes`, or None."""
     return next((cls.__name__ for cls in _own_classes(module) if cls.__name__ in classes), None)
 
 
 def _own_classes(module: nn.Module) -> tuple[type, ...]:
-    """A module's class and its bases, up to torch's."""
+    """The class of a module and its bases, in the order of inheritance, that come before `nn.Module`."""
     classes = type(module).__mro__
     return classes[: classes.index(nn.Module)]
 
 
 def _names_read(attributes: list[ast.Attribute], results: frozenset[str]) -> frozenset[str]:
-    """What is read from anything but `self` and what is no module."""
+    """The names of attributes that code reads, except from `self` and from the variables in `results`, which are no modules."""
     return frozenset(
         node.attr
         for node in attributes
@@ -144,7 +147,7 @@ def _names_read(attributes: list[ast.Attribute], results: frozenset[str]) -> fro
 
 
 def _results(code: list[ast.AST], module: nn.Module) -> frozenset[str]:
-    """The names that only ever stand for what children have given out, or for new objects that are no modules."""
+    """The names of variables that only ever hold outputs of children, or new objects that are no modules."""
     assigned: Counter[str] = Counter()
     for node in code:
         if isinstance(node, ast.Assign) and _gives_no_module(node.value, module):
@@ -154,7 +157,7 @@ def _results(code: list[ast.AST], module: nn.Module) -> frozenset[str]:
 
 
 def _bound(node: ast.AST) -> str | None:
-    """The name that a piece of code gives a meaning, if it does."""
+    """The name that a node binds as a variable, an import or an argument, or None."""
     if isinstance(node, ast.Name):
         return node.id if isinstance(node.ctx, ast.Store) else None
     if isinstance(node, ast.alias):
@@ -173,7 +176,7 @@ def _gives_no_module(value: ast.expr, module: nn.Module) -> bool:
 
 
 def _classes_asked_for(calls: list[ast.Call]) -> frozenset[str]:
-    """The names of classes in calls of `isinstance`."""
+    """The names of the classes in calls of `isinstance`."""
     asked = [call.args[1] for call in calls if _calls_by_name(call, "isinstance") and len(call.args) == 2]
     nodes = (node for each in asked for node in ast.walk(each))
     return frozenset(
@@ -184,20 +187,20 @@ def _classes_asked_for(calls: list[ast.Call]) -> frozenset[str]:
 
 
 def _names_by_text(calls: list[ast.Call]) -> frozenset[str]:
-    """``getattr(module, "name")``."""
+    """The names of attributes that code reads by text, as in ``getattr(module, "name")``."""
     named = [call.args[1] for call in calls if _calls_by_name(call, "getattr") and len(call.args) > 1]
     return frozenset(str(each.value) for each in named if isinstance(each, ast.Constant))
 
 
 def _passes_more(call: ast.Call, cls: type[nn.Module]) -> bool:
-    """Whether something that may be a module is called with more than one argument, or by keyword."""
+    """Whether a call gives something that may be a module more than one argument, or an argument by keyword."""
     starred = any(isinstance(argument, ast.Starred) for argument in call.args)
     if len(call.args) < 2 and not call.keywords and not starred:
         return False
     if isinstance(call.func, ast.Attribute) and hasattr(Tensor, call.func.attr):
         return False
     if isinstance(call.func, ast.Attribute) and _is_self(call.func.value) and hasattr(cls, call.func.attr):
-        return False  # a method, whose code is read too
+        return False  # a method: its code is read, too
     root: ast.expr = call.func
     while isinstance(root, (ast.Attribute, ast.Subscript, ast.Call)):
         root = root.func if isinstance(root, ast.Call) else root.value
@@ -210,9 +213,9 @@ def _calls_by_name(call: ast.Call, name: str) -> bool:
 
 @cache
 def writes_in_place(cls: Any) -> bool:
-    """Whether a class's forward, or a function of its package that it calls, may write into a tensor.
+    """Whether a class's forward, or a method or function of its package that it uses, may write into a tensor.
 
-    ``x.mul_(…)``, ``relu_(x)``, ``F.relu(x, inplace=True)``, ``x += …``, ``x[…] = …``.
+    Such writes are ``x.mul_(…)``, ``relu_(x)``, ``F.relu(x, inplace=True)``, ``x += …``, ``x[…] = …``.
 
     >>> writes_in_place(nn.Conv2d)
     False
@@ -227,7 +230,7 @@ def writes_in_place(cls: Any) -> bool:
     return False
 
 
-# where the argument `inplace` stands in torch's functions
+# the position of the argument `inplace` in torch's functions
 _INPLACE = {
     name: list(inspect.signature(function).parameters).index("inplace")
     for name, function in vars(F).items()
@@ -247,7 +250,7 @@ def _is_call_in_place(call: ast.Call) -> bool:
 
 @cache
 def calls(cls: Any, names: frozenset[str]) -> bool:
-    """Whether a class's forward, or what it calls of its own, calls a function by one of these names.
+    """Whether a class's forward, or a method or property of its own that it uses, calls a function by one of these names.
 
     >>> calls(nn.Conv2d, frozenset({"conv2d"})), calls(nn.ReLU, frozenset({"conv2d"}))
     (True, False)
@@ -261,12 +264,15 @@ def calls(cls: Any, names: frozenset[str]) -> bool:
 
 
 def _forward(cls: type[nn.Module]) -> Iterator[ast.AST]:
-    """All that a class's forward is written of, and the methods and properties of its own that it reads."""
+    """All AST nodes of a class's forward, and of every own method or property it uses."""
     return _code_of(cls, ("forward",), helpers=False)
 
 
 def _code_of(cls: type[nn.Module], names: Iterable[str], *, helpers: bool) -> Iterator[ast.AST]:
-    """The same from other methods on; with `helpers` also the functions of the same package that they call by name."""
+    """All AST nodes of the methods `names` and of every own method or property they use.
+
+    With `helpers`, also those of the functions of the same package that they call by name.
+    """
     pending: list[Any] = list(names)
     seen = set(pending)
     functions = _functions_beside(cls) if helpers else {}
@@ -294,12 +300,12 @@ def _functions_beside(cls: type[nn.Module]) -> dict[str, Any]:
 
 
 def _globals(cls: type[nn.Module]) -> dict[str, Any]:
-    """What a class's code knows by name."""
+    """The globals that a class's code can read: those of the Python module that defines it."""
     return getattr(sys.modules.get(cls.__module__), "__dict__", {})
 
 
 def _code(cls: type[nn.Module], name: str) -> Iterator[ast.AST]:
-    """All that a method or property is written of, in the class and those that it inherits from."""
+    """All AST nodes of a method or property, in the class and in each base that comes before `nn.Module`."""
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         found = vars(base).get(name)
         function = found.fget if isinstance(found, property) else found
@@ -308,7 +314,10 @@ def _code(cls: type[nn.Module], name: str) -> Iterator[ast.AST]:
 
 @cache
 def _source(function: Any, *, of_instance: bool = False) -> tuple[ast.AST, ...]:
-    """All that a function is written of; with `of_instance` its first parameter is named `self`, whatever the code calls it."""
+    """All AST nodes of a function; none if its source can't be read.
+
+    With `of_instance`, the nodes call the first parameter `self`, whatever the code calls it.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
@@ -323,6 +332,6 @@ def _source(function: Any, *, of_instance: bool = False) -> tuple[ast.AST, ...]:
 
 
 def _is_self(value: ast.expr) -> bool:
-    """Whether the instance itself is meant, or what it inherits."""
+    """Whether an expression is ``self`` or ``super()``."""
     own_name = isinstance(value, ast.Name) and value.id == "self"
     return own_name or (isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "super")

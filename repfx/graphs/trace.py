@@ -1,15 +1,17 @@
 """Tracing that can't be wrong: torch.fx graphs of a model, or of its largest traceable parts (*islands*).
 
-- A module that holds neither a conv nor a BatchNorm, and is no plain sequence, stays a leaf, so dropout, stochastic depth and
-  attention keep their own behaviour in both modes. So does a module with hooks; its children are tried one by one.
-- Lists and dicts of modules that have no forward, and sequences of more than mere layers, are tried member by member where code around
-  them can't be traced: it may index them.
-- Conv classes with a forward of their own, and modules that call a function for convs, are traced through: what they compute may be a
-  plain conv. Where they can't be, they are leaves.
+- A module that holds neither a conv nor a BatchNorm, and is no plain sequence, stays a leaf. So dropout, stochastic depth and attention
+  keep their own behaviour in both modes.
+- A module with hooks stays a leaf, too; its children are tried one by one.
+- Lists and dicts of modules without a forward, and sequences that hold more than layers, are tried member by member if the code around
+  them can't be traced, because that code may index them.
+- Conv classes with a forward of their own, and modules that call a function for convs, are traced through, because they may compute a
+  plain conv. If they can't be traced, they are leaves.
 - A graph is accepted only if the module traces to the same graph in training and in eval mode; ``F.dropout(…, self.training)`` does.
-- Where code inside a module is what can't be traced, that part becomes a leaf and the rest is tried again; then the part child by child.
-- Of a gated block the graph has the paths that run in eval mode.
-- Tracing runs on a copy, for code may write into its parameters; the model is not touched.
+- If the code of a part inside a module can't be traced, that part becomes a leaf and the rest is tried again. Then the part is tried
+  child by child.
+- The graph of a gated block has the paths that run in eval mode.
+- Tracing runs on a copy, because code may write into its parameters. The model is not touched.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ _Traced: TypeAlias = tuple[fx.Graph, dict[str, Tensor | nn.Module]]
 class Island:
     """One traced module of a model: its path ("" for the model itself), its graph, and the constants and dropouts that tracing made.
 
-    `used` are the paths, in the island, of all that the graph called or read when it was traced.
+    `used` holds the paths, inside the island, of all modules and tensors that the graph called or read when it was traced.
     """
 
     path: str
@@ -52,13 +54,13 @@ class Island:
     used: frozenset[str] = frozenset()
 
     def full_path(self, target: str) -> str:
-        """A path inside the island as a path in the model."""
+        """Return a path inside the island as a path in the model."""
         return f"{self.path}.{target}" if self.path and target else self.path or target
 
 
 @dataclass(frozen=True)
 class Traces:
-    """The islands of a model, and why what lies outside of them could not be traced, by module path."""
+    """The islands of a model. `untraced` maps the paths of modules outside of them to the reason why they could not be traced."""
 
     islands: tuple[Island, ...]
     untraced: dict[str, str]
@@ -83,7 +85,7 @@ def trace(model: nn.Module) -> Traces:
         closed = code_of_its_own(module) or around.order_of_children
         if closed is not None:
             if isinstance(module, RepBlock) and code_of_its_own(module) is None:
-                around = Around()  # what it becomes takes its place among its neighbours
+                around = Around()  # whatever it becomes takes its place, so its neighbours' order stays
             else:
                 if not is_leaf(module):
                     untraced[path] = closed
@@ -120,7 +122,7 @@ def _with_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _graph_of(path: str, module: nn.Module, around: Around) -> _Traced | str:
-    """The one graph of both modes with the constants it needs, or why there is none."""
+    """Return the graph that is the same in both modes, with the constants and dropouts it needs, or the reason why there is none."""
     is_root = not path
     if is_container(module) and not (is_root and is_plain_sequence(module)):
         return "a container: its members are tried"
@@ -158,7 +160,7 @@ class _Untraceable:
     culprit: nn.Module | None = None
 
 
-# what a GraphModule has and other modules don't
+# names that a GraphModule has and other modules don't
 _TAKEN = {*dir(fx.GraphModule), *vars(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module), *vars(nn.Module())}
 
 
@@ -171,7 +173,7 @@ def _name_taken(module: nn.Module) -> str | None:
 
 
 def _graph_of_both_modes(module: nn.Module, opaque: Container[type[nn.Module]]) -> _Traced | _Untraceable:
-    """One attempt, with modules of the `opaque` classes as leaves."""
+    """Try once to trace a module in both modes, with modules of the `opaque` classes as leaves. It is in eval mode afterwards."""
     try:
         return _graph_of_modes(module, opaque)
     finally:
@@ -203,7 +205,7 @@ def _graph_of_modes(module: nn.Module, opaque: Container[type[nn.Module]]) -> _T
 
 
 def _forget_values(module: nn.Module) -> nn.Module | None:
-    """Take away the values of a trace that code has kept as attributes; gives one of the modules that had any."""
+    """Delete the proxies that code has kept as attributes. Return one of the modules that had any, or None."""
     keeper = None
     for inner in module.modules():
         for name in [name for name, value in vars(inner).items() if issubclass(type(value), fx.Proxy)]:
@@ -213,7 +215,7 @@ def _forget_values(module: nn.Module) -> nn.Module | None:
 
 
 def _require_names(graph: fx.Graph) -> None:
-    """Raise if a path can't be written in the code that torch.fx generates."""
+    """Raise ValueError if a path can't be written in the code that torch.fx generates."""
     for node in graph.nodes:
         word = next((part for part in str(node.target).split(".") if keyword.iskeyword(part)), None)
         if node.op in ("call_module", "get_attr") and word is not None:
@@ -225,16 +227,16 @@ def _first_difference(root: nn.Module, *graphs: fx.Graph) -> nn.Module | None:
     for nodes in zip(*(graph.nodes for graph in graphs)):
         if len({_line(node) for node in nodes}) > 1:
             stacks = [list(node.meta.get("nn_module_stack", {}).values()) for node in nodes]
-            # of two stacks the longer one: the other node may come after the module's end
+            # take the longer of two stacks, because the other node may come after the module's end
             path = max(stacks, key=len)[-1][0] if any(stacks) else ""
             return root.get_submodule(path)
     return None
 
 
 def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.Graph, dict[str, Tensor]] | _Untraceable:
-    """The graph of a module in the mode it is in, and the constants that tracing made.
+    """Trace a module in the mode it is in. Return its graph and the constants that tracing made, or why it can't be traced.
 
-    A block that is called more than once is a leaf, and so an island of its own: what it becomes, it becomes for every call.
+    A block that is called more than once stays a leaf and so is an island of its own. Whatever it becomes then serves every call.
     """
     before = set(vars(module))
     shared: set[nn.Module] = set()
@@ -242,7 +244,7 @@ def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.G
         tracer = Tracer(shared, opaque)
         try:
             graph = tracer.trace(module)
-            graph.lint()  # code that keeps what it was given may mix two graphs
+            graph.lint()  # code that keeps the values it was given may mix two graphs
             _require_names(graph)
             if tracer.failures:
                 return _Untraceable(*tracer.failures[0])
@@ -260,7 +262,10 @@ def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.G
 
 
 def _convs_that_stay(module: nn.Module) -> set[type[nn.Module]]:
-    """Of a conv or a plain sequence, which have to stay what they are: the classes of convs that do more than one call, as padding."""
+    """Return conv classes inside `module` whose forward is more than one call (for example: pad, then convolve) or can't be traced.
+
+    If `module` is a conv or a plain sequence, it must keep its type, so these stay leaves. For any other module the result is empty.
+    """
     if not (is_conv(module) or is_plain_sequence(module)):
         return set()
     own_code = [inner for inner in module.modules() if is_conv(inner) and not is_leaf(inner)]
@@ -269,14 +274,14 @@ def _convs_that_stay(module: nn.Module) -> set[type[nn.Module]]:
 
 
 def _is_one_call(graph: fx.Graph) -> bool:
-    """Whether nothing happens to input and output but one call."""
+    """Whether a single call makes the output from the input."""
     nodes = list(graph.nodes)
     first, output = nodes[0], nodes[-1]
     return len(first.users) == 1 and output.args == (next(iter(first.users)),)
 
 
 def _opaque_calls(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
-    """Paths of the leaves that hold convs all the same."""
+    """The paths of modules that the graph calls as leaves although they hold something to trace."""
     targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     for target in sorted(targets):
         module = root.get_submodule(target)
@@ -293,7 +298,10 @@ def _line(node: fx.Node) -> str:
 
 
 def _state(module: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Which tensors a module holds, how often each was written to, and of parameters, as writes into `data` don't count, a sum of bits."""
+    """Return for each tensor of a module, by name: its identity, how often it was written to, and for a parameter the sum of its bits.
+
+    The sum shows writes into ``.data``, which torch doesn't count. It is 0 for other tensors.
+    """
     weights = dict(module.named_parameters())
     tensors: dict[str, Tensor] = {**weights, **dict(module.named_buffers())}
     for path, inner in module.named_modules():
@@ -306,7 +314,7 @@ def _state(module: nn.Module) -> dict[str, tuple[int, int, int]]:
 
 
 def _version_of(tensor: Tensor) -> int:
-    """How often it was written to; of inference tensors nobody knows."""
+    """How often a tensor was written to; 0 for an inference tensor, for which torch doesn't count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -314,12 +322,12 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _sum_of_bits(weight: Tensor) -> int:
-    """Another number for other values; 0 where there are none to read."""
+    """Sum the bits of a parameter, read as integers; other values nearly always give another sum. 0 if there are none to read."""
     if weight.is_meta or weight.layout is not torch.strided:
         return 0
     real = torch.view_as_real(weight.detach()) if weight.is_complex() else weight.detach()
     size, flat = real.element_size(), real.contiguous().reshape(-1)
-    # eight bytes at once are several times quicker to add
+    # adding eight bytes at once is several times quicker
     in_eights = flat.numel() * size % 8 == flat.storage_offset() * size % 8 == 0
     return int(flat.view(torch.int64 if in_eights else _INTEGERS[size]).sum(dtype=torch.int64))
 
@@ -329,7 +337,7 @@ def _same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def call_counts(traces: Traces) -> Counter[str]:
-    """How often each module is called in all graphs, by path in the model."""
+    """Count the calls of each module in all graphs, by its path in the model."""
     return Counter(
         island.full_path(str(node.target))
         for island in traces.islands

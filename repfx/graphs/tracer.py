@@ -1,4 +1,4 @@
-"""A tracer for torch.fx that records what the code does: writing in place, arguments with defaults, iterating over a parameter."""
+"""A tracer for torch.fx that also records writes in place, arguments with defaults, and iteration over a parameter."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from repfx.errors import InvalidInput, first_line
 from repfx.graphs.leaves import is_leaf, stays_whole
 from repfx.graphs.proxy import ParameterProxy, ValueProxy
 
-# functions of libraries that no trace gets through, with nothing in them to rewrite
+# functions of other libraries that can't be traced and have nothing inside to rewrite
 _LEAF_FUNCTIONS = {"timm.layers.padding": ("pad_same",)}
 
 
 class Tracer(fx.Tracer):
-    """Leaves are convs, BatchNorms, and all that holds none of them or has hooks; the blocks in `shared`, and the `opaque` classes."""
+    """A tracer of one module in one mode.
 
-    proxy_buffer_attributes = True  # else what is computed from a buffer would be a constant, whatever is loaded later
+    Leaves are torch's convs, BatchNorms, and modules that hold neither or that have hooks. So are the blocks in `shared`, and modules of
+    the `opaque` classes.
+    """
+
+    proxy_buffer_attributes = True  # else a value computed from a buffer would stay as it is when others are loaded
 
     def __init__(self, shared: Container[nn.Module] = (), opaque: Container[type[nn.Module]] = ()) -> None:
         found = (
@@ -41,11 +45,14 @@ class Tracer(fx.Tracer):
         self.opaque = opaque
         self.block_calls: Counter[nn.Module] = Counter()
         self._with_gradients = torch.is_grad_enabled()
-        self.running: list[nn.Module] = []  # whose code runs now; after an error, whose code failed
-        self.failures: list[tuple[str, nn.Module | None]] = []  # what could not be traced, caught by code or not
+        self.running: list[nn.Module] = []  # modules whose code runs now; after an error, whose code failed
+        self.failures: list[tuple[str, nn.Module | None]] = []  # caught by code or not; with the module that failed
 
     def let_go(self) -> None:
-        """Hold on to no module: torch.fx puts a tracer that has run into a cycle, which only Python's garbage collector takes apart."""
+        """Drop all references to modules.
+
+        torch.fx puts a tracer that has run into a reference cycle, which only Python's garbage collector can free.
+        """
         self.root = nn.Module()
         self.submodule_paths = None
         self.tensor_attrs = {}
@@ -54,14 +61,14 @@ class Tracer(fx.Tracer):
         self.failures.clear()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """As torch.fx, but that code that switches autocast on or off, wherever that is written, can't be traced."""
+        """Trace like torch.fx, but refuse code that switches autocast on or off, wherever that is written."""
         with _without_autocast():
             return super().trace(root, concrete_args)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if has_call_of_its_own(m):  # which has run already when this is reached, and would run again in the graph
+        if has_call_of_its_own(m):  # its __call__ has already run by now, and would run again in the graph
             self.running.append(m)
             raise TypeError(f"{type(m).__name__} has a __call__ of its own")
         self.block_calls[m] += isinstance(m, RepBlock)
@@ -73,16 +80,19 @@ class Tracer(fx.Tracer):
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
     ) -> fx.Node:
-        """Without annotations that are texts, as ``from __future__ import annotations`` makes them: torch 2.8 can't pickle such a graph.
+        """Make a node, without an annotation that is text, because torch 2.8 can't pickle a graph with one.
 
-        A graph knows nothing of gradients that are switched off, so they may not have changed since tracing began.
+        ``from __future__ import annotations`` turns annotations into text.
+
+        Raises:
+            TypeError: code has switched gradients on or off since tracing began. A graph can't record that.
         """
         if torch.is_grad_enabled() != self._with_gradients:
             raise TypeError("it switches gradients on or off")
         return super().create_node(kind, target, args, kwargs, name, None if isinstance(type_expr, str) else type_expr)
 
     def create_arg(self, a: Any) -> Any:
-        """numpy's numbers, and others of a class of their own, as plain ones, for the graph is written as text."""
+        """Turn numpy's numbers, and other numbers of a class of their own, into plain ones, because the graph is written as text."""
         if issubclass(type(a), fx.Proxy):
             return a.node
         if type(a).__module__ == "numpy" and getattr(a, "ndim", 1) == 0:
@@ -99,7 +109,7 @@ class Tracer(fx.Tracer):
         return found
 
     def _noting_failure(self, function: Callable[[fx.Proxy], Any], obj: fx.Proxy) -> Any:
-        """Code may catch the error and go on as if it had been its own."""
+        """Call a function and note its error, because code may catch the error and go on as if it had been its own."""
         try:
             return function(obj)
         except Exception as error:
@@ -115,7 +125,7 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """An argument with a default stands for its default; the graph refuses any other value when it is called."""
+        """Trace each argument that has a default with that default. The graph refuses any other value when it is called."""
         function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
         parameters = list(inspect.signature(root_fn).parameters.values())
         single = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # torch.fx lists them first
@@ -130,7 +140,10 @@ class Tracer(fx.Tracer):
 
 
 def _order_placeholders(parameters: list[inspect.Parameter], graph: fx.Graph) -> None:
-    """Let the graph's forward take its arguments as the traced one does; torch.fx would put ``*args`` behind those by keyword alone."""
+    """Give the graph's forward the order of arguments that the traced forward has.
+
+    torch.fx would put ``*args`` after arguments that are taken by keyword alone.
+    """
     required = inspect.Parameter.empty
     parameters = sorted(parameters, key=lambda p: (p.kind, p.kind is p.KEYWORD_ONLY and p.default is not required))
     placeholders = {str(node.target).lstrip("*"): node for node in graph.nodes if node.op == "placeholder"}
@@ -144,7 +157,7 @@ def _order_placeholders(parameters: list[inspect.Parameter], graph: fx.Graph) ->
 
 @contextmanager
 def _without_autocast() -> Iterator[None]:
-    """Whoever enters autocast gets a `TypeError`, for a graph knows nothing of it."""
+    """Raise `TypeError` in code that enters autocast, because a graph can't record that."""
 
     def refuse(_: Any) -> None:
         raise TypeError("it switches autocast on or off")
@@ -158,12 +171,15 @@ def _without_autocast() -> Iterator[None]:
 
 
 def sentence(error: Exception) -> str:
-    """What torch.fx says, without its advice. Kept in the error's place, whose frames would hold on to the model."""
+    """Return the first sentence of an error, without torch.fx's advice.
+
+    It is kept instead of the error, because the error's frames would keep the model alive.
+    """
     return first_line(error).split(". ")[0]
 
 
 def require_default(value: object, name: str, default: object) -> None:
-    """Refuse a value other than the one that the graph was traced with."""
+    """Raise InvalidInput for a value other than the default that the graph was traced with."""
     tensors = isinstance(value, Tensor) or isinstance(default, Tensor)
     if value is not default and (tensors or value != default):
         raise InvalidInput(f"this module was traced with {name}={default!r} and can't be called with another value.")

@@ -1,7 +1,7 @@
-"""BatchNorms of sequences: the channels on the last axis are brought to where BatchNorm1d counts them, and back.
+"""BatchNorms of sequences: code moves the channels from the last axis to where BatchNorm1d counts them, and back.
 
-``norm(y.flatten(0, 1)).reshape_as(y)`` and ``norm(y.transpose(1, 2)).transpose(1, 2)`` scale and shift the last axis of y, as a linear
-layer's own rows and bias do.
+``norm(y.flatten(0, 1)).reshape_as(y)`` and ``norm(y.transpose(1, 2)).transpose(1, 2)`` scale and shift the last axis of y. The rows and the
+bias of a linear layer act on the same axis.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _PERMUTE = {torch.permute, "permute"}
 
 
 def read_viewed_norm(node: fx.Node, norm: Layer, normed: fx.Node, axes: int | None) -> Op | None:
-    """The scale and shift that end in `node`, the view of what BatchNorm `norm` gave out at `normed`; None if it is no such view.
+    """Read `node`, a view of the output of BatchNorm `norm` at `normed`, as a scale and shift. Return None if it is no such view.
 
     Args:
-        axes: of the input of the BatchNorm, if known.
+        axes: number of axes of the BatchNorm's input, or None if it isn't known.
     """
     before = normed.args[0] if normed.args else None
     if not isinstance(before, fx.Node) or torch_class(norm) is not torch.nn.BatchNorm1d:
@@ -47,16 +47,16 @@ def read_viewed_norm(node: fx.Node, norm: Layer, normed: fx.Node, axes: int | No
 
 
 def _flattens(node: fx.Node) -> bool:
-    """Whether all axes but the last become one."""
+    """Whether a node merges all axes but the last into one."""
     arguments = _arguments(node)
     if node.target in _FLATTEN:
-        # its input has three axes: BatchNorm1d takes no vector, and two are what it was given
+        # (0, 1) is all axes but the last, for the input has three: BatchNorm1d gets two axes, and takes no vector
         return arguments in ((0, 1), (0, -2)) and not node.kwargs
     return node.target in _RESHAPE and len(arguments) == 2 and arguments[0] == -1
 
 
 def _turns(node: fx.Node) -> bool:
-    """Whether the last two of three axes change places."""
+    """Whether a node swaps the last two of three axes."""
     arguments = _arguments(node)
     if node.kwargs:
         return False
@@ -68,6 +68,6 @@ def _turns(node: fx.Node) -> bool:
 
 
 def _arguments(node: fx.Node) -> tuple[Any, ...]:
-    """What comes after the tensor, be it one tuple or several numbers."""
+    """The arguments after the tensor, be they one tuple or several numbers."""
     rest = node.args[1:]
     return tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest

@@ -202,7 +202,7 @@ def test_what_only_asks_is_fused_all_the_same(make: Any, left: int) -> None:
 
 def test_a_graph_that_took_its_input_for_a_tensor_says_so() -> None:
     fused = repfx.fuse(ready(Unpacks()))
-    with pytest.raises(InvalidInput, match="traced with a tensor where it is called with a list"):
+    with pytest.raises(InvalidInput, match="traced with a tensor and is called with a list instead: pass a tensor"):
         fused([image_of(0)])
 
 

@@ -35,7 +35,7 @@ class ExportReport:
         opset: version of ONNX's operators.
         inputs: inputs of the file.
         outputs: outputs of the file.
-        size: bytes of the file. They include the weights in the file beside it if one file can't hold them.
+        size: bytes of the file, including weights stored beside it if they are too large for one file.
         nodes: number of nodes of each operator.
     """
 
@@ -91,10 +91,10 @@ def export_onnx(
             in float64, and each weight is rounded once. None keeps the model's own dtype.
         opset: version of ONNX's operators, 13 or newer; None takes torch's default.
         tolerance: allowed ``max |a - b| / max |a|`` for each output a of the fused model. 1e-4 leaves room for another
-            order of summation in float32. More is allowed, up to four times the distance of torch's own output from the output in
-            float64, but never more than a hundred times the tolerance. A model in float16 is allowed at least 1e-1, as in `check_equivalent`.
-            With ``dtype=torch.float16``, the file is compared with the same model in float32 and allowed at least 2e-2. So is torch
-            when it rounds each operation to float16, as a GPU does.
+            order of summation in float32. Where it is not enough, the bound is four times the distance of torch's own output from
+            the output in float64, up to a hundred times the tolerance. A model in float16 is allowed at least 1e-1, as in
+            `check_equivalent`. With ``dtype=torch.float16``, the file is compared with the same model in float32, and so is torch
+            when it rounds each operation to float16, as a GPU does. Both are allowed at least 2e-2.
 
     Raises:
         InvalidInput: the path can't be written, or the model can't run on x.

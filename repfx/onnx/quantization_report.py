@@ -57,8 +57,8 @@ class QuantizationReport:
         size: bytes of the file.
         layers: the convs and linear layers in order.
         bound: decibels above the noise below which `weak` names a layer.
-        kernel_error: relative distance of the outputs b by onnxruntime's kernels for this machine from the outputs a of the file computed as
-            it says, on the inputs of calibrate: the root of Σ (a - b)² / Σ a².
+        kernel_error: relative distance of outputs b, by onnxruntime's kernels for this machine, from outputs a of the file computed as it
+            says, on the inputs of calibrate: the root of Σ (a - b)² / Σ a².
         accuracy: accuracy on labelled data; None if none was given.
     """
 

@@ -107,9 +107,8 @@ def _cast(x: Inputs, dtype: torch.dtype) -> Any:
 
 
 def _run(model: nn.Module, x: Inputs) -> dict[str, Tensor]:
-    args, kwargs = as_arguments(
-        map_tensors(torch.clone, x)
-    )  # copied, because an in-place ReLU may write over its input
+    # Copied, because an in-place ReLU may write over its input.
+    args, kwargs = as_arguments(map_tensors(torch.clone, x))
     try:
         with torch.no_grad(), seeded(model), quiet():
             outputs = model(*args, **kwargs)

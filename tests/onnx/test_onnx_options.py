@@ -119,13 +119,7 @@ REFUSED: dict[str, tuple[nn.Module, Any, dict[str, Any], type[Exception], str]] 
     "no sides": (nn.Linear(3, 2), X[:, :, 0, 0], {"dynamic_size": True}, InvalidInput, "x has 2 axes: give dynamic_ax"),
     "input": (Scaled(), (X, X[:, 0, 0, 0]), {"dynamic_axes": {"img": {0: "n"}}}, InvalidInput, "'img'; did you mean"),
     "axis": (flat(192), X, {"dynamic_axes": {"input": {4: "n"}}}, InvalidInput, "has axes 0 to 3, and no axis 4"),
-    "name": (
-        flat(192),
-        X,
-        {"dynamic_axes": {"input": {2: "a b"}}},
-        InvalidInput,
-        "to be called 'a b': give a name such as 'height'",
-    ),
+    "name": (flat(192), X, {"dynamic_axes": {"input": {2: "a b"}}}, InvalidInput, "to be called 'a b': give a name"),
     "sizes": (flat(192), X, {"dynamic_axes": {"input": {2: "n", 3: "n"}}}, InvalidInput, "'n' and are 16 and 12 long"),
     "dtype": (flat(192), X, {"dtype": torch.bfloat16}, InvalidInput, "dtype is torch.bfloat16"),
 }

@@ -1,7 +1,7 @@
-"""`Augmentation`: how training images are varied, by the transforms of torchvision (v2).
+"""Vary training images by the transforms of torchvision (v2), as `Augmentation` says.
 
-What is drawn for an image depends on the seed, the epoch and the image alone, so neither the number of processes that load images nor an
-interruption changes it.
+The random numbers for an image depend only on the seed, the epoch and the image. So neither the number of processes that load images nor an
+interruption changes them.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ _POLICIES |= {"rand": "RandAugment", "trivial": "TrivialAugmentWide", "augmix": 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images, in this order; by default nothing.
+    """Changes to training images, in the order of these arguments; by default none.
 
     Args:
-        crop_padding: black pixels put around an image, of which then a crop of its old size is taken.
-        resized_crop: smallest part of the area that a random crop, resized, shows; 0 takes the whole image. Instead of `crop_padding`.
+        crop_padding: number of black pixels added at each side of an image, from which a crop of the old size is then taken.
+        resized_crop: smallest part of the image's area that a random crop shows before it is resized; 0 takes the whole image. It
+            excludes `crop_padding`.
         flip: probability of a left–right flip.
-        auto_augment: a policy: imagenet, cifar10, svhn (AutoAugment), rand, trivial or augmix.
-        color_jitter: greatest change of brightness, contrast and saturation, relatively.
+        auto_augment: name of a policy: imagenet, cifar10, svhn (AutoAugment), rand, trivial or augmix.
+        color_jitter: largest relative change of brightness, contrast and saturation.
         random_erasing: probability that a rectangle is set to the mean.
         cutout: side of a square, in pixels, that is set to the mean in each image.
         mixup: α of mixup over a batch; 0 for none.
-        cutmix: α of CutMix over a batch; 0 for none. Where both are on, each batch gets one of them.
+        cutmix: α of CutMix over a batch; 0 for none. If mixup is on, too, each batch gets one of the two.
     """
 
     crop_padding: int = 0
@@ -67,26 +68,26 @@ class Augmentation:
         return self != Augmentation(mixup=self.mixup, cutmix=self.cutmix)
 
     def of_images(self, images: Images, seed: int) -> Images:
-        """The images, each varied when it is asked for; as they are, if single images aren't changed.
+        """Wrap the images so that each is varied when it is asked for. Return them as they are if no single images are changed.
 
         Raises:
-            InvalidInput: they are no raw pictures of two axes.
+            InvalidInput: the images are no raw pictures with two axes.
         """
         if not self.per_image:
             return images
         if not isinstance(images, PreparedImages) or len(images.stages.size) != 2:
             raise InvalidInput(
-                "images can be augmented only where they are pictures, of two axes: leave augmentation out."
+                "only images that are pictures, with two axes, can be augmented: leave augmentation out."
             )
         if (self.auto_augment or self.color_jitter) and getattr(images.raw[0][0], "dtype", torch.uint8) != torch.uint8:
             name = "auto_augment" if self.auto_augment else "color_jitter"
             raise InvalidInput(
-                f"{name} needs pictures of bytes, and these hold floats, which resizing makes of bytes, too."
+                f"{name} needs pictures of bytes, and these hold floats; resizing, too, turns bytes into floats."
             )
         return AugmentedImages(images.raw, self._transform(images), seed)
 
     def of_batch(self, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """What mixes the images of a batch; labels then become `(images, classes)`."""
+        """Return a function that mixes the images of a batch. Mixing turns the labels into `(images, classes)`."""
         from torchvision.transforms import v2
 
         mixes = [
@@ -136,7 +137,7 @@ class AugmentedImages(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         image, label = self.raw[index]
-        elsewhere = torch.get_default_device().type != "cpu"  # where other numbers would be drawn
+        elsewhere = torch.get_default_device().type != "cpu"  # another device would draw other numbers
         with torch.random.fork_rng(devices=[]), torch.device("cpu") if elsewhere else nullcontext():
             torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
             return self.transform(image), label
@@ -144,7 +145,7 @@ class AugmentedImages(Dataset[Any]):
 
 @dataclass(frozen=True)
 class Cutout:
-    """Set a square to 0, whose centre is anywhere in the image, so that it may lie partly outside (DeVries & Taylor, 2017).
+    """Set a square to 0. Its centre is anywhere in the image, so the square may lie partly outside (DeVries & Taylor, 2017).
 
     >>> Cutout(4)(torch.ones(3, 8, 6)).sum(0).min().item()
     0.0
@@ -153,7 +154,7 @@ class Cutout:
     side: int
 
     def __call__(self, image: Tensor) -> Tensor:
-        """`(channels, height, width)`, with a hole."""
+        """Return the image, `(channels, height, width)`, with a hole."""
         height, width = image.shape[-2:]
         top = int(torch.randint(height, ())) - self.side // 2
         left = int(torch.randint(width, ())) - self.side // 2

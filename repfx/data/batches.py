@@ -1,4 +1,4 @@
-"""Which images make up each step of an epoch: a shuffle that the seed and the epoch alone decide."""
+"""The images of each step of an epoch, in an order that depends only on the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from repfx.errors import InvalidInput
 class Batches(Sampler[list[int]]):
     """The batches of one process in one epoch, for a `DataLoader`'s `batch_sampler`.
 
-    What is left at the end of an epoch makes a smaller batch, unless some process would get fewer than two images, with which BatchNorm
-    can't train.
+    The images left at the end of an epoch make a smaller batch. It is left out if some process would get fewer than two images, because
+    BatchNorm can't train with fewer.
 
     Args:
-        images: how many there are.
-        size: of a batch, of all processes together.
-        seed, epoch: of the order.
-        process, processes: which of how many this one is.
+        images: number of images.
+        size: number of images in a batch, over all processes together.
+        seed, epoch: numbers that decide the order.
+        process, processes: index of this process, and number of processes.
         begin: step to begin with.
 
     Raises:
-        InvalidInput: the batch can't be shared out, or there are too few images.
+        InvalidInput: the processes can't share the batch evenly, or there are too few images.
 
     >>> [len(batch) for batch in Batches(images=33, size=8)], [len(batch) for batch in Batches(images=14, size=8, process=1, processes=2)]
     ([8, 8, 8, 8], [4, 3])
@@ -43,7 +43,7 @@ class Batches(Sampler[list[int]]):
 
     def __post_init__(self) -> None:
         if self.size % self.processes or self.size < 2 * self.processes:
-            needed = f"it must be a multiple of the {self.processes} processes, and at least twice as much"
+            needed = f"it must be a multiple of the {self.processes} processes, and at least twice that number"
             raise InvalidInput(f"batch_size is {self.size}; {needed}.")
         if self.images < 2 * self.processes:
             raise InvalidInput(
@@ -52,7 +52,7 @@ class Batches(Sampler[list[int]]):
 
     @property
     def steps(self) -> int:
-        """In a whole epoch."""
+        """The number of steps in a whole epoch."""
         whole, rest = divmod(self.images, self.size)
         return whole + (rest >= 2 * self.processes)
 

@@ -1,4 +1,4 @@
-"""What a data set is: where it comes from, the form its images take, and its training and test part."""
+"""Data sets: their source, the form that their images take, and their training and test parts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Images = Dataset[Any]
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where a data set comes from.
+    """The source of a data set.
 
     Args:
         name: `digits`, a folder, an `.npz` file, or a torchvision data set's name.
-        root: where a torchvision data set's files are.
-        download: let torchvision download them if they aren't.
-        crop: of image files, which part of height and width is shown, from the middle; 0.875 is 224 of 256 pixels. A random crop in
-            training takes the whole image.
+        root: folder that holds a torchvision data set's files.
+        download: whether torchvision downloads these files if they are missing.
+        crop: part of the height and width of an image file that is shown, from the middle; 0.875 is 224 of 256 pixels. A random crop
+            in training is taken from the whole image instead.
     """
 
     name: str = "digits"
@@ -41,7 +41,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class InputForm:
-    """What a model's first conv takes: its channels and axes, and the size of an image if one was asked for.
+    """The form of a model's images: the channels and axes that its first conv takes, and the size if one was asked for.
 
     >>> InputForm.of(nn.Sequential(nn.Conv2d(3, 8, 3)))
     InputForm(channels=3, dimensions=2, size=None)
@@ -53,7 +53,7 @@ class InputForm:
 
     @classmethod
     def of(cls, model: nn.Module, size: int | None = None) -> InputForm:
-        """Read it off a model.
+        """Read the form from a model's first conv.
 
         Raises:
             InvalidInput: the model has no conv.
@@ -65,19 +65,19 @@ class InputForm:
 
 
 def as_it_is(image: Any) -> Any:
-    """The image; a stage that has nothing to do."""
+    """Return the image unchanged, as a stage that has nothing to do."""
     return image
 
 
 @dataclass(frozen=True)
 class Stages:
-    """How a raw image becomes what a model takes.
+    """Stages that turn a raw image into the input of a model.
 
     Args:
-        size: of an image, `(*axes,)`.
-        fit: gives an image this size.
-        normalize: turns that into a float tensor `(channels, *axes)`.
-        convert: gives a raw image as many channels as the model takes, before all else.
+        size: size of an image, `(*axes,)`.
+        fit: function that gives an image this size.
+        normalize: function that turns the fitted image into a float tensor `(channels, *axes)`.
+        convert: function that gives a raw image the number of channels that the model takes, before the other stages.
     """
 
     size: tuple[int, ...]
@@ -86,12 +86,12 @@ class Stages:
     convert: Callable[[Any], Any] = as_it_is
 
     def __call__(self, image: Any) -> Tensor:
-        """All in turn."""
+        """Convert, fit and normalize a raw image."""
         return self.normalize(self.fit(self.convert(image)))
 
 
 class PreparedImages(Dataset[Any]):
-    """Raw images with labels, of which each is prepared when it is asked for.
+    """Raw images with labels. Each image is prepared when it is asked for.
 
     Args:
         raw: pairs of an image and its label.
@@ -110,14 +110,14 @@ class PreparedImages(Dataset[Any]):
 
 
 def part_of(images: Images, indices: list[int]) -> Images:
-    """Some of the images, still with their stages if they have any."""
+    """Return some of the images, still with their stages if they have any."""
     if isinstance(images, PreparedImages):
         return PreparedImages(Subset(images.raw, indices), images.stages)
     return Subset(images, indices)
 
 
 def labels_of(images: Images) -> Tensor:
-    """All labels, without a look at the images where that can be."""
+    """Return all labels, without loading the images if that is possible."""
     if isinstance(images, PreparedImages):
         return labels_of(images.raw)
     if isinstance(images, Subset):
@@ -131,10 +131,10 @@ def labels_of(images: Images) -> Tensor:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Images with labels from 0, split into training and test, each image `(channels, *axes)` in float32.
+    """Images with labels from 0, in a training and a test part. Each image is `(channels, *axes)` in float32.
 
     Args:
-        preparation: what was done to the raw values, for whoever runs the exported model.
+        preparation: values that tell how the raw images were prepared, for those who run the exported model.
     """
 
     train: Images
@@ -144,12 +144,12 @@ class DataSet:
 
     @property
     def example_shape(self) -> tuple[int, ...]:
-        """Of one image."""
+        """The shape of one image."""
         return tuple(self.test[0][0].shape)
 
 
 def every_fifth(labels: Tensor) -> Tensor:
-    """A mask that is True for every fifth entry of each class: the same split for everyone, always.
+    """Return a mask that is True for every fifth entry of each class, so that everyone always gets the same split.
 
     >>> every_fifth(torch.tensor([0, 1, 1, 0, 1, 1, 1])).nonzero().flatten().tolist()
     [6]
@@ -158,7 +158,7 @@ def every_fifth(labels: Tensor) -> Tensor:
 
 
 def every(number: int, labels: Tensor) -> Tensor:
-    """A mask that is True for every so manyth entry of each class."""
+    """Return a mask that is True for every `number`-th entry of each class."""
     chosen = torch.zeros_like(labels, dtype=torch.bool)
     for label in labels.unique():
         chosen[(labels == label).nonzero().flatten()[number - 1 :: number]] = True

@@ -1,4 +1,4 @@
-"""Data sets of image files: a folder with one folder per class, or what torchvision knows by name."""
+"""Data sets of image files: a folder with one folder per class, or a data set that torchvision knows by name."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from repfx.errors import InvalidInput, first_line
 
 _SIZE = 224
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
-_VALIDATED = ("ImageNet", "Imagenette", "Places365")  # of which torchvision has no test part
+_VALIDATED = ("ImageNet", "Imagenette", "Places365")  # torchvision has no test part of these
 _MEANS = {1: (0.449,), 3: (0.485, 0.456, 0.406)}  # of ImageNet, as torchvision's and timm's weights expect
 _DEVIATIONS = {1: (0.226,), 3: (0.229, 0.224, 0.225)}
 
 
 def folder(source: DataSource, form: InputForm) -> DataSet:
-    """`path/train/CLASS/…` with `path/test/CLASS/…` (or `val`, `valid`, `validation`); or `path/CLASS/…`.
+    """Load `path/train/CLASS/…` with `path/test/CLASS/…` (or `val`, `valid`, `validation`); or `path/CLASS/…`.
 
-    Of the second form every fifth image of a class is for the test.
+    In the second layout, every fifth image of a class belongs to the test part.
 
     Raises:
-        InvalidInput: the folder has no such layout, or two different sets of classes.
+        InvalidInput: the folder has neither layout, or its two parts have different classes.
     """
     from torchvision.datasets import ImageFolder
 
@@ -34,7 +34,7 @@ def folder(source: DataSource, form: InputForm) -> DataSet:
     test_folder = next((path / name for name in _TEST_FOLDERS if (path / name).is_dir()), None)
     if test_folder is None and any(part.is_dir() for part in (path / "train").glob("*")):
         raise InvalidInput(
-            f"{str(path)!r} has a folder train/ of classes, and beside it none of {', '.join(_TEST_FOLDERS)}."
+            f"{str(path)!r} has a folder train/ of classes, and beside it none of {', '.join(_TEST_FOLDERS)}: add one of these."
         )
     try:
         if not (path / "train").is_dir() or test_folder is None:
@@ -57,18 +57,20 @@ def _checked(
     source: DataSource, train: Dataset[Any], test: Dataset[Any], classes: list[str], stages: Stages, form: InputForm
 ) -> DataSet:
     if len(classes) < 2:
-        raise InvalidInput(f"{source.name!r} has one class alone, {classes[0]!r}: there is nothing to tell apart.")
+        raise InvalidInput(f"{source.name!r} has one class alone, {classes[0]!r}: a classifier needs at least two.")
     if not len(train) or not len(test):  # type: ignore[arg-type]
-        raise InvalidInput(f"{source.name!r} has too few images: a class needs five for one of them to be in the test.")
+        raise InvalidInput(
+            f"{source.name!r} has too few images: a class needs five, because every fifth belongs to the test part."
+        )
     prepared = PreparedImages(train, stages), PreparedImages(test, stages)
     return DataSet(*prepared, tuple(classes), _preparation(form, stages, source.crop))
 
 
 def torchvision_data(source: DataSource, form: InputForm) -> DataSet:
-    """A data set of torchvision's that has a training and a test part, from `source.root`.
+    """Load a data set of torchvision that has a training and a test part, from `source.root`.
 
     Raises:
-        InvalidInput: torchvision has none of that name, it has no such parts, or its files aren't there.
+        InvalidInput: torchvision has no data set of that name, the data set has no such parts, or its files aren't there.
     """
     from torchvision import datasets
 
@@ -133,6 +135,6 @@ def _to_colour(image: Any) -> Any:
 
 
 def _preparation(form: InputForm, stages: Stages, crop: float) -> dict[str, Any]:
-    """What a pixel from 0 to 1 goes through; and which part of an image has that shape."""
+    """Return how pixels from 0 to 1 are normalized, the shape of an image, and which part of an image file is shown."""
     mean, deviation = list(_MEANS[form.channels]), list(_DEVIATIONS[form.channels])
     return {"mean": mean, "std": deviation, "shape": [form.channels, *stages.size], "crop": crop}

@@ -1,6 +1,6 @@
-"""Data sets by name: what `--data` of the command line means, as training and test images of the size a model takes.
+"""Load the data set that `--data` of the command line names, as training and test images of the size that a model takes.
 
-`digits`, an image folder, an `.npz` file, or the name of a torchvision data set. Nothing is downloaded unless asked for.
+The name is `digits`, an image folder, an `.npz` file, or the name of a torchvision data set. Nothing is downloaded unless asked for.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _DIGITS_SIZE = 16
 
 
 def load_data(source: DataSource, form: InputForm) -> DataSet:
-    """The data set of a source, its images in the form a model takes.
+    """Load the data set of a source, with its images in the form that a model takes.
 
     Raises:
-        InvalidInput: no such data set, or one that is malformed or doesn't fit the model.
+        InvalidInput: the data set doesn't exist, is malformed or doesn't fit the model.
         OSError: a file can't be read.
     """
     path = Path(source.name)
@@ -41,7 +41,7 @@ def load_data(source: DataSource, form: InputForm) -> DataSet:
 
 
 def _digits(form: InputForm) -> DataSet:
-    """scikit-learn's 1797 handwritten digits, 8×8; of each class every fifth is for the test."""
+    """Load scikit-learn's 1797 handwritten digits, 8×8. Every fifth of each class belongs to the test part."""
     from sklearn.datasets import load_digits
 
     if form.dimensions != 2:
@@ -71,7 +71,7 @@ def _arrays(path: Path, form: InputForm) -> DataSet:
             shapes = f"x_{name} is {tuple(x.shape)} and y_{name} is {tuple(y.shape)}"
             raise InvalidInput(f"in {str(path)!r} {shapes}: there must be one label for each of at least one image.")
         if y.is_floating_point() or y.is_complex() or int(y.min()) < 0:
-            raise InvalidInput(f"in {str(path)!r} y_{name} must hold whole numbers from 0, the classes.")
+            raise InvalidInput(f"in {str(path)!r} y_{name} must hold the classes as whole numbers from 0.")
     classes = int(max(y_train.max(), y_test.max())) + 1
     layout = [_channels_first(_bytes_or_floats(x), form, path) for x in (x_train, x_test)]
     return _in_memory((layout[0], y_train.long(), layout[1], y_test.long()), form, tuple(map(str, range(classes))))
@@ -82,7 +82,7 @@ def _bytes_or_floats(x: Tensor) -> Tensor:
 
 
 def _channels_first(x: Tensor, form: InputForm, path: Path) -> Tensor:
-    """`(images, *axes)`, `(images, channels, *axes)` or `(images, *axes, channels)` to the second of these."""
+    """Turn `(images, *axes)` and `(images, *axes, channels)` into `(images, channels, *axes)`, which itself stays as it is."""
     if not x.isfinite().all():
         raise InvalidInput(f"{str(path)!r} holds numbers that are not finite.")
     if x.ndim == form.dimensions + 1:
@@ -98,7 +98,7 @@ def _channels_first(x: Tensor, form: InputForm, path: Path) -> Tensor:
 
 
 def _in_memory(split: tuple[Tensor, ...], form: InputForm, classes: tuple[str, ...]) -> DataSet:
-    """Fit to the form, and standardize by each channel's mean and deviation over the training images."""
+    """Fit images to the form, and standardize them by each channel's mean and deviation over the training images."""
     x_train, y_train, x_test, y_test = split
     images = [fit_to(x, form) for x in (x_train, x_test)]
     mean, deviation = _moments(images[0])
@@ -110,7 +110,7 @@ def _in_memory(split: tuple[Tensor, ...], form: InputForm, classes: tuple[str, .
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel `(channels,)`, a channel at a time: bytes need not all become floats at once."""
+    """Mean and deviation of each channel, `(channels,)`, computed a channel at a time so that not all bytes become floats at once."""
     channels = [x[:, channel].double() for channel in range(x.shape[1])]
     mean = torch.stack([channel.mean() for channel in channels])
     deviation = torch.stack([channel.std(correction=0) for channel in channels]).clamp_min(1e-12)
@@ -123,9 +123,9 @@ def _standardize(image: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
 
 
 def fit_to(x: Tensor, form: InputForm) -> Tensor:
-    """Images `(images, channels, *axes)`, or without channels, resized and with the channels that a model takes.
+    """Resize images `(images, channels, *axes)` or `(images, *axes)`, and give them the channels that a model takes.
 
-    One channel is repeated, several become their mean where the model takes one.
+    One channel is repeated. Several channels become their mean if the model takes one.
 
     >>> fit_to(torch.zeros(2, 8, 8), InputForm(channels=3, dimensions=2, size=32)).shape
     torch.Size([2, 3, 32, 32])

@@ -1,4 +1,4 @@
-"""What a classifier says about images."""
+"""Predictions of a classifier on images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from repfx.errors import InvalidInput, first_line
 
 
 def logits_of(output: Any) -> Tensor:
-    """The main output of a classifier, which may come in a tuple or a dict with auxiliary ones."""
+    """Return the main output of a classifier, which may come in a tuple or a dict with auxiliary outputs."""
     if isinstance(output, Mapping):
         output = output.get("out", next(iter(output.values()), None))
     if isinstance(output, (tuple, list)) and output:
@@ -28,10 +28,10 @@ def logits_of(output: Any) -> Tensor:
 
 
 def check_fit(model: nn.Module, data: DataSet, device: str | torch.device) -> int:
-    """Run one image in eval mode.
+    """Run a model on one test image in eval mode, to see whether it fits the data.
 
     Returns:
-        How many logits there are.
+        The number of logits.
 
     Raises:
         InvalidInput: the model doesn't take the images or gives no logits for their classes.
@@ -57,7 +57,7 @@ def check_fit(model: nn.Module, data: DataSet, device: str | torch.device) -> in
 
 @torch.no_grad()
 def mean_log_likelihood(net: nn.Module, images: Images, batch_size: int, device: str | torch.device) -> float:
-    """Of the true classes, over images; finer than accuracy, where candidates are nearly alike."""
+    """Return the mean log-likelihood of the true classes. It tells nearly equal candidates apart better than accuracy does."""
     total, count = 0.0, 0
     for x, y in DataLoader(images, batch_size):
         total -= F.cross_entropy(logits_of(net(x.to(device))), y.to(device), reduction="sum").item()
@@ -74,16 +74,16 @@ class Predictions:
 
     @property
     def accuracy(self) -> float:
-        """Fraction that is right."""
+        """The fraction of predictions that are right."""
         return (self.predicted == self.labels).double().mean().item()
 
     def flips(self, other: Predictions) -> int:
-        """How many images the other predicts differently."""
+        """Count the images that `other` predicts differently."""
         return int((self.predicted != other.predicted).sum())
 
 
 def predict(compute: Callable[[Tensor], Any], images: Images, batch_size: int, workers: int = 0) -> Predictions:
-    """Run a classifier over images: anything that maps a batch to logits."""
+    """Run a classifier over images; `compute` is anything that maps a batch to logits."""
     predicted, labels = [], []
     with torch.no_grad():
         for x, y in DataLoader(images, batch_size, num_workers=workers):

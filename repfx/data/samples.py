@@ -1,4 +1,4 @@
-"""Real images for a file in 8 bits: some to measure ranges on, and labelled ones to count what changes."""
+"""Real images for quantizing a file to 8 bits: some to measure ranges on, and labelled ones to count changed predictions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Samples:
-    """Of a data set.
+    """Images of a data set that a quantization needs.
 
     Args:
         calibrate: batches of training images.
@@ -41,15 +41,15 @@ def samples(
     shape: tuple[int, ...] | None = None,
     preparation: Mapping[str, Any] | None = None,
 ) -> Samples:
-    """Images of a data set in the form that a classifier takes.
+    """Load images of a data set in the form that a classifier takes.
 
     Args:
-        count: how many to measure ranges on, from all over the training images.
-        shape: of one image; None leaves the data its own size.
-        preparation: what the images went through that the model was trained on.
+        count: number of images to measure ranges on, spread over all training images.
+        shape: shape of one image; None keeps the data's own size.
+        preparation: preparation of the images that the model was trained on, which the data must have, too; None for any.
 
     Raises:
-        InvalidInput: no such data, the model doesn't take it, or it is prepared otherwise.
+        InvalidInput: the data doesn't exist, the model doesn't take it, or it is prepared in another way.
     """
     data = load_data(source, InputForm.of(model, _side(shape)))
     if preparation is not None and dict(preparation) != data.preparation:

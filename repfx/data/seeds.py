@@ -1,4 +1,4 @@
-"""Seeds that depend on what they are for, and on nothing that came before: what is drawn is the same after an interruption."""
+"""Seeds that depend only on their purpose, not on earlier draws, so that an interruption changes no random number."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed from several numbers, as the seed of a run, an epoch and the number of an image.
+    """Make one seed from several numbers, such as the seed of a run, an epoch and the number of an image.
 
     >>> seed_of(0, 1, 2) == seed_of(0, 1, 2), seed_of(0, 1, 2) == seed_of(0, 2, 1)
     (True, False)

@@ -1,4 +1,4 @@
-"""A model as an ONNX file: fused, exported, and run in onnxruntime against the torch model before the file appears."""
+"""A model as an ONNX file: fused, exported, and compared with torch in onnxruntime before the file appears."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from repfx.records.target_file import staged
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export_onnx` wrote.
+    """The report of `export_onnx` on the file that it wrote.
 
     Args:
         path: the file.
-        max_error: the worst ``max |a - b| / max |a|`` between the fused model's outputs a and onnxruntime's b.
-        tolerance: what `max_error` was held against.
+        max_error: the worst ``max |a - b| / max |a|`` between the fused model's outputs a and onnxruntime's outputs b.
+        tolerance: the largest `max_error` that was allowed.
         opset: version of ONNX's operators.
-        inputs: what the file takes.
-        outputs: what it gives.
-        size: bytes, with the weights beside the file where it is too large for one.
-        nodes: how often each operator occurs.
+        inputs: inputs of the file.
+        outputs: outputs of the file.
+        size: bytes of the file, including weights stored beside it if they are too large for one file.
+        nodes: number of nodes of each operator.
     """
 
     path: Path
@@ -73,38 +73,41 @@ def export_onnx(
     opset: int | None = None,
     tolerance: float = 1e-4,
 ) -> ExportReport:
-    """Fuse a model, export it in eval mode, and run the file in onnxruntime on x before it is kept.
+    """Fuse a model, export it in eval mode to an ONNX file, and keep the file only if onnxruntime agrees with torch on x.
 
-    The model stays as it is. Where axes are free, an input of another size along all of them is compared as well. The file
-    appears at `path` only when all of this has passed; one that was there is replaced in one step.
+    `export_onnx` doesn't change the model. If axes are free, it also compares a second input, which differs in size along all of
+    them. The file appears at `path` only after all of this has passed. It replaces an older file in one step.
 
     Args:
-        model: any model; what can't be fused is exported as it is.
-        path: of the file, ending in ``.onnx``; its folder exists.
+        model: any model; parts that can't be fused are exported as they are.
+        path: path of the file, ending in ``.onnx``; its folder must exist.
         x: an example: a tensor, a tuple of positional inputs, a dict of keyword inputs, or a list that is one input.
-        dynamic_batch: leave the first axis free, of every tensor in x that is as long there as the first one is.
-        dynamic_size: leave the axes from the third on free, of the same tensors.
-        dynamic_axes: the free axes by name, in place of these two: ``{"x": {0: "batch", 2: "height"}}``. An input goes by the name that
-            the model's forward gives it; axes of one name are always of one size.
-        dtype: of the weights and of what the file takes and gives, ``torch.float16`` or ``torch.float32``; the model is then fused in
-            float64 and rounded once. None keeps the model's own.
-        opset: version of ONNX's operators, from 13 on; None takes torch's.
+        dynamic_batch: whether the first axis is free, in each tensor of x that is as long along it as the first tensor.
+        dynamic_size: whether the axes from the third on are free. Each is free in the tensors of x that are as long along it as the
+            first tensor.
+        dynamic_axes: names of the free axes, in place of the two arguments above: ``{"x": {0: "batch", 2: "height"}}``. An input has
+            the name that the model's forward gives it. Axes that share a name always have the same size.
+        dtype: dtype of the weights, inputs and outputs of the file, ``torch.float16`` or ``torch.float32``. The model is then fused
+            in float64, and each weight is rounded once. None keeps the model's own dtype.
+        opset: version of ONNX's operators, 13 or newer; None takes torch's default.
         tolerance: allowed ``max |a - b| / max |a|`` for each output a of the fused model. 1e-4 leaves room for another
-            order of summation in float32. Where torch's own output is that far from the one in float64, four times that is
-            allowed, up to a hundred times the tolerance. A model in float16 is allowed at least 1e-1, as `check_equivalent` does;
-            with ``dtype=torch.float16`` the file, and torch where it rounds each operation to float16 as a GPU does, are held against
-            the same model in float32, and allowed at least 2e-2.
+            order of summation in float32. Where it is not enough, the bound is four times the distance of torch's own output from
+            the output in float64, up to a hundred times the tolerance. A model in float16 is allowed at least 1e-1, as in
+            `check_equivalent`. With ``dtype=torch.float16``, the file is compared with the same model in float32, and so is torch
+            when it rounds each operation to float16, as a GPU does. Both are allowed at least 2e-2.
 
     Raises:
         InvalidInput: the path can't be written, or the model can't run on x.
-        ExportError: the model can't be exported, onnxruntime can't run it or gives something else, or a package is
+        ExportError: the model can't be exported, onnxruntime can't run the file or computes something else, or a package is
             missing (``pip install 'repfx[onnx]'``).
     """
     require_module(model)
     if not tolerance > 0:
         raise InvalidInput(f"tolerance is {tolerance}: it must be a number above 0.")
     if dtype not in (None, *DTYPES):
-        raise InvalidInput(f"dtype is {dtype}: onnxruntime runs convs in {' and '.join(map(str, DTYPES))} on a CPU.")
+        raise InvalidInput(
+            f"dtype is {dtype}: on a CPU onnxruntime runs convs only in {' and '.join(map(str, DTYPES))}."
+        )
     with staged(path, ".onnx") as (target, staging):
         require_packages()
         _check_opset(opset)
@@ -116,7 +119,7 @@ def export_onnx(
             free = FreeAxes.usual(x, batch=dynamic_batch, size=dynamic_size)
         else:
             free = FreeAxes.named(reference.deployed, x, dynamic_axes)
-        # torch.export takes a size of 1 for a constant.
+        # torch.export treats a size of 1 as a constant.
         example = free.resized(x, {name: 2 for name, size in free.sizes(x).items() if size == 1})
         outputs = _output_names(expected, x)
         write_program(reference.deployed, example, staging, free=free, opset=opset, outputs=outputs)
@@ -130,7 +133,7 @@ def export_onnx(
             raise ExportError(f"onnxruntime gives something else than torch: {_mismatch(worst(found), bound)}.")
         half = reference.rounding_throughout(x, expected)
         if half is not None and not half.error <= bound:
-            raise ExportError(f"in float16 the model gives something else than in float32: {_mismatch(half, bound)}.")
+            raise ExportError(f"the model's outputs in float16 differ from those in float32: {_mismatch(half, bound)}.")
         error = max(each.error for each in (*found, half) if each is not None)
         report = _report(target, staging, error, bound)
         if opset is not None and report.opset != opset:
@@ -149,7 +152,7 @@ def _check_opset(opset: int | None) -> None:
 
 
 def _run_resized(reference: Reference, x: Inputs, free: FreeAxes) -> tuple[Any, dict[str, Tensor]]:
-    """An input of another size along each free axis, and what the file has to give for it."""
+    """Return an input that differs in size from x along each free axis, and the outputs that the file must give for it."""
     failure = None
     for sizes in free.others(x):
         other = free.resized(x, sizes)
@@ -163,7 +166,10 @@ def _run_resized(reference: Reference, x: Inputs, free: FreeAxes) -> tuple[Any, 
 
 
 def _output_names(outputs: Mapping[str, Tensor], x: Inputs) -> list[str]:
-    """``output`` for one tensor, ``output_0`` … for a tuple, and the keys of a dict unless an input is called so."""
+    """Name the outputs: ``output`` for one tensor, ``output_0`` … for a tuple, and its keys for a dict.
+
+    ``output_`` precedes the keys, too, if x is a dict, whose keys may be the same, or if a key is no plain name.
+    """
     if list(outputs) == ["output 0"]:
         return ["output"]
     names = ["_".join(re.findall(r"\w+", where.removeprefix("output "))) for where in outputs]
@@ -194,14 +200,14 @@ def _difference_resized(
     try:
         found = _difference(path, model, x, expected)
     except ExportError as error:
-        raise ExportError(f"{str(error)[:-1]}; with x itself it runs, so leave fewer axes free than {free}.") from error
+        raise ExportError(f"{str(error)[:-1]}; it runs on x itself, so leave fewer axes free than {free}.") from error
     problem = found.problem and f"{found.problem} for {describe(x)}"
     return replace(found, where=f"{found.where} for {describe(x)}", problem=problem)
 
 
 def _mismatch(found: Difference, bound: float) -> str:
     if found.problem:
-        return f"{found.problem} ('model' being the file)"
+        return f"{found.problem} (here 'model' means the file)"
     return f"worst relative difference {found.error:.1e} (allowed {bound:.0e}) at {found.where}"
 
 

@@ -1,4 +1,4 @@
-"""An ONNX file: what it takes and gives, and its runs in onnxruntime."""
+"""An ONNX file: its inputs and outputs, and a session that runs it in onnxruntime."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True)
 class Value:
-    """An input or output of an ONNX file; an axis of free size is given by name."""
+    """An input or output of an ONNX file; `shape` holds a name in place of the size of a free axis."""
 
     name: str
     dtype: str
@@ -30,13 +30,13 @@ class Value:
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What a valid ONNX file holds.
+    """The contents of a valid ONNX file, without its weights.
 
     Args:
         opset: version of ONNX's operators.
-        inputs: what the file takes.
-        outputs: what it gives.
-        nodes: how often each operator occurs.
+        inputs: inputs of the file.
+        outputs: outputs of the file.
+        nodes: number of nodes of each operator.
     """
 
     opset: int
@@ -46,10 +46,10 @@ class OnnxFile:
 
     @classmethod
     def read(cls, path: Path) -> OnnxFile:
-        """Read a file, its weights aside.
+        """Check a file and read all but its weights.
 
         Raises:
-            ExportError: onnx finds it invalid.
+            ExportError: onnx finds the file invalid.
         """
         onnx = package("onnx")
         try:
@@ -66,7 +66,7 @@ class OnnxFile:
 
 
 def require_packages() -> None:
-    """Import what writes and runs ONNX files.
+    """Import the packages that write and run ONNX files.
 
     Raises:
         ExportError: a package is missing.
@@ -79,15 +79,15 @@ def require_packages() -> None:
 
 
 def package(name: str) -> ModuleType:
-    """An optional package, imported where it is needed."""
+    """Import an optional package at the moment it is needed."""
     return importlib.import_module(name)
 
 
 def open_session(path: Path | str | bytes, *, optimized: bool = True) -> Any:
-    """A file in onnxruntime on the CPU, silent.
+    """Open a file in onnxruntime on the CPU, without its log messages.
 
     Args:
-        optimized: let onnxruntime replace nodes by faster ones, such as quantized ones by kernels for integers.
+        optimized: whether onnxruntime may replace nodes by faster ones, such as quantized ones by kernels for integers.
     """
     runtime = package("onnxruntime")
     options = runtime.SessionOptions()

@@ -1,4 +1,4 @@
-"""Which axes of a model's inputs an ONNX file leaves free, each by a name, and inputs that are of other sizes along them."""
+"""The axes of a model's inputs that an ONNX file leaves free, by name, and inputs that differ in size along them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ AxisNames: TypeAlias = Mapping[str, Mapping[int, str]]
 
 BATCH = "batch"
 _SIDES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
-_STEP = 32  # by which sides grow in a check: nets that halve their input five times take no other sizes
+_STEP = 32  # how much sides grow in a check; nets that halve their input five times take only multiples of 32
 
 
 @dataclass(frozen=True)
 class FreeAxes:
-    """For each tensor of an input, in order, the names of its free axes; axes of one name are of one size.
+    """Names of the free axes of each tensor of an input, in order. Axes that share a name have the same size.
 
     >>> free = FreeAxes.usual(torch.zeros(2, 3, 8, 6), batch=True, size=True)
     >>> free.names, free.sizes(torch.zeros(2, 3, 8, 6))
@@ -33,10 +33,10 @@ class FreeAxes:
 
     @classmethod
     def usual(cls, x: Inputs, *, batch: bool, size: bool) -> FreeAxes:
-        """The first axis, the axes from the third on, or both; of each tensor that is as long there as the first one is.
+        """Free the first axis, the axes from the third on, or both, in each tensor that is as long along them as the first tensor.
 
         Raises:
-            InvalidInput: `size`, and the first tensor has no third axis, or too many.
+            InvalidInput: `size` is set, and the first tensor has no third axis or too many axes.
         """
         tensors = [tensor for tensor in tensors_of(x) if tensor.dim()]
         if not tensors:
@@ -46,7 +46,7 @@ class FreeAxes:
             sides = _SIDES.get(tensors[0].dim() - 2)
             if sides is None:
                 raise InvalidInput(
-                    f"dynamic_size=True frees the axes from the third on, as height and width, but x has {tensors[0].dim()} "
+                    f"dynamic_size=True frees the axes from the third on, such as height and width, but x has {tensors[0].dim()} "
                     "axes: give dynamic_axes instead."
                 )
             wanted |= dict(enumerate(sides, 2))
@@ -63,10 +63,10 @@ class FreeAxes:
 
     @classmethod
     def named(cls, model: nn.Module, x: Inputs, given: AxisNames) -> FreeAxes:
-        """Those that a user names, as ``{"x": {0: "batch", 2: "height"}}``; inputs go by the names that forward gives them.
+        """Free the axes that a user names, such as ``{"x": {0: "batch", 2: "height"}}``. Inputs have the names that forward gives them.
 
         Raises:
-            InvalidInput: no such input or axis, or two axes of one name and of two sizes.
+            InvalidInput: the model has no such input, an input has no such axis, or two axes of one name differ in size.
         """
         inputs = _inputs_by_name(model, x)
         names: list[Mapping[int, str]] = []
@@ -86,10 +86,10 @@ class FreeAxes:
         return ", ".join(dict.fromkeys(name for names in self.names for name in names.values()))
 
     def sizes(self, x: Inputs) -> dict[str, int]:
-        """The size of x along each free axis.
+        """Return the size of x along each free axis.
 
         Raises:
-            InvalidInput: two axes of one name are of two sizes.
+            InvalidInput: two axes of one name differ in size.
         """
         found: dict[str, int] = {}
         for tensor, names in zip(tensors_of(x), self.names):
@@ -97,12 +97,12 @@ class FreeAxes:
                 if found.setdefault(name, tensor.shape[axis]) != tensor.shape[axis]:
                     raise InvalidInput(
                         f"two axes of x are named {name!r} and are {found[name]} and {tensor.shape[axis]} long: "
-                        "name axes alike only where they are always of one size."
+                        "give axes one name only if they always have the same size."
                     )
         return found
 
     def resized(self, x: Inputs, sizes: Mapping[str, int]) -> Any:
-        """x with these sizes along the axes that they name, made of the same numbers in another order."""
+        """Return x with these sizes along the axes that they name, made of the numbers of x in another order."""
         tensors = tensors_of(x)
         names = {id(tensor): own for tensor, own in zip(tensors, self.names)}
 
@@ -116,7 +116,7 @@ class FreeAxes:
         return map_tensors(change, x)
 
     def others(self, x: Inputs) -> Iterator[dict[str, int]]:
-        """Other sizes of all free axes, to be tried in turn: each side its own, all sides alike, twice the sides."""
+        """Yield new sizes of all free axes, to try in turn: sides grown by different amounts, by the same amount, and doubled."""
         sizes = self.sizes(x)
         first = {names[0] for names in self.names if 0 in names}
         sides = [name for name in sizes if name not in first]
@@ -127,7 +127,7 @@ class FreeAxes:
             yield more | {name: sizes[name] * 2 for name in sides}
 
     def specification(self, x: Inputs) -> Any:
-        """x with each tensor replaced by what torch.export wants to know of its axes; None if none is free."""
+        """Return x with each tensor replaced by what torch.export needs to know of its axes; None if no axis is free."""
         if not self:
             return None
         names = {id(tensor): own for tensor, own in zip(tensors_of(x), self.names)}
@@ -136,7 +136,7 @@ class FreeAxes:
 
 
 def tensors_of(x: Any) -> list[Tensor]:
-    """The tensors in a nesting, in the order in which an exported file takes them."""
+    """Return the tensors in a nesting, in the order in which an exported file takes them."""
     found: list[Tensor] = []
     map_tensors(lambda tensor: found.append(tensor) or tensor, x)  # type: ignore[func-returns-value]
     return found
@@ -155,13 +155,15 @@ def _checked(name: str, tensor: Tensor, axes: Mapping[int, str]) -> Mapping[int,
                 f"input {name!r} has axes 0 to {tensor.dim() - 1}, and no axis {axis!r} to be left free."
             )
         if not (isinstance(label, str) and label.isidentifier()):
-            raise InvalidInput(f"axis {axis} of input {name!r} is to be called {label!r}: give a name, as 'height'.")
+            raise InvalidInput(
+                f"axis {axis} of input {name!r} is to be called {label!r}: give a name such as 'height'."
+            )
     return {axis % tensor.dim(): label for axis, label in axes.items()}
 
 
 def _specified(value: Any, names: Mapping[int, Mapping[int, str]]) -> Any:
     if isinstance(value, Tensor):
-        # By name torch would refuse what holds for some sizes only, such as even ones; a hint leaves that to the runtime.
+        # With a named Dim torch refuses a model that takes only some sizes, such as even ones. DYNAMIC leaves that to the runtime.
         return dict.fromkeys(names.get(id(value), {}), torch.export.Dim.DYNAMIC) or None
     if isinstance(value, Mapping):
         return {key: _specified(child, names) for key, child in value.items()}

@@ -1,4 +1,4 @@
-"""What quantization does to a net, layer by layer: the ranges of weights and activations, and how much noise rounding puts in."""
+"""Effects of quantization on a net, layer by layer: the ranges of weights and activations, and the noise that rounding adds."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _BINS = 4096
 
 @dataclass(frozen=True)
 class LayerRanges:
-    """A conv or linear layer of a quantized file, beside the same layer in float32 on the same inputs.
+    """A conv or linear layer of a quantized file, compared with the same layer in float32 on the same inputs.
 
-    SQNR is the ratio of signal to quantization noise, 10 log₁₀ Σ a² / Σ (a - b)², in decibels; of the file computed as it says, by no
-    particular machine's kernels.
+    SQNR is the ratio of signal to quantization noise, 10 log₁₀ Σ a² / Σ (a - b)², in decibels. The quantized file is computed as it
+    says, not by the kernels of a particular machine.
 
     Args:
-        name: the layer's path in the model, where the file has it.
-        operator: ONNX's name for it.
-        weight_range: the largest weight's size.
-        channel_spread: how many times the weight range of the median output channel that is.
-        low: the smallest number that the layer gives out, behind a ReLU if one follows at once.
-        high: the largest one.
-        share: what part of the way from low to high holds 99.9 % of these numbers, the 0.05 % at both ends left out.
-        weight_sqnr: of the weights by themselves.
-        output_sqnr: of what the layer gives out; noise of the layers before it counts.
-        quantized: whether the weights are integers in the file.
+        name: the layer's path in the model, or the name of its node if the file has no such path.
+        operator: ONNX's name for the operator.
+        weight_range: the largest absolute value of a weight.
+        channel_spread: `weight_range` divided by the weight range of the median output channel.
+        low: the smallest number that the layer outputs, after a ReLU if one follows at once.
+        high: the largest number that the layer outputs, at the same place.
+        share: the part of the way from low to high that holds 99.9 % of these numbers; 0.05 % are left out at either end.
+        weight_sqnr: SQNR of the weights alone.
+        output_sqnr: SQNR of the layer's outputs, with the noise of the layers before it.
+        quantized: whether the file holds the weights as integers.
     """
 
     name: str
@@ -60,7 +60,7 @@ class LayerRanges:
 
 @dataclass(frozen=True)
 class WeightedLayer:
-    """A node of an ONNX graph with constant weights; `axis` is that of the output channels."""
+    """A node of an ONNX graph with constant weights; `axis` is the axis of `weight` that holds the output channels."""
 
     name: str
     node: str
@@ -71,7 +71,7 @@ class WeightedLayer:
 
 
 def weighted_layers(model: Any) -> list[WeightedLayer]:
-    """The convs and linear layers of an ONNX model, in order."""
+    """Return the convs and linear layers of an ONNX model that have constant weights, in order."""
     to_array = package("onnx").numpy_helper.to_array
     constants = {each.name: each for each in model.graph.initializer}
     return [
@@ -92,7 +92,7 @@ def measure_layers(path: Path, quantized: Path, inputs: Sequence[Tensor]) -> tup
     """Run both files on the same inputs and compare them layer by layer.
 
     Raises:
-        InvalidInput: a layer gives out what is not finite.
+        InvalidInput: a layer outputs numbers that are not finite.
     """
     onnx = package("onnx")
     exact, rounded = onnx.load(path), onnx.load(quantized)
@@ -106,7 +106,7 @@ def measure_layers(path: Path, quantized: Path, inputs: Sequence[Tensor]) -> tup
     for batch in inputs:
         for layer, output, value in zip(layers, outputs, float_run(batch)):
             if not value.isfinite().all():
-                raise InvalidInput(f"{layer.name!r} gives out what is not finite for an input of calibrate.")
+                raise InvalidInput(f"{layer.name!r} outputs numbers that are not finite for an input of calibrate.")
             output.widen(value)
     for batch in inputs:
         for output, value, other in zip(outputs, float_run(batch), int8_run(batch)):
@@ -115,7 +115,7 @@ def measure_layers(path: Path, quantized: Path, inputs: Sequence[Tensor]) -> tup
 
 
 class _Output:
-    """What one layer gives out, gathered batch by batch: first how far it reaches, then how it lies there."""
+    """Statistics of one layer's outputs, gathered batch by batch: first their range, then their distribution in it and their noise."""
 
     def __init__(self) -> None:
         self.low, self.high = math.inf, -math.inf
@@ -134,7 +134,7 @@ class _Output:
 
     @property
     def share(self) -> float:
-        """What part of the range is left without the outermost values."""
+        """The part of the range that holds all but the outermost values."""
         if not self.low < self.high:
             return 1.0
         below = self._counts.cumsum(0) / self._counts.sum()
@@ -169,7 +169,7 @@ def _decibels(signal: float, noise: float) -> float:
 
 
 class _Twins:
-    """The layers of a quantized model, by the names of their nodes, which quantization keeps."""
+    """Layers of a quantized model, found by the names of their nodes, which quantization keeps."""
 
     def __init__(self, model: Any) -> None:
         self._nodes = {node.name: node for node in model.graph.node}
@@ -183,13 +183,13 @@ class _Twins:
         }
 
     def outputs(self, layer: WeightedLayer, exact: Any) -> tuple[str, str]:
-        """Where both models give out the same: behind a ReLU if quantization has put it into the layer's range."""
+        """Name the layer's output in both models: after a ReLU if quantization has merged that ReLU into the layer's range."""
         output = self._nodes[layer.node].output[0]
         known = {name for node in exact.graph.node for name in node.output}
         return (output if output in known else layer.output), self._rounded.get(output, output)
 
     def weight(self, layer: WeightedLayer) -> Tensor | None:
-        """What the integers of a layer's weight stand for; None if they are none."""
+        """Return a layer's weight as the file rounds it; None if the file doesn't hold it as integers."""
         node = self._made_by.get(self._nodes[layer.node].input[1])
         if node is None or node.op_type != "DequantizeLinear":
             return None
@@ -210,7 +210,7 @@ def _channel_axis(node: Any) -> int:
 
 
 def _tapped(model: Any, names: Sequence[str]) -> Any:
-    """A function from a batch to what a model gives at these places inside."""
+    """Return a function that runs a model on a batch and returns its values at `names`, which may lie inside the graph."""
     onnx = package("onnx")
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
@@ -220,6 +220,6 @@ def _tapped(model: Any, names: Sequence[str]) -> Any:
         for name in dict.fromkeys(names)
         if name not in there
     )
-    session = open_session(tapped.SerializeToString(), optimized=False)  # as the file says, whatever the machine
+    session = open_session(tapped.SerializeToString(), optimized=False)  # as the file says, on every machine
     taken = session.get_inputs()[0].name
     return lambda x: [torch.from_numpy(each) for each in session.run(list(names), {taken: x.numpy()})]

@@ -1,8 +1,8 @@
-"""Older versions of ONNX's operators than torch writes, for runtimes that know no newer ones.
+"""Convert a model to an older version of ONNX's operators than torch writes, for runtimes that know no newer one.
 
-Between two versions an operator mostly gains types, or an attribute whose default means what it did before; such a node is as good in
-the older version. A few take as an input what was an attribute, or were written out. What else a node uses that the older version doesn't
-have is refused.
+Between two versions an operator mostly gains types, or an attribute whose default keeps the old meaning. Such a node is valid in the older
+version, too. In the older version, a few operators take an attribute in place of an input, or must be written as several nodes. These
+nodes are rewritten. A node that uses anything else that the older version doesn't have is refused.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _WITH_AXES = {
 
 
 def lowered(model: Any, opset: int) -> Any:
-    """An ONNX model in an older opset, from 13 on, with the file format of that time.
+    """Convert an ONNX model to an older opset, 13 or newer, and to the file format of that time.
 
     Raises:
-        ExportError: it uses what this opset doesn't have.
+        ExportError: the model uses something that this opset doesn't have.
     """
     import onnx
 
@@ -44,14 +44,14 @@ def lowered(model: Any, opset: int) -> Any:
 
 
 class _Older:
-    """What stands for the nodes of a graph in an older opset."""
+    """A converter of a graph's nodes to an older opset."""
 
     def __init__(self, opset: int, newer: int, graph: Any) -> None:
         self._opset, self._newer, self._graph = opset, newer, graph
         self._constants = {each.name: each for each in graph.initializer}
 
     def instead_of(self, node: Any) -> list[Any]:
-        """One node or several; a node that is as good as it is stays the same object."""
+        """Return the one or more nodes that replace `node`. A node that is valid as it is stays the same object."""
         import onnx
 
         if node.domain not in _OWN:
@@ -78,7 +78,7 @@ class _Older:
         return [node]
 
     def _hard_swish(self, node: Any) -> list[Any]:
-        """x · HardSigmoid(x), which is what it is defined as."""
+        """Write HardSwish by its definition, x · HardSigmoid(x)."""
         import onnx
 
         part = f"{node.output[0]}_hard_sigmoid"
@@ -88,7 +88,7 @@ class _Older:
         ]
 
     def _part_of_shape(self, node: Any) -> list[Any]:
-        """The shape's sizes from `start` to `end`, which older versions take out by a slice."""
+        """Take the sizes from `start` to `end` out of the whole shape by a Slice: older versions of Shape can't select them."""
         import onnx
 
         limits = {each.name: each.i for each in node.attribute}
@@ -104,7 +104,11 @@ class _Older:
         return [node, onnx.helper.make_node("Slice", [whole, *names], [part], name=f"{node.name}_part")]
 
     def _says_nothing(self, attribute: Any, node: Any) -> bool:
-        """Whether a node does the same without an attribute that is no default: even parts are as many as outputs, and no size is 0."""
+        """Whether a node does the same without an attribute that isn't at its default.
+
+        A Split into even parts has as many parts as outputs, so `num_outputs` says nothing. `allowzero` of a Reshape says nothing if no
+        size is 0.
+        """
         if (node.op_type, attribute.name) == ("Split", "num_outputs"):
             return True
         return (node.op_type, attribute.name) == ("Reshape", "allowzero") and 0 not in self._values(node.input[1])

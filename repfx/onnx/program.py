@@ -1,4 +1,4 @@
-"""From a torch model to an ONNX file, with the exporter's failures in one sentence and its chatter kept back."""
+"""Write a torch model as an ONNX file, with the exporter's failures told in one sentence and its other output suppressed."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from repfx.measuring.in_float64 import Inputs, as_arguments, map_tensors, seeded
 from repfx.onnx.free_axes import BATCH, FreeAxes
 from repfx.onnx.opset import LOWEST_OF_TORCH, lowered
 
-SINGLE_FILE_LIMIT = 2_000_000_000  # bytes of weights; protobuf ends at 2 GiB with all else in the file
+SINGLE_FILE_LIMIT = 2_000_000_000  # bytes of weights; protobuf allows 2 GiB for the whole file
 
 
 def write_program(
     model: nn.Module, x: Inputs, path: Path, *, free: FreeAxes, opset: int | None, outputs: Sequence[str]
 ) -> None:
-    """Export a model in eval mode to `path`; weights past protobuf's limit go to ``<name>.data`` beside it.
+    """Export a model in eval mode to `path`. Weights beyond protobuf's limit go to ``<name>.data`` beside it.
 
     Args:
-        free: the axes of x that are to be free.
-        opset: version of ONNX's operators; None takes torch's.
-        outputs: names for the outputs.
+        free: axes of x that the file leaves free.
+        opset: version of ONNX's operators; None takes torch's default.
+        outputs: names of the outputs.
 
     Raises:
         ExportError: the model can't be exported, or not with these axes free, or not in this opset.
@@ -55,7 +55,7 @@ def write_program(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep prints, warnings and logs of the exporter from the user, who gets the one error that matters."""
+    """Suppress the exporter's prints, warnings and logs, so that the user gets only the one error that matters."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -111,7 +111,7 @@ def _fixed(free: FreeAxes, x: Inputs) -> str:
 
 
 def _exported(model: nn.Module, x: Inputs, free: FreeAxes) -> torch.export.ExportedProgram:
-    x = map_tensors(torch.clone, x)  # torch.export marks the tensors themselves as of free size
+    x = map_tensors(torch.clone, x)  # copied, because torch.export marks the tensors themselves as free in size
     args, kwargs = as_arguments(x)
     with quiet(), torch.no_grad(), seeded(model):
         return torch.export.export(model, args, kwargs, dynamic_shapes=free.specification(x), strict=False)
@@ -135,7 +135,7 @@ def _finish(path: Path, free: FreeAxes, opset: int | None) -> None:
 
 
 def _name_axes(graph: Any, free: FreeAxes) -> None:
-    """Call the free axes by their names in the file, where the exporter calls them by numbers."""
+    """Give the free axes in the file the names of `free`; the exporter has numbered them."""
     names: dict[str, str] = {}
     for value, own in zip(graph.input, free.names):
         for axis, name in own.items():

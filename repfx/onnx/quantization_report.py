@@ -1,4 +1,4 @@
-"""What quantizing a file to 8 bits has given, as values."""
+"""Results of quantizing a file to 8 bits, as values."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ OVERFLOW = (
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of a classifier on labelled images, before and after quantization.
+    """Accuracy of a classifier on labelled images, before and after quantization.
 
     Args:
-        images: how many there were.
-        float32: of the file before.
-        int8: of the quantized file, computed as it says.
-        flips: images whose predicted class that changes.
-        int8_here: of the quantized file by the kernels that onnxruntime has for this machine.
-        flips_here: images whose predicted class differs from the one in float32 then.
+        images: number of images.
+        float32: accuracy of the file in float32.
+        int8: accuracy of the quantized file, computed as it says.
+        flips: number of images whose predicted class then differs from the one in float32.
+        int8_here: accuracy of the quantized file by the kernels that onnxruntime has for this machine.
+        flips_here: number of images whose predicted class by these kernels differs from the one in float32.
     """
 
     images: int
@@ -45,21 +45,21 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What `quantize_onnx` wrote.
+    """The report of `quantize_onnx` on the file that it wrote.
 
     Args:
         path: the file.
-        method: how the ranges of activations were chosen.
+        method: name of the method that chose the ranges of activations.
         per_channel: whether each output channel of a weight has its own scale.
         reduce_range: whether weights have 7 bits.
-        images: how many inputs the ranges were measured on.
+        images: number of inputs that the ranges were measured on.
         size_before: bytes of the file in float32.
         size: bytes of the file.
         layers: the convs and linear layers in order.
-        bound: decibels that `weak` is about.
-        kernel_error: how far the outputs by onnxruntime's kernels for this machine are from what the file says, on the inputs of calibrate:
-            the root of Σ (a - b)² / Σ a².
-        accuracy: on labelled data, where there was some.
+        bound: decibels above the noise below which `weak` names a layer.
+        kernel_error: relative distance of outputs b, by onnxruntime's kernels for this machine, from outputs a of the file computed as it
+            says, on the inputs of calibrate: the root of Σ (a - b)² / Σ a².
+        accuracy: accuracy on labelled data; None if none was given.
     """
 
     path: Path
@@ -76,16 +76,16 @@ class QuantizationReport:
 
     @property
     def weak(self) -> LayerRanges | None:
-        """The first layer whose outputs stand less than `bound` above the noise that rounding has put in up to there."""
+        """The first layer whose outputs are less than `bound` decibels above the noise that rounding has added up to there, or None."""
         return next((layer for layer in self.layers if layer.output_sqnr < self.bound), None)
 
     @property
     def overflows(self) -> bool:
-        """Whether the kernels of this machine give something else than the file says; rounding alone stays below 2 %."""
+        """Whether the kernels of this machine compute something else than the file says. Rounding alone stays below 2 %."""
         return self.kernel_error > _OVERFLOW
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; None for a ratio without noise."""
+        """Return plain values for JSON. A number that is not finite, such as a ratio without noise, becomes None."""
         layers = [{key: _plain(value) for key, value in vars(layer).items()} for layer in self.layers]
         weak = None if self.weak is None else self.weak.name
         return asdict(self) | {"path": str(self.path), "layers": layers, "weak": weak, "overflows": self.overflows}

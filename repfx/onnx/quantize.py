@@ -1,8 +1,8 @@
-"""An ONNX file in 8 bits: ranges are measured on real inputs, weights and activations become integers, and what that costs is said.
+"""Quantize an ONNX file to 8 bits: measure ranges on real inputs, turn weights and activations into integers, and report the cost.
 
-Static quantization by onnxruntime, in the QDQ format: a pair of nodes around each tensor says by which scale and zero point it is rounded,
-so that every runtime reads the same numbers from the file. Weights are 8-bit integers with a sign, one scale for each output channel;
-activations are 8-bit integers without.
+The quantization is onnxruntime's static one, in the QDQ format. A pair of nodes around each tensor states the scale and zero point by which
+it is rounded, so that every runtime reads the same numbers from the file. Weights are signed 8-bit integers, with one scale for each
+output channel. Activations are unsigned 8-bit integers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from repfx.onnx.quantization_report import Accuracy, QuantizationReport
 from repfx.records.target_file import staged
 
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
-_AT_ONCE = 32  # images, if the file leaves that open
+_AT_ONCE = 32  # images in a batch, if the file leaves that size free
 _PER_CHANNEL = 13  # the first opset whose DequantizeLinear has an axis
 
 
@@ -41,26 +41,26 @@ def quantize_onnx(
     keep_float: Sequence[str] = (),
     bound: float = 10.0,
 ) -> QuantizationReport:
-    """Quantize an ONNX file in float32 to 8 bits, run it in onnxruntime, and say layer by layer what that cost.
+    """Quantize an ONNX file in float32 to 8 bits, run it in onnxruntime, and report layer by layer what that cost.
 
-    The file appears at `target` only when it has run; one that was there is replaced in one step.
+    The file appears at `target` only after it has run. It replaces an older file in one step.
 
     Args:
-        source: a file that takes one input, such as `export_onnx` writes.
-        target: ends in ``.onnx``; its folder exists.
-        calibrate: real inputs, some hundred, prepared as for the model: tensors, or a data loader, of whose tuples the first entry is the
-            input. Ranges, and what the layers lose, are measured on them.
+        source: path of a file that takes one input, such as `export_onnx` writes.
+        target: path that ends in ``.onnx``; its folder must exist.
+        calibrate: some hundred real inputs, prepared as for the model: tensors, or a data loader whose tuples begin with the input.
+            Ranges and the layers' losses are measured on them.
         labelled: batches of inputs and classes, on which both files are run as classifiers.
-        method: how the range of an activation is chosen from what was seen: ``minmax`` (all of it), ``entropy`` (what loses least
-            information) or ``percentile`` (all but the outermost).
-        per_channel: give each output channel of a weight its own scale.
-        reduce_range: give weights 7 bits. x86 processors without VNNI add products in 16 bits, which 8 bits can overflow.
-        keep_float: layers that stay as they are, by the names that the report gives them.
-        bound: decibels that a layer's outputs should stand above the noise; the report names the first layer below.
+        method: way to choose the range of an activation from the values seen: ``minmax`` (all of them), ``entropy`` (the range that loses
+            least information) or ``percentile`` (all but the outermost values).
+        per_channel: whether each output channel of a weight gets its own scale.
+        reduce_range: whether weights get 7 bits. x86 processors without VNNI add products in 16 bits, which 8-bit weights can overflow.
+        keep_float: names of the layers that stay in float32, as the report gives them.
+        bound: decibels that a layer's outputs should be above the noise; the report names the first layer below.
 
     Raises:
         InvalidInput: a path, an option, the data or the file can't be used.
-        ExportError: onnxruntime can't quantize the file or can't run what it made, or a package is missing
+        ExportError: onnxruntime can't quantize the file or can't run the result, or a package is missing
             (``pip install 'repfx[onnx]'``).
     """
     if method not in METHODS:
@@ -107,7 +107,7 @@ def quantize_onnx(
 
 
 class _Reader:
-    """Gives calibration inputs as onnxruntime asks for them: a range at a time, so that it needn't hold what all of them give."""
+    """Reader that gives onnxruntime the calibration inputs a range at a time, so that it needn't hold the values of all of them."""
 
     def __init__(self, name: str, inputs: Sequence[Tensor]) -> None:
         self._name, self._inputs = name, inputs
@@ -150,7 +150,7 @@ def _source(source: str | os.PathLike[str], *, per_channel: bool) -> tuple[Path,
 
 
 def _nodes(path: Path, keep_float: Sequence[str]) -> list[str]:
-    """The nodes of these layers."""
+    """Return the nodes of the layers named in `keep_float`."""
     layers = weighted_layers(package("onnx").load(path))
     for name in keep_float:
         if name not in {layer.name for layer in layers}:
@@ -159,7 +159,7 @@ def _nodes(path: Path, keep_float: Sequence[str]) -> list[str]:
 
 
 def _inputs(taken: Value, calibrate: Batches) -> list[Tensor]:
-    """Batches of a size that the file takes."""
+    """Cut the calibration inputs into batches of a size that the file takes."""
     size = _batch_size(taken)
     found: list[Tensor] = []
     for number, batch in enumerate(calibrate):
@@ -174,13 +174,13 @@ def _inputs(taken: Value, calibrate: Batches) -> list[Tensor]:
             raise InvalidInput(f"batch {number} of calibrate holds numbers that are not finite.")
         found += [part for part in x.split(size or _AT_ONCE) if len(part) == (size or len(part))]
     if not found:
-        wanted = "" if size is None else f" of {size} inputs, as the file takes them"
+        wanted = "" if size is None else f" of {size} inputs, which is what the file takes at once"
         raise InvalidInput(f"calibrate gave no batch{wanted}: ranges are measured on real inputs.")
     return found
 
 
 def _batch_size(taken: Value) -> int | None:
-    """What the file takes at a time; None if that is free."""
+    """Return the number of inputs that the file takes at once; None if it is free."""
     return taken.shape[0] if taken.shape and isinstance(taken.shape[0], int) else None
 
 
@@ -212,7 +212,7 @@ def _quantize(
         per_channel=per_channel,
         reduce_range=reduce_range,
         nodes_to_exclude=excluded,
-        extra_options={"CalibStridedMinMax": 1},  # a batch at a time, or it holds what all of them give
+        extra_options={"CalibStridedMinMax": 1},  # a batch at a time; otherwise it holds the values of all batches
     )
 
 
@@ -238,7 +238,7 @@ def _accuracy(path: Path, staging: Path, labelled: Iterable[tuple[Tensor, Tensor
         if logits[0].ndim != 2 or y.shape != logits[0].shape[:1]:
             raise InvalidInput(
                 f"batch {number} of labelled has labels {list(y.shape)}, and the file gives {list(logits[0].shape)} for its inputs: "
-                "accuracy is that of a classifier, (images, classes), with one label for each image."
+                "accuracy needs a classifier's outputs, (images, classes), and one label for each image."
             )
         predicted.append(torch.stack([each.argmax(1) for each in logits]))
         labels.append(y)
@@ -251,7 +251,7 @@ def _accuracy(path: Path, staging: Path, labelled: Iterable[tuple[Tensor, Tensor
 
 
 def _run(session: Any, x: Tensor, size: int | None) -> Tensor:
-    """The file's first output for x, in batches of `size`, of which the last is filled up."""
+    """Return the file's first output for x, computed in batches of `size`. The last batch is filled up."""
     name = session.get_inputs()[0].name
     filled = x if size is None else torch.cat([x, x[-1:].expand(-len(x) % size, *x.shape[1:])])
     parts = [session.run(None, {name: part.numpy()})[0] for part in filled.split(size or len(x))]
@@ -259,5 +259,5 @@ def _run(session: Any, x: Tensor, size: int | None) -> Tensor:
 
 
 def _size(path: Path) -> int:
-    """Bytes, with weights beside the file."""
+    """Return the bytes of a file, including weights stored beside it."""
     return sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists())

@@ -1,4 +1,4 @@
-"""What is exported, and what the file is held against: the same model, or the same before its weights are rounded to another dtype."""
+"""The model that is exported, and the model that its file is compared with: the same, or the same before its weights are rounded."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from repfx.passes.fuse import fuse
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float16)
-HALF = 2e-2  # of float16 against float32: deep nets are off by some 1e-3
+HALF = 2e-2  # allowed for float16 against float32: deep nets are off by about 1e-3
 Run = tuple[Any, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A fused model for export, and one that says what the file has to give.
+    """A fused model for export, and a model whose outputs the file must give.
 
     Args:
         deployed: the model that is exported, on the CPU and in eval mode.
-        exact: in `dtype` float16 and float32, the same model in float32; else `deployed`.
-        dtype: what was asked for; None keeps the model's own.
+        exact: the same model in float32 if `dtype` is float16 or float32; otherwise `deployed`.
+        dtype: the dtype asked for; None keeps the model's own.
     """
 
     deployed: nn.Module
@@ -41,7 +41,7 @@ class Reference:
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype | None) -> Reference:
-        """Fuse a model; with a dtype in float64, from which each weight is rounded once.
+        """Fuse a model. If a dtype is asked for, fuse in float64 and round each weight once.
 
         Raises:
             ExportError: a weight is too large for the dtype.
@@ -54,23 +54,25 @@ class Reference:
         deployed = wide._apply(lambda tensor: rounded(tensor, dtype) if tensor.is_floating_point() else tensor)
         for path, tensor in deployed.state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ExportError(f"{path!r} is not finite in {dtype}, which ends at {torch.finfo(dtype).max:.0f}.")
+                raise ExportError(
+                    f"{path!r} is not finite in {dtype}, whose largest number is {torch.finfo(dtype).max:.0f}."
+                )
         return cls(deployed, exact, dtype)
 
     def rounded(self, x: Inputs) -> Any:
-        """x in the dtype that the file takes."""
+        """Return x in the dtype that the file takes."""
         return x if self.dtype is None else _cast(x, self.dtype)
 
     def run(self, x: Inputs) -> dict[str, Tensor]:
-        """What the file has to give for x, by the names of the outputs.
+        """Return the outputs that the file must give for x, by their names.
 
         Raises:
-            InvalidInput: the model can't run on x, or gives no numbers.
+            InvalidInput: the model can't run on x, or outputs no numbers.
         """
         return _run(self.exact, x if self.dtype is None else _cast(x, torch.float32))
 
     def bound(self, tolerance: float, found: Difference, runs: Sequence[Run]) -> float:
-        """What `found` is held against."""
+        """Return the largest error that `found` may have."""
         if any(parameter.dtype == torch.float16 for parameter in self.deployed.parameters()):
             return max(tolerance, TOLERANCES[torch.float16] if self.dtype is None else HALF)
         if found.error <= tolerance:
@@ -79,12 +81,13 @@ class Reference:
         return max(tolerance, min(4 * rounding, 100 * tolerance))
 
     def rounding_throughout(self, x: Inputs, expected: Mapping[str, Tensor]) -> Difference | None:
-        """How far off float16 is where each operation rounds to it, as on a GPU; onnxruntime on a CPU computes float16 in float32.
+        """Compare the outputs with those of torch when each operation rounds to float16, as on a GPU.
 
-        None for another dtype, and where torch has no kernels in float16 for the CPU.
+        The file can't show that error, because onnxruntime on a CPU computes float16 in float32. Return None for another dtype, or if
+        torch has no kernels in float16 for the CPU.
 
         Raises:
-            ExportError: a layer gives out what is not finite; the first one is named.
+            ExportError: a layer outputs numbers that are not finite; the first such layer is named.
         """
         if self.dtype is not torch.float16:
             return None
@@ -94,7 +97,7 @@ class Reference:
                     stack.callback(module.register_forward_hook(_watch(path)).remove)
             try:
                 given = _run(self.deployed, x)
-            except InvalidInput:  # the exporter has seen the same model: what torch can't do here is no fault of it
+            except InvalidInput:  # the exporter has accepted this model, so torch is at fault, not the model
                 return None
         return worst(differences(list(expected.values()), list(given.values())))
 
@@ -104,7 +107,8 @@ def _cast(x: Inputs, dtype: torch.dtype) -> Any:
 
 
 def _run(model: nn.Module, x: Inputs) -> dict[str, Tensor]:
-    args, kwargs = as_arguments(map_tensors(torch.clone, x))  # a ReLU in place may write over its input
+    # Copied, because an in-place ReLU may write over its input.
+    args, kwargs = as_arguments(map_tensors(torch.clone, x))
     try:
         with torch.no_grad(), seeded(model), quiet():
             outputs = model(*args, **kwargs)
@@ -118,7 +122,7 @@ def _run(model: nn.Module, x: Inputs) -> dict[str, Tensor]:
 
 
 def _rounding(model: nn.Module, x: Inputs, expected: Mapping[str, Tensor]) -> float:
-    """How far torch's own outputs are from those in float64, relatively; 0 where that can't be said."""
+    """Return the relative distance of torch's own outputs from those in float64; 0 if they can't be compared."""
     exact = [leaf for _, leaf in leaves(run_double(double_copy(model), x)) if isinstance(leaf, Tensor)]
     found = worst(differences(exact, list(expected.values())))
     return 0.0 if found.problem else found.error
@@ -128,7 +132,7 @@ def _watch(path: str) -> Any:
     def check(module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
             raise ExportError(
-                f"{path!r} gives out more for x than float16 holds, which ends at 65504: scale what enters it, or stay in float32."
+                f"{path!r} outputs numbers for x beyond the range of float16, ±65504: scale the inputs of this layer, or stay in float32."
             )
 
     return check

@@ -235,12 +235,12 @@ def test_a_file_of_a_fixed_batch_gets_batches_of_its_size(tmp_path: Path) -> Non
     assert found.images == 95
     assert found.accuracy is not None
     assert found.accuracy.float32 == pytest.approx(float((net()(X).argmax(1) == Y).double().mean()))
-    with pytest.raises(InvalidInput, match="gave no batch of 5 inputs, as the file takes them"):
+    with pytest.raises(InvalidInput, match="gave no batch of 5 inputs, which is what the file takes at once"):
         quantize_onnx(path, tmp_path / "other.onnx", [X[:4]])
 
 
 def test_what_overflows_in_float_is_named(tmp_path: Path, exported: Path) -> None:
-    with pytest.raises(InvalidInput, match="'2' gives out what is not finite for an input of calibrate"):
+    with pytest.raises(InvalidInput, match="'2' outputs numbers that are not finite for an input of calibrate"):
         quantize_onnx(exported, tmp_path / "net.onnx", [X * 3e38])
 
 

@@ -136,7 +136,7 @@ def parts_of(before: nn.Module, fused: nn.Module) -> tuple[Part, ...]:
 
 
 def units_of(before: nn.Module, fused: nn.Module) -> dict[str, Unit]:
-    """Return the units by path in the deployed model: convs, other layers made by a rule, and blocks left alone."""
+    """Return the units by path in the deployed model: convs, other layers with sources in the model before, and blocks left alone."""
     modules = dict(before.named_modules(remove_duplicate=False))
     found: dict[str, Unit] = {}
     for path, module in fused.named_modules():

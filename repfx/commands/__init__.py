@@ -1,4 +1,4 @@
-"""The commands of `repfx`, one file each: they parse, call and print.
+"""The commands of `repfx`, one file each. A command parses its arguments, calls the library and prints the result.
 
 Imports everything above it, and the packages of the `cli` extra. Begin with `app`.
 """

@@ -1,4 +1,4 @@
-"""What several commands take, a model, its weights and options, and an input for it; and how they print JSON."""
+"""Arguments that several commands share (a model, its weights and options, and an input for it), and their JSON output."""
 
 from __future__ import annotations
 
@@ -19,32 +19,37 @@ from repfx.training.run_folder import STRUCTURE, RunFolder
 MODEL_FORMS = "torchvision:NAME, timm:NAME, package.module:callable or file.py:callable"
 _AXES = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}
 
-# typer reads these at run time, where Python 3.10 and `X | None` with options of typer 0.15 work together too.
+# typer reads these annotations at run time; its options work with `X | None` on Python 3.10 and typer 0.15, too.
 Model = Annotated[str, typer.Argument(help=f"{MODEL_FORMS}; or the folder of a training run.", show_default=False)]
 Weights = Annotated[
     Path | None,
-    typer.Option(help="Weights: .safetensors, or .pt, of which no code is run.", show_default="fresh ones"),
+    typer.Option(
+        help="A file of weights: .safetensors, or .pt, which is read without running code from it.",
+        show_default="fresh ones",
+    ),
 ]
-Classes = Annotated[
-    int | None, typer.Option(min=1, help="How many classes the model tells apart.", show_default="its own")
-]
+Classes = Annotated[int | None, typer.Option(min=1, help="Number of classes of the model.", show_default="its own")]
 Options = Annotated[
     list[str] | None,
-    typer.Option("--option", help="NAME=VALUE for what builds the model, VALUE as JSON; may be repeated."),
+    typer.Option(
+        "--option", help="NAME=VALUE, an option for building the model; VALUE is JSON or text. May be repeated."
+    ),
 ]
 
-Json = Annotated[bool, typer.Option("--json", help="Print what was found as JSON, for other programs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for other programs.")]
 
 InputShape = Annotated[
     str | None,
-    typer.Option(help="One input without the batch, as 3x224x224.", show_default="what the model takes, at 224x224"),
+    typer.Option(
+        help="Shape of one input without the batch, such as 3x224x224.", show_default="what the model takes, at 224x224"
+    ),
 ]
 
 
 def load_model(
     name: str, weights: Path | None, num_classes: int | None, option: list[str] | None
 ) -> tuple[nn.Module, Mapping[str, Any] | None]:
-    """A model in eval mode and, if it is of a run, what its images went through."""
+    """Load a model in eval mode. If it comes from a training run, also return how the run prepared its images."""
     folder = RunFolder(Path(name))
     if not Path(name).is_dir():
         model = ModelReference(name, num_classes, parse_options(option)).build()
@@ -59,17 +64,19 @@ def load_model(
 
 
 def shape_of_input(asked: str | None, preparation: Mapping[str, Any] | None) -> tuple[int, ...] | None:
-    """Of one input, if the user or a run says so."""
+    """Return the shape of one input, as the user or the training run gives it; None if neither does."""
     if asked is None:
         return None if preparation is None else tuple(preparation["shape"])
     parts = asked.replace(",", "x").split("x")
     if not all(part.strip().isdigit() and int(part) for part in parts):
-        raise InvalidInput(f"input shape {asked!r} must be whole numbers from 1 with x between, as 3x224x224.")
+        raise InvalidInput(
+            f"input shape {asked!r} must be whole numbers from 1 with x between them, such as 3x224x224."
+        )
     return tuple(map(int, parts))
 
 
 def example_input(model: nn.Module, shape: tuple[int, ...] | None) -> torch.Tensor:
-    """A batch of two random inputs, the same ones every time."""
+    """Return a batch of two random inputs. Equal shapes give equal inputs on every call."""
     form = InputForm.of(model)
     own: Any = getattr(model, "default_cfg", None) or {}
     shape = shape or own.get("input_size") or (form.channels, *_AXES[form.dimensions])
@@ -77,12 +84,12 @@ def example_input(model: nn.Module, shape: tuple[int, ...] | None) -> torch.Tens
 
 
 def print_json(found: object) -> None:
-    """What `--json` prints; sizes and reasons, so never a number that JSON doesn't know."""
+    """Print a result as JSON. It holds sizes and reasons, and no NaN or infinity, which JSON doesn't have."""
     typer.echo(json.dumps(found, indent=2, allow_nan=False))
 
 
 def parse_options(given: list[str] | None) -> dict[str, Any]:
-    """NAME=VALUE each, VALUE as JSON, or as text where it is none."""
+    """Parse options of the form NAME=VALUE. VALUE is read as JSON; if it is no JSON, it is text."""
     options = {}
     for text in given or []:
         name, separator, value = text.partition("=")

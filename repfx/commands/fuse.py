@@ -42,51 +42,61 @@ from repfx.records.target_file import staged
 @app.command()
 def fuse(
     model: Model,
-    onnx: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
+    onnx: Annotated[Path, typer.Option(help="The ONNX file to write.", show_default=False)],
     weights: Weights = None,
     num_classes: Classes = None,
     option: Options = None,
     input_shape: InputShape = None,
     opset: Annotated[
-        int | None, typer.Option(help="Version of ONNX's operators, from 13 on.", show_default="torch's")
+        int | None, typer.Option(help="Version of ONNX's operators, 13 or later.", show_default="torch's")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Take batches of this size only.", show_default="any")
+        int | None, typer.Option(min=1, help="Let the file take batches of this size only.", show_default="any")
     ] = None,
-    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Leave height and width free.")] = False,
-    fp16: Annotated[bool, typer.Option("--fp16", help="Weights, inputs and outputs in float16.")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="Weights and activations in 8 bits; needs --data.")] = False,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="Let the file take images of any height and width.")
+    ] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Store weights, inputs and outputs in float16.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantize weights and activations to 8 bits; needs --data.")
+    ] = False,
     data: Annotated[
         str | None,
         typer.Option(
-            help="With --int8: digits, a folder, an .npz file or a torchvision data set, as for repfx train. Ranges are measured on "
-            "training images, accuracy on test images.",
+            help="With --int8: digits, a folder, an .npz file or a torchvision data set, like --data of repfx train. Ranges are measured "
+            "on training images, accuracy on test images.",
             show_default=False,
         ),
     ] = None,
-    root: Annotated[Path, typer.Option(help="Where the files of a torchvision data set are.")] = DataSource.root,
+    root: Annotated[Path, typer.Option(help="Folder with the files of a torchvision data set.")] = DataSource.root,
     calibration: Annotated[str, typer.Option(help=f"With --int8, how ranges are chosen: {', '.join(METHODS)}.")] = next(
         iter(METHODS)
     ),
-    calibration_images: Annotated[int, typer.Option(min=1, help="On how many images.")] = 256,
+    calibration_images: Annotated[
+        int, typer.Option(min=1, help="With --int8, number of images to measure ranges on.")
+    ] = 256,
     per_tensor: Annotated[
-        bool, typer.Option("--per-tensor", help="One scale for each tensor of weights, not for each channel.")
+        bool, typer.Option("--per-tensor", help="Use one scale for each tensor of weights, not one for each channel.")
     ] = False,
     reduce_range: Annotated[
-        bool, typer.Option("--reduce-range", help="7 bits for weights, for x86 processors without VNNI.")
+        bool, typer.Option("--reduce-range", help="Use 7 bits for weights, for x86 processors without VNNI.")
     ] = False,
     keep_float: Annotated[
-        list[str] | None, typer.Option(help="A layer that stays in float32; may be repeated.", show_default=False)
+        list[str] | None, typer.Option(help="Name of a layer to keep in float32; may be repeated.", show_default=False)
     ] = None,
     bound: Annotated[
-        float, typer.Option(help="Name the first layer whose outputs stand less than so many decibels above the noise.")
+        float,
+        typer.Option(help="Report the first layer whose outputs are less than this many decibels above the noise."),
     ] = 15.0,
     as_json: Json = False,
 ) -> None:
-    """Fuse a model into plain convs, check that it computes the same, and export it to ONNX, checked in onnxruntime."""
+    """Fuse a model into plain convs and export it to ONNX.
+
+    The fused model is compared with the original, and the ONNX file is checked in onnxruntime.
+    """
     _check(int8=int8, fp16=fp16, data=data)
     with staged(onnx, ".onnx"):
-        pass  # say now, not after the work, that it can't be written
+        pass  # fail now, not after the work, if the file can't be written
     original, preparation = load_model(model, weights, num_classes, option)
     shape = shape_of_input(input_shape, preparation)
     fused = repfx.fuse(original)
@@ -123,16 +133,16 @@ def fuse(
 
 def _check(*, int8: bool, fp16: bool, data: str | None) -> None:
     if int8 and fp16:
-        raise InvalidInput("--int8 and --fp16 exclude each other: give one of them.")
+        raise InvalidInput("--int8 and --fp16 exclude each other: give only one of them.")
     if int8 and data is None:
         raise InvalidInput("--int8 measures ranges on real images: give --data, such as --data digits.")
     if data is not None and not int8:
-        raise InvalidInput("--data is what --int8 measures ranges on: give --int8 too, or leave it out.")
+        raise InvalidInput("--data is what --int8 measures ranges on: give --int8, too, or leave --data out.")
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What the command prints."""
+    """The result that the command prints."""
 
     before: nn.Module
     fused: nn.Module
@@ -144,7 +154,7 @@ class _Found:
     def as_dict(self) -> dict[str, Any]:
         file = {**asdict(self.exported), "path": str(self.exported.path)}
         if self.quantized is not None:
-            del file["path"], file["size"]  # of the file in float32, which is gone
+            del file["path"], file["size"]  # these describe the temporary float32 file
         return {
             "max_error": self.equivalence.max_error,
             "skipped": [str(skip) for skip in repfx.report(self.fused).skipped],
@@ -156,7 +166,7 @@ class _Found:
         console = Console()
         console.print(fusion_table({"before": self.before, "fused": self.fused}, self.x))
         error = self.equivalence.max_error
-        typer.echo(f"Worst relative difference in float64 before and after fusing: {error:.1e}.")
+        typer.echo(f"Worst relative difference between the outputs before and after fusing, in float64: {error:.1e}.")
         for skip in repfx.report(self.fused).skipped[:10]:
             typer.echo(str(skip))
         if self.quantized is None:

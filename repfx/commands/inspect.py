@@ -33,24 +33,27 @@ def inspect(
     model: Model,
     spec: Annotated[
         str | None,
-        typer.Option(help="Say what this preset, these branch kinds or this JSON would do.", show_default=False),
+        typer.Option(help="Show what a preset, branch kinds or JSON would add to each conv.", show_default=False),
     ] = None,
     fused: Annotated[
-        bool, typer.Option("--fused", help="Say of each conv and BatchNorm that is left after fusing why it stays.")
+        bool, typer.Option("--fused", help="Fuse the model, and show why each conv and BatchNorm that is left stays.")
     ] = False,
     html: Annotated[
         Path | None,
-        typer.Option(help="Write one HTML page instead, with the net before and after fusing.", show_default=False),
+        typer.Option(
+            help="Write an HTML page in place of the list. It shows the model before and after fusing.",
+            show_default=False,
+        ),
     ] = None,
     input_shape: InputShape = None,
     num_classes: Classes = None,
     option: Options = None,
     as_json: Json = False,
 ) -> None:
-    """List the convs of a model: their sizes, their branches, and what a spec would add or why it can't."""
+    """List the convs of a model, with their sizes and branches. With --spec, show what a spec would add to each, or why it can't."""
     found, preparation = load_model(model, None, num_classes, option)
     if fused and spec is not None and html is None:
-        raise InvalidInput("--spec asks about expanding and --fused about fusing: give one of them.")
+        raise InvalidInput("--spec asks about expanding and --fused about fusing: give only one of them.")
     if html is not None:
         x = example_input(found, shape_of_input(input_shape, preparation))
         with busy("fusing and comparing"):
@@ -77,7 +80,7 @@ def _write_page(model: nn.Module, html: Path, name: str, spec: str | None, x: Te
     wanted = None if spec is None else spec_of(spec)
     check = write_model_page(model, html, x, name=name, spec=wanted, trained=trained)
     if check.report is not None and not check.report.equivalent:
-        raise EquivalenceError(f"{check.report} The page {str(html)!r} says so, too.")
+        raise EquivalenceError(f"{check.report} The page {str(html)!r} has the details.")
     return check
 
 

@@ -18,7 +18,7 @@ from repfx.training.recipe_file import description_of, shipped_recipes
 
 
 class Registry(str, Enum):
-    """What can be listed."""
+    """The kinds of names that can be listed."""
 
     branches = "branches"
     presets = "presets"
@@ -29,9 +29,10 @@ class Registry(str, Enum):
 
 @app.command("list")
 def list_names(
-    what: Annotated[Registry, typer.Argument(help="Which names.", show_default=False)], as_json: Json = False
+    what: Annotated[Registry, typer.Argument(help="The kind of names to list.", show_default=False)],
+    as_json: Json = False,
 ) -> None:
-    """List the branch kinds, the presets, the passes, the schedules or the recipes, with one line on each."""
+    """List the branch kinds, presets, passes, schedules or recipes, with one line about each."""
     rows = {
         Registry.branches: [(kind, (branch.__doc__ or "").splitlines()[0]) for kind, branch in KINDS.items()],
         Registry.presets: [(preset.name, preset.description) for preset in PRESETS.values()],

@@ -1,4 +1,4 @@
-"""A progress bar on stderr while an experiment runs, and the changes of the model's structure; where stderr is no terminal, these alone."""
+"""Progress of an experiment on stderr: a bar and the changes of the model's structure. Without a terminal, only the changes."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from repfx.training.loop import Step, Watcher
 _STAGES = {
     "expand": "expanding",
     "train": "training",
-    "fuse": "fusing, and checking it",
-    "export": "exporting to ONNX, and checking it",
+    "fuse": "fusing and checking",
+    "export": "exporting to ONNX and checking",
     "test": "running the test images",
     "measure": "measuring",
 }
 
 
-_LINES = 12  # more changes than this at a time are told in short
+_LINES = 12  # if there are more changes than this at a time, those of one kind share a line
 
 
 @contextmanager
 def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
-    """A watcher that shows what it hears."""
+    """Yield a watcher that shows the progress of training. If `quiet`, it shows nothing."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -74,12 +74,12 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
 
 
 def busy(doing: str) -> AbstractContextManager[object]:
-    """A spinner on stderr beside what goes on; nothing where stderr is no terminal."""
+    """Show a spinner on stderr beside the text `doing` while the context is open. Without a terminal, show nothing."""
     return Console(stderr=True).status(f"{doing} …")
 
 
 class _Teller:
-    """Tells what was done after each epoch, once; what was told before an interruption isn't told again."""
+    """Prints the changes of each epoch once. A resumed run doesn't print again what it printed before the interruption."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
         self.say = say
@@ -95,7 +95,7 @@ class _Teller:
 
 
 def _tell(epoch: int, actions: Sequence[Action], say: Callable[[str], object]) -> None:
-    """Each change in a line; of many at a time, those of a kind together."""
+    """Print each change on a line. If there are many, print one line for those of a kind that follow one another."""
     when = f"after epoch {epoch}" if epoch else "at the beginning"
     for kind, group in groupby(actions, lambda action: action.kind):
         alike = list(group)

@@ -22,7 +22,7 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one HTML page on a training run: curves, structure, costs, the net before and after fusing."""
+    """Write one HTML page about a training run: curves, structure, costs, and the model before and after fusing."""
     with busy("fusing, comparing and drawing"):
         page = write_run_page(RunFolder(run), out)
     if as_json:

@@ -1,4 +1,4 @@
-"""What the command line prints: results as rich tables."""
+"""Tables that the command line prints, made with rich."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TITLES = {"plain": "plain", "expanded": "expanded, trained", "fused": "fused", 
 
 
 def metrics_table(metrics: Metrics) -> Table:
-    """One row for each form of the model."""
+    """Show the metrics of a run, one row for each form of the model."""
     table = _table("", "accuracy", "flips", "parameters", "MACs", "latency")
     for name, title in _TITLES.items():
         accuracy = f"{metrics.accuracy[name]:.2%}" if name in metrics.accuracy else "–"
@@ -31,7 +31,7 @@ def metrics_table(metrics: Metrics) -> Table:
 
 
 def fusion_table(forms: Mapping[str, nn.Module], x: Tensor) -> Table:
-    """Sizes of a model before and after fusing, for one image of `x`."""
+    """Show the size of each form of a model, one row each; MACs are for one image of `x`."""
     table = _table("", "convs", "BatchNorms", "parameters", "MACs")
     for name, model in forms.items():
         modules = list(model.modules())
@@ -41,7 +41,7 @@ def fusion_table(forms: Mapping[str, nn.Module], x: Tensor) -> Table:
 
 
 def quantization_table(report: QuantizationReport) -> Table:
-    """One row for each layer; those below the report's bound are marked."""
+    """Show a quantization report, one row for each layer. Layers below the report's bound are marked."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("layer")
     for column in ("largest\nweight", "× median\nchannel", "outputs", "99.9 %\nin", "weights\nSQNR", "outputs\nSQNR"):
@@ -61,7 +61,7 @@ def quantization_table(report: QuantizationReport) -> Table:
 
 
 def listing(rows: Iterable[tuple[str, str]]) -> str:
-    """Names and one line on each, one a line."""
+    """Return names with their descriptions as text, one pair on each line."""
     rows = list(rows)
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {description}" for name, description in rows)

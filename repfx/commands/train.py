@@ -29,7 +29,7 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="A recipe: a .toml file, or the name of one that `repfx list recipes` shows. Other options go before it.",
+            help="A recipe: a .toml file, or a name that `repfx list recipes` shows. Other options override it.",
             show_default=False,
         ),
     ] = None,
@@ -39,81 +39,88 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="The data: digits (scikit-learn's), a folder with one folder of images per class (or train/ and test/, or val/, of such), "
-            "an .npz file with x_train, y_train, x_test and y_test, or the name of a torchvision data set.",
+            help="The data: digits (from scikit-learn); a folder with one folder of images per class, or with such folders in train/ and "
+            "test/ (or val/); an .npz file with x_train, y_train, x_test and y_test; or the name of a torchvision data set.",
             show_default=_DEFAULT.data.name,
         ),
     ] = None,
     spec: Annotated[
         str | None,
         typer.Option(
-            help='A preset, branch kinds with commas between, or JSON: \'{"layer1.*": "acb"}\'.',
+            help='A preset, branch kinds with commas between them, or JSON: \'{"layer1.*": "acb"}\'.',
             show_default="dbb, or the schedule's own",
         ),
     ] = None,
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="Begin with the plain model and change it while it trains, as this schedule says: "
-            + ", ".join(SCHEDULES),
+            help="Begin with the plain model and let this schedule change it while it trains: " + ", ".join(SCHEDULES),
             show_default="expand it first",
         ),
     ] = None,
     schedule_option: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=VALUE for the schedule, VALUE as JSON; may be repeated.", show_default="its paper's proportions"
+            help="NAME=VALUE, an option of the schedule; VALUE is JSON or text. May be repeated.",
+            show_default="its paper's proportions",
         ),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the training images.", show_default=str(Recipe.epochs))
+        int | None,
+        typer.Option(min=1, help="Number of passes over the training images.", show_default=str(Recipe.epochs)),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the files.")] = _DEFAULT.out,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in --out already.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the files of the run.")] = _DEFAULT.out,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that --out already holds.")] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with the run in --out, with its own recipe; begin it if there is none."),
+        typer.Option("--resume", help="Continue the run in --out with its own recipe; start one if there is none."),
     ] = False,
     root: Annotated[
         Path | None,
-        typer.Option(help="Where the files of a torchvision data set are.", show_default=str(_DEFAULT.data.root)),
+        typer.Option(help="Folder with the files of a torchvision data set.", show_default=str(_DEFAULT.data.root)),
     ] = None,
     download: Annotated[
-        bool | None, typer.Option("--download", help="Let torchvision download them if they aren't.")
+        bool | None, typer.Option("--download", help="Let torchvision download the data set if it is missing.")
     ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Height and width of an image.", show_default="16 for digits, 224 for a folder, else its own"
+            min=1,
+            help="Height and width of an image.",
+            show_default="16 for digits, 224 for a folder, else the data's own",
         ),
     ] = None,
     weights: Weights = None,
     num_classes: Annotated[
-        int | None, typer.Option(min=1, help="How many classes the model tells apart.", show_default="the data's")
+        int | None, typer.Option(min=1, help="Number of classes of the model.", show_default="the data's")
     ] = None,
     option: Options = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=2, help="Images in a step, of all processes together.", show_default=str(Recipe.batch_size)),
+        typer.Option(
+            min=2, help="Number of images in a step, over all processes together.", show_default=str(Recipe.batch_size)
+        ),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="The highest one.", show_default=str(Recipe.learning_rate))
+        float | None, typer.Option(help="The highest learning rate.", show_default=str(Recipe.learning_rate))
     ] = None,
     average: Annotated[
         float | None,
         typer.Option(
-            help="Decay of a moving average of the model, as 0.999, which is then fused.", show_default="none"
+            help="Decay of a moving average of the model, such as 0.999; the averaged model is then fused.",
+            show_default="none",
         ),
     ] = None,
     mixed_precision: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(PRECISIONS)}.", show_default=Recipe.mixed_precision)
+        str | None,
+        typer.Option(help=f"Precision of training: {', '.join(PRECISIONS)}.", show_default=Recipe.mixed_precision),
     ] = None,
     channels_last: Annotated[
         bool | None,
         typer.Option(
             "--channels-last/--channels-first",
-            help="How images and kernels lie in memory.",
-            show_default="last where the model runs so",
+            help="Memory format of images and kernels.",
+            show_default="last if the model runs so",
         ),
     ] = None,
     compile: Annotated[
@@ -121,39 +128,39 @@ def train(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Of all that is drawn; equal seeds give equal weights.", show_default=str(Recipe.seed)),
+        typer.Option(help="Seed of all random numbers; equal seeds give equal weights.", show_default=str(Recipe.seed)),
     ] = None,
     deterministic: Annotated[
         bool | None,
-        typer.Option("--deterministic", help="Take deterministic algorithms alone, even if they are slower."),
+        typer.Option("--deterministic", help="Use deterministic algorithms only, even if they are slower."),
     ] = None,
     device: Annotated[
         str | None,
         typer.Option(
-            help="Where to train: cpu, cuda, cuda:1, mps, …", show_default="the accelerator that is there, or cpu"
+            help="Where to train: cpu, cuda, cuda:1, mps, …", show_default="the accelerator of the machine, or cpu"
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that load images.", show_default=str(Recipe.workers))
+        int | None, typer.Option(min=0, help="Number of processes that load images.", show_default=str(Recipe.workers))
     ] = None,
     log_with: Annotated[
-        str | None, typer.Option(help="A tracker that Accelerate knows, as tensorboard.", show_default="none")
+        str | None, typer.Option(help="A tracker that Accelerate knows, such as tensorboard.", show_default="none")
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
-            help="KEY=VALUE for any key of a recipe, as training.clip=1; VALUE as JSON; may be repeated.",
+            help="KEY=VALUE for any key of a recipe, such as training.clip=1; VALUE is JSON or text. May be repeated.",
             show_default=False,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON, and no progress.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON, and show no progress.")] = False,
 ) -> None:
-    """Expand a model, train it, fuse it, export it to ONNX, and show that it stayed the same.
+    """Expand a model, train it, fuse it and export it to ONNX, and check that its outputs stay the same.
 
-    Without any option: ResNet-18 with Diverse Branch Blocks on handwritten digits. --out then holds model.onnx,
+    Without any option, this trains ResNet-18 with Diverse Branch Blocks on handwritten digits. --out then holds model.onnx,
     checkpoint.safetensors with structure.json (see `repfx fuse`), metrics.json, history.json and recipe.toml.
-    Ctrl-C ends the training after the step, and --resume goes on from there.
+    Ctrl-C stops the training after the current step, and --resume continues from there.
     """
     values = _base(recipe, out, resume=resume)
     if schedule is not None:
@@ -193,22 +200,22 @@ def train(
     experiment = from_plain(Experiment, {**values, "out": out, "overwrite": overwrite, "resume": resume})
     with shown_progress(quiet=as_json) as watcher:
         metrics = run(experiment, watcher)
-    if metrics is None:  # in the other processes
+    if metrics is None:  # in all processes but the first
         return
     if as_json:
         typer.echo(json.dumps(metrics.as_dict(), indent=2))
         return
     found = RunFolder(out).architecture
     if found is not None:
-        typer.echo(f"What the search has found (own conv first, 1 is kept):\n{found}")
+        typer.echo(f"What the search has found (own conv first; 1 is kept, 0 left out):\n{found}")
     Console().print(metrics_table(metrics))
     typer.echo(
-        f"Flips are against the model before fusing; MACs and latency are for one image. All files are in {out}."
+        f"Flips are predictions that differ from the model before fusing. MACs and latency are for one image. All files are in {out}."
     )
 
 
 def _base(recipe: str | None, out: Path, *, resume: bool) -> dict[str, Any]:
-    """The values that options change: those of the run that is gone on with, or of the recipe."""
+    """Return the values that options then change: those of the recipe, of the run that is resumed, or the default model alone."""
     if recipe is not None:
         return read_recipe(recipe)
     begun = RunFolder(out).recipe if resume else None
@@ -220,7 +227,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     for name in outer:
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
-            raise InvalidInput(f"{key} can't be set: {name} is no table.")
+            raise InvalidInput(f"{key} can't be set: {name} is not a table.")
     if value is None:
         values.pop(last, None)
     else:

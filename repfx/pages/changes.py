@@ -1,4 +1,4 @@
-"""`Changes`: what the actions of an epoch did to the branches of each site."""
+"""`Changes`: the branches that each site gained and lost in an epoch, and the other actions on it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _NAMED = {Expand.kind: "grown", Drop.kind: "dropped"}
 
 @dataclass(frozen=True)
 class Changes:
-    """What happened to a model's structure at the end of an epoch, or, for epoch 0, before training.
+    """Changes of a model's structure at the end of an epoch or, for epoch 0, before training.
 
     Args:
-        epoch: its number.
-        grown, dropped: branches by site. One that was folded and grown anew is in both.
-        others: paths of the sites by the kind of any further action.
-        order: ``grown``, ``dropped`` and those kinds, as they came.
+        epoch: number of the epoch.
+        grown, dropped: names of branches by site. A branch that was folded and grown anew is in both.
+        others: paths of sites by the kind of action, for all actions but `Expand` and `Drop`.
+        order: ``grown``, ``dropped`` and the kinds in `others`, in the order in which they first happened.
     """
 
     epoch: int
@@ -39,11 +39,12 @@ class Changes:
 
 @dataclass(frozen=True)
 class Deed:
-    """The same thing done at one site or several.
+    """One change, and all sites at which it was made.
 
     Args:
         what: ``grown``, ``dropped``, or the kind of another action.
-        branches: empty where it isn't about branches.
+        branches: names of the branches that grew or were dropped; empty for any other action.
+        sites: paths of the sites.
     """
 
     what: str
@@ -52,7 +53,10 @@ class Deed:
 
 
 def changes_of(epoch: Epoch) -> Changes:
-    """Follow an epoch's actions from the branches that it had."""
+    """Return what the actions of an epoch changed, given the branches that its `blocks` list.
+
+    Epoch 0 starts without branches, because its `blocks` are those after its actions.
+    """
     before = epoch.blocks if epoch.epoch else {}
     branches = {site: [name for name in names if name != ORIGIN] for site, names in before.items()}
     grown: dict[str, list[str]] = {}
@@ -74,7 +78,10 @@ def changes_of(epoch: Epoch) -> Changes:
 
 
 def deeds(changes: Changes) -> list[Deed]:
-    """Told in few lines: sites to which the same was done stand together. What a fold took is not told once more."""
+    """Summarise changes in few entries: sites with the same change share one.
+
+    Branches that a fold absorbed are not listed as dropped, because the entry of the fold covers them.
+    """
     folded = set(changes.others.get(Fuse.kind, ()))
     dropped = {site: names for site, names in changes.dropped.items() if not _lies_in(site, folded)}
     found = [
@@ -87,7 +94,7 @@ def deeds(changes: Changes) -> list[Deed]:
 
 
 def when(epoch: int) -> str:
-    """At which time its actions were done, in words.
+    """Say in words when the actions of an epoch were done.
 
     >>> when(0), when(3)
     ('before training', 'after epoch 3')
@@ -96,12 +103,12 @@ def when(epoch: int) -> str:
 
 
 def count_of(by_site: Mapping[str, Names]) -> int:
-    """How many branches there are in all."""
+    """Count the branches of all sites together."""
     return sum(map(len, by_site.values()))
 
 
 def _leaving(action: Action, branches: Mapping[str, list[str]]) -> list[tuple[str, list[str]]]:
-    """What goes with an action, by site; a block inside a branch goes with it."""
+    """List the branches that an action removes, by site. Blocks inside the removed branches lose theirs, too."""
     if isinstance(action, Fuse):
         gone, prefix = list(branches.get(action.site, ())), f"{action.site}."
     elif isinstance(action, Drop):

@@ -1,6 +1,6 @@
-"""Curves over the epochs of a run, one panel beneath the other, with what was changed when: SVG to be put into a page.
+"""`chart`: curves over the epochs of a run and signs for the structure changes, as SVG to be put into a page.
 
-Colours and fonts are the page's: each shape has a class and no colour of its own.
+The panels stand one beneath the other. Colours and fonts come from the page: each shape has a class and no colour of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ _SIGN_ROOM, _HIT_ROOM, _RULE_ROOM, _DOT_ROOM = 34, 4, 12, 9
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: its name, its value in each epoch, and its class, by which the page draws it."""
+    """One curve of a panel.
+
+    Args:
+        name: the name in the legend and in tooltips.
+        values: one value for each epoch, None where it is unknown.
+        style: the CSS class by which the page draws the curve.
+        stepped: whether the value changes in a step halfway between two epochs, not along a straight line.
+    """
 
     name: str
     values: tuple[float | None, ...]
@@ -35,12 +42,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves with one axis.
+    """Curves that share one vertical axis.
 
     Args:
-        text: how a value is written.
+        title: the text above the panel.
+        lines: the curves.
+        text: a function that writes a value as text.
         from_zero: whether the axis begins at 0.
-        reference: a value to compare with, by its name.
+        reference: name and value of a horizontal line to compare the curves with.
     """
 
     title: str
@@ -51,14 +60,20 @@ class Panel:
 
     @property
     def values(self) -> list[float]:
-        """All that is to be seen."""
+        """All values that the panel shows; the reference counts only if a curve has values."""
         found = [value for line in self.lines for value in line.values if value is not None]
         return found + ([self.reference[1]] if self.reference and found else [])
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where the panels stand, and the scale of their common axis."""
+    """Layout of the panels.
+
+    Args:
+        width: width of the picture.
+        x: the common horizontal scale, from epochs to places.
+        tops: the top edge of each panel.
+    """
 
     width: int
     x: Scale
@@ -70,12 +85,13 @@ class Frame:
 
 
 def chart(panels: Sequence[Panel], epochs: Sequence[Epoch], label: str, size: str = "wide") -> str:
-    """Panels that have values, as SVG.
+    """Draw the panels that have values, as SVG.
 
     Args:
-        epochs: of the run; each line has as many values.
-        label: what it is, for those who don't see it.
-        size: of `WIDTHS`; the page shows the one for which there is room.
+        panels: all panels, from top to bottom.
+        epochs: the epochs of the run; each line must have one value for each of them.
+        label: a description of the chart, for screen readers.
+        size: a key of `WIDTHS`. The page holds one chart for each width, and shows the one that fits.
     """
     panels = [panel for panel in panels if panel.values]
     width = WIDTHS[size]
@@ -133,7 +149,7 @@ def _curve(svg: Element, frame: Frame, line: Line, y: Scale, epochs: Sequence[Ep
 
 
 def _ends(svg: Element, frame: Frame, panel: Panel, y: Scale) -> None:
-    """The last value of each curve beside its end; where they would meet, further apart."""
+    """Write the last value of each curve beside its end. Values that would overlap are moved apart."""
     taken = [] if panel.reference is None else [y(panel.reference[1]) + 4]
     for line in panel.lines:
         values = [value for value in line.values if value is not None]
@@ -155,7 +171,7 @@ def _legend(svg: Element, frame: Frame, panel: Panel, top: float) -> None:
 
 
 def _rules(svg: Element, frame: Frame, epochs: Sequence[Epoch]) -> None:
-    """A line through all panels wherever something was changed, unless there would be too many."""
+    """Draw a vertical line through all panels at each epoch with a change, unless the lines would stand too close together."""
     changed = [epoch.epoch for epoch in epochs if changes_of(epoch)]
     if len(changed) * _RULE_ROOM <= frame.width:
         for epoch in changed:
@@ -177,7 +193,7 @@ def _axis(svg: Element, frame: Frame, bottom: float) -> None:
 
 
 def _hits(svg: Element, frame: Frame, panels: Sequence[Panel], epochs: Sequence[Epoch]) -> None:
-    """Invisible columns that tell their epoch's numbers to whoever points at them."""
+    """Add invisible columns whose tooltips give the numbers of an epoch."""
     room = frame.width - _LEFT - _RIGHT
     columns = columns_of(epochs, room // _HIT_ROOM)
     half = room / max(len(columns) - 1, 1) / 2

@@ -1,4 +1,4 @@
-"""`Column`: one or several epochs of a run that a figure shows as one."""
+"""`Column`: one or several epochs of a run that a figure shows in one column."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from repfx.training.history import Epoch
 
 @dataclass(frozen=True)
 class Column:
-    """Consecutive epochs; what is shown of them is how things are at the last one, and all that was changed in any of them."""
+    """Consecutive epochs. A figure shows the state of the last one, and the changes of all of them."""
 
     epochs: tuple[Epoch, ...]
 
     @property
     def last(self) -> Epoch:
-        """The epoch that is shown."""
+        """The epoch whose state is shown."""
         return self.epochs[-1]
 
     def __str__(self) -> str:
@@ -27,7 +27,9 @@ class Column:
 
 
 def columns_of(epochs: Sequence[Epoch], most: int) -> tuple[Column, ...]:
-    """At most so many columns: the first epoch by itself, and then as many a column as needed, a round number.
+    """Divide epochs into at most `most` columns, or into two if `most` is smaller.
+
+    The first epoch has a column of its own. Each further column has equally many epochs, a round number; the last may have fewer.
 
     >>> [str(column) for column in columns_of([Epoch(number) for number in range(13)], 8)]
     ['0', '1–2', '3–4', '5–6', '7–8', '9–10', '11–12']

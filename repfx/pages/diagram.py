@@ -1,4 +1,4 @@
-"""What each conv of a deployed model was made from: blocks and their branches, taken apart into values that a page can draw."""
+"""`parts_of`: the layers that each conv of a deployed model was made from, as values that a page can draw."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Chip:
     """One layer.
 
     Args:
-        text: what it is.
-        sort: ``conv``, ``norm`` or ``other``; ``block`` for one that has branches of its own.
-        lanes: those, if it has.
+        text: the layer in a few words.
+        sort: ``conv``, ``norm`` or ``other``; ``block`` for a block, which has lanes of its own.
+        lanes: the paths of a block; empty for any other layer.
     """
 
     text: str
@@ -38,7 +38,13 @@ class Chip:
 
 @dataclass(frozen=True)
 class Lane:
-    """Layers one after another, from a name on; `note` says what else is to be known of it."""
+    """Layers one after another.
+
+    Args:
+        name: text beside the lane, empty for none.
+        chips: the layers in order.
+        note: the reason why the lane doesn't run in eval mode; empty if it runs.
+    """
 
     name: str
     chips: tuple[Chip, ...]
@@ -47,12 +53,13 @@ class Lane:
 
 @dataclass(frozen=True)
 class Unit:
-    """Parallel lanes, and the one layer that they are when fused.
+    """Lanes, and the one layer that they become when fused.
 
     Args:
-        factor: what the sum of the branches is multiplied by, if it is.
-        result: None where nothing was fused.
-        rules: what was used.
+        lanes: the layers before fusing.
+        result: the layer after fusing; None for a block that `fuse` left alone.
+        rules: names of the rules that fused the lanes; empty if the layer is unchanged.
+        factor: the attach rate λ that multiplies the branches, as text; empty if there is none.
     """
 
     lanes: tuple[Lane, ...]
@@ -62,20 +69,20 @@ class Unit:
 
     @property
     def is_sum(self) -> bool:
-        """Whether lanes were added up. Those of a model that repfx didn't expand may also stand one behind the other."""
+        """Whether the outputs of the lanes were added. In a model that repfx didn't expand, lanes may also follow one another."""
         return MERGE_PARALLEL.name in self.rules
 
 
 @dataclass(frozen=True)
 class Count:
-    """Convs and BatchNorms."""
+    """The number of convs and of BatchNorms."""
 
     convs: int
     norms: int
 
     @classmethod
     def of(cls, model: nn.Module, under: str = "", without: Sequence[str] = ()) -> Count:
-        """In a model, or in what of it lies under a path and not under others."""
+        """Count the convs and BatchNorms of a model: of the whole, or under the path `under` but not under the paths in `without`."""
         start, other = f"{under}." if under else "", tuple(f"{path}." for path in without)
         found = [(f"{path}.", module) for path, module in model.named_modules()]
         inside = [module for path, module in found if path.startswith(start) and not path.startswith(other)]
@@ -84,7 +91,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Group:
-    """The same unit at one place or several, by their paths in the deployed model."""
+    """A unit, and the paths in the deployed model of all its copies."""
 
     unit: Unit
     paths: tuple[str, ...]
@@ -92,7 +99,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a model, such as ``layer1``; the whole model has the name ``""``."""
+    """A part of a model, such as ``layer1``.
+
+    Args:
+        name: the path of the part; ``""`` for the whole model, or for the units at its top.
+        groups: the units of the part; equal ones are grouped.
+        before, after: how many convs and BatchNorms the part has before and after fusing.
+    """
 
     name: str
     groups: tuple[Group, ...]
@@ -101,12 +114,12 @@ class Part:
 
     @property
     def size(self) -> int:
-        """How many units it has."""
+        """The number of units in the part."""
         return sum(len(group.paths) for group in self.groups)
 
 
 def parts_of(before: nn.Module, fused: nn.Module) -> tuple[Part, ...]:
-    """A model and what `repfx.fuse` made of it, part by part; in each part, what is alike stands together."""
+    """Compare a model with what `repfx.fuse` made of it, part by part. Equal units of a part are grouped."""
     units = units_of(before, fused)
     name_of = _names_of_parts(list(units))
     found: dict[str, dict[Unit, list[str]]] = {}
@@ -123,7 +136,7 @@ def parts_of(before: nn.Module, fused: nn.Module) -> tuple[Part, ...]:
 
 
 def units_of(before: nn.Module, fused: nn.Module) -> dict[str, Unit]:
-    """By path in the deployed model: its convs, and other layers that were made from several."""
+    """Return the units by path in the deployed model: convs, other layers with sources in the model before, and blocks left alone."""
     modules = dict(before.named_modules(remove_duplicate=False))
     found: dict[str, Unit] = {}
     for path, module in fused.named_modules():
@@ -141,7 +154,7 @@ def units_of(before: nn.Module, fused: nn.Module) -> dict[str, Unit]:
 
 
 def chip_of(module: nn.Module) -> Chip:
-    """A layer in a few words."""
+    """Describe a layer in a few words."""
     if isinstance(module, RepBlock):
         return Chip(f"block {module.site}", "block", _lanes(module))
     if isinstance(module, CroppedConv):
@@ -188,7 +201,10 @@ def _factor(block: RepBlock) -> str:
 
 
 def _unit(sources: Sequence[str], modules: Mapping[str, nn.Module], result: Chip, rules: tuple[str, ...]) -> Unit:
-    """Of sources that lie in blocks, the blocks; of others, those in one parent as one lane."""
+    """Build the unit of a layer from the layers that it was made from.
+
+    Sources inside a block are drawn as that block. Among the other sources, those with one parent form one lane.
+    """
     blocks = dict.fromkeys(block for source in sources if (block := _block_around(source, modules)) is not None)
     others = [source for source in sources if _block_around(source, modules) is None]
     others = [source for source in others if not _does_nothing(modules[source])]
@@ -209,7 +225,7 @@ def _unit(sources: Sequence[str], modules: Mapping[str, nn.Module], result: Chip
 
 
 def _block_around(path: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The outermost block that a module lies in."""
+    """Return the path of the outermost block around a module; None if it lies in no block."""
     parts = path.split(".")
     outer = (".".join(parts[:length]) for length in range(1, len(parts)))
     return next((path for path in outer if isinstance(modules.get(path), RepBlock)), None)
@@ -220,7 +236,7 @@ def _parent(path: str) -> str:
 
 
 def _common(paths: Sequence[str]) -> str:
-    """What all paths begin with, in whole names; of one path, all of it."""
+    """Return the longest beginning that all paths share, in whole names. A single path is returned whole."""
     split = [path.split(".") for path in paths]
     shared = []
     for names in zip(*split):
@@ -231,7 +247,11 @@ def _common(paths: Sequence[str]) -> str:
 
 
 def _names_of_parts(paths: Sequence[str]) -> dict[str, str]:
-    """For each path the part that it belongs to: its first name, or its first two; none if this would leave most parts with one unit."""
+    """Name the part that each path belongs to: its first name or, if that divides too little, its first two.
+
+    The names come from the path of the unit's parent. Every part is ``""``, the whole model, unless there are at least two parts and
+    they have two units each on average.
+    """
     for depth in (1, 2):
         names = {path: ".".join(path.split(".")[:-1][:depth]) for path in paths}
         parts = set(names.values())

@@ -1,4 +1,4 @@
-"""The forms of a model side by side: what each gets right, costs, and how far it is from the one before it."""
+"""The forms of a model side by side: accuracy, cost, and the difference of each from the form before it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,18 @@ TITLES = {"plain": "plain model", "expanded": "training form", "fused": "fused",
 
 @dataclass(frozen=True)
 class Form:
-    """One row of the table; None where nothing is known."""
+    """One row of the table of forms. Unknown values are None.
+
+    Args:
+        title: name of the form.
+        accuracy: share of the test images that it classifies correctly.
+        flips: test images whose predicted class differs from the training form's.
+        error: worst relative difference of the outputs from those of the form before.
+        parameters: number of parameters.
+        macs: multiply-adds for one image.
+        latency: seconds for one image.
+        count: how many convs and BatchNorms it has.
+    """
 
     title: str
     accuracy: float | None = None
@@ -29,16 +40,16 @@ class Form:
     count: Count | None = None
 
     def times(self, other: Form | None, field: str) -> float | None:
-        """A cost as a multiple of another form's."""
+        """Return a cost as a multiple of another form's; None if either cost is unknown or 0."""
         own, reference = getattr(self, field), getattr(other, field, None)
         return own / reference if own and reference else None
 
 
 def forms_of_run(metrics: Mapping[str, Any]) -> dict[str, Form]:
-    """From what `metrics.json` holds, by their names there.
+    """Read the forms from the values of a run's `metrics.json`, by the names that they have there.
 
     Raises:
-        InvalidInput: it holds something else.
+        InvalidInput: the values aren't those that `repfx train` writes.
     """
     try:
         return _forms(metrics)
@@ -61,9 +72,9 @@ def _forms(metrics: Mapping[str, Any]) -> dict[str, Form]:
 
 
 def form_of_model(title: str, model: nn.Module, x: Tensor) -> Form:
-    """What a model costs for one image; MACs are left out where it can't run on `x`."""
+    """Measure what a model costs for one image. MACs are None if the model can't run on `x`."""
     try:
         macs = count_macs(model, x[:1])
-    except Exception:  # whatever its code raises: the page says elsewhere that it can't run
+    except Exception:  # the model's code may raise anything; another part of the page says that it can't run
         macs = None
     return Form(title, parameters=count_parameters(model), macs=macs, count=Count.of(model))

@@ -1,4 +1,4 @@
-"""`write_model_page`: the sites of a model, what it becomes when it is fused, and that it stays the same, as one HTML page."""
+"""`write_model_page`: one HTML page about a model, with its sites, its fused form, and the check that both are equivalent."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from repfx.testing import randomize_batch_norm
 
 @dataclass(frozen=True)
 class Check:
-    """Whether fusing kept the function.
+    """The result of comparing a model with its fused form.
 
     Args:
-        report: None where the model couldn't be run.
-        problem: why.
-        randomized: whether its BatchNorms had random numbers in them.
+        report: the comparison; None if the model couldn't be run.
+        problem: the reason why it couldn't be run; None if there is a report.
+        randomized: whether the BatchNorms held random numbers during the comparison.
     """
 
     report: EquivalenceReport | None = None
@@ -44,14 +44,19 @@ def write_model_page(
     spec: SpecLike | None = None,
     trained: bool = False,
 ) -> Check:
-    """Write the page of a model; the model stays as it is.
+    """Write the page of a model. The model itself stays as it is.
 
     Args:
-        x: a batch of inputs, on which it is compared with what it becomes and its multiply-adds are counted.
-        name: what the page calls it.
-        spec: what it is expanded with first.
-        trained: whether its weights mean something. If not, its BatchNorms get random numbers for the comparison: fresh ones do
-            nothing, and would hide a mistake.
+        model: the model, in its plain or its training form.
+        path: the HTML file to write.
+        x: a batch of inputs. The model and its fused form are compared on it, and multiply-adds are counted on its first image.
+        name: name of the model on the page.
+        spec: branches with which the page first expands a copy of the model; None shows the model as it is.
+        trained: whether the model has trained weights. If not, the BatchNorms of a copy get random numbers for the comparison,
+            because fresh BatchNorms do nothing and would hide a mistake.
+
+    Returns:
+        The result of the comparison.
 
     Raises:
         InvalidInput: there is nothing to fuse, jinja2 is missing, or the page can't be written.

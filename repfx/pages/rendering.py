@@ -1,4 +1,4 @@
-"""From a template and what it shows to one HTML file."""
+"""`write_page`: fill a template and write it as one HTML file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ _TEMPLATES = Path(__file__).with_name("templates")
 
 
 def write_page(template: str, path: str | os.PathLike[str], **shown: Any) -> None:
-    """Fill a template and write it; the file appears whole or not at all. All text is escaped.
+    """Fill a template and write the page. The file appears whole or not at all. All text is escaped.
+
+    Args:
+        template: file name of the template.
+        path: the file to write; must end in ``.html``.
+        shown: values for the template, by the names that it uses.
 
     Raises:
         InvalidInput: jinja2 is missing, or the path can't be written.
@@ -28,7 +33,7 @@ def write_page(template: str, path: str | os.PathLike[str], **shown: Any) -> Non
 
 
 def svg(text: str) -> Any:
-    """Markup that a template takes as it is."""
+    """Mark SVG as safe, so that a template puts it into the page without escaping."""
     _jinja2()
     from markupsafe import Markup
 

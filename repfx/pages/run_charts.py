@@ -1,4 +1,4 @@
-"""The curves of a run's page: how it learned, and what that cost."""
+"""The charts of a run's page: accuracy and loss, and the cost of training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from repfx.training.history import Epoch
 
 
 def learning_chart(epochs: Sequence[Epoch]) -> list[Any]:
-    """Accuracy and loss, once for each width of a page; empty if neither is known."""
+    """Draw accuracy and loss, once for each width in `WIDTHS`. The list is empty if neither is known."""
     accuracy = [_line("accuracy", epochs, "accuracy")]
     averaged = _line("averaged model", epochs, "ema_accuracy", "second")
     if any(value is not None for value in averaged.values):
@@ -26,7 +26,7 @@ def learning_chart(epochs: Sequence[Epoch]) -> list[Any]:
 
 
 def cost_chart(epochs: Sequence[Epoch]) -> list[Any]:
-    """Multiply-adds, parameters and seconds, once for each width of a page; empty if none is known."""
+    """Draw multiply-adds, parameters and seconds, once for each width in `WIDTHS`. The list is empty if none is known."""
     plain = epochs[0] if epochs[0].epoch == 0 and epochs[0].macs else None
     panels = [
         Panel("MACs, one image forward", (_line("MACs", epochs, "macs", stepped=True),), engineering),
@@ -55,7 +55,7 @@ def _line(name: str, epochs: Sequence[Epoch], field: str, style: str = "first", 
 
 
 def _is_known(value: float | None, stepped: bool) -> bool:
-    """A cost of 0 is none that was measured."""
+    """Tell whether a value was measured. Stepped lines are costs, and a cost of 0 means that it wasn't measured."""
     return value is not None and math.isfinite(value) and not (stepped and value == 0)
 
 

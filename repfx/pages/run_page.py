@@ -1,4 +1,4 @@
-"""`write_run_page`: what a training run did, and what came of it, as one HTML page."""
+"""`write_run_page`: one HTML page about a training run and its result."""
 
 from __future__ import annotations
 
@@ -26,10 +26,14 @@ _FEW_SITES = 6
 
 
 def write_run_page(folder: RunFolder, out: str | os.PathLike[str] | None = None) -> Path:
-    """Write the page of a run, by default into its folder; what the run hasn't left yet, the page leaves out.
+    """Write the page of a run. The page leaves out whatever the run hasn't written yet.
+
+    Args:
+        folder: the folder of the run.
+        out: the HTML file to write, by default ``report.html`` in the run's folder.
 
     Returns:
-        Where it is.
+        The path of the page.
 
     Raises:
         InvalidInput: the folder holds no run, one of its files is malformed, jinja2 is missing, or the page can't be written.
@@ -75,7 +79,7 @@ def _shown(folder: RunFolder) -> dict[str, Any]:
 
 
 def _epochs(history: History | None, metrics: Mapping[str, Any] | None) -> tuple[Epoch, ...]:
-    """Of a run that kept no history, the losses."""
+    """Return the epochs of the history; for a run without one, epochs that have only the losses from the metrics."""
     if history is not None:
         return history.epochs
     losses = (metrics or {}).get("losses")
@@ -88,8 +92,9 @@ class Graph:
     """A model before and after fusing.
 
     Args:
-        order: the paths of its layers.
-        problem: why there is nothing to show, if so.
+        parts: the units of the model, part by part.
+        order: the paths of its modules, in the model's order.
+        problem: the reason why the model can't be shown; None if it can.
     """
 
     parts: tuple[Part, ...] = ()
@@ -103,14 +108,19 @@ def _graph(folder: RunFolder) -> Graph:
     try:
         trained = folder.load()
         fused = repfx.fuse(trained)
-    except Exception as error:  # building a model runs its author's code, which may be gone or may raise anything
+    except Exception as error:  # building a model runs its author's code, which may be missing or raise anything
         return Graph(problem=f"its model can't be built again here: {first_line(error)}")
     return Graph(parts_of(trained, fused), tuple(path for path, _ in trained.named_modules()))
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has found: by site what it has of each kind, and how much that matters."""
+    """The architecture that a search found.
+
+    Args:
+        kinds: the kinds of paths that occur at any site.
+        sites: for each site and kind, whether the path is kept, and the importance that the search learned (None if it learned none).
+    """
 
     kinds: tuple[str, ...]
     sites: Mapping[str, Mapping[str, tuple[bool, float | None]]]

@@ -1,4 +1,4 @@
-"""`Scale`: from values to places on a page, with round numbers to mark on its axis."""
+"""`Scale`: a map from values to places on a page, and round numbers to mark on an axis."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scale:
-    """A linear one: `low` stands at `start`, `high` at `end`; equal values all stand in the middle."""
+    """A linear scale: `low` is drawn at `start`, `high` at `end`. If the two are equal, every value is drawn in the middle."""
 
     low: float
     high: float
@@ -23,7 +23,9 @@ class Scale:
 
 
 def round_marks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:
-    """At most so many multiples of 1, 2 or 5 times a power of ten, from `low` to `high`.
+    """Return at most `most` round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten.
+
+    If `low` and `high` are equal, that value is the only mark. `whole` allows whole numbers only.
 
     >>> round_marks(0, 0.97, 5), round_marks(0, 18, 6, whole=True), round_marks(3, 3, 5)
     ([0.0, 0.2, 0.4, 0.6, 0.8], [0, 5, 10, 15], [3])
@@ -39,7 +41,10 @@ def round_marks(low: float, high: float, most: int, *, whole: bool = False) -> l
 
 
 def span(values: Sequence[float], *, from_zero: bool) -> tuple[float, float]:
-    """From the least to the greatest, a little wider where values aren't apart; a range to draw in."""
+    """Return the range to draw: from the least value to the greatest, or from 0 if `from_zero` and no value is negative.
+
+    If both ends would be equal, the range is a little wider.
+    """
     low, high = min([*values, 0.0] if from_zero else values), max(values)
     if low == high:
         margin = abs(high) * 0.05 or 1.0

@@ -1,4 +1,4 @@
-"""Signs beneath a chart: how many branches grew, were dropped, and what else was done, and when."""
+"""`strips`: rows of signs beneath a chart that count the branches grown, the branches dropped and the other changes by epoch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from repfx.training.history import Epoch
 
 @dataclass(frozen=True)
 class Sign:
-    """What was done in some epochs: as it is shown, and in words."""
+    """One sign: the changes of one kind in one column of epochs.
+
+    Args:
+        epochs: the epochs in which there were changes.
+        text: a symbol with the number of changes, which is shown.
+        title: the changes in words, for the tooltip.
+    """
 
     epochs: tuple[int, ...]
     text: str
@@ -31,7 +37,7 @@ _SIGNS: dict[str, tuple[str, Callable[[Changes], int]]] = {
 
 
 def strips(epochs: Sequence[Epoch], most: int) -> dict[str, list[Sign]]:
-    """Rows of at most so many signs, by their names; those that would be empty are left out."""
+    """Return the rows of signs by name, each with at most `most` signs. Empty rows are left out."""
     columns = [[changes_of(epoch) for epoch in column.epochs] for column in columns_of(epochs, most)]
     found = {name: [sign for column in columns if (sign := _sign(name, column))] for name in _SIGNS}
     return {name: signs for name, signs in found.items() if signs}

@@ -1,4 +1,4 @@
-"""`StructureMap`: sites and their branches over the epochs, with mean |γ| and what grew or was dropped when."""
+"""`StructureMap`: sites and their branches over the epochs, with mean |γ| and the epochs at which branches grew or were dropped."""
 
 from __future__ import annotations
 
@@ -12,20 +12,27 @@ from repfx.pages.columns import Column, columns_of
 from repfx.records.number_text import plural, short
 from repfx.training.history import Epoch
 
-LEVELS = (0.002, 0.005, 0.02, 0.05, 0.2, 0.5)  # 0.01 and 1, with which branches and convs begin, lie amid a class
+LEVELS = (
+    0.002,
+    0.005,
+    0.02,
+    0.05,
+    0.2,
+    0.5,
+)  # γ starts at 0.01 in branches and at 1 in convs: both lie well inside a class
 _MOST_COLUMNS = 25
 _SIGNS = {(True, False): "+", (False, True): "×", (True, True): "↻", (False, False): ""}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One square.
+    """One square of the map.
 
     Args:
-        text: what stands in it.
-        level: how dark it is: a number from 0 on, ``none`` for a branch without γ, empty where there is nothing.
-        sign: ``+`` for grown, ``×`` for dropped, ``↻`` for both.
-        title: all of it in words.
+        text: the number that the square shows.
+        level: how dark the square is: a number from 0, ``none`` for a branch without γ, empty if there is nothing to show.
+        sign: ``+`` for grown, ``×`` for dropped, ``↻`` for both, empty for neither.
+        title: everything in words, for the tooltip.
     """
 
     text: str = ""
@@ -36,7 +43,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A branch, or a site's own conv."""
+    """The row of one branch, or of the site's own conv."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -44,7 +51,14 @@ class Row:
 
 @dataclass(frozen=True)
 class SiteRows:
-    """A site: how many branches it has in each column, what happened in words, and each of its branches."""
+    """The rows of one site.
+
+    Args:
+        path: the path of the site.
+        cells: for each column, how many branches the site has.
+        story: the changes of the site in words.
+        rows: one row for the site's own conv and one for each of its branches.
+    """
 
     path: str
     cells: tuple[Cell, ...]
@@ -57,7 +71,8 @@ class StructureMap:
     """All sites that were a block at any time.
 
     Args:
-        step: how many epochs a column stands for at most.
+        columns: the epochs that each column shows.
+        sites: the rows, site by site.
     """
 
     columns: tuple[Column, ...]
@@ -65,15 +80,16 @@ class StructureMap:
 
     @property
     def step(self) -> int:
-        """How many epochs a column stands for, at most."""
+        """The largest number of epochs in one column."""
         return max(len(column.epochs) for column in self.columns)
 
 
 def structure_map(epochs: Sequence[Epoch], order: Sequence[str] = ()) -> StructureMap:
-    """What happened to the structure, from the history of a run.
+    """Map the structure over the epochs of a run.
 
     Args:
-        order: paths of sites as they stand in the model; those that aren't among them come by name.
+        epochs: the history of the run.
+        order: paths of modules in the model's order. Sites are sorted by it; sites that lie under none of these paths come last, by name.
     """
     columns = columns_of(epochs, _MOST_COLUMNS)
     changes = {epoch.epoch: changes_of(epoch) for epoch in epochs}
@@ -90,7 +106,7 @@ def structure_map(epochs: Sequence[Epoch], order: Sequence[str] = ()) -> Structu
 
 
 def level_of(gamma: float) -> int:
-    """In which class a mean |γ| is, from 0.
+    """Return the class of a mean |γ|, counted from 0: how many numbers in `LEVELS` it reaches.
 
     >>> level_of(0.001), level_of(0.01), level_of(1)
     (0, 2, 6)
@@ -149,7 +165,10 @@ def _story(site: str, changes: Iterable[Changes]) -> str:
 
 
 def _sorted(sites: Iterable[str], order: Sequence[str]) -> list[str]:
-    """By the place in the model of what they are or lie in, then by name."""
+    """Sort sites by place, then by name with numbers compared as numbers.
+
+    The place of a site is that of the outermost path in `order` that is the site itself or a module around it.
+    """
     places = {path: place for place, path in enumerate(order)}
 
     def key(site: str) -> tuple[int, list[tuple[int, int, str]]]:

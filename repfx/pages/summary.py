@@ -1,4 +1,4 @@
-"""What stands at the top of a page: the facts about a run, and the figures that sum it up."""
+"""Facts about a run for the top of its page, and the figures that sum up its sections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from repfx.training.run_folder import Setup
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure that sums something up."""
+    """A figure that sums something up, with a label and a note below."""
 
     label: str
     value: str
@@ -25,14 +25,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that was given; `code` if it is written as it is given on the command line."""
+    """A name and a text about the run, such as its model or its schedule."""
 
     name: str
     text: str
 
 
 def facts_of(setup: Setup | None, epochs: Sequence[Epoch]) -> list[Fact]:
-    """The model, how its structure came about, what it was trained on, as far as the run has left that."""
+    """Return the model, its schedule or spec, the image size and the length of training, as far as the run has recorded them."""
     found = []
     if setup is not None:
         model = setup.model
@@ -56,7 +56,7 @@ def facts_of(setup: Setup | None, epochs: Sequence[Epoch]) -> list[Fact]:
 
 
 def result_tiles(metrics: Mapping[str, Any], forms: Mapping[str, Form]) -> list[Tile]:
-    """Of a finished run: the deployed model beside the trained one."""
+    """Sum up a finished run: the deployed model beside the training form."""
     trained, fused = forms.get("expanded"), forms.get("fused")
     if fused is None:
         return []
@@ -80,7 +80,7 @@ def result_tiles(metrics: Mapping[str, Any], forms: Mapping[str, Form]) -> list[
 
 
 def progress_tiles(epochs: Sequence[Epoch]) -> list[Tile]:
-    """Of a run that isn't finished: how far it has come."""
+    """Sum up an unfinished run: how far it has come."""
     if not epochs:
         return []
     last = epochs[-1]
@@ -94,7 +94,7 @@ def progress_tiles(epochs: Sequence[Epoch]) -> list[Tile]:
 
 
 def structure_tiles(changes: Iterable[Changes]) -> list[Tile]:
-    """How much was changed in all."""
+    """Sum up all changes of the structure: how many branches grew and how many were dropped."""
     changes = list(changes)
     if not changes:
         return []
@@ -105,7 +105,7 @@ def structure_tiles(changes: Iterable[Changes]) -> list[Tile]:
 
 
 def cost_tiles(epochs: Sequence[Epoch]) -> list[Tile]:
-    """What training cost beside training the plain model."""
+    """Sum up the cost of training, compared with training the plain model."""
     trained = [epoch for epoch in epochs if epoch.epoch and epoch.macs]
     if not trained:
         return []
@@ -123,7 +123,7 @@ def cost_tiles(epochs: Sequence[Epoch]) -> list[Tile]:
 
 
 def _options(options: Mapping[str, Any]) -> str:
-    """As text, without what is None."""
+    """Return options as text, leaving out those that are None."""
     told = [f"{name}={_value(value)}" for name, value in options.items() if value is not None]
     return f"({', '.join(told)})" if told else ""
 

@@ -16,7 +16,7 @@ from repfx.blocks.branch import kernel_of_both
 from repfx.blocks.folded_norm import FoldedNorm, remember_norm
 from repfx.errors import InvalidInput
 from repfx.graphs.leaves import calls_conv
-from repfx.graphs.sites import find_sites, sites_at
+from repfx.graphs.sites import sites_at
 from repfx.passes.drop import absorb
 from repfx.records.journal import Action, record
 from repfx.records.module_tree import set_submodule
@@ -43,7 +43,7 @@ class Fuse(Action):
         )  # a BatchNorm behind a block is found once it is a conv
         absorb(model, {path: list(block.branches) for path, block in blocks.items()}, calibrate)
         if behind:
-            sites = {site.path: site for site in find_sites(model)}
+            sites = sites_at(model, paths, anew=True)
         for path in paths:
             if sites[path].norm is not None and sites[path].refusal is None:
                 _fold(model, path, str(sites[path].norm))

@@ -147,16 +147,21 @@ def sites_known_of(other: nn.Module, model: nn.Module) -> Iterator[None]:
         yield
 
 
-def sites_at(model: nn.Module, paths: Collection[str]) -> dict[str, Site]:
+def sites_at(model: nn.Module, paths: Collection[str], *, anew: bool = False) -> dict[str, Site]:
     """Give the sites at some paths, as they are now, by path; the model is traced only where `sites_known` doesn't tell them all.
+
+    Args:
+        anew: trace it all the same.
 
     Raises:
         UnknownName: there is no site at a path.
     """
     known = _KNOWN.get()
-    if known is not None and known.tells(model, paths):
+    if known is not None and known.tells(model, paths) and not anew:
         return {path: _as_now(known.sites[path], model) for path in paths}
     found = {site.path: site for site in find_sites(model)}
+    if known is not None and known.holds_for(model):
+        known.sites.update(found)
     for path in paths:
         if path not in found:
             raise UnknownName("site", path, found)

@@ -48,8 +48,7 @@ class Experiment:
         data: the data set to train and test on.
         spec: branches that the model is expanded with; an empty list leaves the model plain. With a `schedule`, the branches that the
             schedule expands convs with. None takes dbb, or the schedule's own.
-        schedule: name of the schedule (as `name`) and its options. The model then begins plain, and the schedule changes it while it
-            trains.
+        schedule: `name` and options of a schedule. The model then begins plain, and the schedule changes it while it trains.
         training: the recipe of the training.
         weights: file of weights to begin from. Expanding then preserves the model's function; without such a file, the branches begin as
             in their papers.

@@ -166,7 +166,7 @@ class _Training:
         )
 
     def go(self, checkpoint: Path | None, stopping: Callable[[], bool]) -> Trained:
-        """Train to the last epoch; raise `Interrupted` after a step at which `stopping` returns True."""
+        """Train to the last epoch; raise `Interrupted` once `stopping` returns True."""
         self._prepare()
         self.watcher.on_epoch(self.history)  # first, because it may clear the folder that a tracker writes into
         if self.recipe.log_with:
@@ -380,7 +380,7 @@ def _require_possible(recipe: Recipe, schedule: Schedule) -> None:
     cycle = schedule.cycle or recipe.epochs
     if recipe.warm_up is not None and recipe.warm_up >= cycle:
         raise InvalidInput(
-            f"warm_up is {recipe.warm_up} epochs; it must end before the {cycle} epochs of the learning rate's cycle do."
+            f"warm_up is {recipe.warm_up} epochs; it must be less than the {cycle} epochs of the learning rate's cycle."
         )
     if recipe.compile and schedule.closes_paths:
         name = type(schedule).__name__

@@ -45,7 +45,9 @@ def conv_specs(
     reach: Ints | None = None,
     padding_modes: Sequence[str] = PADDING_MODES,
 ) -> ConvSpec:
-    """Draw sizes of a conv in 1 to 3 dimensions: even and rectangular windows, any stride, dilation and groups, uneven and negative padding.
+    """Draw the sizes of a conv in 1 to 3 dimensions.
+
+    They have even and rectangular windows, any stride, dilation and groups, uneven and negative padding.
 
     Args:
         dimensions: number of dimensions. 0 is a linear layer, which is drawn only if it is asked for.

@@ -274,7 +274,7 @@ class RepFXCallback(_callback_class()):  # type: ignore[misc]
 
 
 def _shuffles_anew(loop: Any) -> bool:
-    """Tell whether a resumed run shuffles its data only later: if an epoch must be ended first, or if Lightning is an older version."""
+    """Tell whether a resumed run shuffles its data after `on_train_start`: if an epoch must be ended first, or if Lightning is an older version."""
     return bool(loop.restarting or not getattr(loop, "is_resuming", False))
 
 

@@ -274,7 +274,10 @@ class RepFXCallback(_callback_class()):  # type: ignore[misc]
 
 
 def _shuffles_anew(loop: Any) -> bool:
-    """Tell whether a resumed run shuffles its data after `on_train_start`: if an epoch must be ended first, or if Lightning is an older version."""
+    """Tell whether a resumed run shuffles its data only after `on_train_start`.
+
+    It does so if an epoch must be ended first, or if Lightning is an older version.
+    """
     return bool(loop.restarting or not getattr(loop, "is_resuming", False))
 
 

@@ -67,7 +67,10 @@ def _averages(trainer: Any, ema: str | None) -> Iterator[str]:
 
 
 def require_one_trainer(module: Any, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Raise `InvalidInput` unless one optimizer alone trains a model by hand, because its steps couldn't be told otherwise."""
+    """Raise `InvalidInput` if optimization is manual and not exactly one optimizer trains a model.
+
+    The steps of the model couldn't be told then.
+    """
     count = sum(trains(optimizer, model) for optimizer in optimizers)
     if not module.automatic_optimization and count != 1:
         raise InvalidInput(

@@ -1,6 +1,6 @@
-"""What the papers trained, and how: their plain nets in `nets`, and one TOML file for each training.
+"""The trainings of the papers: their plain nets in `nets`, and one TOML file for each training.
 
-`repfx list recipes` names them, `repfx train --recipe NAME` runs one.
+`repfx list recipes` lists these files, and `repfx train --recipe NAME` runs one.
 
 Imports `repfx.errors` alone, so it needs no more than torch. Begin with `nets`.
 """

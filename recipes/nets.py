@@ -51,7 +51,7 @@ def resnet18(num_classes: int = 10) -> nn.Module:
 
 
 def resnet101(num_classes: int = 10) -> nn.Module:
-    """ResNet-101, changed in the same way."""
+    """ResNet-101 that begins with a 3×3 conv and doesn't pool, for images of 32 × 32."""
     from torchvision import models
 
     return _for_small_images(models.resnet101, num_classes)
@@ -65,12 +65,12 @@ def _for_small_images(build: Callable[..., nn.Module], num_classes: int) -> nn.M
 
 
 def repvgg(num_classes: int = 1000, size: str = "A0", width: float = 1.0, small_images: bool = False) -> nn.Sequential:
-    """RepVGG as it is when fused: 3×3 convs alone, for `expand` to put the branches beside.
+    """RepVGG in its fused form: 3×3 convs alone, beside which `expand` puts the branches.
 
     Args:
-        size: A0 to A2, or B0 to B3.
-        width: factor of all channels.
-        small_images: with two strides instead of five, for images of 32 × 32.
+        size: size of the net: A0 to A2, or B0 to B3.
+        width: factor on all numbers of channels.
+        small_images: whether the net has two strides instead of five, for images of 32 × 32.
 
     Raises:
         UnknownName: no such size.

@@ -1,4 +1,4 @@
-"""For tests of branch kinds and passes: random BatchNorms, asserts in float64, and Hypothesis strategies.
+"""Tools to test branch kinds and passes: random BatchNorms, asserts in float64, and Hypothesis strategies.
 
 Imports algebra and below. Begin with `asserts`; `repfx.testing.strategies` alone needs Hypothesis.
 """

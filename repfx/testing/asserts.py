@@ -1,7 +1,7 @@
-"""For authors of branch kinds and passes: random BatchNorms, and asserts in float64.
+"""Random BatchNorms, and asserts in float64, for authors of branch kinds and passes.
 
 A fresh BatchNorm hides every mistake (its statistics are 0 and 1), and float32 hides a forgotten eps. So tests randomise every BatchNorm
-and compare in float64 at 1e-9.
+and compare in float64, with a tolerance of 1e-9.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TOLERANCE = 1e-9
 
 @torch.no_grad()
 def randomize_batch_norm(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every BatchNorm random statistics, γ of both signs and random β, in place; returns the model.
+    """Give every BatchNorm random statistics, γ of both signs and random β, in place; return the model.
 
     >>> norm = randomize_batch_norm(nn.BatchNorm2d(3))
     >>> bool((norm.weight == 1).any())
@@ -48,7 +48,7 @@ def _ranges(norm: Layer) -> list[tuple[Tensor, float, float]]:
 
 
 def relative_error(output: Tensor, reference: Tensor) -> float:
-    """max |output - reference| / max |reference|; absolute where the reference is zero; infinite for other shapes or NaN."""
+    """Return max |output - reference| / max |reference|; the absolute error if the reference is all 0; inf for other shapes or NaN."""
     if output.shape != reference.shape:
         return float("inf")
     if output.numel() == 0:
@@ -62,7 +62,7 @@ def relative_error(output: Tensor, reference: Tensor) -> float:
 def assert_same_map(
     map_: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], x: Tensor, tolerance: float = TOLERANCE
 ) -> None:
-    """Assert that two maps, run as they are, give the same output for x."""
+    """Assert that two maps give the same output for `x`. Both run as they are, in their own mode and dtype."""
     output, expected = map_(x), reference(x)
     error = relative_error(output, expected)
     assert error <= tolerance, f"relative error {error:.1e}, shapes {tuple(output.shape)} and {tuple(expected.shape)}"

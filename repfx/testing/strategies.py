@@ -24,7 +24,7 @@ _LARGEST_WINDOW = {0: 0, 1: 4, 2: 4, 3: 2}
 
 @st.composite
 def tensors(draw: st.DrawFn, shape: Sequence[int]) -> Tensor:
-    """Normal numbers in float64; Hypothesis draws, and shrinks, the seed alone.
+    """Draw normal numbers in float64. Hypothesis draws and shrinks the seed alone.
 
     >>> from hypothesis import find
     >>> find(tensors((2, 3)), lambda drawn: bool((drawn > 1).any())).dtype
@@ -45,13 +45,15 @@ def conv_specs(
     reach: Ints | None = None,
     padding_modes: Sequence[str] = PADDING_MODES,
 ) -> ConvSpec:
-    """Sizes of a conv in 1 to 3 dimensions: even and rectangular windows, any stride, dilation and groups, uneven and negative padding.
+    """Draw the sizes of a conv in 1 to 3 dimensions.
+
+    They have even and rectangular windows, any stride, dilation and groups, uneven and negative padding.
 
     Args:
-        dimensions: 0 for a linear layer, which is not drawn otherwise.
-        in_channels, out_channels, stride: fixed where given.
-        reach: padding less the extent of the window, per axis; with equal strides it makes the outputs of two convs equally large.
-        padding_modes: to draw from.
+        dimensions: number of dimensions. 0 is a linear layer, which is drawn only if it is asked for.
+        in_channels, out_channels, stride: fixed values; None draws them.
+        reach: padding minus the extent of the window, per axis. Convs of equal reach and stride have outputs of equal size.
+        padding_modes: padding modes to draw from.
     """
     if dimensions is None:
         dimensions = draw(st.integers(1, 3)) if stride is None else len(stride)
@@ -103,7 +105,7 @@ def kernels(
     padding_modes: Sequence[str] = PADDING_MODES,
     bias: bool | None = None,
 ) -> Kernel:
-    """A `Kernel` of 0 to 3 dimensions, with or without bias unless `bias` says which; see `conv_specs` for the rest."""
+    """Draw a `Kernel` of 0 to 3 dimensions, with or without bias unless `bias` decides. See `conv_specs` for the other arguments."""
     if dimensions is None:
         dimensions = draw(st.sampled_from((2, 1, 3, 0))) if stride is None else len(stride)
     sizes = draw(
@@ -133,13 +135,13 @@ def kernels(
 
 @st.composite
 def transposed_kernels(draw: st.DrawFn) -> Kernel:
-    """The `Kernel` of a transposed convolution of 1 to 3 dimensions, in groups or not, with any output padding torch takes."""
+    """Draw the `Kernel` of a transposed convolution of 1 to 3 dimensions, in groups or not, with any output padding that torch takes."""
     dimensions = draw(st.integers(1, 3))
     groups = draw(st.integers(1, 3))
     source, target = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
     window = draw(_per_axis(dimensions, 1, 3))
     stride, dilation = draw(_per_axis(dimensions, 1, 3)), draw(_per_axis(dimensions, 1, 2))
-    # torch wants the output padding below stride or dilation
+    # torch needs an output padding below the stride or the dilation
     more = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation))
     cut = tuple(draw(st.integers(0, d * (k - 1) // 2)) for d, k in zip(dilation, window))
     return Kernel(
@@ -158,10 +160,10 @@ def transposed_kernels(draw: st.DrawFn) -> Kernel:
 def conv_modules(
     draw: st.DrawFn, *, dimensions: int | None = None, padding_modes: Sequence[str] = PADDING_MODES
 ) -> nn.Module:
-    """An `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` in float64; padding may be torch's ``same`` or ``valid``."""
+    """Draw an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` in float64; padding may be torch's ``same`` or ``valid``."""
     sizes = draw(conv_specs(dimensions=dimensions, padding_modes=padding_modes))
     named = draw(st.sampled_from((None, "same", "valid")))
-    # torch refuses `same` for a stride
+    # torch refuses the padding `same` for a conv with a stride
     stride = (1,) * sizes.dimensions if named == "same" else sizes.stride
     conv = CONVS[sizes.dimensions - 1](
         sizes.in_channels,
@@ -182,7 +184,7 @@ def conv_modules(
 
 
 def smallest_input(kernel: Kernel | ConvSpec, least: Ints | None = None) -> Ints:
-    """The smallest sizes that a conv takes, per axis, for an output of `least`, by default 1.
+    """Return the smallest input sizes, per axis, for which a conv gives an output of `least`, by default 1.
 
     >>> site = ConvSpec(1, 1, (3,), (2,), ((1, 1),), (1,))
     >>> smallest_input(site), smallest_input(site, (4,)), smallest_input(replace(site, padding_mode="reflect"))
@@ -200,7 +202,7 @@ def smallest_input(kernel: Kernel | ConvSpec, least: Ints | None = None) -> Ints
 
 @st.composite
 def inputs_for(draw: st.DrawFn, *needs: Kernel | ConvSpec | Ints, channels: int) -> Tensor:
-    """A batch of two that every one of `needs`, convs or sizes, takes; no two axes are equally long."""
+    """Draw a batch of two inputs that each of `needs`, convs or sizes, takes. No two spatial axes are equally long."""
     least = [need if isinstance(need, tuple) else smallest_input(need) for need in needs]
     sizes: list[int] = []
     for wanted in zip(*least):

@@ -17,30 +17,34 @@ def distillation_loss(
     temperature: float = 10.0,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """``α · T² · KL(teacher / T ‖ student / T) + (1 - α) · cross entropy`` (Hinton et al.; RepAn, §3.4).
+    """Return ``α · T² · KL(teacher / T ‖ student / T) + (1 - α) · cross entropy`` (Hinton et al.; RepAn, §3.4).
 
-    The factor T² keeps the gradient's size, whatever the temperature. No gradient reaches the teacher.
+    The factor T² keeps the gradient's size the same at any temperature. No gradient reaches the teacher.
 
     Args:
         student, teacher: logits of the same images, `(images, classes)`, from any two models.
         labels: the true classes, `(images,)`, or their probabilities, `(images, classes)`.
-        alpha: the teacher's part, from 0 to 1. RepAn takes 0.9 on CIFAR and 0.5 on ImageNet.
-        temperature: by which both logits are divided.
-        label_smoothing: of the cross entropy.
+        alpha: the teacher's share of the loss, from 0 to 1. RepAn takes 0.9 on CIFAR and 0.5 on ImageNet.
+        temperature: divisor of both logits; positive.
+        label_smoothing: label smoothing of the cross entropy.
 
     Raises:
-        InvalidInput: the logits are of different shapes, or alpha or temperature can't be.
+        InvalidInput: the logits differ in shape, alpha is outside 0 to 1, or the temperature isn't positive.
 
     >>> import torch
     >>> logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
-    >>> loss = distillation_loss(logits, logits, labels, alpha=0.9)  # it agrees with its teacher: a tenth of the cross entropy
+    >>> loss = distillation_loss(logits, logits, labels, alpha=0.9)  # student and teacher agree: a tenth of the cross entropy
     >>> torch.allclose(loss, 0.1 * F.cross_entropy(logits, labels))
     True
     """
     if student.shape != teacher.shape:
-        raise InvalidInput(f"the student's logits are {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}.")
+        raise InvalidInput(
+            f"the student's logits are {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}; the shapes must be equal."
+        )
     if not (0 <= alpha <= 1 and temperature > 0):
-        raise InvalidInput(f"alpha is {alpha} and temperature {temperature}; they must be from 0 to 1, and positive.")
+        raise InvalidInput(
+            f"alpha is {alpha} and temperature {temperature}; alpha must be from 0 to 1, and temperature positive."
+        )
     soft = F.kl_div(
         F.log_softmax(student / temperature, 1),
         F.log_softmax(teacher.detach() / temperature, 1),

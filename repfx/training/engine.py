@@ -1,4 +1,4 @@
-"""The processes, the device and the precision that a training runs on: an `Accelerator`, set up for a recipe and put away again."""
+"""`accelerator_for`: sets up an `Accelerator` (processes, device and precision) for a recipe, and resets Accelerate afterwards."""
 
 from __future__ import annotations
 
@@ -33,19 +33,20 @@ _PLAIN = (
 
 @contextmanager
 def accelerator_for(recipe: Recipe, logs: Path | None = None) -> Iterator[Any]:
-    """An `accelerate.Accelerator` as the recipe has it, in as many processes as torchrun or `accelerate launch` started.
+    """Set up an `accelerate.Accelerator` as the recipe asks, in as many processes as torchrun or `accelerate launch` started.
 
     Args:
-        logs: folder for the tracker's files.
+        logs: folder for the tracker's files, if the tracker writes any.
 
     Raises:
-        InvalidInput: there is no such device, tracker or precision here, Accelerate is missing or has an accelerator already.
+        InvalidInput: the device, the tracker or the precision isn't available here, Accelerate is missing, this process has an accelerator
+            or a process group already, or the launch isn't plain data parallelism.
     """
     accelerate = _package("accelerate")
     _require_tracker(recipe.log_with, logs)
     if _package("accelerate.state").PartialState._shared_state or _is_distributed():
         raise InvalidInput(
-            "this process has an accelerator or a process group already: give it to train as `accelerator`."
+            "this process has an accelerator or a process group already: pass the accelerator to `train` as `accelerator`."
         )
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     cpu = recipe.device == "cpu" or (recipe.device == "auto" and not torch.accelerator.is_available())
@@ -76,7 +77,7 @@ def _require_plain(accelerator: Any, recipe: Recipe) -> None:
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != accelerator.num_processes:
         raise InvalidInput(
-            f"{started} processes were started, and device {recipe.device!r} runs in one: leave the launcher out, or set device to cpu."
+            f"{started} processes were started, but device {recipe.device!r} runs in one: start without the launcher, or set device to cpu."
         )
     if accelerator.distributed_type.name not in _PLAIN:
         raise InvalidInput(
@@ -87,7 +88,7 @@ def _require_plain(accelerator: Any, recipe: Recipe) -> None:
 
 @contextmanager
 def _algorithms(*, deterministic: bool) -> Iterator[None]:
-    """Deterministic ones, or the fastest."""
+    """Let torch use deterministic algorithms alone, or else let cuDNN choose the fastest by trial, inside the context."""
     strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(strict or deterministic, warn_only=warns and not deterministic)
@@ -125,11 +126,13 @@ def _require_tracker(name: str, logs: Path | None) -> None:
     if name and importlib.util.find_spec(name) is None:
         raise InvalidInput(f"logging with {name} needs the package {name}: pip install {name}.")
     if name == "tensorboard" and logs is None:
-        raise InvalidInput("tensorboard writes files, and there is no folder for them: make the accelerator with one.")
+        raise InvalidInput(
+            "tensorboard writes files, and there is no folder for them: give `accelerator_for` a folder as `logs`."
+        )
 
 
 def _forget() -> None:
-    """Accelerate keeps one state for all its accelerators; the next one may need another."""
+    """Reset the state that all accelerators of a process share, because the next one may need another."""
     _package("accelerate.state").AcceleratorState._reset_state(reset_partial_state=True)
     _package("accelerate.state").GradientState._reset_state()
 

@@ -33,7 +33,7 @@ from repfx.training.recipe import Recipe
 from repfx.training.recipe_file import from_root, to_toml
 from repfx.training.run_folder import MODEL, STATE, RunFolder, Setup, spec_of
 
-OF_A_CALL = ("out", "overwrite", "resume")  # what no recipe says
+OF_A_CALL = ("out", "overwrite", "resume")  # the fields that no recipe holds
 _TEST_BATCH = 64
 _SPEC = "dbb"
 _MAY_DIFFER = {"data.root", "data.download", "training.device", "training.workers", "training.log_with"}
@@ -41,20 +41,21 @@ _MAY_DIFFER = {"data.root", "data.download", "training.device", "training.worker
 
 @dataclass(frozen=True)
 class Experiment:
-    """What `repfx train` is asked to do.
+    """A job for `repfx train`: what to train, how, and where the files go.
 
     Args:
-        model: to be trained, in its plain form.
-        data: to train and test on.
-        spec: what the model is expanded with, an empty list for nothing; or what `schedule` expands convs with. None for dbb, or the
-            schedule's own.
-        schedule: its `name` and options; the model then begins plain, and is changed while it trains.
-        training: how.
-        weights: a file to begin from; then expanding preserves the function instead of starting as the papers do.
+        model: the model to train, in its plain form.
+        data: the data set to train and test on.
+        spec: branches that the model is expanded with; an empty list leaves the model plain. With a `schedule`, the branches that the
+            schedule expands convs with. None takes dbb, or the schedule's own.
+        schedule: `name` and options of a schedule. The model then begins plain, and the schedule changes it while it trains.
+        training: the recipe of the training.
+        weights: file of weights to begin from. Expanding then preserves the model's function; without such a file, the branches begin as
+            in their papers.
         image_size: height and width of an image; None takes the data's own.
-        out: the folder of the run.
-        overwrite: whether an older run there is replaced.
-        resume: whether a run there is gone on with.
+        out: folder of the run.
+        overwrite: whether an older run in `out` is replaced.
+        resume: whether a run in `out` is continued.
     """
 
     model: ModelReference = field(default_factory=lambda: ModelReference("torchvision:resnet18"))
@@ -70,13 +71,13 @@ class Experiment:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What stands in the file of a recipe: all but where the run goes. Files are named from the root."""
+        """The values that a recipe's file holds: all but `out`, `overwrite` and `resume`. Files are named by absolute paths."""
         return from_root({key: value for key, value in to_plain(self).items() if key not in OF_A_CALL})
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one form of the model, for one image; latency in seconds."""
+    """The cost of one form of the model, for one image; latency in seconds."""
 
     parameters: int
     macs: int
@@ -85,7 +86,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What `metrics.json` holds. Flips are test images whose predicted class differs from the one before fusing."""
+    """The contents of `metrics.json`. Flips are test images whose predicted class differs from the one before fusing."""
 
     losses: list[float]
     test_images: int
@@ -96,28 +97,28 @@ class Metrics:
     onnx_latency: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the metrics as plain values, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Metrics:
-        """The reverse of `as_dict`."""
+        """Return the metrics whose plain values `as_dict` returned."""
         return cls(**{**values, "cost": {name: Cost(**cost) for name, cost in values["cost"].items()}})
 
 
 def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | None:
-    """Do it all and leave the files in `experiment.out`.
+    """Expand, train, fuse, export, verify and measure a model, and leave the files in `experiment.out`.
 
     Returns:
-        What was measured; None in all processes but the first.
+        The measurements in the first process; None in all others.
 
     Raises:
-        RepfxError: something asked for can't be done; before the training wherever that can be known.
-        Interrupted: by a signal; `resume` goes on from there.
+        RepfxError: something in the experiment can't be done. Whatever can be known before the training is raised before it.
+        Interrupted: a signal ended the run; call with `resume` to continue it.
         OSError: a file can't be read or written.
     """
     if experiment.overwrite and experiment.resume:
-        raise InvalidInput("a run can be replaced or gone on with: give --overwrite or --resume.")
+        raise InvalidInput("a run can be replaced or continued, not both: give --overwrite or --resume.")
     schedule, folder, watcher = _schedule(experiment), RunFolder(experiment.out), watcher or Watcher()
     if experiment.resume:
         _require_same(experiment, folder)
@@ -129,7 +130,7 @@ def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | Non
                 return Metrics.from_dict(done) if is_first else None
             if is_first:
                 stack.enter_context(folder.new_run(overwrite=experiment.overwrite, resume=experiment.resume))
-            accelerator.wait_for_everyone()  # until the folder is there
+            accelerator.wait_for_everyone()  # for the folder, which the first process makes
             results = _train(experiment, schedule, folder, watcher if is_first else Watcher(), accelerator)
         return _finish(experiment, folder, watcher, *results) if is_first else None
 
@@ -137,7 +138,7 @@ def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | Non
 def _finish(
     experiment: Experiment, folder: RunFolder, watcher: Watcher, trained: Trained, plain: nn.Module, data: DataSet
 ) -> Metrics:
-    """Fuse, export and measure, in the first process alone."""
+    """Fuse, export, test and measure the trained model, in the first process alone."""
     expanded = trained.model.cpu().to(memory_format=torch.contiguous_format)
     plain = plain.cpu().to(memory_format=torch.contiguous_format)
     if trained.architecture is not None:
@@ -168,7 +169,7 @@ def _finish(
 def _train(
     experiment: Experiment, schedule: Schedule | None, folder: RunFolder, watcher: Watcher, accelerator: Any
 ) -> tuple[Trained, nn.Module, DataSet]:
-    """In every process."""
+    """Train in every process; return the result, the plain model and the data."""
     with accelerator.main_process_first():  # it may download the data
         plain, data, reference = _prepare(experiment)
     watcher.on_stage("expand")
@@ -207,7 +208,7 @@ def _train(
 
 
 def _require_same(experiment: Experiment, folder: RunFolder) -> None:
-    """Raise if the run in the folder was begun otherwise."""
+    """Raise if the run in the folder was begun with other values, except for those that may differ."""
     begun = folder.recipe
     if begun is None:
         return
@@ -217,7 +218,7 @@ def _require_same(experiment: Experiment, folder: RunFolder) -> None:
         key = differing[0]
         found = f"{key} = {then.get(key)!r}, and now it is {now.get(key)!r}"
         raise InvalidInput(
-            f"the run in {str(folder.path)!r} was begun with {found}: leave it out, or --overwrite the run."
+            f"the run in {str(folder.path)!r} was begun with {found}: leave the change out, or replace the run with --overwrite."
         )
 
 
@@ -227,13 +228,13 @@ def _schedule(experiment: Experiment) -> Schedule | None:
     options = dict(experiment.schedule)
     name = options.pop("name", None)
     if name is None:
-        raise InvalidInput("there are options for a schedule, and no schedule.")
+        raise InvalidInput("there are options for a schedule, and no schedule: give its name, too.")
     if name not in SCHEDULES:
         raise UnknownName("schedule", name, SCHEDULES)
     spec = {} if experiment.spec is None else {"spec": spec_of(experiment.spec)}
     if spec.get("spec") == []:
         raise InvalidInput(
-            f"the spec is empty, so that {name} has no branches to work with: name some, or leave it out."
+            f"the spec is empty, so that {name} has no branches to work with: name some, or leave the spec out."
         )
     return SCHEDULES[name].over(experiment.training.epochs, **{**spec, **options})
 
@@ -246,7 +247,7 @@ def _require_sites(schedule: Schedule, plain: nn.Module) -> None:
 
 
 def _prepare(experiment: Experiment) -> tuple[nn.Module, DataSet, ModelReference]:
-    """The plain model and its data; the model gets as many classes as the data has, unless told otherwise."""
+    """Return the plain model, its data and its reference. The model gets as many classes as the data has, unless it names a number."""
     torch.manual_seed(experiment.training.seed)
     form = InputForm.of(experiment.model.build(), experiment.image_size)
     data = load_data(experiment.data, form)
@@ -260,9 +261,9 @@ def _prepare(experiment: Experiment) -> tuple[nn.Module, DataSet, ModelReference
 
 
 def onnx_session(path: Path) -> Callable[[Tensor], Tensor]:
-    """A file's model in onnxruntime on the CPU, as a function of a batch.
+    """Return a function that runs the model of an ONNX file on a batch, in onnxruntime on the CPU.
 
-    It runs on as many threads as torch does, so that their latencies can be compared.
+    It uses as many threads as torch does, so that their latencies can be compared.
     """
     import onnxruntime
 

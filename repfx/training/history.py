@@ -1,4 +1,4 @@
-"""`History`: how a training run went, epoch by epoch; what `history.json` holds."""
+"""`History`: how a training run went, epoch by epoch; the contents of `history.json`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Epoch:
     """One epoch of a run.
 
     Args:
-        epoch: 0 for the state before training, then counted from 1.
-        loss: mean over the training steps; None for epoch 0.
-        accuracy: on the test images in eval mode, from 0 to 1; None where it wasn't measured.
-        ema_accuracy: the same of the averaged model, if there is one.
-        learning_rate: of the last step; None for epoch 0.
-        seconds: that it took; None for epoch 0.
-        parameters, macs: of the training form of this epoch, MACs for one image forward; of the plain model in epoch 0.
-        actions: what was changed at the end of this epoch; in epoch 0, before training.
-        blocks: by the paths of sites, mean |γ| of the own conv's BatchNorm as ``origin`` and of each branch's last one; None where there is
-            none. At the end of the epoch and before its actions; in epoch 0, after them.
+        epoch: number of the epoch, counted from 1; 0 for the state before training.
+        loss: mean loss over the training steps; None for epoch 0.
+        accuracy: accuracy on the test images in eval mode, from 0 to 1; None if it wasn't measured.
+        ema_accuracy: accuracy of the averaged model, measured like `accuracy`; None, too, if there is no average.
+        learning_rate: learning rate of the last step; None for epoch 0.
+        seconds: duration of the epoch; None for epoch 0.
+        parameters, macs: size and cost of this epoch's training form, MACs for one image forward; in epoch 0, of the plain model.
+        actions: changes made at the end of this epoch; in epoch 0, before training.
+        blocks: mean |γ| by site path: of the BatchNorm of the site's own conv as ``origin``, and of the last BatchNorm of each branch.
+            None where there is no γ. Measured at the end of the epoch and before its actions; in epoch 0, after them.
     """
 
     epoch: int
@@ -45,14 +45,14 @@ class Epoch:
     blocks: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the epoch as plain values, for JSON."""
         own = {each.name: getattr(self, each.name) for each in fields(self)}
         blocks = {site: dict(gammas) for site, gammas in self.blocks.items()}
         return {**own, "actions": [action.to_dict() for action in self.actions], "blocks": blocks}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Epoch:
-        """The reverse of `to_dict`."""
+        """Return the epoch whose plain values `to_dict` returned."""
         found = cls(**{**values, "actions": from_json(json.dumps(values.get("actions", [])))})
         numbers = [getattr(found, name) for name in _NUMBERS]
         numbers += [gamma for gammas in found.blocks.values() for gamma in gammas.values()]
@@ -63,7 +63,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class History:
-    """The epochs of a run, from 0 on, as far as it has come.
+    """The epochs of a run so far, beginning with epoch 0.
 
     >>> history = History((Epoch(0, parameters=9, macs=90), Epoch(1, loss=0.5, parameters=9, macs=90)))
     >>> History.from_json(history.to_json()) == history
@@ -73,15 +73,15 @@ class History:
     epochs: tuple[Epoch, ...]
 
     def to_json(self) -> str:
-        """As text."""
+        """Return the history as JSON text."""
         return json.dumps({"format": _FORMAT, "epochs": [epoch.to_dict() for epoch in self.epochs]})
 
     @classmethod
     def from_json(cls, text: str, path: Path | None = None) -> History:
-        """Read what `to_json` wrote; `path` is named in errors.
+        """Read what `to_json` wrote. Errors name `path`.
 
         Raises:
-            InvalidInput: it is something else.
+            InvalidInput: the text is something else.
         """
         where = "this" if path is None else repr(str(path))
         try:

@@ -1,4 +1,4 @@
-"""Ctrl-C and a request to end: noticed at once, obeyed when the step is over."""
+"""Ctrl-C and SIGTERM in a training: noticed at once, obeyed when the step is over."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from types import FrameType
 
 @contextmanager
 def noticed_signals() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGINT or SIGTERM has come since; a second Ctrl-C interrupts at once, as ever.
+    """Yield a function that tells whether SIGINT or SIGTERM has come since the context began.
 
-    Outside the main thread, where Python lets no one handle signals, nothing is noticed.
+    A further Ctrl-C raises `KeyboardInterrupt` at once, as usual. Outside the main thread, Python lets no one handle signals, so the
+    function always returns False.
     """
     received: list[int] = []
 

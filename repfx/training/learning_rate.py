@@ -1,4 +1,4 @@
-"""The learning rate over a training: what part of the highest one each step has."""
+"""The learning rate over a training: the share of the highest rate that each step has."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def share_of_rate(
     steps_down: Sequence[int] = (),
     factor: float = 0.1,
 ) -> float:
-    """Linearly up at first, then down.
+    """Return the share of the highest learning rate for the next step: it rises linearly at first, then falls.
 
     Args:
-        done, total: steps.
-        shape: cosine, linear or constant, over what the warm-up leaves.
-        warm_up: steps of the way up; None is a fifth of all.
-        steps_down: after these steps the rate is multiplied by `factor`, each time.
+        done, total: steps done so far, and steps in all.
+        shape: curve after the warm-up: cosine, linear or constant.
+        warm_up: steps over which the rate rises; None for a fifth of all.
+        steps_down: numbers of steps after which the rate is multiplied by `factor`, each time.
 
     >>> [round(share_of_rate(done, 10), 2) for done in range(10)]
     [0.5, 1.0, 1.0, 0.96, 0.85, 0.69, 0.5, 0.31, 0.15, 0.04]

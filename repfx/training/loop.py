@@ -1,4 +1,4 @@
-"""`train`: trains a model on a data set as a recipe says, in one process or many, and goes on where it was interrupted."""
+"""`train`: trains a model on a data set as a recipe says, in one process or many, and resumes where it was interrupted."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from repfx.training.process import Place
 from repfx.training.recipe import Recipe
 from repfx.training.supply import Supply
 
-_STEPS_BETWEEN_LOOKS = 10  # where a look makes the host wait for the device
+_STEPS_BETWEEN_LOOKS = 10  # on devices other than the CPU, where a look makes the host wait
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where the training stands after a step, of `total`, counted from 1."""
+    """Progress of a training after a step: `number` of `total` steps, and the epoch, both counted from 1."""
 
     number: int
     total: int
@@ -55,7 +55,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Watcher:
-    """Hears what goes on: `on_stage` for each part of the work, the others while training."""
+    """Functions to call as the work goes on: `on_stage` before each part of it, the others during training."""
 
     on_stage: Callable[[str], None] = lambda stage: None
     on_step: Callable[[Step], None] = lambda step: None
@@ -64,12 +64,12 @@ class Watcher:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training ends with.
+    """The result of a training.
 
     Args:
-        model: in eval mode; the averaged one, if there is an average.
-        history: epoch by epoch.
-        architecture: what a search has found.
+        model: the trained model in eval mode; the averaged one, if there is an average.
+        history: the history of the run, epoch by epoch.
+        architecture: the architecture that a search found; None if the schedule is no search.
     """
 
     model: nn.Module
@@ -92,18 +92,18 @@ def train(
     """Train a model in place on a data set. Equal seeds give equal weights, also after an interruption.
 
     Args:
-        schedule: changes the model's structure on the way; the learning rate begins anew with each of its cycles. If it scores candidates,
-            it does so on every tenth training image of each class, on which the model is then not trained.
-        watcher: hears of each step and epoch, in the first process.
-        plain: what the history compares costs with; None is the model as it is given.
-        checkpoint: the file that holds the state of the run, written after each epoch and when the run is interrupted.
-        resume: whether to go on from that file if it is there.
-        accelerator: the process that this is, as `accelerator_for` gives it; None sets one up.
+        schedule: schedule that changes the model's structure during training. The learning rate begins anew with each of its cycles. If it
+            scores candidates, it scores them on every tenth training image of each class, and the model isn't trained on these images.
+        watcher: functions that are called after each step and epoch, in the first process.
+        plain: model whose cost the history holds in epoch 0, to compare with; None takes `model` as it is given.
+        checkpoint: file for the state of the run, written after each epoch and when the run is interrupted.
+        resume: whether to continue from that file if it exists.
+        accelerator: accelerator of this process, as `accelerator_for` yields it; None sets one up.
 
     Raises:
         InvalidInput: the model doesn't take the images or gives no logits for their classes, or the recipe can't be followed here.
         RepfxError: the loss is no longer finite.
-        Interrupted: by SIGINT or SIGTERM; the state is in the checkpoint.
+        Interrupted: SIGINT or SIGTERM ended the training; the state is in the checkpoint.
     """
     with ExitStack() as stack:
         if accelerator is None:
@@ -115,7 +115,7 @@ def train(
 
 
 class _Training:
-    """A training on its way."""
+    """One training in progress: its model, optimizer and driver, and how far it has come."""
 
     def __init__(
         self,
@@ -166,9 +166,9 @@ class _Training:
         )
 
     def go(self, checkpoint: Path | None, stopping: Callable[[], bool]) -> Trained:
-        """Train to the end."""
+        """Train to the last epoch; raise `Interrupted` once `stopping` returns True."""
         self._prepare()
-        self.watcher.on_epoch(self.history)  # which may clear the folder that a tracker writes into
+        self.watcher.on_epoch(self.history)  # first, because it may clear the folder that a tracker writes into
         if self.recipe.log_with:
             self.accelerator.init_trackers("repfx", config=_loggable(self.recipe))
         while self.progress.epoch < self.recipe.epochs:
@@ -186,12 +186,12 @@ class _Training:
         return Trained(model.eval(), self.history, None if search is None else search.architecture)
 
     def _prepare(self) -> None:
-        """What runs in training; made anew when the structure has changed."""
+        """Wrap the model and the optimizer for training; to be called again after each change of the structure."""
         self.net = self.place.wrap(self.model, unused_parameters=self.unused_parameters)
         self.stepper = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
 
     def _has_other_outputs(self) -> bool:
-        """Whether the model in training has heads beside the one that is trained."""
+        """Tell whether the model in training mode has heads beside the one that is trained."""
         with torch.no_grad():
             return not isinstance(copy_of(self.model).train()(self.place.bring(self._two_images())), Tensor)
 
@@ -199,7 +199,7 @@ class _Training:
         return torch.stack([self.data.train[index][0] for index in range(2)])
 
     def _try_loss(self, logits: int) -> None:
-        """Let a teacher or a mix that doesn't fit the images fail now, not after an older run has been replaced."""
+        """Try the loss once, so that a teacher or a mix that doesn't fit the images fails before an older run is replaced."""
         images = self.place.bring(self._two_images())
         x, labels = self.mix(images, self.place.bring(torch.tensor([0, 1 % logits])))
         try:
@@ -242,7 +242,7 @@ class _Training:
 
     @property
     def _looks(self) -> bool:
-        """Whether to look, after this step, at the loss and for a wish to stop; all processes look at the same time."""
+        """Whether to read the loss and check for a request to stop after this step; all processes do so at the same step."""
         step = self.progress.step
         return self.place.device.type == "cpu" or step % _STEPS_BETWEEN_LOOKS == 0 or step == self.steps
 
@@ -276,7 +276,7 @@ class _Training:
         average = self._accuracy(self.average.module) if tested and self.average is not None else None
         cost, gammas = self._cost(self.model), gammas_in(self.model)
         self.supply.epoch += 1
-        torch.manual_seed(seed_of(self.recipe.seed, progress.epoch))  # of new branches, wherever the run was begun
+        torch.manual_seed(seed_of(self.recipe.seed, progress.epoch))  # new branches are the same in a resumed run
         if self.driver.after_epoch():
             self._prepare()
         seconds = progress.seconds + time.perf_counter() - self._began
@@ -297,7 +297,7 @@ class _Training:
         self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=entry.epoch)
 
     def _accuracy(self, model: nn.Module) -> float:
-        """Over the test images, which the processes share."""
+        """Return the accuracy on the test images, which are divided among the processes."""
         count = len(self.data.test)  # type: ignore[arg-type]
         own = Subset(self.data.test, range(self.place.process, count, self.place.processes))
         right = torch.zeros((), dtype=torch.long, device=self.place.device)
@@ -317,7 +317,7 @@ class _Training:
     # ---- checkpoints
 
     def save(self, path: Path | None) -> None:
-        """Write all that the run needs to go on, if there is a file for it."""
+        """Write all that the run needs to be resumed into the file `path`; do nothing for None."""
         if path is None:
             return
         self.driver.synchronize()
@@ -329,7 +329,7 @@ class _Training:
         self.accelerator.wait_for_everyone()
 
     def load(self, path: Path) -> None:
-        """The reverse of `save`."""
+        """Take over the state that `save` wrote."""
         state: dict[str, Any] = {}
         load(path, self.model, self.optimizer, self.driver, random_state=False, progress=state, **self._parts())
         self.place.put(self.model)
@@ -344,7 +344,7 @@ class _Training:
 
 @dataclass
 class _Progress:
-    """How far the training has come: whole epochs, and steps of the next one."""
+    """Progress of the training: whole epochs, and steps of the next one."""
 
     epoch: int = 0
     step: int = 0
@@ -353,10 +353,10 @@ class _Progress:
 
 
 def hold_out(images: Images) -> tuple[Images, Images]:
-    """All but every tenth image of each class, and these.
+    """Return two parts of the images: all but every tenth of each class, and every tenth of each class.
 
     Raises:
-        InvalidInput: there are too few.
+        InvalidInput: no class has ten images.
     """
     chosen = every(10, labels_of(images))
     if not chosen.any():
@@ -380,10 +380,10 @@ def _require_possible(recipe: Recipe, schedule: Schedule) -> None:
     cycle = schedule.cycle or recipe.epochs
     if recipe.warm_up is not None and recipe.warm_up >= cycle:
         raise InvalidInput(
-            f"warm_up is {recipe.warm_up} epochs; it must end before the {cycle} of the learning rate's cycle."
+            f"warm_up is {recipe.warm_up} epochs; it must be less than the {cycle} epochs of the learning rate's cycle."
         )
     if recipe.compile and schedule.closes_paths:
         name = type(schedule).__name__
         raise InvalidInput(
-            f"{name} opens other gates in each step, for which torch.compile would compile anew: leave it out."
+            f"{name} opens other gates at every step, so torch.compile would recompile each time: set compile = false."
         )

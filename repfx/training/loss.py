@@ -1,4 +1,4 @@
-"""What a training makes smaller: cross entropy, with the labels and maybe a teacher."""
+"""The loss of a training: cross entropy with the labels and, if the recipe has a teacher, distillation from it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from repfx.training.distillation import distillation_loss
 from repfx.training.models import ModelReference, load_weights
 from repfx.training.recipe import Distillation, Recipe
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of logits, images and labels
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # takes logits, images and labels
 
 
 def loss_of(recipe: Recipe, teacher: nn.Module | None) -> Loss:
-    """The recipe's.
+    """Return the recipe's loss.
 
     Args:
-        teacher: as `teacher_of` gives it, on the device.
+        teacher: model that `teacher_of` returned, on the device; None without distillation.
     """
     smoothing = recipe.label_smoothing
     if recipe.distillation is None:
@@ -35,8 +35,8 @@ def loss_of(recipe: Recipe, teacher: nn.Module | None) -> Loss:
         with torch.no_grad():
             told = logits_of(teacher(x)).float()
         if told.shape != logits.shape:
-            found = f"{told.shape[1]} classes, and the model {logits.shape[1]}"
-            raise InvalidInput(f"the teacher {known.teacher.name!r} tells apart {found}: they must be as many.")
+            found = f"{told.shape[1]} classes and the model {logits.shape[1]}"
+            raise InvalidInput(f"the teacher {known.teacher.name!r} has {found}; the two must be equal.")
         return distillation_loss(
             logits, told, labels, alpha=known.alpha, temperature=known.temperature, label_smoothing=smoothing
         )
@@ -45,13 +45,13 @@ def loss_of(recipe: Recipe, teacher: nn.Module | None) -> Loss:
 
 
 def teacher_of(recipe: Recipe, classes: int) -> nn.Module | None:
-    """What the recipe lets a model learn from, in eval mode and without gradients, or None.
+    """Build the recipe's teacher with its weights, in eval mode and without gradients; return None if it has none.
 
     Args:
-        classes: how many there are; it gets as many.
+        classes: number of classes that the teacher gets, unless the recipe sets the teacher's own.
 
     Raises:
-        InvalidInput: it can't be built, or its weights don't fit.
+        InvalidInput: the teacher can't be built, or its weights don't fit.
     """
     if recipe.distillation is None:
         return None

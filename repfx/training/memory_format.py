@@ -1,4 +1,4 @@
-"""Whether a model computes the same with channels last, the order of memory in which convs are quicker on CPUs and GPUs."""
+"""Tell whether a model computes the same with channels last, the memory format in which convs are faster on CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from repfx.measuring.in_float64 import double_copy, run_double, seeded
 from repfx.records.notes import copy_of
 
 _FORMATS = (torch.contiguous_format, torch.channels_last)
-_ROUNDING = 1e-9  # of float64
+_ROUNDING = 1e-9  # allowed difference in float64
 
 
 def runs_with_channels_last(model: nn.Module, images: Tensor) -> bool:
-    """Whether copies of a model, its kernels and its images laid out so, give the same in eval mode, and can be trained for a step.
+    """Tell whether a model gives the same output in eval mode with channels last, and can be trained for a step so.
 
-    Tried out, for code may ask how a tensor lies in memory, or take it for granted, in many ways: `view`, `as_strided`, a write into
-    what `reshape` made. And on the CPU, for on a GPU convs in float64 forget the order. False, too, for a model that can't be copied
-    or doesn't run on the CPU, and for one without kernels over two axes.
+    Copies of the model are tried, with kernels and images laid out so. Only a trial can tell, because code may ask how a tensor lies in
+    memory, or rely on it, in many ways: `view`, `as_strided`, a write into what `reshape` returned. The trial runs on the CPU, because
+    convs in float64 forget the order on a GPU. The result is False, too, for a model that can't be copied or doesn't run on the CPU, and
+    for one without kernels over two axes.
 
     Args:
-        images: two or more, `(batch, channels, height, width)`.
+        images: two or more images, `(batch, channels, height, width)`.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     >>> runs_with_channels_last(net, torch.randn(2, 3, 6, 7))
@@ -41,5 +42,5 @@ def runs_with_channels_last(model: nn.Module, images: Tensor) -> bool:
         with seeded(trained), torch.enable_grad(), torch.device("cpu"):
             logits_of(trained(images.contiguous(memory_format=torch.channels_last))).sum().backward()
         return worst(differences(*found)).error <= _ROUNDING
-    except Exception:  # of whatever code the model has
+    except Exception:  # the model's own code may raise anything
         return False

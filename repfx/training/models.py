@@ -1,6 +1,6 @@
-"""Models by name: what `--model` and `--weights` of the command line mean.
+"""Models by name and weights from files, as the options `--model` and `--weights` of the command line give them.
 
-`torchvision:NAME`, `timm:NAME`, `package.module:callable` or `file.py:callable`; nothing is downloaded.
+A name is `torchvision:NAME`, `timm:NAME`, `package.module:callable` or `file.py:callable`. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ FORMS = "torchvision:NAME, timm:NAME, package.module:callable or file.py:callabl
 
 @dataclass(frozen=True)
 class ModelReference:
-    """A model by name: enough to build it again elsewhere.
+    """A model by its name, with enough to build it again elsewhere.
 
     Args:
         name: `torchvision:NAME`, `timm:NAME`, `package.module:callable` or `file.py:callable`.
-        num_classes: passed on to what builds the model, if it takes it; None leaves the model's own number.
-        options: further keyword arguments for it.
+        num_classes: number of classes, passed to the model's builder if it takes one. None leaves the builder's own number; `repfx train`
+            then passes the data's.
+        options: further keyword arguments for the model's builder.
     """
 
     name: str
@@ -39,11 +40,11 @@ class ModelReference:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
-        """The model, with fresh weights.
+        """Build the model, with fresh weights.
 
         Raises:
-            InvalidInput: the name is malformed, leads nowhere, or what it leads to builds no model.
-            UnknownName: no such callable in the file or module.
+            InvalidInput: the name is malformed or leads nowhere, or its callable builds no model.
+            UnknownName: the file or module has no such callable.
 
         >>> type(ModelReference("torchvision:resnet18", num_classes=10).build()).__name__
         'ResNet'
@@ -133,16 +134,16 @@ def _module_at(path: Path) -> ModuleType:
 
 def _module_named(name: str) -> ModuleType:
     here = str(Path.cwd())
-    if here not in sys.path:  # a console script doesn't look there, `python -m` does
+    if here not in sys.path:  # a console script doesn't look there, but `python -m` does
         sys.path.insert(0, here)
     return importlib.import_module(name)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a `.safetensors` file, or a `.pt`/`.pth` file without running code in it, into a model that it fits exactly.
+    """Load a `.safetensors`, `.pt` or `.pth` file into a model that it fits exactly, without running code in the file.
 
     Raises:
-        InvalidInput: the file holds no weights, or not those of this model; the model is unchanged.
+        InvalidInput: the file holds no weights, or doesn't fit the model; the model is then unchanged.
         OSError: the file can't be read.
     """
     weights = read_weights(path)
@@ -150,13 +151,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or unexpected:
         raise InvalidInput(
-            f"{str(path)!r} is not of this model: {_some('missing', missing)}, {_some('unexpected', unexpected)}."
+            f"{str(path)!r} doesn't fit this model: {_some('missing', missing)}, {_some('unexpected', unexpected)}."
         )
     for key, value in own.items():
         if value.shape != weights[key].shape:
             found, needed = tuple(weights[key].shape), tuple(value.shape)
             raise InvalidInput(
-                f"{str(path)!r} is not of this model: {key!r} is {found} in the file and {needed} in the model."
+                f"{str(path)!r} doesn't fit this model: {key!r} is {found} in the file and {needed} in the model."
             )
     model.load_state_dict(weights)
 
@@ -167,15 +168,16 @@ def _some(what: str, keys: list[str]) -> str:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file, by name, on the CPU.
+    """Return the tensors of a weights file, by name, on the CPU.
 
-    A `.pt` file may hold them itself or under `state_dict`, `model` or `model_state_dict`; a leading `module.` is taken off.
+    A `.pt` file may hold them directly, or under `state_dict`, `model` or `model_state_dict`. If all names begin with `module.`, that
+    prefix is removed.
 
     Raises:
         InvalidInput: the file holds no named tensors.
         OSError: the file can't be read.
     """
-    with path.open("rb"):  # a missing file is one kind of error for both formats
+    with path.open("rb"):  # a missing file raises the same error for both formats
         pass
     try:
         found: Any = _read(path)

@@ -16,7 +16,7 @@ _FUSED = ("Adam", "AdamW")  # SGD can't take up new parameters once it is fused
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """Of all parameters that are trained; in one kernel for all of them, where torch has that.
+    """Make the recipe's optimizer of all parameters that are trained, fused into one kernel for all of them where torch can.
 
     Raises:
         InvalidInput: the optimizer doesn't take one of `optimizer_options`.
@@ -38,7 +38,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> to
     ):
         options["fused"] = True
     if "lr" in recipe.optimizer_options:
-        raise InvalidInput("optimizer_options has lr, which is set step by step: set learning_rate.")
+        raise InvalidInput("optimizer_options has lr, which repfx sets at every step: set learning_rate instead.")
     options |= recipe.optimizer_options
     unknown = ", ".join(sorted(options.keys() - known.keys()))
     if unknown:

@@ -1,4 +1,4 @@
-"""`Place`: where a model is trained, and in which form it runs there."""
+"""`Place`: one process of a training, with its device and the form in which a model runs there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Place:
     """One process of a training.
 
     Args:
-        accelerator: as `repfx.training.engine.accelerator_for` gives it.
+        accelerator: accelerator of this process, as `repfx.training.engine.accelerator_for` yields it.
     """
 
     def __init__(self, accelerator: Any, recipe: Recipe) -> None:
@@ -33,15 +33,15 @@ class Place:
         return bool(self.accelerator.is_main_process)
 
     def put(self, model: nn.Module) -> nn.Module:
-        """A model onto the device, in place."""
+        """Move a model to the device, in place, and lay its kernels out channels last if that was chosen."""
         model = model.to(self.device)
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def lay_out(self, models: Sequence[nn.Module], images: Tensor) -> None:
-        """Choose the order of memory where the recipe doesn't, for models that all get the same images, and put them.
+        """Choose the memory format if the recipe doesn't, for models that all get the same images, and put the models on the device.
 
         Args:
-            images: two or more, as the data has them.
+            images: two or more images, as the data has them.
         """
         if self.channels_last is None:
             known = self.device.type in ("cpu", "cuda")
@@ -50,12 +50,16 @@ class Place:
             self.put(model)
 
     def bring(self, x: Tensor) -> Tensor:
-        """Images or labels to the device."""
-        x = x.to(self.device, non_blocking=self.device.type != "cpu")  # what comes to the CPU would be read too early
+        """Move images or labels to the device, and lay images out channels last if that was chosen."""
+        x = x.to(
+            self.device, non_blocking=self.device.type != "cpu"
+        )  # a non-blocking copy to the CPU could be read too early
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x
 
     def wrap(self, model: nn.Module, *, unused_parameters: bool) -> nn.Module:
-        """What gives the logits in training, in all processes and compiled if that is asked for; the model itself is left as it is.
+        """Return a module that gives the model's logits in training, in all processes, and compiled if the recipe asks for it.
+
+        The structure of the model itself is unchanged.
 
         Args:
             unused_parameters: whether some parameters have no part in some steps.
@@ -68,18 +72,18 @@ class Place:
         return net
 
     def mean(self, value: float | Tensor) -> float:
-        """Of what each process has."""
+        """Return the mean of the values that the processes have."""
         tensor = torch.as_tensor(value, dtype=torch.float32, device=self.device)
         return float(self.accelerator.reduce(tensor, "mean")) if self.processes > 1 else float(value)
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give all processes the first one's statistics, as the next step would."""
+        """Give all processes the buffers of the first, such as BatchNorm statistics. The next step would do so anyway."""
         if self.processes > 1:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
     def agree(self, wish: bool) -> bool:
-        """Whether any process wishes it."""
+        """Tell whether `wish` is True in any process."""
         if self.processes == 1:
             return wish
         if wish:

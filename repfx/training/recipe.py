@@ -30,13 +30,13 @@ _LEAST = {
 
 @dataclass(frozen=True)
 class Distillation:
-    """A teacher, from which the model learns beside the labels; see `repfx.distillation_loss`.
+    """A teacher that the model learns from beside the labels; see `repfx.distillation_loss`.
 
     Args:
         teacher: any classifier of the same images.
-        weights: the file of its weights, or the `checkpoint.safetensors` of the run that trained it.
-        alpha: the teacher's part of the loss.
-        temperature: by which both logits are divided.
+        weights: file of the teacher's weights, or the `checkpoint.safetensors` of the run that trained it.
+        alpha: the teacher's share of the loss, from 0 to 1.
+        temperature: divisor of the logits of both teacher and model.
     """
 
     teacher: ModelReference
@@ -47,42 +47,42 @@ class Distillation:
     def __post_init__(self) -> None:
         if not (0 <= self.alpha <= 1 and self.temperature > 0):
             found = f"alpha is {self.alpha} and temperature {self.temperature}"
-            raise InvalidInput(f"in distillation, {found}; they must be from 0 to 1, and positive.")
+            raise InvalidInput(f"in distillation, {found}; alpha must be from 0 to 1, and temperature positive.")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train.
+    """The settings of a training.
 
     Args:
         epochs: passes over the training images.
         batch_size: images in a step, of all processes together.
-        optimizer: a class of `torch.optim`.
-        optimizer_options: what it gets beside the rate and the decay, as momentum.
-        learning_rate: the highest one.
-        weight_decay: how much weights decay.
+        optimizer: name of an optimizer class of `torch.optim`.
+        optimizer_options: arguments for the optimizer beside the learning rate and the weight decay, such as momentum.
+        learning_rate: highest learning rate of the training.
+        weight_decay: weight decay of the optimizer.
         decay_vectors: whether biases, γ and β decay, too.
-        rates: how the learning rate goes down: cosine, linear or constant; in each cycle of a schedule that has some.
-        warm_up: epochs over which it rises; None is a fifth of all.
-        milestones: epochs after which it is multiplied by `milestone_factor`, each time.
-        milestone_factor: by which it is multiplied there.
-        label_smoothing: part of the label that is spread over all classes.
-        clip: greatest norm of the gradient; 0 leaves it as it is.
-        average: decay of an exponential moving average of the model, which then is what is fused; 0 for none.
-        augmentation: of the training images.
-        distillation: a teacher to learn from; None for none.
-        mixed_precision: no, bf16 or fp16.
-        channels_last: whether images and kernels are laid out channels last; None for that on CPUs and CUDA GPUs where it changes
-            nothing but speed, as a trial on two images shows.
+        rates: curve by which the learning rate falls: cosine, linear or constant. It begins anew in each cycle of a schedule with cycles.
+        warm_up: epochs over which the learning rate rises; None for a fifth of the training, or of each cycle of a schedule with cycles.
+        milestones: epochs after which the learning rate is multiplied by `milestone_factor`, each time.
+        milestone_factor: factor on the learning rate after each of the milestones.
+        label_smoothing: share of the label that is spread over all classes.
+        clip: greatest norm of the gradient; 0 leaves gradients as they are.
+        average: decay of an exponential moving average of the model. The average is then the model that is fused. 0 for no average.
+        augmentation: augmentation of the training images.
+        distillation: teacher to learn from; None for none.
+        mixed_precision: lower precision in which the model runs where autocast allows it: no, bf16 or fp16.
+        channels_last: whether images and kernels are laid out channels last. None does so on CPUs and CUDA GPUs if a trial on two images
+            shows that it changes nothing but speed.
         compile: whether `torch.compile` runs the model in training.
-        compile_mode: its `mode`; reduce-overhead captures CUDA graphs, which squeezed blocks want.
-        seed: of weights, order, augmentation and whatever else is drawn. Equal seeds give equal weights on one kind of machine; on a GPU,
-            with `deterministic`.
-        deterministic: whether torch takes deterministic algorithms alone, even if they are slower.
-        device: cpu, cuda, cuda:1, mps, …; auto takes the accelerator that is there.
-        workers: processes that load images.
-        test_every: epochs from one test to the next; the last one is always tested.
-        log_with: a tracker that Accelerate knows, as tensorboard.
+        compile_mode: mode of `torch.compile`; reduce-overhead captures CUDA graphs, which squeezed blocks need on a GPU to be fast.
+        seed: seed of the weights, the order of the images, the augmentation and everything else that is random. Equal seeds give equal
+            weights on one kind of machine; on a GPU, they do so only with `deterministic`.
+        deterministic: whether torch uses deterministic algorithms alone, even if they are slower.
+        device: device to train on: cpu, cuda, cuda:1, mps, …; auto takes the accelerator if there is one, else the CPU.
+        workers: number of processes that load images.
+        test_every: epochs from one test to the next; the last epoch is always tested.
+        log_with: tracker that Accelerate knows, such as tensorboard; empty for none.
     """
 
     epochs: int = 5
@@ -128,11 +128,11 @@ class Recipe:
         if self.rates not in SHAPES:
             raise UnknownName("shape of rates", self.rates, SHAPES)
         if self.mixed_precision == "fp16" and not torch.accelerator.is_available():
-            raise InvalidInput("mixed_precision is 'fp16', for which there must be an accelerator; a CPU has 'bf16'.")
+            raise InvalidInput("mixed_precision is 'fp16', which needs an accelerator; on a CPU, set 'bf16'.")
         if self.compile_mode not in COMPILE_MODES:
             raise UnknownName("compile_mode", self.compile_mode, COMPILE_MODES)
         if self.compile_mode != "default" and not self.compile:
-            raise InvalidInput(f"compile_mode is {self.compile_mode!r}, but compile is false; set it, too.")
+            raise InvalidInput(f"compile_mode is {self.compile_mode!r}, but compile is false; set compile = true, too.")
         if self.mixed_precision not in PRECISIONS:
             raise UnknownName("mixed_precision", self.mixed_precision, PRECISIONS)
         if self.optimizer not in _optimizers():

@@ -1,4 +1,4 @@
-"""Recipes as TOML files: of one's own, or shipped with repfx."""
+"""Recipes as TOML files: the user's own, or shipped with repfx."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ _PATHS = (
 
 
 def read_recipe(source: str | Path) -> dict[str, Any]:
-    """The values of a recipe, from a file or by the name of one that is shipped.
+    """Return the values of a recipe, from a file or by the name of a shipped one.
 
-    Relative paths in a file, but for `root`, start from its folder.
+    Relative paths in a file, except `data.root`, start from the file's folder.
 
     Raises:
-        InvalidInput: the file is no TOML; UnknownName: no recipe is called so; OSError: the file can't be read.
+        InvalidInput: the file is no TOML.
+        UnknownName: no shipped recipe has this name.
+        OSError: the file can't be read.
     """
     path = Path(source)
     if path.suffix != ".toml":
@@ -45,23 +47,23 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
 
 
 def from_root(values: dict[str, Any]) -> dict[str, Any]:
-    """The same values, with the files and folders in them named from the root."""
+    """Return recipe values after naming the files and folders in them by absolute paths, in place."""
     _start_from(Path.cwd(), values, (*_PATHS, "data.root"))
     return values
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """By name."""
+    """Return the files of the shipped recipes, by name."""
     return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
 
 
 def description_of(path: Path) -> str:
-    """The comment at the top of a recipe's file."""
+    """Return the first line of the comment at the top of a recipe's file."""
     return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
 
 
 def to_toml(values: Mapping[str, Any]) -> str:
-    """As text.
+    """Return recipe values as the text of a TOML file.
 
     Raises:
         InvalidInput: a value has no form in TOML, or tomli-w is missing.
@@ -76,7 +78,7 @@ def to_toml(values: Mapping[str, Any]) -> str:
 
 
 def _start_from(folder: Path, values: dict[str, Any], keys: tuple[str, ...]) -> None:
-    """Name what is in a folder by it, in place."""
+    """Prefix the paths under `keys` with a folder, in place, if they exist in it."""
     for key in keys:
         *outer, last = key.split(".")
         table: Any = values

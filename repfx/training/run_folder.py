@@ -1,4 +1,4 @@
-"""What a training run leaves behind: a folder whose files each appear whole or not at all, and how to build its model again."""
+"""The folder of a training run: its files, each of which appears whole or not at all, and how to build its model again."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class Setup:
-    """What a checkpoint's weights belong to; how the model's structure came about is in the checkpoint.
+    """The model that a checkpoint's weights belong to. The checkpoint itself holds how the model's structure came about.
 
     Args:
         model: the plain model.
-        spec: what it was expanded with, as text or JSON gives it.
-        schedule: the options of the schedule that changed it in training, and its `name`; None without one.
-        preparation: what the data's raw values went through; `shape` is that of one image.
+        spec: spec that the model was expanded with, as text or JSON gives it; None if there was a schedule.
+        schedule: `name` and options of the schedule that changed the model in training; None without one.
+        preparation: steps that the data's raw values went through; its `shape` is that of one image.
     """
 
     model: ModelReference
@@ -48,7 +48,7 @@ class Setup:
     preparation: Mapping[str, Any]
 
     def to_json(self) -> str:
-        """As text, with the version of repfx that wrote it."""
+        """Return the setup as JSON text, with the version of repfx that wrote it."""
         model = {"name": self.model.name, "num_classes": self.model.num_classes, "options": dict(self.model.options)}
         head = {"format": _FORMAT, "repfx": VERSION}
         how = {"spec": self.spec, "schedule": self.schedule, "preparation": self.preparation}
@@ -56,10 +56,10 @@ class Setup:
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> Setup:
-        """Read what `to_json` wrote; `path` is named in errors.
+        """Read what `to_json` wrote. Errors name `path`.
 
         Raises:
-            InvalidInput: it is something else.
+            InvalidInput: the text is something else.
         """
         try:
             found = json.loads(text)
@@ -75,7 +75,7 @@ class Setup:
 
 
 def spec_of(text: Any) -> SpecLike:
-    """A spec from text: a preset's name, branch kinds with commas between, or a JSON object from site patterns to these.
+    """Return a spec from text: a preset's name, branch kinds separated by commas, or a JSON object from site patterns to these.
 
     >>> spec_of("dbb"), spec_of("1x1,1xk"), spec_of('{"layer1.*": "acb"}')
     ('dbb', ['1x1', '1xk'], {'layer1.*': 'acb'})
@@ -101,7 +101,7 @@ class RunFolder:
 
     @contextmanager
     def new_run(self, *, overwrite: bool, resume: bool) -> Iterator[RunFolder]:
-        """Make the folder; if nothing is written into a new one, it is removed again.
+        """Make the folder; when the context ends, remove it again if it is new and empty.
 
         Raises:
             InvalidInput: a run is there already and neither `overwrite` nor `resume` is set.
@@ -109,26 +109,26 @@ class RunFolder:
         """
         there = [name for name in _FILES if (self.path / name).exists()]
         if there and not (overwrite or resume):
-            advice = "--overwrite replaces it" + ("" if METRICS in there else ", --resume goes on with it")
+            advice = "--overwrite replaces it" + ("" if METRICS in there else ", --resume continues it")
             raise InvalidInput(f"{str(self.path)!r} holds a run already ({', '.join(there)}): {advice}.")
         new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            TemporaryDirectory(dir=self.path).cleanup()  # say now, not after the training, that it can't be written
+            TemporaryDirectory(dir=self.path).cleanup()  # fail now, not after the training, if it can't be written
             yield self
         finally:
             _remove_empty(new)
 
     @property
     def logs(self) -> Path:
-        """Where a tracker writes."""
+        """The folder that a tracker writes into."""
         return self.path / "logs"
 
     def clear(self) -> None:
-        """Remove an older run, its metrics first: they say that a run is complete."""
+        """Remove an older run. Its metrics go first, because they mark a run as complete."""
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
-            for left in self.path.glob(f".{name}.*"):  # by a run that was killed while it wrote
+            for left in self.path.glob(f".{name}.*"):  # left by a run that was killed while it wrote
                 shutil.rmtree(left, ignore_errors=True)
         shutil.rmtree(self.logs, ignore_errors=True)
 
@@ -140,17 +140,17 @@ class RunFolder:
             staged.replace(self.path / name)
 
     def begin(self, setup: Setup, recipe: str) -> None:
-        """Remove an older run, and write down what this one is."""
+        """Remove an older run, and write the recipe and the setup of this one."""
         self.clear()
         self.write(RECIPE, lambda path: _write_text(path, recipe))
         self.write(STRUCTURE, lambda path: _write_text(path, setup.to_json() + "\n"))
 
     def write_history(self, history: History) -> None:
-        """The epochs so far."""
+        """Write the epochs so far."""
         self.write(HISTORY, lambda path: _write_text(path, history.to_json()))
 
     def write_checkpoint(self, model: nn.Module) -> None:
-        """The training form at the end."""
+        """Write the training form at the end of the run."""
         save(self.path / CHECKPOINT, model, random_state=False)
 
     def forget_state(self) -> None:
@@ -158,26 +158,26 @@ class RunFolder:
         (self.path / STATE).unlink(missing_ok=True)
 
     def write_architecture(self, architecture: Architecture) -> None:
-        """What a search has found, as JSON and as a picture."""
+        """Write the architecture that a search found, as JSON and as a picture."""
         self.write(ARCHITECTURE, architecture.save)
         self.write(HEAT_MAP, lambda path: draw(architecture, path))
 
     @property
     def architecture(self) -> Architecture | None:
-        """What a search has found; None if the run was none."""
+        """The architecture that a search found; None if the run was no search."""
         path = self.path / ARCHITECTURE
         return Architecture.load(path) if path.is_file() else None
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """All numbers of the run; the last file."""
+        """Write all numbers of the run. This file is the last one."""
         self.write(METRICS, lambda path: _write_text(path, json.dumps(metrics, indent=2) + "\n"))
 
     @property
     def metrics(self) -> dict[str, Any] | None:
-        """All numbers of the run; None as long as it isn't finished.
+        """All numbers of the run; None until it is finished.
 
         Raises:
-            InvalidInput: the file is none that `repfx train` wrote.
+            InvalidInput: `repfx train` didn't write the file.
         """
         path = self.path / METRICS
         if not path.is_file():
@@ -192,38 +192,39 @@ class RunFolder:
 
     @property
     def history(self) -> History | None:
-        """How the run went, epoch by epoch, as far as it has come; None if that was not written down."""
+        """The history of the run so far, epoch by epoch; None if there is no such file."""
         path = self.path / HISTORY
         return History.from_json(path.read_text(encoding="utf-8", errors="replace"), path) if path.is_file() else None
 
     @property
     def recipe_text(self) -> str | None:
-        """What the run was asked to do, as text; None if that was not written down."""
+        """The recipe of the run, as text; None if there is no such file."""
         path = self.path / RECIPE
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
     @property
     def recipe(self) -> dict[str, Any] | None:
-        """The same, as values."""
+        """The recipe of the run, as values; None if there is no such file."""
         path = self.path / RECIPE
         return read_recipe(path) if path.is_file() else None
 
     @property
     def setup(self) -> Setup:
-        """Read from the folder."""
+        """The setup of the run, read from its file."""
         path = self.path / STRUCTURE
         return Setup.from_json(path.read_text(encoding="utf-8"), path)
 
     def load(self) -> nn.Module:
-        """The trained model in its training form.
+        """Return the trained model in its training form, in eval mode.
 
         Raises:
-            InvalidInput: the files don't belong together; OSError: a file is missing.
+            InvalidInput: the run isn't finished, or its files don't belong together.
+            OSError: a file is missing.
         """
         setup = self.setup
         if not (self.path / CHECKPOINT).is_file():
             raise InvalidInput(
-                f"the run in {str(self.path)!r} isn't finished: `repfx train --resume --out {self.path}` goes on with it."
+                f"the run in {str(self.path)!r} isn't finished: `repfx train --resume --out {self.path}` continues it."
             )
         model = setup.model.build()
         return load(self.path / CHECKPOINT, model, random_state=False).eval()

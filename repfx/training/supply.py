@@ -16,7 +16,7 @@ from repfx.training.recipe import Recipe
 
 
 class Supply:
-    """Batches of images, varied as the recipe says; to iterate over it gives those of the epoch that comes next."""
+    """The batches of one process, augmented as the recipe says. Iteration yields the batches of `epoch`, the one that comes next."""
 
     def __init__(self, images: Images, recipe: Recipe, place: Place) -> None:
         self.images = recipe.augmentation.of_images(images, recipe.seed)
@@ -27,7 +27,7 @@ class Supply:
         self._pinned = place.device.type == "cuda" and self.images[0][0].device.type == "cpu"
 
     def loader(self, epoch: int, begin: int = 0) -> DataLoader[Any]:
-        """The batches of an epoch, from a step on."""
+        """Return a loader of the batches of an epoch, from the step `begin` on."""
         if isinstance(self.images, AugmentedImages):
             self.images.epoch = epoch
         return DataLoader(

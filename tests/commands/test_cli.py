@@ -232,7 +232,7 @@ def test_options_of_a_schedule_are_its_own(tmp_path: Path, repfx_command) -> Non
         (["--set", "out=x"], "out can't be set in a recipe: give the option --out"),
         (["--set", "data=digits"], "data is 'digits'; it must be a table"),
         (["--overwrite", "--resume"], "give --overwrite or --resume"),
-        (["--set", "training.warm_up=2"], "warm_up is 2.0 epochs; it must end before the 2"),
+        (["--set", "training.warm_up=2"], "warm_up is 2.0 epochs; it must be less than the 2"),
         (["--set", "training.augmentation.color_jitter=0.5"], "color_jitter needs pictures of bytes"),
         (["--log-with", "paper"], "no tracker 'paper'"),
         (

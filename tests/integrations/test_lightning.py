@@ -465,7 +465,7 @@ DYREP, REPNAS = SHORT["dyrep"], SHORT["repnas"]
         (with_a_stranger, DYREP, {}, "group 0 of the optimizer has 2 parameters that aren't the model's"),
         (without_forward, DYREP, {}, "has no forward of its own, and its convs lie in first, second: name the module"),
         (frozen_into_one_function, DYREP, {}, "no conv of .* can be expanded"),
-        (with_manual_optimization, DYREP, {"scaler": True}, "gradients are seen when they are unscaled already"),
+        (with_manual_optimization, DYREP, {"scaler": True}, "gradients are unscaled before the callback sees them"),
         (Classifier, DYREP, {"callbacks": ["StochasticWeightAveraging"]}, "keeps a copy that can't follow"),
     ],
 )

@@ -44,6 +44,6 @@ def test_what_can_t_be_is_refused() -> None:
     with pytest.raises(InvalidInput, match=r"student's logits are \(5, 7\) and the teacher's \(5, 6\)"):
         repfx.distillation_loss(student, teacher[:, :6], labels)
     for options in ({"alpha": 1.5}, {"alpha": -0.1}, {"temperature": 0.0}):
-        with pytest.raises(InvalidInput, match="from 0 to 1, and positive"):
+        with pytest.raises(InvalidInput, match="from 0 to 1, and temperature positive"):
             repfx.distillation_loss(student, teacher, labels, **options)
     assert F.cross_entropy(student, labels) == repfx.distillation_loss(student, teacher, labels, alpha=0)

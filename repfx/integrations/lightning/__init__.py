@@ -1,4 +1,4 @@
-"""repfx inside Lightning 2: a callback for the Trainer, and its checkpoints read without one.
+"""repfx inside Lightning 2: a callback for the Trainer, and functions that load its checkpoints without a Trainer.
 
 Imports change, search and below, and Lightning itself. Begin with `callback`.
 """

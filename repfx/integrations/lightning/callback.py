@@ -1,7 +1,8 @@
 """repfx inside Lightning 2: a callback that lets a schedule change a LightningModule while a Trainer trains it.
 
-A checkpoint of the Trainer holds for it, under ``checkpoint["repfx"]``, plain values and tensors: the structure of the LightningModule, of
-the same moment as its weights; where the driver and the random numbers stood; which parameters each group of the optimizers had.
+The callback adds plain values and tensors to each checkpoint of the Trainer, under ``checkpoint["repfx"]``: the structure of the
+LightningModule at the moment of its weights; the states of the driver and of the random numbers; and the names of the parameters in each
+group of the optimizers.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ __all__ = ["RepFXCallback", "load_weights", "rebuild"]
 
 
 def _callback_class() -> Any:
-    """Lightning's `Callback`: of the package that is in use already, if there are both."""
+    """Return Lightning's `Callback`. If both packages are installed, it is from the one that is imported already."""
     for name in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules):
         try:
             return importlib.import_module(name).Callback
@@ -59,26 +60,27 @@ def _callback_class() -> Any:
 
 
 class RepFXCallback(_callback_class()):  # type: ignore[misc]
-    """Changes a LightningModule while a Trainer trains it, as a schedule decides; `driver` is there once training begins.
+    """Change a LightningModule while a Trainer trains it, as a schedule decides; `driver` exists once training begins.
 
-    The optimizers, Lightning's `WeightAveraging` and `DistributedDataParallel` follow. A checkpoint holds the structure beside the
-    weights, so that ``trainer.fit(…, ckpt_path=…)`` goes on as if nothing had happened, and ``trainer.test(ckpt_path="best")`` tests that
-    model. With manual optimization, the gradients are observed where the optimizer that trains the model makes its step.
+    The optimizers, Lightning's `WeightAveraging` and `DistributedDataParallel` follow each change. A checkpoint holds the structure beside
+    the weights, so that ``trainer.fit(…, ckpt_path=…)`` resumes a run as if nothing had happened, and ``trainer.test(ckpt_path="best")``
+    tests the model that was saved. With manual optimization, the callback observes the gradients when the optimizer that trains the model
+    makes its step.
 
     Args:
-        schedule: when and how the structure changes.
-        model: path of the module to be changed, such as ``"net"``; by default the one child of the LightningModule that holds its convs,
-            and if there are several, the LightningModule itself.
-        calibrate: inputs of that module, or a data loader, for the statistics of new BatchNorms; by default the Trainer's own
-            training data, of whose batches the first entry is the input.
-        score: what a candidate of a search is worth, from the plain net that it is when fused; the higher the better.
-        ema: path of a module of the LightningModule that holds an averaged copy of that module, as an `AveragedModel` does. The copy of
-            Lightning's `WeightAveraging` is found by itself.
-        random_state: whether a run that goes on in one process takes over the random numbers of the checkpoint.
+        schedule: schedule that decides when and how the structure changes.
+        model: path of the module to change, such as ``"net"``. By default it is the one child of the LightningModule that holds its convs;
+            if there is no such child, it is the LightningModule itself.
+        calibrate: inputs of the changed module, or a data loader, for the statistics of new BatchNorms. By default these are the Trainer's
+            own training data, where the first entry of each batch is the input.
+        score: function that rates a candidate of a search, given as the plain net that it is when fused; the higher the better.
+        ema: path of a module of the LightningModule that holds an averaged copy of the changed module, such as an `AveragedModel`. The
+            callback finds the copy of Lightning's `WeightAveraging` by itself.
+        random_state: whether a run that is resumed in one process takes over the random numbers of the checkpoint.
         verbose: whether each change is printed.
 
     Raises:
-        InvalidInput: when fit begins, for what can't be served, with the reason.
+        InvalidInput: the callback can't serve the Trainer or the LightningModule; raised when fit begins, with the reason.
     """
 
     def __init__(
@@ -110,17 +112,19 @@ class RepFXCallback(_callback_class()):  # type: ignore[misc]
     # ---- Lightning's hooks
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Check what is asked for; let the structure be written and rebuilt in the LightningModule's own hooks."""
+        """Check that the Trainer can be served, and let the LightningModule's own hooks write and rebuild the structure."""
         if stage == "fit":
             require_served(trainer, pl_module, self.schedule, self._ema)
         if self._module is not pl_module:
             self._module, self._skeleton, self._state, self.driver = pl_module, None, None, None
         self._resumed = None
-        Before.hang(pl_module, "on_save_checkpoint", write_structure)  # and stays: weights alone would fit nothing
+        Before.hang(
+            pl_module, "on_save_checkpoint", write_structure
+        )  # stays after training: weights without structure fit no module
         Before.hang(pl_module, "on_load_checkpoint", partial(self._load, trainer))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Arrange the new optimizers as they were, before Lightning loads their states by number."""
+        """Put the parameters of the new optimizers in their old order, before Lightning loads their states by number."""
         groups = [names_by_group(optimizer, pl_module) for optimizer in trainer.optimizers]
         require_one_trainer(pl_module, self._model_in(pl_module), trainer.optimizers)
         if self._resumed is None:
@@ -128,14 +132,14 @@ class RepFXCallback(_callback_class()):  # type: ignore[misc]
         known = self._resumed["optimizers"]
         if known is None or len(known) != len(groups):
             raise InvalidInput(
-                f"the checkpoint doesn't tell the groups of {len(groups)} optimizers: load its weights alone, by load_weights."
+                f"the checkpoint doesn't hold the groups of {len(groups)} optimizers: load its weights alone, with load_weights."
             )
         for optimizer, names in zip(trainer.optimizers, known):
             fill_groups(optimizer, pl_module, names)
         self._take_over_random_state(trainer)  # before the data of the next epoch are shuffled
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make the driver, now that data, optimizers and whatever a checkpoint held are there."""
+        """Make the driver, now that the data, the optimizers and the contents of a checkpoint are there."""
         model = self._model_in(pl_module)
         require_open_sites(model)
         self._keep_skeleton(model)
@@ -163,28 +167,28 @@ class RepFXCallback(_callback_class()):  # type: ignore[misc]
             self._follow(trainer, pl_module, [action for _, action in self.driver.history])
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make up for an epoch whose end was cut off, between another callback's checkpoint and this one's turn."""
+        """Make up for the end of an epoch that was cut off after another callback's checkpoint and before this one's turn."""
         while self._is_behind(trainer.current_epoch):
             self._end_epoch(trainer, pl_module)
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """Observe the last gradients before a step, which are still scaled if there is a scaler."""
+        """Observe the last gradients before a step. If there is a scaler, they are still scaled."""
         if self.driver is not None and pl_module.automatic_optimization and not trainer.fit_loop._should_accumulate():
             self.driver.after_backward()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """With manual optimization, observe the gradients of the optimizer that trains the model."""
+        """Observe the gradients of the optimizer that trains the model, if optimization is manual."""
         automatic = pl_module.automatic_optimization
         if self.driver is not None and not automatic and trains(optimizer, self.driver.model):
             self.driver.after_backward()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Let the schedule change the model; Lightning's own checkpoints of this time are written afterwards."""
-        if self._is_behind(trainer.current_epoch + 1):  # else it was done before the checkpoint that was loaded
+        """Let the schedule change the model. Lightning writes its own checkpoints of this epoch afterwards."""
+        if self._is_behind(trainer.current_epoch + 1):  # otherwise it was done before the loaded checkpoint was written
             self._end_epoch(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Write down all that belongs to this moment."""
+        """Write the structure, the driver, the optimizers' groups and the random numbers into a checkpoint."""
         state = self._state if self.driver is None else self.driver.state_dict()
         checkpoint[KEY] = entry_of(pl_module) | {
             "driver": state,
@@ -194,11 +198,11 @@ class RepFXCallback(_callback_class()):  # type: ignore[misc]
         }
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave the hook of loading as it was."""
+        """Give the LightningModule back its own hook for loading."""
         Before.take_down(pl_module, "on_load_checkpoint")
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """The same, where there will be no `teardown`."""
+        """Give the LightningModule back its own hook for loading, because no `teardown` follows an exception."""
         Before.take_down(pl_module, "on_load_checkpoint")
 
     # ---- what they do
@@ -231,7 +235,7 @@ class RepFXCallback(_callback_class()):  # type: ignore[misc]
         self._follow(trainer, module, self.driver.after_epoch())
 
     def _follow(self, trainer: Any, module: Any, actions: Iterable[Action]) -> None:
-        """What looked at the parameters once looks again."""
+        """Print the changes if `verbose`, and let `DistributedDataParallel` read the parameters again after a change."""
         actions = tuple(actions)
         for action in actions if self._verbose else ():
             module.print(f"repfx, epoch {trainer.current_epoch}: {action}")
@@ -241,7 +245,7 @@ class RepFXCallback(_callback_class()):  # type: ignore[misc]
             strategy.configure_ddp()
 
     def _load(self, trainer: Any, module: Any, checkpoint: Mapping[str, Any]) -> None:
-        """Take the LightningModule, and averages of it, to the structure that a checkpoint's weights have."""
+        """Give the LightningModule, and averages of it, the structure that a checkpoint's weights have."""
         model = self._model_in(module)
         self._keep_skeleton(model)
         entry = entry_in(checkpoint)
@@ -270,12 +274,18 @@ class RepFXCallback(_callback_class()):  # type: ignore[misc]
 
 
 def _shuffles_anew(loop: Any) -> bool:
-    """Whether the data that a run goes on with are shuffled later than now: where an epoch has to be ended first, or Lightning is older."""
+    """Tell whether a resumed run shuffles its data only after `on_train_start`.
+
+    It does so if an epoch must be ended first, or if Lightning is an older version.
+    """
     return bool(loop.restarting or not getattr(loop, "is_resuming", False))
 
 
 def _groups(trainer: Any, module: Any) -> list[list[list[str]]] | None:
-    """None if the Trainer's optimizers are of an earlier structure, as after ``trainer.test(ckpt_path=…)``."""
+    """Return the parameter names of each group of each optimizer.
+
+    Return None if the optimizers are of an earlier structure, such as after ``trainer.test(ckpt_path=…)``.
+    """
     try:
         return [names_by_group(optimizer, module) for optimizer in trainer.optimizers]
     except InvalidInput:
@@ -283,6 +293,6 @@ def _groups(trainer: Any, module: Any) -> list[list[list[str]]] | None:
 
 
 def _averages(trainer: Any) -> list[Any]:
-    """The copies of the LightningModule that callbacks such as `WeightAveraging` hold."""
+    """Return the copies of the LightningModule that callbacks such as `WeightAveraging` hold."""
     held = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
     return [each.module for each in held if isinstance(each, torch.optim.swa_utils.AveragedModel)]

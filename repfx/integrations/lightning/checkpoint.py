@@ -1,4 +1,4 @@
-"""What a Lightning checkpoint says about the structure of its LightningModule, and how it is loaded by that."""
+"""The structure of a LightningModule in a Lightning checkpoint: how it is written, read and rebuilt."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _FORMAT = 1
 def rebuild(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Give a LightningModule the structure that the weights of a checkpoint have, in place. `RepFXCallback` does so by itself.
 
-    Call it in ``on_load_checkpoint``, and ``load_from_checkpoint`` works too.
+    Call it in ``on_load_checkpoint``, so that ``load_from_checkpoint`` works, too.
 
     Args:
-        module: as it is made, or in any structure that the saved one has gone through.
-        checkpoint: with the weights of the same class of LightningModule.
+        module: the LightningModule as it is made, or in any structure that the saved one has gone through.
+        checkpoint: checkpoint of a LightningModule of the same class.
 
     Raises:
-        InvalidInput: the module has gone another way.
+        InvalidInput: the module has been through other changes than the saved one.
     """
     entry = entry_in(checkpoint)
     Structure(entry.get("journals", {}), entry.get("folded", {})).rebuild(module)
@@ -37,11 +37,11 @@ def load_weights(path: str | os.PathLike[str], module: nn.Module) -> nn.Module:
     """Give a LightningModule the structure and the weights of a checkpoint, in place, without unpickling code and without a Trainer.
 
     Args:
-        path: of a checkpoint that a Trainer with a `RepFXCallback` wrote. With `WeightAveraging`, its weights are the averages.
-        module: as it is made, or in any structure that the saved one has gone through.
+        path: path of a checkpoint that a Trainer with a `RepFXCallback` wrote. With `WeightAveraging`, its weights are the averages.
+        module: the LightningModule as it is made, or in any structure that the saved one has gone through.
 
     Returns:
-        The module, ready for `repfx.fuse` and `repfx.export_onnx` of the net in it.
+        The module. The net in it is ready for `repfx.fuse` and `repfx.export_onnx`.
 
     Raises:
         InvalidInput: the checkpoint's structure doesn't fit the module.
@@ -53,18 +53,18 @@ def load_weights(path: str | os.PathLike[str], module: nn.Module) -> nn.Module:
 
 
 def entry_of(module: nn.Module) -> dict[str, Any]:
-    """What a checkpoint says about the structure that goes with its weights."""
+    """Return the entry of a checkpoint that describes the structure of its weights."""
     structure = Structure.of(module)
     return {"format": _FORMAT, "journals": dict(structure.journals), "folded": dict(structure.folded)}
 
 
 def write_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Add it to a checkpoint that holds nothing of the kind yet."""
+    """Add the structure of a module to a checkpoint, unless it holds a structure already."""
     checkpoint.setdefault(KEY, entry_of(module))
 
 
 def entry_in(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Empty for a checkpoint that repfx had no part in."""
+    """Return the entry of a checkpoint about its structure; empty if repfx had no part in the checkpoint."""
     entry: Mapping[str, Any] = checkpoint.get(KEY, {})
     if entry and entry["format"] != _FORMAT:
         raise InvalidInput(f"the checkpoint has format {entry['format']}; this version of repfx reads {_FORMAT}.")
@@ -72,13 +72,13 @@ def entry_in(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def take_to(model: nn.Module, wanted: tuple[Action, ...], skeleton: Skeleton) -> None:
-    """Take a model to a structure that it is to get, or had before."""
+    """Give a model the structure that the journal `wanted` leads to, by way of `skeleton` if the model has been through other changes."""
     done = journal(model)
     if wanted[: len(done)] != done:
         skeleton.take_back(model)
         done = skeleton.journal
     if wanted[: len(done)] != done:
         raise InvalidInput(
-            "the model was changed otherwise before its training began than the one that was saved: make the LightningModule anew."
+            "before its training began, the model was changed in other ways than the saved one: make the LightningModule anew."
         )
     replay(model, wanted[len(done) :])

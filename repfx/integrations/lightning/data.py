@@ -1,4 +1,4 @@
-"""The inputs that a Trainer trains on, for statistics."""
+"""The inputs that a Trainer trains on, for the statistics of new BatchNorms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from repfx.errors import InvalidInput
 
 
 class TrainingData:
-    """A Trainer's training batches, as its model gets them; each time anew, apart from those that it trains on."""
+    """A Trainer's training batches, as its model gets them. Each iteration loads them anew, apart from the Trainer's own iteration."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -22,7 +22,7 @@ class TrainingData:
         loader, count = trainer.train_dataloader, trainer.num_training_batches
         if isinstance(loader, (dict, list, tuple)):
             raise InvalidInput(
-                f"there are {len(loader)} training data loaders, and new BatchNorms are measured on one: give `calibrate`."
+                f"there are {len(loader)} training data loaders, but new BatchNorms are measured on one: give `calibrate`."
             )
         for batch in islice(_apart(loader), None if math.isinf(count) else int(count)):
             batch = trainer.precision_plugin.convert_input(batch)
@@ -31,7 +31,7 @@ class TrainingData:
 
 
 def _apart(loader: Any) -> Any:
-    """A loader whose persistent workers aren't those that training goes on with."""
+    """Return the loader; if it has persistent workers, a copy with workers of its own, because training still uses the others."""
     if getattr(loader, "persistent_workers", False):
         loader = copy.copy(loader)
         loader._iterator = None

@@ -1,4 +1,4 @@
-"""What a LightningModule's own hooks do first. They alone see every checkpoint, and see it before its weights are loaded."""
+"""`Before`: adds work before a LightningModule's own hooks. They alone see every checkpoint, and see it before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Before:
-    """In the place of a hook of one LightningModule: something else, and then the hook. A copy of the module gets the hook alone."""
+    """A function in the place of a hook of one LightningModule: calls `first`, then the hook. A copy of the module has the hook alone."""
 
     def __init__(self, module: Any, name: str, first: Callable[[Any, Any], None] | None) -> None:
         self._module = module
@@ -24,10 +24,10 @@ class Before:
 
     @classmethod
     def hang(cls, module: Any, name: str, first: Callable[[Any, Any], None]) -> None:
-        """Do this first, until `take_down`; instead of what was hung there before."""
+        """Call `first` before a hook of the module, until `take_down`. It replaces a function that was hung there before."""
         vars(module)[name] = cls(module, name, first)
 
     @classmethod
     def take_down(cls, module: Any, name: str) -> None:
-        """Leave the hook as it was."""
+        """Give the module back its own hook."""
         vars(module).pop(name, None)

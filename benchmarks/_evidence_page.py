@@ -16,10 +16,10 @@ from repfx.measuring.cost import count_macs
 from repfx.training.models import ModelReference
 
 Row = dict[str, Any]
-PLAIN, AS_LONG, LONGER = BASES = ("plain", "plain, 2.5 times", "plain, longer")  # from the shortest on
+PLAIN, AS_LONG, LONGER = BASES = ("plain", "plain, 2.5 times", "plain, longer")  # the shortest training first
 EQUAL = "plain at equal cost"
-NEARLY = 1.15  # times the multiply-adds of the plain net count as equal cost
-# differences to their own baselines, in percent, each on the paper's net and by its recipe
+NEARLY = 1.15  # up to this many times the multiply-adds of the plain net count as equal cost
+# differences to the papers' own baselines, in percentage points, each on the paper's net and with its recipe
 PAPERS: dict[str, dict[str, str]] = {
     "cifar10": {
         "ACB": "+0.30 (VGG-16, in RepNAS)",
@@ -39,24 +39,29 @@ PAPERS: dict[str, dict[str, str]] = {
 }
 SCALES = {
     "cpu": """\
-A VGG of seven convs with 8 to 64 channels, 10,000 of the 50,000 training images, 10 epochs: what two CPU cores can do for all methods
-and several seeds. The scale, the recipe and the methods' settings were fixed before the first result was seen. Three things were added
-later: that what random search and DES find is trained once more from the beginning, as in their papers, after the first run of random
-search had shown that the four epochs left behind a search are too few; *RepNAS, retrained*, which its paper doesn't do, and *plain, 2.5
-times*, after two seeds of CIFAR-10.
+The net is a VGG of seven convs with 8 to 64 channels. It trains on 10,000 of the 50,000 training images for 10 epochs. This is what two CPU
+cores can do for all methods and several seeds. The scale, the recipe and the methods' settings were fixed before the first result was
+seen. Three things were added later:
 
-It shows which methods learn more in a short training of a small net. It can't show what they give in one of hundreds of epochs, where
-plain nets are close to what they can reach, nor on nets of real width; a schedule of which the papers have forty adjustments has seven
-here, a cycle of RepAn five epochs, and a search learns its gates in five. So where a method misses its paper's gain here, the paper
-isn't refuted, and where it exceeds it, the paper isn't confirmed. Where gains differ from the papers':
+- What random search and DES find is trained once more from the beginning, as in their papers. The first run of random search had shown
+  that the four epochs left after a search are too few.
+- *RepNAS, retrained*, which its paper doesn't do, was added after two seeds of CIFAR-10.
+- *Plain, 2.5 times* was also added after two seeds of CIFAR-10.
 
-- RepNAS trains on with the weights that its search leaves behind, as in its paper. Here that is a net whose paths were drawn at random for
-  six of ten epochs, and then has four left, at rates that fall: the recipe, not the architecture, for the same search retrained is the
-  row below. *Random search* before it was retrained stood where RepNAS does.
-- DyRep grows blocks one by one: over the ten epochs it runs less than two thirds of the multiply-adds of full blocks.
-- The teacher is no ResNet-101 but a net of the same kind, twice as wide, and trained as shortly.
-- A net that is far from what it can reach gains more by longer training than by anything else, so a method that costs a multiple of the
-  plain net's training is hard put to beat it at equal cost. OREPA, RepVGG and RepAn cost hardly more multiply-adds than the plain net.""",
+The results show which methods learn more in a short training of a small net. They can't show what the methods give in a training of
+hundreds of epochs, where plain nets are close to what they can reach, or on nets of real width. A schedule that has forty adjustments in
+its paper has seven here, a cycle of RepAn has five epochs, and a search learns its gates in five epochs. So a method that misses its
+paper's gain here doesn't refute the paper, and a method that exceeds it doesn't confirm the paper. Where gains differ from the papers',
+consider this:
+
+- RepNAS continues training with the weights that its search leaves, as in its paper. Here, these are weights of a net whose paths were
+  drawn at random for six of ten epochs. Only four epochs remain, with falling learning rates. The recipe is the cause, not the
+  architecture: the row below shows the same search, retrained. *Random search* was where RepNAS is before it was retrained, too.
+- DyRep grows blocks one by one: over the ten epochs, it runs less than two thirds of the multiply-adds of full blocks.
+- The teacher isn't a ResNet-101 but a net of the same kind, twice as wide, and its training is as short.
+- A net that is far from what it can reach gains more from longer training than from anything else. So a method that costs a multiple of
+  the plain net's training can hardly beat the plain net at equal cost. OREPA, RepVGG and RepAn cost hardly more multiply-adds than the
+  plain net.""",
 }
 
 INTRODUCTION = """\
@@ -64,27 +69,32 @@ INTRODUCTION = """\
 
 <!-- written by `python -m benchmarks.accuracy --page docs/evidence.md`; change that instead -->
 
-What the methods give when all of them train the same net on the same data, from the same seeds, with the same recipe. Accuracy is that
-of the fused model on all test images, in percent, mean ± standard deviation over the seeds. *Against …* are differences seed by seed,
-with the interval that holds their mean in 95 of 100 repetitions, by Student's t; where it contains 0, nothing is shown. With some
-fifteen methods, about one interval of a column would leave 0 out by chance alone. *Cost* is the multiply-adds of the whole training, a
-search's and a teacher's included, and *time* the processor's, both relative to plain's; *plain, 2.5 times* takes as many multiply-adds
-as most methods, *plain, longer* as many as the dearest one. *Plain at equal cost* is the first of *plain*, *plain, 2.5 times* and
-*plain, longer* of whose cost a method takes no more than 1.15 times. *Flips* are test images that the file in onnxruntime puts into another
-class than the model before it was fused. What papers report are differences to their own baselines.
+This page shows what the methods give when all of them train the same net on the same data, from the same seeds, with the same recipe.
+
+- *Accuracy* is that of the fused model on all test images, in percent: mean ± standard deviation over the seeds.
+- *Against …* is the mean of the differences seed by seed, with an interval that contains the true mean in 95 of 100 repetitions, by
+  Student's t. Where the interval contains 0, nothing is shown. With some fifteen methods, about one interval of a column would leave 0
+  out by chance alone.
+- *Cost* is the multiply-adds of the whole training, including those of a search and of a teacher, relative to plain's.
+- *Time* is processor time, relative to plain's.
+- *Plain, 2.5 times* takes as many multiply-adds as most methods, *plain, longer* as many as the most expensive method.
+- *Plain at equal cost* is the first of *plain*, *plain, 2.5 times* and *plain, longer* for which the method costs at most 1.15 times as
+  much.
+- *Flips* are test images for which the file in onnxruntime gives another class than the model before it was fused.
+- *Papers* are the differences that the papers report to their own baselines.
 """
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean of paired differences and its interval of 95 %; without one for a single pair."""
+    """A mean of paired differences and its interval of 95 %; a single pair has no interval."""
 
     mean: float
     spread: float | None
 
     @classmethod
     def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-        """Seed by seed.
+        """Return the difference of paired values, for example one pair for each seed.
 
         >>> Difference.of([2.0, 3.0, 4.0], [1.0, 1.0, 1.0]).mean
         2.0
@@ -106,7 +116,7 @@ class Difference:
 
 
 def page(rows: Sequence[Row]) -> str:
-    """The whole page."""
+    """Write the whole page."""
     groups: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         groups.setdefault(row["scale"], {}).setdefault(row["data"], []).append(row)
@@ -128,7 +138,7 @@ def _group(data: str, rows: list[Row]) -> str:
 
 
 def _differences(rows: list[Row], base: str) -> dict[str, Difference]:
-    """Of each method to another one, over the seeds that both have."""
+    """Return the difference of each method to `base`, over the seeds that both have."""
     found, theirs = {}, _by_seed(rows, base)
     for method in dict.fromkeys(row["method"] for row in rows if row["method"] != base):
         own = _by_seed(rows, method)
@@ -139,7 +149,7 @@ def _differences(rows: list[Row], base: str) -> dict[str, Difference]:
 
 
 def _at_equal_cost(rows: list[Row], against: dict[str, dict[str, Difference]]) -> dict[str, Difference]:
-    """Of each method to the shortest training of the plain net that costs as much, give or take what `NEARLY` allows."""
+    """Return the difference of each method to the shortest plain training that it costs at most `NEARLY` times as much as."""
     found = {}
     for method in dict.fromkeys(row["method"] for row in rows if row["method"] not in BASES):
         cost = _relative(rows, method, "training_macs")
@@ -151,7 +161,7 @@ def _at_equal_cost(rows: list[Row], against: dict[str, dict[str, Difference]]) -
 
 
 def _relative(rows: list[Row], method: str, key: str) -> float:
-    """The mean over seeds of what a method took, in that of the plain net; not a number without common seeds."""
+    """Return what a method took relative to the plain net, as a mean over common seeds; NaN if there are none."""
     own, plain = _by_seed(rows, method), _by_seed(rows, PLAIN)
     ratios = [row[key] / plain[seed][key] for seed, row in own.items() if seed in plain]
     return statistics.fmean(ratios) if ratios else nan
@@ -166,7 +176,7 @@ def _accuracy(row: Row) -> float:
 
 
 def _line(method: str, rows: list[Row], against: dict[str, dict[str, Difference]], data: str) -> list[str]:
-    """One of the table."""
+    """Return the cells of one line of the table."""
     own = _by_seed(rows, method)
     accuracy = [_accuracy(row) for row in own.values()]
     deviation = f" ± {statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else ""
@@ -194,13 +204,13 @@ def _setting(row: Row) -> str:
     net = f"`{row['config']['model']['name']}`{f' ({options})' if options else ''}"
     return (
         f"Net {net}, {row['images']} training images of {row['data']}, {training['epochs']} epochs, "
-        f"{row['hardware']}, torch {row['torch']}. With full `dyrep` blocks from the first epoch on a training would cost "
-        f"{_cost_of_full_blocks(row):.2f}; DyRep grows them one by one."
+        f"{row['hardware']}, torch {row['torch']}. With full `dyrep` blocks from the first epoch on, a training would cost "
+        f"{_cost_of_full_blocks(row):.2f} times plain's multiply-adds; DyRep grows its blocks one by one."
     )
 
 
 def _cost_of_full_blocks(row: Row) -> float:
-    """Relative to the plain net."""
+    """Return the multiply-adds with full `dyrep` blocks, relative to the plain net."""
     model, x = ModelReference(**row["config"]["model"]).build(), torch.zeros(1, 3, 32, 32)
     return count_macs(repfx.expand(model, "dyrep", preserve=False), x) / count_macs(model, x)
 
@@ -211,4 +221,4 @@ def _conclusion(against: dict[str, dict[str, Difference]]) -> str:
         shown = {method: difference.mean for method, difference in differences.items() if difference.shown}
         better, worse = ("; ".join(m for m, mean in shown.items() if mean * sign > 0) or "none" for sign in (1, -1))
         parts.append(f"- Better than *{base}* beyond chance: {better}. Worse: {worse}.")
-    return "\n".join([*parts, "", "Of all others nothing can be said from these runs."])
+    return "\n".join([*parts, "", "For all other methods, these runs show nothing."])

@@ -18,24 +18,25 @@ INTRODUCTION = """\
 
 <!-- written by `python -m benchmarks.zoo`; change that instead -->
 
-Every model of torchvision that isn't quantized, and of timm the smallest model of each module and of each family with blocks to
-re-parameterize: traced, fused, expanded by two presets and fused again. Nothing was prepared for any of them.
+The zoo has every model of torchvision that isn't quantized. Of timm, it has the smallest model of each module, and of each family with
+blocks to re-parameterize. Each model is traced, fused, expanded by two presets and fused again. None of the models was prepared for this.
 
-- All numbers but those of ONNX are relative errors in **float64**, on random weights, BatchNorms with the statistics of their input, and
-  γ and β moved at random before an expanded model is fused.
-- **Both modes**: the traced and the expanded model are compared with the original in eval mode, and with the same seed in training mode.
-- Detectors are compared with all of their detections, at a score threshold of 0.
-- Models of more than {limit} million parameters are looked at without numbers (*structure only*), but for `{anyway}`.
-- *Convs / BatchNorms left*: modules after `repfx.fuse`, after `timm.utils.reparameterize_model`, and after torch's
-  `torch.fx.experimental.optimization.fuse`, which names its exception where it fails. **Bold** marks an output of theirs that is wrong.
-- *Unchanged*: after all of it, the model has the same modules, attributes and tensors as before, none of them written to. It is part of
-  *equal*, as is that an expanded model comes down to as many convs and BatchNorms as the plain one.
+- All errors except those of ONNX are relative errors in **float64**. The weights are random, and the BatchNorms have the statistics of
+  their input. γ and β are changed at random before an expanded model is fused.
+- **Both modes**: the traced and the expanded model are compared with the original in eval mode, and, with the same seed, in training mode.
+- Detectors are compared by all of their detections, at a score threshold of 0.
+- Models of more than {limit} million parameters are examined without numbers (*structure only*), except `{anyway}`.
+- *Convs / BatchNorms left* counts the modules after `repfx.fuse`, after `timm.utils.reparameterize_model`, and after torch's
+  `torch.fx.experimental.optimization.fuse`. If one of the other two fails, the cell names its exception. **Bold** marks one of their
+  outputs that is wrong.
+- *Unchanged*: after all this, the model has the same modules, attributes and tensors as before, and nothing was written into them.
+- *Equal* also requires *unchanged*, and that the fused expanded model has as many convs and BatchNorms as the fused plain model.
 
 """
 
 
 def page(record: dict[str, Any]) -> str:
-    """The whole page."""
+    """Write the whole page."""
     rows: list[Row] = record["rows"]
     limit = record["structure_only_above"] / 1e6
     anyway = [_short(row["name"]) for row in rows if row.get("parameters", 0) > limit and row["input"] != STRUCTURE]
@@ -50,7 +51,7 @@ def page(record: dict[str, Any]) -> str:
 
 
 def of(rows: Iterable[Row], library: str) -> list[Row]:
-    """The rows of one library."""
+    """Return the rows of one library."""
     return [row for row in rows if row["name"].startswith(f"{library}/")]
 
 
@@ -80,7 +81,7 @@ def _totals(rows: list[Row]) -> str:
 
 
 def _beside(rows: list[Row]) -> str:
-    """How other libraries' ways of fusing fare on the same models."""
+    """Write the table of what other libraries' fusing leaves of the same models."""
     lines = []
     for library, name in (("timm", "`timm.utils.reparameterize_model`"), ("torch", "torch's `fuse`")):
         seen = [row for row in rows if row[library]]
@@ -97,7 +98,7 @@ def _beside(rows: list[Row]) -> str:
             )
         )
     head = ("", "models", "exceptions", "wrong outputs", "convs / BatchNorms it leaves", "repfx on those models")
-    return f"Other ways to fuse, on the models that were compared in numbers:\n\n{_table(head, lines)}"
+    return f"Other ways to fuse, on the models whose outputs were compared:\n\n{_table(head, lines)}"
 
 
 def _models(rows: list[Row]) -> str:
@@ -163,17 +164,17 @@ def _misses(rows: list[Row]) -> str:
         for path, reason in row["untraced"].items():
             untraced[row["name"]][reason].append(path or "the model")
     code = {name: {f"{reason}: {_few(paths)}": 1 for reason, paths in each.items()} for name, each in untraced.items()}
-    parts += ["### Code that no graph holds, around parts that one does\n\n", _lists(code)]
+    parts += ["### Code that can't be traced, around parts that can\n\n", _lists(code)]
     for preset in PRESETS:
         refused = {row["name"]: _grouped(row["refused"].get(preset, {})) for row in rows if row["refused"].get(preset)}
         parts += [f"### Convs that `{preset}` leaves as they are\n\n", _by_reason(refused)]
     files = {row["name"]: {row["onnx"]: 1} for row in rows if isinstance(row["onnx"], str) and row["onnx"]}
-    parts += ["### Models that become no ONNX file\n\n", _lists(files)]
+    parts += ["### Models that can't be exported to ONNX\n\n", _lists(files)]
     return "".join(parts)
 
 
 def _grouped(reasons: dict[str, int]) -> dict[str, int]:
-    """With names of nodes left out, which differ from call to call."""
+    """Add up the counts of reasons that differ only in names of nodes, which differ from call to call."""
     grouped: Counter[str] = Counter()
     for reason, count in reasons.items():
         grouped[re.sub(r"'\w+'", "'…'", reason)] += count

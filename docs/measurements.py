@@ -1,4 +1,4 @@
-"""The tables of what was measured, written from the committed results of the benchmarks."""
+"""Tables of measurements, written from the committed results of the benchmarks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 def latency() -> str:
-    """The committed results of `benchmarks/latency.py`: for each machine, the ratios of each form in each runtime."""
+    """Write the results of `benchmarks/latency.py`: for each machine, the ratios of each form in each runtime."""
     parts = []
     for file in sorted(RESULTS.glob("latency-*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -26,7 +26,7 @@ def latency() -> str:
 
 
 def deployment() -> str:
-    """The committed results of `benchmarks/deployment.py`: for each machine, the latency of each file of a model beside the fused one's."""
+    """Write the results of `benchmarks/deployment.py`: for each machine, the latency of each file relative to the fused one's."""
     parts = []
     for file in sorted(RESULTS.glob("deployment-*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -48,7 +48,7 @@ def _deployed(row: dict[str, Any]) -> str:
 
 
 def compiled() -> str:
-    """The committed results of `benchmarks/compiled.py`."""
+    """Write the results of `benchmarks/compiled.py`."""
     parts = []
     for file in sorted(RESULTS.glob("compiled-*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -62,12 +62,12 @@ def compiled() -> str:
             for row in result["rows"]
         ]
         setting = f"{result['hardware']}; input {result['input']}; torch {result['torch']}:"
-        parts += [setting, table(("with", "compiled step / eager step", "to compile", "graphs"), rows)]
+        parts += [setting, table(("candidate", "compiled step / eager step", "to compile", "graphs"), rows)]
     return "\n\n".join(parts)
 
 
 def drift() -> str:
-    """The committed result of `benchmarks/drift.py`: for each model, how far each way moves it."""
+    """Write the result of `benchmarks/drift.py`: for each model, how far each way moves its output."""
     result = json.loads((RESULTS / "drift.json").read_text(encoding="utf-8"))
     head = ("model", "way", "eval output, at once", "in training mode, at once", "eval output, after five passes")
     rows = [
@@ -79,7 +79,7 @@ def drift() -> str:
 
 
 def observation() -> str:
-    """The committed results of `benchmarks/observation.py`."""
+    """Write the results of `benchmarks/observation.py`."""
     parts = []
     for file in sorted(RESULTS.glob("observation-*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -98,7 +98,7 @@ def observation() -> str:
 
 
 def scoring() -> str:
-    """The committed results of `benchmarks/scoring.py`, in the form of IRepNAS, table 1."""
+    """Write the results of `benchmarks/scoring.py`, in the form of IRepNAS, table 1."""
     parts = []
     for file in sorted(RESULTS.glob("scoring-*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -114,7 +114,7 @@ def scoring() -> str:
 
 
 def search() -> str:
-    """The committed result of `benchmarks/search.py`: what each search found, seed by seed."""
+    """Write the result of `benchmarks/search.py`: what each search found, seed by seed."""
     result = json.loads((RESULTS / "search.json").read_text(encoding="utf-8"))
     rows = []
     for name in dict.fromkeys(row["search"] for row in result["rows"]):
@@ -125,15 +125,13 @@ def search() -> str:
     head = (
         "search",
         "right branches, seed by seed",
-        "error of the fused net, relative to the variance of what it has to give out",
+        "error of the fused net, relative to the variance of the targets",
     )
-    return (
-        f"{table(head, rows)}\n\n{result['epochs']} epochs of search and as many afterwards; kinds: {result['kinds']}."
-    )
+    return f"{table(head, rows)}\n\n{result['epochs']} epochs of search, then as many of training; kinds: {result['kinds']}."
 
 
 def gates() -> str:
-    """The committed results of `benchmarks/gates.py`."""
+    """Write the results of `benchmarks/gates.py`."""
     parts = []
     for file in sorted(RESULTS.glob("gates-*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -145,13 +143,19 @@ def gates() -> str:
             )
             for row in result["rows"]
         ]
-        head = ("budget", "step / plain step", "memory / plain", "share of the branches' whole time", "and memory")
+        head = (
+            "budget",
+            "step / plain step",
+            "memory / plain",
+            "share of the branches' whole time",
+            "share of their whole memory",
+        )
         parts += [f"{result['hardware']}; input {result['input']}; torch {result['torch']}:", table(head, rows)]
     return "\n\n".join(parts)
 
 
 def training() -> str:
-    """The committed results of `benchmarks/training.py`."""
+    """Write the results of `benchmarks/training.py`."""
     parts = []
     for file in sorted(RESULTS.glob("training-*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -168,14 +172,14 @@ def training() -> str:
             )
             for row in result["rows"]
         ]
-        head = ("net", "with", "step", "ratio", "memory", "ratio", "ratios to", "step / textbook DBB")
+        head = ("net", "candidate", "step", "ratio", "memory", "ratio", "ratios to", "step / textbook DBB")
         setting = f"{result['hardware']}; {result['setting']}; torch {result['torch']}:"
         parts += [setting, table(head, rows)]
     return "\n\n".join(parts)
 
 
 def transforms() -> str:
-    """The committed results of `benchmarks/transforms.py`, a table for each question."""
+    """Write the results of `benchmarks/transforms.py`, one table for each question."""
     parts = []
     for file in sorted(RESULTS.glob("transforms-*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -197,7 +201,7 @@ def _scaling(rows: list[dict[str, Any]]) -> str:
             cells.setdefault(row["transform"], []).append(f"{row['milliseconds']:.3g} ms{ratio}")
         elif row["convs"] == sizes[-1]:
             cells[row["transform"]].append(f"{row['ratio']:.2f}")
-    head = ("per conv", *(f"of {size:,} convs" for size in sizes), f"{sizes[-1]:,} to {sizes[0]}, collector off")
+    head = ("per conv", *(f"of {size:,} convs" for size in sizes), f"{sizes[-1]:,} / {sizes[0]}, collector off")
     return table(head, [(f"`{name}`", *row) for name, row in cells.items()])
 
 
@@ -240,7 +244,7 @@ def _with_interval(row: dict[str, Any]) -> str:
 
 
 def quantization() -> str:
-    """The committed result of `benchmarks/quantization.py`: what each rounding costs each form, and the ranges that it meets."""
+    """Write the result of `benchmarks/quantization.py`: what each rounding costs each form, and the ranges of its numbers."""
     result = json.loads((RESULTS / "quantization.json").read_text(encoding="utf-8"))
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
@@ -275,8 +279,8 @@ def quantization() -> str:
         "weights",
         "branches",
         "accuracy in float32",
-        "other class",
-        "accuracy, in points",
+        "images in another class",
+        "change of accuracy, in points",
         "lowest SQNR of a conv's outputs, dB",
     )
     setting = (
@@ -284,12 +288,17 @@ def quantization() -> str:
         f"{result['rows'][0]['images']} test images, "
         f"{result['calibration']} for calibration; torch {result['torch']}, onnxruntime {result['onnxruntime']}. Seed by seed."
     )
-    ranges_head = ("branches", "largest weight of a conv", "times the median channel's", "largest output of a conv")
+    ranges_head = (
+        "branches",
+        "largest weight of a conv",
+        "that, relative to the median channel's",
+        "largest output of a conv",
+    )
     return f"{table(head, cost)}\n\n{setting}\n\n{table(ranges_head, ranges)}\n\nMedians over the convs, means over the seeds."
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """In Markdown."""
+    """Write a table in Markdown."""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

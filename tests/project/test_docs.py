@@ -75,7 +75,13 @@ def named(page: Path) -> str:
 
 PAGES_WITH_CODE = [page for page in PAGES if code_of(page)]
 # These train or export several models of the sizes that their readers have.
-SLOW_PAGES = ["docs/deploy.md", "docs/how-to/detectors.md", "docs/lightning.md", "docs/timm.md", "docs/torchvision.md"]
+SLOW_PAGES = [
+    "docs/how-to/deploy.md",
+    "docs/how-to/detectors.md",
+    "docs/how-to/lightning.md",
+    "docs/how-to/timm.md",
+    "docs/how-to/torchvision.md",
+]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import torch
 import typer
 
 import repfx
-from docs.tables import MARK, TABLES, on_page_markdown
+from docs.hooks.tables import MARK, TABLES, on_page_markdown
 from repfx.blocks.branch import KINDS
 from repfx.blocks.presets import PRESETS
 from repfx.change.schedule import SCHEDULES

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from docs.notebook import as_markdown
+from docs.hooks.notebook import as_markdown
 from tests.project.test_docs import FENCE, LINK, ROOT
 
 URL = re.compile(r"https?://\S+")

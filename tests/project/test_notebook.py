@@ -65,6 +65,12 @@ def test_its_page_holds_all_of_it(notebook: Any) -> None:
     assert "outputs agree" in page
 
 
+def test_its_page_loads_nothing_from_elsewhere(notebook: Any) -> None:
+    page = as_markdown(notebook)
+    assert "[Open in Colab](https://colab.research.google.com/github/" in page
+    assert not re.findall(r"!\[[^\]]*\]\((?!data:)", page)
+
+
 @pytest.mark.slow
 def test_it_runs(notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -1,4 +1,4 @@
-"""timm's own parts of a training loop follow a model whose structure changes; docs/timm.md runs the loop itself."""
+"""timm's own parts of a training loop follow a model whose structure changes; docs/how-to/timm.md runs the loop itself."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import torch
 import typer
 
 import repfx
-from docs.tables import MARK, TABLES, on_page_markdown
+from docs.hooks.tables import MARK, TABLES, on_page_markdown
 from repfx.blocks.branch import KINDS
 from repfx.blocks.presets import PRESETS
 from repfx.change.schedule import SCHEDULES
@@ -34,8 +34,9 @@ from repfx.training.recipe_file import read_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TEXTS = [*PAGES, ROOT / "CHANGELOG.md"]
+TEXTS = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+QUOTE = re.compile(r"^<!-- file: (\S+) -->\n\Z", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 DOCTEST_FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
@@ -50,22 +51,31 @@ REGISTRIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block of a page: its language, its code, and the line on which the code starts."""
+    """One fenced block of a page: its language, its code, and the line on which the code starts.
+
+    `file` is the file of the repository that the block shows, where the line before it is `<!-- file: … -->`.
+    """
 
     language: str
     code: str
     line: int
+    file: str | None = None
 
 
 def blocks_of(page: Path) -> list[Block]:
     """The fenced blocks of a page, in order."""
     text = page.read_text()
-    return [Block(found[1], found[2], text.count("\n", 0, found.start()) + 1) for found in FENCE.finditer(text)]
+    blocks = []
+    for found in FENCE.finditer(text):
+        before = text[: found.start()]
+        quote = QUOTE.search(before)
+        blocks.append(Block(found[1], found[2], before.count("\n") + 1, quote[1] if quote else None))
+    return blocks
 
 
 def code_of(page: Path) -> list[Block]:
-    """The blocks of a page that run."""
-    return [block for block in blocks_of(page) if block.language in ("python", "pycon")]
+    """The blocks of a page that run: all code but the files that the page shows."""
+    return [block for block in blocks_of(page) if block.language in ("python", "pycon") and block.file is None]
 
 
 def named(page: Path) -> str:
@@ -75,7 +85,13 @@ def named(page: Path) -> str:
 
 PAGES_WITH_CODE = [page for page in PAGES if code_of(page)]
 # These train or export several models of the sizes that their readers have.
-SLOW_PAGES = ["docs/deploy.md", "docs/how-to/detectors.md", "docs/lightning.md", "docs/timm.md", "docs/torchvision.md"]
+SLOW_PAGES = [
+    "docs/how-to/deploy.md",
+    "docs/how-to/detectors.md",
+    "docs/how-to/lightning.md",
+    "docs/how-to/timm.md",
+    "docs/how-to/torchvision.md",
+]
 
 
 @pytest.fixture
@@ -132,6 +148,13 @@ def test_the_recipes_that_a_page_shows_can_be_read(page: Path, tmp_path: Path) -
         if block.language == "toml":
             (tmp_path / "shown.toml").write_text(block.code)
             assert from_plain(Experiment, read_recipe(tmp_path / "shown.toml")) != Experiment()
+
+
+def test_a_file_that_a_page_shows_is_shown_as_it_is() -> None:
+    shown = [block for page in PAGES for block in blocks_of(page) if block.file is not None]
+    assert [block.file for block in shown] == ["passes/fold_batch_norm.py"]
+    for block in shown:
+        assert block.code == (ROOT / str(block.file)).read_text()
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=named)

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from docs.notebook import as_markdown
+from docs.hooks.notebook import as_markdown
 from tests.project.test_docs import FENCE, LINK, ROOT
 
 URL = re.compile(r"https?://\S+")
@@ -63,6 +63,12 @@ def test_its_page_holds_all_of_it(notebook: Any) -> None:
     assert page.startswith("# ")
     assert page.count("data:image/png;base64,") == 3
     assert "outputs agree" in page
+
+
+def test_its_page_loads_nothing_from_elsewhere(notebook: Any) -> None:
+    page = as_markdown(notebook)
+    assert "[Open in Colab](https://colab.research.google.com/github/" in page
+    assert not re.findall(r"!\[[^\]]*\]\((?!data:)", page)
 
 
 @pytest.mark.slow

@@ -129,6 +129,11 @@ def test_the_changelog_knows_the_version() -> None:
     assert f"\n## {PYPROJECT['project']['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_citation_has_the_version_and_the_license() -> None:
+    lines = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert {f"{key}: {PYPROJECT['project'][key]}" for key in ("version", "license")} <= {*lines}
+
+
 # --- Imports point one way ------------------------------------------------------------------------------------------
 
 ALONE = ("errors", "__init__", "extend", "cli", "__main__")  # wings of one file
@@ -256,6 +261,8 @@ FILES = (
     "README.md",
     "LICENSE",
     "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
     "mkdocs.yml",
     "constraints.txt",
     "constraints-oldest.txt",

@@ -7,6 +7,7 @@ as it does elsewhere, and nothing is loaded from anywhere. It isn't run here; a 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 NOTEBOOK = "tutorial.ipynb"
+REMOTE_IMAGE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]+\)")
 FOLDER = "notebook"  # of the page and of the file to be downloaded; `tutorial` is that of tutorial.md
 
 
@@ -53,7 +55,7 @@ def as_markdown(notebook: dict[str, Any]) -> str:
     """
     parts = []
     for cell in notebook["cells"]:
-        source = "".join(cell["source"])
+        source = REMOTE_IMAGE.sub(r"\1", "".join(cell["source"]))  # a badge becomes its text
         parts.append(source if cell["cell_type"] == "markdown" else _fenced(source, "python"))
         parts += map(_output, cell.get("outputs", ()))
     return "\n\n".join(filter(None, parts))

@@ -13,7 +13,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from typing import Any, get_args, get_type_hints
 
-from docs.measurements import MEASUREMENTS, table
+from docs.hooks.measurements import MEASUREMENTS, table
 
 MARK = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
 

@@ -12,5 +12,4 @@ ABSORB_BORDER = Rule(
     BorderedPadding(),
     (used_once, unmutated),
     optional=True,
-    by_sizes=False,
 )

@@ -11,5 +11,4 @@ COMPUTE_WEIGHTS = Rule(
     "Turn a conv whose weight is computed from parameters into a plain conv",
     FunctionalConv(),
     (weight_of_its_own, unmutated),
-    by_sizes=False,
 )

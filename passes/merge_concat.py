@@ -30,6 +30,8 @@ class Concatenation(Pattern):
     have as many channels as the conv.
     """
 
+    holds_in_training = False
+
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
         conv = view.op(node)
         if conv is None or conv.meaning.kind != "conv" or conv.source.target not in _CONCATENATIONS:
@@ -69,7 +71,7 @@ def _slice(conv: Op, start: int, stop: int) -> Op:
         part = whole.slice_inputs(start, stop)
         return part if start else replace(part, bias=whole.bias)
 
-    meaning = replace(conv.meaning, in_channels=stop - start, build=build, spare=False)
+    meaning = replace(conv.meaning, in_channels=stop - start, build=build)
     return Op(conv.node, conv.source, meaning, inner=(*conv.inner, conv.source))
 
 
@@ -79,5 +81,4 @@ MERGE_CONCAT = Rule(
     Concatenation(),
     (used_once, is_convolution, channels_stay_put, unmutated, no_dearer),
     optional=True,
-    by_sizes=False,
 )

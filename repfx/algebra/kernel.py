@@ -26,16 +26,16 @@ functions for any number of axes (0 is a linear layer). They take dtype and devi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 from types import EllipsisType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repfx.algebra.in_place import add_in_place, has_room
+from repfx.algebra.arithmetic import has_room, plus, plus_in_place, times
 from repfx.algebra.product import CONV, CONV_TRANSPOSE, product
 from repfx.errors import RepfxError
 
@@ -261,31 +261,51 @@ class Kernel:
 
     # ---- laws
 
-    def add(self, other: Kernel, *, over: bool = False) -> Kernel:
-        """The kernel of ``self(x) + other(x)``; `over` allows the sum to be written over this one's weight, which is then lost."""
+    def add(self, other: Kernel) -> Kernel:
+        """Return the kernel of ``self(x) + other(x)``."""
         if self.transposed or other.transposed:
             return self._add_transposed(other)
-        _require_alike(self, other)
-        mode = _common_padding_mode(self, other)
-        groups = math.gcd(self.groups, other.groups)
-        first, second = self.regroup(groups), other.regroup(groups)
-        taps = _taps_within(first, second) if over and has_room(first.weight, second.weight) else None
-        whole = first.weight.shape == second.weight.shape
-        if taps is not None and (whole or not first.weight.requires_grad):  # a part's gradient would cost a copy
-            _plus_in_place(first.weight if whole else first.weight[taps], second.weight)
-            return replace(first, bias=_sum(self.bias, other.bias), padding_mode=mode)
+        first, second, mode = self._with_common_groups(other)
         first, second = _align([first, second])
         if second.weight is not other.weight:  # written anew just now, so the sum can be written there
-            weight = _plus_in_place(second.weight, first.weight)
+            weight = plus_in_place(second.weight, first.weight)
         else:
-            weight = _plus(first.weight, second.weight)
+            weight = plus(first.weight, second.weight)
         return replace(first, weight=weight, bias=_sum(self.bias, other.bias), padding_mode=mode)
 
     @staticmethod
-    def sum(kernels: Sequence[Kernel]) -> Kernel:
-        """Return the kernel of ``Σ kernel(x)``, for at least one kernel. It needs no more memory than a sum of two."""
-        total = reduce(Kernel.add, kernels[:2])
-        return reduce(partial(Kernel.add, over=True), kernels[2:], total)
+    def sum(kernels: Iterable[Kernel], *, owned: bool = False) -> Kernel:
+        """Return the kernel of ``Σ kernel(x)``, for at least one kernel. It needs no more memory than a sum of two.
+
+        Args:
+            kernels: asked for one by one, so that none waits in memory for its turn.
+            owned: whether the first one's weight may be written over, which is then lost.
+        """
+        pending = iter(kernels)
+        total = next(pending)
+        for kernel in pending:
+            total = total._add_over(kernel) if owned else total.add(kernel)
+            owned = True
+            del kernel  # before the next one is made
+        return total
+
+    def _add_over(self, other: Kernel) -> Kernel:
+        """Return the sum, written over this kernel's weight where there is room for it."""
+        if self.transposed or other.transposed:
+            return self._add_transposed(other)
+        first, second, mode = self._with_common_groups(other)
+        taps = _taps_within(first, second) if has_room(first.weight, second.weight) else None
+        whole = first.weight.shape == second.weight.shape
+        if taps is None or not (whole or not first.weight.requires_grad):  # a part's gradient would cost a copy
+            return self.add(other)
+        plus_in_place(first.weight if whole else first.weight[taps], second.weight)
+        return replace(first, bias=_sum(self.bias, other.bias), padding_mode=mode)
+
+    def _with_common_groups(self, other: Kernel) -> tuple[Kernel, Kernel, str]:
+        """Return both kernels with as many groups as both can have, and their padding mode; refuse kernels that don't add."""
+        _require_alike(self, other)
+        mode, groups = _common_padding_mode(self, other), math.gcd(self.groups, other.groups)
+        return self.regroup(groups), other.regroup(groups), mode
 
     def _add_transposed(self, other: Kernel) -> Kernel:
         if _transposed_form(self) != _transposed_form(other):
@@ -304,12 +324,10 @@ class Kernel:
         """Return the kernel of ``scale · self(x) + shift``, both ``(out,)``: BatchNorm in eval mode, a gate, a layer scale."""
         ones = (1,) * self.dimensions
         bias = _sum(None if self.bias is None else self.bias * scale, shift)
-        if self.weight.is_meta:  # where even one operation takes long
-            return replace(self, bias=bias)
         if not self.transposed:
-            return replace(self, weight=self.weight * scale.reshape(-1, 1, *ones), bias=bias)
+            return replace(self, weight=times(self.weight, scale.reshape(-1, 1, *ones)), bias=bias)
         per_group = self.weight.reshape(self.groups, -1, *self.weight.shape[1:])
-        weight = (per_group * scale.reshape(self.groups, 1, -1, *ones)).reshape(self.weight.shape)
+        weight = times(per_group, scale.reshape(self.groups, 1, -1, *ones)).reshape(self.weight.shape)
         return replace(self, weight=weight, bias=bias)
 
     def fold_affine_before(self, scale: Tensor, shift: Tensor | None = None) -> Kernel:
@@ -319,9 +337,9 @@ class Kernel:
             raise NoKernel(f"the first map's bias does not reach the border: {what} stands between")
         ones = (1,) * self.dimensions
         if self.transposed:
-            return replace(self, weight=self.weight * scale.reshape(-1, 1, *ones))
+            return replace(self, weight=times(self.weight, scale.reshape(-1, 1, *ones)))
         per_group = self.weight.reshape(self.groups, -1, *self.weight.shape[1:])
-        weight = (per_group * scale.reshape(self.groups, 1, -1, *ones)).reshape(self.weight.shape)
+        weight = times(per_group, scale.reshape(self.groups, 1, -1, *ones)).reshape(self.weight.shape)
         bias = self.bias if shift is None else _sum(self.bias, self._response(shift))
         return replace(self, weight=weight, bias=bias)
 
@@ -387,17 +405,7 @@ class Kernel:
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return a if b is None else b
-    return _plus(a, b)
-
-
-def _plus(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of two tensors of one shape. On the meta device either of them serves as the sum."""
-    return a if a.is_meta and b.is_meta else a + b
-
-
-def _plus_in_place(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of two tensors of one shape, written over `a` if `add_in_place` can do so."""
-    return _plus(a, b) if a.is_meta else add_in_place(a, b)
+    return plus(a, b)
 
 
 def _transposed_form(kernel: Kernel) -> tuple[object, ...]:

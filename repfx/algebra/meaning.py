@@ -50,14 +50,12 @@ class Meaning:
         dimensions: number of spatial axes, 0 for a linear layer; None if any number fits.
         in_channels: number of input channels; None if any number fits.
         build: `build(like, channels, dimensions)` returns the kernel in the dtype and on the device of `like`; a conv's own for None.
-        spare: whether the kernel is one that a rewrite has made, which the next may write over.
     """
 
     kind: Kind
     dimensions: int | None
     in_channels: int | None
     build: Build
-    spare: bool = False
 
 
 def reads(*classes: type[nn.Module]) -> Callable[[Reader], Reader]:
@@ -160,8 +158,6 @@ def padding_of(conv: Layer) -> Padding:
 
 def affine_of(norm: Layer, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return (scale, shift), each ``(channels,)``, of a BatchNorm in eval mode: s = γ / √(σ² + ε) and β - μ·s."""
-    if like.is_meta:  # where even one operation takes long
-        return like.new_empty(norm.running_mean.shape), like.new_empty(norm.running_mean.shape)
     mean, variance = norm.running_mean.to(like), norm.running_var.to(like)
     scale = torch.rsqrt(variance + norm.eps)
     if norm.weight is not None:

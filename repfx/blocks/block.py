@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from repfx.algebra.arithmetic import add_in_place, is_transformed
 from repfx.algebra.assembly import assembled
 from repfx.algebra.conv_spec import ConvSpec
-from repfx.algebra.in_place import add_in_place, is_transformed
 from repfx.algebra.kernel import Kernel
 from repfx.algebra.layers import Layer, has_hooks, is_batch_norm, takes_batch_statistics, template_of
 from repfx.algebra.meaning import meaning_of, refusal_of

@@ -65,7 +65,8 @@ class Editor:
         if all(op.meaning.kind == "identity" for op in match.ops):
             return self._remove(rule, match)
         template_op = self._template(match)
-        kernel = _without_rounded_bias(match, float64_like(self._weight_of(template_op)))
+        owned = match.ops[0].node in self.view.kernels  # a kernel that an earlier rewrite has made
+        kernel = _without_rounded_bias(match, float64_like(self._weight_of(template_op)), owned=owned)
         before = min(op.node for op in match.ops)
         graph = self.view.graph
         path = self._path(template_op)
@@ -273,9 +274,9 @@ class Editor:
         node.args = (source,)
 
 
-def _without_rounded_bias(match: Match, like: Tensor) -> Kernel:
+def _without_rounded_bias(match: Match, like: Tensor, *, owned: bool) -> Kernel:
     """The kernel of a match, without a bias that is nothing but what rounding left of two that cancel."""
-    kernel = match.kernel(like)
+    kernel = match.kernel(like, owned=owned)
     if kernel.bias is None or kernel.bias.is_meta or len(match.ops) < 2:
         return kernel
     largest = max((float(shift.detach().abs().max()) for shift in match.shifts(like) if shift.numel()), default=0.0)

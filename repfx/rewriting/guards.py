@@ -70,7 +70,7 @@ def weight_of_its_own(match: Match, view: View) -> str | None:
 def is_convolution(match: Match, view: View) -> str | None:
     """The algebra has a kernel for the match, borders included."""
     try:
-        match.kernel(META)
+        _ = match.form
     except NoKernel as reason:
         return str(reason)
     return None
@@ -78,7 +78,7 @@ def is_convolution(match: Match, view: View) -> str | None:
 
 def no_dearer(match: Match, view: View) -> str | None:
     """The merged conv has no more weights than the convs it replaces; so it needs no more multiply-adds either."""
-    after = match.kernel(META).weight.numel()
+    after = match.form.weight.numel()
     distinct = {tuple(op.node for op in term.ops): term for term in match.terms}  # a sum may read one path twice
     before = sum(count for term in distinct.values() for count in _weights(term, match))
     if after > before:
@@ -131,7 +131,7 @@ def _is_layer(node: fx.Node, view: View) -> bool:
 
 def pads_alike(match: Match, view: View) -> str | None:
     """torch's conv can pad as the merged kernel wants it; otherwise a padding layer would only be replaced by another."""
-    if is_symmetric(match.kernel(META).padding):
+    if is_symmetric(match.form.padding):
         return None
     return "a conv pads both sides alike, this padding doesn't"
 

@@ -48,27 +48,27 @@ class Match:
         alone = len(self.terms) == 1 and not self.remainder
         return alone and all(op.meaning.kind in ("affine", "identity") for op in followers)
 
-    def kernel(self, like: Tensor) -> Kernel:
-        """The kernel of all terms, in the dtype and on the device of `like`; `META` asks for sizes alone, which several guards do.
+    def kernel(self, like: Tensor, *, owned: bool = False) -> Kernel:
+        """Return the kernel of all terms, in the dtype and on the device of `like`.
+
+        Args:
+            owned: whether the kernel of the first map may be written over, because it is nobody else's.
 
         Raises:
             NoKernel: they are no convolution.
         """
-        return self._sizes_alone if like is META else self._kernel(like)
+        channels, dimensions = self.sizes()
+        kernels = (signed(term_kernel(term, like, channels, dimensions), term.sign) for term in self.terms)
+        return Kernel.sum(kernels, owned=owned or len(self.terms[0].ops) != 1)
 
     @cached_property
-    def _sizes_alone(self) -> Kernel:
-        return self._kernel(META)
+    def form(self) -> Kernel:
+        """The kernel of all terms without its numbers: a kernel on the meta device, which has the sizes alone.
 
-    def _kernel(self, like: Tensor) -> Kernel:
-        channels, dimensions = self.sizes()
-        first, *others = self.terms
-        total = signed(term_kernel(first, like, channels, dimensions), first.sign)
-        new = len(first.ops) != 1 or first.ops[0].meaning.spare  # in no one else's hands
-        for term in others:  # one by one, so that none waits in memory for its turn
-            total = total.add(signed(term_kernel(term, like, channels, dimensions), term.sign), over=new)
-            new = True
-        return total
+        Raises:
+            NoKernel: they are no convolution.
+        """
+        return self.kernel(META)
 
     def shifts(self, like: Tensor) -> list[Tensor]:
         """What the scales and shifts among the maps add, each before the maps that follow it."""

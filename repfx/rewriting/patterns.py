@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import fx
 
@@ -22,7 +23,13 @@ from repfx.rewriting.view import META, View
 
 
 class Pattern:
-    """What a rule looks for at a node."""
+    """What a rule looks for at a node.
+
+    `holds_in_training` says whether a match consists of whole layers and depends on their sizes alone, so that it stays a match while
+    parameters are trained. `squeeze` goes by such patterns.
+    """
+
+    holds_in_training: ClassVar[bool] = True
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
         """All that the rule may take here, the best first."""
@@ -49,6 +56,8 @@ class Single(Pattern):
 class FunctionalConv(Pattern):
     """One call of a function for convs, with a weight that depends on no input. Other patterns don't see such calls."""
 
+    holds_in_training = False
+
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
         op = read_functional_conv(node, view.constants)
         if op is not None:
@@ -58,6 +67,8 @@ class FunctionalConv(Pattern):
 @dataclass(frozen=True)
 class BorderedPadding(Pattern):
     """A 1×1 conv whose output is padded with what it gives out for zero."""
+
+    holds_in_training = False
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
         pad = view.op(node)

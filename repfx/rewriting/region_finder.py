@@ -39,7 +39,10 @@ def find_forms(model: nn.Module, parts: Collection[str], held: Collection[str]) 
     """
     outline = _outline(model)
     traces = trace(outline)
-    views, rules = Views(outline, traces, outline), tuple(rule for rule in RULES.values() if rule.by_sizes)
+    views, rules = (
+        Views(outline, traces, outline),
+        tuple(rule for rule in RULES.values() if rule.pattern.holds_in_training),
+    )
     for island in traces.islands:
         root = model.get_submodule(island.path)
         if island.constants or _refuses(root):

@@ -42,7 +42,6 @@ class Rule:
         pattern: structure.
         guards: conditions, asked in order.
         optional: whether a match that may not be rewritten is no loss worth reporting, as when two convs simply stay two.
-        by_sizes: whether what it finds depends on sizes alone, and so holds while parameters are trained; `squeeze` goes by such rules.
     """
 
     name: str
@@ -50,7 +49,6 @@ class Rule:
     pattern: Pattern
     guards: tuple[Guard, ...]
     optional: bool = False
-    by_sizes: bool = True
 
     def __post_init__(self) -> None:
         Pass(self.name, self.description)

@@ -64,7 +64,7 @@ class View:
         if node in self.kernels:
             kernel = self.kernels[node]
             sizes = (kernel.dimensions, kernel.in_channels)
-            meaning = Meaning("conv", *sizes, lambda like, channels, n: kernel.to(like), spare=True)
+            meaning = Meaning("conv", *sizes, lambda like, channels, n: kernel.to(like))
             return Op(node, node.all_input_nodes[0], meaning)
         if self.refusal(node):
             return None

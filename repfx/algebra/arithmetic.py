@@ -1,10 +1,29 @@
-"""Addition in place where it equals ordinary addition, and whether calls go straight to the tensors."""
+"""Sums and products of weights: in place where that equals the ordinary operation, and none at all on the meta device.
+
+Rules ask for the sizes of a kernel far more often than for its numbers. On the meta device, where tensors have sizes alone, even one
+operation takes long, so there an operand of the right size serves as the result.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+
+def plus(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum of two tensors of one shape."""
+    return a if a.is_meta and b.is_meta else a + b
+
+
+def plus_in_place(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum of two tensors of one shape, written over `a` if `add_in_place` can do so."""
+    return plus(a, b) if a.is_meta else add_in_place(a, b)
+
+
+def times(weight: Tensor, scale: Tensor) -> Tensor:
+    """Return the product of a weight and a scale that broadcasts to its shape."""
+    return weight if weight.is_meta else weight * scale
 
 
 def add_in_place(total: Tensor, term: Tensor) -> Tensor:

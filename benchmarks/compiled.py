@@ -31,7 +31,7 @@ from torchvision.models.resnet import BasicBlock
 from benchmarks._comparison import Ratio
 from benchmarks._record import Row, machine, write
 from benchmarks.training import expanded
-from repfx.blocks.block import blocks_at
+from repfx.blocks.paths import blocks_at
 from repfx.measuring.cost import measure_times
 from repfx.passes.gate import gate
 

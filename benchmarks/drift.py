@@ -24,6 +24,7 @@ import repfx
 from benchmarks._record import Row, machine, write
 from repfx.algebra.layers import Layer, is_batch_norm
 from repfx.algebra.moments import set_kernel
+from repfx.blocks.origin import origin_kernel
 from repfx.testing import relative_error
 
 OUT = Path(__file__).parent / "results" / "drift.json"
@@ -95,7 +96,7 @@ def reset(expanded: nn.Module) -> nn.Module:
     changed = copy.deepcopy(expanded)
     for block in [module for module in changed.modules() if isinstance(module, repfx.RepBlock)]:
         if block.norm is not None:
-            kernel = block.origin_kernel()
+            kernel = origin_kernel(block)
             block.conv.bias = nn.Parameter(torch.zeros_like(block.norm.running_mean))
             set_kernel(block.conv, None, kernel, None)
             block.norm.reset_running_stats()

@@ -10,7 +10,9 @@ from torch import nn
 
 from repfx.algebra.activated_norm import joined
 from repfx.algebra.moments import set_kernel
-from repfx.blocks.block import ORIGIN, RepBlock, block_at
+from repfx.blocks.block import ORIGIN, RepBlock
+from repfx.blocks.origin import absorb_branch, origin_kernel, require_absorbable, write_origin
+from repfx.blocks.paths import block_at
 from repfx.errors import InvalidInput
 from repfx.measuring.calibration import PartialSum, measure_sums
 from repfx.records.journal import Action, apply, record
@@ -111,7 +113,7 @@ def absorb(model: nn.Module, leaving: Mapping[str, Sequence[str]], calibrate: It
     blocks = {site: block_at(model, site) for site in leaving}
     for site, block in blocks.items():
         for branch in leaving[site]:
-            block.require(branch)
+            require_absorbable(block, branch)
             within = [other for other in blocks if other.startswith(f"{site}.{branch}.")]
             if within:
                 raise InvalidInput(f"{within[0]!r} lies in {f'{site}.{branch}'!r}, which leaves as a whole.")
@@ -120,9 +122,9 @@ def absorb(model: nn.Module, leaving: Mapping[str, Sequence[str]], calibrate: It
     moments = dict(zip(measured, measure_sums(model, sums, calibrate) if calibrate is not None and sums else ()))
     for site, block in blocks.items():
         for branch in leaving[site]:
-            block.absorb(branch)
+            absorb_branch(block, branch)
         if site in moments:
-            block.take(block.origin_kernel(), moments[site])
+            write_origin(block, origin_kernel(block), moments[site])
         if not block.branches:
             collapse(model, site, block)
 
@@ -136,7 +138,7 @@ def _factors(block: RepBlock, leaving: Sequence[str]) -> dict[nn.Module, float]:
 def collapse(model: nn.Module, site: str, block: RepBlock) -> None:
     """Put the conv of a block back in its place and the BatchNorm in its own; one that was made for the block goes into the conv."""
     if block.scale is not None or (block.norm is not None and block.norm_path is None):
-        set_kernel(block.conv, None, block.origin_kernel(), None)
+        set_kernel(block.conv, None, origin_kernel(block), None)
     elif block.norm is not None and block.norm_path is not None:
         rest = model.get_submodule(block.norm_path)
         norm = block.norm.train(block.training)  # also where the block held its statistics

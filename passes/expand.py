@@ -20,9 +20,11 @@ from repfx.algebra.layers import Layer, is_batch_norm, is_conv
 from repfx.algebra.meaning import kernel_of
 from repfx.algebra.moments import Moments, set_kernel
 from repfx.blocks.architecture import Architecture
-from repfx.blocks.block import RepBlock, block_at
+from repfx.blocks.block import RepBlock
 from repfx.blocks.branch import Branch, fitting, kind_of
 from repfx.blocks.cropped_conv import share
+from repfx.blocks.origin import origin_kernel, require_affine, write_origin
+from repfx.blocks.paths import block_at
 from repfx.blocks.presets import SpecLike
 from repfx.blocks.selection import Selection
 from repfx.blocks.spec import BranchSpec, Normalisation, Spec, Weights
@@ -360,7 +362,7 @@ def _take_off(block: RepBlock) -> None:
     like = block.conv.weight.detach().double()
     own = kernel_of(block.conv, like, block.site.in_channels, block.site.dimensions)
     kernel = reduce(Kernel.subtract, [block.kernel_of(name, like) for name in block.branches], own)
-    block.take(kernel, None, None if block.scale is None else block.scale.weight)
+    write_origin(block, kernel, None, None if block.scale is None else block.scale.weight)
 
 
 @torch.no_grad()
@@ -373,9 +375,9 @@ def _begin_with(
     """
     origins = [block for block in blocks if _norms_of_branches(block)]
     for block in origins:
-        block.require_affine("the branches")
+        require_affine(block, "the branches")
         undo.callback(_put_back, block, block.norm, copy.deepcopy(block.origin.state_dict()))
-    kernels = {block: block.origin_kernel() for block in origins}
+    kernels = {block: origin_kernel(block) for block in origins}
     bare = [block for block in origins if block.norm is None]
     for block, moments in zip(bare, measure_sums(model, [_alone(block) for block in bare], batches) if bare else ()):
         _give_norm(block, kernels[block], moments)
@@ -386,7 +388,7 @@ def _begin_with(
     for block, moments in zip(origins, measure_sums(model, without, batches)):
         own = kernels[block]
         kernel = reduce(Kernel.subtract, (block.kernel_of(name, own.weight) for name in block.branches), own)
-        block.take(kernel, moments)
+        write_origin(block, kernel, moments)
 
 
 def _alone(block: RepBlock) -> PartialSum:
@@ -432,7 +434,7 @@ def _rebuild(model: nn.Module, actions: list[Expand]) -> None:
             and block.norm is None
             and _norms_of_branches(block)
         ):
-            _give_norm(block, block.origin_kernel(), None)
+            _give_norm(block, origin_kernel(block), None)
 
 
 def _new_norms(block: RepBlock) -> list[nn.Module]:

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from repfx.blocks.block import RepBlock, block_at
+from repfx.blocks.block import RepBlock
+from repfx.blocks.paths import block_at
 from repfx.records.journal import Action, apply
 from repfx.records.notes import keep, kept
 from repfx.records.report import Edit, Report

@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from repfx.blocks.block import block_at
+from repfx.blocks.block import ORIGIN, RepBlock
+from repfx.blocks.gates import Gates, StraightThrough
+from repfx.blocks.paths import block_at
 from repfx.errors import InvalidInput
 from repfx.records.journal import Action, apply
 from repfx.records.report import Edit, Report
@@ -33,10 +35,19 @@ class Gate(Action):
         block = block_at(model, self.site)
         if block.gates is not None:
             raise InvalidInput(f"{self.site!r} has gates already; repfx.passes.ungate takes them away.")
-        block.set_gates(self.style, origin=self.origin)
+        block.add_module("gate", _gates_of(block, self.style, origin=self.origin))
 
     def __str__(self) -> str:
         return f"gate {self.site}: {self.style}{', its own conv too' if self.origin else ''}"
+
+
+def _gates_of(block: RepBlock, style: str, *, origin: bool) -> Gates:
+    """Make gates for the branches of a block, and for its origin, too, if that is asked for; all are open."""
+    if origin and style != StraightThrough.style:
+        raise InvalidInput(f"the origin can have a {StraightThrough.style} gate, not a {style} one.")
+    names = [name for name in block.paths if origin or name != ORIGIN]
+    site = block.site
+    return Gates(names, style, site.out_channels, site.dimensions, block.conv.weight).train(block.training)
 
 
 @verb

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from repfx.blocks.block import blocks_at
+from repfx.blocks.paths import blocks_at
 from repfx.records.report import Edit, Report
 from repfx.rewriting.pipeline import verb
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from repfx.algebra.layers import is_batch_norm, is_conv, is_frozen_norm, takes_batch_statistics, template_of
-from repfx.blocks.block import RepBlock, block_at
+from repfx.blocks.block import RepBlock
+from repfx.blocks.paths import block_at
 from repfx.errors import InvalidInput, RepfxError, UnknownName
 from repfx.records.journal import Action, apply
 from repfx.records.module_tree import fits

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from repfx.algebra.layers import Layer, is_batch_norm, is_conv
-from repfx.blocks.block import ORIGIN, RepBlock, block_at
+from repfx.blocks.block import ORIGIN, RepBlock
 from repfx.blocks.branch import Chain
+from repfx.blocks.paths import block_at
 from repfx.blocks.stages import Scale
 from repfx.errors import InvalidInput
 from repfx.records.journal import Action, apply
@@ -83,7 +84,7 @@ def _remove(block: RepBlock, *, rests: bool) -> None:
     for name, branch in block.branches.items():
         if block.gates.multiplies:
             _multiply(branch, block.gates.factor_of(name), block.conv.weight)
-    block.remove_gates()
+    del block.gate
     if rests:
         block.rest()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Mapping, Sequence
 from functools import partial, reduce
@@ -10,22 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from repfx.algebra.arithmetic import add_in_place, is_transformed
 from repfx.algebra.assembly import assembled
 from repfx.algebra.conv_spec import ConvSpec
 from repfx.algebra.kernel import Kernel
 from repfx.algebra.layers import Layer, has_hooks, is_batch_norm, takes_batch_statistics, template_of
-from repfx.algebra.meaning import meaning_of, refusal_of
-from repfx.algebra.moments import Moments, set_kernel
 from repfx.blocks.branch import Branch, Chain
-from repfx.blocks.cropped_conv import is_shared, unshare
-from repfx.blocks.gates import Gates, StraightThrough
+from repfx.blocks.cropped_conv import is_shared
+from repfx.blocks.gates import Gates
 from repfx.blocks.recompute import recomputed
 from repfx.blocks.stages import AttachRate, Scale
 from repfx.errors import InvalidInput, RepfxError, UnknownName
-from repfx.records.module_tree import fits, module_at
 
 ORIGIN = "origin"
 _RESERVED = ("attach", "gate")
@@ -222,7 +217,7 @@ class RepBlock(nn.Module):
     def kernel_in(self, training: bool, like: Tensor) -> Kernel:
         """The same of the paths that run in one mode, BatchNorms as in eval mode."""
         kernels = [self.kernel_of(name, like) for name in self.running_in(training)]
-        return Kernel.sum(kernels or [self._nothing(like)])
+        return Kernel.sum(kernels or [self.nothing(like)])
 
     def kernel_of(self, name: str, like: Tensor) -> Kernel:
         """What a path adds to the block's kernel if it runs: its own kernel, times its gates, and for a branch times λ if there is one."""
@@ -232,7 +227,8 @@ class RepBlock(nn.Module):
             factors.append(self.attach.kernel(like))
         return reduce(Kernel.compose, factors, kernel)
 
-    def _nothing(self, like: Tensor) -> Kernel:
+    def nothing(self, like: Tensor) -> Kernel:
+        """The kernel of the block's sizes whose output is zero."""
         nothing = like.new_zeros(self.site.out_channels)
         return self.origin.equivalent_kernel(like).fold_affine(nothing)
 
@@ -261,84 +257,16 @@ class RepBlock(nn.Module):
             parameters[name].requires_grad_(True)
         self._resting = None
 
-    def set_gates(self, style: str, *, origin: bool = False) -> None:
-        """Give the branches gates, and the origin, too, if it is asked for; all are open."""
-        if origin and style != StraightThrough.style:
-            raise InvalidInput(f"the origin can have a {StraightThrough.style} gate, not a {style} one.")
-        names = [name for name in self.paths if origin or name != ORIGIN]
-        site = self.site
-        gates = Gates(names, style, site.out_channels, site.dimensions, self.conv.weight)
-        self.add_module("gate", gates.train(self.training))
-
-    def remove_gates(self) -> None:
-        """Take the gates away; all paths run then."""
-        del self.gate
-
-    def require_affine(self, what: str) -> None:
-        """Raise `InvalidInput` if the origin can't take over `what`: its conv can't be written into, its BatchNorm has no γ or β."""
-        norm = self.norm
-        unwritable = _unwritable(self.conv)
-        if unwritable is not None:
-            raise InvalidInput(f"the origin can't absorb {what}: {unwritable}.")
-        if norm is not None and (norm.weight is None or norm.bias is None):
-            missing = "γ" if norm.weight is None else "β"
-            raise InvalidInput(f"the origin can't absorb {what}: its BatchNorm has no {missing} to put it into.")
-
     def require_branch(self, name: str) -> None:
         """Raise `UnknownName` if there is no branch of that name."""
         if name not in self.branches:
             raise UnknownName("branch", name, self.branches)
-
-    def require(self, name: str) -> None:
-        """Raise `UnknownName` if there is no branch of that name, `InvalidInput` if the origin can't absorb it."""
-        self.require_branch(name)
-        self.require_affine(repr(name))
-        if not self.rests and ORIGIN not in self.running_in(training=False):
-            raise InvalidInput(f"the origin can't absorb {name!r}: its own gate is closed.")
-
-    def origin_kernel(self) -> Kernel:
-        """What the site's own conv and BatchNorm amount to, in float64 and in tensors of its own."""
-        return copy.deepcopy(self.origin).equivalent_kernel(self.conv.weight.detach().double())
-
-    @torch.no_grad()
-    def take(self, kernel: Kernel, moments: Moments | None, scale: Tensor | None = None) -> None:
-        """Let the site's own conv and what is behind it amount to a kernel; see `set_kernel`. A scale becomes 1, or `scale`."""
-        if self.scale is not None:
-            self.scale.weight.fill_(1.0) if scale is None else self.scale.weight.copy_(scale)
-            kernel = kernel.fold_affine(1 / self.scale.weight.to(kernel.weight))
-        set_kernel(self.conv, self.norm, kernel, moments)
-
-    def absorb(self, name: str) -> None:
-        """Remove a branch; the origin takes its kernel over, in float64 and rounded once, so that the function stays.
-
-        Branches that shared the origin's weights get weights of their own.
-        """
-        self.require(name)
-        for branch in self.branches.values():
-            unshare(branch)
-        like: Tensor = self.conv.weight.detach().double()
-        own = self._nothing(like) if self.rests else self.kernel_of(ORIGIN, like)
-        is_open = name in self.running_in(training=False)
-        self.take(own.add(self.kernel_of(name, like)) if is_open else own, self._moments_with(name))
-        self.wake()
-        self.remove(name)
 
     def remove(self, name: str) -> None:
         """Take a branch away, and its gate, and leave everything else as it is."""
         delattr(self, name)
         if self.gates is not None:
             self.gates.remove(name)
-
-    def _moments_with(self, name: str) -> Moments | None:
-        """Of the origin's output and a branch's together."""
-        norm, other = self.norm, self.branches[name].last_norm
-        if norm is None or other is None:
-            return None if norm is None else Moments.after(norm)
-        added = self._times_factor(name, Moments.after(other))
-        return added if self.rests else self._times_factor(ORIGIN, Moments.after(norm)).add(added)
-
-    def _times_factor(self, name: str, moments: Moments) -> Moments:
-        return moments.affine(self.factor_of(name).to(moments.mean).expand_as(moments.mean), None)
 
     def factor_of(self, name: str) -> Tensor:
         """What the output of a path is multiplied by if it runs, in float64: its gates, and for a branch λ."""
@@ -350,15 +278,6 @@ class RepBlock(nn.Module):
         if name in _CONV_ATTRIBUTES or name == "bias":  # of which code may ask whether there is one
             return getattr(self.conv, name)
         return super().__getattr__(name)
-
-
-def _unwritable(conv: Layer) -> str | None:
-    """Why a kernel can't be written into what stands where a site's own conv was, or None."""
-    if is_parametrized(conv):
-        return f"its {type(conv).__name__} computes weights by a parametrization"
-    if meaning_of(conv) is None:
-        return refusal_of(conv) or f"in place of its conv there is a {type(conv).__name__}"
-    return None
 
 
 def _sum(terms: list[Tensor]) -> Tensor:
@@ -377,36 +296,3 @@ def _assembled(block: RepBlock) -> Kernel | None:
         return assembled(partial(block.kernel_in, block.training), template_of(block.conv))
     except RepfxError:
         return None
-
-
-def block_at(model: nn.Module, site: str) -> RepBlock:
-    """The block at a path.
-
-    Raises:
-        InvalidInput: the model has no blocks; UnknownName: none at that path.
-    """
-    found = module_at(model, site) if site else model
-    if not isinstance(found, RepBlock):
-        raise UnknownName("block at", site, _all_blocks(model))
-    return found
-
-
-def blocks_at(model: nn.Module, sites: str | Sequence[str]) -> dict[str, RepBlock]:
-    """The blocks whose paths fit a pattern, or one of several; those inside others, too.
-
-    Raises:
-        InvalidInput: the model has no blocks; UnknownName: a pattern fits none.
-    """
-    blocks = _all_blocks(model)
-    patterns = [sites] if isinstance(sites, str) else sites
-    for pattern in patterns:
-        if not any(fits(path, pattern) for path in blocks):
-            raise UnknownName("block at", pattern, blocks)
-    return {path: block for path, block in blocks.items() if any(fits(path, pattern) for pattern in patterns)}
-
-
-def _all_blocks(model: nn.Module) -> dict[str, RepBlock]:
-    blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
-    if not blocks:
-        raise InvalidInput(f"{type(model).__name__} has no blocks; repfx.expand makes them.")
-    return blocks

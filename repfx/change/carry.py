@@ -18,6 +18,7 @@ from repfx.blocks.block import RepBlock
 from repfx.blocks.branch import kernel_of_both
 from repfx.blocks.cropped_conv import is_shared
 from repfx.blocks.gates import gates_in
+from repfx.blocks.origin import write_origin
 from repfx.blocks.squeezed_form import forms_in
 from repfx.errors import InvalidInput
 from repfx.graphs.sites import sites_at, sites_known_of
@@ -145,7 +146,7 @@ def _begin_as(block: RepBlock, other: Any, branches: list[str], *, preserve: boo
     if any(bool(kernel.weight.any()) for kernel in added):
         kernel = reduce(Kernel.subtract, (block.kernel_of(branch, like) for branch in block.branches), before)
         scale = None if other.scale is None else other.scale.weight
-        block.take(kernel, None if other.norm is None else Moments.after(other.norm), scale)
+        write_origin(block, kernel, None if other.norm is None else Moments.after(other.norm), scale)
 
 
 def require_open(optimizers: Iterable[torch.optim.Optimizer]) -> None:

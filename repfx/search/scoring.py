@@ -26,7 +26,8 @@ from repfx.algebra.conv_spec import ConvSpec
 from repfx.algebra.kernel import Kernel
 from repfx.algebra.layers import Layer, has_hooks, is_batch_norm
 from repfx.algebra.meaning import affine_of
-from repfx.blocks.block import RepBlock, block_at
+from repfx.blocks.block import RepBlock
+from repfx.blocks.paths import block_at
 from repfx.errors import InvalidInput, UnknownName, first_line
 from repfx.graphs.sites import find_sites
 from repfx.measuring.calibration import calibrate_norms

@@ -1,0 +1,88 @@
+"""The origin of a block, its site's own conv and what is behind it: what it amounts to, and how it takes over what others compute."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
+
+from repfx.algebra.kernel import Kernel
+from repfx.algebra.layers import Layer
+from repfx.algebra.meaning import meaning_of, refusal_of
+from repfx.algebra.moments import Moments, set_kernel
+from repfx.blocks.block import ORIGIN, RepBlock
+from repfx.blocks.cropped_conv import unshare
+from repfx.errors import InvalidInput
+
+
+def origin_kernel(block: RepBlock) -> Kernel:
+    """What the site's own conv and BatchNorm amount to, in float64 and in tensors of its own."""
+    return copy.deepcopy(block.origin).equivalent_kernel(block.conv.weight.detach().double())
+
+
+@torch.no_grad()
+def write_origin(block: RepBlock, kernel: Kernel, moments: Moments | None, scale: Tensor | None = None) -> None:
+    """Let the site's own conv and what is behind it amount to a kernel; see `set_kernel`. A scale becomes 1, or `scale`."""
+    if block.scale is not None:
+        block.scale.weight.fill_(1.0) if scale is None else block.scale.weight.copy_(scale)
+        kernel = kernel.fold_affine(1 / block.scale.weight.to(kernel.weight))
+    set_kernel(block.conv, block.norm, kernel, moments)
+
+
+def require_affine(block: RepBlock, what: str) -> None:
+    """Raise `InvalidInput` if the origin can't take over `what`: its conv can't be written into, its BatchNorm has no γ or β."""
+    norm = block.norm
+    unwritable = _unwritable(block.conv)
+    if unwritable is not None:
+        raise InvalidInput(f"the origin can't absorb {what}: {unwritable}.")
+    if norm is not None and (norm.weight is None or norm.bias is None):
+        missing = "γ" if norm.weight is None else "β"
+        raise InvalidInput(f"the origin can't absorb {what}: its BatchNorm has no {missing} to put it into.")
+
+
+def require_absorbable(block: RepBlock, name: str) -> None:
+    """Raise `UnknownName` if there is no branch of that name, `InvalidInput` if the origin can't absorb it."""
+    block.require_branch(name)
+    require_affine(block, repr(name))
+    if not block.rests and ORIGIN not in block.running_in(training=False):
+        raise InvalidInput(f"the origin can't absorb {name!r}: its own gate is closed.")
+
+
+def absorb_branch(block: RepBlock, name: str) -> None:
+    """Remove a branch; the origin takes its kernel over, in float64 and rounded once, so that the function stays.
+
+    Branches that shared the origin's weights get weights of their own.
+    """
+    require_absorbable(block, name)
+    for branch in block.branches.values():
+        unshare(branch)
+    like: Tensor = block.conv.weight.detach().double()
+    own = block.nothing(like) if block.rests else block.kernel_of(ORIGIN, like)
+    is_open = name in block.running_in(training=False)
+    write_origin(block, own.add(block.kernel_of(name, like)) if is_open else own, _moments_with(block, name))
+    block.wake()
+    block.remove(name)
+
+
+def _moments_with(block: RepBlock, name: str) -> Moments | None:
+    """Of the origin's output and a branch's together."""
+    norm, other = block.norm, block.branches[name].last_norm
+    if norm is None or other is None:
+        return None if norm is None else Moments.after(norm)
+    added = _times_factor(block, name, Moments.after(other))
+    return added if block.rests else _times_factor(block, ORIGIN, Moments.after(norm)).add(added)
+
+
+def _times_factor(block: RepBlock, name: str, moments: Moments) -> Moments:
+    return moments.affine(block.factor_of(name).to(moments.mean).expand_as(moments.mean), None)
+
+
+def _unwritable(conv: Layer) -> str | None:
+    """Why a kernel can't be written into what stands where a site's own conv was, or None."""
+    if is_parametrized(conv):
+        return f"its {type(conv).__name__} computes weights by a parametrization"
+    if meaning_of(conv) is None:
+        return refusal_of(conv) or f"in place of its conv there is a {type(conv).__name__}"
+    return None

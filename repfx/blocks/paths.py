@@ -1,0 +1,44 @@
+"""Blocks of a model by the paths of their sites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from repfx.blocks.block import RepBlock
+from repfx.errors import InvalidInput, UnknownName
+from repfx.records.module_tree import fits, module_at
+
+
+def block_at(model: nn.Module, site: str) -> RepBlock:
+    """The block at a path.
+
+    Raises:
+        InvalidInput: the model has no blocks; UnknownName: none at that path.
+    """
+    found = module_at(model, site) if site else model
+    if not isinstance(found, RepBlock):
+        raise UnknownName("block at", site, _all_blocks(model))
+    return found
+
+
+def blocks_at(model: nn.Module, sites: str | Sequence[str]) -> dict[str, RepBlock]:
+    """The blocks whose paths fit a pattern, or one of several; those inside others, too.
+
+    Raises:
+        InvalidInput: the model has no blocks; UnknownName: a pattern fits none.
+    """
+    blocks = _all_blocks(model)
+    patterns = [sites] if isinstance(sites, str) else sites
+    for pattern in patterns:
+        if not any(fits(path, pattern) for path in blocks):
+            raise UnknownName("block at", pattern, blocks)
+    return {path: block for path, block in blocks.items() if any(fits(path, pattern) for pattern in patterns)}
+
+
+def _all_blocks(model: nn.Module) -> dict[str, RepBlock]:
+    blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
+    if not blocks:
+        raise InvalidInput(f"{type(model).__name__} has no blocks; repfx.expand makes them.")
+    return blocks

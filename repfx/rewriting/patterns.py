@@ -1,6 +1,6 @@
-"""What rules look for: two linear maps in sequence, a single one, or a sum of paths that start at one node.
+"""The patterns that rules look for: two linear maps in sequence, a single one, or a sum of paths that start at one node.
 
-Patterns are structure only. They see a graph through a `View`, which reads each node as a linear map where it may be touched at all.
+Patterns are structure only. They see a graph through a `View`, which reads a node as a linear map only if rules may change it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from repfx.rewriting.view import META, View
 
 
 class Pattern:
-    """What a rule looks for at a node."""
+    """The structure that a rule looks for at a node."""
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
-        """All that the rule may take here, the best first."""
+        """Yield every match at `node` that the rule may take, the best first."""
         raise NotImplementedError
 
     def match(self, node: fx.Node, view: View) -> Match | None:
-        """The first of them, if there is one."""
+        """Return the best match at `node`, or None."""
         return next(self.matches(node, view), None)
 
 
@@ -57,7 +57,7 @@ class FunctionalConv(Pattern):
 
 @dataclass(frozen=True)
 class BorderedPadding(Pattern):
-    """A 1×1 conv whose output is padded with what it gives out for zero."""
+    """A 1×1 conv whose output is padded with what the conv outputs for zero."""
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
         pad = view.op(node)
@@ -96,10 +96,10 @@ class Sequence(Pattern):
 
 @dataclass(frozen=True)
 class Sum(Pattern):
-    """A tree of additions and subtractions, of which at least two terms are linear maps of one node, one of them a conv.
+    """A tree of additions and subtractions in which at least two terms are linear maps of one node, one of them a conv.
 
-    The terms that fit none are the match's remainder. Where the tree can't be merged as a whole, its parts may be: two blocks of a
-    sum whose windows don't go together are still one conv each.
+    The other terms are the match's remainder. If the tree can't be merged as a whole, its parts may be: two blocks of a sum whose windows
+    don't go together are still one conv each.
     """
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
@@ -107,12 +107,11 @@ class Sum(Pattern):
             return
         _, inner = _leaves(node, view)
         whole = list(_matches_of_tree(node, view))
-        yield from (
-            match for match in whole if not match.remainder
-        )  # none has more terms, so the parts may not be asked at all
+        # no other match has more terms, so the parts below may never be asked for
+        yield from (match for match in whole if not match.remainder)
         found = [match for match in whole if match.remainder]
         found += [match for part in inner for match in _matches_of_tree(part, view)]
-        # one with a remainder last: it takes the tree apart, and other parts of it may have been one convolution
+        # matches with a remainder come last: they take the tree apart, and other parts of it may be one convolution
         yield from sorted(found, key=lambda match: (bool(match.remainder), -len(match.terms)))
 
 
@@ -131,12 +130,12 @@ def is_sum(node: fx.Node, view: View) -> bool:
 
 
 def _is_inner(node: fx.Node, view: View) -> bool:
-    """Whether a sum is only a part of a larger one, and will be seen from there."""
+    """Whether a sum is only a part of a larger sum, which is visited later."""
     return len(node.users) == 1 and is_sum(next(iter(node.users)), view)
 
 
 def _leaves(root: fx.Node, view: View) -> tuple[list[tuple[int, fx.Node]], list[fx.Node]]:
-    """The signed terms of a sum, and the additions below its root that no one else uses."""
+    """Return the signed terms of a sum, and the additions below its root that nothing else uses."""
     leaves, inner, pending = [], [], [(1, root)]
     while pending:
         sign, node = pending.pop(0)
@@ -151,7 +150,7 @@ def _leaves(root: fx.Node, view: View) -> tuple[list[tuple[int, fx.Node]], list[
 
 
 def _groups(leaves: list[tuple[int, fx.Node]], view: View) -> Iterator[Match]:
-    """For each node that two or more terms start at: those terms, in as many groups as it takes for each to be one convolution."""
+    """Group the terms that start at one node, so that each group is one convolution. Do so for each node where two or more terms start."""
     paths = [linear_paths(leaf, view) for _, leaf in leaves]
     sources = Counter(source for path in paths for source in path)
     for source, count in sources.items():
@@ -174,7 +173,7 @@ def _has_conv(term: Term, view: View) -> bool:
 
 
 def linear_paths(leaf: fx.Node, view: View) -> dict[fx.Node, tuple[Op, ...]]:
-    """Every node from which linear maps that no one else uses lead to `leaf`, with those maps; `leaf` itself first."""
+    """Return every node from which linear maps that nothing else uses lead to `leaf`, with those maps. `leaf` itself comes first."""
     paths: dict[fx.Node, tuple[Op, ...]] = {leaf: ()}
     ops: tuple[Op, ...] = ()
     while len(leaf.users) == 1:
@@ -188,7 +187,7 @@ def linear_paths(leaf: fx.Node, view: View) -> dict[fx.Node, tuple[Op, ...]]:
 
 
 def _that_add_up(terms: list[tuple[int, Term]], source: fx.Node) -> dict[int, Term]:
-    """The first term that is a convolution by itself, and each later one that makes a convolution with those before it."""
+    """Return the first term that is a convolution by itself, and each later one that makes a convolution with those before it."""
     chosen: dict[int, Term] = {}
     total: Kernel | None = None
     for index, term in terms:

@@ -104,8 +104,8 @@ class Editor:
     def settle(self, node: fx.Node) -> None:
         """Finish the kernel that feeds `node`, at which no rule fired: round it to the dtype of its module.
 
-        If `node` is not linear, nothing can merge with that kernel any more. If `node` reads a sum, the kernels of its terms are rounded. So
-        only a few kernels at a time are in float64. A node that reads several others, such as a concatenation, may yet be merged.
+        If `node` is not linear, nothing can merge with that kernel any more. If `node` reads a sum, the kernels of its terms are rounded.
+        So only a few kernels at a time are in float64. A node that reads several others, such as a concatenation, may yet be merged.
         """
         if self.view.op(node) is not None or len(node.all_input_nodes) != 1:
             return

@@ -33,7 +33,7 @@ class FrequencyPrior(Branch):
         prior = conv_module(filters, like, bias=False)
         prior.weight = nn.Parameter(_cosines(site, like).unsqueeze(1), requires_grad=False)
         yield "conv", conv_module(mix, like, bias=False)
-        yield "pad", Pad(site.padding, site.padding_mode)  # of zero, a 1×1 conv gives zero
+        yield "pad", Pad(site.padding, site.padding_mode)  # comes after the 1×1 conv, which maps zero to zero
         yield from norm.inside("norm1", site.out_channels, 2, like)
         yield "prior", prior
         yield from norm.last(site.out_channels, 2, like)

@@ -10,7 +10,7 @@ from repfx.blocks.stages import Norm, Stages, conv_stages
 
 
 class Full(Branch):
-    """A further conv like the site's own (MobileOne's over-parameterization); serves 1×1 sites too."""
+    """A further conv like the site's own (MobileOne's over-parameterization). It serves 1×1 sites too."""
 
     kind = "kxk"
 

@@ -1,4 +1,4 @@
-"""Identity: x itself, normalised."""
+"""Identity: the input itself, normalised."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from repfx.blocks.stages import Norm, Pad, Stages
 
 
 class Identity(Branch):
-    """x itself behind a BatchNorm (RepVGG); cropped or padded where the site changes the size."""
+    """The input itself, then a BatchNorm (RepVGG). It is cropped or padded where the site changes the size."""
 
     kind = "identity"
 

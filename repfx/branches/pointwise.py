@@ -1,4 +1,4 @@
-"""1×1: what the centre of the window sees."""
+"""1×1: the centre of the window alone."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from repfx.blocks.stages import AVERAGE_POOL_OF, Norm, Pad, Stages
 
 
 class PointwiseAverage(Branch):
-    """1×1 conv, then average pooling (DBB transform V), padded before what normalises. In depthwise sites the pooling alone, as in DBB."""
+    """1×1 conv, then average pooling (DBB transform V), padded before the first BatchNorm. Depthwise sites have no 1×1 conv, as in DBB."""
 
     kind = "1x1-avg"
 
@@ -32,7 +32,7 @@ class PointwiseAverage(Branch):
         if not site.is_depthwise:
             mix = ConvSpec(site.in_channels, site.out_channels, ones, ones, unpadded, ones, site.groups)
             yield "conv", conv_module(mix, like, bias=False)
-        yield "pad", Pad(site.padding, site.padding_mode)  # of zero, a 1×1 conv gives zero
+        yield "pad", Pad(site.padding, site.padding_mode)  # comes after the 1×1 conv, which maps zero to zero
         if not site.is_depthwise:
             yield from norm.inside("norm1", site.out_channels, site.dimensions, like)
         yield "pool", AVERAGE_POOL_OF[site.dimensions](site.kernel_size, site.stride)

@@ -14,10 +14,11 @@ from repfx.blocks.stages import Norm, Pad, Residual, Stages
 
 
 class PointwiseFull(Branch):
-    """1×1 conv, then k×k conv (DBB transform III). Padding comes before what normalises, so the sequence is one conv in training mode too.
+    """1×1 conv, then k×k conv (DBB transform III). Padding comes before the BatchNorms, so this is one conv in training mode too.
 
-    The 1×1 has as many channels as come in, twice as many in depthwise sites; where it can, it begins as the identity, as DBB's does. With
-    `residual` it is I + P, and P begins with zero, so that weight decay pulls it to the identity (OREPA).
+    The 1×1 conv has as many output channels as the site has input channels, or twice as many in depthwise sites. Where it can, it begins
+    as the identity, as DBB's does. With `residual` it is I + P, where P begins as zero, so that weight decay pulls it to the identity
+    (OREPA).
     """
 
     kind = "1x1-kxk"
@@ -39,7 +40,7 @@ class PointwiseFull(Branch):
         elif middle == site.in_channels:
             nn.init.dirac_(pointwise.weight, site.groups)
         yield "conv1", pointwise
-        yield "pad", Pad(site.padding, site.padding_mode)  # of zero, a 1×1 conv gives zero
+        yield "pad", Pad(site.padding, site.padding_mode)  # comes after the 1×1 conv, which maps zero to zero
         yield from norm.inside("norm1", middle, site.dimensions, like)
         yield "conv2", conv_module(replace(site, in_channels=middle, padding=unpadded), like, bias=False)
         yield from norm.last(site.out_channels, site.dimensions, like)

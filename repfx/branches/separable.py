@@ -13,7 +13,7 @@ from repfx.blocks.stages import Norm, Stages, conv_stages
 
 
 class Separable(Branch):
-    """Depthwise k×k conv to `expansion` filters a channel, then 1×1 conv (OREPA)."""
+    """Depthwise k×k conv with `expansion` filters per channel, then 1×1 conv (OREPA)."""
 
     kind = "separable"
 

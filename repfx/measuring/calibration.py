@@ -1,4 +1,4 @@
-"""Statistics measured on data: of new BatchNorms, and of what enters a given one. The model is left as it was otherwise."""
+"""Statistics measured on data, for new BatchNorms and for the inputs of given modules. The rest of the model stays as it was."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Batches: TypeAlias = Iterable[Any]
 
 @torch.no_grad()
 def calibrate_norms(model: nn.Module, norms: Sequence[Layer], batches: Batches) -> None:
-    """Set the running statistics of `norms` to their mean over `batches`; all else runs in eval mode and is not touched.
+    """Set the running statistics of `norms` to their mean over `batches`. Everything else runs in eval mode and is not touched.
 
-    Those that no data reach keep theirs.
+    BatchNorms that no data reach keep their statistics.
 
     Args:
-        batches: inputs of the model: tensors, or what a data loader gives, of whose tuples the first entry is the input.
+        batches: inputs of the model: tensors, or what a data loader gives. The first entry of a tuple or list is the input.
     """
     before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
     with ExitStack() as stack:
@@ -44,14 +44,14 @@ def calibrate_norms(model: nn.Module, norms: Sequence[Layer], batches: Batches) 
 
 
 def _count_if_there_is_any(norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-    """A pre-hook: a batch of nothing would be averaged in as zeros."""
+    """A pre-hook that leaves out an empty batch, which would be averaged in as zeros."""
     (x,) = (*inputs, *named.values())
     norm.train(x.numel() > 0)
 
 
 @torch.no_grad()
 def measure_inputs(model: nn.Module, modules: Sequence[nn.Module], batches: Batches) -> list[Moments]:
-    """Mean and variance per channel of what enters each of `modules` in eval mode, over all of `batches`."""
+    """Return mean and variance per channel of what enters each of `modules` in eval mode, over all of `batches`."""
     sums = {module: _Sums() for module in modules}
     with ExitStack() as stack:
         stack.enter_context(in_eval_mode(model))
@@ -62,22 +62,22 @@ def measure_inputs(model: nn.Module, modules: Sequence[nn.Module], batches: Batc
 
 
 def set_kernels_measured(model: nn.Module, places: Sequence[tuple[Layer, Layer, Kernel]], batches: Batches) -> None:
-    """Put kernels that stand in convs already into them and the BatchNorms behind them, with the moments that their outputs have."""
+    """Write kernels into their convs and BatchNorms again, now with the measured moments. The convs must hold the kernels already."""
     measured = measure_inputs(model, [norm for _, norm, _ in places], batches)
     for (conv, norm, kernel), moments in zip(places, measured):
-        mean = moments.mean if kernel.bias is None else moments.mean + kernel.bias  # the conv itself has none
+        mean = moments.mean if kernel.bias is None else moments.mean + kernel.bias  # the conv itself has no bias
         set_kernel(conv, norm, kernel, Moments(mean, moments.variance))
 
 
 @torch.no_grad()
 def measure_sums(model: nn.Module, sums: Sequence[PartialSum], batches: Batches) -> list[Moments]:
-    """The moments that a BatchNorm in the place of each sum would have to give out in training mode.
+    """Return the moments that a BatchNorm in the place of each sum would have to output in training mode.
 
-    All BatchNorms work on the statistics of the batch and keep none; everything else runs in eval mode. Means and variances are those of
-    each batch, averaged: so a BatchNorm behaves.
+    All BatchNorms use the statistics of the batch and keep none; everything else runs in eval mode. Means and variances are taken of each
+    batch and averaged, as BatchNorms do.
     """
     norms: list[Layer] = [module for module in model.modules() if is_batch_norm(module)]
-    counts = {norm: getattr(norm, "num_batches_tracked", None) for norm in norms}  # none if they keep no statistics
+    counts = {norm: getattr(norm, "num_batches_tracked", None) for norm in norms}  # None: it keeps no statistics
     kept = [(norm, norm.momentum, count) for norm, count in counts.items() if count is not None]
     with ExitStack() as stack:
         stack.enter_context(in_eval_mode(model))
@@ -95,7 +95,7 @@ def measure_sums(model: nn.Module, sums: Sequence[PartialSum], batches: Batches)
 
 
 def _all_of(model: nn.Module, measured: Sequence[tuple[nn.Module, Moments | None]]) -> list[Moments]:
-    """What was measured at each module; raises if that is nothing at one of them."""
+    """Return what was measured at each module, or raise `InvalidInput` if no data reached one of them."""
     paths = {module: path for path, module in model.named_modules()}
     found = []
     for module, moments in measured:
@@ -113,12 +113,12 @@ def _give_back(norm: Layer, momentum: float | None, count: Tensor) -> None:
 
 
 class PartialSum:
-    """Part of a block's sum, listened to.
+    """Part of the sum that a block outputs, measured by hooks.
 
     Args:
-        block: gives the sum out.
-        parts: the modules whose outputs are summed, with the factor of each.
-        instead: a part whose output the block gives out alone while it is listened to.
+        block: module that outputs the sum.
+        parts: modules whose outputs are summed, with the factor of each.
+        instead: part whose output the block outputs alone while the hooks are there.
     """
 
     def __init__(self, block: nn.Module, parts: Mapping[nn.Module, float], instead: nn.Module | None = None) -> None:
@@ -129,11 +129,11 @@ class PartialSum:
         self._all: list[Moments] = []
 
     def hear(self, part: nn.Module, inputs: Any, output: Tensor) -> None:
-        """A forward hook of each part."""
+        """Keep the output of a part. This is the forward hook of each part."""
         self._outputs[part] = output
 
     def close(self, block: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-        """The forward hook of the block."""
+        """Measure the sum, and return the output of `instead`, if there is one. This is the forward hook of the block."""
         total = sum(self._outputs[part].double() * factor for part, factor in self.parts.items())
         assert isinstance(total, Tensor)
         channels = total.transpose(0, 1).flatten(1)
@@ -145,7 +145,7 @@ class PartialSum:
 
     @property
     def moments(self) -> Moments | None:
-        """Averaged over all calls that got any data; None if none did."""
+        """The moments averaged over all calls that got any data; None if none did."""
         if not self._all:
             return None
         means, variances = ([getattr(each, name) for each in self._all] for name in ("mean", "variance"))
@@ -153,7 +153,7 @@ class PartialSum:
 
 
 class _Sums:
-    """A forward pre-hook that measures its input in float64; batch by batch, so that a mean far from zero costs no digits."""
+    """A forward pre-hook that measures its input in float64. It works batch by batch, so that a mean far from zero costs no digits."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -170,14 +170,14 @@ class _Sums:
 
 
 def _pooled(a: Moments, b: Moments, share: float) -> Moments:
-    """Of two sets of data together, of which `share` is the second."""
+    """Return the moments of two sets of data together. `share` is the part of all data that is in the second."""
     apart = b.mean - a.mean
     between = apart.square() * share * (1 - share)
     return Moments(a.mean + apart * share, a.variance + (b.variance - a.variance) * share + between)
 
 
 def run(model: nn.Module, batches: Batches) -> None:
-    """Run the model on every batch, on the model's device and as it is written: code that was compiled hears no hook."""
+    """Run the model on every batch, on the model's device. Compiled code runs uncompiled, because otherwise it would call no hooks."""
     count, device = 0, device_of(model)
     for batch in batches:
         several = isinstance(batch, (tuple, list))
@@ -200,13 +200,13 @@ def run(model: nn.Module, batches: Batches) -> None:
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Asked for only where something was compiled, for it takes a second to load."""
+    """Return a context in which compiled code runs uncompiled. Loading torch's compiler takes a second, so don't load it for this."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and afterwards each module's own mode again."""
+    """Put the model into eval mode inside, and give each module its own mode back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-adds, and its latency beside that of others."""
+"""The cost of a model: parameters, multiply-adds, and its latency beside that of other models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable or not; a shared parameter counts once.
+    """Count the parameters, trainable or not. A shared parameter counts once.
 
     >>> count_parameters(nn.Conv2d(3, 8, 3))
     224
@@ -24,7 +24,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, x: Tensor) -> int:
-    """Multiply-adds of the convs and matrix products for one forward pass of `x` in eval mode; the model is not changed.
+    """Count the multiply-adds of convs and matrix products in one forward pass of `x` in eval mode. The model is not changed.
 
     >>> count_macs(nn.Conv2d(3, 8, 3, groups=1), torch.zeros(1, 3, 5, 5)) == 3 * 8 * 9 * 9
     True
@@ -42,7 +42,7 @@ def count_macs(model: nn.Module, x: Tensor) -> int:
 
 
 class _Flops(TorchDispatchMode):
-    """torch's formulas without the hooks of torch's counter: where a hook listens, squeezed blocks run branch by branch."""
+    """A counter with torch's formulas but without its counter's hooks: where a hook listens, squeezed blocks run branch by branch."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -62,7 +62,9 @@ class _Flops(TorchDispatchMode):
 
 
 def count_macs_in_batch(model: nn.Module, x: Tensor, batch: int) -> int:
-    """The same for one image, `x`, of so many in a batch, which share what is done once for all: the kernels of squeezed blocks.
+    """Count the multiply-adds for one image, `x`, of a batch of `batch` images.
+
+    The images share the work that is done once for all of them: the kernels of squeezed blocks.
 
     >>> count_macs_in_batch(nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 5, 5), 128) == 3 * 8 * 9 * 9
     True
@@ -74,7 +76,7 @@ def count_macs_in_batch(model: nn.Module, x: Tensor, batch: int) -> int:
 def measure_latency(
     candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 30, warm_up: int = 3, limit: float = 5.0
 ) -> dict[str, float]:
-    """Median seconds per call of each candidate; see `measure_times`."""
+    """Return the median seconds per call of each candidate; see `measure_times`."""
     times = measure_times(candidates, rounds=rounds, warm_up=warm_up, limit=limit)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
@@ -82,13 +84,13 @@ def measure_latency(
 def measure_times(
     candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 30, warm_up: int = 3, limit: float = math.inf
 ) -> dict[str, list[float]]:
-    """Seconds of each call of each candidate, taken in turns so that all see the same state of the machine.
+    """Return the seconds of each call of each candidate. The candidates take turns, so that all see the same state of the machine.
 
     Each turn begins with the next candidate, so that none always follows the same other one.
 
     Args:
-        rounds: turns, after `warm_up` that don't count.
-        limit: seconds after which no further turn begins, once there was one that counts.
+        rounds: number of turns that count, after `warm_up` turns that don't.
+        limit: seconds after which no further turn begins, once one turn has counted.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     order = list(candidates)
@@ -106,7 +108,7 @@ def measure_times(
 
 def _time(candidate: Callable[[], Any]) -> float:
     _wait_for_device()
-    if torch.cuda.is_available():  # by the device's own clock, which also counts the waiting for what runs on the CPU
+    if torch.cuda.is_available():  # the device's own clock also counts the time in which the device waits for the CPU
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         candidate()

@@ -1,4 +1,4 @@
-"""How far two outputs are apart: tensors in any nesting of tuples, lists, mappings and dataclasses."""
+"""The difference between two outputs: tensors in any nesting of tuples, lists, mappings and dataclasses."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Difference:
     """How far one output is from its reference.
 
     Args:
-        where: which output: ``output 0``, ``output 'out'``, ``output 1[0]``.
+        where: name of the output: ``output 0``, ``output 'out'``, ``output 1[0]``.
         error: ``max |a - b| / max |a|`` for a reference a; for an integer, or where all of a is zero, ``max |a - b|``.
         absolute: ``max |a - b|``.
-        problem: why no number says it, and both errors are infinite: another shape, NaN, an infinity in one only.
+        problem: why there is no number: another shape, NaN, or an infinity in only one of the two. Both errors are then infinite.
     """
 
     where: str
@@ -32,7 +32,7 @@ class Difference:
 
 
 def differences(reference: object, value: object) -> list[Difference]:
-    """Compare output by output; one `Difference` with a problem where the two are not built alike.
+    """Compare output by output. If the two are not built alike, return one `Difference` with a problem.
 
     Tuples and lists count as the same, and so do all mappings. NaN equals nothing; an infinity equals itself.
     Integers must be equal.
@@ -53,19 +53,19 @@ def differences(reference: object, value: object) -> list[Difference]:
 
 
 def worst(found: list[Difference]) -> Difference:
-    """The largest of at least one difference."""
+    """Return the largest of at least one difference."""
     return max(found, key=lambda difference: difference.error)
 
 
 def leaves(value: object) -> Iterator[tuple[str, object]]:
-    """What a nested output holds, each with its name."""
+    """Yield every value that a nested output holds, with its name."""
     children = _children(value)
     for key, child in [(0, value)] if children is None else children:
         yield from _nested(f"output {key!r}", child)
 
 
 def count_numbers(value: object) -> int:
-    """How many numbers a nested output holds."""
+    """Count the numbers that a nested output holds."""
     return sum(
         leaf.numel() if isinstance(leaf, Tensor) else isinstance(leaf, (int, float)) for _, leaf in leaves(value)
     )

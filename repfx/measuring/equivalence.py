@@ -1,4 +1,4 @@
-"""The proof that two models compute the same function on an example, and the first module at which they part if not."""
+"""The proof that two models compute the same function on an example; if they don't, the first module at which they differ."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from repfx.measuring.difference import Difference, count_numbers, differences, w
 from repfx.measuring.in_float64 import Inputs, describe, double_copy, map_tensors, run_double
 from repfx.records.provenance import Provenance, provenance_of
 
-# By the coarsest parameter: its dtype is the one to which a rewritten weight was rounded.
+# Chosen by the coarsest parameter, because a rewritten weight was rounded to its dtype.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-1, torch.bfloat16: 5e-1}
 
 
 @dataclass(frozen=True)
 class ModuleDifference:
-    """The first module at which two models part.
+    """The first module at which two models differ.
 
     Args:
-        path: where the module is in the model.
-        reference_path: the module of the reference whose output it should have given.
-        difference: how far its output is off.
-        provenance: what it was made from, if it was rewritten.
+        path: path of the module in the model.
+        reference_path: path of the module in the reference whose output it should have.
+        difference: distance of its output from that one.
+        provenance: origin of the module, if it was rewritten.
         suspects: rewritten modules without a counterpart that ran after the last untouched module that agreed.
     """
 
@@ -51,17 +51,17 @@ class ModuleDifference:
 
 @dataclass(frozen=True)
 class EquivalenceReport:
-    """What `check_equivalent` found.
+    """The findings of `check_equivalent`.
 
     Args:
         equivalent: whether every output is within the tolerance.
-        max_error: the worst output's ``max |a - b| / max |a|``; infinite where no number says it (`problem`).
-        max_absolute_error: the largest ``max |a - b|`` of any output.
-        tolerance: what `max_error` was held against.
-        output: the worst output, as ``output 0`` or ``output 'out'``.
-        problem: another structure or shape, NaN, an infinity, or what the model raised; None where numbers say it all.
-        first_difference: the first module, in the order of execution, at which the models part; None where they don't,
-            or where no module has a counterpart to be compared with.
+        max_error: ``max |a - b| / max |a|`` of the worst output; infinite if there is no number (see `problem`).
+        max_absolute_error: largest ``max |a - b|`` of any output.
+        tolerance: the bound for `max_error`.
+        output: name of the worst output, such as ``output 0`` or ``output 'out'``.
+        problem: another structure or shape, NaN, an infinity, or what the model raised; None if numbers show the difference.
+        first_difference: first module, in the order of execution, at which the models differ; None if they don't,
+            or if no module has a counterpart to be compared with.
     """
 
     equivalent: bool
@@ -83,15 +83,15 @@ class EquivalenceReport:
 def check_equivalent(
     reference: nn.Module, model: nn.Module, x: Inputs, *, tolerance: float | None = None, raises: bool = True
 ) -> EquivalenceReport:
-    """Check that two models give the same outputs on x: in eval mode, in float64, on copies.
+    """Check that two models give the same outputs on x. Copies of them run in eval mode and in float64.
 
     Models, inputs, modes, buffers and random number generators stay as they are. Inputs are moved to each model's
-    device; those that are no floats keep their dtype.
+    device; inputs that are no floats keep their dtype.
 
     Args:
         reference: the model that is right.
         model: the model to check.
-        x: a tensor, a tuple of positional inputs, a dict of keyword inputs, or a list that is one input, as a detector's images.
+        x: a tensor, a tuple of positional inputs, a dict of keyword inputs, or a list that is one input, such as a detector's images.
         tolerance: allowed ``max |a - b| / max |a|`` of each output a of the reference (``max |a - b|`` for integers,
             and where a is zero). None takes it from the coarsest floating parameter of both models, since weights that
             were rewritten have been rounded once to that dtype:
@@ -100,8 +100,8 @@ def check_equivalent(
             - float32, 1e-5: rounding shows as 2e-7 to 3e-6 (ResNet, VGG, MobileNet, DenseNet, RegNet with random
               statistics); a BatchNorm's eps forgotten shows as 3e-5 in one layer and more in a net.
             - float16, 1e-1, and bfloat16, 5e-1: rounding shows as up to 3e-2 and 2e-1 in the same nets. These bounds
-              tell a wrong structure, not a forgotten eps: check in float32 before you convert.
-        raises: raise when the outputs differ; False returns the report instead.
+              reveal a wrong structure, not a forgotten eps: check in float32 before you convert.
+        raises: whether to raise an error if the outputs differ; False returns the report instead.
 
     Raises:
         EquivalenceError: an output differs, in structure, shape or number, or holds NaN; its ``report`` is the report.
@@ -134,7 +134,7 @@ def check_equivalent(
 
 
 def default_tolerance(*models: nn.Module) -> float:
-    """What `check_equivalent` allows models of these dtypes.
+    """Return the tolerance of `check_equivalent` for models of these dtypes.
 
     >>> default_tolerance(nn.Linear(1, 1), nn.Linear(1, 1).double())
     1e-05
@@ -149,12 +149,12 @@ def _bound(reference: nn.Module, model: nn.Module, tolerance: float | None) -> f
             raise InvalidInput(f"{name} is of type {type(given).__name__}, not a torch.nn.Module.")
     if reference is model:
         raise InvalidInput(
-            "reference and model are one object, which always equals itself: keep a copy.deepcopy() of what it was."
+            "reference and model are one object, so they are always equal: keep a copy.deepcopy() of the model as it was."
         )
     if tolerance is None:
         return default_tolerance(reference, model)
     if not 0 <= tolerance < math.inf:
-        raise InvalidInput(f"tolerance is {tolerance}: it must be a number from 0 upwards.")
+        raise InvalidInput(f"tolerance is {tolerance}: it must be finite and at least 0.")
     return tolerance
 
 
@@ -183,7 +183,7 @@ def _compare(expected: Any, model: nn.Module, x: Inputs) -> list[Difference]:
 
 
 def _first_difference(reference: nn.Module, model: nn.Module, x: Inputs, bound: float) -> ModuleDifference | None:
-    """Run both once more, keep what the reference's modules give and hold the model's against it, call by call."""
+    """Run both models once more, and compare the outputs of the model's modules with those of the reference's modules, call by call."""
     counterparts = _counterparts(reference, model)
     comparison = _Comparison(_outputs_by_path(reference, set(counterparts.values()), x), bound)
     with ExitStack() as hooks:
@@ -201,7 +201,7 @@ def _first_difference(reference: nn.Module, model: nn.Module, x: Inputs, bound: 
 
 
 def _counterparts(reference: nn.Module, model: nn.Module) -> dict[str, str]:
-    """Paths of the model's modules whose outputs must equal a module's of the reference, with the path of that one."""
+    """Return the path of each module whose outputs must equal those of a module of the reference, with the path of that module."""
     known = dict(reference.named_modules(remove_duplicate=False))
     pairs = {}
     for path, module in model.named_modules():
@@ -217,7 +217,7 @@ def _counterparts(reference: nn.Module, model: nn.Module) -> dict[str, str]:
 def _speaks_of(provenance: Provenance, path: str, known: Mapping[str, nn.Module]) -> bool:
     """Whether the model that a provenance was written for can be the reference, and is not one before or after it.
 
-    That model had all the sources, and at the path of a new module nothing that the module was not made from.
+    That model had all the sources. At the path of a new module it had nothing, unless the new module was made from that.
     """
     made_from = {*provenance.sources, provenance.equals}
     is_new = not any(source == path or str(source).startswith(f"{path}.") for source in made_from)
@@ -242,7 +242,7 @@ def _recorder(outputs: list[Any]) -> Callable[..., None]:
 
 
 class _Comparison:
-    """Hooks that hold a model's modules against what the reference's modules gave, up to the first difference."""
+    """Hooks that compare the outputs of a model's modules with those of the reference's modules, up to the first difference."""
 
     def __init__(self, expected: dict[str, list[Any]], bound: float) -> None:
         self.expected = expected

@@ -1,4 +1,4 @@
-"""Running a copy of any model wholly in float64, so that what two models compute can be told from how they round it."""
+"""Runs of copies of any model wholly in float64, so that what two models compute can be told from how they round it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CASTS: set[object] = {Tensor.float, Tensor.half, Tensor.bfloat16}
 
 
 def double_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode that shares nothing with the model and whose every floating tensor is float64.
+    """Return a copy in eval mode that shares nothing with the model. Every floating tensor of it is float64.
 
     Raises:
         InvalidInput: the model can't be copied, or has parameters without values.
@@ -43,10 +43,10 @@ def double_copy(model: nn.Module) -> nn.Module:
 
 
 def run_double(model: nn.Module, x: Inputs) -> Any:
-    """The outputs of a `double_copy` on x in float64 and on the model's device, without gradients and from one seed.
+    """Return the outputs of a `double_copy` on x in float64 and on the model's device, without gradients and from one seed.
 
-    What the model creates on its way, or casts to a narrower type, is float64 too. The state of the random number
-    generators and the default dtype are as before afterwards.
+    Tensors that the model creates on its way, or casts to a narrower type, are float64 too. Afterwards the state of the
+    random number generators and the default dtype are as before.
     """
     args, kwargs = as_arguments(widened(x, device_of(model)))
     # A GraphModule's own call prints its code to stderr when its forward raises.
@@ -56,7 +56,7 @@ def run_double(model: nn.Module, x: Inputs) -> Any:
 
 
 def as_arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and the keyword arguments that x stands for.
+    """Return the positional and the keyword arguments that x means.
 
     Raises:
         InvalidInput: x is not a tensor, a tuple, a list or a dict with string keys.
@@ -79,7 +79,7 @@ def as_arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def describe(x: object) -> str:
-    """Types and shapes of an input in a few words.
+    """Describe the types and shapes of an input in a few words.
 
     >>> describe((torch.zeros(2, 3), 1))
     '(float32 [2, 3], 1)'
@@ -109,19 +109,19 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def widened(x: Any, device: torch.device | None) -> Any:
-    """Copies of the tensors of x, the floating ones in float64, on a device if one is named."""
+    """Copy the tensors of x, the floating ones to float64, and all of them to `device` if one is given."""
     return map_tensors(lambda tensor: tensor.detach().to(device, _WIDE.get(tensor.dtype, tensor.dtype), copy=True), x)
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """The one device that all of a model is on, else None."""
+    """Return the device that all tensors of a model are on, or None if there is no such device."""
     devices = {tensor.device for module in model.modules() for _, tensor in _own_tensors(module)}
     return devices.pop() if len(devices) == 1 else None
 
 
 @contextmanager
 def seeded(model: nn.Module) -> Iterator[None]:
-    """Inside, random numbers start from one seed on each device of the model; afterwards they go on undisturbed."""
+    """Let random numbers inside start from one seed on each device of the model. Afterwards the generators go on undisturbed."""
     used = {tensor.device for module in model.modules() for _, tensor in _own_tensors(module)}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -136,7 +136,7 @@ def seeded(model: nn.Module) -> Iterator[None]:
 
 
 class _DoublePrecision(TorchFunctionMode):
-    """Casts to a narrower type, and tensors created in one, become float64."""
+    """A mode in which casts to a narrower type, and tensors created in one, become float64."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -152,7 +152,7 @@ def _wide(value: Any) -> Any:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """What torch creates inside is of this dtype, where nobody says otherwise."""
+    """Make this dtype the default inside, for tensors that are created without one."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -162,7 +162,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers and plain tensors that a module holds itself; `nn.utils.weight_norm` keeps its weight so."""
+    """Yield the parameters, buffers and plain tensors that a module holds itself. `nn.utils.weight_norm` keeps a plain one."""
     for held in (module._parameters, module._buffers, vars(module)):
         for name, value in held.items():
             if isinstance(value, Tensor):

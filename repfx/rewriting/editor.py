@@ -1,4 +1,4 @@
-"""`Editor`: the one place where graphs are changed. It replaces matches by nodes, counts, and stamps where each came from."""
+"""`Editor`: the one place where rules change graphs. It replaces matches by nodes, lists its edits, and notes each node's origin."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from repfx.rewriting.view import META, View
 
 @dataclass(frozen=True)
 class Merged:
-    """What is known of a node that stands for a merged kernel."""
+    """Notes on a node whose kernel rules have merged. The kernel itself is in the view."""
 
     template: Layer
     path: str
@@ -45,7 +45,7 @@ class Merged:
 
 @dataclass
 class Editor:
-    """Edits the graph of one island and writes the outcome into its module."""
+    """An editor of the graph of one island, which writes the outcome into the island's module."""
 
     view: View
     island: Island
@@ -54,9 +54,9 @@ class Editor:
     _placed: list[str] = field(default_factory=list)
     _settled: set[fx.Node] = field(default_factory=set)
 
-    @torch.no_grad()  # else what the backward pass would need of each product stays until the model is written
+    @torch.no_grad()  # otherwise autograd would keep the operands of each product until the model is written
     def apply(self, rule: Rule, match: Match) -> fx.Node:
-        """Replace a match by one node; returns what now stands where the match began."""
+        """Replace a match by one node. Return that node, or the source of the match if the match was the identity."""
         node = self._replace(rule, match)
         self.view.graph_changed()
         return node
@@ -95,7 +95,7 @@ class Editor:
             total = reduce(_add_term(graph), match.remainder, node)
         match.root.replace_all_uses_with(total)
         inside = set(match.nodes)
-        for old in match.nodes:  # what is still used is asked for its shape (`used_once`), which `node` has too
+        for old in match.nodes:  # users outside only ask for the shape (`used_once`), which `node` has too
             old.replace_all_uses_with(node, lambda user: user not in inside)
         for old in match.nodes:
             graph.erase_node(old)
@@ -103,9 +103,10 @@ class Editor:
             self.merged.pop(old, None)
 
     def settle(self, node: fx.Node) -> None:
-        """Round what a node reads that no rule can merge any more, now that none has at this node, which is no linear map itself.
+        """Finish the kernel that feeds `node`, at which no rule fired: round it to the dtype of its module.
 
-        So no more than a few kernels at a time are in float64. A node that reads several, as a concatenation, may yet be merged.
+        If `node` is not linear, nothing can merge with that kernel any more. If `node` reads a sum, the kernels of its terms are rounded.
+        So only a few kernels at a time are in float64. A node that reads several others, such as a concatenation, may yet be merged.
         """
         if self.view.op(node) is not None or len(node.all_input_nodes) != 1:
             return
@@ -127,7 +128,7 @@ class Editor:
         self.view.set_kernel(node, replace(kernel, weight=rounded(kernel.weight, dtype), bias=bias))
 
     def _template(self, match: Match) -> Op:
-        """The op whose module lends its path and settings to the merged conv: the first of those with the largest window."""
+        """Return the op whose module lends its path and settings to the merged conv: the first one with the largest window."""
         convs = [op for op in match.ops if self.view.is_conv(op.node)]
         return max(convs, key=lambda op: _window(self._template_module(op)))
 
@@ -185,7 +186,7 @@ class Editor:
         return replace(own, moments=reduce(Moments.add, known) if len(known) == len(norms) else None)
 
     def _norm_of_term(self, term: Term) -> FoldedNorm | None:
-        """The last BatchNorm of a path, unless another map than a scale or shift comes after it."""
+        """Return the last BatchNorm of a path. Return None if there is none, or if a map other than the identity comes after it."""
         norm: FoldedNorm | None = None
         for op in term.ops:
             module: Layer | None = self.view.module(op.node)
@@ -200,12 +201,12 @@ class Editor:
     # ---- back to modules
 
     def lower(self) -> None:
-        """Write every merged kernel into a plain conv; one that is all that is left of a block takes the block's path."""
+        """Write every merged kernel into a plain conv. A conv that is all that is left of a block takes the block's path."""
         self._erase_unused_constants()
         inside = self._calls_inside()
         for node, notes in self.merged.items():
             kernel = self.view.kernels[node]
-            self.view.kernels[node] = kernel.to(META)  # the numbers go as soon as they are written
+            self.view.kernels[node] = kernel.to(META)  # so that the numbers are freed as soon as they are written
             block_path = self._block_path(node, inside)
             path = notes.path if block_path is None else block_path
             conv = conv_from_kernel(kernel, notes.template, self.island.full_path(path))
@@ -215,18 +216,18 @@ class Editor:
                 remember_norm(conv, replace(norm, bias=notes.template.bias is not None))
             if not is_symmetric(kernel.padding) and not isinstance(conv.padding, str):
                 self._pad_before(node, kernel)
-            node.target = path or notes.path  # an island that is a block has no other place for its conv
+            node.target = path or notes.path  # `path` is empty if the island itself is the block
             set_submodule(self.view.root, str(node.target), conv)
         self._remove_unused_places()
 
     def _erase_unused_constants(self) -> None:
-        """What kernels have absorbed: scales, shifts, and all that weights were computed from."""
+        """Erase the nodes that kernels have absorbed: scales, shifts, and everything that weights were computed from."""
         for node in reversed(list(self.view.graph.nodes)):
             if not node.users and self.view.constants.depends_on_parameters_alone(node):
                 self.view.graph.erase_node(node)
 
     def _remove_unused_places(self) -> None:
-        """Convs that were put where there was none, and have been merged into others since."""
+        """Remove the convs that the editor added at new paths and that have been merged into others since."""
         called = {node.target for node in self.view.graph.nodes if node.op == "call_module"}
         for path in self._placed:
             if path not in called:
@@ -234,12 +235,12 @@ class Editor:
                 delattr(self.view.root.get_submodule(owner), name)
 
     def _calls_inside(self) -> Counter[str]:
-        """How many nodes call or read something inside each module, by its path in the island."""
+        """Return how many nodes call or read something inside each module, by the module's path in the island."""
         called = (str(node.target) for node in self.view.graph.nodes if node.op in ("call_module", "get_attr"))
         return Counter(path for target in called for path in outer_paths(target))
 
     def _block_path(self, node: fx.Node, inside: Counter[str]) -> str | None:
-        """The outermost block of which `node` is all that is left, or None."""
+        """Return the path of the outermost block of which `node` is all that is left, or None."""
         for path in outer_paths(str(node.target)):
             if not path and not self.island.path:
                 continue
@@ -261,7 +262,7 @@ class Editor:
         return replace(norm, conv=conv)
 
     def _pad_before(self, node: fx.Node, kernel: Kernel) -> None:
-        """torch's convs pad both sides alike; what they can't is padded before them."""
+        """Pad in front of a conv whose two sides need different padding, because torch's convs pad both sides alike."""
         grow = [max(side, 0) for pair in reversed(kernel.padding) for side in pair]
         crop = [min(side, 0) for pair in reversed(kernel.padding) for side in pair]
         source = node.args[0]
@@ -275,7 +276,7 @@ class Editor:
 
 
 def _without_rounded_bias(match: Match, like: Tensor, *, owned: bool) -> Kernel:
-    """The kernel of a match, without a bias that is nothing but what rounding left of two that cancel."""
+    """Return the kernel of a match. Leave out its bias if that is only the rounding error of shifts that cancel."""
     kernel = match.kernel(like, owned=owned)
     if kernel.bias is None or kernel.bias.is_meta or len(match.ops) < 2:
         return kernel

@@ -1,4 +1,4 @@
-"""Why convs and BatchNorms stay: the rule that was nearest, what stands in the way, or that there is no rule."""
+"""Reasons why convs and BatchNorms stay: the rule that came nearest, what stands in the way, or that there is no rule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NearMisses = Mapping[fx.Node, list[Skip]]
 
 
 def left_alone(editor: Editor, near_misses: NearMisses) -> list[Skip]:
-    """What users may have expected to go: BatchNorms, layers that can't be read, and each near miss of a rule."""
+    """Return a skip for each thing that users may have expected to go: BatchNorms, layers that can't be read, near misses of a rule."""
     skips = []
     for node in editor.view.graph.nodes:
         path = _path(node, editor)
@@ -35,7 +35,7 @@ def left_alone(editor: Editor, near_misses: NearMisses) -> list[Skip]:
 
 
 def all_that_stays(editor: Editor, near_misses: NearMisses) -> list[Skip]:
-    """Every conv and BatchNorm that is in the graph now, with the reason."""
+    """Return a skip for every conv and BatchNorm that is in the graph now, with the reason."""
     return [
         Skip(_path(node, editor), _reason(node, editor, near_misses))
         for node in editor.view.graph.nodes
@@ -44,7 +44,7 @@ def all_that_stays(editor: Editor, near_misses: NearMisses) -> list[Skip]:
 
 
 def left_outside(model: nn.Module, traces: Traces) -> Iterator[Skip]:
-    """Convs and BatchNorms of a model that no graph calls."""
+    """Yield a skip for each conv and BatchNorm of a model that no graph calls."""
     called = {
         island.full_path(str(node.target))
         for island in traces.islands
@@ -71,7 +71,7 @@ def _reason(node: fx.Node, editor: Editor, near_misses: NearMisses) -> str:
 
 
 def _no_rule(node: fx.Node, view: View) -> str:
-    """What stands next to a node, where no rule applies."""
+    """Return why no rule applies to a node: what comes before or after it, or that a functional conv depends on the input."""
     if is_functional_conv(node):
         return "its weight or sizes depend on the input"
     if not _is_plain_conv(node, view):
@@ -82,7 +82,7 @@ def _no_rule(node: fx.Node, view: View) -> str:
 
 
 def _name(node: fx.Node, view: View) -> str:
-    """What a node is, in a word."""
+    """Name a node by the class of its module, by its function, or as the input or output."""
     if node.op in ("placeholder", "output"):
         return {"placeholder": "the input", "output": "the output"}[node.op]
     module = view.module(node)
@@ -102,5 +102,5 @@ def _is_plain_conv(node: fx.Node, view: View) -> bool:
 
 
 def _path(node: fx.Node, editor: Editor) -> str:
-    """Of the module that a node calls, or else the node's name."""
+    """Return the path in the model of the module that a node calls, or else the node's name."""
     return editor.island.full_path(str(node.target) if node.op == "call_module" else node.name)

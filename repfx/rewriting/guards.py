@@ -1,4 +1,4 @@
-"""The conditions of rules: each is one question about a match, and answers with the reason against it, or None."""
+"""The conditions of rules. Each guard asks one question about a match and returns the reason against the match, or None."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from repfx.rewriting.view import META, View
 
 
 def used_once(match: Match, view: View) -> str | None:
-    """What lies inside the match is used by nobody else, unless for its shape, which the merged conv's output has too."""
+    """Require that no other node uses what lies inside the match, except for a shape that the merged conv's output has too."""
     inside = set(match.nodes)
     for node in match.nodes[1:]:
         outside = [user for user in node.users if user not in inside and not _asks_for_the_shape(user, node, match)]
@@ -30,7 +30,7 @@ def _asks_for_the_shape(user: fx.Node, node: fx.Node, match: Match) -> bool:
 
 
 def unmutated(match: Match, view: View) -> str | None:
-    """Nobody changes what the match reads before its root is reached, or relies on the match itself doing so."""
+    """Require that no node changes what the match reads before its root is reached, and that none relies on the match to do so."""
     inside = set(match.nodes)
     node = min(inside)
     while node is not match.root.next:
@@ -44,7 +44,7 @@ def unmutated(match: Match, view: View) -> str | None:
 
 
 def _relied_on(written: fx.Node, inside: set[fx.Node], view: View) -> str | None:
-    """The match writes into a tensor from outside, which will no longer be changed."""
+    """Refuse a match that writes into a tensor from outside, because the merged conv won't change that tensor."""
     memory = may_share_memory(written, view.root)
     for node in view.graph.nodes:
         needed = node not in inside and any(user not in inside for user in node.users)
@@ -54,21 +54,21 @@ def _relied_on(written: fx.Node, inside: set[fx.Node], view: View) -> str | None
 
 
 def _halfway(node: fx.Node, written: fx.Node, match: Match, view: View) -> str | None:
-    """Someone else writes into what the match reads while it is being computed."""
+    """Refuse a match if another node writes into what the match reads while it is being computed."""
     memory = may_share_memory(written, view.root)
     for source in (match.source, *(term for _, term in match.remainder)):
         if source < node and memory & may_share_memory(source, view.root):
-            return f"{node.name!r} changes {source.name!r} in place halfway"
+            return f"{node.name!r} changes {source.name!r} in place between the calls that would be merged"
     return None
 
 
 def weight_of_its_own(match: Match, view: View) -> str | None:
-    """No other call reads the weight that a functional conv is given, or what that is computed from."""
+    """Require that no other call reads the weight of a functional conv, or what that weight is computed from."""
     return "its weight is read elsewhere in the model" if is_shared(match.root) else None
 
 
 def is_convolution(match: Match, view: View) -> str | None:
-    """The algebra has a kernel for the match, borders included."""
+    """Require that the algebra has a kernel for the match, borders included."""
     try:
         _ = match.form
     except NoKernel as reason:
@@ -77,17 +77,17 @@ def is_convolution(match: Match, view: View) -> str | None:
 
 
 def no_dearer(match: Match, view: View) -> str | None:
-    """The merged conv has no more weights than the convs it replaces; so it needs no more multiply-adds either."""
+    """Require that the merged conv has no more weights than the convs it replaces. So it needs no more multiply-adds either."""
     after = match.form.weight.numel()
     distinct = {tuple(op.node for op in term.ops): term for term in match.terms}  # a sum may read one path twice
     before = sum(count for term in distinct.values() for count in _weights(term, match))
     if after > before:
-        return f"the merged conv would have {after} weights, the present ones have {before}"
+        return f"the merged conv would have {after} weights, the convs it replaces have {before}"
     return None
 
 
 def _weights(term: Term, match: Match) -> Iterator[int]:
-    """How many weights each conv of a term has."""
+    """Yield how many weights each map of a term has: 0 for a map that is no conv."""
     channels, dimensions = match.sizes()
     for op in term.ops:
         kernel = op.meaning.build(META, channels, dimensions)
@@ -96,7 +96,7 @@ def _weights(term: Term, match: Match) -> Iterator[int]:
 
 
 def channels_stay_put(match: Match, view: View) -> str | None:
-    """A linear layer acts on the last axis, BatchNorm1d on the second: they meet only on ``(batch, channels)``."""
+    """Require ``(batch, channels)`` where a linear layer, which acts on the last axis, meets BatchNorm1d, which acts on the second."""
     if match.sizes()[1] != 0:
         return None
     norms = [op.node for op in match.ops if isinstance(view.module(op.node), nn.BatchNorm1d | nn.SyncBatchNorm)]
@@ -106,7 +106,7 @@ def channels_stay_put(match: Match, view: View) -> str | None:
 
 
 def input_is_known(match: Match, view: View) -> str | None:
-    """Arithmetic on the model's own input stays: that may be of integers, or of one channel that a constant makes several of."""
+    """Refuse arithmetic on the model's own input, which may hold integers, or one channel that a constant makes into several."""
     first = match.ops[0]
     if view.module(first.node) is not None:
         return None
@@ -114,23 +114,23 @@ def input_is_known(match: Match, view: View) -> str | None:
     while source.op != "placeholder" and len(source.all_input_nodes) == 1 and not _is_layer(source, view):
         source = source.all_input_nodes[0]
     if source.op == "placeholder":
-        return "the input may be of integers, or have fewer channels than the constant"
+        return "the input may hold integers, or have fewer channels than the constant"
     op = view.op(source)
     if op is not None and op.meaning.kind == "conv":
         out_channels = op.meaning.build(META, op.meaning.in_channels or 0, op.meaning.dimensions or 0).out_channels
         if out_channels != match.sizes()[0]:
-            return f"the constant makes {match.sizes()[0]} channels of {out_channels}"
+            return f"the constant makes {out_channels} channels into {match.sizes()[0]}"
     return None
 
 
 def _is_layer(node: fx.Node, view: View) -> bool:
-    """Whether a node's output has a fraction, and as many channels as the module says."""
+    """Whether a node surely outputs fractional numbers, with as many channels as its module says."""
     module = view.module(node)
     return view.is_conv(node) or (module is not None and has_tensors(module))
 
 
 def pads_alike(match: Match, view: View) -> str | None:
-    """torch's conv can pad as the merged kernel wants it; otherwise a padding layer would only be replaced by another."""
+    """Require that torch's conv can pad as the merged kernel needs. Otherwise one padding layer would only replace another."""
     if is_symmetric(match.form.padding):
         return None
     return "a conv pads both sides alike, this padding doesn't"

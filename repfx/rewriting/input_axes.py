@@ -1,8 +1,8 @@
-"""How many axes the inputs of linear layers and BatchNorms have, as a run of the model on the meta device shows.
+"""The number of axes of the inputs of linear layers and BatchNorms, found by running the model on the meta device.
 
-BatchNorm1d counts its channels on the second axis, a linear layer on the last, so the number of axes decides whether the two agree; a
-graph alone often doesn't say. The run computes no numbers. It starts from what the model's first conv takes; of a model without convs
-nothing is known.
+BatchNorm1d counts its channels on the second axis, a linear layer on the last. So the number of axes decides whether the two agree, and a
+graph alone often doesn't show it. The run computes no numbers. Its input is what the model's first conv takes, so nothing is known of a
+model without convs.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from repfx.algebra.layers import BATCH_NORMS, is_conv
 from repfx.records.notes import copy_without_numbers
 
-_SIDES = (224, 64, 32)  # of the inputs that are tried
+_SIDES = (224, 64, 32)  # side lengths of the inputs that are tried
 
 
 class InputAxes:
-    """Of a model, by module path; the model is run once, on a copy without numbers, when it is first asked.
+    """The numbers of axes in a model, by module path. The first question runs a copy of the model without numbers, once.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4))
     >>> InputAxes(model).of("4"), InputAxes(nn.Sequential(nn.Linear(8, 4))).of("0")
@@ -32,7 +32,7 @@ class InputAxes:
         self._model = model
 
     def of(self, path: str) -> int | None:
-        """The axes of what the module at `path` is called with, the batch among them; None if that isn't known or differs."""
+        """Return how many axes the input of the module at `path` has, batch included. Return None if that isn't known or calls differ."""
         seen = self._seen.get(path, set())
         return next(iter(seen)) if len(seen) == 1 else None
 
@@ -58,14 +58,14 @@ class InputAxes:
             try:
                 with torch.no_grad():
                     twin(x)
-            except Exception:  # of another size, or a model that looks at numbers; what was seen until here holds
+            except Exception:  # the size doesn't fit, or the model looks at numbers; what was seen until here holds
                 continue
             break
         return seen
 
 
 def _without_numbers(model: nn.Module) -> nn.Module:
-    """A copy in eval mode on the meta device."""
+    """Return a copy in eval mode on the meta device."""
     scratch: nn.Module = copy_without_numbers(model)
     scratch.eval()
     return scratch

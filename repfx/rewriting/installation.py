@@ -1,9 +1,9 @@
-"""Putting the graph of an island to work in the place of its module, so that code around it finds what it found before.
+"""Installation of an island's graph in place of its module. Code around the module finds what it found before.
 
-A module becomes a `torch.fx.GraphModule` with the attributes of the original. What its graph never used stays, so that a state dict has
-the same keys. Two kinds of module keep their own form, since code around them may iterate over or index them: a plain sequence of
-layers stays one, with identities where layers have been merged, and a block, or a conv with a forward of its own, that has become one
-plain conv is that conv.
+A module becomes a `torch.fx.GraphModule` with the attributes of the original. The parts that its graph never used stay, so that the state
+dict has the same keys. Two kinds of module keep their own form, because code around them may iterate over them or index them. A plain
+sequence of layers stays a sequence, with identities in place of layers that have been merged. A block, or a conv with a forward of its
+own, that has become one plain conv is replaced by that conv.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NOT_SAVED = "repfx_not_saved"
 
 
 def install(model: nn.Module, island: Island) -> nn.Module:
-    """Put the island's graph to work in place of its module; returns the model."""
+    """Put the island's graph in place of its module. Return the model, which is a new module if the island is the whole model."""
     root = model.get_submodule(island.path)
     prepare(root, island)
     join(root, island.graph)
@@ -45,7 +45,7 @@ def install(model: nn.Module, island: Island) -> nn.Module:
 
 
 def prepare(root: nn.Module, island: Island) -> None:
-    """Make a module fit its graph: with the constants that tracing made, and norms that leave their activation to the graph."""
+    """Make a module fit its graph: give it the constants that tracing made, and let its norms leave their activation to the graph."""
     for name, value in island.constants.items():
         setattr(root, name, value)
     bare(root, island.graph)
@@ -55,7 +55,7 @@ def prepare(root: nn.Module, island: Island) -> None:
 
 
 def _chain(graph: fx.Graph) -> list[str] | None:
-    """What a graph calls, one after another, if it does nothing else."""
+    """Return the paths of the modules that a graph calls one after another, or None if the graph does anything else."""
     nodes = list(graph.nodes)
     if [node.op for node in nodes] != ["placeholder", *["call_module"] * (len(nodes) - 2), "output"]:
         return None
@@ -65,7 +65,7 @@ def _chain(graph: fx.Graph) -> list[str] | None:
 
 
 def _keep_sequence(root: nn.Module, calls: list[str]) -> bool:
-    """Leave in the place of each layer of a sequence what is still called of it; False where the calls have another order."""
+    """Replace each layer of a sequence by what is still called of it. Return False, and change nothing, if the calls have another order."""
     left = {path: [call for call in calls if f"{call}.".startswith(f"{path}.")] for path in _layers(root)}
     if [call for parts in left.values() for call in parts] != calls:
         return False
@@ -78,13 +78,13 @@ def _keep_sequence(root: nn.Module, calls: list[str]) -> bool:
 
 
 def _sequence_of(root: nn.Module, paths: list[str]) -> nn.Module:
-    """Modules by their own names, one after another; the identity if there are none."""
+    """Return a sequence of the modules at `paths` under their own names, or the identity if there are none."""
     modules = OrderedDict((path.rpartition(".")[2], root.get_submodule(path)) for path in paths)
     return nn.Sequential(modules) if modules else nn.Identity()
 
 
 def _layers(sequence: nn.Module, prefix: str = "") -> Iterator[str]:
-    """The paths of the layers of a plain sequence, and of those in it, in order."""
+    """Yield the paths of the layers of a plain sequence, and of plain sequences inside it, in order."""
     for name, module in sequence.named_children():
         if is_plain_sequence(module):
             yield from _layers(module, f"{prefix}{name}.")
@@ -105,7 +105,7 @@ def _compile(root: nn.Module, island: Island) -> fx.GraphModule:
 
 
 def _take_over_attributes(compiled: fx.GraphModule, root: nn.Module) -> None:
-    """The plain attributes that code around the module may read."""
+    """Copy the plain attributes of the module, because code around it may read them."""
     own = set(vars(nn.Module())) | set(vars(compiled))
     for name, value in {**_class_attributes(root), **vars(root)}.items():
         if name not in own and not isinstance(value, (nn.Module, torch.Tensor)):
@@ -113,7 +113,7 @@ def _take_over_attributes(compiled: fx.GraphModule, root: nn.Module) -> None:
 
 
 def _class_attributes(root: nn.Module) -> dict[str, object]:
-    """Numbers, texts and tuples of them that the class of a module defines, as values or properties."""
+    """Return the numbers, strings and tuples that the class of a module defines, as values or properties."""
     stop = type(root).__mro__.index(nn.Module)
     names = {name for cls in type(root).__mro__[:stop] if cls is not fx.GraphModule for name in vars(cls)}
     found: dict[str, object] = {}
@@ -125,7 +125,7 @@ def _class_attributes(root: nn.Module) -> dict[str, object]:
 
 
 def _keep_unused(compiled: fx.GraphModule, root: nn.Module, used: frozenset[str]) -> None:
-    """Modules, parameters and buffers that the graph never used."""
+    """Keep the modules, parameters and buffers that the graph never used."""
     touched = {".".join(path.split(".")[:length]) for path in used for length in range(1, path.count(".") + 2)}
     for path, child in root.named_modules(remove_duplicate=False):
         if path in used or _lies_in(path, used):
@@ -156,13 +156,13 @@ def _place_tensor(compiled: nn.Module, path: str, name: str, tensor: torch.Tenso
 
 
 def _not_saved(root: nn.Module) -> set[str]:
-    """The buffers that a GraphModule was told to keep out of its state dict, which copying forgets."""
+    """Return the buffers that a GraphModule was told to keep out of its state dict. The note is needed because copying forgets them."""
     names = kept(root, _NOT_SAVED)
     return set(names) if isinstance(names, tuple) else set()
 
 
 def _save_as_before(compiled: fx.GraphModule, saved: set[str]) -> None:
-    """torch.fx makes every tensor that is no parameter a saved buffer; those that were none before are not saved."""
+    """Keep out of the state dict what was not in it before. torch.fx makes every tensor that is no parameter a saved buffer."""
     others = tuple(name for name, _ in compiled.named_buffers() if name not in saved and _is_own_copy(compiled, name))
     for path in others:
         owner, _, name = path.rpartition(".")
@@ -171,5 +171,5 @@ def _save_as_before(compiled: fx.GraphModule, saved: set[str]) -> None:
 
 
 def _is_own_copy(compiled: fx.GraphModule, name: str) -> bool:
-    """Whether a buffer belongs to the module itself or its graph, and not to a module that it calls."""
+    """Whether a buffer belongs to the module itself or to its graph, not to a module that it calls."""
     return "." not in name or any(node.op == "get_attr" and node.target == name for node in compiled.graph.nodes)

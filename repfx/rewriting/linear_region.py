@@ -1,4 +1,4 @@
-"""`LinearRegion`: a linear part of a graph as one kernel, which is assembled anew from the live modules each time it is asked for."""
+"""`LinearRegion`: a linear part of a graph as one kernel, assembled anew from the live modules each time it is asked for."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class Step:
     """One map on the way through a region.
 
     Args:
-        source: the path of the module that it is, a map without tensors, or a region that was found before.
+        source: the path of a module, a map without tensors, or a region that was found before.
     """
 
     source: str | Meaning | LinearRegion
 
     @classmethod
     def of(cls, op: Op, known: Mapping[fx.Node, LinearRegion]) -> Step:
-        """A node, of which some stand for regions."""
+        """Return the step that an op takes. `known` has the region of each node that calls one."""
         if op.node in known:
             return cls(known[op.node])
         return cls(str(op.node.target) if op.node.op == "call_module" else op.meaning)
 
     def kernel(self, root: nn.Module, like: Tensor, channels: int, dimensions: int) -> Kernel:
-        """The map's, for so many channels and axes, in the dtype and on the device of `like`; differentiable."""
+        """Return the map's kernel for so many channels and axes, in the dtype and on the device of `like`; differentiable."""
         if isinstance(self.source, LinearRegion):
             return self.source.kernel(root, like)
         if isinstance(self.source, Meaning):
@@ -43,13 +43,13 @@ class Step:
         module: Layer = root.get_submodule(self.source)
         if isinstance(module, RepBlock):
             return module.kernel_in(module.training, like)
-        if is_batch_norm(module):  # one that activates, too, is only its affine part here
+        if is_batch_norm(module):  # a norm that also activates is only its affine part here
             return Kernel.diagonal(*affine_of(module, like), dimensions)
         return kernel_of(module, like, channels, dimensions)
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The paths of the modules that it consists of."""
+        """The paths of the modules that the step consists of."""
         if isinstance(self.source, LinearRegion):
             return self.source.modules
         return (self.source,) if isinstance(self.source, str) else ()
@@ -57,12 +57,12 @@ class Step:
 
 @dataclass(frozen=True)
 class LinearRegion:
-    """``Σ sign · path(x)``, each path some maps one after another.
+    """``Σ sign · path(x)``, where each path is some maps one after another.
 
     Args:
-        paths: signs, and steps from the input on; no step is the input itself.
-        channels, dimensions: of the input.
-        template: path of the module whose weight says dtype and device.
+        paths: signs, each with the steps from the input on; no steps mean the input itself.
+        channels, dimensions: numbers of channels and of spatial axes of the input.
+        template: path of the module whose weight gives dtype and device.
     """
 
     paths: tuple[tuple[int, tuple[Step, ...]], ...]
@@ -72,17 +72,17 @@ class LinearRegion:
 
     @classmethod
     def of(cls, match: Match, template: str, known: Mapping[fx.Node, LinearRegion]) -> LinearRegion:
-        """What a rule has found, of which some nodes stand for regions that were found before."""
+        """Return the region that a rule has found. `known` has the region, found before, of each node that calls one."""
         paths = ((term.sign, tuple(Step.of(op, known) for op in term.ops)) for term in match.terms)
         return cls(tuple(paths), *match.sizes(), template)
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The paths of all modules that it consists of."""
+        """The paths of all modules that the region consists of."""
         return tuple(path for _, steps in self.paths for step in steps for path in step.modules)
 
     def kernel(self, root: nn.Module, like: Tensor) -> Kernel:
-        """The one kernel of the region; differentiable."""
+        """Return the one kernel of the region; differentiable."""
         kernels = [self._kernel_of(steps, root, like) for _, steps in self.paths]
         signed = [kernel if sign > 0 else kernel.negate() for (sign, _), kernel in zip(self.paths, kernels)]
         return Kernel.sum(signed)
@@ -96,7 +96,7 @@ class LinearRegion:
         return total
 
     def __call__(self, root: nn.Module, x: Tensor) -> Tensor:
-        """``(batch, channels, *axes)`` through the one conv, in the weights' own precision."""
+        """Run ``(batch, channels, *axes)`` through the one conv, in the weights' own precision."""
         template: Layer = root.get_submodule(self.template)
         layer = template.conv if isinstance(template, RepBlock) else template
         return assembled(partial(self.kernel, root), template_of(layer))(x)

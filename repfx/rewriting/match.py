@@ -15,7 +15,7 @@ from repfx.rewriting.view import META
 
 @dataclass(frozen=True)
 class Term:
-    """One path of a match: linear maps from the source on; none for the source itself. `sign` is that in the sum."""
+    """One path of a match: linear maps from the source on. No maps mean the source itself. `sign` is the path's sign in the sum."""
 
     ops: tuple[Op, ...]
     sign: int = 1
@@ -43,7 +43,7 @@ class Match:
 
     @property
     def keeps_the_form(self) -> bool:
-        """Whether the output has the shape of what the first map gives out: nothing but scales, shifts and identities follow."""
+        """Whether the output has the shape of the first map's output, because only scales, shifts and identities follow that map."""
         followers = self.terms[0].ops[1:]
         alone = len(self.terms) == 1 and not self.remainder
         return alone and all(op.meaning.kind in ("affine", "identity") for op in followers)
@@ -71,13 +71,13 @@ class Match:
         return self.kernel(META)
 
     def shifts(self, like: Tensor) -> list[Tensor]:
-        """What the scales and shifts among the maps add, each before the maps that follow it."""
+        """Return what each scale or shift among the maps adds, as it is before the maps that follow."""
         channels, dimensions = self.sizes()
         shifts = [shift for term in self.terms for shift in _shifts(term, like, channels, dimensions)]
         return [shift for shift in shifts if shift is not None]
 
     def sizes(self) -> tuple[int, int]:
-        """Channels and axes of the source.
+        """Return the channels and the spatial axes of the source.
 
         Raises:
             NoKernel: the maps don't agree on them.
@@ -92,12 +92,12 @@ class Match:
 
 
 def _in_channels(term: Term) -> int | None:
-    """The channels that enter the term; every map that doesn't say so keeps their number."""
+    """Return how many channels enter the term, or None if no map says so. A map that doesn't say so keeps their number."""
     return next((op.meaning.in_channels for op in term.ops if op.meaning.in_channels is not None), None)
 
 
 def term_kernel(term: Term, like: Tensor, channels: int, dimensions: int) -> Kernel:
-    """The kernel of one path."""
+    """Return the kernel of one path."""
     if not term.ops:
         return Kernel.identity(like, channels=channels, dimensions=dimensions)
     first, *others = term.ops

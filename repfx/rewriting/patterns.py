@@ -1,6 +1,6 @@
-"""What rules look for: two linear maps in sequence, a single one, or a sum of paths that start at one node.
+"""The patterns that rules look for: two linear maps in sequence, a single one, or a sum of paths that start at one node.
 
-Patterns are structure only. They see a graph through a `View`, which reads each node as a linear map where it may be touched at all.
+Patterns are structure only. They see a graph through a `View`, which reads a node as a linear map only if rules may change it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from repfx.rewriting.view import META, View
 
 
 class Pattern:
-    """What a rule looks for at a node.
+    """The structure that a rule looks for at a node.
 
     `holds_in_training` says whether a match consists of whole layers and depends on their sizes alone, so that it stays a match while
     parameters are trained. `squeeze` goes by such patterns.
@@ -32,11 +32,11 @@ class Pattern:
     holds_in_training: ClassVar[bool] = True
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
-        """All that the rule may take here, the best first."""
+        """Yield every match at `node` that the rule may take, the best first."""
         raise NotImplementedError
 
     def match(self, node: fx.Node, view: View) -> Match | None:
-        """The first of them, if there is one."""
+        """Return the best match at `node`, or None."""
         return next(self.matches(node, view), None)
 
 
@@ -66,7 +66,7 @@ class FunctionalConv(Pattern):
 
 @dataclass(frozen=True)
 class BorderedPadding(Pattern):
-    """A 1×1 conv whose output is padded with what it gives out for zero."""
+    """A 1×1 conv whose output is padded with what the conv outputs for zero."""
 
     holds_in_training = False
 
@@ -107,10 +107,10 @@ class Sequence(Pattern):
 
 @dataclass(frozen=True)
 class Sum(Pattern):
-    """A tree of additions and subtractions, of which at least two terms are linear maps of one node, one of them a conv.
+    """A tree of additions and subtractions in which at least two terms are linear maps of one node, one of them a conv.
 
-    The terms that fit none are the match's remainder. Where the tree can't be merged as a whole, its parts may be: two blocks of a
-    sum whose windows don't go together are still one conv each.
+    The other terms are the match's remainder. If the tree can't be merged as a whole, its parts may be: two blocks of a sum whose windows
+    don't go together are still one conv each.
     """
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
@@ -118,12 +118,11 @@ class Sum(Pattern):
             return
         _, inner = _leaves(node, view)
         whole = list(_matches_of_tree(node, view))
-        yield from (
-            match for match in whole if not match.remainder
-        )  # none has more terms, so the parts may not be asked at all
+        # no other match has more terms, so the parts below may never be asked for
+        yield from (match for match in whole if not match.remainder)
         found = [match for match in whole if match.remainder]
         found += [match for part in inner for match in _matches_of_tree(part, view)]
-        # one with a remainder last: it takes the tree apart, and other parts of it may have been one convolution
+        # matches with a remainder come last: they take the tree apart, and other parts of it may be one convolution
         yield from sorted(found, key=lambda match: (bool(match.remainder), -len(match.terms)))
 
 
@@ -142,12 +141,12 @@ def is_sum(node: fx.Node, view: View) -> bool:
 
 
 def _is_inner(node: fx.Node, view: View) -> bool:
-    """Whether a sum is only a part of a larger one, and will be seen from there."""
+    """Whether a sum is only a part of a larger sum, which is visited later."""
     return len(node.users) == 1 and is_sum(next(iter(node.users)), view)
 
 
 def _leaves(root: fx.Node, view: View) -> tuple[list[tuple[int, fx.Node]], list[fx.Node]]:
-    """The signed terms of a sum, and the additions below its root that no one else uses."""
+    """Return the signed terms of a sum, and the additions below its root that nothing else uses."""
     leaves, inner, pending = [], [], [(1, root)]
     while pending:
         sign, node = pending.pop(0)
@@ -162,7 +161,7 @@ def _leaves(root: fx.Node, view: View) -> tuple[list[tuple[int, fx.Node]], list[
 
 
 def _groups(leaves: list[tuple[int, fx.Node]], view: View) -> Iterator[Match]:
-    """For each node that two or more terms start at: those terms, in as many groups as it takes for each to be one convolution."""
+    """Group the terms that start at one node, so that each group is one convolution. Do so for each node where two or more terms start."""
     paths = [linear_paths(leaf, view) for _, leaf in leaves]
     sources = Counter(source for path in paths for source in path)
     for source, count in sources.items():
@@ -185,7 +184,7 @@ def _has_conv(term: Term, view: View) -> bool:
 
 
 def linear_paths(leaf: fx.Node, view: View) -> dict[fx.Node, tuple[Op, ...]]:
-    """Every node from which linear maps that no one else uses lead to `leaf`, with those maps; `leaf` itself first."""
+    """Return every node from which linear maps that nothing else uses lead to `leaf`, with those maps. `leaf` itself comes first."""
     paths: dict[fx.Node, tuple[Op, ...]] = {leaf: ()}
     ops: tuple[Op, ...] = ()
     while len(leaf.users) == 1:
@@ -199,7 +198,7 @@ def linear_paths(leaf: fx.Node, view: View) -> dict[fx.Node, tuple[Op, ...]]:
 
 
 def _that_add_up(terms: list[tuple[int, Term]], source: fx.Node) -> dict[int, Term]:
-    """The first term that is a convolution by itself, and each later one that makes a convolution with those before it."""
+    """Return the first term that is a convolution by itself, and each later one that makes a convolution with those before it."""
     chosen: dict[int, Term] = {}
     total: Kernel | None = None
     for index, term in terms:

@@ -1,4 +1,4 @@
-"""Running rules over every island of a model, to a fixpoint; and the verbs that the passes offer."""
+"""The run of rules over every island of a model, to a fixpoint; and the verbs that the passes offer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from repfx.rewriting.view import View
 def verb(function: Callable[..., Any]) -> Callable[..., Any]:
     """Register a function on models as a pass of its name, described by the first line of its docstring.
 
-    In a caller's `torch.inference_mode()`, too, its results are ordinary tensors, which can be trained.
+    Its results are ordinary tensors, which can be trained, even if the caller is in `torch.inference_mode()`.
     """
     Pass(function.__name__, (function.__doc__ or "").strip().splitlines()[0].rstrip("."))
 
@@ -46,7 +46,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Result:
-    """A rewritten model and what was done to it."""
+    """A rewritten model and the report of what was done to it."""
 
     model: nn.Module
     report: Report
@@ -55,7 +55,7 @@ class Result:
 def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     """Run rules over a copy of the model until none applies.
 
-    Each rewrite removes a node, and each node is visited once more after each rewrite, so the cost is linear.
+    Each rewrite removes a node, and the rules go on from the place of the rewrite, so the cost is linear.
     """
     weights = {} if any(map(has_modes_of_its_own, model.modules())) else _sharing_memory(model)
     shared = [weakref.ref(weight) for weight in weights.values()]
@@ -63,13 +63,13 @@ def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
     del weights
     result = _rewrite(target, model, tuple(rules), name)
     for reference in shared:
-        if (weight := reference()) is not None:  # what has been merged is gone
+        if (weight := reference()) is not None:  # a weight that has been merged is gone
             weight.data = weight.data.clone()
     return result
 
 
 def _sharing_memory(model: nn.Module) -> dict[int, nn.Parameter]:
-    """For each parameter of a model another one with the same memory, by the id of the first."""
+    """Return, for each parameter of a model, another one with the same memory, by the id of the first."""
     return {
         id(weight): nn.Parameter(weight.detach(), weight.requires_grad)
         for weight in model.parameters()
@@ -78,7 +78,7 @@ def _sharing_memory(model: nn.Module) -> dict[int, nn.Parameter]:
 
 
 def _rewrite(target: nn.Module, model: nn.Module, rules: tuple[Rule, ...], name: str) -> Result:
-    """The same with `target`, a copy of the model that has been made already."""
+    """Rewrite `target`, a copy of `model` that has been made already."""
     release_all(target)
     target.eval()  # a parametrized weight may change when it is read in training mode
     for module in list(target.modules()):
@@ -110,7 +110,7 @@ def _rewrite(target: nn.Module, model: nn.Module, rules: tuple[Rule, ...], name:
 
 
 class Views:
-    """The islands of a traced model as patterns see them; `original` is what the model is a copy of."""
+    """The views of the islands of a traced model. `original` is the model of which it is a copy."""
 
     def __init__(self, model: nn.Module, traces: Traces, original: nn.Module) -> None:
         self._model = model
@@ -119,7 +119,7 @@ class Views:
         self._axes = InputAxes(original)
 
     def of(self, island: Island) -> View:
-        """That of one island, whose module is prepared for its graph."""
+        """Return the view of one island, after preparing the island's module for its graph."""
         root = self._model.get_submodule(island.path)
         prepare(root, island)
         paths = {path: self._registered.get(id(module), []) for path, module in root.named_modules()}
@@ -129,7 +129,7 @@ class Views:
 
 
 def run_rules(editor: Editor, rules: tuple[Rule, ...]) -> dict[fx.Node, list[Skip]]:
-    """Rewrite to a fixpoint; returns why rules whose pattern was there did not fire, by node."""
+    """Rewrite to a fixpoint. Return, by node, why rules whose pattern was there did not fire."""
     near_misses: dict[fx.Node, list[Skip]] = {}
     node = next(iter(editor.view.graph.nodes))
     while node.op != "root":
@@ -148,7 +148,7 @@ def run_rules(editor: Editor, rules: tuple[Rule, ...]) -> dict[fx.Node, list[Ski
 
 
 def take_over_modes(model: nn.Module, original: nn.Module) -> None:
-    """Give each module the mode that the one at its path had, or else the mode of what it lies in."""
+    """Give each module the mode of the original module at its path, or else of the innermost original module around that path."""
     modes = {path: module.training for path, module in original.named_modules()}
     for path, module in model.named_modules():
         while path not in modes:

@@ -1,4 +1,4 @@
-"""Where a model is linear outside blocks: the regions that may run as one conv each, found by the rules that fuse a model.
+"""The search for linear regions outside blocks that may run as one conv each. The rules that fuse a model find them.
 
 The rules run on an outline of the model: a copy without numbers in which each block is a conv of its sizes. What they find depends on sizes
 alone, so it stays right while parameters are trained.
@@ -31,7 +31,7 @@ from repfx.rewriting.view import View
 
 
 def find_forms(model: nn.Module, parts: Collection[str], held: Collection[str]) -> Iterator[SqueezedForm]:
-    """The forms that modules of a model can take, which have taken none.
+    """Yield the forms that modules of a model can take. No module may have taken one yet.
 
     Args:
         parts: the paths of all modules with tensors that a region may consist of; squeezed blocks among them.
@@ -59,7 +59,7 @@ def _inside(island: Island, paths: Collection[str]) -> set[str]:
 
 
 def _outline(model: nn.Module) -> nn.Module:
-    """A copy without numbers, with a conv in the place of each block."""
+    """Return a copy without numbers, with a conv in the place of each block."""
     memo: dict[int, Any] = {id(buffer): buffer.detach().to("meta") for buffer in model.buffers()}
     memo |= {id(each): nn.Parameter(each.detach().to("meta")) for each in model.parameters()}
     for module in model.modules():
@@ -75,7 +75,7 @@ _GRADIENT_MODES = frozenset({"no_grad", "enable_grad", "set_grad_enabled", "infe
 
 
 def _refuses(root: nn.Module) -> bool:
-    """Whether a module is copied or subclassed by code of its own, or asks for a gradient mode, which a graph forgets."""
+    """Whether a module is a graph, is copied or subclassed by code of its own, or asks for a gradient mode, which a graph forgets."""
     own = {name for cls in type(root).__mro__ if cls not in (nn.Module, object) for name in vars(cls)}
     if isinstance(root, fx.GraphModule) or own & {*_COPYING}:
         return True
@@ -86,13 +86,13 @@ def _refuses(root: nn.Module) -> bool:
 
 @dataclass
 class _LinearView(View):
-    """A view in which rules touch nothing but these parts, maps without tensors, and what was made of them."""
+    """A view in which rules touch only these parts, maps without tensors, and what was merged from them."""
 
     parts: Collection[str] = ()
 
     @classmethod
     def over(cls, view: View, parts: Collection[str]) -> _LinearView:
-        """What another view shows."""
+        """Return a view of the graph of `view` in which rules touch only `parts`."""
         return cls(view.root, view.graph, view.calls, view.registered, input_axes=view.input_axes, parts=parts)
 
     def op(self, node: fx.Node) -> Op | None:
@@ -108,7 +108,7 @@ class _LinearView(View):
 
 @dataclass
 class _Finder(Editor):
-    """An editor that remembers what it has merged."""
+    """An editor that remembers the region of each merged node."""
 
     regions: dict[fx.Node, LinearRegion] = field(default_factory=dict)
 
@@ -122,7 +122,7 @@ class _Finder(Editor):
 
 
 def _form(root: nn.Module, finder: _Finder, held: Collection[str]) -> SqueezedForm:
-    """With code that calls each region that was found."""
+    """Return the form of a module, with code that calls each region that was found."""
     graph = finder.view.graph
     join(finder.view.root, graph)
     regions = {f"region_{index}": finder.regions[node] for index, node in enumerate(finder.merged)}

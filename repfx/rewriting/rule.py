@@ -55,7 +55,7 @@ class Rule:
         RULES[self.name] = self
 
     def find(self, node: fx.Node, view: View) -> Match | Skip | None:
-        """A match at `node`, or why it may not be rewritten, or None where the pattern isn't there."""
+        """Return a match at `node`, or the reason why none may be rewritten, or None if the pattern isn't there."""
         refusal: Skip | None = None
         for match in self.pattern.matches(node, view):
             reason = next(filter(None, (guard(match, view) for guard in self.guards)), None)

@@ -1,4 +1,4 @@
-"""`SqueezeRegions`: what is linear outside blocks runs as one conv each, as a conv with its BatchNorm, or somebody else's branches."""
+"""`SqueezeRegions`: linear regions outside blocks run as one conv each, such as a conv with its BatchNorm or another library's branches."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from repfx.rewriting.region_finder import find_forms
 
 @dataclass(frozen=True)
 class SqueezeRegions(Action):
-    """The linear regions that consist of these modules run as one conv each, and no others do.
+    """The linear regions that consist of these modules run as one conv each, and no other regions do.
 
     Args:
-        site: "", for the model.
-        parts: the paths of the convs, BatchNorms and squeezed blocks of all regions; none to let the model run as its code says.
-        held: of BatchNorms that keep their statistics.
+        site: always "", for the model itself.
+        parts: paths of the convs, BatchNorms and squeezed blocks of all regions; none to let the model run as its code says.
+        held: paths of the BatchNorms that keep their statistics.
     """
 
     kind: ClassVar[str] = "squeeze_regions"
@@ -29,7 +29,7 @@ class SqueezeRegions(Action):
 
     def __post_init__(self) -> None:
         for name in ("parts", "held"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # of JSON they are lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON gives lists
 
     moves_kernels = False
 
@@ -38,7 +38,7 @@ class SqueezeRegions(Action):
 
     @classmethod
     def among(cls, model: nn.Module, parts: Collection[str], held: Collection[str]) -> None:
-        """The same, of which only what has been found is recorded; nothing where nothing was squeezed before nor is now."""
+        """Squeeze regions among `parts` and record only those found. If nothing was squeezed before and nothing is now, record nothing."""
         before = forms_in(model)
         _set_regions(model, parts, held)
         after = forms_in(model)
@@ -61,13 +61,13 @@ def _set_regions(model: nn.Module, parts: Collection[str], held: Collection[str]
 
 
 def regions_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """By the path of the conv that lends its window: the paths of all that a region consists of."""
+    """Return the paths of all modules of each region, by the path of the conv that lends the region its window."""
     found = [(path, region) for path, form in forms_in(model).items() for region in form.regions.values()]
     return {_full(path, region.template): tuple(_full(path, part) for part in region.modules) for path, region in found}
 
 
 def held_in(model: nn.Module) -> list[str]:
-    """The paths of the BatchNorms outside blocks that keep their statistics."""
+    """Return the paths of the BatchNorms outside blocks that keep their statistics."""
     return [_full(path, norm) for path, form in forms_in(model).items() for norm in form.held]
 
 

@@ -28,8 +28,8 @@ class View:
         root: the module the graph belongs to.
         calls: how often each module is called in the whole model, by path in `root`.
         registered: under how many paths each module is registered, by path in `root`.
-        kernels: the nodes that rules have already merged, with their kernels, in float64 as long as they may be merged further.
-        input_axes: how many axes the input of the module at a path in `root` has, if that is known.
+        kernels: kernels of the nodes that rules have already merged, in float64 as long as they may be merged further.
+        input_axes: function from a path in `root` to the number of axes of that module's input; None if it isn't known.
     """
 
     root: nn.Module
@@ -46,17 +46,17 @@ class View:
         self.constants = Constants(self.graph, self.root)
 
     def op(self, node: fx.Node) -> Op | None:
-        """The node as a linear map that may be moved and merged, or None; what was read holds until the graph has changed."""
+        """Return the node as a linear map that may be moved and merged, or None. A reading holds until the graph has changed."""
         if node not in self._ops:
             self._ops[node] = self._read(node)
         return self._ops[node]
 
     def graph_changed(self) -> None:
-        """Let each node be read anew."""
+        """Forget what was read, so that each node is read anew."""
         self._ops.clear()
 
     def set_kernel(self, node: fx.Node, kernel: Kernel) -> None:
-        """Let a node that rules have merged have this kernel."""
+        """Give this kernel to a node that rules have merged."""
         self.kernels[node] = kernel
         self._ops.pop(node, None)
 
@@ -93,14 +93,14 @@ class View:
             return f"it is registered under {self.registered[path]} names"
         if self.constants.changes(path):
             return "its parameters are changed in forward"
-        if path in self._read_elsewhere and not is_batch_norm(module):  # whose tensors no rewrite changes
+        if path in self._read_elsewhere and not is_batch_norm(module):  # no rewrite changes a BatchNorm's tensors
             return "its parameters are read elsewhere in the model"
         if any(tensor.is_complex() for tensor in module.parameters()):
             return "its weights are complex"
         return refusal_of(module)
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        """The module that a node calls, or None."""
+        """Return the module that a node calls, or None."""
         return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def is_conv(self, node: fx.Node) -> bool:

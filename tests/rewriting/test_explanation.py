@@ -70,7 +70,7 @@ CASES: dict[str, tuple[nn.Module, dict[str, str]]] = {
     "dearer": (
         nn.Sequential(nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)),
         {
-            "0": "the merged conv would have 64 weights, the present ones have 32 (merge_sequential)",
+            "0": "the merged conv would have 64 weights, the convs it replaces have 32 (merge_sequential)",
             "1": "would have 64",
         },
     ),

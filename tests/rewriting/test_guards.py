@@ -209,7 +209,7 @@ def test_a_merge_that_costs_more_is_not_made() -> None:
     narrow = nn.Sequential(nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1))
     fused = fused_exactly(narrow, image(1, 16, 5, 5))
     assert convs(fused) == ["0", "1"]
-    assert "would have 256 weights, the present ones have 128" in reasons(fused)
+    assert "would have 256 weights, the convs it replaces have 128" in reasons(fused)
     wide = nn.Sequential(nn.Conv2d(4, 16, 1), nn.Conv2d(16, 4, 1))
     assert len(convs(fused_exactly(wide, image()))) == 1
 
@@ -219,7 +219,7 @@ def test_a_conv_that_the_sum_reads_twice_counts_once() -> None:
     model = two(lambda m, x: (lambda y: (y + y) + m.b(x))(m.grouped(x)), grouped=conv(groups=2))
     fused = fused_exactly(model, image())
     assert {"b", "grouped"} <= set(convs(fused))
-    assert "would have 144 weights, the present ones have 88" in reasons(fused)
+    assert "would have 144 weights, the convs it replaces have 88" in reasons(fused)
     dense = two(lambda m, x: (lambda y: (y + y) + m.b(x))(m.a(x)))
     assert "b" not in convs(fused_exactly(dense, image()))
 

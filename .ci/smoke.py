@@ -1,4 +1,4 @@
-"""What the wheel must do in an environment of its own, away from the checkout whose path is the only argument."""
+"""Check the installed wheel in a separate environment. The only argument is the path of the checkout, which must not be imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How candidates compare with a baseline: ratios turn by turn, so that a slow moment of the machine falls on both sides."""
+"""Compare candidates with a baseline by ratios turn by turn, so that a slow moment of the machine affects both sides."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Ratio:
 
     @classmethod
     def of(cls, times: Sequence[float], baseline: Sequence[float]) -> Ratio:
-        """From the times of each turn; turn k of one is set against turn k of the other.
+        """Return the ratio of the times of each turn; turn k of `times` is divided by turn k of `baseline`.
 
         >>> Ratio.of([2.0, 4.0, 3.0], [1.0, 2.0, 3.0])
         Ratio(median=2.0, low=1.0, high=2.0)
@@ -41,6 +41,6 @@ class Measurement:
 
 
 def compare(times: Mapping[str, Sequence[float]], baseline: str) -> list[Measurement]:
-    """Every candidate against the one named `baseline`, which is among them."""
+    """Compare every candidate with the one named `baseline`."""
     base = times[baseline]
     return [Measurement(name, statistics.median(own), Ratio.of(own, base)) for name, own in times.items()]

@@ -1,4 +1,4 @@
-"""How much memory a call takes at its peak, beyond what was there before: all that it allocates for tensors, and lets go of."""
+"""Peak memory of a call beyond what was allocated before: everything that it allocates for tensors, even if it frees it again."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_iter
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the storages that operations make, until each is freed; what an operation needs only while it runs is not seen.
+    """A counter of the storages that operations make, until each is freed. It doesn't see what an operation needs only while it runs.
 
-    torch's profiler counts too, but loses track of a call that makes as many small tensors as a rewrite does.
+    torch's profiler counts them, too, but loses track of calls that make as many small tensors as a rewrite does.
 
     >>> import torch
     >>> with Allocations() as found:
@@ -61,7 +61,7 @@ def _key(tensor: Tensor) -> int:
 
 
 def peak_of(call: Callable[[], object]) -> int:
-    """Bytes."""
+    """Return the bytes of tensors that a call holds at its peak, on the CPU."""
     found = Allocations()
     with found:
         call()
@@ -69,7 +69,7 @@ def peak_of(call: Callable[[], object]) -> int:
 
 
 def peak_on_gpu(call: Callable[[], object]) -> int:
-    """The same of tensors of the GPU, in bytes, the workspaces of its libraries included."""
+    """Return the bytes of GPU tensors that a call holds at its peak, including the workspaces of libraries."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -78,5 +78,5 @@ def peak_on_gpu(call: Callable[[], object]) -> int:
 
 
 def bytes_of(model: nn.Module) -> int:
-    """What parameters and buffers take."""
+    """Bytes of parameters and buffers."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: its rows as JSON, with the machine and the versions that they were measured on."""
+"""Result files of benchmarks: rows as JSON, with the machine and the versions that they were measured on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = Mapping[str, str | float]
 
 
 def machine(device: str) -> dict[str, str]:
-    """The hardware that the model runs on, and the versions of what runs it."""
+    """The hardware that the model runs on, and the versions of the software."""
     hardware = (
         torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
     )
@@ -34,7 +34,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def write(file: Path, setting: Row, rows: Sequence[Row]) -> None:
-    """As readable JSON, one row a line, so that two results can be compared line by line."""
+    """Write readable JSON, one row a line, so that two results can be compared line by line."""
     head = json.dumps(dict(setting), indent=2, ensure_ascii=False)
     body = ",\n".join(f"    {json.dumps(dict(row), ensure_ascii=False)}" for row in rows)
     file.write_text(f'{head[:-2]},\n  "rows": [\n{body}\n  ]\n}}\n', encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the zoo measures of one model: `python -m benchmarks._zoo_model torchvision/resnet18` prints it as a line of JSON."""
+"""Measure one model for the zoo: `python -m benchmarks._zoo_model torchvision/resnet18` prints a line of JSON."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from repfx.rewriting.pipeline import rewrite
 from repfx.testing import randomize_batch_norm, relative_error
 
 PRESETS = ("dbb", "repvgg")
-STRUCTURE_ONLY = 150e6  # parameters above which a model is only looked at on the meta device
+STRUCTURE_ONLY = 150e6  # models with more parameters are only examined on the meta device
 NUMERIC_ANYWAY = {"torchvision/vit_l_32"}
 
 Inputs = tuple[Any, ...]
@@ -49,17 +49,17 @@ class Findings:
     Args:
         parameters: in millions.
         convs, batch_norms: of the model.
-        reached: convs that a graph calls, of those that the model calls at all.
-        missed: the others, with the reason.
+        reached: convs called by a graph, among those that the model calls at all.
+        missed: convs that the model calls but no graph does, with the reason.
         sites: convs that each preset expanded.
-        refused: why each preset left the others as they are, with how often.
+        refused: why each preset left convs as they are, with how often.
         fused, timm, torch: convs and BatchNorms that stay after each library's own way, or why there is no result.
-        errors: relative, in float64, by what was compared; for other libraries too.
+        errors: relative errors in float64 by what was compared, also for other libraries.
         onnx: error of the fused model in onnxruntime, in float32, or why there is no file; for torchvision's models alone.
-        norms_that_stay: why, with how often.
+        norms_that_stay: why BatchNorms stay, with how often.
         untraced: modules whose code no graph holds, with the reason.
-        problem: what went wrong, if anything did.
-        seconds: that fusing, expanding by each preset and all of this took.
+        problem: the failure, if anything failed.
+        seconds: time for fusing, for expanding by each preset, and for everything.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Findings:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Note how long the body takes."""
+        """Record how long the body takes."""
         began = time.perf_counter()
         yield
         self.seconds[what] = round(time.perf_counter() - began, 2)
@@ -109,7 +109,7 @@ def examine(name: str) -> Findings:
 
 
 def build(name: str) -> nn.Module:
-    """A model by ``library/name`` with random weights, in eval mode."""
+    """Build a model by ``library/name`` with random weights, in eval mode."""
     library, _, model = name.partition("/")
     built: nn.Module
     if library == "timm":
@@ -132,7 +132,7 @@ def build(name: str) -> nn.Module:
 
 @torch.no_grad()
 def _tell_scores_apart(detector: nn.Module) -> None:
-    """Draw the weights of the heads anew: with torchvision's own the scores are all but equal, and rounding decides which come first."""
+    """Draw the weights of the heads anew: with torchvision's weights the scores are nearly equal, and rounding decides their order."""
     for name, part in detector.named_children():
         layers = part.modules() if name != "backbone" else ()
         for layer in layers:
@@ -141,7 +141,7 @@ def _tell_scores_apart(detector: nn.Module) -> None:
 
 
 def counts(model: nn.Module) -> Counts:
-    """How many convs and BatchNorms a model holds; calls of the function count, for torch's `fuse` leaves such."""
+    """Count convs and BatchNorms of a model. Calls of the functions count, too, because torch's `fuse` leaves such calls."""
     modules = list(model.modules())
     graphs = [module.graph for module in modules if isinstance(module, fx.GraphModule)]
     called = sum(node.target is F.batch_norm for graph in graphs for node in graph.nodes)
@@ -149,7 +149,7 @@ def counts(model: nn.Module) -> Counts:
 
 
 def _structure(model: nn.Module, found: Findings) -> None:
-    """Convs reached, expanded and fused, without numbers."""
+    """Record which convs are reached, expanded and fused, without running numbers."""
     found.input = STRUCTURE
     _fuse(model, found)
     for preset in PRESETS:
@@ -159,7 +159,7 @@ def _structure(model: nn.Module, found: Findings) -> None:
 
 
 def _numbers(model: nn.Module, found: Findings) -> None:
-    """The same, and every output compared with that of the model itself in float64."""
+    """Record which convs are reached, expanded and fused, and compare every output with that of the model itself in float64."""
     inputs = fitting_inputs(model, found)
     _settle(model, inputs)
     expected = outputs(model, inputs)
@@ -183,7 +183,7 @@ def _numbers(model: nn.Module, found: Findings) -> None:
         _same_counts(fused, found)
         found.errors[f"{preset}, fused"] = error(outputs(fused, inputs), outputs(expanded, inputs))
     found.timm = _elsewhere(lambda: reparameterize_model(copy.deepcopy(model)), "timm", inputs, expected, found)
-    if isinstance(found.timm, str):  # timm's own layers are float32, whatever the model is
+    if isinstance(found.timm, str):  # timm's own layers are float32, whatever dtype the model has
         found.timm = counts(reparameterize_model(copy.deepcopy(model).float()))
     found.torch = _elsewhere(lambda: torch_fuse(copy.deepcopy(model)), "torch", inputs, expected, found)
     if fingerprint(model) != before:
@@ -244,7 +244,7 @@ def _same_counts(fused: nn.Module, found: Findings) -> None:
 def _elsewhere(
     convert: Callable[[], nn.Module], library: str, inputs: Inputs, expected: list[Tensor], found: Findings
 ) -> Counts | str:
-    """The result of another library."""
+    """Convs and BatchNorms that are left by another library's way to fuse, or the error's name."""
     try:
         converted = convert()
         found.errors[library] = error(outputs(converted.eval(), inputs), expected)
@@ -254,7 +254,7 @@ def _elsewhere(
 
 
 def _exported(model: nn.Module, inputs: Inputs) -> float | str:
-    """How far onnxruntime is from torch; for a detector, the refusal, and how far its backbone is."""
+    """The error of onnxruntime relative to torch. For a detector, the refusal and the error of its backbone."""
     narrow: Any = map_tensors(lambda tensor: tensor.float(), inputs)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
@@ -268,7 +268,7 @@ def _exported(model: nn.Module, inputs: Inputs) -> float | str:
                 return first_line(refused)
             fixed: Any = getattr(
                 getattr(model, "transform", None), "fixed_size", None
-            )  # what the detector scales its images to
+            )  # the size to which the detector scales its images
             image = torch.randn(2, 3, *(fixed or (96, 128)))
             return f"{first_line(refused)} Its backbone: {repfx.export_onnx(backbone, file, image).max_error:.1e}"
 
@@ -281,7 +281,7 @@ def _counted(reasons: Iterable[str]) -> dict[str, int]:
 
 
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """All tensors that a model returns, from one seed, and with all that it creates on its way in float64."""
+    """All tensors that a model returns, from one seed. Tensors that it creates or casts on its way are float64, too."""
     found = run_double(model, inputs)
     if isinstance(found, list):
         found = [_ordered(item) if isinstance(item, dict) and "scores" in item else item for item in found]
@@ -289,7 +289,7 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def _ordered(detections: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By score, and detections of one score by label and box, whose order is nobody's promise."""
+    """Detections sorted by score, and those of equal score by label and box, because their order is arbitrary."""
     keys = [
         (-round(score, 9), label, *(round(side, 6) for side in box))
         for score, label, box in zip(*(detections[key].tolist() for key in ("scores", "labels", "boxes")))
@@ -299,20 +299,20 @@ def _ordered(detections: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The worst relative difference of any tensor."""
+    """The largest relative difference of any tensor."""
     if len(found) != len(expected):
         return float("inf")
     return max((relative_error(*pair) for pair in zip(found, expected)), default=0.0)
 
 
 def _training_error(model: nn.Module, reference: nn.Module, inputs: Inputs) -> float:
-    """The difference in training mode; copies are run, since BatchNorms count."""
+    """The difference in training mode. Copies are run, because a run changes the statistics of BatchNorms."""
     results = []
     for module in (model, reference):
         twin = copy.deepcopy(module).train()
         try:
             results.append(outputs(twin, inputs))
-        except Exception as refused:  # a detector wants targets, a window may be too small for two batch statistics
+        except Exception as refused:  # a detector needs targets; feature maps may be too small for batch statistics
             results.append([torch.tensor(float(len(first_line(refused))))])
     return error(*results)
 
@@ -346,9 +346,9 @@ def _inputs(model: nn.Module) -> Iterator[Inputs]:
 
 
 def _settle(model: nn.Module, inputs: Inputs) -> None:
-    """Give BatchNorms the statistics of their inputs; with any others the signal of a deep random net dies out or overflows.
+    """Give BatchNorms the statistics of their inputs; with other statistics the signal of a deep random net vanishes or overflows.
 
-    The variance is at least a hundredth of the squared mean: of two pooled images a channel may see all but the same.
+    The variance is at least a hundredth of the squared mean, because a channel may see nearly the same value for two pooled images.
     """
     norms: list[Any] = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
@@ -365,7 +365,7 @@ def _settle(model: nn.Module, inputs: Inputs) -> None:
 def _stir(model: nn.Module, inputs: Inputs) -> None:
     """Move γ and β of all BatchNorms, so that branches are no longer fresh, and settle the statistics anew.
 
-    Any mistake in folding shows then, while nets of hundreds of convs stay so well-conditioned that rounding doesn't.
+    Any mistake in folding then shows, but rounding doesn't: even nets of hundreds of convs stay well-conditioned.
     """
     norms: list[Any] = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     generator = torch.Generator().manual_seed(1)
@@ -377,7 +377,7 @@ def _stir(model: nn.Module, inputs: Inputs) -> None:
 
 
 def fingerprint(model: nn.Module) -> list[tuple[str, ...]]:
-    """Everything a module holds, as text: classes, attributes, and which tensors, written to how often."""
+    """Everything that a module holds, as text: classes, attributes, and the identity and version of each tensor."""
 
     def text(value: object) -> str:
         return f"{id(value)} {value._version}" if isinstance(value, Tensor) else repr(value)[:1000]

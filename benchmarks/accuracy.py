@@ -1,12 +1,13 @@
-"""What accuracy do the methods give, trained alike, and what does each cost?
+"""Measure the accuracy that each method gives with the same training, and its cost.
 
     python -m benchmarks.accuracy --data cifar10.npz --scale cpu --out benchmarks/results/accuracy-cifar10-cpu.jsonl
     python -m benchmarks.accuracy --page docs/evidence.md
 
 Every method trains the same net from the same seeds on the same data with the same recipe, and is fused, exported and tested in
-onnxruntime. Each run is one line of the file, written when it is done: run the command again, and it goes on with what is missing. Several
-processes can share a file if each has seeds of its own. *plain, 2.5 times* trains the plain net for as many multiply-adds as most methods
-take, *plain, longer* for as many as the dearest method took, so it comes last. The page is written from the committed files alone.
+onnxruntime. Each run is one line of the file, written when it is done. If the command is run again, it does the runs that are missing.
+Several processes can share a file if each has its own seeds. *plain, 2.5 times* trains the plain net for as many multiply-adds as most
+methods take, *plain, longer* for as many as the most expensive method took, so it comes last. The page is written from the committed
+files alone.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class Scale:
-    """One net, and how it is trained; the same for all methods.
+    """One net and its training, which are the same for all methods.
 
     Args:
-        net, teacher: what is trained, and what it can learn from.
-        training: without a seed.
-        gate_rate: learning rate of what searches learn of their gates: the papers' 1e-4, times the papers' number of steps, 300 epochs of
-            391, over the number of steps that there are here. With 1e-4 a short search would decide by the noise alone.
-        images: of the training images, as many; None for all.
+        net, teacher: the net that is trained, and the one that it can learn from.
+        training: the recipe, without a seed.
+        gate_rate: learning rate of the gates in searches. It is the papers' 1e-4 times the papers' number of steps, 300 epochs of 391,
+            divided by the number of steps here. With 1e-4 a short search would decide by the noise alone.
+        images: number of training images; None for all.
     """
 
     net: ModelReference
@@ -109,14 +110,14 @@ SCALES: dict[str, Scale] = {
 
 @dataclass(frozen=True)
 class Method:
-    """What is done beside training the net.
+    """A method: what is done besides training the net.
 
     Args:
-        spec: what it is expanded with; an empty list for nothing.
-        schedule: name and options; then `spec` is the schedule's.
-        distilled: whether it learns from the teacher.
-        retrained: whether what a search finds is trained once more from the beginning, by the same recipe; then both count as cost.
-        length: of the training, in the recipe's epochs; None for as many multiply-adds as the dearest method takes.
+        spec: branches that the net is expanded with; an empty list for none.
+        schedule: name and options of a schedule, which then takes `spec`.
+        distilled: whether the net learns from the teacher.
+        retrained: whether the result of a search is trained again from the beginning by the same recipe; then both trainings count as cost.
+        length: of the training, as a multiple of the recipe's epochs; None for as many multiply-adds as the most expensive method takes.
     """
 
     spec: Any = None
@@ -141,7 +142,7 @@ METHODS: dict[str, Method] = {
     "DyRep by snip": _schedule("dyrep", metric="snip"),
     "RepNAS": _schedule("repnas"),
     "RepNAS, retrained": Method(schedule={"name": "repnas"}, retrained=True),
-    # in RepNAS's space and at its budget: of a site's seven paths 3.5, of which one is its own conv
+    # in RepNAS's space and at its budget: 3.5 of a site's seven paths, one of which is its own conv
     "random search": Method(
         schedule={"name": "random_search", "spec": "odbb", "weights": "shared", "budget": 2.5 / 6}, retrained=True
     ),
@@ -163,7 +164,7 @@ class Record:
 
     @classmethod
     def at(cls, file: Path) -> Record:
-        """What the file holds so far."""
+        """Read the runs that the file holds so far."""
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         return cls(file, [json.loads(line) for line in lines])
 
@@ -172,13 +173,13 @@ class Record:
         return any((row["scale"], row["method"], row["seed"]) == (scale, method, seed) for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Write a run behind the others."""
+        """Append a run to the file."""
         self.rows.append(row)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def dearest(self, scale: str, seed: int) -> float:
-        """How many times the plain net's multiply-adds the dearest method took."""
+        """Cost of the most expensive method, as a multiple of the plain net's multiply-adds."""
         costs = {
             row["method"]: row["training_macs"] for row in self.rows if (row["scale"], row["seed"]) == (scale, seed)
         }
@@ -188,7 +189,7 @@ class Record:
 def one_run(
     scale: str, name: str, seed: int, data: Path, teacher: Path | None, out: Path, *, length: float = 1.0
 ) -> dict[str, Any]:
-    """Train, fuse, export and test; the row of the file."""
+    """Train, fuse, export and test; return the row for the file."""
     setting, method = SCALES[scale], METHODS.get(name, Method([]))
     net = setting.teacher if name == TEACHER else setting.net
     training = replace(setting.training, seed=seed, epochs=max(1, round(length * setting.training.epochs)))
@@ -215,19 +216,19 @@ def one_run(
         "accuracy": metrics.accuracy,
         "flips": metrics.flips,
         "test_images": metrics.test_images,
-        # a step is three times a forward pass, and one of the teacher
+        # a step costs three forward passes, and one of the teacher
         "training_macs": images * (3 * sum(stage.macs for stage in stages) + taught),
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - began_cpu,
         "epochs": [accuracy for stage in stages for accuracy in stage.accuracies],
         "config": _config(experiment),
-        **machine("cuda" if torch.cuda.is_available() else "cpu"),  # where a recipe that doesn't say runs
+        **machine("cuda" if torch.cuda.is_available() else "cpu"),  # the device of a recipe that names none
     }
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """One training: what came of it, the multiply-adds of a forward pass in each epoch together, and each epoch's accuracy."""
+    """One training: its metrics, the multiply-adds of a forward pass summed over epochs, and each epoch's accuracy."""
 
     metrics: Metrics
     macs: int
@@ -243,7 +244,7 @@ def _trained(experiment: Experiment) -> _Stage:
 
 
 def _config(experiment: Experiment) -> dict[str, Any]:
-    """All that a run depends on; files by their names alone."""
+    """All settings that a run depends on, with files by their names alone."""
     config: dict[str, Any] = to_plain({**experiment.values, "weights": None})
     config["data"]["name"] = Path(config["data"]["name"]).name
     taught = experiment.training.distillation
@@ -262,7 +263,7 @@ def _count(data: Path) -> int:
 
 
 def _part(data: Path, images: int | None, folder: Path) -> Path:
-    """The data with so many training images, of which each class has as large a part as in all."""
+    """The data with `images` training images, in which each class keeps its share."""
     if images is None:
         return data
     with numpy.load(data) as arrays:
@@ -274,7 +275,7 @@ def _part(data: Path, images: int | None, folder: Path) -> Path:
 
 
 def measure(data: Path, scale: str, methods: list[str], seeds: list[int], record: Record) -> None:
-    """All runs that the record lacks."""
+    """Do all runs that the record lacks."""
     with TemporaryDirectory() as folder:
         part = _part(data, SCALES[scale].images, Path(folder))
         teacher: Path | None = None
@@ -300,7 +301,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--page", type=Path, help="write the page from the committed results")
-    parser.add_argument("--smoke", action="store_true", help="a few methods for four epochs on 256 images of nothing")
+    parser.add_argument("--smoke", action="store_true", help="a few methods for four epochs on 256 random images")
     arguments = parser.parse_args()
     if arguments.smoke:
         with TemporaryDirectory() as folder:
@@ -317,7 +318,7 @@ def main() -> None:
 
 
 def _noise(folder: Path) -> Path:
-    """Images of nothing."""
+    """Write a data set of random images."""
     numbers = numpy.random.default_rng(0)
     arrays: dict[str, Callable[[int], Any]] = {
         "x": lambda count: numbers.integers(256, size=(count, 32, 32, 3), dtype=numpy.uint8),

@@ -1,11 +1,11 @@
-"""Does torch.compile serve blocks in training, and what does it gain?
+"""Measure whether torch.compile works for blocks in training, and how much time it saves.
 
     python -m benchmarks.compiled --out benchmarks/results/compiled-cpu.json
 
-A small net in the manner of ResNet-18 for images of 32 × 32, one block for each of its widths, channels last, one step of SGD with
-momentum after another. Each candidate is set against itself: eager, and its forward and backward pass compiled by inductor, in turns; the
-optimizer is the same. A graph that breaks is an error. *Graphs* are those that were compiled in all of the turns: one, unless something
-compiles anew. *Compile* is what the first step takes beyond a later one, from empty caches.
+The net is a small ResNet-18 for images of 32 × 32 with one block for each width, channels last, trained by SGD with momentum. Each
+candidate is compared with itself, in turns: eager, and with forward and backward pass compiled by inductor. The optimizer is the same.
+A graph break is an error. *Graphs* counts the graphs compiled in all turns: one, unless something is compiled again. *Compile* is the
+time that the first step takes beyond a later one, from empty caches.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def net(widths: Sequence[int]) -> nn.Sequential:
 
 
 def gated(model: nn.Module) -> nn.Module:
-    """With the branches of `dbb`, of which two run in each block and stay the same."""
+    """Expand a model with the branches of `dbb` and gates that let the same two branches of each block run at every step."""
     model = expanded("dbb")(model)
     for site, block in blocks_at(model, "*").items():
         gate(model, site)
@@ -69,7 +69,7 @@ CANDIDATES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 class Step:
-    """One training step after another; each gives its loss."""
+    """A training loop; each call is one step and returns its loss."""
 
     def __init__(self, candidate: str, widths: Sequence[int], batch: int, device: str, backend: str | None) -> None:
         torch.manual_seed(0)
@@ -89,7 +89,7 @@ class Step:
 
 
 def compile_seconds(step: Step, eager: Step) -> float:
-    """Until the first step is done, whose gradients show in the loss of the second, which has to be the eager one's."""
+    """Return the seconds of the first step. The second step's loss, which shows the first one's gradients, must equal the eager one's."""
     started = perf_counter()
     float(step())
     seconds = perf_counter() - started
@@ -114,7 +114,7 @@ def as_row(candidate: str, first: float, graphs: int, eager: Sequence[float], co
 
 
 def measure(candidate: str, widths: Sequence[int], batch: int, turns: int, device: str, backend: str) -> Row:
-    """A candidate beside itself."""
+    """Compare a candidate, compiled, with itself, eager."""
     torch.compiler.reset()
     counters.clear()
     eager, compiled = (Step(candidate, widths, batch, device, how) for how in (None, backend))

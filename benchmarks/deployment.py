@@ -1,15 +1,15 @@
-"""What do optimizers of ONNX files make of a model that isn't fused, beside the fused model's file?
+"""Compare files that ONNX optimizers make of an unfused model with the fused model's file.
 
     python -m benchmarks.deployment --out benchmarks/results/deployment-cpu.json
 
-Nets that have branches when they train, in eval mode with random BatchNorms, are exported twice, fused and unfused, by the same
-function; the unfused file is then optimized by onnxsim and by onnxslim. All files must give what the model gives in torch, to 1e-4 of its
-largest output, before anything is measured. Each runs in onnxruntime with all of its own optimizations, batch 1, in turns. *Unfused* is
-what onnxruntime makes of the file by itself; *fused, again* shows how far two equal files are apart here.
+Nets that have branches in training, in eval mode with random BatchNorms, are exported twice by the same function, fused and unfused. The
+unfused file is then optimized by onnxsim and by onnxslim. Before anything is measured, all files must give the model's output in torch,
+to 1e-4 of the largest output. Each runs in onnxruntime with all of its own optimizations, batch 1, in turns. *Unfused* is the file that
+onnxruntime alone optimizes; *fused, again* shows how far the times of two equal files are apart here.
 
-torch's exporter merges each conv with the BatchNorm behind it by itself, so no file has these left; BatchNorms that stand behind a sum, a
-pool, a padding or the input of a branch are still in the unfused ones. onnxruntime runs some of them as convs of single channels, which is
-why it can run more convs than a file has.
+torch's exporter already merges each conv with the BatchNorm behind it, so no file has these left. BatchNorms behind a sum, a pool, a
+padding or the input of a branch are still in the unfused files. onnxruntime runs some of them as depthwise convs, so it can run more
+convs than a file has.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Subject:
 
 
 def of_timm(name: str, size: int = 224) -> Subject:
-    """A model of timm in the form in which it trains."""
+    """A model of timm in its training form."""
     return Subject(name, partial(timm.create_model, name), size)
 
 
@@ -70,15 +70,15 @@ SUBJECTS = (
 
 
 def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
-    """By onnxsim."""
-    import onnxsim  # which there isn't for Python 3.10
+    """Optimize a file by onnxsim."""
+    import onnxsim  # not available for Python 3.10
 
     optimized: onnx.ModelProto = onnxsim.simplify(model)[0]
     return optimized
 
 
 def slimmed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """By onnxslim."""
+    """Optimize a file by onnxslim."""
     import onnxslim
 
     optimized: onnx.ModelProto = onnxslim.slim(model)
@@ -93,10 +93,10 @@ class Candidate:
     """A file that onnxruntime has opened.
 
     Args:
-        call: runs it once.
+        call: runs the file once.
         convs: of the file.
-        convs_run: those that are left when onnxruntime has optimized it.
-        error: of its output, relative to what torch gives.
+        convs_run: convs that are left when onnxruntime has optimized the file.
+        error: of the file's output, relative to torch's.
     """
 
     call: Callable[[], Any]
@@ -106,22 +106,22 @@ class Candidate:
 
 
 def count_convs(model: onnx.ModelProto) -> int:
-    """Of a file, or of what onnxruntime makes of it."""
+    """Count the convs of a file, or of the file that onnxruntime has optimized."""
     return sum(node.op_type in ("Conv", "FusedConv") for node in model.graph.node)
 
 
 def opened(file: Path, x: Tensor, expected: Tensor) -> Candidate:
-    """With all optimizations of onnxruntime and as many threads as torch has.
+    """Open a file with all optimizations of onnxruntime and as many threads as torch has.
 
     Raises:
-        AssertionError: the file gives something else than torch.
+        AssertionError: the file's output differs from torch's.
     """
     optimized = file.with_suffix(".optimized.onnx")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(optimized)
-    options.log_severity_level = 3  # else it warns that such a file is for this machine alone
+    options.log_severity_level = 3  # otherwise it warns that such a file is for this machine only
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     call = partial(session.run, None, {session.get_inputs()[0].name: x.numpy()})
     error = relative_error(torch.from_numpy(call()[0]), expected)
@@ -148,7 +148,7 @@ def attempt(optimizer: str, unfused: Path, x: Tensor, expected: Tensor) -> Candi
 
 @torch.no_grad()
 def prepare(subject: Subject, x: Tensor, folder: Path) -> dict[str, Candidate | str]:
-    """All files of a model, by what made them."""
+    """All files of a model, by the tool that made them."""
     model = randomize_batch_norm(subject.build()).eval()
     expected = model(x)
     fused = exported(repfx.fuse(model), x, folder / "fused.onnx")
@@ -189,7 +189,7 @@ def measure(subject: Subject, rounds: int) -> list[Row]:
 
 
 def installed(package: str) -> str:
-    """Its version, or that there is none."""
+    """The version of a package, or that it isn't installed."""
     try:
         return version(package)
     except PackageNotFoundError:

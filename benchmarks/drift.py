@@ -1,10 +1,10 @@
-"""How much does a model move when DyRep grows it: at once, and then by training mode alone?
+"""Measure how much a model's output moves when DyRep grows it: at once, and later through passes in training mode alone.
 
     python -m benchmarks.drift
 
-Every site that DyRep's branches fit is expanded at once, in float64: as repfx does it, and as the public code does, which resets the
-BatchNorms of the origins. Both keep the eval output for the moment. Then come five forward passes in training mode, on other data than
-the statistics are of, without a step of an optimizer.
+Every site that DyRep's branches fit is expanded at once, in float64: in repfx's way, and in the way of the public code, which resets the
+BatchNorms of the origins. At first both keep the eval output. Then come five forward passes in training mode without an optimizer's
+step, on other data than those of the statistics.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def small(**options: object) -> nn.Module:
 
 
 def torchvision_model(name: str) -> nn.Module:
-    """One of torchvision's, for ten classes."""
+    """One of torchvision's models, for ten classes."""
     import torchvision
 
     model: nn.Module = torchvision.models.get_model(name, num_classes=10)
@@ -57,7 +57,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def subject(name: str, count: int) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
-    """A model in float64 with γ and β as training leaves them and statistics of some data; these, and others for the passes."""
+    """A model in float64 with γ and β as after training and statistics of some data; those data; and other data for the passes."""
     torch.manual_seed(0)
     model = MODELS[name]().double().train()
     data = [torch.randn(count, 3, 32, 24, dtype=torch.float64) for _ in range(SEEN + PASSES)]
@@ -73,7 +73,7 @@ def subject(name: str, count: int) -> tuple[nn.Module, list[Tensor], list[Tensor
 
 
 def batch_norms(model: nn.Module) -> list[Layer]:
-    """All of a model's."""
+    """All BatchNorms of a model."""
     return [module for module in model.modules() if is_batch_norm(module)]
 
 
@@ -92,7 +92,7 @@ def settle(model: nn.Module, data: list[Tensor]) -> None:
 
 @torch.no_grad()
 def reset(expanded: nn.Module) -> nn.Module:
-    """A copy as the public code leaves it: origins' BatchNorms with mean 0, variance 1, γ 1 and β 0, all else in the convs."""
+    """A copy as the public code leaves it: origins' BatchNorms have mean 0, variance 1, γ 1 and β 0; the convs hold the rest."""
     changed = copy.deepcopy(expanded)
     for block in [module for module in changed.modules() if isinstance(module, repfx.RepBlock)]:
         if block.norm is not None:
@@ -102,14 +102,14 @@ def reset(expanded: nn.Module) -> nn.Module:
             block.norm.reset_running_stats()
             nn.init.constant_(
                 block.norm.weight, (1 + block.norm.eps) ** 0.5
-            )  # so that the eval output stays to the last digit
+            )  # so that the eval output is kept to the last digit
             nn.init.zeros_(block.norm.bias)
     return changed
 
 
 @torch.no_grad()
 def outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """In both modes; the model is left as it was."""
+    """Outputs in both modes; the model is left as it was."""
     return {mode: copy.deepcopy(model).train(mode == "train")(x) for mode in ("eval", "train")}
 
 
@@ -124,7 +124,7 @@ def drift(model: nn.Module, data: list[Tensor]) -> float:
 
 
 def measure(name: str, count: int) -> list[Row]:
-    """A row for each way."""
+    """Return a row for each way to expand."""
     model, seen, fresh = subject(name, count)
     ours = repfx.expand(model, "dyrep", gamma=GAMMA, calibrate=seen)
     before = outputs(model, fresh[0])
@@ -139,7 +139,7 @@ def measure(name: str, count: int) -> list[Row]:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=32, help="of each batch")
+    parser.add_argument("--images", type=int, default=32, help="images in each batch")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--smoke", action="store_true", help="two small models, nothing written")
     arguments = parser.parse_args()

@@ -1,10 +1,10 @@
-"""What does a step of a gated supernet cost, by how many paths its budget lets run?
+"""Measure the cost of a step of a gated supernet, by the share of paths that its budget lets run.
 
     python -m benchmarks.gates --out benchmarks/results/gates-cpu.json
 
-A ResNet-18 for small images with the search space of RepNAS, whose paths are drawn anew for each step; in the same turns the plain net. The
-cost of the branches is what a step takes beyond the plain net's. Memory is what autograd keeps for the backward pass, on a GPU the peak
-of all that is allocated.
+The net is a ResNet-18 for small images with the search space of RepNAS, whose paths are drawn anew for each step. The plain net runs in
+the same turns. The cost of the branches is the time of a step beyond the plain net's. Memory is what autograd keeps for the backward
+pass; on a GPU it is the peak of all allocations.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BUDGETS: dict[str, float] = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "all": 1.
 
 
 class Step:
-    """One training step after another; for a search each with what its budget draws."""
+    """A training loop; each call is one step. In a search, each step draws its paths by the budget."""
 
     def __init__(self, budget: float | None, batch: int, device: str) -> None:
         torch.manual_seed(0)
@@ -51,7 +51,7 @@ class Step:
         self.optimizer.step()
 
     def memory(self) -> int:
-        """Bytes: of what a forward pass keeps beside the parameters, or the peak on a GPU."""
+        """Bytes that a forward pass keeps besides the parameters, or the peak on a GPU."""
         if self.x.is_cuda:
             return bytes_of(self.model) + peak_on_gpu(self)
         kept: dict[int, int] = {}
@@ -71,7 +71,7 @@ class Step:
 
 
 def share(values: list[float], plain: list[float], full: list[float]) -> float:
-    """The median share of the branches' whole cost."""
+    """The median share of the cost of all branches."""
     return median((a - p) / (f - p) for a, p, f in zip(values, plain, full))
 
 

@@ -1,4 +1,4 @@
-"""Is a fused model as fast as the same architecture written by hand?
+"""Measure whether a fused model is as fast as the same architecture written by hand.
 
     python -m benchmarks.latency --out benchmarks/results/latency-cpu.json
 
@@ -48,12 +48,12 @@ class Subject:
 
 
 def no_norm(channels: int) -> nn.Module:
-    """What stands for BatchNorm in a model that has none."""
+    """The layer in place of a BatchNorm in a model without any."""
     return nn.Identity()
 
 
 def with_biases(model: nn.Module) -> nn.Module:
-    """`model` with a bias in each conv, as one writes a conv that no BatchNorm follows."""
+    """Give each conv of `model` a bias, as one writes a conv that no BatchNorm follows."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.bias is None:
             module.bias = nn.Parameter(torch.zeros(module.out_channels))
@@ -108,11 +108,11 @@ def in_onnxruntime(models: Mapping[str, nn.Module], x: Tensor, folder: Path) -> 
 
 def compiled(models: Mapping[str, nn.Module], x: Tensor, backend: str = "inductor") -> dict[str, Callable[[], Any]]:
     """Calls of copies of the models under `torch.compile`; inductor chooses the memory format by itself."""
-    torch.compiler.reset()  # else each model's guards are asked in the calls of the next subject's
+    torch.compiler.reset()  # otherwise calls for the next subject check the guards of these models, too
     calls: dict[str, Callable[[], Any]] = {}
     for name, model in models.items():
         calls[name] = partial(torch.compile(copy.deepcopy(model).to(x.device), fullgraph=True, backend=backend), x)
-        calls[name]()  # compiles
+        calls[name]()  # compile
     return calls
 
 
@@ -126,7 +126,7 @@ RUNTIMES: dict[str, Runtime] = {
 
 
 def traced(models: Mapping[str, nn.Module], x: Tensor, folder: Path) -> dict[str, Callable[[], Any]]:
-    """What is quick to compile, for a smoke run."""
+    """Calls of the models under `torch.compile` with the eager backend, which compiles quickly, for a smoke run."""
     return compiled(models, x, backend="eager")
 
 
@@ -171,7 +171,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", type=int, default=224, help="side of the images")
     parser.add_argument(
-        "--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES), help="on a GPU no onnxruntime"
+        "--runtimes",
+        nargs="+",
+        choices=RUNTIMES,
+        default=list(RUNTIMES),
+        help="runtimes to measure; onnxruntime is left out on a GPU",
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--smoke", action="store_true", help="one model, small, few turns: does it run?")

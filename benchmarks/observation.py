@@ -1,9 +1,9 @@
-"""What does it cost to observe the gradients for DyRep?
+"""Measure the cost of observing gradients for DyRep.
 
     python -m benchmarks.observation --out benchmarks/results/observation-cpu.json
 
-A training step of a ResNet-18, plain and expanded, and in the same turn what the driver does between the backward pass and the
-optimizer's step.
+Each turn times a training step of a ResNet-18, plain or expanded, and the driver's work between the backward pass and the optimizer's
+step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
-    """Of one call, until the device is done."""
+    """Seconds of one call, until the device is done."""
     start = time.perf_counter()
     work()
     if device == "cuda":

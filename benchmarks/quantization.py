@@ -1,11 +1,11 @@
-"""What do 8 bits cost a fused net, by the branches that it was trained with?
+"""Measure what 8 bits cost a fused net, by the branches that it was trained with.
 
     python -m benchmarks.quantization --data cifar10.npz --out benchmarks/results/quantization.json
 
-A net like RepVGG-A0, narrower and less deep, is trained as it is, with the branches of `repvgg` and with those of `qarepvgg`: same data,
-same order, same recipe, whose weight decay is on all parameters. Each is fused, exported, and quantized with the same calibration images,
+A net like RepVGG-A0, but narrower and shallower, is trained as it is, with the branches of `repvgg` and with those of `qarepvgg`: same
+data, same order, same recipe, with weight decay on all parameters. Each is fused, exported, and quantized with the same calibration images,
 with one scale for each channel of a weight or for each tensor, and with 7 bits. Each net is compared with itself in float32: how many test
-images get another class. The net is small and the training short, so the accuracies themselves are no match for the papers'.
+images get another class. The net is small and the training short, so the accuracies themselves are below those of the papers.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ ROUNDINGS: dict[str, dict[str, Any]] = {
     "8 bits, a scale for each tensor": {"per_channel": False},
     "7 bits, a scale for each channel": {"reduce_range": True},
 }
-STAGES = ((16, 1, 2), (16, 2, 1), (32, 4, 2), (64, 8, 2), (128, 1, 1))  # channels, convs, stride of the first
+STAGES = ((16, 1, 2), (16, 2, 1), (32, 4, 2), (64, 8, 2), (128, 1, 1))  # channels, number of convs, stride of the first
 BATCH, RATE, DECAY, CALIBRATION = 128, 0.1, 5e-4, 256
 Split = tuple[Tensor, Tensor]
 
 
 def net(classes: int) -> nn.Module:
-    """3×3 convs with BatchNorm and ReLU, one behind the other, and a linear layer."""
+    """A chain of 3×3 convs with BatchNorm and ReLU, and a linear layer."""
     layers: list[nn.Module] = []
     before = 3
     for channels, convs, stride in STAGES:
@@ -55,14 +55,14 @@ def net(classes: int) -> nn.Module:
 
 
 def evenly(images: Images, count: int) -> Split:
-    """So many images and labels from all over a data set, or all if there are fewer."""
+    """Take `count` images and labels, evenly spaced in a data set, or all if there are fewer."""
     total = len(images)  # type: ignore[arg-type]
     chosen = [images[place * total // min(count, total)] for place in range(min(count, total))]
     return torch.stack([x for x, _ in chosen]), torch.tensor([int(y) for _, y in chosen])
 
 
 def train(model: nn.Module, data: Split, epochs: int, seed: int) -> None:
-    """SGD with momentum; the rate rises for a tenth of the steps and falls to zero by a cosine."""
+    """Train by SGD with momentum. The rate rises for a tenth of the steps, then falls to zero by a cosine."""
     x, y = data
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=DECAY)
@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, an .npz file or a folder, as repfx train takes it")
     parser.add_argument("--size", type=int, help="side of the images")
-    parser.add_argument("--images", type=int, default=15000, help="to train on")
+    parser.add_argument("--images", type=int, default=15000, help="images to train on")
     parser.add_argument("--test", type=int, default=5000, help="images to test on")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)

@@ -1,11 +1,11 @@
-"""What does it save to score the candidates of a search on one refilled plain net? In the form of IRepNAS, table 1.
+"""Measure the time saved by scoring a search's candidates on one refilled plain net, in the form of IRepNAS, table 1.
 
     python -m benchmarks.scoring --out benchmarks/results/scoring-cpu.json
 
-VGG-16 and ResNet-18 at 32 px with the `ireps` branches and sigmoid gates, of which two thirds are open. A few random candidates are
-scored in turns: each as it stands, with its branches, and as the plain net that `FusedSupernet` makes of it; both with torch's usual
-memory format and with channels last. The time of a whole population is scaled from these: so many times the median of the candidates,
-and for plain nets once what it takes to make the first.
+The nets are VGG-16 and ResNet-18 at 32 px with the `ireps` branches and sigmoid gates, two thirds of which are open. A few random
+candidates are scored in turns: with their branches, and as the plain net that `FusedSupernet` makes of each; both with torch's usual
+memory format and with channels last. The time of a whole population is its size times the median of the candidates; for plain nets,
+the time to make the first one is added once.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"VGG-16": vgg16, "ResNet-18": resn
 
 
 def on_3x3(site: ConvSpec) -> Sequence[BranchSpec]:
-    """The branches of the IREPS space, beside 3×3 convs alone."""
+    """The branches of the IREPS space, for 3×3 convs only."""
     return resolve_spec("ireps").branches_for(site) if site.kernel_size == (3, 3) else ()
 
 
 def supernet(name: str, images: Tensor) -> nn.Module:
-    """In eval mode, with random α and β, and statistics of these images."""
+    """A supernet in eval mode, with random α and β and the statistics of these images."""
     torch.manual_seed(0)
     model: nn.Module = repfx.expand(MODELS[name](), repfx.Spec(on_3x3), preserve=False)
     for path, block in list(model.named_modules()):
@@ -68,21 +68,21 @@ def supernet(name: str, images: Tensor) -> nn.Module:
 
 
 def random_codes(space: Space) -> Iterator[Code]:
-    """Without end, each as many paths as the budget allows."""
+    """Yield random codes without end, each with as many open paths as the budget allows."""
     while True:
         yield space.best(torch.rand(len(space.paths)).tolist(), space.budget(BUDGET))
 
 
 @torch.no_grad()
 def log_likelihood(net: nn.Module, images: Tensor, labels: Tensor, batch: int) -> float:
-    """The mean over the images."""
+    """The mean log-likelihood of the labels."""
     batches = zip(images.split(batch), labels.split(batch))
     losses = [F.cross_entropy(net(x).double(), y, reduction="sum") for x, y in batches]
     return -float(torch.stack(losses).sum()) / len(images)
 
 
 def measure(name: str, images: Tensor, labels: Tensor, batch: int, candidates: int) -> list[Row]:
-    """A row for each form and each size of a population."""
+    """Return a row for each form and each size of a population."""
     model = supernet(name, images[:batch])
     space = Space.of(model)
     codes = [code for _, code in zip(range(candidates + 1), random_codes(space))]
@@ -113,17 +113,17 @@ def measure(name: str, images: Tensor, labels: Tensor, batch: int, candidates: i
 
 
 def with_open(model: nn.Module, space: Space, code: Code) -> nn.Module:
-    """The model itself, these paths open."""
+    """Open these paths of the model, in place, and return it."""
     space.choose(model, code)
     return model
 
 
 def population_row(size: int, seconds: Sequence[float], baseline: Sequence[float], once: float) -> dict[str, float]:
-    """The seconds of a whole population, and the share of the baseline's that is saved, with its interval.
+    """The seconds for a whole population, and the share of the baseline's seconds that is saved, with its interval.
 
     Args:
-        seconds, baseline: of each candidate, turn by turn.
-        once: seconds that it takes before the first.
+        seconds, baseline: time of each candidate, turn by turn.
+        once: seconds spent before the first candidate.
 
     >>> row = population_row(10, [0.5, 0.5], [2.0, 2.0], once=1.0)
     >>> row["seconds"], row["saved"]
@@ -158,9 +158,9 @@ def main() -> None:
     """Measure, print, and write where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="file for the result")
-    parser.add_argument("--images", type=int, default=256, help="on which a candidate is scored")
+    parser.add_argument("--images", type=int, default=256, help="images on which a candidate is scored")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--candidates", type=int, default=5, help="that are scored in both forms")
+    parser.add_argument("--candidates", type=int, default=5, help="candidates that are scored in both forms")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--smoke", action="store_true", help="one candidate of one model, on four images")
     options = parser.parse_args()

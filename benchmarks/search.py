@@ -1,14 +1,14 @@
-"""Does a search find the branches that help, and does it find them where chance doesn't?
+"""Measure whether a search finds the branches that help where chance doesn't.
 
     python -m benchmarks.search --out benchmarks/results/search.json
 
-The task is built so that the answer is known. A teacher is a small net; beside each of its convs stand one or two branches, of kinds that
-differ from site to site, with random weights. The student has the same convs, frozen, and all kinds of branches beside them, of which it
-may keep as many as the teacher has. What it lacks to the teacher can be learned in full by the teacher's kinds alone: the middle taps of
-the teacher's 1×k and k×1 are zero, so that neither of them, nor a 1×1, can take the place of another.
+The task is built so that the answer is known. A teacher is a small net with one or two branches beside each conv; their kinds differ
+from site to site, and their weights are random. The student has the same convs, frozen, and branches of all kinds, of which it may keep as
+many as the teacher has. Only the teacher's kinds can learn the whole difference to the teacher: the middle taps of the teacher's 1×k and
+k×1 are zero, so that neither of them, nor a 1×1, can replace another.
 
-All searches train for the same number of steps, of one net each; those that score candidates score equally many of them. What was found
-then trains for as long again.
+All searches train for the same number of steps of one net; those that score candidates score the same number. The branches that were
+found are then trained for as long again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CHANNELS = 8
 
 
 class Towers(nn.Module):
-    """Convs with BatchNorms side by side, so that what helps one site does so whatever the others do."""
+    """Convs with BatchNorms side by side, so that a branch helps its site whatever the other sites do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class Towers(nn.Module):
             self.add_module(f"{name}_norm", nn.BatchNorm2d(CHANNELS))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(batch, channels, height, width)`` to as many times the channels as there are towers."""
+        """Map ``(batch, channels, height, width)`` to the outputs of all towers, stacked along the channels."""
         return torch.cat([self.get_submodule(f"{name}_norm")(self.get_submodule(name)(x)) for name in TRUTH], 1)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A student, and what it has to give out for which images; the last quarter is for scoring, the last but one for the result."""
+    """A student, images, and the outputs that it has to learn. The last quarter is for scoring, the one before it for the result."""
 
     student: nn.Module
     images: Tensor
@@ -68,7 +68,7 @@ class Task:
 
     @classmethod
     def make(cls, seed: int, count: int) -> Task:
-        """Another teacher for each seed."""
+        """Make a task, with another teacher for each seed."""
         torch.manual_seed(seed)
         plain = Towers()
         images = torch.randn(count, CHANNELS, 10, 8)
@@ -102,7 +102,7 @@ class Task:
 
 
 def searches(epochs: int, seed: int) -> dict[str, Search]:
-    """Of so many epochs each."""
+    """Searches to compare, each of `epochs` epochs."""
     common: dict[str, Any] = {"budget": BUDGET, "warm_up": epochs // 8, "epochs": epochs, "spec": None, "seed": seed}
     learned = {"learning_rate": 0.05, "betas": (0.9, 0.999)}
     scored = {"population": 24, "generation": max(1, epochs // 10), "nets": 1}
@@ -114,7 +114,7 @@ def searches(epochs: int, seed: int) -> dict[str, Search]:
 
 
 def run(name: str, search: Search, seed: int, count: int) -> Row:
-    """One search, and the training of what it has found."""
+    """Run one search, and train the branches that it has found."""
     task = Task.make(seed, count)
     model = task.student
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)

@@ -1,11 +1,11 @@
-"""What does a training step cost with branches, beside the plain net's?
+"""Measure the cost of a training step with branches, compared with the plain net's.
 
     python -m benchmarks.training --out benchmarks/results/training-cpu.json
 
-ResNet-18 and VGG-16 for images of 32 × 32, channels last, one step of SGD with momentum after another, all candidates in turns. *Frozen*
-means that BatchNorms keep their statistics; such candidates are set against the plain net with frozen statistics. *Textbook DBB* is the
-block as its paper describes it, branches written out and padded with what the BatchNorm makes of zero. Memory is the peak of what a step
-allocates, and what parameters, buffers and momentum take. On a GPU that counts the workspaces of its libraries, too.
+ResNet-18 and VGG-16 for images of 32 × 32, channels last, are trained by SGD with momentum, all candidates in turns. *Frozen* means that
+BatchNorms keep their statistics; such candidates are compared with the plain net with frozen statistics. *Textbook DBB* is the block as
+its paper describes it: branches are written out and padded with the BatchNorm's output for zero. Memory is the peak of a step's
+allocations, plus parameters, buffers and momentum. On a GPU it includes the workspaces of libraries.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PLAIN, FROZEN, TEXTBOOK = "plain", "plain, frozen", "textbook DBB"
 
 
 class NormAndPad(nn.Module):
-    """BatchNorm, and a border of what it makes of zero."""
+    """A BatchNorm that adds a border of its output for zero."""
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class TextbookBlock(nn.Module):
 
 
 def textbook(model: nn.Module) -> nn.Module:
-    """With a textbook block for each 3×3 conv and the BatchNorm behind it."""
+    """Replace each 3×3 conv and the BatchNorm behind it by a textbook block, in place."""
     for site in repfx.sites(model):
         conv: Any = model.get_submodule(site.path)
         if conv.kernel_size == (3, 3):
@@ -105,7 +105,7 @@ def textbook(model: nn.Module) -> nn.Module:
 
 
 def expanded(spec: str, *, frozen: bool = False, squeezed: bool = False) -> Callable[[nn.Module], nn.Module]:
-    """Branches beside every conv that takes some."""
+    """A function that puts branches beside every conv that takes some."""
 
     def build(model: nn.Module) -> nn.Module:
         model = repfx.expand(model, spec, preserve=False)
@@ -115,12 +115,12 @@ def expanded(spec: str, *, frozen: bool = False, squeezed: bool = False) -> Call
 
 
 def squeezed_of(model: nn.Module, *, frozen: bool) -> nn.Module:
-    """In which all that is linear runs as one conv."""
+    """The model in its squeezed form, in which linear parts run as one conv."""
     squeezed: nn.Module = repfx.squeeze(model, statistics="frozen" if frozen else None)
     return squeezed
 
 
-CANDIDATES: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {  # with what each is set against
+CANDIDATES: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {  # with the candidate that each is compared with
     PLAIN: (PLAIN, lambda model: model),
     TEXTBOOK: (PLAIN, textbook),
     "dbb": (PLAIN, expanded("dbb")),
@@ -137,12 +137,12 @@ CANDIDATES: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {  # with 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all candidates have in common.
+    """Settings that all candidates share.
 
     Args:
         batch: images of 32 × 32 in a step.
         precision: of activations, by autocast.
-        compiled: in which of its modes inductor runs forward and backward pass; None if it doesn't.
+        compiled: inductor's mode for forward and backward pass; None for eager.
     """
 
     batch: int = 128
@@ -155,7 +155,7 @@ class Setting:
 
 
 class Step:
-    """One training step after another."""
+    """A training loop; each call is one step."""
 
     def __init__(self, net: str, candidate: str, setting: Setting) -> None:
         torch.manual_seed(0)
@@ -181,7 +181,7 @@ class Step:
         self.optimizer.step()
 
     def memory(self) -> int:
-        """Bytes at the peak."""
+        """Bytes of memory at the peak of a step."""
         self.optimizer.zero_grad()
         state: list[Tensor] = [each["momentum_buffer"] for each in self.optimizer.state.values()]
         held: int = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers(), *state))
@@ -203,7 +203,7 @@ class Step:
 
 
 def measure(net: str, candidates: Collection[str], turns: int, setting: Setting) -> list[Row]:
-    """One row for each candidate, and for what it is set against."""
+    """Return one row for each candidate and for the ones that it is compared with."""
     wanted = {*candidates, *(CANDIDATES[name][0] for name in candidates)}
     steps = {name: Step(net, name, setting) for name in CANDIDATES if name in wanted}
     calls: dict[str, Callable[[], object]] = dict(steps)
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of activations, by autocast")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="dtype of activations, by autocast")
     parser.add_argument(
         "--compile", choices=MODES, help="let inductor run forward and backward pass, in one of its modes"
     )

@@ -1,12 +1,12 @@
-"""Do the transforms scale: in time with the depth of a net, in memory with its size, and beside timm's own way to fuse?
+"""Measure how the transforms scale: in time with a net's depth, in memory with its size, and compared with timm's own way to fuse.
 
     python -m benchmarks.transforms --out benchmarks/results/transforms-cpu.json
 
-- *Scaling*: each transform of residual nets of 100, 500 and 2,000 convs, per conv of the plain net; `restore` takes what `fuse` gave out,
-  `fuse` and `squeeze` what `expand` did. Each turn builds its nets anew and keeps none, all sizes in turns. Time is that of the
-  processor; the smallest and the largest size are measured once more with Python's garbage collector off.
-- *Memory*: the peak of what `fuse` allocates, less one copy of the model that it is given, in layers: the largest weight of the fused
-  model in float64.
+- *Scaling*: each transform of residual nets of 100, 500 and 2,000 convs, per conv of the plain net. `restore` takes the output of `fuse`,
+  `fuse` and `squeeze` that of `expand`. Each turn builds its nets anew and keeps none, all sizes in turns. Time is processor time. The
+  smallest and the largest size are measured once more with Python's garbage collector off.
+- *Memory*: the peak of `fuse`'s allocations, less one copy of the model that it is given. The unit is a layer: the largest weight of the
+  fused model in float64.
 - *timm*: `repfx.fuse` beside `timm.utils.reparameterize_model`, which both copy the model first, in turns.
 """
 
@@ -57,7 +57,7 @@ MODELS = (
 
 
 class Unit(nn.Module):
-    """Two convs with BatchNorm, and the input added to what they give out."""
+    """Two convs with BatchNorm, and the input added to their output."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Unit(nn.Module):
 
 
 def deep_net(convs: int, channels: int = CHANNELS) -> nn.Module:
-    """A net of so many convs, which is an even number."""
+    """A net of `convs` convs, an even number."""
     return nn.Sequential(*(Unit(channels) for _ in range(convs // 2))).eval()
 
 
@@ -83,7 +83,7 @@ def deep_net(convs: int, channels: int = CHANNELS) -> nn.Module:
 
 
 def times_of(convs: int) -> dict[str, float]:
-    """Seconds that each transform of one net takes. Garbage of what was before is collected first; what the transform makes counts."""
+    """Seconds that each transform of one net takes. Earlier garbage is collected first; collecting the transform's own garbage counts."""
     seconds: dict[str, float] = {}
 
     def timed(name: str, call: Callable[[], Any]) -> Any:
@@ -103,7 +103,7 @@ def times_of(convs: int) -> dict[str, float]:
 
 
 def scaling(sizes: tuple[int, ...], turns: int) -> list[Row]:
-    """With the garbage collector as it is, then without it."""
+    """Measure the scaling with the garbage collector on, then with it off."""
     times_of(sizes[0])
     rows = scaling_rows(sizes, turns, "on")
     gc.disable()
@@ -114,7 +114,7 @@ def scaling(sizes: tuple[int, ...], turns: int) -> list[Row]:
 
 
 def scaling_rows(sizes: tuple[int, ...], turns: int, collector: str) -> list[Row]:
-    """One row for each transform and size; ratios of the time per conv are to the first size."""
+    """One row for each transform and size; the time per conv is compared with that of the first size."""
     found = [{convs: times_of(convs) for convs in sizes} for _ in range(turns)]
     per_conv = {
         name: {convs: [turn[convs][name] / convs for turn in found] for convs in sizes} for name in found[0][sizes[0]]
@@ -127,7 +127,7 @@ def scaling_rows(sizes: tuple[int, ...], turns: int, collector: str) -> list[Row
 
 
 def scaling_row(transform: str, convs: int, times: list[float], first: list[float]) -> Row:
-    """From seconds per conv, turn by turn, of one size and of the first."""
+    """The row of one size, from its seconds per conv and those of the first size, turn by turn."""
     ratio = Ratio.of(times, first)
     return {
         "asks": "scaling",
@@ -150,7 +150,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 
 
 def memory(net: str, spec: str | None) -> Row:
-    """What `fuse` allocates at its peak, and the sizes that it is set against."""
+    """The row of a net: bytes that `fuse` allocates at its peak, and the sizes that they are compared with."""
     model = NETS[net]()
     model = (model if spec is None else repfx.expand(model, spec)).eval()
     peak = peak_of(partial(repfx.fuse, model))
@@ -158,7 +158,7 @@ def memory(net: str, spec: str | None) -> Row:
 
 
 def memory_row(net: str, form: str, peak: int, model: nn.Module, fused: nn.Module) -> Row:
-    """A peak less one copy of `model`, in layers of `fused`."""
+    """The row of a peak, less one copy of `model`, in layers of `fused`."""
     layer = 8 * max(parameter.numel() for parameter in fused.parameters())
     copy = bytes_of(model)
     sizes = {"peak": peak, "copy": copy, "fused": bytes_of(fused), "layer": layer}
@@ -169,7 +169,7 @@ def memory_row(net: str, form: str, peak: int, model: nn.Module, fused: nn.Modul
 
 
 def beside_timm(name: str, turns: int) -> Row:
-    """Both ways to fuse one model, and how many BatchNorms each leaves."""
+    """Compare both ways to fuse one model, and how many BatchNorms each leaves."""
     model = timm.create_model(name).eval()
     ways: dict[str, Callable[[], nn.Module]] = {
         TIMM: partial(reparameterize_model, model),
@@ -192,7 +192,7 @@ def beside_timm(name: str, turns: int) -> Row:
 
 
 def count_norms(model: nn.Module) -> int:
-    """BatchNorms of any kind."""
+    """Count BatchNorms of any kind."""
     return sum(is_batch_norm(module) for module in model.modules())
 
 
@@ -201,7 +201,7 @@ def count_norms(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and how often."""
+    """Questions to measure, each with its nets and its number of turns."""
 
     sizes: tuple[int, ...] = SIZES
     turns: int = 3
@@ -215,7 +215,7 @@ SMOKE = Plan((2, 4), 1, ("ResNet-18",), ("dbb",), ("repvgg_a0",), 1)
 
 
 def show(rows: list[Row]) -> None:
-    """A table for each question."""
+    """Print a table for each question."""
     for asks in dict.fromkeys(row["asks"] for row in rows):
         own = [row for row in rows if row["asks"] == asks]
         table = Table(*(key for key in own[0] if key != "asks"), title=str(asks), box=SIMPLE_HEAD)
@@ -228,8 +228,10 @@ def main() -> None:
     """Measure, print, and write where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="file for the result")
-    parser.add_argument("--turns", type=int, default=Plan.turns, help="of the nets of all sizes")
-    parser.add_argument("--timm-turns", type=int, default=Plan.timm_turns, help="of both ways to fuse a model of timm")
+    parser.add_argument("--turns", type=int, default=Plan.turns, help="turns over the nets of all sizes")
+    parser.add_argument(
+        "--timm-turns", type=int, default=Plan.timm_turns, help="turns of both ways to fuse a model of timm"
+    )
     parser.add_argument("--smoke", action="store_true", help="small nets, one turn: does it run?")
     options = parser.parse_args()
     plan = SMOKE if options.smoke else Plan(turns=options.turns, timm_turns=options.timm_turns)

@@ -1,6 +1,6 @@
-"""Every conv net of torchvision, and the smallest of every module of timm, beside what timm and torch themselves make of them.
+"""Measure every conv net of torchvision, and the smallest of every module of timm, and compare with fusing by timm and torch.
 
-    python -m benchmarks.zoo                      what the record lacks
+    python -m benchmarks.zoo                      models that the record lacks
     python -m benchmarks.zoo --again 'timm/*'     these once more
     python -m benchmarks.zoo --select             write the list of models anew, from the libraries that are installed
 
@@ -51,8 +51,8 @@ Row = dict[str, Any]
 
 
 def select() -> list[str]:
-    """All of torchvision's models that aren't quantized; of timm's modules the smallest model each, and of those that are only for tests
-    the next one too; and the smallest model of each family with blocks to re-parameterize.
+    """Select all of torchvision's models that aren't quantized, the smallest model of each module of timm (and the next one, if the
+    smallest is only for tests), and the smallest model of each family with blocks to re-parameterize.
     """
     import timm
     import torch
@@ -70,7 +70,7 @@ def select() -> list[str]:
 
 
 def run(names: Iterable[str], processes: int) -> Iterator[Row]:
-    """The rows of these models, as they come."""
+    """Yield the rows of these models as they are done."""
     with ThreadPoolExecutor(processes) as pool:
         yield from pool.map(_examine, names)
 
@@ -88,7 +88,7 @@ def _examine(name: str) -> Row:
 
 
 def read(file: Path) -> dict[str, Row]:
-    """The rows of a record, by model; none where there is no record."""
+    """The rows of a record by model; none if there is no record."""
     return {row["name"]: row for row in json.loads(file.read_text())["rows"]} if file.is_file() else {}
 
 
@@ -104,13 +104,13 @@ def save(file: Path, rows: dict[str, Row]) -> None:
 
 
 def main() -> None:
-    """Examine what is asked for and write the record."""
+    """Examine the models that are asked for and write the record."""
     parser = argparse.ArgumentParser(description="repfx on every conv net of torchvision and a sample of timm.")
-    parser.add_argument("--again", default="", help="pattern of names to examine though the record has them")
+    parser.add_argument("--again", default="", help="pattern of names to examine again though the record has them")
     parser.add_argument("--only", default="*", help="pattern of names")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--select", action="store_true", help="write the list of models and stop")
-    parser.add_argument("--smoke", action="store_true", help="two models, and the record of neither")
+    parser.add_argument("--smoke", action="store_true", help="two models, without writing the record")
     options = parser.parse_args()
     if options.select:
         MODELS.write_text("\n".join(select()) + "\n")

@@ -1,4 +1,4 @@
-"""Runs every test under stricter rules than a user's program: fixed seeds, one thread, no global state left changed."""
+"""Rules for every test, stricter than for a user's program: fixed seeds, one thread, no global state left changed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ settings.register_profile("dev", max_examples=25, deadline=None, suppress_health
 settings.register_profile("ci", settings.get_profile("dev"), max_examples=30, derandomize=True, print_blob=True)
 settings.register_profile(
     "short", settings.get_profile("ci"), max_examples=8
-)  # where the same runs elsewhere at length
+)  # for tests that run with more examples elsewhere
 settings.register_profile("fuzz", settings.get_profile("dev"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
-# Nets in tests are small: a second thread costs more than it gives, and one thread sums in one order. Here, and in child processes.
+# Nets in tests are small: a second thread costs more than it gains, and one thread always sums in one order. Child processes, too.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# On the CPU, whatever the machine has; TEST_DEVICE=cuda runs on a GPU what makes its tensors without saying where.
+# Tests run on the CPU even if there is a GPU. With TEST_DEVICE=cuda, tensors that are made without a device are on the GPU.
 if "TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["TEST_DEVICE"])
-    torch.use_deterministic_algorithms(True, warn_only=True)  # for tests that ask for the same bits
+    torch.use_deterministic_algorithms(True, warn_only=True)  # for tests that compare bits
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 else:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -35,7 +35,7 @@ else:
 
 @pytest.fixture(autouse=True)
 def untouched_global_state() -> Iterator[None]:
-    """Seed torch, and fail whatever leaves the default dtype, autograd or determinism switched for the next test."""
+    """Seed torch, and fail a test that leaves the default dtype, autograd, determinism or the threads changed."""
     torch.manual_seed(0)
     before = _global_state()
     yield
@@ -44,7 +44,7 @@ def untouched_global_state() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Large models lie in reference cycles, as torch.fx makes them: collect them before the next test needs the room."""
+    """Collect garbage before the next test needs the memory: torch.fx makes reference cycles that keep large models."""
     yield
     if request.node.get_closest_marker("slow") is not None:
         gc.collect()

@@ -1,4 +1,4 @@
-"""torchvision's detectors and segmentation nets on a small backbone, and stock ones; images and targets for them."""
+"""torchvision's detectors and segmentation nets, on a small backbone and as they are, with images and targets for them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FEW_BOXES: dict[str, Any] = {
 
 
 def body(norm: Callable[..., nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
-    """Three stages, 8 to 16 channels, as a ResNet has them."""
+    """A small ResNet body: a stem and three stages of 8 to 16 channels."""
 
     def down(channels: int) -> BasicBlock:
         short = Conv2dNormActivation(channels, 16, 1, 2, norm_layer=norm, activation_layer=None)
@@ -49,7 +49,7 @@ def body(norm: Callable[..., nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
 
 
 def pyramid(norm: Callable[..., nn.Module] = nn.BatchNorm2d, channels: int = 16) -> BackboneWithFPN:
-    """Levels 0, 1 and the one pooled from it."""
+    """A feature pyramid on the small body: levels 0, 1 and one pooled from level 1."""
     return BackboneWithFPN(body(norm), {"layer1": "0", "layer2": "1"}, [16, 16], channels)
 
 
@@ -111,7 +111,7 @@ SMALL_SEGMENTATION: dict[str, Callable[[], Any]] = {
 
 
 def stock(name: str) -> Callable[[], Any]:
-    """A model by its name, without weights; detectors for small images and keeping all boxes."""
+    """Return a function that builds a model by its name without weights; detectors take small images and keep all boxes."""
     options: dict[str, Any] = {}
     if "ssd" in name:
         options = {"score_thresh": 0.0}
@@ -146,7 +146,7 @@ STOCK_SEGMENTATION = {
 
 
 def pictures() -> list[Tensor]:
-    """Two, of different sizes and far from alike."""
+    """Two very different images of different sizes."""
     generator = numbers_from(1)
     smooth = torch.rand(3, 7, 9, generator=generator, dtype=torch.float64)
     rough = torch.rand(3, 64, 50, generator=generator, dtype=torch.float64)
@@ -167,7 +167,7 @@ def targets() -> list[dict[str, Tensor]]:
 
 
 def made_sure(model: Any) -> Any:
-    """In float64, with weights so large that what it finds depends on what it sees, but boxes stay in the picture; in place."""
+    """Put a detector into float64, in place, with weights so large that what it finds depends on the picture, but boxes stay inside."""
     for path, module in model.double().named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -176,7 +176,7 @@ def made_sure(model: Any) -> Any:
 
 
 def settled(model: Any, data: Any, seed: int = 1) -> Any:
-    """With random γ and β, and the statistics of the data, or else deep nets give out the same for any input; in place."""
+    """Give BatchNorms random γ and β and the data's statistics, in place. Otherwise a deep net's outputs are the same for any input."""
     randomize_batch_norm(model, seed)
     learns = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     return calibrate(model, data) if learns else model

@@ -1,4 +1,4 @@
-"""Small nets written as one expression, and what tests ask of them."""
+"""Small nets written as one expression, and helpers for tests of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Net(nn.Module):
 
 
 def ready(model: nn.Module, seed: int = 0) -> Any:
-    """In float64, with random BatchNorms, in eval mode."""
+    """Put a model into float64 and eval mode, with random BatchNorms."""
     return randomize_batch_norm(model.double(), seed).eval()
 
 
@@ -39,12 +39,12 @@ def image(*size: int) -> Tensor:
 
 @torch.no_grad()
 def error_of(model: nn.Module, reference: nn.Module, x: Tensor) -> float:
-    """How far the output of `model` is off, both as they are; on copies of x, which a net may write to."""
+    """Relative error of the output of `model`, each model in its present mode. Both run on copies of x, because a net may write to it."""
     return relative_error(model(x.clone()), reference(x.clone()))
 
 
 def fused_exactly(model: Any, x: Tensor) -> Any:
-    """`model` fused; it must compute the same and be untouched."""
+    """Fuse `model`; check that the result computes the same and that `model` is unchanged."""
     ready(model)
     before = copy.deepcopy(model.state_dict())
     fused = repfx.fuse(model)
@@ -54,7 +54,7 @@ def fused_exactly(model: Any, x: Tensor) -> Any:
 
 
 def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Bit for bit."""
+    """Tell whether two state dicts are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -69,6 +69,6 @@ def norms(model: nn.Module) -> list[str]:
 
 
 def reasons(model: nn.Module) -> str:
-    """All that the model's last verb left alone, as text."""
+    """The report of what the model's last verb left alone, as text."""
     report = repfx.report(model)
     return "\n".join(map(str, (*report.skipped, *report.declined)))

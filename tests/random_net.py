@@ -22,7 +22,7 @@ from tests.random_numbers import numbers_from
 
 @dataclass(frozen=True)
 class Call:
-    """A layer of the net, by its name, or one of `FUNCTIONS`, on earlier values, by their numbers."""
+    """One call of a net: a layer, by its name, or one of `FUNCTIONS`, on earlier values, by their numbers."""
 
     name: str
     sources: tuple[int, ...]
@@ -30,7 +30,7 @@ class Call:
 
 
 class RandomNet(nn.Module):
-    """Runs its `program`; value 0 is the input, and every call adds one more."""
+    """A module that runs its `program`. Value 0 is the input, and every call adds one value."""
 
     def __init__(self, shape: tuple[int, ...], seed: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class RandomNet(nn.Module):
         self.outputs: tuple[int, ...] = ()
 
     def input(self) -> Tensor:
-        """A batch of two, always the same."""
+        """An input with a batch of two, always the same."""
         generator = numbers_from(self.seed)
         return torch.randn(self.shape, generator=generator, dtype=torch.float64)
 
@@ -88,7 +88,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 class Builder:
-    """Adds drawn calls to a net, and runs each at once, so that later ones know the sizes of what they may read."""
+    """A builder that adds drawn calls to a net. It runs each at once, so that the sizes of values are known to later calls."""
 
     def __init__(self, draw: st.DrawFn, net: RandomNet, *, biases: bool) -> None:
         self.draw, self.net, self.biases = draw, net, biases
@@ -114,7 +114,7 @@ class Builder:
         return self.draw(st.sampled_from(kinds))
 
     def source(self) -> int:
-        """Often the last value, so that nets get deep, and else any."""
+        """Draw a value: often the last one, so that nets get deep, otherwise any."""
         last = len(self.values) - 1
         return self.draw(st.one_of(st.just(last), st.integers(0, last)))
 
@@ -127,7 +127,7 @@ class Builder:
     # -- layers and functions one after another
 
     def conv_layer(self, source: int, out: int, stride: int, reach: tuple[int | None, ...]) -> Any:
-        """A conv that `source` is large enough for; `reach`, 2 · padding - extent, fixes the size of its output."""
+        """A conv for which `source` is large enough; `reach`, 2 · padding - extent, fixes the size of its output."""
         axes = list(zip(self.sizes(source), reach))
         modes = [mode for mode in PADDING_MODES if all(windows(size, mode, fixed) for size, fixed in axes)]
         mode = self.chance(*modes)
@@ -168,7 +168,7 @@ class Builder:
         self.call(name, self.source(), options=value)
 
     def add_parameter(self) -> None:
-        """A scale or shift: per channel, a single number, or along the last axis, which is no map per channel."""
+        """Add a scale or shift: per channel, a single number, or along the last axis, which is no map per channel."""
         source = self.source()
         per_channel = (self.channels(source), *(1,) * self.dimensions)
         shape = self.chance(per_channel, (1, *per_channel), (1,), self.sizes(source)[-1:])
@@ -198,7 +198,7 @@ class Builder:
     # -- where paths part and meet, and layers are used again
 
     def add_parallel(self) -> None:
-        """Two or three terms of one value, added and subtracted."""
+        """Add two or three paths from one value, whose ends are added or subtracted."""
         source = self.source()
         stride, out = self.chance(1, 2), self.chance(self.channels(source), 4)
         first = self.conv_layer(source, out, stride, (None,) * self.dimensions)
@@ -222,7 +222,7 @@ class Builder:
         self.call(self.chance("add", "sub", "iadd", "cat"), source, self.chance(*alike))
 
     def add_second_call(self) -> None:
-        """A layer once more, on a value as large as the one that it was first called on."""
+        """Call a layer once more, on a value as large as the one of its first call."""
         name = self.chance(*(name for name, _ in self.net.named_children()))
         first = next(call.sources[0] for call in self.net.program if call.name == name)
         alike = [index for index, value in enumerate(self.values) if value.shape == self.values[first].shape]
@@ -230,7 +230,7 @@ class Builder:
 
 
 def windows(size: int, mode: str, reach: int | None) -> list[tuple[int, int, int]]:
-    """Every kernel size, dilation and padding of a conv on an axis of `size`."""
+    """Every kernel size, dilation and padding that a conv can have on an axis of `size`."""
     longest = {"zeros": 2, "replicate": 2, "circular": size, "reflect": size - 1}[mode]
     return [
         (k, d, p)

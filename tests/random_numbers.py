@@ -1,4 +1,4 @@
-"""Random numbers of tests."""
+"""Random numbers for tests."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def numbers_from(seed: int) -> torch.Generator:
-    """On the device that tests run on."""
+    """A seeded generator on the device that tests run on."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)

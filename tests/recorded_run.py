@@ -1,4 +1,4 @@
-"""Runs as the training loop leaves them, for tests of what is made of their files: real short ones, and a long one that is made up."""
+"""Runs with the files that the training loop leaves, for tests that read these files: short real runs, and a long invented one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def record(out: Path, schedule: str, epochs: int, **options: Any) -> None:
 
 
 def long_history(sites: int = 100, epochs: int = 600) -> History:
-    """What DyRep may do to a large net, made up: every 15 epochs two sites grow and some branches leave."""
+    """An invented history of DyRep on a large net: every 15 epochs two sites grow and some branches leave."""
     kinds = tuple(map(BranchSpec, ("1x1", "1x1-kxk", "1x1-avg", "1xk", "kx1", "identity")))
     order = [f"layer{index % 4 + 1}.{index // 4}.conv2" for index in range(sites)]
     born: dict[str, dict[str, int]] = {}

@@ -20,7 +20,7 @@ def net(num_classes: int = 10, width: int = 8) -> nn.Sequential:
 
 
 def fixed() -> nn.Module:
-    """Two classes, whatever is asked for."""
+    """A net of two classes, whatever number is asked for."""
     return net(2)
 
 

@@ -1,4 +1,4 @@
-"""Two processes that know of each other, as torchrun starts them, but without a third one that loads torch only to watch."""
+"""Two connected processes, started as torchrun does, but without a third process that loads torch only to watch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_on_two_ranks(program: str, *arguments: str, seconds: float = 240) -> str:
-    """What a module of `tests.programs` prints on both ranks; its exit code is 0 on both."""
+    """Run a module of `tests.programs` on two ranks and return what both print; check that both exit with 0."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     meeting = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -1,7 +1,7 @@
-"""The tutorial's notebook as a page of the site; a hook of the docs' build.
+"""Make the tutorial's notebook a page of the site; a hook of the docs' build.
 
-A notebook is Markdown and code with what the code gave out, so it becomes a page like all others: its links are checked, its code looks
-as it does elsewhere, and nothing is loaded from anywhere. It isn't run here; a test does that.
+A notebook is Markdown, code and the code's output, so it becomes a page like all others: its links are checked, its code looks as it
+does elsewhere, and the page loads nothing from other sites. A test runs the notebook; the build doesn't.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mkdocs.structure.files import File, Files
 
 NOTEBOOK = "tutorial.ipynb"
 REMOTE_IMAGE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]+\)")
-FOLDER = "notebook"  # of the page and of the file to be downloaded; `tutorial` is that of tutorial.md
+FOLDER = "notebook"  # for the page and the file to download; `tutorial` is the folder of tutorial.md
 
 
 class NotebookPage(File):
@@ -27,7 +27,7 @@ class NotebookPage(File):
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Put a page, and the notebook itself to be downloaded, in the place of the notebook (called by MkDocs)."""
+    """Replace the notebook by a page and by a copy of the notebook for download (called by MkDocs)."""
     path = Path(config.docs_dir) / NOTEBOOK
     page = NotebookPage(
         NOTEBOOK, config.docs_dir, config.site_dir, config.use_directory_urls, dest_uri=f"{FOLDER}/index.html"

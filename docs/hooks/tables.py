@@ -1,6 +1,6 @@
-"""The tables of what is registered and of options, written from the code; a hook of the docs' build, for those of measurements, too.
+"""Write the tables of registered names and of options from the code; a hook of the docs' build, which also inserts measurements' tables.
 
-A page asks for one with ``<!-- table: presets -->`` on a line of its own. Whatever is registered shows up by itself.
+A page asks for one with ``<!-- table: presets -->`` on a line of its own. Everything that is registered appears automatically.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def recipe_keys() -> str:
     """Each key of a recipe's file with its default and what its dataclass says of it."""
     from repfx.training.experiment import Experiment
 
-    elsewhere = ("out", "overwrite", "resume")  # where a run goes is no part of its recipe
+    elsewhere = ("out", "overwrite", "resume")  # where a run is stored is no part of its recipe
     rows = [row for row in _keys(Experiment) if row[0].strip("`") not in elsewhere]
     return table(("key", "default", "what it is"), rows)
 
 
 def _keys(cls: Any, inside: str = "") -> Iterator[tuple[str, str, str]]:
-    """Of a dataclass, and of those that it holds, with dots between."""
+    """Keys of a dataclass and of the dataclasses in its fields, joined by dots, each with its default and its description."""
     told, kinds = _arguments(cls), get_type_hints(cls)
     for field in fields(cls):
         inner = next((each for each in (kinds[field.name], *get_args(kinds[field.name])) if is_dataclass(each)), None)
@@ -86,7 +86,7 @@ def _keys(cls: Any, inside: str = "") -> Iterator[tuple[str, str, str]]:
 
 
 def _arguments(cls: type) -> dict[str, str]:
-    """What a docstring says under `Args:`, by name; `mixup, cutmix: …` is of both."""
+    """Entries under `Args:` of a docstring, by name; `mixup, cutmix: …` counts for both names."""
     text = inspect.cleandoc(cls.__doc__ or "").split("Args:\n")[1].split("\n\n")[0]
     entries = re.findall(r"^    (\w[\w, ]*): (.*(?:\n        .*)*)", text, re.MULTILINE)
     return {name: " ".join(told.split()) for names, told in entries for name in names.split(", ")}

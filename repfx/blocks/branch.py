@@ -21,8 +21,9 @@ from repfx.algebra.meaning import kernel_of
 from repfx.blocks.spec import BranchSpec
 from repfx.blocks.stages import Norm, Pad, Stages
 from repfx.errors import InvalidInput, UnknownName
+from repfx.records.registry import Registry
 
-KINDS: dict[str, type[Branch]] = {}
+KINDS: Registry[type[Branch]] = Registry("repfx.branches")
 
 
 class Chain(nn.Sequential):
@@ -91,7 +92,7 @@ class Branch(Chain):
         kind = getattr(cls, "kind", None)
         if not isinstance(kind, str) or not kind or "." in kind:
             raise InvalidInput(f"branch class {cls.__name__} needs a name without dots in `kind`, not {kind!r}.")
-        if kind in KINDS and _full_name(KINDS[kind]) != _full_name(cls):
+        if kind in KINDS.known and _full_name(KINDS[kind]) != _full_name(cls):
             raise InvalidInput(
                 f"branch class {cls.__name__} needs another `kind`: {kind!r} is taken by {_full_name(KINDS[kind])}."
             )

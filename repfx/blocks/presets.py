@@ -9,6 +9,7 @@ from typing import Any
 from repfx.algebra.conv_spec import ConvSpec
 from repfx.blocks.spec import BranchSpec, Spec
 from repfx.errors import InvalidInput, UnknownName
+from repfx.records.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ _OREPA = [
 
 _ALL_SIX = [*_DBB, "1xk", "kx1", "identity"]
 
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
+PRESETS: Registry[Preset] = Registry("repfx.branches")
+PRESETS.update(
+    (preset.name, preset)
     for preset in [
         Preset("repvgg", "1×1 and identity beside the k×k (RepVGG)", Spec(["1x1", "identity"])),
         Preset("acb", "1×k and k×1 beside the k×k (ACNet)", Spec(["1xk", "kx1"])),
@@ -79,7 +81,7 @@ PRESETS: dict[str, Preset] = {
             Spec(_OREPA, norm="scale", origin_scale=0.25),
         ),
     ]
-}
+)
 
 SpecLike = str | Sequence[str | BranchSpec] | Spec | Mapping[str, Any]
 

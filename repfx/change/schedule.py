@@ -15,8 +15,9 @@ from repfx.change.companion import Companion, Run
 from repfx.errors import InvalidInput
 from repfx.passes.squeeze import Squeeze
 from repfx.records.journal import Action
+from repfx.records.registry import Registry
 
-SCHEDULES: dict[str, type[Schedule]] = {}
+SCHEDULES: Registry[type[Schedule]] = Registry("repfx.schedules")
 _Own = TypeVar("_Own", bound="Schedule")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from repfx.errors import InvalidInput
+from repfx.records.registry import Registry
 from repfx.records.report import Skip
 from repfx.rewriting.match import Match
 from repfx.rewriting.patterns import Pattern
@@ -15,8 +16,8 @@ from repfx.rewriting.view import View
 
 Guard = Callable[[Match, View], str | None]
 
-PASSES: dict[str, Pass] = {}
-RULES: dict[str, Rule] = {}
+PASSES: Registry[Pass] = Registry("repfx.passes")
+RULES: Registry[Rule] = Registry("repfx.passes")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Pass:
     description: str
 
     def __post_init__(self) -> None:
-        if self.name in PASSES:
+        if self.name in PASSES.known:
             raise InvalidInput(f"a pass named {self.name!r} is registered already.")
         PASSES[self.name] = self
 

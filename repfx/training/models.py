@@ -6,20 +6,17 @@ A name is `torchvision:NAME`, `timm:NAME`, `package.module:callable` or `file.py
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from repfx.errors import InvalidInput, UnknownName, first_line
+from repfx.records.python_code import import_source
 
 FORMS = "torchvision:NAME, timm:NAME, package.module:callable or file.py:callable"
 
@@ -104,39 +101,12 @@ def _timm_builder(name: str) -> Callable[..., Any]:
 
 
 def _builder_in_python(source: str, name: str) -> Callable[..., Any]:
-    path = Path(source)
-    try:
-        module = _module_at(path) if path.suffix == ".py" else _module_named(source)
-    except Exception as error:
-        if isinstance(error, InvalidInput):
-            raise
-        raise InvalidInput(
-            f"model '{source}:{name}': importing {source!r} failed: {type(error).__name__}: {error}."
-        ) from error
+    module = import_source(source)
     found = getattr(module, name, None)
     if not callable(found):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UnknownName(f"callable in {source!r} named", name, callables)
     return found  # type: ignore[no-any-return]
-
-
-def _module_at(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise InvalidInput(f"no file {str(path)!r} to take a model from.")
-    spec = importlib.util.spec_from_file_location(f"_model_file_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise InvalidInput(f"{str(path)!r} can't be imported.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-def _module_named(name: str) -> ModuleType:
-    here = str(Path.cwd())
-    if here not in sys.path:  # a console script doesn't look there, but `python -m` does
-        sys.path.insert(0, here)
-    return importlib.import_module(name)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -39,7 +39,7 @@ FORMS: dict[str, Callable[[], Any]] = {
 
 
 class Block(nn.Module):
-    """As timm writes it: conv, then norm and activation in one."""
+    """A block in timm's form: a conv, then one module for norm and activation."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ def expanded(spec: str) -> Any:
 
 
 def sums(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
-    """``(out,)``, of a model with another parameter."""
+    """Outputs summed per channel, ``(out,)``, with `parameter` in place of the model's own."""
     y: Tensor = functional_call(model, {name: parameter}, (X,))
     return y.sum((0, 2, 3))
 
@@ -42,7 +42,7 @@ def of_several(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
 @pytest.mark.parametrize("what", [jacobian, of_several])
 @pytest.mark.parametrize("spec", ["acb", "dbb", "orepa"])
 def test_one_parameter_can_be_varied_alone(spec: str, what: Callable[[nn.Module, str, Tensor], Tensor]) -> None:
-    """Then sums of kernels mix tensors that have the axis of `vmap` with some that have none."""
+    """Sums of kernels then mix tensors that have the axis of `vmap` with tensors that lack it."""
     model = expanded(spec)
     parameters = {name: each.detach() for name, each in model.named_parameters()}
     expected = {name: what(model, name, each) for name, each in parameters.items()}
@@ -54,7 +54,7 @@ def test_one_parameter_can_be_varied_alone(spec: str, what: Callable[[nn.Module,
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("squeezed", [True, False])
 def test_a_recorded_function_gives_the_same_each_time(squeezed: bool, trained: bool) -> None:
-    """Sums that are written in place would be written into what the record keeps as constants."""
+    """A sum computed in place would write into the constants of the recorded function."""
     model = expanded("acb").requires_grad_(trained)
     if squeezed:
         repfx.squeeze(model)

@@ -1,4 +1,4 @@
-"""The laws of the algebra: a kernel made of others computes what they compute, borders included; what is no kernel is refused."""
+"""The laws of the algebra: a kernel made of others computes what they compute, borders included; what can't be one kernel is refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from repfx.testing.strategies import (
 )
 from tests.random_numbers import numbers_from
 
-# torch copies the input there, which is no concern of these tests
+# torch warns that it copies the input there, which doesn't matter to these tests
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 Law = tuple[st.SearchStrategy[Any], Callable[[Any], None]]
@@ -37,7 +37,7 @@ LAWS: dict[str, Law] = {}
 
 
 def law(cases: st.SearchStrategy[Any]) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Register a check that holds for every one of `cases`; `test_law` runs it, test_mutants.py runs it where it must fail."""
+    """Register a check that holds for all `cases`. `test_law` runs it; test_mutants.py runs it on mistakes, where it must fail."""
 
     def register(check: Callable[[Any], None]) -> Callable[[Any], None]:
         LAWS[check.__name__] = (cases, check)
@@ -56,7 +56,7 @@ def test_law(name: str) -> None:
 
 
 def input_of(first: Kernel, second: Kernel) -> st.SearchStrategy[Tensor]:
-    """What `first` takes and gives `second` something to take."""
+    """An input large enough for `first`, whose output is large enough for `second`."""
     least = smallest_input(first, smallest_input(second))
     return inputs_for(first, least, channels=first.in_channels)
 
@@ -69,7 +69,7 @@ def single(draw: st.DrawFn) -> tuple[Kernel, Tensor]:
 
 @st.composite
 def beside(draw: st.DrawFn) -> tuple[Kernel, Kernel, Tensor]:
-    """Two kernels that can be added: their strides and reaches are equal, where both pad they pad alike."""
+    """Two kernels that can be added. Their strides and reaches are equal, and if both pad, they pad alike."""
     first = draw(kernels())
     second = draw(
         kernels(
@@ -85,7 +85,7 @@ def beside(draw: st.DrawFn) -> tuple[Kernel, Kernel, Tensor]:
 
 @st.composite
 def in_turn(draw: st.DrawFn) -> tuple[Kernel, Kernel, Tensor]:
-    """Two kernels that can be composed: the first's padding is derived from what the second's asks for."""
+    """Two kernels that can be composed. The first one's padding is derived from what the second one's padding needs."""
     second = draw(kernels())
     bias = False if second.padded and second.padding_mode == "zeros" else None
     first = draw(kernels(dimensions=second.dimensions, out_channels=second.in_channels, bias=bias))
@@ -99,14 +99,14 @@ def in_turn(draw: st.DrawFn) -> tuple[Kernel, Kernel, Tensor]:
 
 
 def diagonal_like(kernel: Kernel) -> Kernel:
-    """A scale per channel with the padding of `kernel`: what a padding module is."""
+    """A scale per channel with the padding of `kernel`, like a padding module."""
     scale = kernel.weight.flatten(1).sum(1)
     diagonal = Kernel.diagonal(scale, kernel.bias, kernel.dimensions, kernel.padding)
     return replace(diagonal, padding_mode=kernel.padding_mode)
 
 
 def reaching_out(first: Kernel, second: Kernel) -> tuple[tuple[int, int], ...]:
-    """The padding of `first`, made large enough that it is zero wherever `second` pads."""
+    """The padding of `first`, enlarged until the output of `first` is zero (without bias) wherever `second` pads."""
     pairs = []
     for axis, ((p, q), (p2, q2)) in enumerate(zip(first.padding, second.padding)):
         extent = first.dilation[axis] * (first.kernel_size[axis] - 1)
@@ -160,7 +160,7 @@ def one_after_another(parts: list[Kernel]) -> Callable[[Tensor], Tensor]:
 
 @law(beside())
 def sum_of_several(case: tuple[Kernel, Kernel, Tensor]) -> None:
-    """Whichever parts lie in which, one of them several times."""
+    """A sum is right whichever part's window holds the others', and with one part several times."""
     a, b, x = case
     before = a.copy(), b.copy()
     for parts in ([a], [a, b], [a, b, a], [b, a, a.negate(), b]):
@@ -371,7 +371,7 @@ NOWHERE = -1
 
 
 def source(mode: str, position: int, size: int) -> int | None:
-    """Where padding by `mode` takes the value at `position` from: an index, `NOWHERE` for a zero, None where it is undefined."""
+    """Return the index that padding by `mode` reads for `position`: `NOWHERE` for a zero, None where the mode is undefined."""
     if 0 <= position < size:
         return position
     if mode == "zeros":
@@ -392,7 +392,7 @@ def test_padding_takes_its_values_from_where_torch_says(mode: str, size: int, be
 
 
 def is_convolution(map_: Callable[[Tensor], Tensor], size: int, stride: int) -> bool:
-    """Whether a map of one channel along one axis is a convolution with any padding, any window up to `size` and one bias.
+    """Whether a map of one channel along one axis is one convolution: any padding, any window up to `size`, one bias.
 
     Its matrix must be a sum of matrices that read at one fixed offset from each output's position.
     """
@@ -410,17 +410,19 @@ def is_sum_of_shifts(matrix: Tensor, stride: int, mode: str) -> bool:
         sources = [source(mode, row * stride + offset, size) for row in range(count)]
         if None in sources:
             continue
-        shift = matrix.new_zeros(count, size + 1)  # the last column takes what is read NOWHERE
+        shift = matrix.new_zeros(count, size + 1)  # the last column collects reads from NOWHERE
         shift[torch.arange(count), torch.tensor(sources)] = 1
         shifts.append(shift[:, :size].flatten())
     basis, target = torch.stack(shifts, 1), matrix.flatten()
-    weights = torch.linalg.pinv(basis.T @ basis, hermitian=True) @ (basis.T @ target)  # shifts may coincide
+    weights = torch.linalg.pinv(basis.T @ basis, hermitian=True) @ (
+        basis.T @ target
+    )  # pinv, because shifts may coincide
     return bool((basis @ weights - target).abs().max() < 1e-9)
 
 
 @st.composite
 def lines(draw: st.DrawFn) -> tuple[Kernel, Kernel]:
-    """Two kernels of one channel along one axis, the second padded on both sides; of the first's padding half is large enough."""
+    """Two kernels of one channel along one axis. The second pads both sides; in half of the cases the first pads enough for it."""
     first = draw(kernels(dimensions=1, in_channels=1, out_channels=1, bias=draw(st.sampled_from((False, False, True)))))
     second = draw(kernels(stride=(1,), in_channels=1, out_channels=1))
     side = draw(st.integers(1, 2))
@@ -431,7 +433,7 @@ def lines(draw: st.DrawFn) -> tuple[Kernel, Kernel]:
 
 
 def refused_without_need(first: Kernel, second: Kernel) -> bool:
-    """Where the second map pads with what is alike at the ends anyway; the composition would be one conv, which `compose` leaves out."""
+    """Whether `compose` refuses a pair that is one conv: the second map pads with values that are equal at the ends anyway."""
     extent, padding = first.dilation[0] * (first.kernel_size[0] - 1), min(first.padding[0])
     alike = first.padding_mode == second.padding_mode
     rotates = alike and second.padding_mode == "circular" and first.reach == (0,) and first.stride == (1,)

@@ -1,4 +1,4 @@
-"""What a module means: the right kernel, or a reason; by exact class, for torch's own, torchvision's and timm's."""
+"""Meanings of modules: the right kernel or a reason, by exact class, for the modules of torch, torchvision and timm."""
 
 from __future__ import annotations
 

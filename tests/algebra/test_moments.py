@@ -1,4 +1,4 @@
-"""A kernel in front of a BatchNorm: the function in eval mode, and by the moments in training mode too."""
+"""A kernel put in front of a BatchNorm: it gives the right function in eval mode and, with the moments, in training mode too."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def pair_of(form: str) -> tuple[Any, Tensor]:
 
 
 def another_kernel(conv: Layer, *, bias: bool = True) -> Kernel:
-    """Of the same sizes, its weights random."""
+    """A random kernel of the same sizes as the conv."""
     kernel = kernel_of(conv, torch.ones((), dtype=torch.float64), 4, 2)
     shift = torch.randn(kernel.out_channels, dtype=torch.float64) if bias else None
     return replace(kernel, weight=torch.randn_like(kernel.weight), bias=shift)
 
 
 def measured(output: Tensor) -> Moments:
-    """As BatchNorm measures them: over all but the channels, the variance biased."""
+    """Moments as BatchNorm measures them: over all axes but the channels, with the biased variance."""
     axes = tuple(axis for axis in range(output.ndim) if axis != 1)
     return Moments(output.mean(axes), output.var(axes, correction=0))
 
@@ -88,7 +88,7 @@ def test_training_mode_gives_out_the_moments() -> None:
 
 
 def test_a_channel_that_is_constant_divides_nothing() -> None:
-    """γ = √ε and σ² = 0: in both modes the channel is its bias."""
+    """A constant channel gets γ = √ε and σ² = 0, so in both modes the channel is its bias."""
     pair, x = pair_of("rectangular")
     kernel = another_kernel(pair[0])
     kernel.weight[1::2] = 0
@@ -110,7 +110,7 @@ def test_the_gamma_that_was_there_plays_no_part(gamma: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_eval_mode_is_right_to_the_rounding_of_the_weights(dtype: torch.dtype) -> None:
-    """γ is taken from the rounded variance, so that of the two only γ's own rounding is left."""
+    """γ is computed from the rounded variance, so that only the rounding of γ itself remains."""
     pair: Any = nn.Sequential(nn.Conv2d(4, 64, 3, bias=False), nn.BatchNorm2d(64)).to(dtype).eval()
     kernel = another_kernel(pair[0])
     set_kernel(pair[0], pair[1], kernel, Moments(torch.zeros(64).double(), torch.logspace(-3, 6, 64).double()))
@@ -166,7 +166,7 @@ def test_no_graph_is_recorded() -> None:
 
 
 def test_after_a_batch_norm_are_what_it_gives_out_in_training_mode() -> None:
-    """Whatever is fed; short of ε, where the variance fed is large."""
+    """Moments behind a BatchNorm don't depend on its input, but for ε: the variance fed here is so large that ε doesn't show."""
     norm = nn.BatchNorm2d(4).double()
     randomize_batch_norm(norm, 2)
     output = measured(norm.train()(image(7, 4, 9, 10) * 1e6 + 3).detach())
@@ -191,7 +191,7 @@ def test_a_missing_gamma_is_one_and_a_missing_beta_zero(missing: str, mean: floa
 
 
 def test_of_sums_and_affine_maps() -> None:
-    """Of uncorrelated terms; those here are so exactly, one by one."""
+    """Moments add up for uncorrelated terms. The terms here are exactly uncorrelated in each channel."""
     a = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64).reshape(4, 1) * torch.tensor([2.0, 3.0]).double() + 1
     b = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).reshape(4, 1) * torch.tensor([5.0, 1.0]).double() - 4
     scale, shift = torch.tensor([-2.0, 0.5]).double(), torch.tensor([3.0, 1.0]).double()

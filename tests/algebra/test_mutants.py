@@ -1,6 +1,6 @@
 """Tests of the tests: with one mistake put into the algebra, the check that is there for it fails.
 
-A new mutant is one more row of `MUTANTS`: a name, what to put where, and the checks that must fail, each by itself.
+A new mutant is one more row of `MUTANTS`: a name, what to replace by what, and the checks of which each must fail.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from repfx.testing import assert_same_map, randomize_batch_norm
 from tests.algebra import test_kernel
 from tests.blocks import test_spec
 
-# torch copies the input there, which is no concern of these tests
+# torch warns that it copies the input there, which doesn't matter to these tests
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
-# Enough to meet the mistake; no shrinking, as the failure is what is wanted.
+# Enough examples to meet the mistake. No shrinking, because any failure will do.
 SEARCH = settings(max_examples=300, phases=[Phase.generate], derandomize=True, database=None)
 
 Check = tuple[st.SearchStrategy[Any], Callable[[Any], None]]
@@ -102,7 +102,7 @@ def response_of_one_tap(kernel: Kernel, constant: Tensor) -> Tensor:
 
 
 def regroup_by_repeating(kernel: Kernel, groups: int) -> Kernel:
-    """Fills what lies between groups with copies, not with zeros."""
+    """Fills the weights between groups with copies instead of zeros."""
     times = kernel.groups // groups
     repeated = kernel.weight.repeat(1, times, *(1,) * kernel.dimensions)
     return replace(kernel, weight=repeated, groups=groups)
@@ -124,7 +124,7 @@ def align_without_dilation(kernels: list[Kernel]) -> list[Kernel]:
 
 
 def densify_by_name_alone(kernel: Kernel, factors: tuple[int, ...] | None = None) -> Kernel:
-    """Divides the dilation and leaves the taps as they are."""
+    """Divides the dilation without spreading the taps."""
     dense = DENSIFY(kernel, factors)
     return replace(kernel, dilation=dense.dilation)
 
@@ -146,12 +146,12 @@ def require_nothing(*kernels: Kernel, **options: bool) -> None:
 
 
 def borders_without_stride(first: Kernel, second: Kernel) -> None:
-    """The border law as it is for stride 1 alone."""
+    """Uses the border law that is right for stride 1 only."""
     SAME_BORDERS(replace(first, stride=(1,) * first.dimensions), second)
 
 
 def borders_before_alone(first: Kernel, second: Kernel) -> None:
-    """Looks at the padding before, and takes what lies after to be alike."""
+    """Looks only at the padding before, and assumes the same after."""
     SAME_BORDERS(first, replace(second, padding=tuple((before, 0) for before, _ in second.padding)))
 
 
@@ -179,7 +179,7 @@ def slice_of_inputs(kernel: Kernel, start: int, stop: int) -> Kernel:
 
 
 def inner_without_own_dilation(site: ConvSpec, window: tuple[int, ...], dilation: Any = None) -> ConvSpec:
-    """The padding as for a site without dilation."""
+    """Computes the padding as if the site had no dilation."""
     plain = replace(site, dilation=(1,) * site.dimensions)
     return replace(INNER(site, window, dilation), padding=INNER(plain, window, dilation).padding)
 
@@ -199,7 +199,7 @@ def inputs_with_the_bias(kernel: Kernel, start: int, stop: int) -> Kernel:
     return replace(SLICE_INPUTS(kernel, start, stop), bias=kernel.bias)
 
 
-# As they are, before any test puts something else in their place.
+# The originals, before any test replaces them.
 FOLD_AFFINE, FOLD_AFFINE_BEFORE, RESPONSE = Kernel.fold_affine, Kernel.fold_affine_before, Kernel._response
 WIDEN, DENSIFY, SLICE_CHANNELS, AVERAGE_POOL = Kernel.widen, Kernel.densify, Kernel.slice_channels, Kernel.average_pool
 SLICE_INPUTS = Kernel.slice_inputs
@@ -265,7 +265,7 @@ MUTANTS = [
     Mutant("inner sides swapped", ConvSpec, "inner", inner_with_sides_swapped, ("alignment",)),
     Mutant("inner in the corner", ConvSpec, "inner", inner_in_the_corner, ("alignment",)),
 ]
-LONG = ("border law before alone", "border law without bias")  # rare in what is drawn
+LONG = ("border law before alone", "border law without bias")  # rarely drawn
 ROWS = [
     pytest.param(mutant, check, id=f"{mutant.name}-{check}", marks=[pytest.mark.slow] if mutant.name in LONG else [])
     for mutant in MUTANTS
@@ -287,7 +287,7 @@ def planted(mutant: Mutant) -> Iterator[None]:
 
 @pytest.mark.parametrize(("mutant", "check"), ROWS)
 def test_the_check_sees_the_mistake(mutant: Mutant, check: str) -> None:
-    """By other numbers, or because the algebra itself trips over it; not because the mistake is no program."""
+    """The check fails by wrong numbers or by an error of the algebra, not because the mutant is an invalid program."""
     with planted(mutant), pytest.raises((AssertionError, NoKernel, RuntimeError)):
         run(check)
 

@@ -1,4 +1,4 @@
-"""`RepBlock`: its sum, its one kernel, and how its origin takes a branch over."""
+"""`RepBlock`: its sum, its one kernel, and how its origin absorbs a branch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def example() -> Tensor:
 
 
 def block_of(conv: Layer, norm: str = "batch_norm", kinds: tuple[str, ...] = tuple(KINDS)) -> RepBlock:
-    """A block with every kind of `kinds` that serves the conv, in float64 and eval mode, its BatchNorms random."""
+    """A block with all of `kinds` that fit the conv, in float64 and eval mode, its BatchNorms random."""
     site = ConvSpec.of(conv)
     fitting = [kind for kind in kinds if refusal_of_branch(BranchSpec(kind), site) is None]
     branches = {kind: KINDS[kind](site, Norm(norm), conv.weight) for kind in fitting}
@@ -99,7 +99,7 @@ def test_absorbing_divides_by_no_gamma(which: str, gamma: float) -> None:
 
 
 def test_absorbing_keeps_the_parameters_of_the_origin() -> None:
-    """An optimizer goes on with the parameters that it holds."""
+    """The optimizer must be able to go on with the parameters that it holds."""
     block = block_of(conv_of("plain"))
     before = list(block.origin.parameters())
     buffers = list(block.origin.buffers())
@@ -111,7 +111,7 @@ def test_absorbing_keeps_the_parameters_of_the_origin() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_absorbing_keeps_the_dtype(dtype: torch.dtype) -> None:
-    """To a few roundings: each of conv weight, mean, γ and β is rounded once."""
+    """The function is kept to a few roundings: conv weight, mean, γ and β are rounded once each."""
     block = block_of(conv_of("plain"), kinds=("1x1", "identity")).to(dtype)
     before = copy.deepcopy(block).double()
     absorb_branch(block, "1x1")
@@ -121,7 +121,7 @@ def test_absorbing_keeps_the_dtype(dtype: torch.dtype) -> None:
 
 
 def test_moments_of_absorbed_branches_add_up() -> None:
-    """In training mode the origin's BatchNorm gives mean Σβ and variance Σγ²·σ² / (σ² + ε)."""
+    """The origin's BatchNorm outputs, in training mode, mean Σβ and variance Σγ²·σ² / (σ² + ε)."""
     block = block_of(conv_of("plain"), kinds=("1x1", "identity"))
     norms: list[Layer] = [block.norm, *(branch.last_norm for branch in block.branches.values())]
     beta = sum(norm.bias.detach() for norm in norms)
@@ -209,7 +209,7 @@ def test_a_copy_and_its_state_are_the_same_block() -> None:
 
 
 def nested() -> tuple[nn.Module, RepBlock, RepBlock]:
-    """A model whose block has, in a branch, a block."""
+    """A model whose block has another block inside a branch."""
     outer = repfx.expand(nn.Sequential(conv_of("plain"), nn.BatchNorm2d(4)), ["1x1-kxk", "1x1"])
     model = repfx.expand(outer, {"0.1x1-kxk.conv2": ["1x1", "kxk", "1x1-avg"]})
     randomize_batch_norm(model).double().eval()
@@ -250,7 +250,7 @@ def test_a_branch_cannot_take_a_name_that_is_in_use(name: str) -> None:
 @pytest.mark.parametrize("size", [1, 3], ids=["itself", "a view"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_what_is_handed_on_is_not_the_input_itself(size: int, gated: bool) -> None:
-    """Code behind the block may write into it."""
+    """Code behind the block may write into the block's output."""
 
     class InPlace(nn.Module):
         def __init__(self) -> None:

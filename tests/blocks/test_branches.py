@@ -1,4 +1,4 @@
-"""The contract of branch kinds, over every registered kind and a broad list of sites; a new kind is held to it the day it exists."""
+"""The contract of branch kinds, over every registered kind and a broad list of sites; a new kind is tested the day it exists."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ with_each_norm = pytest.mark.parametrize("norm", NORMS)
 
 @torch.no_grad()
 def build(branch: BranchSpec, name: str, norm: str, dtype: torch.dtype = torch.float64) -> Branch:
-    """A branch in which nothing has a value that could hide a mistake."""
+    """A branch without values, such as zeros or ones, that could hide a mistake."""
     like = torch.empty((), dtype=dtype)
     built = kind_of(branch)(SIZES[name], Norm(norm, eps=1e-3), like, **branch.options)
     weights: list[Layer] = [module for module in built.modules() if is_conv(module) or isinstance(module, Scale)]
@@ -93,7 +93,7 @@ def build(branch: BranchSpec, name: str, norm: str, dtype: torch.dtype = torch.f
 
 
 def example(name: str) -> Tensor:
-    """An input just large enough, of another size on each axis, so that a swapped axis shows."""
+    """An input just large enough, with a different size on each axis so that swapped axes show."""
     site = SIZES[name]
     extents = [d * (k - 1) + 1 for d, k in zip(site.dilation, site.kernel_size)]
     sizes = [max(extent + 2, 5) + axis for axis, extent in enumerate(extents)]
@@ -106,7 +106,7 @@ def norms_of(branch: Branch) -> list[Layer]:
 
 @torch.no_grad()
 def with_batch_statistics(branch: Branch, x: Tensor) -> Tensor:
-    """The output in training mode; afterwards each BatchNorm's running statistics are those of this batch, unrounded."""
+    """Return the output in training mode; afterwards each BatchNorm's running statistics are those of this batch, unrounded."""
     seen: dict[Layer, Tensor] = {}
     hooks = [
         norm.register_forward_pre_hook(lambda norm, inputs: seen.update({norm: inputs[0]})) for norm in norms_of(branch)
@@ -135,7 +135,7 @@ def test_added_to_the_sites_conv_it_keeps_that_convs_window(branch: BranchSpec, 
     for norm in NORMS:
         built = build(branch, name, norm).eval()
         total = own.add(built.equivalent_kernel(x))
-        # of an unpadded kernel the padding mode means nothing
+        # the padding mode of an unpadded kernel means nothing
         mode = own.padding_mode if own.padded else total.padding_mode
         assert ConvSpec.of_kernel(total) == replace(SIZES[name], padding_mode=mode)
         assert_same_map(total, lambda x, built=built: conv(x) + built(x), x)  # type: ignore[misc]
@@ -143,7 +143,7 @@ def test_added_to_the_sites_conv_it_keeps_that_convs_window(branch: BranchSpec, 
 
 @on_fitting_sites
 def test_in_training_mode_it_is_one_conv_too(branch: BranchSpec, name: str) -> None:
-    """Strategy A: x is padded before anything adds a constant to it, so BatchNorm's batch statistics change numbers only."""
+    """Padding comes first (strategy A), before anything adds a constant, so batch statistics change only numbers and not the form."""
     built, x = build(branch, name, "batch_norm"), example(name)
     output = with_batch_statistics(built, x)
     assert output.shape == SITES[name]().double()(x).shape
@@ -279,7 +279,7 @@ def kinds_as_before() -> Iterator[None]:
 
 
 def new_kind(name: str) -> type[Branch]:
-    """All that it takes to add a branch kind."""
+    """A new branch kind, with all that it takes to add one."""
 
     class Crossing(Branch):
         """1×k, then k×1; x is padded first."""

@@ -1,4 +1,4 @@
-"""Gates: what is closed doesn't run, and what is open is part of the kernel, through every rewrite."""
+"""Gates: through every rewrite, closed paths don't run and open paths are part of the kernel."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def choose(model: nn.Module, site: str, *names: str, modes: tuple[bool, ...] = (
 
 
 def layer(model: nn.Module, path: str) -> Any:
-    """A submodule, of whatever type."""
+    """Return a submodule, typed as Any."""
     return model.get_submodule(path)
 
 
@@ -80,7 +80,7 @@ def assert_close(a: Tensor, b: Tensor) -> None:
 
 
 def by_hand(branches: RepBlock, x: Tensor, names: tuple[str, ...]) -> Tensor:
-    """IRepNAS, eq. 6 and 7, or RepNAS with open gates of 1."""
+    """A gated block's output computed from its formula: IRepNAS, eq. 6 and 7, or RepNAS with open gates of 1."""
     gates = branches.gates
     assert gates is not None
     total: Tensor = branches.origin(x)
@@ -127,7 +127,7 @@ def test_fuse_absorbs_gates(style: str, names: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("rate", [None, 0.3])
 def test_factors_of_a_whole_block_leave_nothing_behind(rate: float | None) -> None:
-    """1×1 and 1×1–average alone would be merged to a conv with more weights than the two of them have."""
+    """Only convs and ReLUs are left, although the 1×1 and the 1×1–average alone would merge to a conv with more weights than both."""
     kinds = ["1x1", "1x1-avg"]
     if rate is None:
         model = gated("sigmoid", kinds).eval()
@@ -202,7 +202,7 @@ def test_drop_measures_the_moments_of_gated_branches(style: str) -> None:
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.momentum = 1.0
-    before = model.train()(x)  # from now on both modes know the same statistics, but for n / (n - 1)
+    before = model.train()(x)  # after this, running and batch statistics are equal but for n / (n - 1)
     repfx.drop(model, "3", "1xk", calibrate=[x])
     torch.testing.assert_close(model.train()(x), before, rtol=0.03, atol=0.03)
 
@@ -246,7 +246,7 @@ def test_ungate_lets_a_closed_origin_rest() -> None:
     assert not any(parameter.requires_grad for parameter in block(model).origin.parameters())
     assert_close(model(x), expected)
     assert_close(repfx.fuse(model)(x), expected)
-    repfx.drop(model, "3", "identity")  # what stays wakes up
+    repfx.drop(model, "3", "identity")  # what stays is active again
     assert not block(model).rests
     assert all(parameter.requires_grad for parameter in block(model).origin.parameters())
     assert_close(model(x), expected)
@@ -274,7 +274,7 @@ def test_a_branch_without_any_number_gets_a_scale(tmp_path: Any) -> None:
     assert_close(repfx.fuse(model)(x), expected)
     repfx.save(tmp_path / "run.ckpt", model)
     plain = plain_net().double()
-    # the base was expanded before it was gated, so its journal knows all
+    # the base was expanded before it was gated, so its journal has everything
     assert_close(repfx.load(tmp_path / "run.ckpt", plain).eval()(x), expected)
 
 
@@ -396,7 +396,7 @@ def test_gradients_of_shared_weights_meet_in_one_place() -> None:
 
 
 def test_shared_weights_are_refused_where_modules_are_replicated() -> None:
-    """As `nn.DataParallel` does for each device, without asking what a replica reads."""
+    """`nn.DataParallel` replicates modules for each device and doesn't know what a replica reads elsewhere."""
     cropped = next(module for module in shared_net().modules() if isinstance(module, CroppedConv))
     with pytest.raises(InvalidInput, match="use DistributedDataParallel instead of DataParallel"):
         cropped._replicate_for_data_parallel()

@@ -1,4 +1,4 @@
-"""Blocks that recompute keep their input alone; outputs, gradients and statistics are those of blocks that don't."""
+"""Blocks that recompute keep only their input; outputs, gradients and statistics are those of ordinary blocks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.passes.test_squeeze import X, assert_alike, expanded, outputs_and_gra
 
 
 def kept_bytes(model: nn.Module) -> int:
-    """How much a forward pass keeps for the backward pass, beside parameters and the input."""
+    """Bytes that a forward pass keeps for the backward pass, without parameters and the input."""
     known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -77,7 +77,7 @@ def test_gates_and_paths_that_are_closed() -> None:
 
 
 def test_backward_twice_and_changes_in_between() -> None:
-    """Modes, rates and what gates leave open are those of the forward pass."""
+    """The recomputation uses the modes, rates and open gates of the forward pass."""
     gradients = []
     begun = repfx.expand(expanded("acb"), {"3.1xk.conv": ["1x1"]}).train()
     gate(begun, "3", "sigmoid")
@@ -114,7 +114,7 @@ def test_mixed_precision_recomputes_in_the_same() -> None:
 
 
 def test_what_computes_in_other_types_is_summed() -> None:
-    """Under autocast a conv gives bfloat16 and an identity float32."""
+    """A conv outputs bfloat16 under autocast and an identity float32; the block sums both."""
     model: Any = repfx.expand(
         nn.Sequential(nn.Conv2d(3, 3, 3, padding=1)), repfx.Spec(["1x1", "identity"], norm="none")
     )
@@ -138,7 +138,7 @@ def test_refusals() -> None:
 
 
 def test_it_runs_again_with_the_parameters_that_it_was_called_with() -> None:
-    """As in MAML, whose inner steps have parameters of their own."""
+    """MAML needs this: its inner steps call the model with other parameters."""
     model = expanded("dbb").train()
     own = {name: torch.randn_like(each).requires_grad_() for name, each in model.named_parameters()}
 

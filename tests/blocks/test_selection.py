@@ -1,4 +1,4 @@
-"""Patterns of site paths: which fits, which counts, and what fits nothing."""
+"""Patterns of site paths: which one fits, which one counts, and which ones fit nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FITS: list[tuple[str, list[str]]] = [
 
 @pytest.mark.parametrize(("pattern", "expected"), FITS)
 def test_a_pattern_fits_whole_paths(pattern: str, expected: list[str]) -> None:
-    """A star reaches over dots; a prefix alone is no path; capitals count."""
+    """A star also matches dots, a prefix alone is no match, and case matters."""
     selection = Selection.of({pattern: "acb"})
     assert [path for path in PATHS if selection.spec_for(path) is not None] == expected
 

@@ -1,4 +1,4 @@
-"""What is asked for: windows inside a site's window line up with it, presets and specs resolve, what is malformed says so."""
+"""Specs and presets: windows inside a site's window line up with it, presets and specs resolve, malformed ones are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from repfx.testing.strategies import conv_modules, conv_specs, inputs_for
 
 @st.composite
 def windows(draw: st.DrawFn) -> tuple[ConvSpec, tuple[int, ...], tuple[int, ...]]:
-    """A site, a window and a dilation, counted in the site's taps, that fit into the site's window."""
+    """A site, and a window and a dilation, counted in the site's taps, that fit into the site's window."""
     site = draw(conv_specs())
     window = tuple(draw(st.integers(1, k)) for k in site.kernel_size)
     dilation = tuple(
@@ -38,7 +38,7 @@ def windows(draw: st.DrawFn) -> tuple[ConvSpec, tuple[int, ...], tuple[int, ...]
 
 
 def offsets(site: ConvSpec, axis: int) -> list[int]:
-    """Where the taps lie, relative to the position of the output."""
+    """Positions of the taps, relative to the position of the output."""
     before, _ = site.padding[axis]
     return [tap * site.dilation[axis] - before for tap in range(site.kernel_size[axis])]
 
@@ -50,7 +50,7 @@ def ones_of(site: ConvSpec) -> Kernel:
 
 
 def check_alignment(case: tuple[ConvSpec, tuple[int, ...], tuple[int, ...]]) -> None:
-    """Taps inside the site's own and in the middle of them; so the two outputs are of one size and can be summed."""
+    """Check that the taps are among the site's own and centred on them, so that the two outputs have one size and can be summed."""
     site, window, dilation = case
     inner = site.inner(window, dilation)
     assert inner.kernel_size == window

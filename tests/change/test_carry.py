@@ -1,4 +1,4 @@
-"""Optimizers follow a model's structure: state stays where it belongs, groups stay what they are."""
+"""Optimizers follow a model's structure: state stays with its parameter, groups keep their settings."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_each_of_two_optimizers_gets_its_own_and_strangers_stay() -> None:
     other = torch.optim.SGD(model[5].parameters(), 0.1)
     with repfx.carry(model, one, other):
         repfx.expand(model, {"0": ["1x1"], "3": ["1x1"]}, inplace=True)
-    assert len(one.param_groups[0]["params"]) == 7  # conv, γ, β of both paths, and the stranger
+    assert len(one.param_groups[0]["params"]) == 7  # conv, γ, β of both paths, and the parameter from elsewhere
     assert any(parameter is stranger for parameter in one.param_groups[0]["params"])
     assert names_of(model, other) == [{"5.weight", "5.bias"}]  # nobody trains 3, so nobody trains its branches
 

@@ -1,4 +1,4 @@
-"""Checkpoints: a run goes on to the same bits, and what isn't whole or doesn't fit is refused before anything changes."""
+"""Checkpoints: a run resumes bit for bit, and a file that is damaged or doesn't fit is refused before anything changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEPS = 9
 
 
 class Plain(nn.Module):
-    """A dilated, a depthwise and a reflect-padded conv, dropout between."""
+    """A net of a dilated, a depthwise and a reflect-padded conv, with dropout between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Plain(nn.Module):
 
 
 class Run:
-    """A training run whose structure changes on its way."""
+    """A training run whose model changes its structure on the way."""
 
     def __init__(self, optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD, **options: Any) -> None:
         torch.manual_seed(0)
@@ -101,13 +101,13 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]
 
 @functools.cache
 def whole_run(name: str) -> Run:
-    """A run that nothing has killed; tests only read it."""
+    """An uninterrupted run; tests only read it."""
     optimizer, options = OPTIMIZERS[name]
     random.seed(0)
     return Run(optimizer, **options).go(STEPS)
 
 
-# about each change of the structure with one optimizer, before two of them with the others
+# around each change of the structure with one optimizer; before two of the changes with the others
 STOPS = [*(("SGD", step) for step in (0, 1, 3, 4, 5, 6, 8)), *((name, step) for name in OPTIMIZERS for step in (3, 6))]
 
 
@@ -210,7 +210,7 @@ def test_the_file_is_plain_safetensors_without_pickled_code(tmp_path: Path) -> N
 
 
 def untouched(run: Run, path: Path, message: str) -> None:
-    """Loading is refused with this message, and nothing has changed."""
+    """Check that loading is refused with this message and has changed nothing."""
     before = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict(), run.progress)), repfx.journal(run.model)
     rng = torch.get_rng_state()
     with pytest.raises(InvalidInput, match=message):

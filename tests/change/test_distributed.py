@@ -1,4 +1,4 @@
-"""Two processes with different data and different random numbers take the same decisions and keep the same weights."""
+"""Two processes with different data and different random numbers make the same decisions and keep the same weights."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def test_a_training_on_two_ranks_goes_on_after_ctrl_c(tmp_path: Path) -> None:
     for command in (["train", "--resume", "--out", str(interrupted)], ["train", *options, "--out", str(whole)]):
         done = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("in onnxruntime") == 1  # the first process alone speaks
+        assert done.stdout.count("in onnxruntime") == 1  # only the first process prints
     weights = [RunFolder(folder).load().state_dict() for folder in (interrupted, whole)]
     assert weights[0].keys() == weights[1].keys()
     worst = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
-    assert worst < 1e-5  # what was observed before is summed in another order
+    assert worst < 1e-5  # observations from before the interruption are summed in another order
 
 
 def wait_for_epochs(folder: Path, count: int) -> None:

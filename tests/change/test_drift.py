@@ -1,4 +1,4 @@
-"""No action moves a model: not at once, and not in the passes that follow, in which BatchNorms go on averaging."""
+"""No action changes a model's outputs: neither at once nor in later training passes, in which BatchNorms go on averaging."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from repfx.testing import relative_error
 SITES = 4
 Case: TypeAlias = tuple[
     nn.Module, nn.Module, list[Tensor], list[Tensor]
-]  # plain, grown, data seen, data for the passes
+]  # plain model, grown model, data that it has seen, data for the passes
 
 
 def grow(model: nn.Module, **beginning: Any) -> list[Action]:
-    """The first of the larger convs become blocks."""
+    """Expand the first of the larger convs."""
     wanted = resolve_spec("dyrep").branches_for
     found = [site for site in repfx.sites(model) if site.conv is not None and not site.conv.is_pointwise][:SITES]
     return [Expand(site.path, fitting(wanted(site.conv), site.conv)[0], **beginning) for site in found if site.conv]
@@ -55,7 +55,7 @@ LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "mo
 
 @pytest.fixture(scope="module", params=["dilated", "reflect-padded", *LARGE])
 def plain_and_grown(request: pytest.FixtureRequest) -> Case:
-    """A model, the same with blocks whose branches have learnt something, and data."""
+    """A model, its copy with blocks whose branches have learnt something, and data."""
     plain, seen, fresh = subject(request.param, 6)
     grown = copy.deepcopy(plain)
     apply(grown, grow(grown, gamma=1.0), seen)
@@ -65,7 +65,7 @@ def plain_and_grown(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def drifts(plain_and_grown: Case) -> dict[nn.Module, float]:
-    """How far the plain and the grown model move with no action at all."""
+    """How far the plain and the grown model move without any action."""
     plain, grown, _, fresh = plain_and_grown
     return {model: drift(model, fresh) for model in (plain, grown)}
 
@@ -92,7 +92,7 @@ def test_a_reset_as_in_dyrep_s_public_code_drifts() -> None:
 
 
 def test_statistics_of_the_sum_alone_would_move_it() -> None:
-    """Outputs of branches are correlated, so what `drop` inherits without data is not what it measures with them."""
+    """Outputs of branches are correlated, so the statistics that `drop` derives without data differ from those it measures."""
     model, seen, fresh = subject("dilated", 6)
     apply(model, grow(model, gamma=1.0), seen)
     with torch.no_grad():

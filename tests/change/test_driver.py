@@ -1,4 +1,4 @@
-"""The driver: it observes, acts in place, and nothing of the run is lost on the way."""
+"""The driver observes, acts in place and loses nothing of the run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _leave_no_schedule_behind() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Listed(Schedule):
-    """What was written down before, whatever is seen."""
+    """A schedule of fixed actions by epoch, whatever it observes."""
 
     actions: tuple[tuple[int, Action], ...] = ()
     metric: str | None = "snip"
@@ -126,7 +126,7 @@ def test_averages_begin_anew_after_each_adjustment() -> None:
 
 
 def test_in_front_of_a_batch_norm_the_signed_saliency_is_nothing_but_eps() -> None:
-    """There the scale of the weights doesn't matter, so Σ g·W is zero: DyRep's own metric ranks such convs by their ε."""
+    """The scale of such weights doesn't matter, so Σ g·W is zero but for ε: DyRep's own metric ranks these convs by their ε."""
     first = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
     model = nn.Sequential(*first, nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(280, 1)).double()
     signed, unsigned = (repfx.Driver(model, [], Listed(metric=name)) for name in ("synflow", "snip"))
@@ -326,7 +326,7 @@ def test_a_decision_that_can_t_be_done_leaves_all_as_it_was() -> None:
 
 
 def test_what_a_cycle_learnt_is_folded_at_its_end() -> None:
-    """The last step of an epoch still belongs to it: λ stays 1 until the fold."""
+    """The last step of an epoch still belongs to the cycle: λ stays 1 until the fold."""
     run = Run(repfx.schedules.RepAn(cycles=2, epochs=1, warm_up=0.5))
     for _ in range(len(DATA)):
         x = DATA[run.done % len(DATA)]
@@ -419,7 +419,7 @@ def test_momentum_points_where_the_gradient_does_whatever_the_sign_of_gamma() ->
 
 
 def test_a_scaler_and_a_rate_scheduler_go_on_over_a_change() -> None:
-    # by a BatchNorm behind them, so that only rounding gives them a gradient
+    # by a BatchNorm behind them: their gradients are rounding alone
     taken_away = {"depthwise.bias", "depthwise.origin.conv.bias", "depthwise.1x1-kxk.norm1.bias"}
     torch.manual_seed(0)
     model: Any = small_net().float()
@@ -451,7 +451,7 @@ def test_a_scaler_and_a_rate_scheduler_go_on_over_a_change() -> None:
 
 @functools.cache
 def whole_run(name: str) -> Run:
-    """A run that nothing has stopped; tests only read it."""
+    """An uninterrupted run; tests only read it."""
     return Run(SHORT[name], ema=True).go(21)
 
 
@@ -474,7 +474,7 @@ def test_a_run_goes_on_to_the_same_bits(tmp_path: Path, name: str, killed_after:
 
 @pytest.mark.parametrize("name", SHORT)
 def test_a_new_driver_takes_over_from_an_old_one(name: str) -> None:
-    """As a training framework needs it, which builds a model's structure and its optimizer before it asks for anything else."""
+    """Training frameworks need this: they build the model's structure and the optimizer first and restore everything else later."""
     whole = Run(SHORT[name], ema=True).go(14)
     run = Run(SHORT[name], ema=True).go(8)
     old = run.driver
@@ -493,7 +493,7 @@ def test_a_new_driver_takes_over_from_an_old_one(name: str) -> None:
 
 
 def test_what_conv_remember_of_their_batch_norms_is_saved(tmp_path: Path) -> None:
-    """Fused, saved, loaded, restored: with the statistics of the run, not with those of the base model."""
+    """A model that is fused, saved, loaded and restored has the statistics of the run, not those of the base model."""
     model: Any = randomize_batch_norm(small_net(), seed=5)
     fused = repfx.fuse(model)
     repfx.save(tmp_path / "fused.ckpt", fused)
@@ -522,7 +522,7 @@ def test_a_compiled_model_follows(name: str) -> None:
 
 @pytest.mark.slow
 def test_a_model_that_changes_often_stays_compiled() -> None:
-    """After eight versions of a function `torch.compile` runs it uncompiled from then on."""
+    """`torch.compile` gives up on a function after eight versions and runs it uncompiled."""
     compiled: list[int] = []
 
     def backend(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment goes on to the same bits."""
+"""A run that is killed at any moment resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORKS.set_forkserver_preload(["torch._dynamo", "tests.programs.killable"])
 
 
 class Life:
-    """A run in a process of its own, which tells each step when it has been saved."""
+    """A run in its own process, which reports each step once the step is saved."""
 
     def __init__(self, schedule: str, folder: Path) -> None:
         self.steps, tell = FORKS.Pipe(duplex=False)
@@ -26,7 +26,7 @@ class Life:
         tell.close()
 
     def go_until(self, step: int) -> list[int]:
-        """The steps that it went, to this one at least."""
+        """Return the steps that the run took, up to at least `step`."""
         went = [self.steps.recv()]
         while went[-1] < step:
             went.append(self.steps.recv())
@@ -40,10 +40,10 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path: Path, sched
     whole.mkdir()
     killed.mkdir()
     steps: list[int] = []
-    train(schedule, whole, steps.append)  # here, so that the order of sets is another one than in the killed runs
+    train(schedule, whole, steps.append)  # in this process, so that sets have another order than in the killed runs
     assert steps[-1] == STEPS
     chance = random.Random(schedule)
-    # right before a rewrite, right after one, and somewhere
+    # kill right before a rewrite, right after one, and at a random step
     for step in (PER_EPOCH - 1, 2 * PER_EPOCH, chance.randrange(2 * PER_EPOCH + 1, STEPS - 3)):
         life = Life(schedule, killed)
         went = life.go_until(step)

@@ -1,4 +1,4 @@
-"""Schedules are pure functions: from what was observed to actions."""
+"""Schedules are pure functions from observations to actions."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_dyrep_gives_all_kinds_that_fit() -> None:
         ({"1x1": 0.3, "1xk": 0.01, "kx1": 0.09}, ["1xk", "kx1"]),
         ({"1x1": 0.3, "1xk": 0.11}, []),  # below the mean, but not below 0.1
         ({"1x1": 0.09, "1xk": 0.01}, ["1xk"]),  # below 0.1, but not below the mean
-        ({"1x1": 0.02, "1xk": 0.01}, []),  # they hardly differ
-        ({"1x1": 0.01, "1xk": 0.01, "kx1": 0.01}, []),  # as they begin
+        ({"1x1": 0.02, "1xk": 0.01}, []),  # hardly different
+        ({"1x1": 0.01, "1xk": 0.01, "kx1": 0.01}, []),  # at their initial values
         ({"1x1": 0.001}, []),
         ({}, []),
     ],

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: what it leaves, prints and refuses."""
+"""The command line as a user meets it: the files it leaves, what it prints and what it refuses."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_run_that_is_there_is_kept_unless_overwriting_is_asked_for(tmp_path: P
     written = repfx_command(*TRAIN, "--out", tmp_path, "--overwrite", "--spec", "1x1,1xk", "--epochs", 1)
     assert written.code == 0
     assert "in onnxruntime" in written.out
-    assert written.err == ""  # no progress where there is no terminal
+    assert written.err == ""  # no progress bar without a terminal
     assert json.loads((tmp_path / METRICS).read_text())["test_images"] == 355
     assert json.loads((tmp_path / STRUCTURE).read_text())["spec"] == "1x1,1xk"
     assert (tmp_path / "notes.txt").read_text() == "mine"

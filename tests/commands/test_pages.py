@@ -1,4 +1,4 @@
-"""The HTML pages: whole, by themselves, true to the files that they are made from."""
+"""The HTML pages: well-formed, self-contained, and true to the files that they are made from."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ VOID = {"meta", "br", "input", "hr", "img", "link"}
 
 
 class Page(HTMLParser):
-    """A page read strictly: what isn't balanced fails."""
+    """A page, parsed strictly: unbalanced tags are an error."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
     def row(self, head: str, length: int | None = None) -> list[str]:
-        """The cells of the one row that begins so, of tables with so many columns."""
+        """The cells of the only row that begins with `head`, in tables of `length` columns."""
         (found,) = [row for row in self.rows if row[0].strip() == head and length in (None, len(row))]
         return [cell.strip() for cell in found]
 
@@ -98,7 +98,7 @@ def page(grown: Path, tmp_path: Path) -> Page:
 
 
 def stands_alone(page: Page) -> None:
-    """It loads nothing, runs nothing, and its links lead to places in it."""
+    """Check that the page loads nothing, runs nothing and links only to places inside itself."""
     text = page.path.read_text(encoding="utf-8")
     tags = Counter(tag for tag, _ in page.elements)
     assert not tags.keys() & {"script", "link", "img", "iframe", "object", "base"}
@@ -241,7 +241,7 @@ def branches(*kinds: str) -> tuple[BranchSpec, ...]:
 
 
 def epoch_with(*actions: Action) -> Epoch:
-    """The third epoch of a run in which a block lies in the branch of another one."""
+    """The third epoch of a run in which a branch of a block contains another block."""
     blocks = {"0": {"origin": 1.0, "1x1-kxk": 0.5}, "0.1x1-kxk.conv2": {"origin": 0.5, "1xk": 0.1}}
     return Epoch(3, actions=actions, blocks=blocks)
 
@@ -281,7 +281,7 @@ def test_where_epochs_share_a_column_no_change_is_lost() -> None:
 
 
 class TwoPaths(nn.Module):
-    """A sum of convs that never saw repfx."""
+    """A sum of convs that repfx did not make."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -297,7 +297,7 @@ def texts(lanes: tuple[Lane, ...]) -> dict[str, list[str]]:
 
 
 def chips(lanes: tuple[Lane, ...]) -> list[Chip]:
-    """All of them, also of blocks in blocks."""
+    """All chips of the lanes, also those of blocks inside blocks."""
     own = [chip for lane in lanes for chip in lane.chips]
     return own + [inner for chip in own for inner in chips(chip.lanes)]
 
@@ -378,7 +378,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize("width", [400, 1280])
 def test_no_page_scrolls_sideways(width: int, grown: Path, tmp_path: Path) -> None:
-    """Neither a short run, nor a long one, nor a model, even where everything is folded out."""
+    """Pages of a short run, a long run and a model fit the width, even with everything unfolded."""
     (tmp_path / HISTORY).write_text(long_history(sites=12, epochs=90).to_json())
     pages = [write_run_page(RunFolder(grown), tmp_path / "grown.html"), write_run_page(RunFolder(tmp_path))]
     write_model_page(tiny.net(), tmp_path / "m.html", torch.randn(2, 1, 8, 8), name="long." * 40, spec="dyrep")

@@ -1,4 +1,4 @@
-"""A padding whose border is written over is taken for one by a conv's bias only if it is: all of it, with the bias, before it is read."""
+"""A padding whose border is overwritten counts as padding with a conv's bias only if all of it gets the bias before any read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ X = torch.randn(2, 4, 6, 9, dtype=torch.float64)
 
 
 class Bordered(nn.Module):
-    """1×1, padded by `border`, then 3×3."""
+    """A 1×1 conv, padded by `border`, then a 3×3 conv."""
 
     def __init__(self, border: Callable[[Any, Tensor], Any], size: int = 1) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def read_too_early(m: Any, y: Tensor) -> Tensor:
 
 BORDERS: dict[
     str, tuple[Callable[[Any, Tensor], Any], int, int]
-] = {  # with the first conv's window, and the convs that are left
+] = {  # with the first conv's window, and how many convs are left
     "the bias": (padded, 1, 1),
     "twice the bias": (lambda m, y: padded(m, y, factor=2.0), 1, 2),
     "three sides": (lambda m, y: padded(m, y, strips=3), 1, 2),

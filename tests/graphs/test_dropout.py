@@ -1,4 +1,4 @@
-"""``F.dropout(…, training=self.training)`` in a model's own code is traced as what it is in both modes."""
+"""``F.dropout(…, training=self.training)`` in a model's own code is traced so that it keeps its meaning in both modes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from repfx.testing import assert_equivalent, randomize_batch_norm
 
 
 class Dropping(nn.Module):
-    """A conv net whose own code drops."""
+    """A conv net whose own code calls dropout."""
 
     def __init__(self, dropout: Any = F.dropout, always: bool | None = None) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-        self.dropout_0 = nn.Identity()  # a name that is taken
+        self.dropout_0 = nn.Identity()  # a name that is already taken
         self.dropout, self.always = dropout, always
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Convs whose weight is computed in forward: plain convs once fused, and everything around them folds as ever."""
+"""Convs whose weight is computed in forward: `fuse` makes them plain convs, and everything around them folds as usual."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fused(model: nn.Module, x: Tensor = X) -> nn.Module:
 
 
 class Calling(nn.Module):
-    """A weight of one's own, and a call with it."""
+    """A module with its own weight and a call of a function with that weight."""
 
     def __init__(self, call: Any, *shape: int) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def test_timm_s_standardizing_convs(kind: Any, whole: bool) -> None:
     result = fused(Around())
     assert counts(result) == (1, 0 if whole else 1), str(repfx.report(result))
     convs = {path: type(module) for path, module in result.named_modules() if is_conv(module)}
-    # code that can't be traced may read the weight of a conv: that becomes a plain one only where it stays a conv
+    # untraceable code may read the conv's weight, so the conv becomes a plain one only where it remains a conv
     assert convs == {"conv": kind if kind.__name__.endswith("Same") and not whole else nn.Conv2d}
 
 

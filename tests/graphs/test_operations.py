@@ -23,7 +23,7 @@ Function = Callable[[Any, Any], Any]
 
 
 def last(function: Function, **members: Any) -> tuple[nn.Module, list[fx.Node]]:
-    """A net with these members, and the nodes of its graph without the output."""
+    """Return a net with these members, and all nodes of its graph except the output."""
     root = Net(function, **members).double()
     (island,) = (island for island in trace(root).islands if island.path == "")
     for name, value in island.constants.items():
@@ -36,7 +36,7 @@ def read(function: Function, **members: Any) -> tuple[nn.Module, Op | None]:
     return root, read_op(nodes[-1], root)
 
 
-ops: Any = operator  # its stubs have no types
+ops: Any = operator  # the stubs have no types
 SCALE = torch.tensor([0.5, -2.0, 3.0, 1.5], dtype=torch.float64)
 CHANNELS = SCALE.reshape(4, 1, 1)
 

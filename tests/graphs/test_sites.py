@@ -1,4 +1,4 @@
-"""`sites`: what is where, and what a spec would do."""
+"""`sites`: which convs a model has, where they are, and what a spec would do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tracing: what becomes an island, what stays as it is, and that nothing is touched."""
+"""Tracing: what becomes an island and what stays as it is; the model itself is not changed."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_blocks_in_code_that_can_t_be_traced_become_convs_at_their_paths() -> No
 
 
 class Reaching(nn.Module):
-    """Its forward can't be traced, and takes a conv from inside a child."""
+    """A module whose forward can't be traced and calls a conv inside a child."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ def test_an_argument_with_a_default_stands_for_it() -> None:
 
 
 class AnyFurther(Block):
-    """Takes and ignores whatever else it is given, as blocks of one family with one signature do."""
+    """A block that ignores further arguments, such as blocks of a family that shares one signature."""
 
     def forward(self, x: Any, *further: Any, factor: float = 2.0, shift: float = 1.0, **named: Any) -> Any:
         return super().forward(x) * factor + shift
@@ -335,7 +335,7 @@ def test_what_the_forward_never_uses_stays_in_the_state_dict() -> None:
 
 
 class Caching(Block):
-    """Keeps what it computed, as some attention layers do, and counts its calls."""
+    """A module that keeps what it computed, as some attention layers do, and counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -396,7 +396,7 @@ def twice(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def in_a_loop(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """As detection heads run over all levels of a pyramid."""
+    """Call one conv in a loop, as detection heads do over the levels of a pyramid."""
     return torch.cat([m.c(level).flatten(1) for level in (x, x[..., ::2], x[..., ::3])], 1)
 
 
@@ -416,7 +416,7 @@ def test_a_block_that_is_called_more_than_once_becomes_one_conv(forward: Any, pr
 
 
 class ByOrder(nn.Module):
-    """Goes through its children by their order, depending on a value."""
+    """A module that loops over its children in order, depending on a value."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models that a tracer is easily wrong about: what is fused or expanded computes the same, or is left alone."""
+"""Models that a tracer easily gets wrong: repfx fuses or expands them without changing what they compute, or leaves them alone."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_it_is_expanded_right_or_left_alone(name: str, spec: str) -> None:
 
 
 def backward(model: nn.Module) -> bool:
-    """Train a model for a step; whether that can be done at all."""
+    """Run a backward pass in training mode, and tell whether the model can do that."""
     model.train()
     try:
         model(image_of(1)).double().sum().backward()
@@ -61,7 +61,7 @@ def backward(model: nn.Module) -> bool:
 
 
 def in_eval_mode(model: nn.Module) -> nn.Module:
-    """As `ready`, for one whose `eval` may return nothing."""
+    """Like `ready`, but for models whose `eval` may return None."""
     randomize_batch_norm(model.double()).eval()
     return model
 

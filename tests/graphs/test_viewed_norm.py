@@ -16,7 +16,7 @@ from repfx.testing import assert_equivalent, randomize_batch_norm
 
 
 class Tokens(nn.Module):
-    """A conv, then its pixels as ``(batch, pixels, channels)``."""
+    """A conv whose pixels are returned as ``(batch, pixels, channels)``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def test_a_norm_seen_through_a_view_folds(form: str) -> None:
 
 @pytest.mark.parametrize("form", OTHER_FORMS)
 def test_other_views_stay_as_they_are(form: str) -> None:
-    # 12 pixels, and in the plain form as many channels: BatchNorm1d then counts pixels
+    # there are 12 pixels; in the plain form also 12 channels, and BatchNorm1d takes the pixels for channels
     model = randomize_batch_norm(
         nn.Sequential(Tokens(), Normed(form, features=12 if form == "plain" else 5)).double()
     ).eval()
@@ -129,7 +129,7 @@ class TestInputAxes:
 
             def forward(self, x: Tensor) -> Tensor:
                 y: Tensor = self.body(x)
-                return y if y.sum().item() > 0 else -y  # numbers aren't to be had on the meta device
+                return y if y.sum().item() > 0 else -y  # there are no numbers on the meta device
 
         assert InputAxes(Failing()).of("body.3") == 2
 

@@ -1,4 +1,4 @@
-"""The callback for Lightning: it trains as a loop by hand would, and a checkpoint is of one moment."""
+"""The callback for Lightning: it trains like a loop written by hand, and all parts of a checkpoint are of one moment."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def net(dropout: float = 0.2) -> nn.Sequential:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.SGD:
-    """Two groups, by kind, as users make them: a new optimizer's order is another one than that of a model that grew."""
+    """An optimizer with two groups by kind, as users make them. A new optimizer's order differs from that of a model that grew."""
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": weights, "weight_decay": 1e-3}, {"params": others, "lr": 0.02}]
@@ -118,7 +118,7 @@ class Run:
 
 
 class Seeded(pl.Callback):  # type: ignore[misc]
-    """New branches begin alike, whatever else has drawn random numbers."""
+    """A callback that seeds torch, so that new branches begin alike whatever else has drawn random numbers."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         torch.manual_seed(50)
@@ -131,7 +131,7 @@ class Seeded(pl.Callback):  # type: ignore[misc]
 
 
 def by_hand(schedule: Schedule, accumulate: int = 1, score: Any = None, clip: float = 0.5) -> repfx.Driver:
-    """Three epochs of five batches: with two a step, the last step of an epoch has one."""
+    """Train by hand for three epochs of five batches. With two batches a step, the last step of an epoch has one."""
     model = net(0.0)
     optimizer = optimizer_of(model)
     rates = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)
@@ -173,7 +173,7 @@ def score(candidate: nn.Module) -> float:
 
 
 class ByHand(Classifier):
-    """Manual optimization, which can go through several nets a step."""
+    """A module with manual optimization, in which a step can go through several nets."""
 
     def __init__(self, callback: Any) -> None:
         super().__init__(0.0)
@@ -211,7 +211,7 @@ def test_optimization_by_hand_averages_a_step_over_several_nets() -> None:
     [("dyrep", False), *(pytest.param(name, True, marks=pytest.mark.slow) for name in SHORT)],
 )
 def test_a_run_goes_on_to_the_same_bits(name: str, at_validation: bool, tmp_path: Path) -> None:
-    """From its epoch's end, after the structure changed, and from the validation before."""
+    """A run resumes bit for bit from the end of an epoch, after the structure changed, and from the validation before that."""
     when: dict[str, Any] = {"save_on_train_epoch_end": False} if at_validation else {}
     whole = Run(SHORT[name], tmp_path, **when)
     resumed = Run(SHORT[name], tmp_path / "again", tmp_path / "epoch=1.ckpt", **when)
@@ -225,7 +225,7 @@ def test_a_run_goes_on_to_the_same_bits(name: str, at_validation: bool, tmp_path
 
 
 def test_what_was_saved_earlier_is_tested_deployed_and_trained_on(tmp_path: Path) -> None:
-    """In the same process, where the model has grown on; and without a Trainer, where it is plain."""
+    """An earlier checkpoint is loaded in the same process, where the model has grown since, and without a Trainer into a plain model."""
     module, callback = Classifier(), lightning.RepFXCallback(SHORT["dyrep"])
     checkpoints = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_weights_only=True)
     trainer = trainer_of(3, callback, checkpoints)
@@ -245,7 +245,7 @@ def test_what_was_saved_earlier_is_tested_deployed_and_trained_on(tmp_path: Path
 
 
 class SavesTooEarly(pl.Callback):  # type: ignore[misc]
-    """At the end of an epoch, before the structure changes."""
+    """A callback that saves at the end of an epoch before the structure changes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -267,7 +267,7 @@ def test_an_end_of_an_epoch_that_was_cut_off_is_made_up_for(tmp_path: Path) -> N
 
 
 def test_an_epoch_that_lightning_ends_once_more_is_ended_once(tmp_path: Path) -> None:
-    """As it does after a checkpoint of a run that counts steps."""
+    """Lightning ends an epoch again after it loads a checkpoint into a run that counts steps."""
     checkpoints = pl.callbacks.ModelCheckpoint(tmp_path, "run")
     trainer_of(1, lightning.RepFXCallback(SHORT["dyrep"]), checkpoints).fit(Classifier(), loader())
     callback = lightning.RepFXCallback(SHORT["dyrep"])
@@ -297,7 +297,7 @@ class Loadable(Classifier):
 
 
 def test_a_module_that_rebuilds_itself_is_loaded_from_a_checkpoint(tmp_path: Path) -> None:
-    """After the training, too; and it is copied and pickled as before."""
+    """A module that rebuilds itself loads checkpoints, also after training, and can still be copied and pickled."""
     module = Loadable()
     trainer = trainer_of(1, lightning.RepFXCallback(SHORT["dyrep"]))
     trainer.fit(module, loader())
@@ -317,7 +317,7 @@ def test_a_module_that_rebuilds_itself_is_loaded_from_a_checkpoint(tmp_path: Pat
 
 
 class Averaged(Classifier):
-    """Convs of its own, an average of its own, a scaler."""
+    """A module with convs, an average and a scaler of its own."""
 
     def __init__(self) -> None:
         super().__init__(0.0)

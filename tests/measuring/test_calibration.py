@@ -1,4 +1,4 @@
-"""Statistics measured on data: the right ones, from whatever gives batches, and nothing else is touched."""
+"""Statistics measured on data: they are right, from anything that yields batches, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ SIZES = (6, 3, 1)
 
 
 def batches() -> list[Tensor]:
-    """Of unequal sizes."""
+    """Batches of unequal sizes."""
     return [batch(size, seed) for seed, size in enumerate(SIZES)]
 
 
 def same_net() -> SmallNet:
-    """The same each time."""
+    """A net with the same weights at each call."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return small_net()
 
 
 def mixed_modes() -> SmallNet:
-    """The same each time, no two neighbours in one mode."""
+    """A net with the same weights at each call, whose modules alternate between training and eval mode."""
     net = same_net()
     for index, module in enumerate(net.modules()):
         module.training = index % 2 == 0
@@ -44,7 +44,7 @@ def mixed_modes() -> SmallNet:
 
 @torch.no_grad()
 def into_norm2(x: Tensor) -> Tensor:
-    """What enters `norm2` in eval mode, ``(channels, positions)``."""
+    """Inputs of `norm2` in eval mode, ``(channels, positions)``."""
     net = same_net().eval()
     entered: Tensor = net.depthwise(torch.relu(net.plain(torch.relu(net.norm(net.stem(x))))))
     return entered.transpose(0, 1).flatten(1)
@@ -54,7 +54,7 @@ def into_norm2(x: Tensor) -> Tensor:
 
 
 def test_statistics_are_the_mean_over_the_batches() -> None:
-    """The first BatchNorm stays in eval mode, so the second sees what it will see; the variance is torch's, unbiased."""
+    """The first BatchNorm stays in eval mode, so the second gets the inputs it will get later. The variance is unbiased, like torch's."""
     net = mixed_modes()
     calibrate_norms(net, [net.norm2], batches())
     expected = [into_norm2(x) for x in batches()]
@@ -165,7 +165,7 @@ def test_a_generator_is_read_once_and_no_further() -> None:
 
 
 def test_moments_of_what_enters_are_over_all_positions_of_all_batches() -> None:
-    """Whatever the sizes of the batches, and of several modules at once."""
+    """Moments of several modules are measured at once, for batches of any sizes."""
     net = mixed_modes()
     stem, norm2 = measure_inputs(net, [net.stem, net.norm2], batches())
     entered = torch.cat([into_norm2(x) for x in batches()], 1)

@@ -42,7 +42,7 @@ def test_squeezed_blocks_share_their_kernels_among_a_batch() -> None:
     x = torch.zeros(1, 8, 6, 5)
     assert count_macs_in_batch(model, x, 128) == count_macs(model, x)
     repfx.squeeze(model, statistics="frozen")
-    product = 8 * 8 * 8 * 9 + 8 * 8  # and what the second conv makes of the first one's bias
+    product = 8 * 8 * 8 * 9 + 8 * 8  # the kernels' product, and the second conv applied to the first one's bias
     assert count_macs(model, x) == count_macs(plain, x) + product
     assert count_macs_in_batch(model, x, 64) == count_macs(plain, x) + product // 64
 

@@ -18,7 +18,7 @@ X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 
 
 class Net(nn.Module):
-    """Two convs with BatchNorm, a ReLU in place (it writes over what the BatchNorm gave) and a head."""
+    """Two convs with BatchNorm, an in-place ReLU (it overwrites the BatchNorm's output) and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def randomize(model: nn.Module) -> Any:
 
 
 def fuse_by_hand(net: Any, eps: float | None = None) -> Any:
-    """Fold both BatchNorms in float64, with provenance; `eps` in place of the right one where given."""
+    """Fold both BatchNorms in float64, with provenance; `eps`, if given, replaces the right one."""
     fused = copy.deepcopy(net).eval()
     for index in "12":
         conv = copy.deepcopy(fused.get_submodule(f"conv{index}")).double()
@@ -140,7 +140,7 @@ def test_a_module_called_twice_is_compared_call_by_call() -> None:
 
 
 def test_modules_that_may_differ_are_not_blamed() -> None:
-    # conv1 gives something else when a restored BatchNorm scales it back, and a provenance may speak of another model.
+    # conv1's output differs because a restored BatchNorm scales it back, and conv2's provenance refers to another model.
     net = randomize(Net()).double()
     other = copy.deepcopy(net)
     with torch.no_grad():
@@ -313,7 +313,7 @@ def test_a_model_with_weight_norm_can_be_checked() -> None:
 
 
 def test_a_list_is_one_input() -> None:
-    """Detectors take a list of images of different sizes, and give a list of as many dicts."""
+    """Detectors take a list of images of different sizes, and return a list of as many dicts."""
     images = [X[0], X[1, :, 2:]]
     double = Functional(lambda images: [{"sums": image.sum((1, 2)) * 2} for image in images])
     twice = Functional(lambda images: [{"sums": image.add(image).sum((1, 2))} for image in images])

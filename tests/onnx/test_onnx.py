@@ -25,7 +25,7 @@ X = torch.linspace(-50, 50, 2 * 3 * 8 * 8).sin().reshape(2, 3, 8, 8)
 
 
 class Net(nn.Module):
-    """A conv, a BatchNorm with random statistics, and what the test wants to end with."""
+    """A conv, a BatchNorm with random statistics, and any function at the end."""
 
     def __init__(self, end: Callable[[Tensor], Any] = torch.relu) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Net(nn.Module):
 
 
 class Several(nn.Module):
-    """Two inputs, and outputs in a dict with a list and a None."""
+    """A model with two inputs, whose outputs are a dict with a list and a None."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -269,7 +269,7 @@ def test_a_detection_model_is_refused_with_the_reason(tmp_path: Path) -> None:
 
 
 def far_from_zero() -> nn.Module:
-    """What float32 rounds to steps of 2⁻¹¹ on its way."""
+    """A model whose values float32 rounds to steps of 2⁻¹¹ on the way."""
     conv: Any = nn.Conv2d(3, 8, 3)
     nn.init.constant_(conv.bias, 4096.0)
     shift: Any = nn.Conv2d(8, 8, 1)
@@ -279,7 +279,7 @@ def far_from_zero() -> nn.Module:
 
 
 def test_a_file_is_held_against_what_torch_itself_rounds(tmp_path: Path) -> None:
-    """On so many pixels that some sums round to another step, in whatever order this processor adds."""
+    """The image has so many pixels that some sums round to another step, in whatever order this processor adds."""
     torch.manual_seed(0)
     report = export_onnx(far_from_zero(), tmp_path / "m.onnx", torch.randn(2, 3, 96, 80))
     assert 1e-4 < report.max_error <= report.tolerance < 1e-2

@@ -1,4 +1,4 @@
-"""What a file may be: of free sizes, of an older opset, in float16."""
+"""Options of exported files: free sizes, older opsets, float16."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ X = torch.linspace(-50, 50, 2 * 3 * 16 * 12).sin().reshape(2, 3, 16, 12)
 
 
 class DownAndUp(nn.Module):
-    """Takes even sizes only: what goes down by two and up again is added."""
+    """A model that takes even sizes only, because it adds a map that was halved in size and doubled again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class DownAndUp(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Two inputs, of which the second is one number for each image."""
+    """A model with two inputs; the second is one number for each image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Scaled(nn.Module):
 
 
 class Head(nn.Module):
-    """Operators that changed between opsets 13 and 18: pooling, parts, shapes, activations."""
+    """A head of operators that changed between opsets 13 and 18: pooling, slices, shapes, activations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def test_a_file_for_older_runtimes_gives_the_same(tmp_path: Path, opset: int) ->
 
 
 def test_float16_is_rounded_once(tmp_path: Path) -> None:
-    """1 + 2⁻¹¹ + 2⁻³⁰ is nearest to 1 + 2⁻¹⁰ in float16; by way of float32 it would become 1."""
+    """1 + 2⁻¹¹ + 2⁻³⁰ rounds to 1 + 2⁻¹⁰ in float16; by way of float32 it would become 1."""
     first: Any = nn.Conv2d(1, 2, 1, bias=False)
     second: Any = nn.Conv2d(2, 1, 1, bias=False)
     with torch.no_grad():

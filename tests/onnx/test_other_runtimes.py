@@ -1,4 +1,4 @@
-"""The files open in other runtimes than the one that they are checked in, and give the same there."""
+"""Exported files also open in other runtimes than onnxruntime, which checks them, and give the same there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OTHER = torch.linspace(-30, 30, 3 * 3 * 22 * 18).cos().reshape(3, 3, 22, 18)
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    """Depthwise, pointwise and plain convs with branches, as `fuse` finds them."""
+    """A model with branches beside depthwise, pointwise and plain convs, not yet fused."""
     torch.manual_seed(0)
     plain = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False),
@@ -42,7 +42,7 @@ def model() -> nn.Module:
 
 
 def run(path: Path, x: Tensor) -> Tensor:
-    """In OpenVINO, in float32 inside: what it does in half precision on some processors is another matter."""
+    """Run a file in OpenVINO with float32 inside. On some processors OpenVINO would compute in half precision otherwise."""
     core: Any = openvino.Core()
     compiled = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return torch.from_numpy(compiled([x.numpy()])[0].copy()).float()
@@ -61,7 +61,7 @@ def test_openvino_gives_the_same_in_float16(tmp_path: Path, model: nn.Module) ->
 
 
 def test_openvino_gives_the_same_in_8_bits(tmp_path: Path, model: nn.Module) -> None:
-    """7 bits for weights, since with 8 the kernels of some processors overflow, here as in onnxruntime."""
+    """Weights have 7 bits, because with 8 the kernels of some processors overflow, in OpenVINO as in onnxruntime."""
     exact = repfx.export_onnx(model, tmp_path / "net.onnx", X).path
     for per_channel in (True, False):
         path = repfx.quantize_onnx(exact, tmp_path / "int8.onnx", [X], per_channel=per_channel, reduce_range=True).path
@@ -69,5 +69,5 @@ def test_openvino_gives_the_same_in_8_bits(tmp_path: Path, model: nn.Module) -> 
         (expected,) = session.run(None, {session.get_inputs()[0].name: X[:3].numpy()})
         assert (
             relative_error(run(path, X[:3]), torch.from_numpy(expected)) < 0.01
-        )  # a number between two steps may go either way
+        )  # a number halfway between two steps may round either way
         assert 1e-3 < relative_error(run(path, X[:3]), model(X[:3])) < 0.1

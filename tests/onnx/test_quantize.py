@@ -29,7 +29,7 @@ Y = torch.randint(4, (96,), generator=GENERATOR)
 
 
 def net() -> nn.Sequential:
-    """Two convs and a linear layer; of the second conv, one channel's weights are 30 times the others'."""
+    """Two convs and a linear layer. One channel of the second conv has weights 30 times as large as the others."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1),
@@ -56,7 +56,7 @@ def report(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantiza
 
 
 def run(path: Path, x: Tensor) -> Tensor:
-    """As the file says, whatever kernels this machine has for it."""
+    """Run a file as it is written, without optimizations that depend on this machine's kernels."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -69,7 +69,7 @@ def decibels(signal: Tensor, rounded: Tensor) -> float:
 
 
 def in_8_bits(weight: Tensor, axis: int | None = None) -> Tensor:
-    """With as many steps on both sides of zero, one scale for each channel or for all."""
+    """Quantize a weight to 8 bits and back, with as many steps on both sides of zero, with one scale per index of `axis` or one for all."""
     largest = weight.abs().amax([each for each in range(weight.dim()) if each != axis], keepdim=True)
     scale = largest / 127
     return (weight / scale).round() * scale
@@ -143,7 +143,7 @@ def test_a_layer_may_stay_in_float(tmp_path: Path, exported: Path) -> None:
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
 def test_ranges_are_chosen_as_asked_for(tmp_path: Path, exported: Path, method: str) -> None:
-    """One number among many, far from the others, widens only the range that holds all."""
+    """A single outlier widens only the range that covers all values."""
     x = X.repeat(10, 1, 1, 1)
     x[-1, 0, 0, 0] = 5.0
     scales = []
@@ -192,7 +192,7 @@ def test_what_can_not_be_quantized_is_refused_and_leaves_no_file(case: str, tmp_
 
 
 def file_of(path: Path, *, operator: str = "Conv", opset: int = 13, dtype: str = "FLOAT", inputs: int = 1) -> Path:
-    """A file of one node."""
+    """Write a file of one node."""
     kind = getattr(onnx.TensorProto, dtype)
     weight = onnx.helper.make_tensor("w", kind, [2, 3, 1, 1], [1.0] * 6)
     node = onnx.helper.make_node(operator, ["input", "w"] if operator == "Conv" else ["input"], ["output"])

@@ -1,4 +1,4 @@
-"""Actions in place: each keeps the function, is written down, and can be done again on a base model."""
+"""Actions in place: each keeps the function, enters the journal, and can be replayed on a base model."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def test_eval_mode_computes_what_training_mode_does() -> None:
     model = small_net()
     assert calibrate(model, [DATA[0]]) is model
     for norm in (model.norm, model.norm2):
-        norm.running_var.mul_(1 - 1 / (DATA[0].numel() / 3))  # of all values, not of all but one
+        norm.running_var.mul_(1 - 1 / (DATA[0].numel() / 3))  # divided by n, not by n - 1
     torch.testing.assert_close(model.eval()(DATA[0]), model.train()(DATA[0]), rtol=1e-9, atol=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""`drop`: one branch leaves, the function stays."""
+"""`drop` removes one branch and keeps the function."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FORMS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("preset", ["dyrep", "qarepvgg"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_a_conv_again_keeps_its_form_and_its_bias_is_saved(form: dict[str, Any], preset: str, normalised: bool) -> None:
-    """DyRep's public code loses dilation and padding mode here, and on resuming the bias."""
+    """DyRep's public code loses dilation and padding mode here, and loses the bias when a run resumes."""
     plain = nn.Sequential(nn.Conv2d(4, 4, 3, **form), *[nn.BatchNorm2d(4)] * normalised).double()
     expanded = randomize_batch_norm(repfx.expand(randomize_batch_norm(plain), preset), seed=3).eval()
     reference, x = copy.deepcopy(expanded), torch.randn(2, 4, 9, 10, dtype=torch.float64)
@@ -74,13 +74,13 @@ def test_a_zero_gamma_of_the_origin_divides_nothing() -> None:
 
 
 def test_in_training_mode_a_branch_that_adds_nothing_leaves_nothing() -> None:
-    """With γ = β = 0 in the branch, the other mode stays as well, once the statistics are true."""
+    """Training mode is kept, too, if the branch has γ = β = 0 and the statistics are those of the data."""
     model: Any = repfx.expand(small_net(), {"stem": "acb"}).train()
     data = batch(64)
     for _ in range(400):
         model(data)
     reference = copy.deepcopy(model)
-    # variance is stored unbiased and used biased: 1 in 64·99 positions
+    # running variance is unbiased, batch variance biased: they differ by 1 in 64·99 positions
     assert_same_map(repfx.drop(model, "stem", "1xk").train(), reference, data, 1e-3)
 
 
@@ -119,7 +119,7 @@ def test_a_batch_norm_that_also_activates_returns_whole() -> None:
 
 
 class Around(nn.Module):
-    """More than the conv that it holds."""
+    """A module that does more than the conv in it."""
 
     def __init__(self, conv: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`expand`: the function kept in both modes, and everything that `spec` may be."""
+"""`expand` keeps the function in both modes, for every form of `spec`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_function_is_kept_in_both_modes(preset: str, training: bool) -> None:
 def test_every_new_branch_learns_and_is_fused_exactly(preset: str) -> None:
     model = repfx.expand(small_net(), preset)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for step in range(2):  # γ = 0 lets the first step reach γ alone
+    for step in range(2):  # with γ = 0, only γ gets a gradient in the first step
         optimizer.zero_grad()
         model(batch(seed=step)).square().sum().backward()
         optimizer.step()

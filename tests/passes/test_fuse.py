@@ -138,7 +138,7 @@ def test_a_conv_that_pads_by_the_input_s_size_stays_in_a_sequence_that_code_arou
 
 @pytest.mark.parametrize("training", [False, True])
 def test_an_activating_batch_norm_measures_only_in_training_mode(training: bool) -> None:
-    """A trace through it would bake the mode, and overwrite its statistics in what is called eval."""
+    """A trace through it would fix the mode, and the fused model would overwrite statistics even in eval mode."""
     model = ready(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), BatchNormAct2d(4)))
     fused = repfx.fuse(model.train()).train(training)
     before = copy.deepcopy(fused.state_dict())
@@ -147,7 +147,7 @@ def test_an_activating_batch_norm_measures_only_in_training_mode(training: bool)
 
 
 def test_a_batch_norm_that_belongs_to_no_conv_is_not_lost() -> None:
-    """Neither one of the input, nor one behind a sum, nor one behind a pooling that no conv precedes."""
+    """A BatchNorm stays if it stands at the input, behind a sum, or behind a pooling without a conv before it."""
     model = Net(
         lambda m, x: m.after(m.conv(m.of_input(x).relu()).relu() + x) + m.pooled(F.max_pool2d(x, 3, 1, 1)),
         conv=nn.Conv2d(4, 4, 3, padding=1),
@@ -297,7 +297,7 @@ def test_parts_of_several_dtypes_keep_each_its_own() -> None:
 
 
 def test_a_batch_norm_in_float32_behind_a_conv_in_bfloat16_gives_the_conv_s_dtype() -> None:
-    """As mixed precision leaves them."""
+    """Mixed precision leaves such models."""
     model: Any = nn.Sequential(nn.Conv2d(4, 6, 3).to(torch.bfloat16), nn.BatchNorm2d(6))
     randomize_batch_norm(model).eval()
     fused = repfx.fuse(model)
@@ -318,7 +318,7 @@ def test_new_convs_are_where_the_old_ones_were(device: str) -> None:
 
 
 def test_a_merged_1x1_lies_in_memory_as_torch_lays_it() -> None:
-    """By odd strides over axes of one torch takes what the conv gives out for channels last; exporters then write pools as gathers."""
+    """Odd strides on axes of size one make torch take the conv's output for channels last; exporters then write pools as gathers."""
     fused = repfx.fuse(ready(nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 5, 1))))
     assert repfx.report(fused).counts == {"merge_sequential": 1}
     assert all(weight.stride() == torch.empty(weight.shape).stride() for weight in fused.parameters())
@@ -364,7 +364,7 @@ def test_a_scale_and_a_shift_of_each_channel_follow_a_conv(out_channels: int) ->
 
 
 def test_shifts_that_cancel_leave_no_bias() -> None:
-    """As after restore(fuse(…)) of a conv without one: what rounding leaves is none."""
+    """Shifts cancel after restore(fuse(…)) of a conv without bias; what rounding leaves of them is no bias."""
     net = Net(lambda m, x: (m.a(x) + m.shift / 3) - m.shift / 3, a=nn.Conv2d(4, 6, 3, bias=False))
     net.shift = nn.Parameter(torch.randn(6, 1, 1))
     assert fused_exactly(net, image()).a.bias is None

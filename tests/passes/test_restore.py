@@ -1,4 +1,4 @@
-"""`restore`: BatchNorm back behind fused convs, the function unchanged."""
+"""`restore` puts BatchNorms back behind fused convs and keeps the function."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_synchronized_batch_norm_returns_as_one() -> None:
 
 @pytest.mark.parametrize("preset", [None, "dbb"])
 def test_a_frozen_batch_norm_returns_as_one(preset: str | None) -> None:
-    """Detectors' backbones have them: in training mode, too, the restored model is the same function."""
+    """Backbones of detectors have frozen BatchNorms. The restored model is the same function in training mode, too."""
     model: Any = small_net().eval()
     model.norm = FrozenBatchNorm2d(8, eps=1e-3).double()
     model.norm2 = FrozenBatchNorm2d(8).double()
@@ -71,14 +71,14 @@ def test_the_restored_model_trains_and_fuses_again() -> None:
 
 
 def test_a_single_batch_norm_keeps_the_training_mode_too() -> None:
-    """Where the statistics are true, conv + BatchNorm is the same function again in both modes."""
+    """Conv + BatchNorm is the same function again in both modes if the running statistics are those of the data."""
     model = small_net().train()
     data = batch(64)
     for _ in range(400):
         model(data)  # the running statistics become those of the data
     restored = repfx.restore(repfx.fuse(model))
     assert_same_map(restored.eval(), copy.deepcopy(model).eval(), data)
-    # variance is stored unbiased and used biased: 1 in 64·99 positions
+    # running variance is unbiased, batch variance biased: they differ by 1 in 64·99 positions
     assert_same_map(restored.train(), model.train(), data, 1e-3)
 
 

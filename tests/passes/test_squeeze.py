@@ -1,4 +1,4 @@
-"""Squeezed blocks: one conv, assembled in forward; same outputs, same gradients, same state, and what isn't linear runs as it did."""
+"""Squeezed blocks: one conv, assembled in forward, with the same outputs, gradients and state; what isn't linear runs as before."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ X = torch.randn(2, 3, 11, 14, dtype=torch.float64, generator=numbers_from(5))
 
 
 def expanded(spec: Any = "dyrep", model: nn.Module | None = None) -> Any:
-    """In float64, with statistics, scales and weights of which none is what it began with."""
+    """An expanded model in float64, with random statistics, scales and weights instead of the initial ones."""
     found = repfx.expand(model or net(), spec, preserve=False).double()
     randomize_batch_norm(found)
     for path, module in found.named_modules():
@@ -47,7 +47,7 @@ def expanded(spec: Any = "dyrep", model: nn.Module | None = None) -> Any:
 
 
 def outputs_and_gradients(model: nn.Module, x: Tensor = X) -> dict[str, Tensor]:
-    """Of one step; by name, those of x too."""
+    """Return the output of one step, and by name the gradients of the parameters and of `x`."""
     x = x.clone().requires_grad_()
     parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
     y = model(x)
@@ -65,7 +65,7 @@ def assert_alike(model: nn.Module, reference: nn.Module) -> None:
 
 
 class _Convs(TorchDispatchMode):
-    """Counts the convs whose input has a batch of two, which no kernel here has."""
+    """Counts convs on activations: their input has a batch of two, which no kernel here has."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -108,7 +108,7 @@ def test_a_squeezed_model_has_the_outputs_and_gradients_of_frozen_statistics(spe
 
 
 def test_branches_without_batch_norm_are_squeezed_in_training_mode() -> None:
-    """And the BatchNorm after the sum goes on to take its statistics."""
+    """Blocks without BatchNorms in their branches are squeezed, and the BatchNorm after the sum still updates its statistics."""
     model = expanded("orepa").train()
     reference = copy.deepcopy(model)
     assert repfx.report(repfx.squeeze(model)).skipped == ()
@@ -119,7 +119,7 @@ def test_branches_without_batch_norm_are_squeezed_in_training_mode() -> None:
 
 @pytest.mark.parametrize("spec", ["dyrep", repfx.Spec(["1x1"], norm="none")])
 def test_statistics_that_are_held_stay(spec: Any) -> None:
-    """Also of a BatchNorm behind a block."""
+    """Frozen statistics don't change, also those of a BatchNorm behind a block."""
     model = repfx.squeeze(expanded(spec), statistics="frozen").train()
     before = copy.deepcopy(model.state_dict())
     model(X)
@@ -248,7 +248,7 @@ def test_other_verbs_find_a_squeezed_model_as_it_was(change: Callable[[nn.Module
 
 
 def test_training_goes_on_as_with_frozen_statistics(tmp_path: Path) -> None:
-    """Momentum stays; a checkpoint knows what is squeezed."""
+    """Training goes on with the optimizer's momentum kept; a checkpoint records what is squeezed."""
     model = expanded()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     reference = copy.deepcopy(model)
@@ -300,7 +300,7 @@ def test_mixed_precision_assembles_in_full() -> None:
     assert relative_error(found.float(), fused.float()) < 1e-2
 
 
-BREAKS = torch.__version__ < "2.9"  # torch 2.8 breaks the graph where it asks of what class a part is
+BREAKS = torch.__version__ < "2.9"  # torch 2.8 breaks the graph at a check of a part's class
 
 
 @pytest.mark.skipif(BREAKS, reason="torch 2.8 breaks the graph")
@@ -361,7 +361,7 @@ def test_what_is_dropped_from_a_block_that_holds_statistics_trains_again() -> No
 
 
 class Measured(nn.Module):
-    """Whose code can't be traced, and has words that blocks have."""
+    """A module whose code can't be traced and uses names that blocks have, such as `train` and `scale`."""
 
     def __init__(self) -> None:
         super().__init__()

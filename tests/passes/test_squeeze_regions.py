@@ -1,4 +1,4 @@
-"""What is linear outside blocks runs as one conv, too: same outputs, gradients, state and class; else its own forward."""
+"""Squeezed regions outside blocks: they run as one conv with the same outputs, gradients, state and class, or run their own forward."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.passes.test_squeeze import BREAKS, X, assert_alike, convs_on_activati
 
 
 class Foreign(nn.Module):
-    """Somebody else's block, without and with a BatchNorm behind each branch, and an activation."""
+    """A block that isn't repfx's: an activation, and branches with or without a BatchNorm behind each."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Foreign(nn.Module):
 
 
 class Residual(nn.Module):
-    """With a stem, a strided shortcut, a stage that can't be merged, and a head."""
+    """A net with a stem, a strided shortcut, a stage that can't be merged, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Residual(nn.Module):
 
 
 def ready(model: nn.Module | None = None) -> Any:
-    """In float64 and training mode, with random statistics that stay."""
+    """Put a model into float64 and training mode, with random statistics that don't change."""
     found = randomize_batch_norm((model or Residual()).double()).train()
     return still(found)
 
@@ -198,7 +198,7 @@ def test_islands_of_a_model_that_cannot_be_traced() -> None:
 
 
 def test_what_cannot_be_part_of_a_region() -> None:
-    """A weight that changes when it is read, a dropout that drops nothing yet, a factor that is trained."""
+    """No region takes in a weight that changes when it is read, a dropout with rate 0, or a factor that is trained."""
 
     class Others(nn.Module):
         def __init__(self) -> None:

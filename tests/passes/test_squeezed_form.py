@@ -1,4 +1,4 @@
-"""A module runs its own forward wherever its squeezed form isn't exact, and in its form wherever it is."""
+"""Squeezed forms: a module runs in its form wherever that is exact, and runs its own forward elsewhere."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_code_that_asks_for_a_gradient_mode_stays() -> None:
         reference = repfx.unsqueeze(copy.deepcopy(model))
         assert all(
             path.startswith("body") for path in regions_of(model)
-        )  # what is inside runs in the mode that it is called in
+        )  # the modules inside run in the mode of the call
         assert not model(X).requires_grad
         torch.testing.assert_close(model(X), reference(X), rtol=1e-12, atol=1e-12)
     with pytest.raises(InvalidInput, match="has no block"):
@@ -185,14 +185,14 @@ def test_a_module_that_was_built_anew_runs_as_its_code_says_until_it_is_squeezed
     assert loose.block.norm.training
     assert not forms_in(loose)
     again = repfx.squeeze(copy.deepcopy(model))
-    assert not again.bn.training  # as was asked for before
+    assert not again.bn.training  # as in the earlier call
     repfx.squeeze(model, statistics="frozen")
     assert {"stem", "block.wide.0"} <= regions_of(model).keys()
     assert_alike(model, still(repfx.unsqueeze(copy.deepcopy(model))))
 
 
 class Inner(nn.Module):
-    """Can't be traced: it looks at numbers."""
+    """A module that can't be traced, because it looks at numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class Inner(nn.Module):
 
 
 class Outer(nn.Module):
-    """Can be traced but for a part, which takes a form of its own."""
+    """A module that can be traced except for a part, which takes its own form."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ def test_values_in_containers_and_functions_that_are_changed(change: Callable[[A
 
 
 def test_a_class_that_was_made_of_a_squeezed_one_stays() -> None:
-    """A parametrization makes a subclass, which has the way to the parameter."""
+    """A parametrization makes a subclass with the property that computes the parameter; that class must stay."""
     model: Any = repfx.squeeze(ready())
     model.register_parameter("unused", nn.Parameter(torch.ones(2)))
     register_parametrization(model, "unused", nn.Identity())

@@ -24,7 +24,7 @@ SCHEDULES = {
 
 
 def train(schedule: str, folder: Path, tell: Callable[[int], None]) -> None:
-    """Go on from what the folder holds, to the end; each step is told when it has been saved."""
+    """Resume from what the folder holds and train to the end; `tell` gets the number of each step once it is saved."""
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)

@@ -33,7 +33,7 @@ def main(name: str, folder: Path) -> None:
         if trainer.is_global_zero:
             print(*(action for _, action in callback.driver.history), sep="\n")
     assert len(journals) == 2
-    distributed.destroy_process_group()  # or its threads may outlive the interpreter, which aborts then
+    distributed.destroy_process_group()  # otherwise its threads may outlive the interpreter, which then aborts
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A training run on two processes, of which each sees data of its own: torchrun … -m tests.programs.on_two_ranks SCHEDULE."""
+"""A training run on two processes, each of which sees its own data: torchrun … -m tests.programs.on_two_ranks SCHEDULE."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main(name: str) -> None:
     average = AveragedModel(net)
     torch.manual_seed(rank)  # from here on, all that is random differs
     data = [torch.randn(4, 3, 9, 7) + rank for _ in range(3)]
-    images = torch.randn(4, 3, 9, 7, generator=torch.Generator().manual_seed(5))  # the same ones for all
+    images = torch.randn(4, 3, 9, 7, generator=torch.Generator().manual_seed(5))  # the same on all ranks
     driver = repfx.Driver(
         net,
         optimizer,
@@ -45,7 +45,7 @@ def main(name: str) -> None:
         steps_per_epoch=3,
         score=lambda candidate: -float(candidate(images).square().mean()),
     )
-    searches = driver.search is not None  # then some branches don't run
+    searches = driver.search is not None  # in a search some branches don't run
     model = DistributedDataParallel(net, find_unused_parameters=searches)
     for _ in range(3):
         for x in data:

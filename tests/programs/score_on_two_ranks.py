@@ -28,7 +28,7 @@ def main() -> None:
     supernet = FusedSupernet(first)
     with torch.no_grad():
         alone = [float(supernet.net(code)(x).mean()) for code in codes]
-    randomize_batch_norm(model, seed=rank)  # as running statistics differ between ranks; rank 0 has what it had
+    randomize_batch_norm(model, seed=rank)  # running statistics differ between ranks; rank 0 keeps its own
     before = {name: value.clone() for name, value in model.state_dict().items()}
     calls = 0
 

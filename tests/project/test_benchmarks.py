@@ -1,4 +1,4 @@
-"""The arithmetic of benchmarks, and what they leave behind; how fast anything is, no test asks."""
+"""The arithmetic of benchmarks, and the files they leave behind; no test measures speed."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ RESULTS = sorted(RESULTS_FOLDER.glob("latency-*.json"))
 
 
 def test_turns_are_set_against_each_other_before_the_median_is_taken() -> None:
-    """A machine that is ten times slower in some turns slows both down, and the ratio stays."""
+    """A machine that is ten times slower in some turns slows both down, and leaves their ratio as it is."""
     slow = [1.0, 10.0, 1.0, 10.0, 1.0]
     ratio = Ratio.of([1.5 * each for each in slow], slow)
     assert ratio == Ratio(1.5, 1.5, 1.5)
-    # the medians alone would say 1
+    # the ratio of the medians is 1
     assert Ratio.of([10.0, 1.0, 1.0], [1.0, 10.0, 1.0]).median == 1.0
 
 
@@ -178,7 +178,7 @@ def test_every_method_can_be_asked_for(name: str) -> None:
 
 
 def test_the_textbook_block_is_a_diverse_branch_block() -> None:
-    """In eval mode: in training it pads with running statistics."""
+    """The textbook block equals a `dbb` block in eval mode. In training mode it pads with running statistics."""
     plain = nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6)).double()
     ours = randomize_batch_norm(repfx.expand(plain, "dbb")).eval()
     theirs = textbook(plain).double().eval()
@@ -212,7 +212,7 @@ def test_a_search_finds_what_is_there(name: str) -> None:
 
 
 def test_what_a_population_takes_is_scaled_from_its_candidates() -> None:
-    """Ratios are taken turn by turn; what is done once counts once, and so weighs less in a large population."""
+    """Ratios are taken turn by turn. Work that is done once counts once, so it weighs less in a large population."""
     fused, branches = [1.0, 10.0, 3.0], [4.0, 40.0, 12.0]
     small, large = (population_row(size, fused, branches, once=24.0) for size in (8, 80))
     assert (small["seconds"], large["seconds"]) == (8 * 3 + 24, 80 * 3 + 24)
@@ -270,7 +270,7 @@ def test_time_per_conv_is_set_against_the_first_size_turn_by_turn() -> None:
 
 
 def test_fusing_leaves_nothing_behind_but_its_result() -> None:
-    """Without Python's search for cycles; kernels wait in float64, with nothing beside them that a backward pass would need."""
+    """`fuse` frees its memory without garbage collection. At the peak it holds kernels in float64 and nothing for a backward pass."""
     channels = 32
     layer = 8 * 9 * channels**2  # in float64
     model = randomize_batch_norm(repfx.expand(deep_net(30, channels), "acb")).eval()

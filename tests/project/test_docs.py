@@ -1,4 +1,4 @@
-"""All code in the README and the docs runs, page by page, as a reader would type it; links resolve; tables are true."""
+"""All code in the README and the docs runs, page by page, as a reader would type it; links resolve, and tables are right."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pkgutil
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -40,7 +40,7 @@ QUOTE = re.compile(r"^<!-- file: (\S+) -->\n\Z", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 DOCTEST_FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
-REGISTRIES: dict[str, dict[str, Any]] = {
+REGISTRIES: dict[str, MutableMapping[str, Any]] = {
     "presets": PRESETS,
     "branches": KINDS,
     "passes": PASSES,
@@ -96,7 +96,7 @@ SLOW_PAGES = [
 
 @pytest.fixture
 def registries_restored() -> Iterator[None]:
-    """Pages that show how to register something leave nothing registered."""
+    """Undo what a page registers: some show how to register something."""
     registries = [*REGISTRIES.values(), RULES]
     before = [dict(registry) for registry in registries]
     yield
@@ -193,12 +193,12 @@ def test_every_table_that_a_page_asks_for_exists() -> None:
 
 
 def is_public(value: object) -> bool:
-    """Whether something that `repfx` holds is a verb or value of its own, no module and nothing of Python's."""
+    """Whether an attribute of `repfx` is one of its own verbs or values, and not a module or something of Python's."""
     return not isinstance(value, ModuleType) and getattr(value, "__module__", "").startswith("repfx")
 
 
 def names_of_the_reference() -> list[str]:
-    """What the reference shows, by full names."""
+    """Full names of everything that the reference page shows."""
     return re.findall(r"^::: (repfx\.[\w.]+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
 
 
@@ -222,7 +222,7 @@ def test_what_the_reference_lists_exists_and_says_what_it_is() -> None:
 
 
 def shell_commands() -> list[str]:
-    """Every line of a page's `sh` blocks that calls repfx, without what stands before `&&`."""
+    """Every line of a page's `sh` blocks that calls repfx, without any command before `&&`."""
     lines = [
         line
         for page in PAGES

@@ -1,4 +1,4 @@
-"""Each extra is what it says: its verbs work where nothing else is installed, and without it they name it."""
+"""Each extra is complete: its verbs work where nothing else is installed, and without the extra they name it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ driver.after_backward()
 driver.after_epoch()
 """
 
-# What each extra is for.
+# Code that each extra must make work.
 USES = {
     "checkpoint": "repfx.save('run.ckpt', model)\nrepfx.load('run.ckpt', plain)",
     "onnx": "repfx.export_onnx(model, 'model.onnx', x)",
@@ -56,7 +56,7 @@ FOR_CONTRIBUTORS = {"docs", "dev"}
 
 
 def installed(*requirements: str) -> dict[str, metadata.Distribution]:
-    """What pip would install for these, as far as it is there, by name."""
+    """Distributions, by name, that pip would install for these requirements, as far as they are installed here."""
     found: dict[str, metadata.Distribution] = {}
     pending = [Requirement(text) for text in requirements]
     seen = set()
@@ -71,7 +71,7 @@ def installed(*requirements: str) -> dict[str, metadata.Distribution]:
             continue
         try:
             found[name] = metadata.distribution(name)
-        except metadata.PackageNotFoundError:  # for another system, or what this build of torch does without
+        except metadata.PackageNotFoundError:  # for another system, or not needed by this build of torch
             continue
         for text in found[name].requires or ():
             needed = Requirement(text)
@@ -81,7 +81,7 @@ def installed(*requirements: str) -> dict[str, metadata.Distribution]:
 
 
 def run_with(extra: str, program: str, folder: Path, without: Container[str] = ()) -> subprocess.CompletedProcess[str]:
-    """Run a program where torch and the packages of one extra are all that is installed."""
+    """Run a program in an environment that has only torch and the packages of one extra."""
     site = folder / "site"
     site.mkdir()
     asked = [*PYPROJECT["project"]["dependencies"], *([f"repfx[{extra}]"] if extra else [])]
@@ -95,7 +95,7 @@ def run_with(extra: str, program: str, folder: Path, without: Container[str] = (
 
 
 def refusal(use: str) -> str:
-    """A program that prints what a use that must be refused says."""
+    """A program that runs a use that must be refused and prints the error."""
     return f"""
 try:
     {use}

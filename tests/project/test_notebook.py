@@ -28,7 +28,7 @@ def code_cells(notebook: Any) -> list[Any]:
 
 
 def texts_of(value: Any) -> Iterator[str]:
-    """All that is written in a notebook, but pictures."""
+    """All text of a notebook, without pictures."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What is installed is what is on disk; imports point one way; `import repfx` needs torch alone."""
+"""Packaging: all files on disk are installed; imports point one way; `import repfx` needs only torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FOLDERS_OF_CODE = ("repfx", "repfx/*", "repfx/*/*")  # as deep as packages go; `**` wouldn't follow the links
+FOLDERS_OF_CODE = (
+    "repfx",
+    "repfx/*",
+    "repfx/*/*",
+)  # as deep as the packages are nested, because `**` doesn't follow links
 MODULES = sorted(path.relative_to(ROOT) for folder in FOLDERS_OF_CODE for path in ROOT.glob(f"{folder}/*.py"))
 LINKED = ("passes", "recipes")  # folders at the top level
 DATA = {
@@ -89,7 +93,7 @@ ASKED = [Requirement(text) for texts in (PYPROJECT["project"]["dependencies"], *
 
 
 def pins(name: str) -> dict[str, set[str]]:
-    """The versions of each package in a file of constraints; which one of them may depend on the Python."""
+    """The versions of each package in a file of constraints. Several versions of one package are for different Pythons."""
     found: dict[str, set[str]] = {}
     for line in (ROOT / name).read_text().splitlines():
         if line[0] != "#":
@@ -152,12 +156,12 @@ def module_of(path: Path) -> str:
 
 
 def wing_of(module: str) -> str:
-    """Give the wing of a module: `repfx.branches.full` lies in `branches`, `repfx` itself in `__init__`."""
+    """Return the wing of a module: `repfx.branches.full` lies in `branches`, `repfx` itself in `__init__`."""
     return module.split(".")[1] if "." in module else "__init__"
 
 
 def imported_modules(source: str) -> Iterator[str]:
-    """Give the modules of repfx that a file imports, also inside a function or under TYPE_CHECKING."""
+    """Return the modules of repfx that a file imports, also inside a function or under TYPE_CHECKING."""
     known = {module_of(path) for path in MODULES}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "repfx":
@@ -168,13 +172,13 @@ def imported_modules(source: str) -> Iterator[str]:
 
 
 def imports_below(module: str, source: str, order: Sequence[str]) -> list[str]:
-    """Give the modules that a file imports from wings below its own."""
+    """Return the modules that a file imports from wings that come later in the import order."""
     own = order.index(wing_of(module))
     return [found for found in imported_modules(source) if order.index(wing_of(found)) > own]
 
 
 def circle_in(imports: Mapping[str, Collection[str]]) -> list[str] | None:
-    """Give a circle of modules that import each other, or None."""
+    """Return a circle of modules that import each other, or None."""
     try:
         graphlib.TopologicalSorter(imports).prepare()
     except graphlib.CycleError as error:

@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmarks of deployed and of compiled models, and what they leave behind."""
+"""The arithmetic of the benchmarks of deployed and compiled models, and the files they leave behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESULTS_FOLDER = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def changed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """With another bias."""
+    """The file with another bias, in place."""
     (bias,) = (each for each in model.graph.initializer if len(each.dims) == 1)
     bias.CopyFrom(onnx.numpy_helper.from_array(1 + onnx.numpy_helper.to_array(bias), bias.name))
     return model

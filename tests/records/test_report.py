@@ -1,4 +1,4 @@
-"""What a verb did, as values that stay with its model, through copying and saving."""
+"""Reports of verbs: values that stay with the model when it is copied or saved."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_of_several_verbs_the_last_one_s_report_counts() -> None:
 
 
 def test_an_outer_model_has_a_report_of_its_own() -> None:
-    """An attribute of that name inside another model says nothing about the whole."""
+    """The report of a model inside another one says nothing about the outer model."""
     outer = nn.Sequential(repfx.fuse(small_net()))
     assert repfx.report(outer).name == "nothing done yet"
     fused = repfx.fuse(outer)

@@ -1,4 +1,4 @@
-"""A fused model says of each conv and BatchNorm that is left why it is."""
+"""A fused model says why each remaining conv and BatchNorm is left."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Branching(nn.Module):
 
 
 class Around(nn.Module):
-    """Untraceable code inside a model that is traced around it."""
+    """Untraceable code in the middle of a model that is traced around it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Tests of the tests: with one guard off, or reading less than it should, a legal graph is fused wrongly, and its check says so.
+"""Tests of the tests: with one guard off, or reading less than it should, a legal graph is fused wrongly, and its check fails.
 
-A new guard is one more row of `MUTANTS`: a name, what is done to the code, and the checks that must fail, each by itself.
+A new guard is one more row of `MUTANTS`: a name, what is done to the code, and the checks of which each must fail.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def conv(kernel_size: int = 1, **keywords: Any) -> nn.Conv2d:
 
 
 def read_twice(first: nn.Module, second: nn.Module) -> Check:
-    """The output of `first` enters `second` and one thing more."""
+    """Check a net in which the output of `first` enters `second` and one more operation."""
     return lambda: fused_exactly(
         Net(lambda m, x: (lambda y: m.b(y).sum() + y.relu())(m.a(x)), a=first, b=second), image()
     )
@@ -106,16 +106,16 @@ CHECKS: dict[str, Check] = {
 # --- Mistakes -------------------------------------------------------------------------------------------------------
 
 
-# By other numbers, or because the code trips over it; `pytest.fail` is what an error that doesn't come ends in.
+# Wrong numbers, or an error in the code; `pytest.fail` is how `pytest.raises` reports an error that didn't come.
 FAILURES = (AssertionError, InvalidInput, NoKernel, RuntimeError, pytest.fail.Exception)
 
 
 def never(*_: Any) -> None:
-    """A guard that is off."""
+    """Never object: a guard that is off."""
 
 
 def without_guard(guard: str, *rules: str) -> Plant:
-    """That guard off, in these rules or in all."""
+    """Switch one guard off, in these rules or in all."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
         for rule in [RULES[name] for name in rules] or RULES.values():
@@ -129,7 +129,7 @@ def weakened(rule: Rule, guard: str) -> tuple[Any, ...]:
 
 
 def without_refusal(piece: str) -> Plant:
-    """Modules are not refused for the reason that holds `piece`."""
+    """Switch off the refusal of modules whose reason contains `piece`."""
     refusal = View.refusal
 
     def weaker(view: View, node: fx.Node) -> str | None:
@@ -140,7 +140,7 @@ def without_refusal(piece: str) -> Plant:
 
 
 def without_what_changes(patch: pytest.MonkeyPatch) -> None:
-    """A view takes a parameter that the forward writes to for a constant."""
+    """Make views take a parameter for a constant even if the forward writes to it."""
     patch.setattr(repfx.graphs.constants, "mutated_by", never)
 
 
@@ -158,7 +158,7 @@ def puts(owner: object, attribute: str, mistake: Any) -> Plant:
 
 
 def itself_alone(node: fx.Node, root: nn.Module) -> set[fx.Node]:
-    """Views are other tensors."""
+    """Take views for tensors with memory of their own."""
     return {node}
 
 

@@ -1,4 +1,4 @@
-"""Each guard on its own: the net that it has to stop, with the reason, and the near twin that passes."""
+"""Each guard on its own: a net that it has to stop, with the reason, and a similar net that passes."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_buffer_that_the_forward_changes_is_no_constant() -> None:
 
 
 def test_a_tensor_that_the_forward_changes_is_not_traced_through() -> None:
-    """One that is neither parameter nor buffer."""
+    """A plain tensor attribute, neither parameter nor buffer, is changed in forward."""
 
     def forward(m: Any, x: Any) -> Any:
         m.scale.add_(1)
@@ -215,7 +215,7 @@ def test_a_merge_that_costs_more_is_not_made() -> None:
 
 
 def test_a_conv_that_the_sum_reads_twice_counts_once() -> None:
-    """72 weights and 16 are no 144, twice 72 and 16 would be more."""
+    """72 + 16 weights are fewer than 144, so nothing is merged; counted twice, 2 · 72 + 16 would be more than 144."""
     model = two(lambda m, x: (lambda y: (y + y) + m.b(x))(m.grouped(x)), grouped=conv(groups=2))
     fused = fused_exactly(model, image())
     assert {"b", "grouped"} <= set(convs(fused))

@@ -21,7 +21,7 @@ from tests.inline_net import Net
 
 @dataclass(frozen=True)
 class Case:
-    """A net, how many convs and BatchNorms fusing leaves, and a piece of the reason for what stays."""
+    """A net, how many convs and BatchNorms `fuse` leaves, and a part of the reason for those that stay."""
 
     build: Callable[[], nn.Module]
     convs: int

@@ -1,4 +1,4 @@
-"""Concatenated branches and the conv that reads them become one conv, wherever that is what they compute."""
+"""Concatenated branches and the conv that reads them become one conv, wherever together they are one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def concat_net(mix: nn.Module, *branches: nn.Module, dim: int = 1, function: Cal
     return Net(forward, branches=nn.ModuleList(branches), mix=mix)
 
 
-MERGED: dict[str, tuple[Callable[[], Net], tuple[int, ...]]] = {  # with the form of the input
+MERGED: dict[str, tuple[Callable[[], Net], tuple[int, ...]]] = {  # with the shape of the input
     "three windows": (lambda: concat_net(nn.Conv2d(12, 3, 1), conv_norm(3, 3), conv_norm(7), conv_norm(2, 5)), ()),
     "the input itself": (lambda: concat_net(nn.Conv2d(9, 6, 1), nn.Identity(), conv_norm(5, 3)), ()),
     "pooling": (lambda: concat_net(nn.Conv2d(9, 6, 1), nn.AvgPool2d(3, 1, 1), conv_norm(5, 3)), ()),
@@ -89,7 +89,7 @@ def two_users(m: Any, x: Tensor) -> Any:
     return m.mix(y).sum() + y
 
 
-KEPT: dict[str, tuple[Callable[[], Net], tuple[int, ...], int]] = {  # with the convs that stay
+KEPT: dict[str, tuple[Callable[[], Net], tuple[int, ...], int]] = {  # with how many convs stay
     "along the height": (lambda: concat_net(nn.Conv2d(5, 6, 1), conv_norm(5, 3), conv_norm(5), dim=2), (), 3),
     "along the batch": (lambda: concat_net(nn.Conv2d(5, 6, 1), conv_norm(5, 3), conv_norm(5), dim=0), (), 3),
     "along the time of a sequence": (
@@ -140,7 +140,7 @@ def test_it_stays(name: str) -> None:
 
 
 def test_one_image_without_a_batch() -> None:
-    """The channels are then the first axis, and what is put side by side along the second is the height."""
+    """Channels are the first axis if there is no batch axis; a concatenation along the second one is along the height."""
     channels = fused_exactly(
         concat_net(nn.Conv2d(8, 6, 1), nn.Conv2d(4, 3, 1), nn.Conv2d(4, 5, 1), dim=0), image(4, 9, 10)
     )

@@ -1,4 +1,4 @@
-"""What rules look for: single maps, sequences, and sums, with what belongs to them and what remains."""
+"""Patterns of rules: single maps, sequences and sums, with the nodes that belong to them and the terms that remain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.inline_net import Net, image
 
 
 def view_of(function: Any, **members: Any) -> View:
-    """The graph of a net, each module called and registered as often as it is."""
+    """A view of a net's graph, with the true counts of calls and registrations of each module."""
     root = Net(function, **members).double().eval()
     (island,) = (island for island in trace(root).islands if island.path == "")
     for name, value in island.constants.items():
@@ -32,7 +32,7 @@ def view_of(function: Any, **members: Any) -> View:
 
 
 def last(view: View) -> Any:
-    """The node whose value the net gives out."""
+    """The node whose value the net outputs."""
     (node,) = list(view.graph.nodes)[-1].all_input_nodes
     return node
 
@@ -50,7 +50,7 @@ def convs() -> dict[str, nn.Module]:
 
 
 def sum_of(function: Any, **members: Any) -> tuple[View, Match]:
-    """The match of the sum that a net gives out."""
+    """The match of the sum that a net outputs."""
     view = view_of(function, **{**convs(), **members})
     match = Sum().match(last(view), view)
     assert match is not None
@@ -58,7 +58,7 @@ def sum_of(function: Any, **members: Any) -> tuple[View, Match]:
 
 
 def text(match: Match) -> str:
-    """The terms and what remains, with their signs."""
+    """The terms and the remaining nodes, with their signs, as text."""
     signs = {1: "+", -1: "-"}
     terms = [f"{signs[term.sign]}{' '.join(op.node.name for op in term.ops) or 'source'}" for term in match.terms]
     return " ".join([*sorted(terms), *sorted(f"{signs[sign]}({node.name})" for sign, node in match.remainder)])
@@ -104,7 +104,7 @@ def test_a_sum_is_its_terms_and_what_remains(name: str) -> None:
     }
     view = view_of(function, **convs(), **members)
     node = last(view)
-    while not is_sum(node, view):  # behind what else the net does with the sum
+    while not is_sum(node, view):  # behind other operations on the sum
         node = node.all_input_nodes[0]
     match = next(match for match in Sum().matches(node, view) if match.root is node)
     assert text(match) == expected

@@ -1,4 +1,4 @@
-"""What holds for every verb, whatever it does."""
+"""Properties that hold for every verb."""
 
 from __future__ import annotations
 

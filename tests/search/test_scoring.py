@@ -49,7 +49,7 @@ def two(dimensions: int = 2, **options: Any) -> nn.Sequential:
 
 
 class Residual(nn.Module):
-    """As torchvision's ResNets are built: a block with the identity beside it, and a strided one with a 1×1 conv."""
+    """A small ResNet like torchvision's: a block with an identity shortcut, and a strided one with a 1×1 conv as shortcut."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def supernet(
     sites: Callable[[str], bool] = lambda path: True,
     **options: Any,
 ) -> nn.Module:
-    """In float64 and eval mode, with all that is learned or gathered drawn at random."""
+    """A supernet in float64 and eval mode, whose gates and BatchNorms are random."""
     torch.manual_seed(0)
     model: nn.Module = repfx.expand(build().double(), spec, preserve=False, **options)
     for path, block in list(model.named_modules()):
@@ -107,7 +107,7 @@ def supernet(
 
 
 def codes(model: nn.Module, count: int = 4) -> list[Code]:
-    """All open, all closed, and random ones."""
+    """Codes with all paths open, with all closed, and random ones."""
     size = len(Space.of(model).paths)
     drawn = [tuple((torch.rand(size) < 0.5).tolist()) for _ in range(count)]
     return [(True,) * size, (False,) * size, *drawn]
@@ -191,7 +191,7 @@ def summed_convs(net: nn.Module) -> dict[str, SummedConv]:
 
 @pytest.mark.parametrize("spec", ["odbb", "qarepvgg"])
 def test_everything_else_is_fused(spec: Any) -> None:
-    """Also the BatchNorm behind a block, where its branches have none, with the activation that may be part of it."""
+    """The rest is fused, also a BatchNorm behind a block whose branches have none, even if an activation is part of it."""
 
     def build() -> nn.Module:
         tail = [nn.Conv2d(8, 8, 3, padding=1, bias=False), BatchNormAct2d(8)]
@@ -206,7 +206,7 @@ def test_everything_else_is_fused(spec: Any) -> None:
 
 
 class Linear(nn.Module):
-    """A gated site with linear neighbours on all sides, which `fuse` would merge with any conv that it knows."""
+    """A gated site with linear neighbours on all sides, which `fuse` would merge with any conv at the site."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class Linear(nn.Module):
 def test_fuse_merges_nothing_with_what_is_refilled(spec: str) -> None:
     model = supernet(Linear, {"site": spec}, "straight_through, own convs too")
     whole = [path for path, module in repfx.fuse(model).named_modules() if is_conv(module)]
-    assert len(whole) == 1  # all of it is one conv, if fuse may
+    assert len(whole) == 1  # with `fuse`, all of it is one conv
     assert list(summed_convs(FusedSupernet(model).net(codes(model)[0]))) == ["site"]
     assert_candidates_are_right(model, images())
 

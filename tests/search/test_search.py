@@ -1,4 +1,4 @@
-"""Searches: what they draw, what they learn, what they end with; and that nothing of a run is lost on the way."""
+"""Searches: what they draw, what they learn and what they end with; a run loses nothing on the way."""
 
 from __future__ import annotations
 
@@ -390,7 +390,7 @@ def test_an_average_is_changed_exactly_by_the_end_of_a_search(name: str) -> None
 
 @pytest.mark.parametrize("name", SHORT)
 def test_an_equal_copy_is_equal_after_the_beginning(name: str) -> None:
-    """timm's averages are deep copies, and don't begin as a copy of the first update."""
+    """timm's averages are deep copies from the start, not copies made at the first update."""
     torch.manual_seed(0)
     model = small_net()
     optimizer = torch.optim.SGD(model.parameters(), 0.02)

@@ -1,4 +1,4 @@
-"""Data sets by name: their split, their form, and what is said where they can't be used."""
+"""Data sets by name: their split, their form, and the errors about those that can't be used."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_a_folder_with_parts_keeps_them(tmp_path: Path) -> None:
 
 
 def test_parts_and_classes_that_are_missing_are_told(tmp_path: Path) -> None:
-    """Else the one part would be the one class, and all answers right."""
+    """A folder with one part is refused. Otherwise the part would count as the only class, and every answer would be right."""
     write_images(tmp_path / "parts" / "train", 5)
     with pytest.raises(
         InvalidInput, match="a folder train/ of classes, and beside it none of test, val, valid, validation"

@@ -1,4 +1,4 @@
-"""The distillation loss, against its formula written out."""
+"""The distillation loss, compared with its formula written out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which models get channels last by themselves: those that give the same so."""
+"""Models that automatically get channels last: those whose outputs stay the same."""
 
 from __future__ import annotations
 

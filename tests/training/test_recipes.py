@@ -1,4 +1,4 @@
-"""Recipes: those that are shipped say what can be done with their nets; files are read, overridden and refused as they should."""
+"""Recipes: shipped ones fit their nets; files are read, overridden and refused as they should be."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "imagenet": 1000}
 
 @cache
 def convs_of(name: str, options: str, classes: int, size: int) -> dict[str, ConvSpec]:
-    """The convs of a net by path; after an image went through it, without numbers."""
+    """The convs of a net by path, once an image has gone through the net on the meta device."""
     with torch.device("meta"):
         model = ModelReference(name, classes, json.loads(options)).build()
         assert model(torch.empty(2, 3, size, size)).shape == (2, classes)
@@ -50,7 +50,7 @@ def shipped(name: str) -> Experiment:
 
 
 def convs_in(model: ModelReference, asked: Experiment) -> dict[str, ConvSpec]:
-    """Those of a model for the data that is asked for."""
+    """Convs of a model for the data that a recipe asks for."""
     return convs_of(model.name, json.dumps(dict(model.options)), CLASSES[asked.data.name], asked.image_size or 32)
 
 
@@ -68,7 +68,7 @@ def test_a_shipped_recipe_says_how_to_train_its_net(name: str) -> None:
     assert convs_in(asked.model, asked)
     teacher = asked.training.distillation and asked.training.distillation.teacher
     assert bool(teacher) == name.endswith("-distilled")
-    if teacher and not teacher.name.startswith("timm:"):  # whose import alone takes seconds
+    if teacher and not teacher.name.startswith("timm:"):  # timm's import alone takes seconds
         assert convs_in(teacher, asked)
     assert (asked.training.optimizer, asked.training.warm_up is None) == ("SGD", False)
     make_optimizer(nn.Linear(1, 1), asked.training, torch.device("cpu"))
@@ -78,7 +78,7 @@ def test_a_shipped_recipe_says_how_to_train_its_net(name: str) -> None:
 def test_a_shipped_spec_fits_its_net(name: str) -> None:
     asked = shipped(name)
     if name.startswith("des-retrain-"):
-        assert asked.spec == "architecture.json"  # which is yet to be found
+        assert asked.spec == "architecture.json"  # a search has yet to find this file
     else:
         assert bool(expandable(spec_of(asked.spec), convs_in(asked.model, asked))) != name.startswith("plain-")
 
@@ -98,7 +98,7 @@ def test_a_shipped_schedule_fits_its_net(name: str) -> None:
 
 
 def expandable(spec: SpecLike, convs: dict[str, ConvSpec]) -> dict[str, list[str]]:
-    """The kinds of branches that a spec puts beside each conv of more than 1×1; all of its patterns must be of use."""
+    """Branch kinds that a spec puts beside each conv larger than 1×1; every pattern of the spec must match a conv."""
     if isinstance(spec, dict):
         Selection.of(spec).require_used({path: str(conv) for path, conv in convs.items()})
     wide = {path: conv for path, conv in convs.items() if not conv.is_pointwise}
@@ -128,7 +128,7 @@ def test_what_recipes_leave_to_the_schedules_is_as_in_the_papers() -> None:
     ],
 )
 def test_the_nets_are_as_large_as_in_the_papers(build: Any, millions: float) -> None:
-    """RepVGG's sizes are those of the fused nets (RepNAS, table 4), which have one bias where a BatchNorm has γ and β."""
+    """RepVGG's sizes are those of the fused nets (RepNAS, table 4), which have one bias in place of a BatchNorm's γ and β."""
     with torch.device("meta"):
         model = build()
     fused = isinstance(model[0], nn.Sequential) if isinstance(model, nn.Sequential) else False
@@ -174,7 +174,7 @@ def test_paths_start_from_the_folder_of_the_file(tmp_path: Path) -> None:
     values = read_recipe(written(tmp_path, text))
     assert values["model"]["name"] == f"{tmp_path / 'net.py'}:build"
     assert values["data"] == {"name": str(tmp_path / "data.npz"), "root": "data.npz"}
-    assert values["weights"] == "none.pt"  # it isn't there, so it is left as it is written
+    assert values["weights"] == "none.pt"  # no such file, so the name stays as it is written
 
 
 def run(*arguments: object) -> None:
@@ -196,7 +196,7 @@ def colours(tmp_path: Path) -> Path:
 def test_a_file_is_followed_but_for_what_is_overridden(
     colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An empty spec trains the plain model."""
+    """The command line overrides single keys of a file; an empty spec trains the plain model."""
     asked: list[Any] = []
 
     def train(*arguments: object, **options: object) -> None:
@@ -250,7 +250,7 @@ def test_a_shipped_recipe_runs(name: str, colours: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_what_a_search_has_found_is_trained_anew(colours: Path, tmp_path: Path) -> None:
-    """With the recipes of a search and of its second training, on a smaller net."""
+    """The recipes of a search and of its retraining run one after the other, on a smaller net."""
     short = ["--data", colours, "--model", TINY, "--image-size", 8, "--batch-size", 16, "--workers", 0]
     options = [f"--schedule-option={option}" for option in ("epochs=2", "warm_up=1", "generation=1", "population=4")]
     run("--recipe", "des-vgg16-cifar10", *short, "--epochs", 2, *options, "--out", tmp_path / "search")

@@ -71,7 +71,7 @@ def test_equal_seeds_give_equal_weights() -> None:
 
 
 class Auxiliary(nn.Module):
-    """Gives its logits in a tuple or a dict, as googlenet or a segmentation model would."""
+    """A model that returns its logits in a tuple or a dict, as googlenet or a segmentation model would."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ def test_a_recipe_that_can_not_be_used_is_refused(change: dict[str, int]) -> Non
         Recipe(**change)  # type: ignore[arg-type]
 
 
-# --- interrupted and gone on with --------------------------------------------------------------------------------------
+# --- interrupted and resumed --------------------------------------------------------------------------------------------
 
 
 PICTURES = Augmentation(crop_padding=1, flip=0.5, cutout=2, mixup=0.2, cutmix=1.0)
@@ -142,12 +142,12 @@ def trained(
     stop_at: int | None = None,
     resume: bool = False,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The final weights and the history but for times; or interrupted after a step."""
+    """Train, and return the final weights and the history without times. The run is interrupted after step `stop_at`."""
     torch.manual_seed(0)
     data, model = pictures(), net(2)
     changes = None if schedule is None else SCHEDULES[schedule].over(recipe.epochs, spec="acb")
     watcher = Watcher(on_step=lambda step: signal.raise_signal(signal.SIGINT) if step.number == stop_at else None)
-    torch.manual_seed(1 if resume else 2)  # what was drawn before is of no account
+    torch.manual_seed(1 if resume else 2)  # earlier draws must not matter
     done = train(model, data, recipe, changes, watcher=watcher, checkpoint=checkpoint, resume=resume)
     entries = [{**entry.to_dict(), "seconds": None} for entry in done.history.epochs]
     return done.model.state_dict(), entries
@@ -213,7 +213,7 @@ def test_what_is_drawn_for_an_image_depends_on_seed_epoch_and_image_alone() -> N
     assert isinstance(images, AugmentedImages)
     first = images[5][0]
     assert torch.equal(images[5][0], first)
-    with torch.device("meta"):  # as new tensors would be by default
+    with torch.device("meta"):  # the default device of new tensors must not matter
         assert torch.equal(images[5][0], first)
     assert torch.equal(next(iter(DataLoader(images, 8, num_workers=2)))[0][5], first)
     images.epoch = 1
@@ -291,7 +291,7 @@ def test_channels_last_changes_only_the_order_of_sums() -> None:
         recipe = Recipe(epochs=1, batch_size=8, channels_last=channels_last, **optimizer)  # type: ignore[arg-type]
         train(model, DataSet(double, double, data.classes), recipe, SCHEDULES["dyrep"].over(1))
         weights.append(torch.cat([weight.flatten() for weight in model.parameters()]))
-    assert (weights[0] - weights[1]).abs().max() < 1e-5  # logits are taken as float32 for the loss
+    assert (weights[0] - weights[1]).abs().max() < 1e-5  # the loss takes logits as float32
 
 
 @pytest.mark.slow

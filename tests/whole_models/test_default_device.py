@@ -1,4 +1,4 @@
-"""What is made stands where the model does, whatever device torch makes new tensors on by default: here one without numbers."""
+"""New tensors are on the model's device, whatever torch's default device is: here the meta device, which has no numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ X = batch()
 
 
 def driven(schedule: repfx.Schedule) -> Callable[[nn.Module], nn.Module]:
-    """With what a schedule makes of a model in three short epochs."""
+    """A function that trains a model under a schedule for three short epochs."""
 
     def run(model: nn.Module) -> nn.Module:
         optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
@@ -51,7 +51,7 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def adam_counts_elsewhere() -> bool:
-    """Whether torch's own Adam, which learns of gates, counts its steps where tensors are made by default, as before torch 2.12 or so."""
+    """Whether torch's Adam, which trains gates, counts its steps on the default device, as it does before about torch 2.12."""
     parameter = nn.Parameter(torch.zeros(()))
     parameter.grad = torch.ones(())
     optimizer = torch.optim.Adam([parameter])

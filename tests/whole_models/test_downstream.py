@@ -1,7 +1,7 @@
-"""Detectors and segmentation nets: their backbones get branches, train with the losses of their own, and find the same when fused.
+"""Detectors and segmentation nets: their backbones get branches, train with the nets' own losses, and find the same when fused.
 
-What a detector finds is no continuous function of its scores, so their nets give out scores that are far enough apart, for pictures that
-differ; thresholds are 0, so that there is something to compare.
+What a detector finds is no continuous function of its scores. So the nets here output scores that are far enough apart, for pictures that
+differ. Thresholds are 0, so that there is something to compare.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.inline_net import norms, reasons, same_state
 
 DETECTORS = SMALL | STOCK
 SEGMENTATION = SMALL_SEGMENTATION | STOCK_SEGMENTATION
-# heads run on all levels of a pyramid, so BatchNorms in them would average over levels
+# no BatchNorms in heads: a head runs on all levels of a pyramid, and its BatchNorms would average over levels
 SPEC = {"backbone.*": "dbb", "*": repfx.Spec(["1xk", "kx1"], norm="none")}
 LOADER = [(pictures(), targets())]
 SCENES = nn.functional.interpolate(torch.stack([image[:, :48, :48] for image in pictures()]), (48, 64))
@@ -42,14 +42,14 @@ CLASS_MAP = (SCENES.sum(1) * CLASSES / 3).long()
 
 
 def losses_of(model: Any) -> dict[str, Tensor]:
-    """A detector's own losses; proposals are sampled at random, from one seed here."""
+    """A detector's own losses, from one seed, because proposals are sampled at random."""
     torch.manual_seed(0)
     losses: dict[str, Tensor] = model.train()(pictures(), targets())
     return losses
 
 
 def map_losses_of(model: Any) -> dict[str, Tensor]:
-    """Of each output of a segmentation net, with one seed for its dropout."""
+    """Losses of each output of a segmentation net, from one seed for its dropout."""
     torch.manual_seed(0)
     return {name: nn.functional.cross_entropy(output, CLASS_MAP) for name, output in model.train()(SCENES).items()}
 
@@ -76,7 +76,7 @@ def findings(model: Any) -> list[dict[str, Tensor]]:
 
 
 def assert_found(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
-    """As many boxes, of the same classes, at the same places."""
+    """Compare detections: as many boxes, of the same classes, at the same places."""
     assert all(len(each["boxes"]) > 0 for each in expected)
     assert [len(each["boxes"]) for each in found] == [len(each["boxes"]) for each in expected]
     for ours, theirs in zip(found, expected, strict=True):
@@ -87,7 +87,7 @@ def assert_found(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor
 
 @torch.no_grad()
 def sees_a_difference(model: Any) -> bool:
-    """Whether what a backbone gives out depends on the picture."""
+    """Whether a backbone's output depends on the picture."""
     return all(relative_error(level[0], level[1]) > 1e-3 for level in model.backbone(SCENES).values())
 
 
@@ -141,7 +141,7 @@ def test_a_segmentation_net_trains_with_branches_and_gives_the_same_maps_without
 
 
 def test_the_backbone_alone_is_a_model_like_any_other() -> None:
-    """A dict of layers that runs itself; put back, the whole detector is what it was."""
+    """A backbone, a dict of layers that runs itself, is expanded and fused alone. With it put back, the detector finds the same."""
     model = settled(made_sure(SMALL["SSD"]()), LOADER)
     expected = findings(model)
     model.backbone = repfx.expand(model.backbone, "dbb")
@@ -157,7 +157,7 @@ def test_the_backbone_alone_is_a_model_like_any_other() -> None:
 
 @pytest.mark.parametrize(("name", "part"), [("Mask R-CNN", ""), ("RetinaNet", "backbone")])
 def test_a_driver_changes_a_detector_while_it_trains(name: str, part: str, tmp_path: Path) -> None:
-    """Calibrated on a loader of pictures and targets; or the driver has the backbone alone, and batches of it."""
+    """The driver has the whole detector and calibrates on a loader of pictures and targets, or has the backbone and its batches."""
     model = settled(made_sure(SMALL[name]()), LOADER)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
 
@@ -189,7 +189,7 @@ def test_a_driver_changes_a_detector_while_it_trains(name: str, part: str, tmp_p
 
 
 def test_boxes_that_nobody_found_measure_nothing() -> None:
-    """A mask head runs on what was found; where that is nothing, its statistics stay or the change is refused, and never are they NaN."""
+    """A mask head runs on the boxes found. Without boxes its statistics stay or the change is refused; they never become NaN."""
     model = SMALL["Mask R-CNN"]().double()
     model.roi_heads.score_thresh = 1.0
     before = copy.deepcopy(model.state_dict())
@@ -217,7 +217,7 @@ def levels_of(body: Any) -> dict[str, Tensor]:
 
 
 def test_a_fused_classifier_is_the_backbone_of_a_plain_detector() -> None:
-    """Its BatchNorms are frozen ones, which take the same numbers."""
+    """The detector's BatchNorms are frozen ones, which take the classifier's numbers."""
     classifier = trained_classifier()
     weights = repfx.restore(repfx.fuse(classifier)).state_dict()
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None).double()

@@ -1,6 +1,6 @@
-"""Multi-branch blocks as other people write them, from their public descriptions: each becomes the plain convs that it promises.
+"""Multi-branch blocks as other people write them, from their public descriptions: each becomes the plain convs that its paper promises.
 
-None of them is prepared for repfx. What is asked of each: the same outputs in float64, and how many convs and BatchNorms are left.
+None of them is prepared for repfx. Each must give the same outputs in float64, with a given number of convs and BatchNorms left.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RepVGG(nn.Module):
 
 
 class QARepVGG(nn.Module):
-    """A learned factor on the 1×1, no BatchNorm but on the 3×3, and one behind the sum (arXiv 2212.01593)."""
+    """A learned factor on the 1×1, a BatchNorm on the 3×3 alone, and one behind the sum (arXiv 2212.01593)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class ACB(nn.Module):
 
 
 class NormAndPad(nn.Module):
-    """DBB's: a BatchNorm, and then padding with what it gives out for zero; written strip by strip, or as a difference."""
+    """DBB's BatchNorm, followed by padding with its output for zero, written strip by strip or as a difference."""
 
     def __init__(self, pixels: int, *, strips: bool) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class NormAndPad(nn.Module):
 
 
 class DBB(nn.Module):
-    """k×k + 1×1 + (1×1, k×k) + (1×1, average), the BatchNorm of a first conv padding as zero would come out (arXiv 2103.13425)."""
+    """k×k + 1×1 + (1×1, k×k) + (1×1, average); behind a first conv, the BatchNorm pads with its output for zero (arXiv 2103.13425)."""
 
     def __init__(self, *, strips: bool) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class UniRepLKNet(nn.Module):
 
 
 class Conv3XC(nn.Module):
-    """SPAN's: pad first, then 1×1, 3×3, 1×1 without padding, with a 1×1 beside them (arXiv 2311.12770)."""
+    """SPAN's block: pad first, then 1×1, 3×3, 1×1 without padding, and a 1×1 beside them (arXiv 2311.12770)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Conv3XC(nn.Module):
 
 
 class FixedEdge(nn.Module):
-    """ECBSR's: a 1×1, padded with its bias, then a depthwise conv with a learned scale of a fixed mask (ACM MM 2021)."""
+    """ECBSR's edge branch: a 1×1, padded with its bias, then a depthwise conv of a fixed mask with a learned scale (ACM MM 2021)."""
 
     def __init__(self, mask: list[list[float]]) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class ECBSR(nn.Module):
 
 
 class OREPA(nn.Module):
-    """One conv, whose weight is computed from those of its branches (arXiv 2204.00826)."""
+    """One conv whose weight is computed from the weights of its branches (arXiv 2204.00826)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -302,7 +302,7 @@ class Concatenated(nn.Module):
         return F.relu(self.norm(self.mix(torch.cat([self.activation(branch(x)) for branch in self.branches], 1))))
 
 
-# the block, and how many convs and BatchNorms it comes down to
+# the block, and how many convs and BatchNorms are left of it
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "RepVGG": (RepVGG, 1, 0),
     "QARepVGG": (QARepVGG, 1, 0),
@@ -333,7 +333,7 @@ def test_a_block_becomes_what_it_promises(name: str) -> None:
     fused = repfx.fuse(model)
     assert_equivalent(fused, model, x)
     left = [sum(map(kind, fused.modules())) for kind in (is_conv, is_batch_norm)]
-    # a block without an activation at its end takes in the conv that follows
+    # a block without an activation at its end also absorbs the conv that follows
     assert left in ([convs + 1, norms], [convs, norms]), str(repfx.report(fused))
 
 

@@ -1,7 +1,7 @@
-"""Models that break tracing or folding elsewhere: fused right, and left as they were.
+"""Models that break tracing or folding in other tools: `fuse` gets them right and leaves the originals as they were.
 
-Which graph a mode bakes (swin, convnext, efficientnet_v2), who caches a Proxy in a dict while it is traced (levit, efficientformer,
-efficientvit_m0, tiny_vit), whose parent reads attributes of a child (RAFT), who has BatchNorms that no conv feeds (repvit).
+The trouble: graphs with a mode fixed in them (swin, convnext, efficientnet_v2), a Proxy that is cached in a dict while it is traced (levit,
+efficientformer, efficientvit_m0, tiny_vit), parents that read attributes of a child (RAFT), and BatchNorms that no conv feeds (repvit).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from repfx.algebra.layers import Layer
 from repfx.testing import relative_error
 from tests.inline_net import image, norms, ready, reasons, same_state
 
-# with the size of its input
+# the size of each model's input
 MODELS = {
     "efficientformer_l1": 224,
     "repvgg_a0": 64,
@@ -83,7 +83,7 @@ def test_a_flow_model_is_fused_in_islands_whose_attributes_are_read() -> None:
 
 
 def test_a_detector_is_fused_in_islands() -> None:
-    """What comes after the heads, suppression of overlaps among near equal scores, is no continuous function, so they are compared."""
+    """The heads' outputs are compared, because what follows, suppression of overlaps among nearly equal scores, is not continuous."""
     models: Any = torchvision.models.detection
     model = ready(models.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5))
     fused = repfx.fuse(model)

@@ -1,7 +1,7 @@
 """Bugs of other tools that users reported in public, one test each, named by its thread or its tool.
 
-Where the mistake is still in a package that is installed, or is a formula of a few lines, the test shows that it is wrong there, so that
-nobody takes repfx's care for superstition.
+If the mistake is still in an installed package, or is a formula of a few lines, the test also shows the wrong result, as proof that the
+care is needed.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def test_optimum_s_folder_took_a_beta_that_is_missing_for_one() -> None:
 
 
 def test_timm_s_repvit_fused_the_norms_of_others_away() -> None:
-    """A helper that replaces every BatchNorm by the identity, whether a conv took it in or not."""
+    """timm's helper replaced every BatchNorm by the identity, whether a conv had absorbed it or not."""
     model = ready(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU()))
     fused = repfx.fuse(model)
     assert counts(fused) == (1, 1)
@@ -158,7 +158,7 @@ def test_timm_s_inference_mode_builds_a_conv_without_padding() -> None:
 
 
 def test_yolov7_the_identity_of_a_grouped_block() -> None:
-    """Its kernel is the identity within each group; one that ignores the groups is off by more than the output is large."""
+    """The kernel is the identity within each group. A kernel that ignores the groups has an error larger than the output."""
     conv, norm = nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.BatchNorm2d(4)
     model = ready(Net(lambda m, x: m.c(x) + m.b(x), c=conv, b=norm))
     fused = repfx.fuse(model)
@@ -200,7 +200,7 @@ def test_repan_divided_by_a_gamma_of_zero() -> None:
 
 @pytest.mark.parametrize("preset", ["repvgg", "mobileone", "dbb"])
 def test_repvgg_and_yolov7_accuracy_collapses_after_re_parameterization(preset: str) -> None:
-    """The report of a dozen threads. The check runs inside the call here, and says so where a model isn't the other's equal."""
+    """A dozen threads report this. `check_equivalent` passes for the right model and raises for one that isn't equivalent."""
     model = ready(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()))
     expanded = randomize_batch_norm(repfx.expand(model, preset), seed=1)
     assert repfx.check_equivalent(expanded, repfx.fuse(expanded), X).max_error < 1e-12

@@ -38,7 +38,7 @@ def assert_same(model: nn.Module, reference: nn.Module, x: Tensor, tolerance: fl
 
 @torch.no_grad()
 def perturbed(model: nn.Module, seed: int) -> nn.Module:
-    """With every parameter moved and other BatchNorms, in place."""
+    """Move every parameter and randomize BatchNorms, in place."""
     randomize_batch_norm(model, seed)
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -46,7 +46,7 @@ def perturbed(model: nn.Module, seed: int) -> nn.Module:
 
 
 def writes(model: RandomNet) -> bool:
-    """Whether anything is changed in place."""
+    """Whether the net changes any value in place."""
     in_place = any(getattr(module, "inplace", False) for module in model.modules())
     return in_place or any(call.name in ("iadd", "isub", "relu_") for call in model.program)
 
@@ -67,7 +67,7 @@ def test_fused_nets_compute_the_same_say_what_stays_and_can_be_copied(model: Ran
 
 @given(NETS)
 def test_a_fused_net_has_nothing_left_to_fuse(model: RandomNet) -> None:
-    """Where something is written into, tracing the result may say more than tracing the model did, as names are other ones."""
+    """A second `fuse` changes nothing, except in nets that write in place: there, with other names, tracing the result may show more."""
     fused = repfx.fuse(model)
     assume(convs(fused))
     again = repfx.fuse(fused)
@@ -109,7 +109,7 @@ def test_expanding_keeps_the_function_and_trained_blocks_fuse_right(model: Rando
 @HALF
 @given(random_nets(biases=True, shared=False), SPECS)
 def test_blocks_cost_nothing_in_the_end(model: RandomNet, spec: Any) -> None:
-    """Each conv has a bias here: the branches' BatchNorms bring one along, which may stand in the way of a merge."""
+    """Each conv has a bias here, because the branches' BatchNorms add one anyway, which may prevent a merge."""
     expanded = perturbed(repfx.expand(model, spec), seed=3)
     assert len(convs(repfx.fuse(expanded))) <= len(convs(repfx.fuse(model)))
 

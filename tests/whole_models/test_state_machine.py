@@ -1,4 +1,4 @@
-"""Any order of verbs on one model: what must keep the function keeps it, and the table of sites says what is there."""
+"""Verbs on one model in any order: those that must keep the function keep it, and the table of sites is right."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ X = batch(3)
 
 
 class Verbs(RuleBasedStateMachine):
-    """A `SmallNet` under the verbs; `expected` is what its eval form gave last, where nothing was to change it."""
+    """A `SmallNet` under the verbs. `expected` is its last eval output, taken anew only after rules that may change it."""
 
     model: Any
     expected: Tensor
@@ -44,12 +44,12 @@ class Verbs(RuleBasedStateMachine):
         return output
 
     def measure(self) -> None:
-        """Take what the model is now for what it has to stay."""
+        """Take the model's present output as the one that later rules must keep."""
         self.expected = self.output()
         self.origins = {path: conv.weight for path, conv in self.convs().items()}
 
     def convs(self) -> dict[str, Any]:
-        """The convs of the sites, by path, inside blocks too."""
+        """The convs of the sites by path, also those inside blocks."""
         found = {path: self.model.get_submodule(path) for path in ("stem", "plain", "depthwise")}
         return {path: site.conv if isinstance(site, repfx.RepBlock) else site for path, site in found.items()}
 
@@ -79,7 +79,7 @@ class Verbs(RuleBasedStateMachine):
 
     @rule()
     def fuse_and_restore(self) -> None:
-        """A plain model again, whose state dict the original class takes."""
+        """Fuse to a plain model, whose state dict the original class loads."""
         fused: Any = repfx.fuse(self.model)
         assert relative_error(fused.eval()(X), self.expected) < TOLERANCE
         assert not any(isinstance(module, repfx.RepBlock) for module in fused.modules())
@@ -106,7 +106,7 @@ class Verbs(RuleBasedStateMachine):
 
     @rule()
     def carry_state_over(self) -> None:
-        """Into a copy with other weights."""
+        """Load the state dict into a copy with other weights, and go on with the copy."""
         other = copy.deepcopy(self.model)
         with torch.no_grad():
             for tensor in other.state_dict().values():

@@ -1,4 +1,4 @@
-"""timm's families that fuse themselves: repfx leaves no more of the unprepared model than timm, and less where timm leaves BatchNorms."""
+"""timm's families that fuse themselves: repfx leaves no more of the unprepared model than timm, and less if timm leaves BatchNorms."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_no_more_is_left_than_timm_leaves(family: str, dtype: torch.dtype) -> No
     size = settings["input_size"]
     fused = repfx.fuse(model)
     report = repfx.check_equivalent(model, fused, torch.randn(1, *size, dtype=dtype))
-    if dtype is not torch.bfloat16:  # whose weights are rounded to two digits
+    if dtype is not torch.bfloat16:  # bfloat16 rounds weights to two digits
         assert report.max_error < (1e-9 if dtype is torch.float64 else 1e-4)
     timm_s = counts(reparameterize_model(timm.create_model(family).eval()))
     ours = counts(fused)

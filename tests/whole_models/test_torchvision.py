@@ -1,4 +1,4 @@
-"""The main job on torchvision's models: expand with each preset that fits, train, fuse; equal, and plain again."""
+"""The main job on torchvision's models: expand with each preset that fits, train, fuse; the result is plain and equivalent."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from repfx.testing import randomize_batch_norm, relative_error
 
 def vgg() -> nn.Module:
     model: nn.Module = torchvision.models.vgg11_bn(num_classes=10)
-    model.classifier = nn.Linear(512 * 7 * 7, 10)  # instead of 120 million weights that have no part in this
+    model.classifier = nn.Linear(512 * 7 * 7, 10)  # instead of 120 million weights that don't matter here
     return model
 
 
-# Some are shorter than those that have a name: what repeats in those says nothing new.
+# Some are shorter than torchvision's named models, whose repeated layers would test nothing new.
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: torchvision.models.resnet18(num_classes=10),
     "resnet50": lambda: torchvision.models.resnet50(num_classes=10),
@@ -40,7 +40,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         video.BasicBlock, [video.Conv3DSimple] * 4, [2, 1, 1, 1], video.BasicStem, num_classes=10
     ),
 }
-# UniRepLKNet's sets are for depthwise windows of 5 and more, which none of these models has
+# UniRepLKNet's branches are for depthwise windows of 5 and more; none of these models has any
 FITTING = sorted(set(PRESETS) - {"dilated"})
 QUICK = [("resnet18", "dbb"), ("mobilenet_v2", "acb")]
 ALL = [
@@ -65,18 +65,18 @@ def train_three_steps(model: nn.Module, x: Tensor) -> None:
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     for _ in range(3):
-        output = model(x)  # googlenet gives its auxiliary heads, too
+        output = model(x)  # googlenet also returns its auxiliary heads
         loss = output.square().mean() if isinstance(output, Tensor) else sum(o.square().mean() for o in output)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(
             model.parameters(), 1.0
-        )  # of two samples at one position, BatchNorm's gradients are wild
+        )  # BatchNorm's gradients are huge for two samples at one position
         optimizer.step()
 
 
 def convs(model: nn.Module) -> dict[str, ConvSpec]:
-    """Every conv's path and sizes."""
+    """Convs by path, with their sizes."""
     return {path: ConvSpec.of(module) for path, module in model.named_modules() if is_conv(module)}
 
 
@@ -99,7 +99,7 @@ def test_expand_train_fuse_is_exact_and_leaves_the_plain_model(name: str, preset
     assert count_macs(fused, x) == count_macs(plain, x) == count_macs(model, x)
 
 
-@pytest.mark.slow  # in the README's tests, for ResNet-18
+@pytest.mark.slow  # for ResNet-18, the README's tests do it
 @pytest.mark.parametrize("name", MODELS)
 def test_fused_model_runs_in_onnxruntime(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     model = build(name).float()
@@ -112,7 +112,7 @@ def test_fused_model_runs_in_onnxruntime(name: str, tmp_path_factory: pytest.Tem
     assert target.is_file()
 
 
-@pytest.mark.slow  # in the README's tests, with the preset dbb
+@pytest.mark.slow  # with the preset dbb, the README's tests do it
 @pytest.mark.parametrize("preset", ["dbb", "mobileone"])
 def test_restored_model_loads_strictly_into_the_original_class(preset: str) -> None:
     model, x = build("resnet18"), example("resnet18")

@@ -1,4 +1,4 @@
-"""The model that a verb is given stays as it is, whatever its own code does when it is copied, traced or put into another mode."""
+"""Verbs leave the model that they are given as it is, whatever its own code does when it is copied, traced or put into another mode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.inline_net import Net, image
 
 
 class MergesItself(nn.Conv2d):
-    """As loralib's convs: what is learned is added to the weight in eval mode, and taken away in training mode."""
+    """A conv like loralib's: it adds what it has learned to the weight in eval mode and subtracts it in training mode."""
 
     def __init__(self) -> None:
         super().__init__(4, 4, 3, padding=1)

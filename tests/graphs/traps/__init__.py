@@ -1,4 +1,4 @@
-"""Models that a tracer is easily wrong about, by what is odd about them."""
+"""Models that a tracer easily gets wrong, one file for each kind of oddity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that ask what they were given."""
+"""Models that check what they were given."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Catches(Block):
 
 
 class Sizes(Block):
-    """Asks for the type of sizes, which are no tensors."""
+    """A model that checks the type of sizes, which are no tensors."""
 
     def forward(self, x: Tensor) -> Any:
         height = x.shape[2]
@@ -73,7 +73,7 @@ class Sign(torch.autograd.Function):
 
 
 class Binarized(Block):
-    """A function in C++ asks whether it got a tensor."""
+    """A model that calls a C++ function, which checks that it got a tensor."""
 
     def forward(self, x: Tensor) -> Any:
         return self.bn(self.conv(Sign.apply(x)))

@@ -107,7 +107,7 @@ class ComplexWeight(nn.Module):
 
 
 def graph_with_autocast() -> fx.GraphModule:
-    """As `torch.export` writes it."""
+    """A graph with autocast in the form that `torch.export` writes."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     entered = graph.call_function(torch.amp.autocast_mode._enter_autocast, ("cpu", torch.bfloat16, True, None))

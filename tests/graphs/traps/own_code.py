@@ -1,4 +1,4 @@
-"""Models whose code is not that of their class."""
+"""Models whose code differs from that of their class."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def under_autocast(enabled: bool) -> Callable[..., Any]:
 
 
 class Decorated(nn.Module):
-    """A product in float32, which autocast makes one in bfloat16."""
+    """A product in float32, which autocast would compute in bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Decorated(nn.Module):
 
 
 class StaysInFloat32(Block):
-    """Whatever autocast there is around it."""
+    """A block that runs in float32 even inside autocast."""
 
     @under_autocast(enabled=False)
     def forward(self, x: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""What the traps have in common."""
+"""Parts that several traps share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Block(nn.Module):
 
 
 class Untraceable(nn.Module):
-    """Code around a block that depends on the input."""
+    """A block inside code that depends on the input's values."""
 
     def __init__(self, function: Callable[..., Any], b: nn.Module) -> None:
         super().__init__()

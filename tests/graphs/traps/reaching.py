@@ -1,4 +1,4 @@
-"""Models whose code reaches into what is in them."""
+"""Models whose code reaches into their children."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Indexes(Slices):
 
 
 class ReachesFarther(nn.Module):
-    """For a part of a part, which is no layer."""
+    """A model that calls a part of its child; the child is no layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class ReachesFarther(nn.Module):
 
 
 class Features(nn.ModuleDict):
-    """Runs its layers by itself, as the backbone of a detector does."""
+    """A dict of layers with a forward of its own, like the backbone of a detector."""
 
     def __init__(self) -> None:
         super().__init__({"conv": nn.Conv2d(4, 4, 3, padding=1), "norm": nn.BatchNorm2d(4), "act": nn.ReLU()})
@@ -100,7 +100,7 @@ class GoesThroughFeatures(CallsFeatures):
 
 
 class NormalisesWhatItGets(CallsFeatures):
-    """Reads, by the names that a dict of layers and one of these have, something of what it has computed."""
+    """A model that calls methods of its own results whose names, `norm` and `values`, a dict of layers has, too."""
 
     def forward(self, x: Tensor) -> Any:
         if x.sum() > 1e9:
@@ -111,7 +111,7 @@ class NormalisesWhatItGets(CallsFeatures):
 
 
 class GoesThroughThemByAName(nn.Module):
-    """A name that has stood for something else before."""
+    """A model that loops over its children with a variable that held something else before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class CallsItselfThis(Slices):
 
 
 class ViewsAndZips(nn.Module):
-    """Calls with several arguments, none of them of a module."""
+    """A model that calls functions with several arguments, none of which is a module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ class Encoder(Block):
 
 
 class Reads(nn.Module):
-    """Code that can't be traced and goes by other names than forward."""
+    """A model that can't be traced and calls other methods of its child than forward."""
 
     def __init__(self) -> None:
         super().__init__()

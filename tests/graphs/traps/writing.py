@@ -14,7 +14,7 @@ from tests.inline_net import Net
 
 
 class Constrained(nn.Conv2d):
-    """Its weights have a largest norm (EEGNet's Conv2dWithConstraint)."""
+    """A conv that limits the norm of its weight (EEGNet's Conv2dWithConstraint)."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.3)
@@ -86,7 +86,7 @@ def buffered_conv() -> nn.Module:
 
 
 class LoRA(nn.Module):
-    """Merges its weights when it is put into eval mode."""
+    """A conv that merges its weights when it is put into eval mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class InPlaceByAHelper(nn.Module):
 
 
 def beside_convs(activation: nn.Module) -> nn.Module:
-    """Of two convs that take one input, the second sees what the activation has written."""
+    """Two convs that take one tensor, into which an in-place activation writes between them; the second conv reads the new values."""
 
     def forward(m: Any, x: Tensor) -> Any:
         x = m.stem(x)

@@ -1,0 +1,85 @@
+"""`Registry`: things of one sort by name, with those that installed packages and plug-in files add.
+
+A package adds branch kinds, passes, schedules or recipes by an entry point in one of the groups ``repfx.branches``, ``repfx.passes``,
+``repfx.schedules`` and ``repfx.recipes``::
+
+    [project.entry-points."repfx.branches"]
+    shifted = "my_package.shifted"
+
+The entry point names a module; importing it registers what it defines. In ``repfx.recipes`` it names a package that holds ``.toml`` files.
+Entry points are loaded once a name is unknown or all names are asked for, so that `import repfx` imports nobody else's code.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import UserDict
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
+
+from repfx.errors import first_line
+
+Value = TypeVar("Value")
+
+_loaded: dict[str, dict[str, object]] = {}  # what entry points gave, by group
+
+
+class Registry(UserDict[str, Value]):
+    """Things of one sort by name; a dict that loads the entry points of its group before it says that a name is unknown.
+
+    Args:
+        group: the entry points' group.
+
+    >>> colours = Registry[int]("my_package.colours")
+    >>> colours["red"] = 1
+    >>> "red" in colours, "blue" in colours, list(colours)
+    (True, False, ['red'])
+    """
+
+    def __init__(self, group: str) -> None:
+        super().__init__()
+        self.group = group
+
+    def __missing__(self, name: str) -> Value:
+        load_entry_points(self.group)
+        return self.data[name]
+
+    def __contains__(self, name: object) -> bool:
+        if name not in self.data:
+            load_entry_points(self.group)
+        return name in self.data
+
+    def __iter__(self) -> Iterator[str]:
+        load_entry_points(self.group)
+        return iter(dict(self.data))
+
+    def __len__(self) -> int:
+        load_entry_points(self.group)
+        return len(self.data)
+
+    @property
+    def known(self) -> dict[str, Value]:
+        """What is registered by now, without asking installed packages."""
+        return self.data
+
+
+def load_entry_points(group: str) -> dict[str, object]:
+    """Load the entry points of a group, each once in a process, and return what they name.
+
+    One that can't be loaded is left out; a warning names it in one sentence.
+    """
+    if group not in _loaded:
+        _loaded[group] = {}  # first, because what is being loaded may ask for names itself
+        for point in entry_points(group=group):
+            try:
+                _loaded[group][point.name] = point.load()
+            except (Exception, SystemExit) as error:
+                warnings.warn(_broken(point, error), stacklevel=2)
+    return _loaded[group]
+
+
+def _broken(point: EntryPoint, error: BaseException) -> str:
+    package = "an installed package" if point.dist is None else f"package {point.dist.name!r}"
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    return f"repfx leaves out the plug-in {point.name!r} of {package} ({point.group}), which can't be loaded: {reason}."

@@ -8,5 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+for _found in pkgutil.iter_modules(__path__):
+    _module = importlib.import_module(f"{__name__}.{_found.name}")
+    if hasattr(_module, _found.name):  # a verb stands for its file: `repfx.passes.gate(model, site)`
+        globals()[_found.name] = getattr(_module, _found.name)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 import repfx
+from repfx.records.python_code import import_source
 
 app = typer.Typer(
     name="repfx",
@@ -30,3 +34,38 @@ def _main(
     ] = False,
 ) -> None:
     pass
+
+
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        help="Import a file.py or a package.module first, for the branch kinds, passes and schedules that it defines; may be repeated.",
+        show_default=False,
+    ),
+]
+
+
+def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a function be a command of the app, which also takes `--plugin`."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(*, plugin: list[str] | None = None, **options: Any) -> None:
+            for source in plugin or []:
+                import_source(source)
+            function(**options)
+
+        hints = {**get_type_hints(function, include_extras=True), "plugin": Plugins}
+        alone = inspect.Parameter.KEYWORD_ONLY
+        own = [
+            each.replace(kind=alone, annotation=hints[each.name])
+            for each in inspect.signature(function).parameters.values()
+        ]
+        added = inspect.Parameter("plugin", alone, default=None, annotation=Plugins)
+        run.__signature__ = inspect.Signature([*own, added])  # type: ignore[attr-defined]
+        run.__annotations__ = hints
+        app.command(name)(run)
+        return function
+
+    return register

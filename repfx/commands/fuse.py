@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import repfx
-from repfx.commands.app import app
+from repfx.commands.app import command
 from repfx.commands.arguments import (
     Classes,
     InputShape,
@@ -39,7 +39,7 @@ from repfx.onnx.quantize import METHODS, quantize_onnx
 from repfx.records.target_file import staged
 
 
-@app.command()
+@command()
 def fuse(
     model: Model,
     onnx: Annotated[Path, typer.Option(help="The ONNX file to write.", show_default=False)],

@@ -10,7 +10,7 @@ import typer
 from torch import Tensor, nn
 
 import repfx
-from repfx.commands.app import app
+from repfx.commands.app import command
 from repfx.commands.arguments import (
     Classes,
     InputShape,
@@ -28,7 +28,7 @@ from repfx.pages.model_page import Check, write_model_page
 from repfx.training.run_folder import spec_of
 
 
-@app.command()
+@command()
 def inspect(
     model: Model,
     spec: Annotated[

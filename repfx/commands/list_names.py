@@ -10,11 +10,11 @@ import typer
 from repfx.blocks.branch import KINDS
 from repfx.blocks.presets import PRESETS
 from repfx.change.schedule import SCHEDULES
-from repfx.commands.app import app
+from repfx.commands.app import command
 from repfx.commands.arguments import Json, print_json
 from repfx.commands.tables import listing
 from repfx.rewriting.rule import PASSES
-from repfx.training.recipe_file import description_of, shipped_recipes
+from repfx.training.recipe_file import description_of, known_recipes
 
 
 class Registry(str, Enum):
@@ -27,7 +27,7 @@ class Registry(str, Enum):
     recipes = "recipes"
 
 
-@app.command("list")
+@command("list")
 def list_names(
     what: Annotated[Registry, typer.Argument(help="The kind of names to list.", show_default=False)],
     as_json: Json = False,
@@ -38,7 +38,7 @@ def list_names(
         Registry.presets: [(preset.name, preset.description) for preset in PRESETS.values()],
         Registry.passes: [(found.name, found.description) for found in PASSES.values()],
         Registry.schedules: [(name, (found.__doc__ or "").splitlines()[0]) for name, found in SCHEDULES.items()],
-        Registry.recipes: [(name, description_of(path)) for name, path in shipped_recipes().items()],
+        Registry.recipes: [(name, description_of(path)) for name, path in known_recipes().items()],
     }[what]
     if as_json:
         print_json([{"name": name, "description": description} for name, description in rows])

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from repfx.commands.app import app
+from repfx.commands.app import command
 from repfx.commands.arguments import Json, print_json
 from repfx.commands.progress import busy
 from repfx.pages.run_page import write_run_page
 from repfx.training.run_folder import RunFolder
 
 
-@app.command()
+@command()
 def report(
     run: Annotated[Path, typer.Argument(help="The folder of a training run, finished or not.", show_default=False)],
     out: Annotated[

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from repfx.change.schedule import SCHEDULES
-from repfx.commands.app import app
+from repfx.commands.app import command
 from repfx.commands.arguments import MODEL_FORMS, Options, Weights, parse_options
 from repfx.commands.progress import shown_progress
 from repfx.commands.tables import metrics_table
@@ -24,7 +24,7 @@ from repfx.training.run_folder import RunFolder
 _DEFAULT = Experiment()
 
 
-@app.command()
+@command()
 def train(
     recipe: Annotated[
         str | None,
@@ -54,7 +54,8 @@ def train(
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="Begin with the plain model and let this schedule change it while it trains: " + ", ".join(SCHEDULES),
+            help="Begin with the plain model and let this schedule change it while it trains: "
+            f"{', '.join(SCHEDULES.known)}, file.py:Class or package.module:Class.",
             show_default="expand it first",
         ),
     ] = None,

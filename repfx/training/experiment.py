@@ -25,6 +25,7 @@ from repfx.passes.expand import expand
 from repfx.passes.fuse import fuse
 from repfx.records.notes import copy_of
 from repfx.records.plain_values import flat, to_plain
+from repfx.records.python_code import import_source
 from repfx.training.engine import accelerator_for
 from repfx.training.history import History
 from repfx.training.loop import Trained, Watcher, train
@@ -229,14 +230,30 @@ def _schedule(experiment: Experiment) -> Schedule | None:
     name = options.pop("name", None)
     if name is None:
         raise InvalidInput("there are options for a schedule, and no schedule: give its name, too.")
-    if name not in SCHEDULES:
-        raise UnknownName("schedule", name, SCHEDULES)
+    name = _registered(str(name))
     spec = {} if experiment.spec is None else {"spec": spec_of(experiment.spec)}
     if spec.get("spec") == []:
         raise InvalidInput(
             f"the spec is empty, so that {name} has no branches to work with: name some, or leave the spec out."
         )
     return SCHEDULES[name].over(experiment.training.epochs, **{**spec, **options})
+
+
+def _registered(name: str) -> str:
+    """Return the name under which a schedule is registered; ``file.py:Class`` and ``package.module:Class`` are imported first.
+
+    Raises:
+        InvalidInput: what is imported is no schedule with a name; UnknownName: no schedule has this name.
+    """
+    source, _, class_name = name.rpartition(":")
+    if source:
+        found = getattr(import_source(source), class_name, None)
+        if not (isinstance(found, type) and issubclass(found, Schedule) and "name" in vars(found)):
+            raise InvalidInput(f"{name!r} is no schedule: it must be a subclass of repfx.Schedule that sets `name`.")
+        name = found.name
+    if name not in SCHEDULES:
+        raise UnknownName("schedule", name, SCHEDULES)
+    return name
 
 
 def _require_sites(schedule: Schedule, plain: nn.Module) -> None:

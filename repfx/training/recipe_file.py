@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from repfx.errors import InvalidInput, UnknownName, first_line
+from repfx.records.registry import load_entry_points
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 _PATHS = (
@@ -16,6 +17,7 @@ _PATHS = (
     "spec",
     "data.name",
     "model.name",
+    "schedule.name",
     "training.distillation.teacher.name",
     "training.distillation.weights",
 )
@@ -33,7 +35,7 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
     """
     path = Path(source)
     if path.suffix != ".toml":
-        known = shipped_recipes()
+        known = known_recipes()
         if str(source) not in known:
             raise UnknownName("recipe (a name, or a file that ends in .toml)", str(source), known)
         path = known[str(source)]
@@ -50,6 +52,15 @@ def from_root(values: dict[str, Any]) -> dict[str, Any]:
     """Return recipe values after naming the files and folders in them by absolute paths, in place."""
     _start_from(Path.cwd(), values, (*_PATHS, "data.root"))
     return values
+
+
+def known_recipes() -> dict[str, Path]:
+    """Return the files of all recipes that have a name: the shipped ones, and those of installed packages."""
+    found = shipped_recipes()
+    for package in load_entry_points("repfx.recipes").values():
+        folders = map(Path, getattr(package, "__path__", ()))
+        found |= {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
+    return found
 
 
 def shipped_recipes() -> dict[str, Path]:

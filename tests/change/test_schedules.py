@@ -239,7 +239,12 @@ def test_a_spec_by_patterns_leaves_other_sites_alone(name: str, epoch: int) -> N
         ("dyrep", {"squeeze_from": 0}, InvalidInput, "squeeze_from is 0; it must be a whole number of epochs, from 1"),
         ("dyrep", {"squeeze_from": 2.5}, InvalidInput, "squeeze_from is 2.5; it must be a whole number"),
         ("dyrep", {"squeeze_from": True}, InvalidInput, "squeeze_from is True; it must be a whole number"),
-        ("dyrep", {"squeeze_from": 10}, InvalidInput, "squeeze_from is 10, and the training has 10 epochs"),
+        (
+            "dyrep",
+            {"squeeze_from": 10},
+            InvalidInput,
+            "squeeze_from is 10; it must be less than the 10 epochs of the training",
+        ),
         ("repan", {"cycles": 2, "squeeze_from": 6}, InvalidInput, "after the warm-up of the last cycle, after epoch 6"),
         ("dyrep", {"interval": "abc"}, InvalidInput, "interval is 'abc'; it must be a whole number"),
         ("repan", {"cycles": "abc"}, InvalidInput, "cycles is 'abc'; it must be a whole number"),

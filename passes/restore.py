@@ -34,7 +34,7 @@ from repfx.rewriting.pipeline import take_over_modes, verb
 
 @dataclass(frozen=True)
 class Restore(Action):
-    """Put the BatchNorm back behind a conv that `Fuse` made, in place.
+    """Put the BatchNorm back behind a conv that absorbed it in `Fuse`, in place.
 
     Args:
         measured: take the BatchNorm's statistics from data, instead of those of the sum that was fused.

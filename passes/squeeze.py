@@ -76,7 +76,7 @@ def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: S
     `squeeze` does the same with linear parts outside blocks, whoever wrote them: a conv and the BatchNorm behind it, a BatchNorm behind
     a block, or the branches of timm's RepVGG, MobileOne or FastViT. There, the module whose code was traced runs the graph of that code
     while this is exact, and its own forward otherwise. The graph holds what the code read from globals and from its class, and what
-    it counted, as these were at the time of squeezing. A pickled module runs its own forward again, and its BatchNorms outside blocks
+    it counted, as these were at the time of squeezing. A pickled module runs its own forward again, and BatchNorms outside blocks
     follow its mode again: squeeze it anew.
 
     The model is changed in place and returned.

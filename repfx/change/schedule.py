@@ -142,7 +142,7 @@ class Schedule:
         return epoch == self.squeeze_from
 
     def plan(self, seen: Observation) -> Sequence[Action]:
-        """Return the actions to be done now, in order: those of `decide`, and squeezing after `squeeze_from` epochs."""
+        """Return the actions to be done now, in order, including those that `squeeze_from` asks for."""
         if seen.epoch != self.squeeze_from:
             return self.decide(seen)
         first = self.decide(seen) if seen.epoch == 0 and self.due(0) else ()

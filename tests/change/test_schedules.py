@@ -226,7 +226,7 @@ def test_a_spec_by_patterns_leaves_other_sites_alone(name: str, epoch: int) -> N
             "repnas",
             {"squeeze_from": 4, "epochs": 5},
             InvalidInput,
-            "squeeze_from is 4; blocks can be squeezed after the 5",
+            "squeeze_from is 4; blocks can be squeezed only after the 5",
         ),
         ("fixed", {"spec": "nosuch"}, UnknownName, "preset 'nosuch'"),
         ("fixed", {"squeeze_from": 0}, InvalidInput, "BatchNorms in branches have measured nothing yet"),

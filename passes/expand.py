@@ -228,7 +228,7 @@ class _Beginning:
         if attach_rate and preserve:
             raise InvalidInput(f"attach_rate={attach_rate} changes the function: begin with 0, or give preserve=False.")
         if gamma and attach_rate is not None:
-            raise InvalidInput("gamma and attach_rate are two ways of a gentle beginning: give one of them.")
+            raise InvalidInput("gamma and attach_rate each let branches begin gently: give only one of them.")
 
 
 def _require_all(skips: list[Skip]) -> None:
@@ -399,7 +399,7 @@ def _alone(block: RepBlock) -> PartialSum:
 
 
 def _signs(block: RepBlock) -> dict[nn.Module, float]:
-    """Return the sum that the origin must output so that the block's output stays: its own output minus those of the branches."""
+    """Return the factors of the sum that the origin must output so that the block's output stays: 1 for itself, -1 for each branch."""
     return {block.origin: 1.0, **dict.fromkeys(block.branches.values(), -1.0)}
 
 

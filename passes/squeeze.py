@@ -62,7 +62,7 @@ def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: S
     """Let each block run as one conv, whose kernel is assembled from the trainable parameters in each forward pass.
 
     A squeezed block trains at about the price of the conv that it becomes: one conv on the activations, and a few operations on
-    weights. It is exact and differentiable. Parameters and `state_dict` stay as they are, and `unsqueeze` undoes it.
+    weights. This is exact and differentiable. Parameters and `state_dict` stay as they are, and `unsqueeze` undoes it.
 
     A block is one linear map while no BatchNorm in it takes its statistics from the batch. This holds
 

@@ -90,7 +90,7 @@ def _remove(block: RepBlock, *, rests: bool) -> None:
 def _rests(block: RepBlock, site: str) -> bool:
     """Tell whether the origin's gate is closed; raise `InvalidInput` if a closed branch would run again."""
     if block.gates is None:
-        raise InvalidInput(f"{site!r} has no gates; repfx.passes.gate gives it some.")
+        raise InvalidInput(f"{site!r} has no gates; repfx.passes.gate adds them.")
     running = block.running_in(training=False)
     closed = [name for name in block.branches if name not in running]
     if closed:

@@ -156,7 +156,7 @@ class Schedule:
         require(valid, f"squeeze_from is {epoch!r}; it must be a whole number of epochs, from {least} on.")
 
     def due(self, epoch: int) -> bool:
-        """Tell whether `decide` is to be asked after `epoch` epochs; 0 is before the first."""
+        """Tell whether `decide` is to be called after `epoch` epochs; 0 is before the first."""
         return epoch > 0
 
     def decide(self, seen: Observation) -> Sequence[Action]:

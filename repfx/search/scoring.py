@@ -84,7 +84,7 @@ class FusedSupernet:
         if statistics not in STATISTICS:
             raise UnknownName("source of statistics", statistics, STATISTICS)
         if statistics == "running" and calibrate is not None:
-            raise InvalidInput("calibrate is of use for statistics='measured' alone.")
+            raise InvalidInput("calibrate is used only with statistics='measured': leave it out.")
         if statistics == "measured" and calibrate is None:
             raise InvalidInput("statistics='measured' needs calibrate: the data to measure them on.")
         self.space = Space.of(model)
@@ -287,7 +287,7 @@ class _Measured:
         self._space = space
         self._batches = list(batches)
         if not self._batches:
-            raise InvalidInput("calibrate gave no batch; it takes an iterable of inputs.")
+            raise InvalidInput("calibrate gave no batch; it must be an iterable of inputs.")
         self._norms = [module for module in supernet.modules() if _keeps_statistics(module)]
 
     def __call__(self, code: Code) -> nn.Module:
@@ -335,7 +335,7 @@ def _keeps_statistics(module: Layer) -> bool:
 def _require_separate_blocks(sites: Collection[str], model: nn.Module) -> None:
     """Raise `InvalidInput` unless each site's kernel is a sum over its open paths, and nothing else runs there."""
     if not sites:
-        raise InvalidInput(f"{type(model).__name__} has no gates; repfx.passes.gate gives a block's paths theirs.")
+        raise InvalidInput(f"{type(model).__name__} has no gates; repfx.passes.gate adds them to a block.")
     for site in sites:
         if not site:
             raise InvalidInput("the gated block is the model itself: put it into an nn.Sequential.")
@@ -353,7 +353,7 @@ def _number(found: Any) -> float:
         return float(found)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInput(
-            f"score has to give one number for a net; it gave this {type(found).__name__}: {first_line(error)}."
+            f"score must return one number for a net; it returned a {type(found).__name__}: {first_line(error)}."
         ) from error
 
 

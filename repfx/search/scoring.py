@@ -287,7 +287,7 @@ class _Measured:
         self._space = space
         self._batches = list(batches)
         if not self._batches:
-            raise InvalidInput("calibrate gave no batch; it must be an iterable of inputs.")
+            raise InvalidInput("calibrate gave no batch; it takes an iterable of inputs.")
         self._norms = [module for module in supernet.modules() if _keeps_statistics(module)]
 
     def __call__(self, code: Code) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Let a 1×1 conv pad with zeros before it, where its output is padded with what it gives out for zero."""
+"""Let a 1×1 conv pad its input with zeros, if its output is padded with the values that it returns for zeros."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from repfx.rewriting.rule import Rule
 
 ABSORB_BORDER = Rule(
     "absorb_border",
-    "Let a 1×1 conv pad before it, where its output is padded with what it gives out for zero",
+    "Let a 1×1 conv pad its input with zeros, if its output is padded with the values that it returns for zeros",
     BorderedPadding(),
     (used_once, unmutated),
     optional=True,

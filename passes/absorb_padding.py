@@ -8,7 +8,7 @@ from repfx.rewriting.rule import Rule
 
 ABSORB_PADDING = Rule(
     "absorb_padding",
-    "Let a conv do the padding that stands before it",
+    "Let a conv do the padding of the layer before it",
     Sequence(first=frozenset({"pad"}), second=frozenset({"conv"})),
     (used_once, is_convolution, pads_alike, unmutated, no_dearer),
 )

@@ -1,4 +1,4 @@
-"""`calibrate`: the running statistics of BatchNorms are measured anew on data."""
+"""`calibrate`: measure the running statistics of BatchNorms anew on data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from repfx.rewriting.pipeline import verb
 
 @dataclass(frozen=True)
 class Calibrate(Action):
-    """The statistics of all BatchNorms in a module were measured; without data they were left as they were.
+    """Measure the running statistics of all BatchNorms in a module anew; without data they stay as they are.
 
     Args:
         site: path of the module; empty for the whole model.
@@ -42,17 +42,18 @@ class Calibrate(Action):
 
 @verb
 def calibrate(model: nn.Module, batches: Iterable[Any], *, site: str = "") -> nn.Module:
-    """Set the running statistics of BatchNorms to what they see in a pass over data, in place; returns the model.
+    """Measure the running statistics of BatchNorms anew in a pass over data, in place.
 
-    Each gets the average over all batches. Everything else runs in eval mode, and parameters stay. So a net whose paths were trained in
-    changing company, or whose weights are an average, computes in eval mode what it computes in training mode.
+    Each BatchNorm gets the average of its statistics over all batches. Everything else runs in eval mode, and no parameter changes.
+    A net needs this if its paths were trained in changing combinations, or if its weights are an average: afterwards it computes
+    in eval mode what it computes in training mode. The model is returned.
 
     Args:
         batches: inputs of the model, or a data loader.
-        site: path of a module, to measure the BatchNorms in it alone.
+        site: path of a module, if only the BatchNorms inside it are to be measured.
 
     Raises:
-        InvalidInput: no BatchNorm with running statistics is there, or the data can't be used.
+        InvalidInput: there is no BatchNorm with running statistics, or the data can't be used.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -80,6 +81,6 @@ def _measure(model: nn.Module, site: str, batches: Iterable[Any]) -> None:
 
 
 def _norms(model: nn.Module, site: str) -> list[Any]:
-    """Those with running statistics."""
+    """Return the BatchNorms with running statistics inside the module at `site`."""
     norms: list[Any] = [module for module in model.get_submodule(site).modules() if is_batch_norm(module)]
     return [norm for norm in norms if getattr(norm, "num_batches_tracked", None) is not None]

@@ -1,4 +1,4 @@
-"""Turn a conv that computes its weight from parameters, or is written as a function's call, into a plain conv."""
+"""Turn a conv that computes its weight from parameters, or that is written as a function call, into a plain conv."""
 
 from __future__ import annotations
 

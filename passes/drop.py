@@ -1,4 +1,4 @@
-"""`drop`: one branch leaves, what stays absorbs its kernel, the function is unchanged."""
+"""`drop`: remove a branch from a block; what stays absorbs its kernel, so the function is unchanged."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from repfx.rewriting.pipeline import verb
 
 @dataclass(frozen=True)
 class Drop(Action):
-    """A branch left a block; with the last one the block became a conv again.
+    """Remove a branch from a block. A block that loses its last branch becomes a conv again.
 
     Args:
-        branch: its name in the block.
-        closed: whether its gate was closed, so that there was nothing to absorb.
+        branch: name of the branch in the block.
+        closed: whether the branch's gate was closed, so that there was nothing to absorb.
     """
 
     kind: ClassVar[str] = "drop"
@@ -45,16 +45,16 @@ class Drop(Action):
             block.require_branch(action.branch)
             running = block.running_in(training=False)
             if action.closed and action.branch in running:
-                raise InvalidInput(f"{action.site}.{action.branch} runs, so it can't leave as a closed one.")
+                raise InvalidInput(f"{action.site}.{action.branch} runs, so it can't be dropped as a closed branch.")
             if not running:
                 raise InvalidInput(
-                    f"nothing of {action.site!r} runs, so nothing can leave: open one of its gates first."
+                    f"no path of {action.site!r} runs, so no branch can be dropped: open one of its gates first."
                 )
         _let_leave(model, actions, calibrate)
 
     @classmethod
     def replay(cls, model: nn.Module, actions: Sequence[Drop]) -> None:
-        _let_leave(model, actions, None)  # a base model's gates are all open yet, so nothing is asked of them
+        _let_leave(model, actions, None)  # all gates of a base model are still open, so they are not checked
 
     def __str__(self) -> str:
         return f"drop {self.site}.{self.branch}"
@@ -79,18 +79,20 @@ def _let_leave(model: nn.Module, actions: Sequence[Drop], calibrate: Iterable[An
 def drop(model: nn.Module, site: str, branch: str, *, calibrate: Iterable[Any] | None = None) -> nn.Module:
     """Remove one branch from a block; the site's own conv absorbs its kernel.
 
-    The model is changed in place and returned; its parameters stay the same objects. In eval mode it computes the same; in training mode
-    as far as the outputs of the two branches are uncorrelated, or, with `calibrate`, as far as the statistics of those data are those of
-    a batch. A branch whose gate is closed just leaves. When the last branch leaves, the block becomes a conv again, and its BatchNorm
-    returns to where it stood.
+    The model is changed in place and returned; its parameters stay the same objects. In eval mode it computes the same as before.
+    In training mode it does so as far as the outputs of the branch and of the site's own conv are uncorrelated. With `calibrate`, it
+    does so as far as the statistics of those data equal those of a batch.
+
+    If the gate of the branch is closed, the branch is removed and nothing is absorbed. When the last branch is removed, the block
+    becomes a conv again, and its BatchNorm returns to where it stood.
 
     Args:
         site: path of the block.
         branch: name of the branch, as `repfx.sites` shows it.
-        calibrate: inputs of the model, or a data loader, to measure the statistics of the origin's BatchNorm anew.
+        calibrate: inputs of the model, or a data loader, on which the statistics of the origin's BatchNorm are measured anew.
 
     Raises:
-        UnknownName: no block at that path, or no branch of that name.
+        UnknownName: there is no block at that path, or no branch of that name.
 
     >>> from repfx.passes.expand import expand
     >>> model = expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "acb")
@@ -105,10 +107,13 @@ def drop(model: nn.Module, site: str, branch: str, *, calibrate: Iterable[Any] |
 
 
 def absorb(model: nn.Module, leaving: Mapping[str, Sequence[str]], calibrate: Iterable[Any] | None) -> None:
-    """Let origins of blocks, by path, absorb branches; a block that is left with none becomes a conv again.
+    """Let the origins of blocks absorb branches. A block that loses its last branch becomes a conv again.
+
+    Args:
+        leaving: names of the branches to absorb, by the path of their block.
 
     Raises:
-        UnknownName, InvalidInput: as `drop`, or the data can't be used; nothing has been changed.
+        UnknownName, InvalidInput: as for `drop`, or the data can't be used. Nothing has been changed then.
     """
     blocks = {site: block_at(model, site) for site in leaving}
     for site, block in blocks.items():
@@ -116,7 +121,7 @@ def absorb(model: nn.Module, leaving: Mapping[str, Sequence[str]], calibrate: It
             require_absorbable(block, branch)
             within = [other for other in blocks if other.startswith(f"{site}.{branch}.")]
             if within:
-                raise InvalidInput(f"{within[0]!r} lies in {f'{site}.{branch}'!r}, which leaves as a whole.")
+                raise InvalidInput(f"{within[0]!r} lies in {f'{site}.{branch}'!r}, which is dropped as a whole.")
     measured = [site for site, block in blocks.items() if block.norm is not None and calibrate is not None]
     sums = [PartialSum(blocks[site], _factors(blocks[site], leaving[site])) for site in measured]
     moments = dict(zip(measured, measure_sums(model, sums, calibrate) if calibrate is not None and sums else ()))
@@ -130,17 +135,20 @@ def absorb(model: nn.Module, leaving: Mapping[str, Sequence[str]], calibrate: It
 
 
 def _factors(block: RepBlock, leaving: Sequence[str]) -> dict[nn.Module, float]:
-    """What the origin has to give out afterwards: what it and these branches do in eval mode, λ and gates included."""
+    """Return the paths whose sum the origin must output after it has absorbed `leaving`, with their factors in eval mode (λ, gates)."""
     running = block.running_in(training=False)
     return {block.paths[name]: float(block.factor_of(name)) for name in (ORIGIN, *leaving) if name in running}
 
 
 def collapse(model: nn.Module, site: str, block: RepBlock) -> None:
-    """Put the conv of a block back in its place and the BatchNorm in its own; one that was made for the block goes into the conv."""
+    """Replace a block by its own conv, and put its BatchNorm back where it stood.
+
+    A BatchNorm or a `Scale` that was made for the block is folded into the conv.
+    """
     if block.scale is not None or (block.norm is not None and block.norm_path is None):
         set_kernel(block.conv, None, origin_kernel(block), None)
     elif block.norm is not None and block.norm_path is not None:
         rest = model.get_submodule(block.norm_path)
-        norm = block.norm.train(block.training)  # also where the block held its statistics
+        norm = block.norm.train(block.training)  # even if the block held its statistics
         set_submodule(model, block.norm_path, joined(norm, rest))
     set_submodule(model, site, block.conv)

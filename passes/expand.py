@@ -1,4 +1,4 @@
-"""`expand`: the training form of a model, branches beside its convs, the function unchanged."""
+"""`expand`: the training form of a model: branches beside its convs, with the function unchanged."""
 
 from __future__ import annotations
 
@@ -41,15 +41,16 @@ from repfx.rewriting.pipeline import verb
 
 @dataclass(frozen=True)
 class Expand(Action):
-    """A conv becomes a block, and the function stays.
+    """Turn a conv into a block. The function stays, unless `preserve` is False.
 
     Args:
-        branches: beside the site's own conv, in order; once it is done, each with the name that it has in the block.
-        norm, weights, origin: as in `Spec`.
-        gamma: of their last BatchNorms at first, as in `expand`; where `preserve` is False, as in `Spec`, and 0 stands for its default.
-        attach_rate: λ of the block at first, if it gets one.
-        preserve: False where the branches began as in their papers, and the function didn't stay.
-        origin_scale: as in `Spec`.
+        branches: the branches beside the site's own conv, in order. In the journal, each has the name that it has in the block.
+        norm, weights, origin: the fields of `Spec`.
+        gamma: first γ of the branches' last BatchNorms, as in `expand`. If `preserve` is False, it is the γ of `Spec`, and 0 means
+            the default of `Spec`.
+        attach_rate: first λ of the block; None for a block without λ.
+        preserve: False if the branches began as in their papers, so that the function changed.
+        origin_scale: the field of `Spec`.
     """
 
     kind: ClassVar[str] = "expand"
@@ -68,7 +69,7 @@ class Expand(Action):
 
     @classmethod
     def by(cls, spec: Spec, site: str, conv: ConvSpec, **options: Any) -> list[Expand]:
-        """What a spec makes of a conv, with other fields than the spec's as `options` say; nothing where no branch fits."""
+        """Return the expansion of a conv by a spec, or an empty list if no branch fits. `options` override fields of the spec."""
         branches, _ = fitting(spec.branches_for(conv), conv)
         own = {"norm": spec.norm, "weights": spec.weights, "origin_scale": spec.origin_scale}
         return [cls(site, branches, **{**own, **options})] if branches else []
@@ -91,7 +92,7 @@ class Expand(Action):
             _rebuild(model, group)
 
     def _done(self, model: nn.Module) -> Expand:
-        """Give this action as it is recorded: its branches with their names, γ with its number."""
+        """Return this action as the journal records it: with the names of its branches in the block, and with the number of γ."""
         names = block_at(model, self.site).branches
         branches = tuple(replace(branch, name=name) for branch, name in zip(self.branches, names))
         return replace(self, branches=branches, gamma=self.gamma if self.preserve else _first_gamma(self))
@@ -112,7 +113,10 @@ _ALIKE = ("gamma", "attach_rate", "preserve")
 
 
 def _apart(actions: Sequence[Expand]) -> Iterator[list[Expand]]:
-    """In groups that can be done at once: alike, and none inside a block that another one makes."""
+    """Split actions into groups that can be done at once.
+
+    The actions of a group agree in the fields `_ALIKE`, and none is inside a block that another action of the group makes.
+    """
     group: list[Expand] = []
     for action in actions:
         alike = not group or all(getattr(action, name) == getattr(group[0], name) for name in _ALIKE)
@@ -151,33 +155,34 @@ def expand(
 ) -> nn.Module:
     """Put trainable branches beside the convs of a model, without changing what it computes.
 
-    The conv of each site and the BatchNorm that only it feeds become one `RepBlock` at the conv's path. Class, attributes and all
-    other modules of the model stay as they are. Sites that are blocks already are left alone, and so is what lies inside them,
-    unless `spec` names it by its exact path.
+    At each site, the conv and the BatchNorm that only it feeds become one `RepBlock` at the conv's path. The model's class, its
+    attributes and all its other modules stay as they are. A site that is already a block is left alone. So are the convs inside a
+    block, unless `spec` names them by their exact path.
 
     Args:
         spec: a preset's name, a list of branch kinds, a `Spec`, a dict from patterns of site paths to any of these, or an
             `Architecture` that a search has found, which can be the name of its ``.json`` file.
-        preserve: keep the function, in training mode too: the branches' last BatchNorms begin with γ = 0, and a branch that has none
-            is taken off the site's own weights. Otherwise the branches begin as in their papers. By default the function is kept unless
-            the spec lets a site's own conv rest (`Spec.origin`), where it can't be.
-        gamma: with `preserve`, another γ for the branches' last BatchNorms to begin with, as DyRep's 0.01, relative to that of the site's
-            own BatchNorm, channel by channel; a site that has none gets one inside its block. What the branches then compute is taken
-            off the site's own conv, whose BatchNorm gets the statistics that this leaves; so `calibrate` is needed, and is gone through
-            two or three times. The function stays, in training mode as far as the statistics of `calibrate` are those of a batch.
-        attach_rate: λ, a buffer by which each new block multiplies the sum of its branches, as RepAn does. At 0, where the function stays,
-            the branches may begin as in their papers; any other value needs `preserve=False`.
-        calibrate: inputs of the model, or a data loader; sets the statistics of the new BatchNorms to what they see.
+        preserve: keep the function, in training mode too. The branches' last BatchNorms begin with γ = 0, and the kernel of a branch
+            without BatchNorm is subtracted from the site's own. With False, the branches begin as in their papers. By default the
+            function is kept, unless the spec lets a site's own conv rest (`Spec.origin`): then it can't be kept.
+        gamma: with `preserve`, another first γ for the branches' last BatchNorms, such as DyRep's 0.01. It is relative to the γ of the
+            site's own BatchNorm, channel by channel; a site that has no BatchNorm gets one inside its block. What the branches then
+            compute is subtracted from the site's own conv, and its BatchNorm gets the statistics of the rest. So `gamma` needs
+            `calibrate`, and reads it two or three times. The function stays; in training mode it does so as far as the
+            statistics of `calibrate` equal those of a batch.
+        attach_rate: λ, a buffer by which each new block multiplies the sum of its branches, as RepAn does. With 0 the function stays,
+            and the branches may begin as in their papers. Any other value needs `preserve=False`.
+        calibrate: inputs of the model, or a data loader, on which the statistics of the new BatchNorms are measured.
         inplace: change `model` itself instead of a copy.
         strict: raise if a site or branch that `spec` names is left alone.
 
     Returns:
-        The model; `repfx.sites` shows what became of each site, `repfx.report` what was left alone and why.
+        The model. `repfx.sites` shows what became of each site, and `repfx.report` shows what was left alone and why.
 
     Raises:
-        InvalidInput: no conv in the model, a spec that can't be used, `gamma` without `preserve` and `calibrate`, or an `attach_rate` that
-            doesn't preserve; UnknownName for an unknown preset or branch kind.
-        Refused: with `strict`; the model is as it was.
+        InvalidInput: the model has no conv, the spec can't be used, `gamma` is given without `preserve` and `calibrate`, or
+            `attach_rate` doesn't preserve the function; UnknownName: a preset or branch kind is unknown.
+        Refused: with `strict`, something was left alone; the model is unchanged.
 
     >>> expanded = expand(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)), "repvgg")
     >>> list(expanded[0].branches)
@@ -200,7 +205,7 @@ def expand(
 
 @dataclass(frozen=True)
 class _Beginning:
-    """How new branches begin; the fields are arguments of `expand`."""
+    """The beginning of new branches; the fields are arguments of `expand`."""
 
     preserve: bool
     gamma: float = 0.0
@@ -208,7 +213,7 @@ class _Beginning:
     calibrate: Iterable[Any] | None = None
 
     def require_possible(self, selection: Selection) -> None:
-        """Raise `InvalidInput` if branches of these specs can't begin so."""
+        """Raise `InvalidInput` if the branches of a selection can't begin this way."""
         preserve, gamma, attach_rate = self.preserve, self.gamma, self.attach_rate
         if preserve and not selection.keeps_origins:
             raise InvalidInput(
@@ -220,12 +225,12 @@ class _Beginning:
             )
         if gamma and any(spec.weights == "shared" for _, spec in selection.patterns):
             raise InvalidInput(
-                "gamma can't be given to branches with shared weights: what they add can't be taken off the weights they share."
+                "gamma can't be given to branches with shared weights: what they add can't be subtracted from the weights they share."
             )
         if attach_rate and preserve:
             raise InvalidInput(f"attach_rate={attach_rate} changes the function: begin with 0, or give preserve=False.")
         if gamma and attach_rate is not None:
-            raise InvalidInput("gamma and attach_rate are two ways of a gentle beginning: give one of them.")
+            raise InvalidInput("gamma and attach_rate each let branches begin gently: give only one of them.")
 
 
 def _require_all(skips: list[Skip]) -> None:
@@ -238,11 +243,11 @@ def _report(plans: list[_Plan], skips: list[Skip]) -> Report:
 
 
 def _grow(model: nn.Module, plans: list[_Plan], beginning: _Beginning) -> None:
-    """Make the blocks and put them in their places; where that fails, the model is as it was."""
+    """Make the blocks and put them in their places. If anything fails, the model is as it was."""
     preserve, gamma, calibrate = beginning.preserve, beginning.gamma, beginning.calibrate
-    quiet = preserve and beginning.attach_rate is None  # γ = 0, or taken off the origin
+    quiet = preserve and beginning.attach_rate is None  # γ = 0, or subtracted from the origin
     blocks = [_block(model, plan, beginning.attach_rate, quiet=quiet) for plan in plans]
-    with ExitStack() as undo:  # nothing was changed before all of them existed
+    with ExitStack() as undo:  # nothing is changed before all blocks exist
         for plan, block in zip(plans, blocks):
             _install(model, plan, block, undo, preserve=preserve)
         if calibrate is not None:
@@ -253,7 +258,7 @@ def _grow(model: nn.Module, plans: list[_Plan], beginning: _Beginning) -> None:
 
 
 def _plans_of(model: nn.Module, actions: list[Expand], beginning: _Beginning) -> tuple[list[_Plan], list[Skip]]:
-    """What becomes of the sites of actions; they are found anew only where nobody has found them yet."""
+    """Return the plans and the skips for the sites of `actions`. Sites that are already known are not searched again."""
     selection = Selection.of(_specs(actions))
     beginning.require_possible(selection)
     return _plan(list(sites_at(model, [action.site for action in actions]).values()), selection)
@@ -269,7 +274,7 @@ class _Plan:
     branches: tuple[BranchSpec, ...]
 
     def action(self, model: nn.Module, beginning: _Beginning) -> Expand:
-        """Say what was done, once the block is there."""
+        """Return the action that was done; the block must be in its place."""
         spec, gamma = self.spec, beginning.gamma if beginning.preserve else self.spec.gamma
         how = (
             spec.norm,
@@ -307,7 +312,7 @@ def _plan(sites: list[Site], selection: Selection) -> tuple[list[_Plan], list[Sk
 
 
 def _block(model: nn.Module, plan: _Plan, attach_rate: float | None, *, quiet: bool) -> RepBlock:
-    """The block of a site; the model isn't changed, the conv's weights are not yet either."""
+    """Make the block of a site. Neither the model nor the conv's weights are changed yet."""
     conv: Layer = model.get_submodule(plan.site.path)
     own_norm: Layer | None = None if plan.site.norm is None else norm_of(model.get_submodule(plan.site.norm))
     norm = Norm.like(plan.spec.norm, own_norm)
@@ -358,7 +363,7 @@ def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *,
 
 
 def _take_off(block: RepBlock) -> None:
-    """Subtract what the branches compute from what the conv did alone, so that the sum stays."""
+    """Subtract the branches' kernels from the conv's, so that the block computes what the conv computed alone."""
     like = block.conv.weight.detach().double()
     own = kernel_of(block.conv, like, block.site.in_channels, block.site.dimensions)
     kernel = reduce(Kernel.subtract, [block.kernel_of(name, like) for name in block.branches], own)
@@ -369,9 +374,9 @@ def _take_off(block: RepBlock) -> None:
 def _begin_with(
     gamma: float, model: nn.Module, blocks: list[RepBlock], batches: Iterable[Any], undo: ExitStack
 ) -> None:
-    """Let branches add something at once, and take it off the origins.
+    """Set the first γ of the branches' last BatchNorms, and subtract from the origins what the branches then add.
 
-    DyRep's own code resets the origins' statistics instead of measuring them, so that the output drifts.
+    DyRep's own code resets the origins' statistics instead of measuring them, so its output drifts.
     """
     origins = [block for block in blocks if _norms_of_branches(block)]
     for block in origins:
@@ -396,17 +401,17 @@ def _alone(block: RepBlock) -> PartialSum:
 
 
 def _signs(block: RepBlock) -> dict[nn.Module, float]:
-    """What the origin has to give out so that the sum stays: less what the branches do."""
+    """Return the factors of the sum that the origin must output so that the block's output stays: 1 for itself, -1 for each branch."""
     return {block.origin: 1.0, **dict.fromkeys(block.branches.values(), -1.0)}
 
 
 def _norms_of_branches(block: RepBlock) -> list[Layer]:
-    """The last BatchNorm of each branch that has one."""
+    """Return the last BatchNorm of each branch that has one."""
     return [branch.last_norm for branch in block.branches.values() if branch.last_norm is not None]
 
 
 def _give_norm(block: RepBlock, kernel: Kernel, moments: Moments | None) -> None:
-    """Put a BatchNorm behind an origin that has none; what the two compute stays in eval mode."""
+    """Put a BatchNorm behind an origin that has none. In eval mode, conv and BatchNorm together compute `kernel`."""
     conv = block.conv
     norm = Norm().batch_norm(kernel.out_channels, kernel.dimensions or 1, conv.weight)
     norm.requires_grad_(conv.weight.requires_grad)
@@ -421,7 +426,7 @@ def _put_back(block: RepBlock, norm: Layer | None, state: dict[str, Tensor]) -> 
 
 
 def _rebuild(model: nn.Module, actions: list[Expand]) -> None:
-    """Make blocks whose branches add nothing yet, without data."""
+    """Make the blocks of `actions` without data; their branches add nothing yet."""
     beginning = _Beginning(actions[0].preserve, attach_rate=None if actions[0].attach_rate is None else 0.0)
     plans, _ = _plans_of(model, actions, beginning)
     _grow(model, plans, beginning)

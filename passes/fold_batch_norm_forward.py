@@ -1,4 +1,7 @@
-"""Fold a BatchNorm into the conv or linear layer after it: exact where no zero padding comes between, or there is no shift."""
+"""Fold a BatchNorm into the conv or linear layer after it.
+
+This is exact if no zero padding comes between the two, or if the BatchNorm has no shift.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`freeze`: a block's own conv and BatchNorm stay as they are while its branches learn."""
+"""`freeze`: keep a block's own conv and BatchNorm as they are while its branches learn."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _ATTRIBUTE = "repfx_frozen"
 
 @dataclass(frozen=True)
 class Freeze(Action):
-    """A block's own conv and BatchNorm are no longer trained, or are again.
+    """Freeze a block's own conv and BatchNorm, or let them be trained again.
 
     Args:
-        frozen: whether they are left alone.
+        frozen: False lets them be trained again.
     """
 
     kind: ClassVar[str] = "freeze"
@@ -46,17 +46,18 @@ class Freeze(Action):
 
 @verb
 def freeze(model: nn.Module, site: str, *, frozen: bool = True) -> nn.Module:
-    """Let an optimizer leave a block's own conv and BatchNorm alone, or train them again.
+    """Freeze a block's own conv and BatchNorm, so that only its branches learn; or let them be trained again.
 
-    The model is changed in place and returned. What was frozen before stays so afterwards. Only parameters are frozen: in training mode
-    the BatchNorm goes on taking the statistics of each batch, for its input changes with what is trained.
+    The model is changed in place and returned. Parameters that weren't trained before `freeze` aren't trained after it is undone,
+    either. Only parameters are frozen: in training mode the BatchNorm still takes the statistics of each batch, because its input
+    changes with the layers that are trained.
 
     Args:
         site: path of the block.
-        frozen: False lets them be trained again.
+        frozen: False lets conv and BatchNorm be trained again.
 
     Raises:
-        UnknownName: no block at that path; InvalidInput: no block at all.
+        UnknownName: there is no block at that path; InvalidInput: the model has no blocks.
 
     >>> from repfx.passes.expand import expand
     >>> model = freeze(expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "acb"), "0")
@@ -69,11 +70,11 @@ def freeze(model: nn.Module, site: str, *, frozen: bool = True) -> nn.Module:
 
 
 def is_frozen(block: RepBlock) -> bool:
-    """Whether `freeze` left a block's own conv alone."""
+    """Whether `freeze` has frozen a block's own conv."""
     return bool(_frozen(block))
 
 
 def _frozen(block: RepBlock) -> tuple[str, ...]:
-    """The names of the origin's parameters that `freeze` froze."""
+    """Return the names of the origin's parameters that `freeze` has frozen."""
     found = kept(block, _ATTRIBUTE)
     return found if isinstance(found, tuple) else ()

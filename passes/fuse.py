@@ -1,4 +1,4 @@
-"""`fuse`: the deployed form of a model, each linear region one plain conv. `Fuse`: the same of one site, in place."""
+"""`fuse`: the deployed form of a model, each linear region one plain conv. `Fuse`: the action that fuses one site in place."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from repfx.rewriting.rule import RULES
 
 @dataclass(frozen=True)
 class Fuse(Action):
-    """A site becomes one plain conv with a bias, in place: its branches and the BatchNorm that only it feeds are folded into it."""
+    """Turn a site into one plain conv with a bias, in place. Its branches and the BatchNorm that only it feeds are folded into it."""
 
     kind: ClassVar[str] = "fuse"
 
@@ -38,9 +38,8 @@ class Fuse(Action):
             if any(path.startswith(f"{other}.") for other in paths):
                 raise InvalidInput(f"{path!r} lies in another site that is to be fused.")
         blocks = {path: module for path in paths if isinstance(module := model.get_submodule(path), RepBlock)}
-        behind = any(
-            block.norm is None for block in blocks.values()
-        )  # a BatchNorm behind a block is found once it is a conv
+        # a BatchNorm behind a block is found only after the block has become a conv
+        behind = any(block.norm is None for block in blocks.values())
         absorb(model, {path: list(block.branches) for path, block in blocks.items()}, calibrate)
         if behind:
             sites = sites_at(model, paths, anew=True)
@@ -67,17 +66,17 @@ def _fold(model: nn.Module, site: str, norm_path: str) -> None:
 def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     """Fuse each linear region of a model into one plain conv, by rules on its graph.
 
-    A new model is returned, equal to the eval form of `model`, which is untouched: a `torch.fx.GraphModule`, or, where the model
-    can't be traced whole, a copy with graphs in place of its largest traceable parts. Whether repfx made a block plays no part.
-    New convs keep dtype, device, `requires_grad` and mode. Arithmetic is float64, rounded once. `repfx.report` says what was done,
-    and why each BatchNorm that stays does.
+    The result is a new model, which computes what `model` computes in eval mode; `model` is untouched. It is a
+    `torch.fx.GraphModule` or, if the model can't be traced as a whole, a copy with graphs in place of its largest traceable parts.
+    Blocks that repfx didn't make are fused, too. New convs keep dtype, device, `requires_grad` and mode. The arithmetic is done in
+    float64 and rounded once. `repfx.report` says what was done, and why each remaining BatchNorm stays.
 
     Args:
         strict: raise if anything was left alone.
 
     Raises:
-        InvalidInput: no conv or linear layer in the model; a merged weight isn't finite.
-        Refused: with `strict`.
+        InvalidInput: the model has no conv or linear layer, or a merged weight isn't finite.
+        Refused: with `strict`, something was left alone.
 
     >>> print(fuse(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())).get_submodule("0"))
     Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))

@@ -1,4 +1,4 @@
-"""`gate`: the paths of a block get gates, by which a search decides what runs."""
+"""`gate`: give the paths of a block gates, by which a search decides which of them run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from repfx.rewriting.pipeline import verb
 
 @dataclass(frozen=True)
 class Gate(Action):
-    """The branches of a block got gates, all of them open.
+    """Give the branches of a block gates, all of them open.
 
     Args:
-        style: of the gates.
-        origin: whether the site's own conv has one, too.
+        style: style of the gates.
+        origin: whether the site's own conv gets a gate, too.
     """
 
     kind: ClassVar[str] = "gate"
@@ -34,7 +34,7 @@ class Gate(Action):
     def do(self, model: nn.Module) -> None:
         block = block_at(model, self.site)
         if block.gates is not None:
-            raise InvalidInput(f"{self.site!r} has gates already; repfx.passes.ungate takes them away.")
+            raise InvalidInput(f"{self.site!r} has gates already; repfx.passes.ungate removes them.")
         block.add_module("gate", _gates_of(block, self.style, origin=self.origin))
 
     def __str__(self) -> str:
@@ -52,21 +52,23 @@ def _gates_of(block: RepBlock, style: str, *, origin: bool) -> Gates:
 
 @verb
 def gate(model: nn.Module, site: str, style: str = "straight_through", *, origin: bool = False) -> nn.Module:
-    """Give the branches of a block gates: one learned number α each, in `block.gates`; all are open.
+    """Give each branch of a block a gate with one learned number α; all gates begin open.
 
-    A path whose gate is closed doesn't run: it costs neither time nor memory. `block.gates.choose` closes and opens them, for training and
-    for eval mode apart. Gates are part of the kernel, so `fuse`, `drop` and `ungate` absorb them.
+    The gates are in `block.gates`. A path whose gate is closed doesn't run, so it costs neither time nor memory. `block.gates.choose`
+    opens and closes gates, for training mode and eval mode separately. Gates are part of the block's kernel, so `fuse`, `drop` and
+    `ungate` absorb them.
 
-    The model is changed in place and returned. With ``straight_through`` (RepNAS) an open gate multiplies by 1, and the function stays.
-    With ``sigmoid`` (IRepNAS) what the branches add is multiplied by σ(α) · σ(β), a quarter at first.
+    The model is changed in place and returned. In style ``straight_through`` (RepNAS) an open gate multiplies by 1, so the function
+    stays. In style ``sigmoid`` (IRepNAS) the output of each branch is multiplied by σ(α) · σ(β), where β belongs to the whole block;
+    this is a quarter at first.
 
     Args:
         site: path of the block.
         style: ``straight_through`` or ``sigmoid``.
-        origin: let the site's own conv have a gate, too; for ``straight_through`` only.
+        origin: give the site's own conv a gate, too; only for ``straight_through``.
 
     Raises:
-        UnknownName: no block at that path, or no such style; InvalidInput: the block has gates already.
+        UnknownName: there is no block at that path, or no such style; InvalidInput: the block has gates already.
 
     >>> from repfx.passes.expand import expand
     >>> block = gate(expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "acb"), "0")[0]

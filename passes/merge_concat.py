@@ -1,6 +1,6 @@
-"""Merge maps of one node whose outputs are put side by side with the conv that reads them: Inception's form without activations.
+"""Merge linear maps of one node, whose outputs are concatenated, with the conv that reads them (Inception without activations).
 
-A conv of concatenated channels is the sum of convs of each part, so the match is that of a sum.
+A conv of concatenated channels is the sum of one conv for each part, so the match is that of a sum.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _CONCATENATIONS = frozenset({torch.cat, torch.concat, torch.concatenate})
 
 @dataclass(frozen=True)
 class Concatenation(Pattern):
-    """A conv without groups of concatenated linear maps of one node.
+    """A conv without groups that reads concatenated linear maps of one node.
 
-    The axis isn't read: where the parts' channels add up to the conv's, it is that of the channels, for along any other each part would
-    have as many channels as the conv.
+    The axis isn't read. If the channels of the parts add up to those that the conv reads, the axis must be that of the channels:
+    along any other axis, each part alone would have as many channels as the conv reads.
     """
 
     holds_in_training = False
@@ -48,7 +48,7 @@ class Concatenation(Pattern):
 
 
 def _terms(conv: Op, parts: list[Term]) -> tuple[Term, ...] | None:
-    """Each part with what the conv makes of its channels; None where they are not all that the conv reads."""
+    """Return each part followed by the conv on that part's channels, or None if the parts are not all that the conv reads."""
     try:
         channels, dimensions = Match(conv.node, conv.source, tuple(term for term in parts if term.ops)).sizes()
         counts = [term_kernel(part, META, channels, dimensions).out_channels for part in parts]
@@ -64,7 +64,7 @@ def _terms(conv: Op, parts: list[Term]) -> tuple[Term, ...] | None:
 
 
 def _slice(conv: Op, start: int, stop: int) -> Op:
-    """The conv on some of its input channels; the first slice has its bias."""
+    """Return the conv on some of its input channels. Only the slice that begins at channel 0 has its bias."""
 
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
         whole = conv.meaning.build(like, conv.meaning.in_channels or 0, dimensions)
@@ -77,7 +77,7 @@ def _slice(conv: Op, start: int, stop: int) -> Op:
 
 MERGE_CONCAT = Rule(
     "merge_concat",
-    "Merge convs of one input whose outputs are concatenated with the conv that follows",
+    "Merge convs of one input, whose outputs are concatenated, with the conv that follows",
     Concatenation(),
     (used_once, is_convolution, channels_stay_put, unmutated, no_dearer),
     optional=True,

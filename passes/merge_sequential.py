@@ -1,4 +1,4 @@
-"""Merge two convs in sequence, 1×1 then k×k or k×k then 1×1, where that costs no more."""
+"""Merge two convs in sequence, 1×1 then k×k or k×k then 1×1, if the merged conv costs no more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`restore`: BatchNorm behind a fused conv again, the function unchanged, ready to train. `Restore`: the same of one site, in place."""
+"""`restore`: put BatchNorms back behind fused convs, so that the model can be trained again; the function is unchanged.
+
+`Restore` is the action that does so at one site, in place.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,10 @@ from repfx.rewriting.pipeline import take_over_modes, verb
 
 @dataclass(frozen=True)
 class Restore(Action):
-    """A conv that `Fuse` left has its BatchNorm behind it again, in place.
+    """Put the BatchNorm back behind a conv that absorbed it in `Fuse`, in place.
 
     Args:
-        measured: take the statistics from data, instead of those of the sum that was fused.
+        measured: take the BatchNorm's statistics from data, instead of those of the sum that was fused.
     """
 
     kind: ClassVar[str] = "restore"
@@ -46,7 +49,7 @@ class Restore(Action):
             if folded_norm(model.get_submodule(action.site)) is None:
                 raise InvalidInput(f"{action.site!r} has absorbed no BatchNorm, so none can be put back.")
         places = [_put_back(model, action) for action in actions]
-        record(model, actions)  # should the data fail, the statistics are the inherited ones
+        record(model, actions)  # before measuring: if the data can't be used, the inherited statistics stay
         measured = [place for place, action in zip(places, actions) if action.measured]
         if calibrate is not None and measured:
             set_kernels_measured(model, measured, calibrate)
@@ -58,7 +61,7 @@ class Restore(Action):
 def _put_back(model: nn.Module, action: Restore) -> tuple[Layer, Layer, Kernel]:
     conv: Layer = model.get_submodule(action.site)
     folded = folded_norm(conv)
-    assert folded is not None  # its caller has looked
+    assert folded is not None  # the caller has checked it
     norm, kernel = _norm_behind(conv, folded)
     rest = model.get_submodule(folded.norm)
     attach(norm, Provenance(("restore",), (action.site,), action.site))
@@ -76,20 +79,20 @@ def restore(
 ) -> nn.Module:
     """Put a BatchNorm behind convs that have absorbed one, without changing what the model computes in eval mode.
 
-    A new model is returned, ready to train further; `model` is untouched. The BatchNorm returns to the path it came from, with its eps and
-    momentum, so the `state_dict` of a model that was conv + BatchNorm to begin with loads strictly into its original class.
-    Its statistics are those of the sum that was fused, as far as that can be known from the absorbed BatchNorms; with `calibrate`
-    they are measured. Where they are right, the output in training mode is kept as well.
+    The result is a new model that can be trained further; `model` is untouched. Each BatchNorm returns to the path it came from, with
+    its eps and momentum. So if a model was conv + BatchNorm to begin with, the restored `state_dict` loads strictly into its original
+    class. The statistics are those of the sum that was fused, as far as the absorbed BatchNorms tell them; with `calibrate` they are
+    measured. Where they are right, the output in training mode is kept as well.
 
     Args:
-        sites: path or pattern of paths, or several, of the convs to be restored, those that never absorbed a BatchNorm too;
-            default: all that have.
-        calibrate: inputs of the model, or a data loader.
+        sites: path or pattern of paths, or several, of the convs to be restored. They can name convs that never absorbed a BatchNorm,
+            too. Default: all convs that have absorbed one.
+        calibrate: inputs of the model, or a data loader, on which the statistics of the BatchNorms are measured.
         strict: raise if a conv that `sites` names is left alone.
 
     Raises:
         InvalidInput: a weight isn't finite, or no conv fits.
-        Refused: with `strict`.
+        Refused: with `strict`, a conv was left alone.
 
     >>> from repfx.passes.fuse import fuse
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
@@ -147,7 +150,7 @@ class _Choice:
 
 
 def _choice(node: fx.Node, island: Island, root: nn.Module, patterns: Sequence[str] | None) -> _Choice | None:
-    """The conv that a node calls, if it is to be restored."""
+    """Return the conv that a node calls if it is to be restored, else None."""
     module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
     if module is None or torch_class(module) not in (*CONVS, *TRANSPOSED_CONVS, nn.Linear):
         return None
@@ -158,7 +161,7 @@ def _choice(node: fx.Node, island: Island, root: nn.Module, patterns: Sequence[s
 
 
 def _norm_path(path: str, folded: FoldedNorm | None) -> str:
-    """Where the BatchNorm goes: to where it was, should the model stand inside another one now, too."""
+    """Return the path for the BatchNorm: where it was, even if the model is inside another one now."""
     if folded is None:
         return f"{path}_norm"
     prefix = path.removesuffix(folded.conv)
@@ -202,7 +205,7 @@ def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice, pa
 
 
 def _norm_behind(conv: Layer, folded: FoldedNorm | None) -> tuple[Layer, Kernel]:
-    """A new BatchNorm that together with the conv, which is changed, computes the conv's kernel; and this."""
+    """Return a new BatchNorm, and the kernel that the conv had. The conv is changed so that the two together compute this kernel."""
     settings = Norm()
     if folded is not None:
         settings = Norm("batch_norm", folded.eps, folded.momentum, folded.synchronized, folded.frozen)
@@ -217,7 +220,7 @@ def _norm_behind(conv: Layer, folded: FoldedNorm | None) -> tuple[Layer, Kernel]
 
 
 def _rest_at(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
-    """The drop and the activation that the graph calls after a BatchNorm which did both; they stay its children."""
+    """Return the drop and the activation that a BatchNorm did by itself; the graph now calls them after it, and they stay its children."""
     place = module_at(root, path)
     return [] if place is None else list(place.named_children())
 

@@ -1,4 +1,4 @@
-"""`squeeze` and `unsqueeze`: what is linear runs as one conv, whose kernel is assembled from the parameters in each forward pass."""
+"""`squeeze` and `unsqueeze`: run linear parts as one conv, whose kernel is assembled from the parameters in each forward pass."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Statistics = Literal["frozen"]
 
 @dataclass(frozen=True)
 class Squeeze(Action):
-    """A block runs as one conv.
+    """Let a block run as one conv.
 
     Args:
-        frozen: whether its BatchNorms keep their statistics from now on.
+        frozen: whether its BatchNorms keep the statistics that they have.
     """
 
     kind: ClassVar[str] = "squeeze"
@@ -45,7 +45,7 @@ class Squeeze(Action):
 
 @dataclass(frozen=True)
 class Unsqueeze(Action):
-    """A block runs branch by branch again, and its BatchNorms take statistics in training mode."""
+    """Let a block run branch by branch again. In training mode, its BatchNorms take the statistics of each batch."""
 
     kind: ClassVar[str] = "unsqueeze"
 
@@ -60,29 +60,35 @@ class Unsqueeze(Action):
 
 @verb
 def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: Statistics | None = None) -> nn.Module:
-    """Let blocks run as one conv each, whose kernel is assembled from the trainable parameters inside forward.
+    """Let each block run as one conv, whose kernel is assembled from the trainable parameters in each forward pass.
 
-    So a block trains at about the price of the conv that it becomes: one conv on the activations, and a few operations on weights.
-    It is exact and differentiable, parameters and `state_dict` stay as they are, and `unsqueeze` is the way back.
+    A squeezed block trains at about the price of the conv that it becomes: one conv on the activations, and a few operations on
+    weights. This is exact and differentiable. Parameters and `state_dict` stay as they are, and `unsqueeze` undoes it.
 
-    A block is one linear map where no BatchNorm in it takes its statistics from the batch: in eval mode; with branches that have
-    none (`Spec(norm="scale")`, as the preset ``orepa``); and with `statistics="frozen"`, which lets BatchNorms keep
-    the statistics that they have, in training mode too, while γ and β go on to be trained. Whenever a squeezed block isn't linear, it
-    runs branch by branch, and so it does while a hook listens to something inside.
+    A block is one linear map while no BatchNorm in it takes its statistics from the batch. This holds
 
-    The same holds of what is linear outside blocks, whoever wrote it: a conv and the BatchNorm behind it, or behind a block; the
-    branches of timm's RepVGG, MobileOne or FastViT. There the module whose code was traced runs the graph of that code, as long as it
-    is exact, and its own forward otherwise. What its code reads of globals and of its class, and what it counts, is taken as it was when it
-    was squeezed. Pickled, it runs its own forward again, and BatchNorms outside blocks follow its mode again: squeeze it anew.
+    - in eval mode;
+    - for a block without BatchNorms (`Spec(norm="scale")`, as in the preset ``orepa``);
+    - with `statistics="frozen"`: BatchNorms then keep the statistics that they have, in training mode too, while γ and β are still
+      trained.
+
+    Whenever a squeezed block isn't linear, or a hook listens to something inside it, it runs branch by branch.
+
+    `squeeze` does the same with linear parts outside blocks, whoever wrote them: a conv and the BatchNorm behind it, a BatchNorm behind
+    a block, or the branches of timm's RepVGG, MobileOne or FastViT. There, the module whose code was traced runs the graph of that code
+    while this is exact, and its own forward otherwise. The graph holds what the code read from globals and from its class, and what
+    it counted, as these were at the time of squeezing. A pickled module runs its own forward again, and BatchNorms outside blocks
+    follow its mode again: squeeze it anew.
 
     The model is changed in place and returned.
 
     Args:
         sites: a pattern of the paths of blocks and convs, or several.
-        statistics: ``frozen`` holds them in all that is squeezed; by default what takes the batch's in its mode is left alone.
+        statistics: ``frozen`` holds the BatchNorms' statistics in all that is squeezed. By default, whatever takes the statistics of the
+            batch in its present mode is left alone.
 
     Raises:
-        UnknownName: no block or conv at such a path, or `statistics` is something else; InvalidInput: nothing can be squeezed.
+        UnknownName: a pattern fits no block or conv, or `statistics` is something else; InvalidInput: nothing can be squeezed.
 
     >>> from repfx.passes.expand import expand
     >>> model = expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "acb")
@@ -107,8 +113,8 @@ def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: S
     found = {path: parts for path, parts in after.items() if before.get(path) != parts}
     if not blocks and not after:
         raise InvalidInput(
-            f"{type(model).__name__} has no block, which repfx.expand makes, and no conv whose BatchNorm keeps its statistics, "
-            "as statistics='frozen' lets it."
+            f"{type(model).__name__} has no block and no conv whose BatchNorm keeps its statistics, so there is nothing to squeeze: "
+            "repfx.expand makes blocks, and statistics='frozen' lets BatchNorms keep their statistics."
         )
     edits = [*(Edit("squeeze", action.site) for action in actions), *(Edit("squeeze", *each) for each in found.items())]
     skips = [Skip(path, reason, "squeeze") for path, reason in refusals.items() if reason is not None]
@@ -118,7 +124,7 @@ def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: S
 
 @verb
 def unsqueeze(model: nn.Module, sites: str | Sequence[str] = "*") -> nn.Module:
-    """Let what was squeezed run as it did; BatchNorms whose statistics were held take those of each batch in training mode.
+    """Let squeezed parts run as before; in training mode, BatchNorms whose statistics were held take those of each batch again.
 
     The model is changed in place and returned.
 
@@ -126,7 +132,7 @@ def unsqueeze(model: nn.Module, sites: str | Sequence[str] = "*") -> nn.Module:
         sites: a pattern of the paths of blocks and convs, or several.
 
     Raises:
-        UnknownName: no block or conv at such a path.
+        UnknownName: a pattern fits no block or conv.
 
     >>> from repfx.passes.expand import expand
     >>> model = squeeze(expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "acb"), statistics="frozen")
@@ -147,7 +153,7 @@ def unsqueeze(model: nn.Module, sites: str | Sequence[str] = "*") -> nn.Module:
 
 
 def _blocks_and_convs(model: nn.Module, sites: str | Sequence[str]) -> tuple[dict[str, RepBlock], list[str]]:
-    """The blocks that patterns fit, inner ones too, and the convs and linear layers outside blocks.
+    """Return the blocks that the patterns fit, inner ones too, and the convs and linear layers outside blocks that they fit.
 
     Raises:
         UnknownName: a pattern fits none of them.
@@ -163,7 +169,7 @@ def _blocks_and_convs(model: nn.Module, sites: str | Sequence[str]) -> tuple[dic
 
 
 def _outside_blocks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules but those inside blocks, by path."""
+    """Yield all modules with their paths, except those inside blocks."""
     for name, child in model.named_children():
         path = f"{prefix}{name}"
         yield path, child
@@ -172,7 +178,11 @@ def _outside_blocks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
 
 
 def _parts(model: nn.Module, chosen: Collection[str], *, hold: bool) -> Iterator[str]:
-    """What regions may consist of: of convs and blocks those that were chosen, and all other layers that are linear in this mode."""
+    """Yield the paths of the layers that regions may consist of.
+
+    These are the convs, linear layers and blocks in `chosen`, and all other layers with tensors of their own; all must be linear in
+    this mode.
+    """
     for path, module in _outside_blocks(model):
         main = isinstance(module, (RepBlock, nn.Linear)) or is_conv(module)
         linear = module.squeezed if isinstance(module, RepBlock) else hold or not takes_batch_statistics(module)
@@ -186,7 +196,7 @@ def _norms(model: nn.Module) -> set[str]:
 
 
 def _refusal(block: RepBlock, *, hold: bool) -> str | None:
-    """Why a block isn't one linear map in the mode that it is in, its statistics held or not; or None."""
+    """Why a block isn't one linear map in its present mode, with its statistics held or not; None if it is one."""
     part = None if hold else block.nonlinear_part
     if part is not None:
         return f"{part!r} takes its statistics from the batch"

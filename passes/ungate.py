@@ -1,4 +1,4 @@
-"""`ungate`: the gates of a block leave, what they multiply by stays in the branches."""
+"""`ungate`: remove the gates of a block; the branches absorb the gates' factors."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from repfx.rewriting.pipeline import verb
 
 @dataclass(frozen=True)
 class Ungate(Action):
-    """The gates of a block left.
+    """Remove the gates of a block.
 
     Args:
-        rests: whether the site's own conv, whose gate was closed, rests from now on.
+        rests: whether the site's own conv, whose gate was closed, rests afterwards.
     """
 
     kind: ClassVar[str] = "ungate"
@@ -43,9 +43,8 @@ class Ungate(Action):
 
     @classmethod
     def replay(cls, model: nn.Module, actions: Sequence[Ungate]) -> None:
-        super().apply(
-            model, actions, None
-        )  # a base model's gates are all open yet, so what rests is known from the action alone
+        # all gates of a base model are still open, so only the action knows what rests
+        super().apply(model, actions, None)
 
     def __str__(self) -> str:
         return f"ungate {self.site}{': its own conv rests' if self.rests else ''}"
@@ -53,11 +52,11 @@ class Ungate(Action):
 
 @verb
 def ungate(model: nn.Module, site: str) -> nn.Module:
-    """Take the gates of a block away; branches absorb what they multiplied by, so that eval mode stays the same.
+    """Remove the gates of a block; its branches absorb the gates' factors, so that the function stays in eval mode.
 
-    A branch without any number that its output is proportional to gets a `Scale` at its end. Branches whose gates are closed have to be
-    dropped before. A site's own conv whose gate is closed rests from now on: it stays in its place, to take over what branches leave,
-    but neither runs nor learns.
+    A branch without parameters that its output is proportional to gets a `Scale` at its end. Branches whose gates are closed must be
+    dropped first. If the gate of the site's own conv is closed, this conv rests afterwards: it stays in its place, so that it can
+    absorb branches, but it neither runs nor learns.
 
     The model is changed in place and returned.
 
@@ -65,7 +64,7 @@ def ungate(model: nn.Module, site: str) -> nn.Module:
         site: path of the block.
 
     Raises:
-        UnknownName: no block at that path; InvalidInput: it has no gates, or one of a branch is closed.
+        UnknownName: there is no block at that path; InvalidInput: the block has no gates, or the gate of a branch is closed.
 
     >>> from repfx.passes.expand import expand
     >>> from repfx.passes.gate import gate
@@ -90,9 +89,9 @@ def _remove(block: RepBlock, *, rests: bool) -> None:
 
 
 def _rests(block: RepBlock, site: str) -> bool:
-    """Whether the origin's gate is closed; raises if a closed branch would run again."""
+    """Tell whether the origin's gate is closed; raise `InvalidInput` if a closed branch would run again."""
     if block.gates is None:
-        raise InvalidInput(f"{site!r} has no gates; repfx.passes.gate gives it some.")
+        raise InvalidInput(f"{site!r} has no gates; repfx.passes.gate adds them.")
     running = block.running_in(training=False)
     closed = [name for name in block.branches if name not in running]
     if closed:
@@ -101,7 +100,7 @@ def _rests(block: RepBlock, site: str) -> bool:
 
 
 def _multiply(branch: Chain, factor: Tensor, like: Tensor) -> None:
-    """Let a chain give out so many times as much."""
+    """Multiply the output of a chain by `factor`."""
     stages: list[Layer] = [stage for stage in branch if not isinstance(stage, nn.Identity)]
     last: Layer = stages[-1] if stages else nn.Identity()
     if isinstance(last, RepBlock):

@@ -28,22 +28,22 @@ from repfx.records.provenance import provenance_of
 
 @contextmanager
 def carry(model: nn.Module, *followers: torch.optim.Optimizer | nn.Module) -> Iterator[None]:
-    """Let optimizers of a model's parameters, and averages of the model, follow what happens to its structure inside the block.
+    """Let optimizers and averages of a model follow the changes of its structure inside the `with` block.
 
-    Parameters that stay keep their state, momentum say: also those of a conv that absorbed a branch, whose gradient goes on along
-    the same direction. Those of a branch that left leave the optimizer with their state. Those of a new branch join the group that
-    trains their site's own conv; vectors, as γ and β, that of its own vectors, if there are any. So rates by layer and groups without
-    weight decay stay. Where a site's own conv isn't trained by an optimizer, neither are its branches. What gates learn joins no group: a
-    driver trains it by itself.
+    Parameters that stay keep their state, such as momentum. This includes those of a conv that absorbed a branch, because its gradient
+    keeps its direction. Parameters of a branch that was dropped are removed from the optimizer, with their state. Parameters of a
+    new branch join the group that trains their site's own conv. Vectors, such as γ and β, join the group of the site's own vectors, if
+    there are any. So learning rates by layer and groups without weight decay stay. If no optimizer trains a site's own conv, none trains
+    its branches. The parameters of gates join no group, because a driver trains them by itself.
 
-    An averaged copy goes through the same changes with its own numbers, so that what it computes stays, too.
+    An averaged copy goes through the same changes with its own numbers, so what it computes stays, too.
 
     Args:
-        followers: optimizers, and modules that hold a copy of the model as it is when the block begins, as
-            `torch.optim.swa_utils.AveragedModel` does.
+        followers: optimizers, and modules that hold a copy of the model as it is when the `with` block begins, such as
+            `torch.optim.swa_utils.AveragedModel`.
 
     Raises:
-        InvalidInput: a module holds no copy of the model in the structure that it has now, or an optimizer can't take up new parameters.
+        InvalidInput: a module holds no copy of the model in its present structure, or an optimizer can't take up new parameters.
 
     >>> import repfx
     >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8))
@@ -65,7 +65,11 @@ def carry(model: nn.Module, *followers: torch.optim.Optimizer | nn.Module) -> It
 
 
 def copy_in(follower: nn.Module, model: nn.Module) -> nn.Module:
-    """The copy of a model that a module holds."""
+    """Return the copy of `model` that `follower` holds.
+
+    Raises:
+        InvalidInput: it holds no copy in the present structure.
+    """
     names = [name for name, _ in model.named_parameters()]
     for inner in follower.modules():
         kinds = [fx.GraphModule if isinstance(each, fx.GraphModule) else type(each) for each in (inner, model)]
@@ -79,7 +83,7 @@ def copy_in(follower: nn.Module, model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _go_through(copied: nn.Module, model: nn.Module, actions: tuple[Action, ...]) -> None:
-    """Make the same changes; branches begin as the model's do, and what they add is taken off the copy's origin."""
+    """Make the model's changes in a copy. New branches begin as the model's do, and what they add is subtracted from the copy's origin."""
     present = set(copied.parameters())
     modes = {module: module.training for module in copied.modules()}
     with sites_known_of(model, copied):
@@ -105,7 +109,7 @@ def _go_through(copied: nn.Module, model: nn.Module, actions: tuple[Action, ...]
 
 
 def _standing(model: nn.Module, sites: set[str]) -> list[str]:
-    """Give the sites that are still there: one inside a branch leaves with the branch."""
+    """Return the sites that are still there; a site inside a branch leaves with the branch."""
     return [
         path
         for path, module in model.named_modules()
@@ -114,16 +118,18 @@ def _standing(model: nn.Module, sites: set[str]) -> list[str]:
 
 
 def _share_moments(copied: nn.Module, model: nn.Module, sites: Mapping[str, str]) -> None:
-    """Write the sites' BatchNorms by the moments of the model's, for averaging takes over the model's statistics.
+    """Give the copy's BatchNorms the moments of the model's, because averaging takes over the model's statistics.
+
+    The kernel of each site stays.
 
     Args:
-        sites: the path of the BatchNorm of each.
+        sites: the path of each site's BatchNorm, by the site's path.
     """
     for path, norm_path in sites.items():
         nets: list[Any] = [each.get_submodule(path) for each in (copied, model)]
         if isinstance(nets[0], RepBlock):
             if any(map(is_shared, nets[0].branches.values())):
-                continue  # whose weights follow the conv's
+                continue  # the branches' weights follow the conv's
             conv, norms = nets[0].conv, [each.norm for each in nets]
         else:
             conv, norms = nets[0], [norm_of(each.get_submodule(norm_path)) for each in (copied, model)]
@@ -133,7 +139,7 @@ def _share_moments(copied: nn.Module, model: nn.Module, sites: Mapping[str, str]
 
 
 def _begin_as(block: RepBlock, other: Any, branches: list[str], *, preserve: bool) -> None:
-    """Give these branches of a block the state of another block's; with `preserve` the function stays."""
+    """Give branches of a block the state that they have in another block. With `preserve`, the block's function stays."""
     like = block.conv.weight.double()
     before = block.equivalent_kernel(like)
     for branch in branches:
@@ -156,12 +162,16 @@ def require_open(optimizers: Iterable[torch.optim.Optimizer]) -> None:
             group["fused"] and group["momentum"] for group in optimizer.param_groups
         ):
             raise InvalidInput(
-                "torch's fused SGD with momentum can't take up parameters that come later, as those of new branches: leave out fused=True."
+                "torch's fused SGD with momentum can't take up parameters of branches that are added later: leave out fused=True."
             )
 
 
 def _follow(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], before: dict[str, nn.Parameter]) -> None:
-    """Each new parameter joins one group, of all optimizers the one that trains its nearest relative of the same sort."""
+    """Remove parameters that are gone from the optimizers, and put each new parameter into one group.
+
+    Of the groups of all optimizers, it is the one that trains the parameter's nearest relative, if possible of the same sort: a vector
+    or not.
+    """
     present, known = set(model.parameters()), set(before.values())
     gone = known - present
     all_groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
@@ -183,9 +193,10 @@ def _follow(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], befor
 
 
 def _relatives(model: nn.Module, name: str, before: dict[str, nn.Parameter]) -> list[nn.Parameter]:
-    """The parameters that the one of that name belongs to, the nearest first.
+    """Return the parameters to which the one called `name` belongs, the nearest first.
 
-    The one it replaces; those of its module, of the conv that its BatchNorm was put back behind, and of the origins of the blocks around.
+    First comes the parameter that it replaces. Then come those of its module, those of the conv behind which its BatchNorm was put back,
+    and those of the origins of the blocks around it.
     """
     found = [before[name]] if name in before else []
     path = name.rpartition(".")[0]

@@ -1,7 +1,6 @@
-"""Checkpoints: one safetensors file with the weights of a run and, as JSON in its header, how its structure came about.
+"""Checkpoints: one safetensors file with the weights of a run and, as JSON in its header, the history of its structure.
 
-A model is built again from its class and its journal, so nothing is unpickled; what is loaded is checked as a whole before any of it is
-used.
+A model is built again from its class and its journal, so nothing is unpickled. The whole file is checked before any of it is used.
 """
 
 from __future__ import annotations
@@ -47,18 +46,18 @@ def save(
     random_state: bool = True,
     **parts: Part,
 ) -> None:
-    """Write a run to a file, from which `load` goes on to the same bits.
+    """Write a run to a file. A run resumed from it by `load` is bit for bit the run that was never interrupted.
 
-    The file is a safetensors file: weights, the journal of the model's structure, the optimizer's state by the names of the parameters,
-    the state of `parts`, and that of Python's and torch's random numbers. It appears whole or not at all.
+    The file is a safetensors file. It holds the weights, the journal of the model's structure, the optimizer's state by parameter
+    names, the state of `parts`, and the state of Python's and torch's random numbers. The file appears whole or not at all.
 
     Args:
-        path: of the file, in a folder that exists; a file that is there is replaced in one step.
-        model: in whatever structure it is now.
-        optimizer: of the model's parameters.
-        driver: of the model's structure, with the averaged model that it knows.
-        random_state: whether Python's and torch's random numbers are written, too.
-        parts: what else belongs to the run, by names of your choice: further optimizers of the model, schedulers, a `GradScaler`, an
+        path: name of the file, in a folder that exists. A file of that name is replaced in one step.
+        model: the model, in its present structure.
+        optimizer: the optimizer of the model's parameters.
+        driver: the driver of the model; the averaged model that it knows is written, too.
+        random_state: whether the state of Python's and torch's random numbers is written, too.
+        parts: whatever else belongs to the run, by names of your choice: further optimizers of the model, schedulers, a `GradScaler`, an
             `AveragedModel`, a `torch.Generator`, anything with `state_dict` and `load_state_dict`, or a dict of plain values.
 
     Raises:
@@ -106,17 +105,17 @@ def load(
     random_state: bool = True,
     **parts: Part,
 ) -> nn.Module:
-    """Give a model, its optimizer and all that belongs to the run the state that `save` wrote, in place.
+    """Bring a model, its optimizer and all other parts of a run to the state that `save` wrote, in place.
 
     Everything is read and checked first: if anything doesn't fit, nothing has been changed.
 
     Args:
-        path: of the file.
-        model: the base model, in the structure it had before it was expanded first, or any that the run has gone through.
-        optimizer: of `model`, with groups as they were; parameters of branches are put into theirs.
-        driver: of `model`, with the same schedule.
-        random_state: whether Python's and torch's random numbers go on as they did, too.
-        parts: by the names they were saved under. What isn't named here is left in the file.
+        path: name of the file.
+        model: the base model, in the structure that it had before it was first expanded, or in any that the run has gone through.
+        optimizer: the optimizer of `model`, with its groups as they were; parameters of branches are put into their groups.
+        driver: the driver of `model`, with the same schedule.
+        random_state: whether Python's and torch's random numbers continue from the saved state, too.
+        parts: further parts, by the names under which they were saved. Parts that aren't named here are left in the file.
 
     Returns:
         The model.
@@ -149,10 +148,10 @@ def load(
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file, of whatever kind, says that `save` wrote it.
+    """Tell whether a file, which can be of any kind, says that `save` wrote it.
 
     Raises:
-        OSError: it can't be read.
+        OSError: the file can't be read.
     """
     safetensors = _package("safetensors")
     with path.open("rb"):
@@ -166,7 +165,7 @@ def is_checkpoint(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """A file's content, after it has been checked in itself."""
+    """The content of a checkpoint file whose format and checksum have been checked."""
 
     path: Path
     journals: Mapping[str, Mapping[str, str]]
@@ -177,7 +176,7 @@ class _Checkpoint:
     @classmethod
     def read(cls, path: Path) -> _Checkpoint:
         safetensors = _package("safetensors")
-        with path.open("rb"):  # a missing file is the system's own error
+        with path.open("rb"):  # so that a missing file raises the system's own error
             pass
         try:
             with safetensors.safe_open(path, "pt") as file:
@@ -198,14 +197,14 @@ class _Checkpoint:
         return content
 
     def state(self, name: str) -> Any:
-        """The state of a part."""
+        """Return the state of a part; raise `InvalidInput` if the file holds none."""
         if name not in self.states:
             kept = ", ".join(repr(each) for each in self.states if each != _RANDOM)
             raise InvalidInput(f"{str(self.path)!r} holds no {name!r}; it holds {kept}.")
         return put_together(self.states[name], dict(self.tensors))
 
     def try_module(self, name: str, module: nn.Module) -> None:
-        """Raise if the module can't take its state; on a copy, whose tensors hold nothing."""
+        """Raise `InvalidInput` if a module can't take its state. This is tried on a copy whose tensors hold no numbers."""
         state = self.state(name)
         scratch: nn.Module = copy_without_numbers(module)
         try:
@@ -227,12 +226,12 @@ class _Checkpoint:
             raise InvalidInput(f"{str(self.path)!r} doesn't fit {name!r}, a {type(module).__name__}: {shown}.")
 
     def load_module(self, name: str, module: nn.Module) -> None:
-        """Rebuild the structure in place and fill it."""
+        """Rebuild the structure of a module in place, and load its state."""
         self.structure(name).rebuild(module)
         module.load_state_dict(self.state(name))
 
     def structure(self, name: str) -> Structure:
-        """How a module is built."""
+        """Return the structure of a module."""
         return Structure(self.journals[name], put_together(self.folded[name], dict(self.tensors)))
 
 
@@ -244,13 +243,13 @@ def _modules(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, nn.Module
 
 
 def _optimizers(optimizer: torch.optim.Optimizer | None, parts: Mapping[str, Part]) -> dict[str, torch.optim.Optimizer]:
-    """All of them by name; they are of the model's parameters."""
+    """Return all optimizers of the model's parameters, by name."""
     own = {} if optimizer is None else {_OPTIMIZER: optimizer}
     return own | {name: part for name, part in parts.items() if isinstance(part, torch.optim.Optimizer)}
 
 
 def _by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """The optimizer's state with names of parameters in the place of numbers."""
+    """Return the optimizer's state with the names of parameters in place of their numbers."""
     groups = names_by_group(optimizer, model)
     state = optimizer.state_dict()
     flat = [name for group in groups for name in group]
@@ -263,7 +262,9 @@ def _by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, An
 def _check_groups(optimizer: torch.optim.Optimizer, state: Any, path: Path) -> None:
     found, needed = len(state["param_groups"]), len(optimizer.param_groups)
     if found != needed:
-        raise InvalidInput(f"{str(path)!r} has {found} groups of parameters, the {type(optimizer).__name__} {needed}.")
+        raise InvalidInput(
+            f"{str(path)!r} has {found} groups of parameters and the {type(optimizer).__name__} has {needed}; the two must be equal."
+        )
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: Any) -> None:
@@ -309,7 +310,7 @@ def _set_state(part: Part, state: Any) -> None:
 
 
 def _load_all(parts: Mapping[str, tuple[Part, Any]], path: Path) -> None:
-    """Give each part its state; if one refuses it, those before get back what they had."""
+    """Give each part its state. If a part refuses it, the parts before it get back the state that they had."""
     undo: list[tuple[Part, Any]] = []
     for name, (part, state) in parts.items():
         old = copy.deepcopy(_state_of(part))
@@ -318,7 +319,7 @@ def _load_all(parts: Mapping[str, tuple[Part, Any]], path: Path) -> None:
         except Exception as error:
             for earlier, before in undo:
                 _set_state(earlier, before)
-            with suppress(Exception):  # as it may refuse this one, too
+            with suppress(Exception):  # the part may refuse its old state, too
                 _set_state(part, old)
             raise InvalidInput(f"{str(path)!r} doesn't fit {name!r}: {first_line(error)}.") from error
         undo.append((part, old))
@@ -337,7 +338,7 @@ def _checksum(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def _package(name: str) -> Any:
-    # numpy is only looked for: once imported, its random numbers would be part of what `save` writes
+    # numpy is only looked for, not imported: once it is imported, `save` writes the state of its random numbers, too
     missing = [each for each in ("numpy", "safetensors") if importlib.util.find_spec(each) is None]
     if missing:
         raise InvalidInput(f"checkpoints need {missing[0]}, which is missing: pip install 'repfx[checkpoint]'.")

@@ -1,7 +1,7 @@
-"""`Companion`: what a schedule brings along to a run, beside the actions that it decides on.
+"""`Companion`: an object that acts in a run for a schedule, beside the actions that the schedule decides on.
 
-The driver calls a companion at fixed moments and keeps its state with its own. Most schedules need none; a search brings the one that
-opens gates and scores candidates (`repfx.search.searcher`).
+The driver calls a companion at fixed moments and saves the companion's state with its own. Most schedules need no companion. A search
+has one that opens gates and scores candidates (`repfx.search.searcher`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Score = Callable[[nn.Module], float]
 
 @dataclass(frozen=True)
 class Run:
-    """What a companion works on.
+    """The run that a companion works on.
 
     Args:
-        model: in training.
-        optimizers: of its parameters.
+        model: the model that is trained.
+        optimizers: the optimizers of its parameters.
         averages: modules that hold a copy of the model.
-        score: gives what a plain net is worth, the higher the better.
-        calibrate: inputs of the model, for statistics.
+        score: a function from a plain net to a number, the higher the better.
+        calibrate: inputs of the model, on which statistics are measured.
     """
 
     model: nn.Module
@@ -38,7 +38,7 @@ class Run:
 class Companion:
     """Base of all companions; by itself it does nothing.
 
-    Epochs are counted from 0, steps from 0 in each epoch.
+    Epochs are counted from 0, and steps are counted from 0 in each epoch.
     """
 
     def begin(self, epoch: int) -> None:
@@ -48,18 +48,18 @@ class Companion:
         """Get ready for one step."""
 
     def shares(self, epoch: int, step: int) -> Iterator[float]:
-        """Give what the loss of each forward pass of a step is multiplied by."""
+        """Yield, for each forward pass of a step, the factor by which its loss is multiplied."""
         yield 1.0
 
     def after_backward(self, epoch: int, scaler: torch.amp.GradScaler | None) -> None:
-        """Look at the gradients, before the optimizers do."""
+        """Read the gradients of a step before the optimizers do."""
 
     def after_epoch(self, epoch: int) -> None:
-        """Do what is due after so many epochs, before the structure changes."""
+        """Do what is due after `epoch` epochs, before the structure changes."""
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Give where it stands, as plain values and tensors; None if there is nothing to say."""
+        """Return the companion's state as plain values and tensors, or None if it has none."""
         return None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that `state_dict` gave."""
+        """Continue from a state that `state_dict` returned."""

@@ -1,4 +1,4 @@
-"""`Driver`: lets a schedule change a model while it trains, in place, with all that belongs to the run."""
+"""`Driver`: changes a model while it trains, as a schedule decides, together with its optimizers and averages."""
 
 from __future__ import annotations
 
@@ -27,27 +27,30 @@ from repfx.records.journal import Action, apply, from_json, journal, to_json
 
 
 class Driver:
-    """Observes a model in training, asks a schedule what to change, and changes it: the same model object, the same optimizer object.
+    """Change the structure of a model while it trains, as a schedule decides.
 
-    What the schedule has due before the first epoch is done at once, so make the driver before the model is wrapped or compiled. In a
-    run of `torch.distributed`, make one on each rank: decisions are made from sums over all ranks, and what is new is taken from the
-    first.
+    The driver observes the model, asks the schedule what to change, and makes the changes in place: model and optimizer stay the same
+    objects. Changes that are due before the first epoch are made at once, so make the driver before the model is wrapped or compiled.
+
+    In a run of `torch.distributed`, make one driver on each rank. Decisions are made from sums over all ranks, and new numbers are taken
+    from the first rank.
 
     Args:
-        model: to be trained; inside a `DistributedDataParallel` or a compiled module, that one's own module is meant.
-        optimizer: of its parameters; or several.
-        schedule: when and how the structure changes.
-        calibrate: inputs of the model, or a data loader, for the statistics of new BatchNorms; it is gone through at each adjustment.
-        ema: a module that holds a copy of the model, as `torch.optim.swa_utils.AveragedModel` does; it is changed in the same way.
-        scaler: the `torch.amp.GradScaler` of the run, so that saliency is that of unscaled gradients, and a step that overflowed counts for
-            nothing.
-        steps_per_epoch: how many calls of `after_backward` an epoch has, for schedules that change something by step.
-        score: what a candidate of a search is worth, from the plain net that it is when fused, in eval mode; the higher the better.
-        state: of an earlier driver of this model, which has its structure already, as `state_dict` gave it; then nothing is done at once.
+        model: the model to be trained. If it is a `DistributedDataParallel` or a compiled module, the module inside is meant.
+        optimizer: the optimizer of the model's parameters, or several.
+        schedule: the schedule, which decides when and how the structure changes.
+        calibrate: inputs of the model, or a data loader, for the statistics of new BatchNorms. It is read at each adjustment.
+        ema: a module that holds a copy of the model, such as `torch.optim.swa_utils.AveragedModel`; it is changed in the same way.
+        scaler: the `torch.amp.GradScaler` of the run. With it, saliency is computed from unscaled gradients, and a step that overflowed
+            doesn't count.
+        steps_per_epoch: number of calls of `after_backward` in an epoch, for schedules that change something step by step.
+        score: the score of a candidate in a search, the higher the better: a function of the plain net that the candidate is when fused,
+            in eval mode.
+        state: the `state_dict` of an earlier driver of this model. The model must have its structure already, and nothing is done at once.
 
     Raises:
         InvalidInput: the schedule needs data and `calibrate` isn't given, the model's parameters are sharded, or an optimizer can't take up
-            new ones.
+            new parameters.
 
     >>> import repfx
     >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
@@ -104,16 +107,16 @@ class Driver:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What `repfx.save` and `repfx.load` take along with the driver."""
+        """The parts of the run that `repfx.save` and `repfx.load` handle together with the driver, by name."""
         return {} if self.ema is None else {"ema": self.ema}
 
     @property
     def search(self) -> Any:
-        """The companion of a schedule that brings one, which for a search is its `Searcher`; None for all others."""
+        """The companion of the schedule, which for a search is its `Searcher`; None if the schedule has none."""
         return None if type(self.companion) is Companion else self.companion
 
     def after_backward(self) -> None:
-        """Observe the gradients; between `backward()` and the optimizer's step, before a `GradScaler` unscales them."""
+        """Observe the gradients. Call this between `backward()` and the optimizer's step, before a `GradScaler` unscales them."""
         metric, last = self.schedule.metric, self.schedule.squeeze_from
         if metric is not None and (last is None or self.epoch < last):
             if self._saliency is None:
@@ -126,18 +129,18 @@ class Driver:
         self._set_attach_rate()
 
     def shares(self) -> Iterator[float]:
-        """What the loss of the next step is multiplied by: once by 1, unless a search averages the step over several nets.
+        """Yield the factors of the loss in the next step: a single 1, unless a search averages the step over several nets.
 
-        Go through it with a forward and a backward pass each, and call `after_backward` afterwards:
+        Do a forward and a backward pass for each factor, and call `after_backward` afterwards:
         ``for share in driver.shares(): (share * loss_fn(model(x), y)).backward()``.
         """
         yield from self.companion.shares(self.epoch, self._step)
 
     def after_epoch(self) -> tuple[Action, ...]:
-        """Do what the schedule decides, in place.
+        """End an epoch: make the changes that the schedule decides on, in place.
 
         Returns:
-            What was done. If that is anything, wrap the model anew in its `DistributedDataParallel`.
+            The actions that were done. If there are any, wrap the model anew in its `DistributedDataParallel`.
         """
         step = self._step
         self.epoch += 1
@@ -150,7 +153,7 @@ class Driver:
             raise
 
     def observe(self) -> Observation:
-        """What a schedule would decide by now, of all ranks together."""
+        """Return what the schedule would see now, over all ranks together."""
         saliency = {} if self._saliency is None else self._saliency.means()
         blocks = {path: module for path, module in self.model.named_modules() if isinstance(module, RepBlock)}
         candidates = [
@@ -176,12 +179,12 @@ class Driver:
         return Observation(self.epoch, candidates, seen, tuple(blocks))
 
     def synchronize(self) -> None:
-        """Share out among all ranks what each has observed, so that the state of one stands for all; call it on all before one saves."""
+        """Give all ranks the mean of what each has observed, so that all have the same state. Call this on all ranks before one saves."""
         if self._saliency is not None:
             self._saliency.share()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands; what was done to the model is in its journal."""
+        """Return the state of the driver. The changes that rebuild the model are in the model's journal."""
         saliency = None if self._saliency is None else self._saliency.state_dict()
         epochs, actions = [epoch for epoch, _ in self.history], [action for _, action in self.history]
         history = {"epochs": epochs, "actions": to_json(actions)}
@@ -189,7 +192,7 @@ class Driver:
         return {"epoch": self.epoch, "step": self._step, "saliency": saliency, "history": history, "search": companion}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of `state_dict`."""
+        """Continue from a state that `state_dict` returned."""
         saliency = state["saliency"]
         history = state["history"]
         actions = from_json(history["actions"])
@@ -201,7 +204,7 @@ class Driver:
             self.companion.load_state_dict(state["search"])
 
     def _sites(self) -> list[Site]:
-        """Give the model's sites; they are found once and hold until a module or the journal is another one."""
+        """Return the model's sites. They are found once and kept until a module or the journal changes."""
         present = tuple(self.model.named_modules())
         now = (journal(self.model), tuple((path, id(module)) for path, module in present))
         if self._found is None or self._found[0] != now:
@@ -236,7 +239,7 @@ class Driver:
                 apply(self.model, actions, None if self._calibrate is None else _First(self._calibrate, self.schedule))
             _take_from_first_rank(self.model, *averages)
             _forget_compiled()
-            actions = journal(self.model)[before:]  # as they are recorded: branches have their names
+            actions = journal(self.model)[before:]  # as recorded, with the names of branches
             self.history += [(self.epoch, action) for action in actions]
         if self.schedule.cycle is not None and self.epoch % self.schedule.cycle == 0:
             for optimizer in self.optimizers:
@@ -257,7 +260,7 @@ class Driver:
 
 
 class _Saliency:
-    """Sums over steps, on the device; nothing waits for it before the means are asked for."""
+    """Sums of saliency over steps. They stay on the device, so nothing waits for it until the means are asked for."""
 
     def __init__(self, sites: list[str], sums: Tensor | None = None, steps: Tensor | None = None) -> None:
         self.sites = sites
@@ -277,7 +280,7 @@ class _Saliency:
 
     @torch.no_grad()
     def add(self, metric: str, weights: Sequence[Layer], scaler: torch.amp.GradScaler | None) -> None:
-        """Add one step; nothing, if a gradient overflowed."""
+        """Add one step, unless a gradient overflowed."""
         if not weights:
             return
         device = weights[0].device
@@ -291,14 +294,14 @@ class _Saliency:
         self.steps += counts
 
     def share(self) -> None:
-        """Let each rank have the mean of what all have."""
+        """Give each rank the mean of the sums of all ranks."""
         if self.sums is not None and self.steps is not None and _is_distributed():
             for tensor in (self.sums, self.steps):
                 torch.distributed.all_reduce(tensor)
                 tensor /= torch.distributed.get_world_size()
 
     def means(self) -> dict[str, float]:
-        """By site, over all steps and ranks."""
+        """Return the mean saliency of each site over all steps and ranks."""
         if self.sums is None or self.steps is None:
             return {}
         total = torch.cat([self.sums, self.steps[None]])
@@ -308,7 +311,7 @@ class _Saliency:
 
 
 def _value(metric: str, weight: Tensor) -> Tensor:
-    """In float32 at least, so that float16 doesn't overflow."""
+    """Return the saliency of a weight, computed in float32 at least, so that float16 doesn't overflow."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if weight.grad is None:
         return torch.zeros((), dtype=dtype, device=weight.device)
@@ -316,7 +319,7 @@ def _value(metric: str, weight: Tensor) -> Tensor:
 
 
 class _First:
-    """The first batches of data, each time anew."""
+    """The first batches of the data; each iteration begins anew."""
 
     def __init__(self, data: Iterable[Any], schedule: Schedule) -> None:
         self.data = data
@@ -327,7 +330,7 @@ class _First:
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    """The module inside what wraps it for several processes or compiled it."""
+    """Return the module inside its wrappers for several processes and for compilation."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -346,7 +349,7 @@ def _require_whole(model: nn.Module) -> None:
 
 
 def _forget_compiled() -> None:
-    """What was compiled for an earlier structure would stay, and count: after eight, `torch.compile` gives up and says so in a warning."""
+    """Let `torch.compile` forget its code for earlier structures. It counts them, and after eight it gives up with a warning."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
@@ -363,7 +366,7 @@ def _relative_scales(block: RepBlock) -> dict[str, float]:
 
 
 def _is_affine(model: nn.Module, norm_path: str | None) -> bool:
-    """Whether what a branch adds can be taken off the origin."""
+    """Whether what a branch adds can be subtracted from the origin: its BatchNorm, if it has one, needs γ and β."""
     if norm_path is None:
         return True
     norm: Layer = norm_of(model.get_submodule(norm_path))

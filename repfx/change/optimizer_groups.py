@@ -1,4 +1,4 @@
-"""Which parameters each group of an optimizer holds, by name: their order is that of a run, which no new optimizer repeats."""
+"""The names of the parameters in each group of an optimizer. Their order comes from the run, so a new optimizer has another one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from repfx.errors import InvalidInput
 
 
 def names_by_group(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
-    """The names of the parameters of each group, in order.
+    """Return the names of the parameters of each group, in order.
 
     Raises:
         InvalidInput: a parameter isn't the model's.
@@ -30,7 +30,7 @@ def names_by_group(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[l
 
 
 def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
-    """Lay momenta out in memory as their parameters are: fused steps read both in one order."""
+    """Lay momenta out in memory as their parameters are, because fused steps read both in one order."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
@@ -38,14 +38,16 @@ def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def fill_groups(optimizer: torch.optim.Optimizer, model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
-    """Give each group the parameters of these names, in this order.
+    """Give each group the parameters that `groups` names, in that order.
 
     Raises:
-        InvalidInput: there are more or fewer groups, or the model has no parameter of a name.
+        InvalidInput: the numbers of groups differ, or the model has no parameter of a name.
     """
     found, needed = len(groups), len(optimizer.param_groups)
     if found != needed:
-        raise InvalidInput(f"there are {found} groups of parameters, and the {type(optimizer).__name__} has {needed}.")
+        raise InvalidInput(
+            f"there are {found} groups of parameters and the {type(optimizer).__name__} has {needed}; the two must be equal."
+        )
     parameters = dict(model.named_parameters())
     unknown = [name for names in groups for name in names if name not in parameters]
     if unknown:

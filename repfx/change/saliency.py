@@ -1,4 +1,4 @@
-"""Saliency: what a conv's weights and their gradient say about how much it would be worth to grow it, one number a step."""
+"""Saliency: one number for a conv and a step, from its weights and their gradient, that says how much growing the conv is worth."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ Metric = Callable[[Tensor, Tensor], Tensor]
 
 
 def _synflow(weight: Tensor, gradient: Tensor) -> Tensor:
-    """Σ g·W, with its sign (DyRep's own choice).
+    """Return Σ g·W, with its sign (DyRep's own choice).
 
-    Of a conv in front of a BatchNorm in training mode this is zero but for ε, for the scale of its weights makes no difference.
+    For a conv in front of a BatchNorm in training mode this is zero but for ε, because the scale of its weights makes no difference.
     """
     return (gradient * weight).sum()
 
 
 def _snip(weight: Tensor, gradient: Tensor) -> Tensor:
-    """Σ |g·W|."""
+    """Return Σ |g·W|."""
     return (gradient * weight).abs().sum()
 
 
 def _gradient_norm(weight: Tensor, gradient: Tensor) -> Tensor:
-    """‖g‖, the root of the sum of squares."""
+    """Return ‖g‖, the root of the sum of squares."""
     norm: Tensor = torch.linalg.vector_norm(gradient)
     return norm
 
 
 def _random(weight: Tensor, gradient: Tensor) -> Tensor:
-    """A number from [0, 1), whatever the conv: what every other metric has to beat."""
+    """Return a random number in [0, 1) for any conv: the control that every other metric has to beat."""
     return torch.rand((), device=gradient.device, dtype=gradient.dtype)
 
 

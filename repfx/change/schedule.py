@@ -1,7 +1,7 @@
 """`Schedule`: when and how the structure of a model changes while it trains, as a pure function of what was observed.
 
-A schedule is one file in `repfx/schedules/`: a frozen dataclass that names itself and gives, for an `Observation`, the actions to be taken.
-The `Driver` observes, applies the actions and carries the optimizer; a schedule never sees a model.
+A schedule is one file in `repfx/schedules/`: a frozen dataclass that names itself and returns, for an `Observation`, the actions to be
+done. The `Driver` observes, applies the actions and lets the optimizer follow; a schedule never sees a model.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Candidate:
     """A conv that can become a block.
 
     Args:
-        site: its path.
-        conv: its sizes.
-        depth: how many blocks it lies in.
-        saliency: mean over the steps since the last adjustment, of the schedule's `metric`.
+        site: path of the conv.
+        conv: sizes of the conv.
+        depth: number of blocks that the conv lies in.
+        saliency: mean of the schedule's `metric` over the steps since the last adjustment.
     """
 
     site: str
@@ -40,18 +40,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ObservedBlock:
-    """A block.
+    """A block, as a schedule sees it.
 
     Args:
-        site: its path.
-        conv: the sizes of its own conv.
-        branches: their names, in order.
-        scales: for each branch that ends in a BatchNorm, mean |γ| of it, relative to the origin's; empty where the origin has no γ.
-        normalised: whether the site's own BatchNorm is the origin's.
-        depth: how many blocks it lies in.
-        frozen: whether its own conv is left alone at present.
-        gates: the style of its paths' gates, if they have any.
-        running: the paths that run in eval mode: ``origin``, its own conv, and branches.
+        site: path of the block.
+        conv: sizes of the site's own conv.
+        branches: names of the branches, in order.
+        scales: mean |γ|, relative to the origin's, of each branch that ends in a BatchNorm; empty if the origin has no γ.
+        normalised: whether the site's own BatchNorm is in the block, behind the site's own conv.
+        depth: number of blocks that the block lies in.
+        frozen: whether the site's own conv is frozen at present.
+        gates: style of the gates of the block's paths, or None if they have no gates.
+        running: names of the paths that run in eval mode: ``origin``, which is the site's own conv, and branches.
     """
 
     site: str
@@ -67,12 +67,14 @@ class ObservedBlock:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a schedule decides by.
+    """The state of a model in training, as a schedule sees it when it decides.
 
     Args:
-        epoch: how many epochs are over.
-        candidates, blocks: in the model's order; without those whose own conv isn't trained, but for what `Freeze` froze.
-        sites: the paths of all blocks, those that aren't trained, too.
+        epoch: number of epochs that are over.
+        candidates: the convs that can become blocks, in the model's order, without those that aren't trained.
+        blocks: the blocks, in the model's order. Blocks whose own conv isn't trained are left out, unless `Freeze` has frozen it, it
+            rests, or the block has gates.
+        sites: paths of all blocks, including those left out of `blocks`.
     """
 
     epoch: int
@@ -83,23 +85,24 @@ class Observation:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Base of all schedules. A subclass is a frozen dataclass; with a `name` it is registered at once, for the command line too.
+    """Base of all schedules. A subclass is a frozen dataclass; one with a `name` is registered at once, for the command line too.
 
-    What it may set, beside `decide`:
+    A subclass defines `decide`, and may also set:
 
-    - `metric`: which saliency of the candidates is observed, of `repfx.change.saliency.METRICS`; None for none.
-    - `batches`: how many batches of the data new BatchNorms are calibrated on at most; None for all.
-    - `needs_data`: whether its actions can't be done without.
-    - `needs_score`: whether it scores candidates, so that the driver has to be given `score`.
+    - `metric`: the saliency that is observed of the candidates, from `repfx.change.saliency.METRICS`; None for none.
+    - `batches`: the most batches of data on which new BatchNorms are calibrated; None for all.
+    - `needs_data`: whether its actions need data.
+    - `needs_score`: whether it scores candidates, so that the driver needs `score`.
     - `closes_paths`: whether some paths of a block don't run in a step, so that their parameters get no gradient.
-    - `nets_per_step`: over how many nets a step averages, if the loop goes through `Driver.shares`.
-    - `companion`: what it brings along to a run beside its actions.
-    - `cycle`: after how many epochs the state of the optimizers begins anew, and the learning rate should; None for never.
+    - `nets_per_step`: the number of nets over which a step averages, if the training loop uses `Driver.shares`.
+    - `companion`: the object that acts in a run beside the schedule's actions.
+    - `cycle`: the number of epochs after which the state of the optimizers begins anew each time, and the learning rate should, too;
+      None for never.
 
     Args:
-        squeeze_from: after so many epochs the BatchNorms inside all blocks keep the statistics that they have, the blocks run as one
-            conv each, and the last epochs cost about what the plain model's do; nothing else is decided from then on. 0 is for
-            branches that have no BatchNorm, as those of ``orepa``. None: never.
+        squeeze_from: number of epochs after which all blocks are squeezed. From then on, BatchNorms inside blocks keep the statistics
+            that they have, each block runs as one conv, an epoch costs about what the plain model's does, and nothing else is
+            decided. 0 is for branches without BatchNorm, such as those of ``orepa``. None: never.
     """
 
     name: ClassVar[str]
@@ -130,47 +133,47 @@ class Schedule:
         return 1
 
     def companion(self, run: Run) -> Companion:
-        """Give what acts in a run beside the driver."""
+        """Return the object that acts in a run beside the driver."""
         return Companion()
 
     def is_due(self, epoch: int) -> bool:
-        """Whether anything is to be done after so many epochs; 0 is before the first."""
+        """Tell whether anything is to be done after `epoch` epochs; 0 is before the first."""
         if self.squeeze_from is None or epoch < self.squeeze_from:
             return self.due(epoch)
         return epoch == self.squeeze_from
 
     def plan(self, seen: Observation) -> Sequence[Action]:
-        """What is to be done now, in this order."""
+        """Return the actions to be done now, in order, including those that `squeeze_from` asks for."""
         if seen.epoch != self.squeeze_from:
             return self.decide(seen)
         first = self.decide(seen) if seen.epoch == 0 and self.due(0) else ()
         return [*first, *map(Squeeze, [*seen.sites, *(each.site for each in first if each.kind == "expand")])]
 
     def require_squeezable(self) -> None:
-        """Raise `InvalidInput` if `squeeze_from` is no epoch."""
+        """Raise `InvalidInput` if `squeeze_from` is no possible number of epochs."""
         epoch: Any = self.squeeze_from
         least = 0 if self.due(0) else 1
         valid = epoch is None or (isinstance(epoch, int) and not isinstance(epoch, bool) and epoch >= least)
         require(valid, f"squeeze_from is {epoch!r}; it must be a whole number of epochs, from {least} on.")
 
     def due(self, epoch: int) -> bool:
-        """Whether to adjust after so many epochs; 0 is before the first."""
+        """Tell whether `decide` is to be called after `epoch` epochs; 0 is before the first."""
         return epoch > 0
 
     def decide(self, seen: Observation) -> Sequence[Action]:
-        """What to change now, in this order."""
+        """Return the changes to be made now, in order."""
         raise NotImplementedError
 
     def attach_rate(self, time: float) -> float | None:
-        """λ of all blocks that have one, so many epochs after the beginning; None leaves it as it is."""
+        """Return λ of all blocks that have one, `time` epochs after the beginning; None leaves it as it is."""
         return None
 
     @classmethod
     def over(cls: type[_Own], epochs: int, /, **options: Any) -> _Own:
-        """This schedule for a training of so many epochs, in the proportions of its paper, but for the options that are given.
+        """Return this schedule for a training of `epochs` epochs, in the proportions of its paper, except for the options given.
 
         Raises:
-            InvalidInput: no such option, or a value that can't be.
+            InvalidInput: there is no such option, or its value isn't possible.
         """
         unknown = sorted(options.keys() - {each.name for each in fields(cls)})
         if unknown:
@@ -182,7 +185,9 @@ class Schedule:
         found = cls(**{**cls._proportions(epochs, options), **options})
         found.require_squeezable()
         late = found.squeeze_from is not None and found.squeeze_from >= epochs
-        require(not late, f"squeeze_from is {found.squeeze_from}, and the training has {epochs} epochs.")
+        require(
+            not late, f"squeeze_from is {found.squeeze_from}; it must be less than the {epochs} epochs of the training."
+        )
         return found
 
     @classmethod
@@ -191,14 +196,14 @@ class Schedule:
 
 
 class Unchanged(Schedule):
-    """No change at all."""
+    """A schedule that changes nothing."""
 
     def due(self, epoch: int) -> bool:
         return False
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise `InvalidInput` for an option that can't be."""
+    """Raise `InvalidInput` with this message unless the condition holds."""
     if not condition:
         raise InvalidInput(message)
 
@@ -211,7 +216,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def _require_kind(name: str, value: Any, annotation: str) -> None:
-    """Raise `InvalidInput` for an option that is a number, or true or false, if the value is something else."""
+    """Raise `InvalidInput` if an option must be a number, or true or false, and the value is something else."""
     kinds, needed = _KINDS.get(annotation.removesuffix(" | None"), ((), ""))
     fits = type(value) in kinds or (value is None and annotation.endswith("None"))
     require(fits or not kinds, f"{name} is {value!r}; it must be {needed}.")

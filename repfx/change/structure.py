@@ -1,4 +1,4 @@
-"""`Structure`: how a model came by its layers, as plain values and tensors; and how it is taken there and back again."""
+"""`Structure`: the history of a model's layers, as plain values and tensors. `Skeleton`: its layers now, to which it can be taken back."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from repfx.records.notes import copy_without_numbers
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """What a checkpoint holds of a model beside its weights.
+    """The history of a model's layers: all that a checkpoint holds of the model beside its weights.
 
     Args:
-        journals: by path, of the model and of all modules in it that have one, as an `AveragedModel` has of the model that it holds.
-        folded: by path, mean and variance that convs remember of the BatchNorms that they have absorbed, for `restore`.
+        journals: the journals of the model and of all modules in it that have one, such as the model inside an `AveragedModel`, by path.
+        folded: mean and variance of the BatchNorms that convs have absorbed, which `restore` needs, by the conv's path.
 
     >>> import repfx
     >>> model = repfx.expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "acb")
@@ -38,7 +38,7 @@ class Structure:
 
     @classmethod
     def of(cls, module: nn.Module) -> Structure:
-        """The structure that a module has now."""
+        """Return the structure that a module has now."""
         modules = dict(module.named_modules())
         journals: dict[str, tuple[Action, ...]] = {path: journal(inner) for path, inner in modules.items()}
         notes = {path: folded_norm(inner) for path, inner in modules.items()}
@@ -49,10 +49,12 @@ class Structure:
         )
 
     def rebuild(self, module: nn.Module) -> None:
-        """Take a module there, in place, from any structure that the saved one has gone through. Its weights are left to a checkpoint.
+        """Bring a module to this structure, in place, from any structure that the saved module has gone through.
+
+        Its weights are left to a checkpoint.
 
         Raises:
-            RepfxError: the module has gone another way.
+            RepfxError: the module has been through other changes.
         """
         for path, text in self.journals.items():
             inner = module.get_submodule(path)
@@ -68,7 +70,7 @@ class Structure:
 
 
 class Skeleton:
-    """The layers of a model as they are now, without their numbers; later the model can be taken back to them.
+    """The layers of a model as they are now, without their numbers, so that the model can be taken back to them later.
 
     >>> import repfx
     >>> model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
@@ -87,11 +89,11 @@ class Skeleton:
 
     @property
     def journal(self) -> tuple[Action, ...]:
-        """What the model had been through then."""
+        """The journal that the model had when this object was created."""
         return journal(self._layers)
 
     def take_back(self, model: nn.Module) -> None:
-        """Put the layers of then in the place of those that differ, in place; they hold zeros, for a checkpoint to fill."""
+        """Replace the layers of a model that differ from these, in place. The new layers hold zeros, for a checkpoint to fill."""
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         _take_back(model, self._layers, device)
         forget(model)
@@ -108,7 +110,7 @@ def _take_back(model: nn.Module, layers: nn.Module, device: torch.device) -> Non
 
 
 def _is_alike(found: nn.Module, wanted: nn.Module) -> bool:
-    """Whether a module is of the same make, what lies inside its children aside."""
+    """Whether two modules are built alike, regardless of what lies inside their children."""
     kinds = [fx.GraphModule if isinstance(each, fx.GraphModule) else type(each) for each in (found, wanted)]
     makes = []
     for each in (found, wanted):

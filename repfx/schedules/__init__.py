@@ -1,4 +1,4 @@
-"""The schedules, one file each; importing this package registers all of them, and gives their classes as its attributes.
+"""The schedules, one file each. Importing this package registers all of them, and their classes are its attributes.
 
 Imports search and below. Begin with `fixed`, the shortest.
 """

@@ -1,4 +1,4 @@
-"""DES: directional evolution, whose new candidates are led by what the supernet has learned about its branches."""
+"""DES: directional evolution, in which the supernet's knowledge about its branches guides the choice of new candidates."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from repfx.search.space import Code, Space
 class DES(PopulationSearch):
     """Directional evolution strategy in the IREPS space (Yu et al., Efficient Re-parameterization Operations Search).
 
-    What the branches of a site add is multiplied by σ(α) each and by σ(β) together (eq. 6 and 7), the site's own conv always runs. After
-    the warm-up of the whole supernet each step trains candidates of a population. A generation on, all candidates are fused and
-    scored; the next population is made of the best of them, of their crossings and mutations, and of candidates drawn from the
-    supernet: the highest (σ(β) + noise) · (σ(α) + noise) of the whole net (eq. 8 to 10).
+    The output of each branch is multiplied by σ(α), and the sum of a site's branches by σ(β) (eq. 6 and 7). The site's own conv always
+    runs. In the warm-up the whole supernet is trained; afterwards each step trains candidates of a population. At the end of a
+    generation all candidates are fused and scored. The next population consists of the best of them, of their crossings and
+    mutations, and of candidates drawn from the supernet: those have the highest (σ(β) + noise) · (σ(α) + noise) of the whole net
+    (eq. 8 to 10).
 
     Args:
-        budget: how many branches a candidate has at most.
-        warm_up: epochs in which all branches run.
-        epochs: after so many in all, the best candidate stays, and training can go on.
+        budget: greatest number of branches of a candidate: a whole number, or a fraction of all.
+        warm_up: number of epochs in which all branches run.
+        epochs: number of epochs after which the best candidate stays, the warm-up included. Training can go on.
         spec: the search space, as in `RepNAS`.
-        population: how many candidates there are.
-        generation: how many epochs one takes.
-        nets: over how many candidates each step averages (eq. 3), in a loop over `Driver.shares`; else over one.
-        parents: which part of the population stays.
-        directed: which part of the next one is drawn from the supernet; the rest is crossed and mutated.
-        crossover, mutation: probability of each for a candidate (the paper's 0.5).
-        flips: probability of each gate to be flipped by a mutation.
-        statistics: of the candidates' BatchNorms: ``running``, those of the supernet, which are of many nets; ``measured``, for each
-            candidate on the driver's data, which takes longer.
-        weights, preserve, learning_rate, betas, batches, seed: as in `RepNAS`; α and β learn by Adam.
+        population: number of candidates.
+        generation: number of epochs of a generation.
+        nets: number of candidates over which each step averages (eq. 3), if the training loop uses `Driver.shares`; else it trains one.
+        parents: the part of the population that stays.
+        directed: the part of the next population that is drawn from the supernet; the rest is crossed and mutated.
+        crossover, mutation: probability of each for a candidate (0.5 in the paper).
+        flips: probability that a mutation flips a gate.
+        statistics: the source of the candidates' BatchNorm statistics. ``running``: those of the supernet, which come from many nets.
+            ``measured``: measured for each candidate on the driver's data, which takes longer.
+        weights, preserve, learning_rate, betas, batches, seed: the options of `RepNAS`; Adam trains α and β.
 
     >>> search = DES(warm_up=10, epochs=40, generation=10)
     >>> [epoch for epoch in range(41) if search.evaluates(epoch)]
@@ -76,7 +77,7 @@ class DES(PopulationSearch):
         return [*known, *self._distinct(lambda: self._any(seen.space, numbers), missing, known)]
 
     def _directed(self, seen: Gated, numbers: random.Random) -> Code:
-        """Eq. 8 to 10."""
+        """Draw a candidate from the supernet (eq. 8 to 10)."""
         alphas = [_sigmoid(alpha) for alpha in seen.alphas]
         betas = {site: _sigmoid(beta) for site, beta in seen.betas.items()}
         block_noise = {site: _noise(betas.values(), numbers) for site in betas}
@@ -97,14 +98,14 @@ class DES(PopulationSearch):
 
 
 def _within(code: Code, budget: int, numbers: random.Random) -> Code:
-    """With so many paths closed at random that the budget is met, and one open at least."""
+    """Close paths at random until the budget is met. If no path is open, open one at random."""
     opened = [index for index, is_open in enumerate(code) if is_open] or [numbers.randrange(len(code))]
     kept = set(opened if len(opened) <= budget else numbers.sample(opened, budget))
     return tuple(index in kept for index in range(len(code)))
 
 
 def _noise(known: Collection[float], numbers: random.Random) -> float:
-    """Between the distances of the beginning, σ(0), from the extremes."""
+    """Draw a number between the distances of σ(0), the value at the beginning, from the highest and the lowest known value."""
     return numbers.uniform(_sigmoid(0) - max(known), _sigmoid(0) - min(known))
 
 

@@ -22,21 +22,22 @@ class DyRep(Schedule):
     """Dynamic re-parameterization (Huang et al., DyRep: Bootstrapping Training with Dynamic Re-parameterization).
 
     Every `interval` epochs the conv of the highest saliency becomes a block, and every branch whose γ is small leaves its block. Convs
-    inside a block are candidates as well. Both change neither mode of the model: the origin's BatchNorm takes the statistics that are
-    measured, where the authors' code resets it.
+    inside a block are candidates as well. Neither step changes what the model computes, in training mode or in eval mode: the origin's
+    BatchNorm takes the statistics that are measured, where the authors' code resets it.
 
     Args:
-        interval: epochs from one adjustment to the next.
-        until: no adjustment after this many epochs or more.
-        metric: the saliency: ``synflow`` is Σ g·W over the weights, as in the paper; of a conv in front of a BatchNorm it is zero but for
-            ε, for such a conv's scale makes no difference. ``snip`` is Σ |g·W|, ``gradient_norm`` is ‖g‖, ``random`` is a random number.
+        interval: number of epochs from one adjustment to the next.
+        until: number of epochs from which on nothing is adjusted any more.
+        metric: the saliency. ``synflow`` is Σ g·W over the weights, as in the paper; for a conv in front of a BatchNorm it is zero but for
+            ε, because such a conv's scale makes no difference. ``snip`` is Σ |g·W|, ``gradient_norm`` is ‖g‖, and ``random`` is a random
+            number.
         spec: the branches that a conv gets, as far as they fit; or a dict of these by patterns of site paths.
-        gamma: of the branches' last BatchNorms at first, relative to the origin's.
-        depth: how deep blocks may lie in each other.
-        drop: whether branches leave, too (the paper's Dep); else they only grow (Rep).
-        deviation: branches leave a block only where their scores' standard deviation is above this.
-        scale: and only those whose score, mean |γ| relative to the origin's, is below the mean and below this.
-        batches: how many batches the new BatchNorms are calibrated on.
+        gamma: first γ of the branches' last BatchNorms, relative to the origin's.
+        depth: greatest number of blocks inside each other.
+        drop: whether branches leave, too (the paper's Dep); else blocks only grow (Rep).
+        deviation: branches leave a block only if the standard deviation of their scores is above this number.
+        scale: a branch leaves only if its score (mean |γ| relative to the origin's) is below both this number and the block's mean score.
+        batches: number of batches on which new BatchNorms are calibrated.
 
     >>> DyRep(interval=15, until=500).due(30)
     True
@@ -81,7 +82,7 @@ class DyRep(Schedule):
         return [*self._growth(open_ones), *drops]
 
     def _growth(self, candidates: list[Candidate]) -> list[Action]:
-        """The one of the highest saliency becomes a block."""
+        """Return the expansion of the candidate of the highest saliency that a branch fits."""
         for best in sorted(candidates, key=lambda candidate: -candidate.saliency):
             spec = spec_at(self.spec, best.site)
             expands = [] if best.conv.is_pointwise else Expand.by(spec, best.site, best.conv, gamma=self.gamma)
@@ -98,10 +99,10 @@ class DyRep(Schedule):
 
     @classmethod
     def _proportions(cls, epochs: int, options: Mapping[str, Any]) -> dict[str, Any]:
-        """40 intervals in 600 epochs, the last sixth of them without adjustments."""
+        """Use the paper's proportions: 40 intervals (15 epochs each in its 600), the last sixth of them without adjustments."""
         return {"interval": max(1, epochs // 40), "until": max(2, epochs * 5 // 6)}
 
 
 def _inside(drops: list[Drop]) -> tuple[str, ...]:
-    """What the paths in a branch that leaves begin with."""
+    """Return the prefixes of all paths inside the branches that leave."""
     return tuple(f"{drop.site}.{drop.branch}." for drop in drops)

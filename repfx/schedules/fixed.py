@@ -1,4 +1,4 @@
-"""Fixed: the branches are there from the beginning; what a schedule can do beside that is to squeeze them for the last epochs."""
+"""Fixed: the branches are there from the beginning to the end. The blocks can be squeezed for the last epochs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from repfx.records.journal import Action
 
 @dataclass(frozen=True)
 class Fixed(Schedule):
-    """All convs become blocks before the first epoch, and stay so; with `squeeze_from` the last ones cost about what the plain model's do.
+    """Expand all convs before the first epoch. With `squeeze_from`, the last epochs cost about what the plain model's do.
 
     Args:
-        spec: what convs are expanded with at the beginning; blocks that are there already stay as they are. None: only these.
+        spec: the branches that convs get at the beginning. Blocks that are there already stay as they are. None: no conv is expanded.
         preserve: whether the branches add nothing at first, so that a trained model keeps its function.
 
     >>> Fixed("acb", squeeze_from=80).is_due(80)
@@ -33,7 +33,7 @@ class Fixed(Schedule):
     def __post_init__(self) -> None:
         specs = [] if self.spec is None else [spec for _, spec in Selection.of(self.spec).patterns]
         normalised = self.squeeze_from == 0 and any(spec.norm == "batch_norm" for spec in specs)
-        require(not normalised, "squeeze_from is 0, where BatchNorms in branches have measured nothing yet.")
+        require(not normalised, "squeeze_from is 0, but then BatchNorms in branches have measured nothing yet.")
 
     def due(self, epoch: int) -> bool:
         return epoch == 0

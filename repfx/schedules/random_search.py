@@ -13,14 +13,14 @@ from repfx.search.space import Code
 
 @dataclass(frozen=True)
 class RandomSearch(PopulationSearch):
-    """Candidates drawn at random under the budget, scored like those of `DES`; the best one stays.
+    """Draw candidates at random under the budget, and score them like those of `DES`; the best one stays.
 
-    It trains and evaluates as much as `DES` of the same settings does, and learns nothing about branches on the way: of each
-    generation the best candidate is kept, the others are new.
+    This trains and evaluates as much as `DES` with the same settings, but it learns nothing about branches on the way. The best
+    candidate of each generation is kept, and the others are new.
 
     Args:
-        budget, warm_up, epochs, spec, weights, preserve, batches, seed: as in `DES`.
-        population, generation, nets, statistics: as in `DES`.
+        budget, warm_up, epochs, spec, weights, preserve, batches, seed: the options of `DES`.
+        population, generation, nets, statistics: the options of `DES`.
 
     >>> RandomSearch(warm_up=10, epochs=40, generation=15).evaluates(25)
     True

@@ -25,21 +25,23 @@ from repfx.records.journal import Action
 class RepAn(Schedule):
     """Annealing through re-parameterization (RepAn, Algorithm 1).
 
-    Each cycle begins with a fold of all blocks into their convs, BatchNorms put back behind them, and new branches beside them, attached by
-    λ (eq. 3): 0 at first, so that nothing jumps, and 1 after the warm-up. The optimizers begin each cycle anew; let the learning rate do
-    so, too.
+    At the beginning of each cycle, all blocks are folded into their convs, BatchNorms are put back behind these, and new branches are
+    attached beside them by λ (eq. 3). λ is 0 at first, so that nothing jumps, and 1 after the warm-up. The optimizers begin each cycle
+    anew; let the learning rate do so, too.
 
     Args:
-        cycles: how many.
-        epochs: of each.
-        warm_up: epochs of a cycle in which λ rises from 0 to 1, by each step if the driver knows how many an epoch has, else by epoch.
+        cycles: number of cycles.
+        epochs: number of epochs of each cycle.
+        warm_up: number of epochs of a cycle in which λ rises from 0 to 1. It rises with each step if the driver knows how many steps an
+            epoch has, else with each epoch.
         spec: the branches that convs get, as far as they fit; or a dict of these by patterns of site paths.
-        weights: first values of their convs, as in `Spec`.
-        statistics: of the BatchNorms put back. ``inherited``: of the sum that was folded, measured in training mode as far as the driver
-            has data, so that neither mode moves. ``measured``: of the fused model in eval mode; where the running statistics lag behind,
-            as they do while λ rises, training mode then takes over what eval mode computes.
-        freeze: leave the inherited convs and BatchNorms alone while λ rises.
-        batches: how many batches BatchNorms are calibrated on.
+        weights: first weights of the branches' convs, as in `Spec`.
+        statistics: the source of the statistics of the BatchNorms put back. ``inherited``: those of the sum that was folded, measured in
+            training mode if the driver has data, so that the function stays in both modes. ``measured``: those of the fused model in
+            eval mode. Where the running statistics lag behind, as they do while λ rises, training mode then takes over what eval mode
+            computes.
+        freeze: whether the inherited convs and BatchNorms are frozen while λ rises.
+        batches: number of batches on which BatchNorms are calibrated.
 
     >>> repan = RepAn(cycles=3, epochs=10, warm_up=4)
     >>> [repan.due(epoch) for epoch in (0, 10, 30)], [repan.attach_rate(time) for time in (0, 1, 11, 15)]
@@ -108,11 +110,11 @@ class RepAn(Schedule):
 
     @classmethod
     def _proportions(cls, epochs: int, options: Mapping[str, Any]) -> dict[str, Any]:
-        """As many cycles of equal length as there can be, up to the paper's 5, of three epochs at least; a sixth is warm-up."""
+        """Use as many equal cycles of at least three epochs as possible, up to the paper's 5; a sixth of each is warm-up."""
         longer = [number for number in (5, 4, 3, 2) if epochs % number == 0 and epochs // number >= 3]
         cycles = options.get("cycles", max(longer, default=1))
         if cycles < 1:
-            return {"epochs": epochs}  # which is refused
+            return {"epochs": epochs}  # `__post_init__` refuses these cycles
         if epochs % cycles and "epochs" not in options:
             raise InvalidInput(f"{epochs} epochs can't be split into {cycles} cycles of equal length.")
         each = options.get("epochs", epochs // cycles)

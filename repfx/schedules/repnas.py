@@ -1,4 +1,4 @@
-"""RepNAS: learn the importance of each branch while the weights are trained, and run the most important ones alone."""
+"""RepNAS: learn the importance of each branch while the weights are trained, and run only the most important ones."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from repfx.search.space import Code
 class RepNAS(Search):
     """Differentiable search under a budget (Zhang et al., RepNAS: Searching for Efficient Re-parameterizing Blocks).
 
-    Each step runs the branches of the highest α + ζ in the whole net, ζ ~ Logistic(0, 1), and nothing else: time and memory follow
-    the budget. α learns by a straight-through gradient (eq. 11 to 13). Eval mode, and the end of the search, take the highest α.
+    Each step runs only the branches with the highest α + ζ in the whole net, ζ ~ Logistic(0, 1), so time and memory follow the budget.
+    α learns by a straight-through gradient (eq. 11 to 13). In eval mode, the branches with the highest α run; at the end of the
+    search, they stay.
 
     Args:
-        budget: how many branches run; with `origin` a site's own conv counts as one, and each site keeps one path at least.
-        warm_up: epochs in which all sets of branches are drawn alike and α isn't trained.
-        epochs: after so many in all, the branches of the highest α stay, and training can go on.
+        budget: number of branches that run: a whole number, or a fraction of all. With `origin`, a site's own conv counts as a branch,
+            and each site keeps at least one path.
+        warm_up: number of epochs in which all sets of branches are equally likely, and α isn't trained.
+        epochs: number of epochs after which the branches with the highest α stay, the warm-up included. Training can go on.
         spec: the search space; a dict by patterns of site paths leaves the other sites alone.
-        weights: ``shared``: branches take the centre of the site's own weights (eq. 5); ``default``: weights of their own.
+        weights: ``shared``: branches use the centre of the site's own weights (eq. 5); ``default``: branches have weights of their own.
         origin: whether the site's own conv can be closed, too.
-        preserve: whether branches add nothing at first; for a trained model, together with ``origin=False``.
-        learning_rate, betas: of Adam for α.
-        batches: how many batches BatchNorms are measured on at the end.
-        seed: of ζ.
+        preserve: whether branches add nothing at first, which is for a trained model, together with ``origin=False``.
+        learning_rate, betas: settings of Adam, which trains α.
+        batches: number of batches on which BatchNorms are measured at the end.
+        seed: seed of ζ.
 
     >>> search = RepNAS(budget=0.5, warm_up=10, epochs=40)
     >>> search.trains_gates(9), search.trains_gates(10), search.due(40)

@@ -1,8 +1,8 @@
-"""`Search`: a schedule that finds out which branches a net should have, by gates; a pure function of what was seen, as all schedules are.
+"""`Search`: a schedule that uses gates to find out which branches a net should have. Like every schedule, it is a pure function.
 
-A search expands the model and gives it gates, says which gates are open in each step, and at its end lets the closed paths leave. Its
-random numbers come from the seed and the time alone, so all ranks draw the same ones, and a run that was killed goes on as if it hadn't
-been.
+A search expands the model and gives it gates, says which gates are open in each step, and drops the closed paths at its end. Its random
+numbers depend on the seed and the time alone, so all ranks draw the same ones, and a run that was killed resumes as if it had never
+been interrupted.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ from repfx.search.space import Code, Space
 
 @dataclass(frozen=True)
 class Search(Schedule):
-    """Base of the searches.
+    """Base of all searches.
 
     Args:
-        budget: how many of the gated paths may be open: a whole number, or a fraction of all.
-        warm_up: epochs in which the weights alone are trained.
-        epochs: after so many in all, the search ends and the model keeps what it has chosen. Training can go on.
-        spec: what convs with a window of more than 1×1 are expanded with at the beginning; blocks that are there already are searched as
-            they are. None: only these.
-        weights: of the branches, as in `Spec`; ``shared``: the centre of the site's own.
-        preserve: whether the first branches add nothing at first, so that a trained model keeps its function, as far as the search lets it.
-        learning_rate: of what is learned of the gates, by Adam with `betas`; weights are trained by the optimizer of the driver.
-        batches: how many batches statistics are measured on at the end, if the driver has data.
-        seed: of what is drawn.
+        budget: number of the gated paths that may be open: a whole number, or a fraction of all.
+        warm_up: number of epochs in which only the weights are trained.
+        epochs: number of epochs after which the search ends, the warm-up included. The model then keeps the paths that were chosen, and
+            training can go on.
+        spec: the branches that convs with a window of more than 1×1 get at the beginning. Blocks that are there already are searched as
+            they are. None: only these blocks are searched.
+        weights: the branches' weights, as in `Spec`; with ``shared`` they are the centre of the site's own.
+        preserve: whether the branches add nothing at first, so that a trained model keeps its function, as far as the search allows.
+        learning_rate: the rate at which Adam, with `betas`, trains the parameters of the gates. The driver's optimizer trains the weights.
+        batches: number of batches on which statistics are measured at the end, if the driver has data.
+        seed: seed of the random numbers.
     """
 
     origin: ClassVar[bool] = False  # whether the sites' own convs have gates, too
@@ -82,7 +83,7 @@ class Search(Schedule):
         )
         require(
             self.squeeze_from is None or self.squeeze_from > self.epochs,
-            f"squeeze_from is {self.squeeze_from}; blocks can be squeezed after the {self.epochs} epochs of the search.",
+            f"squeeze_from is {self.squeeze_from}; blocks can be squeezed only after the {self.epochs} epochs of the search.",
         )
         require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive.")
         require(self.batches >= 1, f"batches is {self.batches}; it must be at least 1.")
@@ -106,19 +107,19 @@ class Search(Schedule):
         own = ("origin",) if self.origin else ()
         choices |= {action.site: (*own, *map(str, range(len(action.branches)))) for action in expands}
         space = Space(tuple((site, path) for site, paths in choices.items() for path in paths))
-        space.budget(self.budget)  # before anything is changed
+        space.budget(self.budget)  # raises before anything is changed
         return [*expands, *(Gate(site, self.style, self.origin) for site in sites)]
 
     def _require_searchable(self, blocks: Sequence[ObservedBlock]) -> None:
         for block in blocks:
-            require(not block.depth, f"{block.site!r} is a block inside a block; a search takes none of these.")
+            require(not block.depth, f"{block.site!r} is a block inside a block; a search can't handle such blocks.")
             require(
                 block.gates in (None, self.style),
                 f"{block.site!r} has {block.gates} gates, and {type(self).__name__} takes {self.style} ones: ungate it.",
             )
 
     def _paths(self, block: ObservedBlock) -> tuple[str, ...]:
-        """Those of a block that have gates, or get some."""
+        """Return the paths of a block that have gates, or that get gates."""
         own = ("origin",) if self.origin and "origin" in block.running else ()
         return (*own, *block.branches)
 
@@ -132,7 +133,7 @@ class Search(Schedule):
         return Expand.by(spec, candidate.site, candidate.conv, **options)
 
     def _settle(self, blocks: Sequence[ObservedBlock]) -> list[Action]:
-        """What is closed leaves, the gates too, and BatchNorms get the statistics of the net that is left."""
+        """Return the last actions of the search: drop closed paths, remove gates, and give BatchNorms the statistics of the final net."""
         gated = [block for block in blocks if block.gates is not None]
         drops = [
             Drop(block.site, branch, closed=True)
@@ -158,36 +159,36 @@ class Search(Schedule):
         return False
 
     def trains_gates(self, epoch: int) -> bool:
-        """Whether what is learned of the gates is learned in this epoch, counted from 0."""
+        """Tell whether the parameters of gates are trained in this epoch, counted from 0."""
         return self.warm_up <= epoch < self.epochs
 
     def first_population(self, space: Space) -> Sequence[Code]:
-        """The candidates to begin with."""
+        """Return the candidates of the first generation."""
         return ()
 
     def draws(self, seen: Gated, epoch: int, step: int) -> Sequence[Draw]:
-        """The nets over which this step's gradient is averaged."""
+        """Return the nets over which this step's gradient is averaged."""
         raise NotImplementedError
 
     def choice(self, seen: Gated) -> Code:
-        """What runs in eval mode, and stays if the search ends now."""
+        """Return the code of the paths that run in eval mode. They stay if the search ends now."""
         raise NotImplementedError
 
     def evaluates(self, epoch: int) -> bool:
-        """Whether the population is evaluated after so many epochs."""
+        """Tell whether the population is evaluated after `epoch` epochs."""
         return False
 
     def next_population(self, seen: Gated, epoch: int) -> Sequence[Code]:
-        """The candidates of the next generation, after those of this one were evaluated."""
+        """Return the candidates of the next generation, after those of this one were evaluated."""
         return seen.population
 
     def random(self, *time: int) -> random.Random:
-        """Random numbers that depend on the seed and the time alone."""
+        """Return a source of random numbers that depends on the seed and the time alone."""
         return random.Random(repr((self.seed, *time)))
 
     @classmethod
     def _proportions(cls, epochs: int, options: Mapping[str, Any]) -> dict[str, Any]:
-        """A sixth of the epochs without learning of gates, and a third afterwards with what was found."""
+        """Use the first sixth of the epochs as warm-up, and the last third to train what was found."""
         end = int(options.get("epochs", max(1, epochs * 2 // 3)))
         require(end <= epochs, f"the search takes {end} epochs and the training {epochs}: give the search fewer.")
         return {"warm_up": min(epochs // 6, end - 1), "epochs": end}
@@ -195,14 +196,14 @@ class Search(Schedule):
 
 @dataclass(frozen=True)
 class PopulationSearch(Search):
-    """Base of the searches that score candidates: what each step trains is drawn from a population, which changes by generations.
+    """Base of the searches that score candidates. Each step trains candidates of a population, which changes with each generation.
 
     Args:
-        population: how many candidates there are.
-        generation: how many epochs one takes.
-        nets: over how many candidates each step averages, if the loop asks for them (`Driver.shares`); else over one.
-        statistics: of the candidates' BatchNorms when they are scored: ``running``, those that the supernet has, which are of many nets;
-            ``measured``, on the driver's data, for each candidate, which takes longer.
+        population: number of candidates.
+        generation: number of epochs of a generation.
+        nets: number of candidates over which each step averages, if the training loop uses `Driver.shares`; else it trains one.
+        statistics: the source of the candidates' BatchNorm statistics when they are scored. ``running``: those of the supernet, which come
+            from many nets. ``measured``: measured for each candidate on the driver's data, which takes longer.
     """
 
     needs_score: ClassVar[bool] = True
@@ -249,13 +250,13 @@ class PopulationSearch(Search):
         return epoch == self.epochs or (since > 0 and epoch < self.epochs and since % self.generation == 0)
 
     def _any(self, space: Space, numbers: random.Random) -> Code:
-        """As many open paths as the budget has, all sets alike."""
+        """Draw a code with as many open paths as the budget allows; all such codes are equally likely."""
         chosen = set(numbers.sample(range(len(space.paths)), space.budget(self.budget)))
         return tuple(index in chosen for index in range(len(space.paths)))
 
     @staticmethod
     def _distinct(make: Any, count: int, known: Sequence[Code] = ()) -> list[Code]:
-        """So many that differ from each other and from those that are known, as far as there are any in reasonable time."""
+        """Make `count` codes that differ from each other and from the `known` ones; fewer, if 20 tries for each aren't enough."""
         found: dict[Code, None] = {}
         for _ in range(20 * count):
             if len(found) == count:
@@ -267,7 +268,7 @@ class PopulationSearch(Search):
 
     @classmethod
     def _proportions(cls, epochs: int, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Eight generations; in a short training of fewer and smaller ones than the papers' hundreds of epochs allow."""
+        """Use eight generations. Below 100 epochs the population is small and each step trains one net; the papers have hundreds."""
         own = super()._proportions(epochs, options)
         size = {} if epochs >= 100 else {"population": 32, "nets": 1}
         return {**own, **size, "generation": max(1, (own["epochs"] - own["warm_up"]) // 8)}

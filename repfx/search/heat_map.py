@@ -1,4 +1,4 @@
-"""`draw`: an architecture as a picture, sites by branch kinds."""
+"""`draw`: write an architecture as a picture, with a row for each site and a column for each kind of branch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _INK, _ON_DARK = "#30363d", "#ffffff"
 def draw(architecture: Architecture, path: str | os.PathLike[str]) -> None:
     """Write a heat map as PNG: one row for each site, one column for each kind of branch.
 
-    Dark is what the site has, light what it could have had, white what doesn't fit it. Where a search has learned how much each
-    branch matters, the number is written in.
+    A dark cell is a branch that the site has, a light cell one that it could have had, and a white cell one that doesn't fit it. If a
+    search has learned how much each branch matters, the cells show that number.
 
     Raises:
         InvalidInput: matplotlib is missing, or the path can't be written.
@@ -49,7 +49,7 @@ def draw(architecture: Architecture, path: str | os.PathLike[str]) -> None:
 
 
 def cells(code: SiteCode) -> dict[str, tuple[bool, float | None]]:
-    """By the names of columns: whether the site has it, and how much it matters, if that was learned."""
+    """Return, by column, whether the site has the path, and how much the path matters, if that was learned."""
     found: dict[str, tuple[bool, float | None]] = {}
     importance = code.importance or (None,) * len(code.code)
     for kind, digit, value in zip(("own conv", *(branch.kind for branch in code.branches)), code.code, importance):

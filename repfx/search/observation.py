@@ -1,4 +1,4 @@
-"""`Gated` and `Draw`: what a search decides by, and what it decides for one net of a step."""
+"""`Gated` and `Draw`: the state that a search sees when it decides, and its decision for one net of a step."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from repfx.search.space import Code, Space
 
 @dataclass(frozen=True)
 class Gated:
-    """What a search decides by.
+    """The state of a model with gates, as a search sees it when it decides.
 
     Args:
         space: the gated paths.
-        alphas: what has been learned of each path.
-        betas: what has been learned of each site's branches as a whole.
-        population: the candidates of a search that has some.
-        scores: theirs when they were last evaluated, the higher the better; empty before.
+        alphas: the learned α of each path.
+        betas: the learned β of each site's branches as a whole, by site.
+        population: the candidates, if the search has any.
+        scores: the candidates' scores, the higher the better; empty until they have been evaluated.
     """
 
     space: Space

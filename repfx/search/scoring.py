@@ -1,11 +1,12 @@
-"""Fast scoring: one plain net for all candidates of a search over gated paths, refilled for each instead of rebuilt.
+"""Fast scoring: one plain net for all candidates of a search over gated paths. It is refilled for each candidate instead of rebuilt.
 
-With kernels *K* of its paths, gates and λ included, a block whose open paths are *O* is one conv (IRepNAS, eq. 6 and 7, and sec. 3.4)
+Let *K_p* be the kernels of a block's paths, gates and λ included. A block whose open paths are *O* is the one conv (IRepNAS, eq. 6 and 7,
+and sec. 3.4)
 
-    K_always + Σ_{p ∈ O} K_p,
+    K_always + Σ_{p ∈ O} K_p
 
-whatever O is. So each *K_p* is computed once for a state of the supernet, and a candidate is a masked sum at each gated site; all else
-is fused once. IRepNAS fuses each candidate anew.
+for every *O*. So each *K_p* is computed once for a state of the supernet, and a candidate is a masked sum at each gated site. The rest of
+the net is fused once. IRepNAS fuses each candidate anew.
 """
 
 from __future__ import annotations
@@ -41,26 +42,30 @@ STATISTICS = ("running", "measured")
 
 
 class FusedSupernet:
-    """The plain nets of all candidates of a model with gated blocks, in eval mode; the model is copied and left untouched.
+    """The plain nets of all candidates of a model with gated blocks, in eval mode. The model is copied and left untouched.
 
-    What it knows is the state that the model has now: after a step of training make a new one.
+    The nets have the state that the model has now, so make a new `FusedSupernet` after a step of training.
 
-    Which statistics the BatchNorms of a candidate have is a choice. ``running``: those that the supernet has gathered. They cost nothing,
-    but where paths were drawn anew for each step, they are those of a mixture of nets, and of none exactly. ``measured``: for each
-    candidate all BatchNorms that keep statistics, those of its open branches among them, are set to the mean over `calibrate`, in its
-    multi-branch form, before that is fused. This takes one pass over these data and all kernels anew for each candidate, which is most of
-    what ``running`` saves, so few batches should do. Which order of the candidates is nearer to that after retraining, neither can promise.
+    `statistics` says where the statistics of a candidate's BatchNorms come from:
+
+    - ``running``: from the supernet, which has gathered them. They cost nothing. But if paths were drawn anew for each step, these
+      statistics are those of a mixture of nets, and of no net exactly.
+    - ``measured``: from `calibrate`. For each candidate, all BatchNorms that keep statistics, including those of its open branches, are
+      set to the mean over these data, in the candidate's multi-branch form, before it is fused. This takes one pass over the data and
+      new kernels for each candidate, which is most of what ``running`` saves, so give few batches.
+
+    Neither promises that its ranking of the candidates is nearer to their ranking after retraining.
 
     Args:
-        model: its gates are those of `repfx.passes.gate`; which of them are open doesn't matter.
+        model: a model with gates of `repfx.passes.gate`; which of them are open doesn't matter.
         statistics: ``running`` or ``measured``.
-        calibrate: inputs of the model, or a data loader, for ``measured``; it is gone through once and kept, so that all candidates see the
-            same data.
+        calibrate: inputs of the model, or a data loader, for ``measured``. It is read once and kept, so that all candidates see the same
+            data.
 
     Raises:
-        UnknownName: no such `statistics`.
+        UnknownName: there is no such `statistics`.
         InvalidInput: the model has no gates, or gates inside a gated block, or a gated block with hooks; `calibrate` is missing, empty or
-            of no use; what always runs at a site isn't finite.
+            not needed; the kernel of what always runs at a site isn't finite.
 
     >>> from repfx.passes.expand import expand
     >>> from repfx.passes.gate import gate
@@ -80,7 +85,7 @@ class FusedSupernet:
         if statistics not in STATISTICS:
             raise UnknownName("source of statistics", statistics, STATISTICS)
         if statistics == "running" and calibrate is not None:
-            raise InvalidInput("calibrate is of use for statistics='measured' alone.")
+            raise InvalidInput("calibrate is used only with statistics='measured': leave it out.")
         if statistics == "measured" and calibrate is None:
             raise InvalidInput("statistics='measured' needs calibrate: the data to measure them on.")
         self.space = Space.of(model)
@@ -89,15 +94,15 @@ class FusedSupernet:
         self._nets = _Running(supernet, self.space) if calibrate is None else _Measured(supernet, self.space, calibrate)
 
     def net(self, code: Code) -> nn.Module:
-        """The plain net of a candidate, in eval mode.
+        """Return the plain net of a candidate, in eval mode.
 
-        With ``running`` statistics it is one module for all codes, with the weights of the code that was asked for last. It is not to be
-        changed, and copied where it is to be kept. Only sites at which the code differs from the last one are refilled. It equals the
-        fused candidate, to 1e-6 in float32 and to 1e-9 in float64: each kernel is computed in float64 and rounded once to the model's
-        dtype, or to float32 where that has more digits, and in this the sums are taken. On a CPU it has channels last where nothing in the
-        net could mind that.
+        With ``running`` statistics, all calls return the same module, filled with the weights of the latest code. Don't change it, and copy
+        it if you want to keep it. Only sites at which the code differs from the last one are refilled. The net equals the fused
+        candidate to 1e-6 in float32 and to 1e-9 in float64. Each kernel is computed in float64 and rounded once to the model's dtype,
+        or to float32 if that has more digits, and the kernels are summed in this dtype. On a CPU the net has channels last if nothing
+        in it depends on the order of memory.
 
-        With ``measured`` statistics each call gives a net of its own.
+        With ``measured`` statistics, each call returns a new net.
 
         Args:
             code: for each path of `space`, whether it is open.
@@ -120,20 +125,20 @@ def scores(
     statistics: str = "running",
     calibrate: Iterable[Any] | None = None,
 ) -> list[float]:
-    """What `score` gives for the plain net of each code, in the order of the codes; no gradients are computed.
+    """Return the score of the plain net of each code, in the order of the codes. No gradients are computed.
 
     In a run of `torch.distributed` the codes are dealt out, code k to rank k mod the number of ranks, and each rank gets all scores. All
-    ranks have to call this with the same codes; it is the first rank's model that all of them score.
+    ranks must call this with the same codes, and all score the first rank's model.
 
     Args:
-        model: with gated blocks; it is left untouched.
-        codes: for each path of `Space.of(model)`, whether it is open.
-        score: from a plain net in eval mode to a number, higher is better. NaN, as of a net that overflows, counts as minus infinity. The
-            net is not to be kept: the next code gets the same one.
-        statistics, calibrate: as for `FusedSupernet`.
+        model: a model with gated blocks; it is left untouched.
+        codes: the codes; each says for each path of `Space.of(model)` whether it is open.
+        score: a function from a plain net in eval mode to a number; higher is better. NaN, such as from a net that overflows, counts as
+            minus infinity. The function must not keep the net, because the next code gets the same one.
+        statistics, calibrate: the arguments of `FusedSupernet`.
 
     Raises:
-        InvalidInput: as of `FusedSupernet`; `score` gave something that is no number, or NaN for all codes.
+        InvalidInput: as for `FusedSupernet`; or `score` returned something that is no number, or NaN for all codes.
 
     >>> from repfx.passes.expand import expand
     >>> from repfx.passes.gate import gate
@@ -160,15 +165,15 @@ def scores(
 
 
 class SummedConv(nn.Module):
-    """One conv whose kernel is refilled: what stands for a gated block in a plain net.
+    """One conv whose kernel is refilled. It takes the place of a gated block in a plain net.
 
-    `fuse` doesn't know its class, and it has no parameters, so nothing is merged with it, whatever stands around it. The sizes of the
-    site's own conv (``kernel_size``, ``stride``, …) can be read from it, as from the block.
+    `fuse` merges nothing with it, because `fuse` doesn't know its class and it has no parameters. The sizes of the site's own conv
+    (``kernel_size``, ``stride``, …) can be read from it, as from the block.
 
     Args:
-        kernel: of what always runs, with the window of all paths; it is filled with this at first.
-        conv: the site's own; gives dtype, device and memory format.
-        site: its path.
+        kernel: the kernel of what always runs, with a window for all paths; the conv is filled with it at first.
+        conv: the site's own conv, from which dtype, device and memory format are taken.
+        site: path of the site.
     """
 
     weight: Tensor
@@ -186,7 +191,7 @@ class SummedConv(nn.Module):
         self.register_buffer("bias", _bias(kernel).to(filled.weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
+        """Map ``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
         return replace(self._sizes, weight=self.weight, bias=self.bias)(x)
 
     def extra_repr(self) -> str:
@@ -195,12 +200,12 @@ class SummedConv(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _Terms:
-    """What the kernel of a site is the sum of, all on one lattice: what always runs, then each gated path.
+    """The terms of which the kernel of a site is the sum, all on one lattice: first what always runs, then each gated path.
 
     Args:
-        names: of the gated paths.
-        weights: ``(1 + paths, out, in / groups, *window)``.
-        biases: ``(1 + paths, out)``.
+        names: names of the gated paths.
+        weights: weights of the terms, ``(1 + paths, out, in / groups, *window)``.
+        biases: biases of the terms, ``(1 + paths, out)``.
     """
 
     names: tuple[str, ...]
@@ -209,14 +214,14 @@ class _Terms:
 
     @classmethod
     def of(cls, names: tuple[str, ...], kernels: Sequence[Kernel], like: Tensor) -> _Terms:
-        """From float64, each rounded once to the dtype of `like`, on its device."""
+        """Make the terms from kernels in float64. Each is rounded once to the dtype of `like`, float32 at least, on its device."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         weights = [kernel.weight.to(like.device, dtype) for kernel in kernels]
         biases = [_bias(kernel).to(like.device, dtype) for kernel in kernels]
         return cls(names, torch.stack(weights), torch.stack(biases))
 
     def fill(self, conv: SummedConv, open_paths: tuple[str, ...]) -> None:
-        """Let a conv be that of these paths."""
+        """Fill a conv with the kernel of what always runs and these paths."""
         if conv.open == open_paths:
             return
         rows = [row for row, name in enumerate(self.names, start=1) if name in open_paths]
@@ -229,7 +234,7 @@ class _Terms:
 
 
 class _Running:
-    """One net for all codes."""
+    """One net for all codes, with the statistics that the supernet has gathered."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -261,7 +266,7 @@ class _Running:
 
 
 def _takes_channels_last(net: nn.Module) -> bool:
-    """Whether a net runs on a CPU, where convs are quicker with channels last, and nothing in it could mind the order of memory."""
+    """Whether a net runs on a CPU, where convs are faster with channels last, and nothing in it depends on the order of memory."""
     tensors = (*net.parameters(), *net.buffers())
     if not isinstance(net, fx.GraphModule) or any(each.device.type != "cpu" or each.ndim == 5 for each in tensors):
         return False
@@ -276,7 +281,7 @@ _MEMORY = {"view", "view_as", "as_strided", "stride", "is_contiguous", "storage_
 
 
 class _Measured:
-    """A net for each code, with statistics of its own."""
+    """A new net for each code, with statistics measured for it."""
 
     def __init__(self, supernet: nn.Module, space: Space, batches: Iterable[Any]) -> None:
         self._supernet = supernet
@@ -293,7 +298,7 @@ class _Measured:
 
 
 def _norms_behind(supernet: nn.Module, blocks: Mapping[str, RepBlock]) -> dict[str, Layer]:
-    """The BatchNorm that only the sum of a block feeds, by the block's path, where branches have none of their own."""
+    """Return the BatchNorm that only the sum of a block feeds, by the block's path. Branches of such blocks have none of their own."""
     outline = copy_of(supernet, {id(block): copy.deepcopy(block.conv) for block in blocks.values()})
     return {
         site.path: supernet.get_submodule(site.norm)
@@ -303,7 +308,10 @@ def _norms_behind(supernet: nn.Module, blocks: Mapping[str, RepBlock]) -> dict[s
 
 
 def _parts(block: RepBlock, norm: Layer | None) -> tuple[tuple[str, ...], list[Kernel]]:
-    """The gated paths of a block, and on one lattice the kernels of what always runs and of each of them, with the BatchNorm behind it."""
+    """Return the gated paths of a block, and on one lattice the kernel of what always runs and that of each gated path.
+
+    The BatchNorm behind the block is folded into the kernels.
+    """
     like = float64_like(block.conv.weight)
     kernels = {name: block.kernel_of(name, like) for name in block.paths}
     total = reduce(Kernel.add, (kernel.to("meta") for kernel in kernels.values()))
@@ -326,16 +334,16 @@ def _keeps_statistics(module: Layer) -> bool:
 
 
 def _require_separate_blocks(sites: Collection[str], model: nn.Module) -> None:
-    """Raise unless each site's sum is linear in what is open, and is all that runs there."""
+    """Raise `InvalidInput` unless each site's kernel is a sum over its open paths, and nothing else runs there."""
     if not sites:
-        raise InvalidInput(f"{type(model).__name__} has no gates; repfx.passes.gate gives a block's paths theirs.")
+        raise InvalidInput(f"{type(model).__name__} has no gates; repfx.passes.gate adds them to a block.")
     for site in sites:
         if not site:
             raise InvalidInput("the gated block is the model itself: put it into an nn.Sequential.")
         inner = next((other for other in sites if other.startswith(f"{site}.")), None)
         if inner is not None:
             raise InvalidInput(
-                f"{inner!r} has gates inside {site!r}, which has some, too: its kernel is no sum over them."
+                f"{inner!r} has gates inside {site!r}, which has gates, too: its kernel is no sum over the open paths."
             )
         if any(has_hooks(module) for module in model.get_submodule(site).modules()):
             raise InvalidInput(f"{site!r} has hooks, which a plain net wouldn't run: remove them.")
@@ -346,7 +354,7 @@ def _number(found: Any) -> float:
         return float(found)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInput(
-            f"score has to give one number for a net; it gave this {type(found).__name__}: {first_line(error)}."
+            f"score must return one number for a net; it returned a {type(found).__name__}: {first_line(error)}."
         ) from error
 
 
@@ -359,7 +367,7 @@ def _is_distributed() -> bool:
 
 @torch.no_grad()
 def _of_first_rank(model: nn.Module) -> nn.Module:
-    """A copy with the first rank's tensors: running statistics differ between the ranks of a `DistributedDataParallel`."""
+    """Return a copy with the first rank's tensors, because running statistics differ among the ranks of a `DistributedDataParallel`."""
     copied: nn.Module = copy_of(model)
     for tensor in (*copied.parameters(), *copied.buffers()):
         distributed.broadcast(tensor, 0)

@@ -1,4 +1,4 @@
-"""`Searcher`: does for a driver what a `Search` decides: opens gates, trains what is learned of them, scores candidates."""
+"""`Searcher`: does in a run what a `Search` decides: it opens gates, trains their parameters and scores candidates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TRAINING, _EVAL = (True,), (False,)
 
 
 class Decides(Protocol):
-    """What a searcher asks of a search; `repfx.search.base.Search` says what each answer means."""
+    """The questions that a searcher asks a search; `repfx.search.base.Search` says what each answer means."""
 
     @property
     def epochs(self) -> int: ...
@@ -43,12 +43,13 @@ class Decides(Protocol):
 
 
 class Searcher(Companion):
-    """The state of a search in a model.
+    """The companion of a search: it acts in a run and holds the search's state.
 
     Args:
-        search: what decides.
-        run: the model, with or, later, without gates; the optimizers of its weights, out of which what is learned of gates is taken; its
-            averages, which run the same paths; how candidates are scored, and the inputs for statistics measured for each of them.
+        search: the search, which decides.
+        run: the run in which the search acts. Its model has gates while the search goes on. The parameters of gates are taken out of its
+            optimizers. Its averages run the same paths as the model. Its `score` scores candidates, and its `calibrate` has the inputs
+            on which statistics are measured for each candidate.
     """
 
     def __init__(self, search: Decides, run: Run) -> None:
@@ -73,29 +74,29 @@ class Searcher(Companion):
 
     @property
     def space(self) -> Space:
-        """The gated paths; none after the search."""
+        """The gated paths; empty after the search."""
         return self._parts.space
 
     @property
     def architecture(self) -> Architecture:
-        """What the search has found, or, before its end, what runs in eval mode, among all that it chooses from."""
+        """The architecture that the search has found; before its end, the paths that run in eval mode, among all that it chooses from."""
         return self._found or Architecture.of(self.model)
 
     def observe(self) -> Gated:
-        """What the search decides by."""
+        """Return the state by which the search decides."""
         parts, values = self._parts, self._parts.values()
         count = len(parts.alphas)
         return Gated(parts.space, values[:count], dict(zip(parts.betas, values[count:])), self.population, self.scores)
 
     def begin(self, epoch: int) -> None:
-        """Once there are gates: draw the first population, and let eval mode and the next step run what they have to."""
+        """Draw the first population once there are gates, and open the gates for eval mode and for the first step."""
         if self.space.paths and not self.population:
             self.population = tuple(self.search.first_population(self.space))
             self._choose()
         self.before_step(epoch, 0)
 
     def shares(self, epoch: int, step: int) -> Iterator[float]:
-        """For each net of a step its share in the gradient; its gates are open meanwhile."""
+        """Yield the share of each net of a step in the gradient. The net's gates are open until the next share is asked for."""
         draws = self._draws(epoch, step) if self.space.paths else ()
         for draw in draws:
             self._open(draw)
@@ -109,7 +110,7 @@ class Searcher(Companion):
             self._open(self._draws(epoch, step)[0])
 
     def after_backward(self, epoch: int, scaler: torch.amp.GradScaler | None) -> None:
-        """Train what is learned of the gates by the gradients that are there, and remove these."""
+        """Train the parameters of gates by their gradients, if the search trains them in this epoch, and remove the gradients."""
         parameters = self._parts.parameters
         optimizer = self._parts.optimizer
         if optimizer is not None and self.search.trains_gates(epoch) and _are_finite(parameters, scaler):
@@ -118,7 +119,7 @@ class Searcher(Companion):
             parameter.grad = None
 
     def after_epoch(self, epoch: int) -> None:
-        """Score the population if it is time, and make the next one unless it is the end; let eval mode run the best."""
+        """Score the population if it is due, and make the next one unless the search ends. Let eval mode run the best candidate."""
         if not self.space.paths:
             return
         if not self.search.needs_score:
@@ -148,7 +149,7 @@ class Searcher(Companion):
             self.space.open(gates, code, _EVAL)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the search stands; α, β and what is open are in the model's state."""
+        """Return the state of the search; α, β and the open paths are in the model's state."""
         return {
             "population": [list(code) for code in self.population],
             "scores": list(self.scores),
@@ -158,7 +159,7 @@ class Searcher(Companion):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of `state_dict`."""
+        """Continue from a state that `state_dict` returned."""
         self.population = tuple(tuple(bool(is_open) for is_open in code) for code in state["population"])
         self.scores = tuple(state["scores"])
         self.history = list(state["history"])
@@ -193,7 +194,7 @@ class Searcher(Companion):
 
 
 class _Parts:
-    """The gates of a model as it is now, and the optimizer of what they learn."""
+    """The gates of a model in its present structure, and the optimizer of their parameters."""
 
     def __init__(self, model: nn.Module, averages: Sequence[nn.Module], search: Decides) -> None:
         gates: dict[str, Any] = gates_in(model)
@@ -213,23 +214,23 @@ class _Parts:
 
     @property
     def optimizer_state(self) -> dict[Any, Any]:
-        """By parameter."""
+        """The state of the gates' optimizer, by parameter."""
         return {} if self.optimizer is None else dict(self.optimizer.state)
 
     def take_over(self, state: dict[Any, Any]) -> None:
-        """Go on with what is known of the parameters that were there before."""
+        """Take over the optimizer's state of the parameters that were there before."""
         if self.optimizer is not None:
             self.optimizer.state.update({each: state[each] for each in self.parameters if each in state})
 
     def values(self) -> list[float]:
-        """Of all `parameters`, in one transfer from the device."""
+        """Return the values of all `parameters`, in one transfer from the device."""
         if not self.parameters:
             return []
         found: list[float] = torch.stack([parameter.detach() for parameter in self.parameters]).tolist()
         return found
 
     def leave(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Take the parameters of gates out of the optimizers of the weights."""
+        """Remove the parameters of gates from the optimizers of the weights."""
         own = set(self.parameters)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -240,7 +241,7 @@ class _Parts:
 
 @torch.no_grad()
 def _are_finite(parameters: Sequence[nn.Parameter], scaler: torch.amp.GradScaler | None) -> bool:
-    """Divide gradients by a scaler's scale, if it is in use; gives whether they are finite."""
+    """Divide gradients by a scaler's scale, if it is in use, and tell whether there are any and all are finite."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
         return False

@@ -1,4 +1,4 @@
-"""`Space`: all gated paths of a model in one row, over which a search chooses; and what a budget makes of scores."""
+"""`Space`: all gated paths of a model in one row, from which a search chooses those that a budget allows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Space:
     """The gated paths of a model.
 
     Args:
-        paths: site and name of each, site by site in the model's order.
+        paths: site and name of each path, site by site in the model's order.
 
     >>> space = Space((("conv1", "origin"), ("conv1", "1x1"), ("conv2", "origin"), ("conv2", "1x1")))
     >>> space.best([0.1, 0.9, 0.2, 0.3], 3)
@@ -31,7 +31,7 @@ class Space:
 
     @classmethod
     def of(cls, model: nn.Module) -> Space:
-        """Of all gates of a model."""
+        """Return the space of all gates of a model."""
         return cls(tuple((site, name) for site, gates in gates_in(model).items() for name in gates.names))
 
     @property
@@ -41,14 +41,14 @@ class Space:
 
     @property
     def origins_too(self) -> bool:
-        """Whether the sites' own convs have gates; then each site has to keep one path at least."""
+        """Whether the sites' own convs have gates, too; then each site must keep at least one path."""
         return any(name == ORIGIN for _, name in self.paths)
 
     def budget(self, asked: int | float) -> int:
-        """How many paths may be open: a whole number is meant as it is, a fraction is one of all paths.
+        """Return how many paths may be open. A whole number is this number itself, and a fraction is one of all paths.
 
         Raises:
-            InvalidInput: more than there are, or so few that a site would be left without any.
+            InvalidInput: the budget is more than there are paths, or so few that a site would be left without any.
         """
         total = len(self.paths)
         count = asked if isinstance(asked, int) else int(total * asked + 0.5)
@@ -61,7 +61,7 @@ class Space:
         return count
 
     def best(self, scores: Sequence[float], count: int) -> Code:
-        """The `count` paths of the highest scores in the whole net; where own convs have gates, each site's best is among them."""
+        """Return the `count` paths of the highest scores in the whole net. If own convs have gates, each site's best path is among them."""
         order = sorted(range(len(scores)), key=lambda index: -scores[index])  # stable: the first of equals
         chosen: set[int] = set()
         if self.origins_too:
@@ -71,7 +71,7 @@ class Space:
         return tuple(index in chosen for index in range(len(scores)))
 
     def open_at(self, code: Code) -> dict[str, tuple[str, ...]]:
-        """The names of the open paths by site."""
+        """Return the names of the open paths, by site."""
         found: dict[str, tuple[str, ...]] = dict.fromkeys(self.sites, ())
         for (site, name), is_open in zip(self.paths, code, strict=True):
             if is_open:
@@ -79,16 +79,16 @@ class Space:
         return found
 
     def choose(self, model: nn.Module, code: Code, modes: Sequence[bool] = (True, False)) -> None:
-        """Open and close the gates of a model; True among `modes` is training mode."""
+        """Open and close the gates of a model in the given modes; True is training mode, and False is eval mode."""
         self.open(gates_in(model), code, modes)
 
     def open(self, gates: Mapping[str, Gates], code: Code, modes: Sequence[bool] = (True, False)) -> None:
-        """The same for gates that are known, by site."""
+        """Open and close gates, given by site, in the given modes; True is training mode, and False is eval mode."""
         for site, names in self.open_at(code).items():
             gates[site].choose(names, modes)
 
     def digits(self, code: Code) -> str:
-        """A code as text, site by site, as IRepNAS writes it."""
+        """Return a code as text, site by site, as IRepNAS writes it."""
         digits = iter("01"[is_open] for is_open in code)
         sizes = {site: sum(site == other for other, _ in self.paths) for site in self.sites}
         return " ".join("".join(next(digits) for _ in range(size)) for size in sizes.values())

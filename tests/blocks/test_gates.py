@@ -293,7 +293,7 @@ def test_ungate_reaches_into_a_block_at_the_end_of_a_branch() -> None:
 def test_nothing_leaves_a_block_in_which_nothing_runs() -> None:
     model = gated("straight_through", "acb", origin=True).eval()
     choose(model, "3")
-    with pytest.raises(InvalidInput, match="nothing of '3' runs"):
+    with pytest.raises(InvalidInput, match="no path of '3' runs"):
         repfx.drop(model, "3", "1xk")
     assert not model[3](torch.randn(1, 8, 5, 4, dtype=torch.float64)).any()
 

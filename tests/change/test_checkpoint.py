@@ -280,7 +280,7 @@ def saved(path: Path, **changes: Any) -> Path:
         ({"head": nn.Linear(6, 4, bias=False)}, "'head.bias' is missing in the file"),
         ({"drop": nn.BatchNorm1d(6)}, "'drop.bias' is only in the file; .*; …"),
         ({"dilated": nn.Identity(), "norm1": nn.Conv2d(3, 6, 1)}, "'dilated.weight' is missing in the file; .*; …"),
-        ({}, "has 3 groups of parameters, the SGD 2"),
+        ({}, "has 3 groups of parameters and the SGD has 2"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, changes: dict[str, nn.Module], message: str) -> None:

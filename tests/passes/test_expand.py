@@ -353,7 +353,7 @@ def test_small_first_weights() -> None:
     ("options", "message"),
     [
         ({"attach_rate": 0.5}, r"attach_rate=0\.5 changes the function"),
-        ({"attach_rate": 0.0, "gamma": 0.1, "calibrate": [batch()]}, "two ways of a gentle beginning"),
+        ({"attach_rate": 0.0, "gamma": 0.1, "calibrate": [batch()]}, "each let branches begin gently: give only one"),
     ],
 )
 def test_rates_that_make_no_sense(options: dict[str, Any], message: str) -> None:

@@ -451,7 +451,7 @@ def test_a_branch_that_overflowed_spoils_only_candidates_with_it() -> None:
 @pytest.mark.parametrize("given", [None, "high", torch.ones(2), {"accuracy": 1.0}])
 def test_a_score_is_one_number(given: Any) -> None:
     model = supernet(two)
-    with pytest.raises(InvalidInput, match=f"one number for a net; it gave this {type(given).__name__}"):
+    with pytest.raises(InvalidInput, match=f"one number for a net; it returned a {type(given).__name__}"):
         scores(model, codes(model), lambda net: given)
 
 
@@ -464,7 +464,7 @@ def test_it_refuses() -> None:
         FusedSupernet(model, statistics="runing")
     with pytest.raises(InvalidInput, match="needs calibrate"):
         FusedSupernet(model, statistics="measured")
-    with pytest.raises(InvalidInput, match="calibrate is of use for statistics='measured' alone"):
+    with pytest.raises(InvalidInput, match="calibrate is used only with statistics='measured'"):
         FusedSupernet(model, calibrate=[images()])
     with pytest.raises(InvalidInput, match="calibrate gave no batch"):
         FusedSupernet(model, statistics="measured", calibrate=[])

@@ -65,7 +65,7 @@ class Spec:
             raise UnknownName("first value of weights", str(self.weights), get_args(Weights))
         if self.weights == "shared" and self.norm != "batch_norm":
             raise InvalidInput(
-                f'weights="shared" needs norm="batch_norm": with {self.norm!r} a new branch would be subtracted from weights that it shares.'
+                f'weights="shared" needs norm="batch_norm": with {self.norm!r} a new branch would be subtracted from the weights it shares.'
             )
         if not callable(self.branches):
             object.__setattr__(self, "branches", _branch_specs(self.branches))

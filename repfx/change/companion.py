@@ -1,4 +1,4 @@
-"""`Companion`: the part of a schedule that works during a run, beside the actions that it decides on.
+"""`Companion`: what a schedule brings along to a run, beside the actions that it decides on.
 
 The driver calls a companion at fixed moments and keeps its state with its own. Most schedules need none; a search brings the one that
 opens gates and scores candidates (`repfx.search.searcher`).
@@ -18,13 +18,13 @@ Score = Callable[[nn.Module], float]
 
 @dataclass(frozen=True)
 class Run:
-    """The model in training that a companion works on, and everything around it.
+    """What a companion works on.
 
     Args:
-        model: model in training.
-        optimizers: optimizers of its parameters.
+        model: in training.
+        optimizers: of its parameters.
         averages: modules that hold a copy of the model.
-        score: function that rates a plain net, the higher the better.
+        score: gives what a plain net is worth, the higher the better.
         calibrate: inputs of the model, for statistics.
     """
 

@@ -1,6 +1,7 @@
-"""The passes, verbs and rules, one file each; importing this package registers all of them.
+"""The passes, verbs and rules, one file each. Importing this package registers all of them.
 
-Imports measuring and below. Begin with `fold_batch_norm` (a rule) or `fuse` (a verb).
+Imports `measuring` and the wings above it (order: docs/architecture.md).
+Begin with `fold_batch_norm` (a rule) or `fuse` (a verb).
 """
 
 from __future__ import annotations

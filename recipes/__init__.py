@@ -2,5 +2,6 @@
 
 `repfx list recipes` lists these files, and `repfx train --recipe NAME` runs one.
 
-Imports `repfx.errors` alone, so it needs no more than torch. Begin with `nets`.
+Imports `errors` alone, so it needs no package but torch.
+Begin with `nets`.
 """

@@ -1,9 +1,9 @@
-"""The one stable room for authors of branch kinds, passes, schedules, searches and meanings of layers.
+"""The one stable module for authors of branch kinds, passes, schedules, searches and meanings of layers.
 
-What stands here keeps its name and its meaning from version to version, as do the names of `import repfx` itself and `repfx.testing`.
+The names here keep their meaning from version to version, as do the names of `import repfx` itself and `repfx.testing`.
 All other modules of repfx are private: they may move or change at any time.
 
->>> from repfx.extend import Branch, Norm, Stages, conv_stages  # all that a branch kind needs
+>>> from repfx.extend import Branch, Norm, Stages, conv_stages  # everything that a branch kind needs
 """
 
 from repfx.algebra.baking import conv_module
@@ -108,7 +108,7 @@ __all__ = [
     "Squeeze",
     "Ungate",
     "Unsqueeze",
-    # registries: what there is, by name
+    # registries, by name
     "ACTIONS",
     "KINDS",
     "METRICS",

@@ -1,4 +1,5 @@
 """Layers to kernels and back: `Kernel` and its laws, layers as linear maps, moments, baking.
 
-Imports records, and knows nothing of graphs and blocks. Begin with `kernel`.
+Imports `errors` and `records`. It knows nothing of graphs and blocks.
+Begin with `kernel`.
 """

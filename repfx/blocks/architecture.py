@@ -1,4 +1,4 @@
-"""`Architecture`: which branches each site of a net has, as a search found them; a value and a JSON file."""
+"""`Architecture`: the branches that each site of a net has, for example as a search found them. It is a value and a JSON file."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class SiteCode:
-    """What a site can have, and what it has.
+    """The paths that a site can have, and those that it has.
 
     Args:
-        conv: the sizes of its own conv, as text.
-        branches: all that the search chose from, in order.
-        code: one digit for the site's own conv and one for each branch, 1 for what it has; as in IRepNAS, figure A2.
-        norm, weights, origin_scale: as in `Spec`.
-        importance: what a search has learned of each path, in the order of the code: α of RepNAS, σ(α) · σ(β) of DES; None where there is
-            nothing to learn. Empty without a search.
+        conv: sizes of the site's own conv, as text.
+        branches: all branches that the search chose from, in order.
+        code: one digit for the site's own conv and one for each branch: 1 if the site has it, else 0 (IRepNAS, figure A2).
+        norm, weights, origin_scale: settings of `Spec`.
+        importance: number that a search has learned for each path, in the order of the code: α of RepNAS, σ(α) · σ(β) of DES; None for a
+            path without anything to learn. The tuple is empty without a search.
     """
 
     conv: str
@@ -51,13 +51,13 @@ class SiteCode:
 
     @property
     def spec(self) -> Spec:
-        """What the site is to be expanded with."""
+        """The spec that `expand` takes to build this site."""
         origin = self.code[0] == "1"
         return Spec(self.chosen, self.norm, weights=self.weights, origin=origin, origin_scale=self.origin_scale)
 
     @classmethod
     def of(cls, block: RepBlock) -> SiteCode:
-        """Of a block: the paths that run in eval mode."""
+        """Read the code of a block. The site has the paths that run in eval mode."""
         branches, gates = list(block.branches.values()), block.gates
         names, running = (ORIGIN, *block.branches), block.running_in(training=False)
         code = "".join("01"[name in running] for name in names)
@@ -70,7 +70,7 @@ class SiteCode:
         return cls(str(block.site), specs, code, norm, weights, importance, block.origin_scale)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         branches = [{**asdict(branch), "options": dict(branch.options)} for branch in self.branches]
         return {
             "conv": self.conv,
@@ -84,7 +84,7 @@ class SiteCode:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SiteCode:
-        """The reverse of `to_dict`."""
+        """Make a code from the values that `to_dict` returned, and check them."""
         branches = tuple(BranchSpec(**branch) for branch in values["branches"])
         found = cls(**{**values, "branches": branches, "importance": tuple(values.get("importance", ()))})
         if len(found.code) != len(found.branches) + 1 or set(found.code) - {"0", "1"}:
@@ -92,23 +92,25 @@ class SiteCode:
                 f"the code {found.code!r} isn't one digit 0 or 1 for each of {len(found.branches) + 1} paths"
             )
         if len(found.importance) not in (0, len(found.code)):
-            raise InvalidInput(f"{len(found.importance)} importances can't be those of {len(found.code)} paths")
+            raise InvalidInput(
+                f"found {len(found.importance)} importances for {len(found.code)} paths; there must be one for each, or none"
+            )
         if any(isinstance(value, (str, bool)) for value in found.importance):
-            raise InvalidInput("importances are numbers")
+            raise InvalidInput("importances must be numbers")
         if "1" not in found.code:
-            raise InvalidInput("a site's code leaves it nothing at all")
+            raise InvalidInput("a site's code has no 1, so the site would have no path")
         return found
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Which branches each site of a net has.
+    """The branches that each site of a net has.
 
-    `repfx.expand(model, "arch.json")` builds it again from the plain net.
+    `repfx.expand(model, "arch.json")` builds the blocks again from the plain net.
 
     Args:
-        sites: by path, in the model's order.
-        others: the sizes, as text, of the net's further convs, by path, by which another net is told.
+        sites: codes of the sites by path, in the model's order.
+        others: sizes, as text, of the net's other convs, by path. `require_fits` uses them to recognise another net.
 
     >>> import repfx
     >>> model = repfx.expand(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)), "repvgg")
@@ -121,7 +123,7 @@ class Architecture:
 
     @classmethod
     def of(cls, model: nn.Module) -> Architecture:
-        """Of the blocks of a model: the paths that run in eval mode.
+        """Read the architecture of a model from its blocks. A site has the paths that run in eval mode.
 
         Raises:
             InvalidInput: the model has no blocks, or blocks inside blocks.
@@ -140,21 +142,21 @@ class Architecture:
         return cls({path: SiteCode.of(block) for path, block in blocks.items()}, others)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON; the file appears whole or not at all."""
+        """Write the architecture as JSON. The file appears whole or not at all."""
         with staged(path, ".json") as (_, staging):
             staging.write_text(self.to_json() + "\n", encoding="utf-8")
 
     def to_json(self) -> str:
-        """As text."""
+        """Return the architecture as JSON text."""
         sites = {site: code.to_dict() for site, code in self.sites.items()}
         return json.dumps({"format": _FORMAT, "sites": sites, "others": dict(self.others)}, indent=2)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Architecture:
-        """Read what `save` wrote.
+        """Read the file that `save` wrote.
 
         Raises:
-            InvalidInput: it is something else; OSError: the file can't be read.
+            InvalidInput: the file holds something else; OSError: the file can't be read.
         """
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
@@ -163,10 +165,10 @@ class Architecture:
 
     @classmethod
     def from_json(cls, text: str) -> Architecture:
-        """The reverse of `to_json`.
+        """Read the text that `to_json` returned.
 
         Raises:
-            InvalidInput: it is something else.
+            InvalidInput: the text is something else.
         """
         try:
             found = json.loads(text)
@@ -183,11 +185,11 @@ class Architecture:
 
     @property
     def specs(self) -> dict[str, Spec]:
-        """What `expand` takes, by site; a site that has its own conv alone stays plain."""
+        """The specs that `expand` takes, by site. A site with its own conv alone is missing, so that it stays plain."""
         return {site: code.spec for site, code in self.sites.items() if code.chosen}
 
     def require_fits(self, convs: Mapping[str, str]) -> None:
-        """Raise `InvalidInput` if it isn't of a net with these convs, sizes as text by path."""
+        """Raise `InvalidInput` unless the architecture describes a net with these convs, given as sizes in text by path."""
         known = {site: code.conv for site, code in self.sites.items()} | dict(self.others)
         for site in dict.fromkeys((*known, *convs)):
             if known.get(site) != convs.get(site):

@@ -1,4 +1,4 @@
-"""`RepBlock`: the training form of one site, its own conv and the branches beside it, at the path where the conv was."""
+"""`RepBlock`: the training form of one site, at the path where its conv was: that conv and the branches beside it."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ _CONV_ATTRIBUTES = set(ConvSpec.__dataclass_fields__)
 class RepBlock(nn.Module):
     """``origin(x) + Σ branch(x)``, or ``origin(x) + λ · Σ branch(x)``; the branches are children by name.
 
-    Its *paths* are the origin and the branches. Each can have a gate, and doesn't run while that is closed; the origin can also rest for
-    good, and then is only the place that takes over what branches leave.
+    The *paths* of a block are the origin and the branches. Each path can have a gate, and doesn't run while the gate is closed. The origin
+    can also rest: it doesn't run until it takes over the kernel of a removed branch.
 
-    A *squeezed* block runs as one conv, whose kernel is assembled from the trainable parameters in forward, wherever that is exact: where
-    nothing in the block takes its statistics from the batch, and no hook listens to anything in it. A block that *recomputes* keeps
-    nothing but its input for the backward pass, and runs once more there.
+    A *squeezed* block runs as one conv wherever that is exact: where nothing in the block takes its statistics from the batch, and no hook
+    listens to anything in it. Its forward assembles the kernel from the trainable parameters. A block that *recomputes* keeps only its
+    input for the backward pass, and runs once more there.
 
     Args:
         conv: the site's own conv, the same object.
-        norm: the BatchNorm behind it: the site's own, if it moves there, or one made for it; else None.
-        branches: by name.
-        norm_path: where the site's own BatchNorm stood, relative to the model.
-        attach_rate: λ to begin with; None for a block without one.
-        origin_scale: what a `Scale` behind the conv begins with; None for none, and only where there is no `norm`.
+        norm: BatchNorm behind the conv: the site's own, if it moves there, or one made for it; else None.
+        branches: branches by name.
+        norm_path: path in the model at which the site's own BatchNorm stood, or None.
+        attach_rate: first value of λ; None for a block without λ.
+        origin_scale: first value of a `Scale` behind the conv; None for no `Scale`. With a `norm` there is no `Scale`.
 
-    The sizes of the conv (``kernel_size``, ``stride``, …) can be read from the block, for code around it that does.
+    Code around the block can read the sizes of the conv (``kernel_size``, ``stride``, …) from the block.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RepBlock(nn.Module):
         origin_scale: float | None = None,
     ) -> None:
         super().__init__()
-        self._resting: tuple[str, ...] | None = None  # the origin's parameters that were trained
+        self._resting: tuple[str, ...] | None = None  # names of the origin's parameters that `rest` froze
         self.squeezed = False
         self.holds_statistics = False  # its BatchNorms stay in eval mode
         self.recomputes = False
@@ -72,7 +72,7 @@ class RepBlock(nn.Module):
             self.origin.add_module("scale", Scale.like(conv, origin_scale))
         for name, branch in branches.items():
             if "." in name:
-                raise InvalidInput(f"a branch can't be named {name!r}: no module can.")
+                raise InvalidInput(f"a branch can't be named {name!r}: the name of a module has no dots.")
             if hasattr(self, name) or name in _RESERVED or hasattr(nn.ModuleDict, name):
                 raise InvalidInput(
                     f"a branch can't be named {name!r}: a block, or a dict of modules, has an attribute of that name."
@@ -104,12 +104,12 @@ class RepBlock(nn.Module):
 
     @property
     def attach_rate(self) -> Tensor | None:
-        """λ, by which the branches are attached; a buffer without axes, or None."""
+        """The factor λ of the branches, a buffer without axes, or None."""
         return self.attach.rate if "attach" in self._modules else None
 
     @property
     def paths(self) -> dict[str, Chain]:
-        """All that is summed: the origin, unless it rests, and the branches."""
+        """The terms of the sum by name: the origin, unless it rests, and the branches."""
         origin = {} if self.rests else {ORIGIN: self.origin}
         return origin | self.branches
 
@@ -120,11 +120,11 @@ class RepBlock(nn.Module):
 
     @property
     def running(self) -> tuple[str, ...]:
-        """The paths that run in the mode that the block is in."""
+        """The paths that run in the block's present mode."""
         return self.running_in(self.training)
 
     def running_in(self, training: bool) -> tuple[str, ...]:
-        """The paths that run in one mode."""
+        """Return the names of the paths that run in one mode."""
         gates = self.gates
         if gates is None:
             return tuple(self.paths)
@@ -132,7 +132,7 @@ class RepBlock(nn.Module):
         return tuple(name for name in self.paths if name not in closed)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
+        """Compute the sum of the paths, from ``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
         if isinstance(input, fx.Proxy):
             return self._sum_of_paths(input, self.running)
         kernel = _assembled(self) if self.squeezed and self.is_one_map else None
@@ -162,24 +162,24 @@ class RepBlock(nn.Module):
 
     @property
     def nonlinear_part(self) -> str | None:
-        """The path, in the block, of a BatchNorm that takes its statistics from the batch in the mode that it is in; None if none does."""
+        """The path, in the block, of a BatchNorm that takes its statistics from the batch in its present mode, or None."""
         return next((path for path, module in self.named_modules() if takes_batch_statistics(module)), None)
 
     @property
     def is_one_map(self) -> bool:
-        """Whether the block is linear in the mode that it is in, and nothing listens to anything inside."""
+        """Whether the block is linear in its present mode, and no hook listens to anything inside."""
         parts = [module for module in self.modules() if module is not self]
         return not any(takes_batch_statistics(module) or has_hooks(module) for module in parts)
 
     def squeeze(self, *, hold_statistics: bool) -> None:
-        """Run as one conv wherever that is exact; everywhere, with `hold_statistics`: BatchNorms keep theirs from now on."""
+        """Run as one conv wherever that is exact. With `hold_statistics`, BatchNorms keep theirs, so training mode is exact, too."""
         self.squeezed = True
         if hold_statistics:
             self.holds_statistics = True
             self.stop_norms()
 
     def unsqueeze(self) -> None:
-        """The reverse of `squeeze`; BatchNorms follow the mode of the block again."""
+        """Run path by path again, with BatchNorms that follow the mode of the block."""
         self.squeezed = False
         if self.holds_statistics:
             self.holds_statistics = False
@@ -190,7 +190,7 @@ class RepBlock(nn.Module):
         return ", ".join(name for name, holds in states.items() if holds)
 
     def train(self, mode: bool = True) -> RepBlock:
-        """As torch's, but BatchNorms whose statistics are held stay in eval mode."""
+        """Set the mode as torch does, but keep BatchNorms whose statistics are held in eval mode."""
         super().train(mode)
         self.stop_norms()
         return self
@@ -203,7 +203,7 @@ class RepBlock(nn.Module):
 
     @property
     def _shared_factors(self) -> list[Layer]:
-        """What the sum of the branches is multiplied by."""
+        """The modules that multiply the sum of the branches: the attach rate, and the gate that all branches share."""
         found: list[Layer] = [
             self._modules.get("attach"),
             None if self.gates is None else self.gates._modules.get("block"),
@@ -211,16 +211,16 @@ class RepBlock(nn.Module):
         return [factor for factor in found if factor is not None]
 
     def equivalent_kernel(self, like: Tensor) -> Kernel:
-        """The one kernel that the block amounts to in eval mode; differentiable. `like` gives dtype and device."""
+        """Return the one kernel that the block amounts to in eval mode; differentiable. `like` gives dtype and device."""
         return self.kernel_in(False, like)
 
     def kernel_in(self, training: bool, like: Tensor) -> Kernel:
-        """The same of the paths that run in one mode, BatchNorms as in eval mode."""
+        """Return the kernel of the paths that run in one mode, each BatchNorm read as in eval mode. `like` gives dtype and device."""
         kernels = [self.kernel_of(name, like) for name in self.running_in(training)]
         return Kernel.sum(kernels or [self.nothing(like)])
 
     def kernel_of(self, name: str, like: Tensor) -> Kernel:
-        """What a path adds to the block's kernel if it runs: its own kernel, times its gates, and for a branch times λ if there is one."""
+        """Return the kernel that a path adds to the block's if it runs: its own kernel times its gates, and for a branch times λ."""
         kernel = self.paths[name].equivalent_kernel(like)
         factors = [] if self.gates is None else [factor.kernel(like) for factor in self.gates.factors(name)]
         if name != ORIGIN and self.attach_rate is not None:
@@ -228,7 +228,7 @@ class RepBlock(nn.Module):
         return reduce(Kernel.compose, factors, kernel)
 
     def nothing(self, like: Tensor) -> Kernel:
-        """The kernel of the block's sizes whose output is zero."""
+        """Return the kernel of the block's sizes whose output is zero."""
         nothing = like.new_zeros(self.site.out_channels)
         return self.origin.equivalent_kernel(like).fold_affine(nothing)
 
@@ -238,7 +238,7 @@ class RepBlock(nn.Module):
         return self._resting is not None
 
     def rest(self) -> None:
-        """Let the origin no longer run, nor be trained but for weights that branches share."""
+        """Stop running the origin, and freeze its parameters except weights that branches share."""
         if not self.branches:
             raise InvalidInput("the origin of a block without branches can't rest.")
         if self.rests:
@@ -251,7 +251,7 @@ class RepBlock(nn.Module):
         self._resting = tuple(trained)
 
     def wake(self) -> None:
-        """The reverse of `rest`."""
+        """Run the origin again, and train the parameters that `rest` froze."""
         parameters = dict(self.origin.named_parameters())
         for name in self._resting or ():
             parameters[name].requires_grad_(True)
@@ -263,34 +263,34 @@ class RepBlock(nn.Module):
             raise UnknownName("branch", name, self.branches)
 
     def remove(self, name: str) -> None:
-        """Take a branch away, and its gate, and leave everything else as it is."""
+        """Remove a branch and its gate, and leave everything else as it is."""
         delattr(self, name)
         if self.gates is not None:
             self.gates.remove(name)
 
     def factor_of(self, name: str) -> Tensor:
-        """What the output of a path is multiplied by if it runs, in float64: its gates, and for a branch λ."""
+        """Return the factor of a path's output if it runs, in float64: the product of its gates, and for a branch of λ."""
         one = torch.ones((), dtype=torch.float64, device=self.conv.weight.device)
         rate = one if name == ORIGIN or self.attach_rate is None else self.attach_rate.double()
         return rate if self.gates is None else rate * self.gates.factor_of(name).to(rate.device)
 
     def __getattr__(self, name: str) -> Any:
-        if name in _CONV_ATTRIBUTES or name == "bias":  # of which code may ask whether there is one
+        if name in _CONV_ATTRIBUTES or name == "bias":  # code may ask whether the conv has a bias
             return getattr(self.conv, name)
         return super().__getattr__(name)
 
 
 def _sum(terms: list[Tensor]) -> Tensor:
-    """All of them together, in one new tensor where their types are alike."""
+    """Return the sum of the terms. Those after the second are added in place if the dtypes are equal."""
     if isinstance(terms[0], fx.Proxy):
         return reduce(operator.add, terms)
     return reduce(add_in_place, terms[2:], reduce(operator.add, terms[:2]))
 
 
 def _assembled(block: RepBlock) -> Kernel | None:
-    """The kernel of a squeezed block in the mode that it is in, in the weights' own precision; differentiable.
+    """Return the kernel of a squeezed block in its present mode, in the weights' own precision; differentiable.
 
-    None where a part was exchanged for something that has none.
+    It is None if a part was exchanged for a module that has no kernel.
     """
     try:
         return assembled(partial(block.kernel_in, block.training), template_of(block.conv))

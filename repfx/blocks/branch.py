@@ -1,4 +1,4 @@
-"""`Chain` and `Branch`: linear modules one after another, and the contract of a branch kind, with its registry.
+"""`Chain`: linear modules one after another. `Branch`: the contract of a branch kind, with the registry of kinds.
 
 A branch kind is one file in `repfx/branches/`: a subclass of `Branch` that names its `kind`, says which sites it refuses, and
 yields its stages. Everything else (forward, equivalent kernel, the command line, the docs' table, the contract tests) follows.
@@ -34,13 +34,13 @@ class Chain(nn.Sequential):
         self.site = site
 
     def equivalent_kernel(self, like: Tensor) -> Kernel:
-        """The one kernel that the chain amounts to in eval mode; differentiable.
+        """Return the one kernel that the chain amounts to in eval mode; differentiable.
 
-        What acts on each channel alone is put into the conv before it, so that a conv's weights are scaled rather than larger ones that
-        are made of several.
+        A stage that acts on each channel alone is merged into the conv before it. So it scales the weights of one conv, and not the larger
+        weights of a product of convs.
 
         Args:
-            like: gives dtype and device of the arithmetic.
+            like: tensor whose dtype and device the arithmetic uses.
         """
         parts: list[Kernel] = []
         channels = self.site.in_channels
@@ -52,7 +52,7 @@ class Chain(nn.Sequential):
 
     @property
     def hands_on(self) -> bool:
-        """Whether what comes out may be the input itself, or a view of it."""
+        """Whether the output may be the input itself, or a view of it."""
         return all(isinstance(stage, (nn.Identity, Pad)) for stage in self)
 
     def _kernel_of(self, stage: Layer, like: Tensor, channels: int) -> Kernel:
@@ -63,7 +63,7 @@ class Chain(nn.Sequential):
 
     @property
     def last_norm(self) -> Layer | None:
-        """The BatchNorm at the end of the chain, if there is one; of a block at its end, that of its origin."""
+        """The BatchNorm at the end of the chain, or None. If a block ends the chain, it is the one at the end of the block's origin."""
         stages: list[Layer] = [stage for stage in self if not isinstance(stage, nn.Identity)]
         if not stages:
             return None
@@ -73,7 +73,7 @@ class Chain(nn.Sequential):
 
 
 def kernel_of_both(conv: Layer, norm: Layer) -> Kernel:
-    """What a conv and a BatchNorm behind it amount to, in float64 and in tensors of its own."""
+    """Return the kernel of a conv and the BatchNorm behind it, in float64 and in tensors of its own."""
     stages = copy.deepcopy(nn.ModuleDict({"conv": conv, "norm": norm}))
     return Chain(iter(stages.items()), ConvSpec.of(conv)).equivalent_kernel(conv.weight.detach().double())
 
@@ -81,8 +81,8 @@ def kernel_of_both(conv: Layer, norm: Layer) -> Kernel:
 class Branch(Chain):
     """Base of all branch kinds: one linear path beside a site's own conv.
 
-    A subclass sets `kind` (registered at once), answers `refusal`, and yields its `stages`, whose composition must fit into the
-    site's window: same stride and output size, no tap outside.
+    A subclass sets `kind` (registered at once), answers `refusal`, and yields its `stages`. The composition of the stages must fit into
+    the site's window: it has the same stride and output size, and no tap outside.
     """
 
     kind: ClassVar[str]
@@ -106,7 +106,7 @@ class Branch(Chain):
 
     @property
     def spec(self) -> BranchSpec:
-        """What a branch like this one is asked for with."""
+        """The spec that asks for a branch like this one."""
         return BranchSpec(self.kind, self.options, scale=self.first_scale)
 
     @classmethod
@@ -116,15 +116,15 @@ class Branch(Chain):
 
     @classmethod
     def stages(cls, site: ConvSpec, norm: Norm, like: Tensor, *_: Any, **options: Any) -> Stages:
-        """The modules of the branch in order, each with its name; `like` gives dtype and device."""
+        """Yield the modules of the branch in order, each with its name; `like` gives dtype and device."""
         raise NotImplementedError
 
 
 def kind_of(branch: BranchSpec) -> type[Branch]:
-    """The class of a branch kind.
+    """Return the class of a branch kind.
 
     Raises:
-        UnknownName: no such kind.
+        UnknownName: there is no such kind.
     """
     if branch.kind not in KINDS:
         raise UnknownName("branch kind", branch.kind, KINDS)
@@ -142,7 +142,7 @@ def refusal_of_branch(branch: BranchSpec, site: ConvSpec) -> str | None:
 
 
 def fitting(branches: Iterable[BranchSpec], site: ConvSpec) -> tuple[tuple[BranchSpec, ...], str]:
-    """The branches that can serve a site; and, of the others, which can't and why, kinds with one reason together.
+    """Return the branches that can serve a site, and a text that says why the others can't, one reason for all kinds that share it.
 
     >>> site = ConvSpec(8, 8, (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1))
     >>> fitting([BranchSpec("1x1"), BranchSpec("1xk"), BranchSpec("identity")], site)
@@ -160,7 +160,7 @@ def fitting(branches: Iterable[BranchSpec], site: ConvSpec) -> tuple[tuple[Branc
 
 
 def require_positive(kind: str, **options: object) -> None:
-    """Raise `InvalidInput` for an option of a branch kind that is no whole number from 1 on."""
+    """Raise `InvalidInput` unless each option of a branch kind is a whole number from 1 on."""
     for name, value in options.items():
         if not isinstance(value, int) or value < 1:
             raise InvalidInput(f"branch kind {kind!r} takes a whole number from 1 on as {name}, not {value!r}.")

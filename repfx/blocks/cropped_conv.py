@@ -1,4 +1,4 @@
-"""`CroppedConv`: a conv without weights of its own, which takes the middle of another's (RepNAS, eq. 5)."""
+"""`CroppedConv`: a conv without weights of its own. It takes the middle of another conv's weights (RepNAS, eq. 5)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from repfx.errors import InvalidInput
 
 
 class CroppedConv(nn.Module):
-    """A conv whose weight is the centre crop of `source`'s, which stays where it is registered.
+    """A conv whose weight is the centre crop of the weight of `source`. That weight stays registered in `source` alone.
 
     Args:
-        source: the conv that has the weights; channels and groups are the same.
-        site: the sizes of this one; its window fits into that of `source`.
+        source: conv that has the weights, with the same channels and groups.
+        site: sizes of this conv, whose window fits into the window of `source`.
 
     >>> source = nn.Conv2d(4, 4, 3)
     >>> small = CroppedConv(source, ConvSpec.of(nn.Conv2d(4, 4, (1, 3))))
@@ -30,7 +30,7 @@ class CroppedConv(nn.Module):
     def __init__(self, source: Layer, site: ConvSpec) -> None:
         super().__init__()
         self.site = site
-        self._source = (source,)  # in a tuple, so that it isn't registered here as well
+        self._source = (source,)  # in a tuple, so that the source isn't registered here as well
 
     @staticmethod
     def fits(source: Layer, conv: Layer) -> bool:
@@ -42,14 +42,14 @@ class CroppedConv(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``(out, in / groups, *window)``, a view of the source's."""
+        """The weight ``(out, in / groups, *window)``, a view of the source's weight."""
         crop: Tensor = self._source[0].weight
         for axis, size in enumerate(self.site.kernel_size, start=2):
             crop = crop.narrow(axis, (crop.shape[axis] - size) // 2, size)
         return crop
 
     def kernel(self, like: Tensor) -> Kernel:
-        """As a linear map, differentiable."""
+        """Return the conv as a kernel; differentiable."""
         site = self.site
         return Kernel(
             self.weight.to(like), None, site.stride, site.padding, site.dilation, site.groups, site.padding_mode
@@ -59,7 +59,7 @@ class CroppedConv(nn.Module):
         return self.kernel(self.weight)(x)
 
     def independent(self) -> nn.Module:
-        """A conv that begins with these weights and has them for itself."""
+        """Make a plain conv with a copy of these weights."""
         weight = self.weight
         conv: Layer = conv_module(self.site, weight, bias=False)
         conv.weight.detach().copy_(weight.detach())
@@ -68,12 +68,12 @@ class CroppedConv(nn.Module):
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise InvalidInput(
-            f"a replica of the conv {self.site}, which takes the centre of another conv's weights (weights='shared'), would "
-            "read the original's, which lie on another device; use DistributedDataParallel instead of DataParallel."
+            f"the conv {self.site} takes the centre of another conv's weights (weights='shared'), and its replica would read the "
+            "weights of the original, which lie on another device; use DistributedDataParallel instead of DataParallel."
         )
 
     def extra_repr(self) -> str:
-        return f"{self.site}, the centre of another's"
+        return f"{self.site}, cropped from another conv"
 
 
 @reads(CroppedConv)
@@ -84,7 +84,7 @@ def _read_cropped_conv(conv: Layer) -> Meaning:
 
 
 def share(branch: nn.Module, source: Layer) -> None:
-    """Let the convs of a branch take the centre of `source`'s weights, as far as channels and windows allow."""
+    """Let each conv of a branch take the centre of the weights of `source`, if channels and windows allow it."""
     for name, conv in branch.named_children():
         layer: Layer = conv
         if isinstance(conv, nn.modules.conv._ConvNd) and CroppedConv.fits(source, layer):
@@ -100,5 +100,5 @@ def unshare(branch: nn.Module) -> None:
 
 
 def is_shared(branch: nn.Module) -> bool:
-    """Whether a conv of a branch takes another's weights."""
+    """Whether a conv of a branch takes its weights from another conv."""
     return any(isinstance(conv, CroppedConv) for conv in branch.children())

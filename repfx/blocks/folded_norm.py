@@ -1,4 +1,4 @@
-"""`FoldedNorm`: what a conv remembers of the BatchNorm that it absorbed."""
+"""`FoldedNorm`: a record, on a conv, of the BatchNorm that it absorbed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ class FoldedNorm:
     """A BatchNorm that a conv has absorbed, for `restore` to put back.
 
     Args:
-        conv, norm: the paths of both in the model they stood in.
-        bias: whether the conv had a bias all the same.
-        moments: of the conv's output in training mode, as far as they are known.
-        synchronized: whether it was a SyncBatchNorm.
-        frozen: its class, if it was one whose numbers are never trained.
+        conv, norm: paths of both in the model in which they stood.
+        eps, momentum: settings of the BatchNorm.
+        bias: whether the conv had a bias although a BatchNorm followed it.
+        moments: moments of the fused conv's output in training mode, or None if they aren't known.
+        synchronized: whether the BatchNorm was a SyncBatchNorm.
+        frozen: class of the BatchNorm if its numbers are never trained, or None.
     """
 
     conv: str
@@ -36,7 +37,7 @@ class FoldedNorm:
 
     @classmethod
     def of(cls, norm: Layer, path: str, conv: str = "", *, bias: bool = False) -> FoldedNorm:
-        """As it stands at a path, behind a conv."""
+        """Read a BatchNorm at `path`, behind the conv at path `conv`."""
         frozen = type(norm) if is_frozen_norm(norm) else None
         momentum = None if frozen else norm.momentum
         return cls(
@@ -45,17 +46,17 @@ class FoldedNorm:
 
 
 def folded_norm(conv: Layer) -> FoldedNorm | None:
-    """The BatchNorm that a conv has absorbed, or None."""
+    """Return the BatchNorm that a conv has absorbed, or None."""
     found = kept(conv, _ATTRIBUTE)
     return found if isinstance(found, FoldedNorm) else None
 
 
 def remember_norm(conv: Layer, norm: FoldedNorm) -> None:
-    """Let a conv carry the BatchNorm that it has absorbed."""
+    """Record on a conv the BatchNorm that it has absorbed."""
     keep(conv, _ATTRIBUTE, norm)
 
 
 def forget_norm(conv: Layer) -> None:
-    """Let a conv carry no absorbed BatchNorm any more."""
+    """Delete the record of an absorbed BatchNorm from a conv."""
     if folded_norm(conv) is not None:
         delattr(conv, _ATTRIBUTE)

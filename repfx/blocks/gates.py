@@ -1,7 +1,8 @@
-"""Gates: one learned factor on each path of a block, by which a search decides what runs; a path whose gate is closed doesn't run at all.
+"""Gates: one learned factor on each path of a block, by which a search decides what runs. A path whose gate is closed doesn't run at all.
 
-Two styles. ``straight_through`` (RepNAS, eq. 11 to 13): an open gate multiplies by exactly 1, with the gradient of σ(α + ζ), where ζ is the
-noise of the step. ``sigmoid`` (IRepNAS, eq. 6 and 7): a gate multiplies by σ(α), and what all branches add by σ(β).
+There are two styles. ``straight_through`` (RepNAS, eq. 11 to 13): an open gate multiplies by exactly 1, with the gradient of σ(α + ζ),
+where ζ is the noise of the step. ``sigmoid`` (IRepNAS, eq. 6 and 7): a gate multiplies its branch by σ(α), and one more gate multiplies
+the sum of the branches by σ(β).
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ GATES: dict[str, type[Gate]] = {}
 
 
 class Gate(nn.Module):
-    """One learned factor for all channels of ``(batch, channels, *axes)``; a subclass says what α makes of it.
+    """One learned factor for all channels of ``(batch, channels, *axes)``. A subclass computes the factor from α.
+
+    The parameter α has no axes and begins with 0.
 
     Args:
-        like: gives the device of α, a parameter without axes that begins with 0, and its dtype, float32 at least.
+        channels, dimensions: channels and number of axes of the input.
+        like: tensor that gives α its device and its dtype, at least float32.
     """
 
     style: ClassVar[str]
-    meaning: ClassVar[Literal["affine", "identity"]] = "affine"  # what an open one is in a kernel
+    meaning: ClassVar[Literal["affine", "identity"]] = "affine"  # how a kernel reads an open gate
 
     def __init_subclass__(cls) -> None:
         GATES[cls.style] = cls
@@ -37,20 +41,20 @@ class Gate(nn.Module):
 
     def __init__(self, channels: int, dimensions: int, like: Tensor) -> None:
         super().__init__()
-        wide = torch.promote_types(like.dtype, torch.float32)  # else Adam's small steps vanish
+        wide = torch.promote_types(like.dtype, torch.float32)  # else Adam's small steps would vanish
         self.alpha = nn.Parameter(like.new_zeros((), dtype=wide))
         self.channels = channels
         self.dimensions = dimensions
 
     def factor(self) -> Tensor:
-        """What the gate multiplies by if it is open; differentiable."""
+        """Return the factor of an open gate; differentiable."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factor()
 
     def kernel(self, like: Tensor) -> Kernel:
-        """As a linear map, differentiable."""
+        """Return the open gate as a kernel; differentiable."""
         return Kernel.diagonal(self.factor().to(like).expand(self.channels), None, self.dimensions)
 
 
@@ -59,7 +63,7 @@ def _read_gate(gate: Layer) -> Meaning:
 
 
 class StraightThrough(Gate):
-    """1, with the gradient of σ(α + ζ); ζ is a buffer that is set for each step (RepNAS)."""
+    """A gate of factor 1 with the gradient of σ(α + ζ) (RepNAS). The buffer ζ is set for each step."""
 
     style = "straight_through"
     meaning = "identity"
@@ -75,7 +79,7 @@ class StraightThrough(Gate):
 
 
 class Sigmoid(Gate):
-    """σ(α) (IRepNAS)."""
+    """A gate of factor σ(α) (IRepNAS)."""
 
     style = "sigmoid"
 
@@ -86,14 +90,14 @@ class Sigmoid(Gate):
 class Gates(nn.Module):
     """The gates of a block, by the names of its paths, and which of them are open.
 
-    What is open isn't learned but chosen, for training and for eval mode apart: a search draws other paths for each step of the
-    training, and evaluates the ones that it holds for the best. At first all are open.
+    Open gates aren't learned but chosen, separately for training and eval mode. A search draws other paths for each step of the training,
+    and evaluates the paths that it thinks best. At first all gates are open.
 
     Args:
-        names: of the paths that get a gate; the others always run.
-        style: of the gates, from `GATES`.
-        channels, dimensions: of the block's output.
-        like: gives dtype and device.
+        names: names of the paths that get a gate; the others always run.
+        style: style of the gates, from `GATES`.
+        channels, dimensions: channels and number of axes of the block's output.
+        like: tensor that gives dtype and device.
     """
 
     def __init__(self, names: Iterable[str], style: str, channels: int, dimensions: int, like: Tensor) -> None:
@@ -108,7 +112,7 @@ class Gates(nn.Module):
 
     @property
     def multiplies(self) -> bool:
-        """Whether an open gate multiplies by something else than 1."""
+        """Whether an open gate multiplies by another factor than 1."""
         return GATES[self.style].meaning == "affine"
 
     @property
@@ -118,21 +122,22 @@ class Gates(nn.Module):
 
     @property
     def open(self) -> tuple[str, ...]:
-        """The paths whose gates are open in the mode that the module is in."""
+        """The paths whose gates are open in the module's present mode."""
         return self._open[self.training]
 
     def open_in(self, training: bool) -> tuple[str, ...]:
-        """The paths whose gates are open in one mode."""
+        """Return the names of the paths whose gates are open in one mode."""
         return self._open[training]
 
     def choose(self, names: Collection[str], modes: Sequence[bool] = (True, False)) -> None:
         """Open these gates and close the others.
 
         Args:
-            modes: for which modes; True is training.
+            names: paths whose gates are opened.
+            modes: modes that the choice holds for; True is training.
 
         Raises:
-            UnknownName: there is no gate of that name.
+            UnknownName: a path has no gate.
         """
         for name in names:
             if name not in self.of:
@@ -140,20 +145,20 @@ class Gates(nn.Module):
         self._open |= dict.fromkeys(modes, tuple(name for name in self.of if name in names))
 
     def factors(self, name: str) -> list[Gate]:
-        """The gates that the output of a path goes through, its own first; none for a path that always runs."""
+        """Return the gates that the output of a path goes through, its own first; none for a path that always runs."""
         if name not in self.of:
             return []
         return [self.of[name], *([self.block] if "block" in self._modules else [])]  # type: ignore[list-item]
 
     def factor_of(self, name: str) -> Tensor:
-        """What the output of a path is multiplied by if it runs, in float64."""
+        """Return the product of a path's gates, the factor of its output if it runs, in float64."""
         factors = [gate.factor().detach().double() for gate in self.factors(name)]
         return (
             math.prod(factors[1:], start=factors[0]) if factors else torch.ones((), dtype=torch.float64, device="cpu")
         )
 
     def importance_of(self, name: str) -> float | None:
-        """What has been learned of a path: α, or σ(α) · σ(β) where gates multiply by it; None for a path without a gate."""
+        """Return the learned importance of a path: α, or σ(α) · σ(β) in the style ``sigmoid``; None for a path without a gate."""
         if name not in self.of:
             return None
         return (
@@ -161,20 +166,22 @@ class Gates(nn.Module):
         )
 
     def remove(self, name: str) -> None:
-        """Take the gate of a path away, which leaves."""
+        """Remove the gate of a path that is being removed."""
         if name in self.of:
             del self.of[name]
             self._open = {mode: tuple(each for each in names if each != name) for mode, names in self._open.items()}
 
     def get_extra_state(self) -> Tensor:
-        """Which gates are open, for `state_dict`: one row for training mode, one for eval mode."""
+        """Return which gates are open, for `state_dict`: one row for training mode, one for eval mode."""
         rows = [[name in self._open[mode] for name in self.of] for mode in (True, False)]
         return torch.tensor(rows, dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """The reverse of `get_extra_state`."""
+        """Open and close gates as `get_extra_state` found them."""
         if tuple(state.shape) != (2, len(self.of)):
-            raise InvalidInput(f"the state of {len(self.of)} gates can't be taken from a tensor {tuple(state.shape)}.")
+            raise InvalidInput(
+                f"the state of {len(self.of)} gates needs a tensor {(2, len(self.of))}, not {tuple(state.shape)}."
+            )
         for mode, row in zip((True, False), state.tolist()):
             self.choose([name for name, is_open in zip(self.of, row) if is_open], (mode,))
 
@@ -183,5 +190,5 @@ class Gates(nn.Module):
 
 
 def gates_in(model: nn.Module) -> dict[str, Gates]:
-    """The `Gates` of a model by the paths of their blocks."""
+    """Return the `Gates` of a model by the paths of their blocks."""
     return {path.rpartition(".")[0]: found for path, found in model.named_modules() if isinstance(found, Gates)}

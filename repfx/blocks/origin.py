@@ -1,4 +1,4 @@
-"""The origin of a block, its site's own conv and what is behind it: what it amounts to, and how it takes over what others compute."""
+"""The origin of a block, its site's own conv and the modules behind it: its kernel, and how it takes over the kernels of branches."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from repfx.errors import InvalidInput
 
 
 def origin_kernel(block: RepBlock) -> Kernel:
-    """What the site's own conv and BatchNorm amount to, in float64 and in tensors of its own."""
+    """Return the kernel of the site's own conv and the modules behind it, in float64 and in tensors of its own."""
     return copy.deepcopy(block.origin).equivalent_kernel(block.conv.weight.detach().double())
 
 
 @torch.no_grad()
 def write_origin(block: RepBlock, kernel: Kernel, moments: Moments | None, scale: Tensor | None = None) -> None:
-    """Let the site's own conv and what is behind it amount to a kernel; see `set_kernel`. A scale becomes 1, or `scale`."""
+    """Write a kernel into the site's own conv and the modules behind it; see `set_kernel`. Their `Scale` becomes 1, or `scale` if given."""
     if block.scale is not None:
         block.scale.weight.fill_(1.0) if scale is None else block.scale.weight.copy_(scale)
         kernel = kernel.fold_affine(1 / block.scale.weight.to(kernel.weight))
@@ -32,7 +32,7 @@ def write_origin(block: RepBlock, kernel: Kernel, moments: Moments | None, scale
 
 
 def require_affine(block: RepBlock, what: str) -> None:
-    """Raise `InvalidInput` if the origin can't take over `what`: its conv can't be written into, its BatchNorm has no γ or β."""
+    """Raise `InvalidInput` if the origin can't take over `what`, because its conv can't be written into or its BatchNorm has no γ or β."""
     norm = block.norm
     unwritable = _unwritable(block.conv)
     if unwritable is not None:
@@ -51,9 +51,9 @@ def require_absorbable(block: RepBlock, name: str) -> None:
 
 
 def absorb_branch(block: RepBlock, name: str) -> None:
-    """Remove a branch; the origin takes its kernel over, in float64 and rounded once, so that the function stays.
+    """Remove a branch and add its kernel to the origin, in float64 and rounded once, so that the function stays the same.
 
-    Branches that shared the origin's weights get weights of their own.
+    The kernel of a branch whose gate is closed isn't added. Branches that shared the origin's weights get weights of their own.
     """
     require_absorbable(block, name)
     for branch in block.branches.values():
@@ -67,7 +67,10 @@ def absorb_branch(block: RepBlock, name: str) -> None:
 
 
 def _moments_with(block: RepBlock, name: str) -> Moments | None:
-    """Of the origin's output and a branch's together."""
+    """Return the moments of the sum of the origin and a branch; None if the origin has no BatchNorm.
+
+    Without a BatchNorm at the end of the branch, they are the moments of the origin's own BatchNorm.
+    """
     norm, other = block.norm, block.branches[name].last_norm
     if norm is None or other is None:
         return None if norm is None else Moments.after(norm)
@@ -80,7 +83,7 @@ def _times_factor(block: RepBlock, name: str, moments: Moments) -> Moments:
 
 
 def _unwritable(conv: Layer) -> str | None:
-    """Why a kernel can't be written into what stands where a site's own conv was, or None."""
+    """Why a kernel can't be written into the module in the place of a site's own conv, or None."""
     if is_parametrized(conv):
         return f"its {type(conv).__name__} computes weights by a parametrization"
     if meaning_of(conv) is None:

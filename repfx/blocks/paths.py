@@ -12,10 +12,10 @@ from repfx.records.module_tree import fits, module_at
 
 
 def block_at(model: nn.Module, site: str) -> RepBlock:
-    """The block at a path.
+    """Return the block at a path.
 
     Raises:
-        InvalidInput: the model has no blocks; UnknownName: none at that path.
+        InvalidInput: the model has no blocks; UnknownName: there is none at that path.
     """
     found = module_at(model, site) if site else model
     if not isinstance(found, RepBlock):
@@ -24,10 +24,10 @@ def block_at(model: nn.Module, site: str) -> RepBlock:
 
 
 def blocks_at(model: nn.Module, sites: str | Sequence[str]) -> dict[str, RepBlock]:
-    """The blocks whose paths fit a pattern, or one of several; those inside others, too.
+    """Return the blocks whose paths fit a pattern or one of several patterns, including blocks inside blocks.
 
     Raises:
-        InvalidInput: the model has no blocks; UnknownName: a pattern fits none.
+        InvalidInput: the model has no blocks; UnknownName: a pattern fits no block.
     """
     blocks = _all_blocks(model)
     patterns = [sites] if isinstance(sites, str) else sites

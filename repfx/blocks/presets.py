@@ -72,12 +72,12 @@ PRESETS.update(
         Preset("dilated", "dilated convs inside a large depthwise window (UniRepLKNet)", Spec(_dilated_set)),
         Preset(
             "qarepvgg",
-            "1×1 and identity without BatchNorm, one after the sum; quantizes well (QARepVGG)",
+            "1×1 and identity without BatchNorm, one BatchNorm after the sum; quantizes well (QARepVGG)",
             Spec(["1x1", "identity"], norm="none"),
         ),
         Preset(
             "orepa",
-            "five branches without BatchNorm, scaled, one after the sum; squeezed, it trains at about the price of a conv (OREPA)",
+            "five scaled branches without BatchNorm, one BatchNorm after the sum; squeezed, it trains at about the price of a conv (OREPA)",
             Spec(_OREPA, norm="scale", origin_scale=0.25),
         ),
     ]
@@ -87,10 +87,10 @@ SpecLike = str | Sequence[str | BranchSpec] | Spec | Mapping[str, Any]
 
 
 def resolve_spec(spec: SpecLike) -> Spec:
-    """A `Spec` from a preset's name, a list of branch kinds or a `Spec`.
+    """Make a `Spec` from a preset's name, a list of branch kinds or a `Spec`.
 
     Raises:
-        UnknownName: no preset of that name.
+        UnknownName: there is no preset of that name.
     """
     if isinstance(spec, Spec):
         return spec

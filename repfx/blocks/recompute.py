@@ -1,4 +1,4 @@
-"""`recomputed`: activation checkpointing of a module whose BatchNorms count a batch once, and which runs again just as it was."""
+"""`recomputed`: activation checkpointing of a module that runs again just as it was, and whose BatchNorms count a batch once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from repfx.errors import InvalidInput
 
 
 def recomputed(forward: Callable[[Tensor], Tensor], block: nn.Module, input: Tensor) -> Tensor:
-    """What a block's `forward` gives out, of which only the input is kept; the statistics that BatchNorms keep count the batch once."""
+    """Run `forward` of a block and keep only the input; the backward pass runs it again. BatchNorms' statistics count the batch once."""
     output: Tensor = checkpoint(forward, input, use_reentrant=False, context_fn=partial(_contexts, block))
     return output
 
@@ -24,9 +24,10 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractC
 
 
 class _AsItWas:
-    """Modes, parameters and buffers of a block are inside what they were when this was made; what is written into buffers is lost.
+    """A context in which a block has the modes, parameters and buffers it had when this object was created.
 
-    Parameters that were written into since raise `InvalidInput`, for torch, too, refuses to go back through what was changed.
+    Writes into buffers inside it are discarded. Entering it raises `InvalidInput` if a parameter was written into since,
+    because torch, too, refuses to go back through changed tensors.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -38,8 +39,8 @@ class _AsItWas:
         changed = next((name for name, each, version in self._versions if each._version != version), None)
         if changed is not None:
             raise InvalidInput(
-                f"{changed!r} of a block that recomputes was written into between forward and backward pass, so that the block "
-                "can't run again as it was: write into parameters after the backward pass."
+                f"{changed!r} of a block that recomputes was written into between forward and backward pass, so the block can't run "
+                "again as it was: write into parameters after the backward pass."
             )
         self._now = [_State.of(state.module) for state in self._then]
         for state in self._then:
@@ -52,7 +53,7 @@ class _AsItWas:
 
 @dataclass(frozen=True)
 class _State:
-    """What a module was at some time, without its children."""
+    """The mode, parameters and buffers that a module itself, without its children, had at some time."""
 
     module: nn.Module
     training: bool

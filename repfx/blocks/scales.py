@@ -1,4 +1,4 @@
-"""How much each path of a block weighs: mean |γ| of its last BatchNorm."""
+"""The scale of each path of a block: mean |γ| of its last BatchNorm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ORIGIN = "origin"
 
 @torch.no_grad()
 def gammas_of(block: RepBlock) -> dict[str, float | None]:
-    """By name, the site's own conv first (``origin``); None where there is no γ.
+    """Return the scales of a block's paths by name, the site's own conv (``origin``) first; None for a path without γ.
 
     >>> import repfx
     >>> model = repfx.expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), ["1x1"])
@@ -27,5 +27,5 @@ def gammas_of(block: RepBlock) -> dict[str, float | None]:
 
 
 def gammas_in(model: nn.Module) -> dict[str, dict[str, float | None]]:
-    """Of all blocks, by path."""
+    """Return the scales of the paths of all blocks, by path of the block."""
     return {path: gammas_of(block) for path, block in model.named_modules() if isinstance(block, RepBlock)}

@@ -1,4 +1,4 @@
-"""Which sites get which spec: one for all, or by patterns of their paths."""
+"""`Selection`: which sites get which spec. One spec serves all sites, or patterns of their paths choose."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Selection:
 
     @classmethod
     def of(cls, spec: SpecLike | Architecture) -> Selection:
-        """From all that `expand` takes."""
+        """Make a selection from anything that `expand` takes as a spec."""
         found = Architecture.load(spec) if isinstance(spec, str) and spec.endswith(".json") else spec
         if isinstance(found, Architecture):
             return cls(tuple(found.specs.items()), found)
@@ -40,11 +40,11 @@ class Selection:
 
     @property
     def keeps_origins(self) -> bool:
-        """Whether the own conv of every site that gets a block runs."""
+        """Whether every site that gets a block keeps running its own conv."""
         return all(spec.origin for _, spec in self.patterns)
 
     def spec_for(self, path: str) -> Spec | None:
-        """The spec of a site, or None."""
+        """Return the spec of a site, or None."""
         return next((spec for pattern, spec in self.patterns if fits(path, pattern)), None)
 
     def names(self, path: str) -> bool:
@@ -52,7 +52,7 @@ class Selection:
         return any(pattern == path for pattern, _ in self.patterns)
 
     def require_used(self, convs: Mapping[str, str]) -> None:
-        """Raise if a pattern fits no site, or an architecture is of another net; `convs` are sizes by path."""
+        """Raise `InvalidInput` if a pattern fits no site, or if the architecture is of another net. `convs` gives the sizes by path."""
         known = list(convs)
         if self.architecture is not None:
             self.architecture.require_fits(convs)
@@ -67,10 +67,10 @@ class Selection:
 
 
 def spec_at(spec: SpecLike, path: str) -> Spec:
-    """What a schedule's spec says of one site: a dict of patterns may leave it without branches.
+    """Return a schedule's spec for one site. A dict of patterns may leave the site without branches.
 
     Raises:
-        InvalidInput: the spec can't be used, wherever; UnknownName for a preset or branch kind that isn't known.
+        InvalidInput: the spec can't be used at any site; UnknownName: there is no preset of that name.
 
     >>> [len(spec_at({"layer*": "acb"}, path).branches) for path in ("conv1", "layer1.0.conv1")]
     [0, 2]

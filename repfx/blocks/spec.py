@@ -1,4 +1,4 @@
-"""What a site is (`ConvSpec`), and what it is to become (`Spec`), with the presets of the literature."""
+"""`Spec`: the branches that a site gets, and how they begin. `BranchSpec`: one branch kind with its options."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class BranchSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     name: str | None = field(
         default=None, repr=False
-    )  # in its block; by default its kind, with a number from the second on
-    scale: float = field(default=1.0, repr=False)  # what its scale begins with, where `Spec.norm` is "scale"
+    )  # name in the block; by default the kind, with a number from the second on
+    scale: float = field(default=1.0, repr=False)  # first value of the branch's `Scale`, if `Spec.norm` is "scale"
 
 
 Normalisation = Literal["batch_norm", "scale", "none"]
@@ -30,18 +30,19 @@ BranchesOf = Callable[[ConvSpec], Sequence[BranchSpec | str]]
 
 @dataclass(frozen=True)
 class Spec:
-    """What every site becomes: which branches stand beside its own conv, and how they are normalised and begin.
+    """The form that a site takes: the branches beside its own conv, how they are normalised, and how they begin.
 
     Args:
-        branches: branch kinds or `BranchSpec`s, or a function that gives them for a site.
-        norm: ``batch_norm``: one at the end of every branch, the site's own BatchNorm moves behind its own conv. ``none`` and ``scale``:
-            nothing, or a learned scale per channel, in the branches; the site's own BatchNorm stays where it is, after the sum.
-        gamma: γ of each branch's last BatchNorm where the function is not preserved.
-        weights: first values of the branches' convs: ``default`` is torch's own, ``fan_out`` is DyRep's N(0, √(2 / (window · out))),
-            ``small`` is RepAn's U(−0.1 / √out, 0.1 / √out). ``shared``: as far as channels and window allow, they have no weights of their
-            own but the centre crop of the site's (RepNAS, eq. 5).
+        branches: branch kinds or `BranchSpec`s, or a function that returns them for a site.
+        norm: normalisation of the branches. ``batch_norm`` puts a BatchNorm at the end of every branch, and the site's own BatchNorm moves
+            behind its own conv. ``none`` puts nothing into the branches, and ``scale`` a learned scale per channel; with both, the site's
+            own BatchNorm stays where it is, after the sum.
+        gamma: γ of each branch's last BatchNorm if the function is not preserved.
+        weights: first values of the branches' convs. ``default`` is torch's own, ``fan_out`` is DyRep's N(0, √(2 / (window · out))), and
+            ``small`` is RepAn's U(−0.1 / √out, 0.1 / √out). With ``shared`` a conv whose channels and window allow it has no weights of its
+            own; it takes the centre crop of the site's (RepNAS, eq. 5).
         origin: whether the site's own conv runs. Without it the block is the sum of its branches alone, another function.
-        origin_scale: with ``scale``, what a learned factor per channel behind the site's own conv begins with; None for none.
+        origin_scale: first value of a learned factor per channel behind the site's own conv, with ``scale`` only; None for no factor.
 
     >>> Spec(["1x1", "1xk"], norm="none").branches
     (BranchSpec(kind='1x1', options={}), BranchSpec(kind='1xk', options={}))
@@ -64,13 +65,13 @@ class Spec:
             raise UnknownName("first value of weights", str(self.weights), get_args(Weights))
         if self.weights == "shared" and self.norm != "batch_norm":
             raise InvalidInput(
-                f'weights="shared" needs norm="batch_norm": with {self.norm!r} a branch that begins is taken off the weights it shares.'
+                f'weights="shared" needs norm="batch_norm": with {self.norm!r} a new branch would be subtracted from the weights it shares.'
             )
         if not callable(self.branches):
             object.__setattr__(self, "branches", _branch_specs(self.branches))
 
     def branches_for(self, site: ConvSpec) -> tuple[BranchSpec, ...]:
-        """The branches that this spec wants at a site, whether they fit or not."""
+        """Return the branches that this spec asks for at a site, whether they fit or not."""
         return _branch_specs(self.branches(site) if callable(self.branches) else self.branches)
 
 

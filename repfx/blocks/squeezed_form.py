@@ -1,8 +1,8 @@
-"""`SqueezedForm`: how a module runs while linear regions of its graph run as one conv each; and how it takes that form on and off.
+"""`SqueezedForm`: a form in which each linear region of a module's graph runs as one conv. `take` puts it on, and `release` takes it off.
 
-The module stays what it is: same object, parameters, state dict, and a class that is a subclass of its own. It runs its own forward
-whenever the form isn't exact: while a BatchNorm of a region takes its statistics from the batch, while a hook listens to anything inside,
-where a part was exchanged, and where another tracer asks.
+The module stays the same object with the same parameters and state dict. Its class becomes a subclass of its own class. It runs its own
+forward whenever the form isn't exact: while a BatchNorm of a region takes its statistics from the batch, while a hook listens to anything
+inside, after a part was exchanged, and while another tracer traces it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OWN = "repfx_own_class"
 
 
 class Region(Protocol):
-    """A linear part of a module that runs as one conv; `repfx.rewriting.linear_region` has the one there is."""
+    """A linear part of a module that runs as one conv. `repfx.rewriting.linear_region` has the only class of regions."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -45,10 +45,10 @@ class SqueezedForm:
     """The code of a module's graph in which each linear region is one call.
 
     Args:
-        root: the module that takes the form.
-        code: takes `root` and the inputs; calls regions as ``root.repfx_squeezed_form.run("<name>", x)``.
-        inputs: how many there are.
-        regions: by name.
+        root: module that takes the form.
+        code: function of `root` and the inputs that calls regions as ``root.repfx_squeezed_form.run("<name>", x)``.
+        inputs: number of inputs.
+        regions: regions by name.
         held: paths of BatchNorms that stay in eval mode.
     """
 
@@ -58,22 +58,25 @@ class SqueezedForm:
     regions: Mapping[str, Region]
     held: tuple[str, ...]
     _seen: tuple[Any, ...] = ()
-    _apart: tuple[str, ...] = ()  # of `held`, what had another mode than the root
+    _apart: tuple[str, ...] = ()  # paths in `held` of BatchNorms that had another mode than the root
 
     def __post_init__(self) -> None:
         modules = self._modules
         self._apart = tuple(path for path in self.held if modules[path].training != self.root.training)
 
     def look(self) -> None:
-        """See what the root consists of, which it has to consist of from now on; modules inside it may have taken forms of their own."""
+        """Record the root and the modules below it. The form is used only while this record still matches.
+
+        Modules inside may take forms of their own, but only before this call.
+        """
         self._seen = tuple(map(_outline, self._modules.items()))
 
     def run(self, name: str, x: Any) -> Any:
-        """What a region gives out."""
+        """Run a region on its input."""
         return self.regions[name](self.root, x)
 
     def takes(self, module: nn.Module, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
-        """Whether the form gives out just what the module's own forward would, now that held BatchNorms are in eval mode again."""
+        """Put held BatchNorms into eval mode, and tell whether the form then computes exactly what the module's own forward would."""
         modules = self._modules
         self._stop(modules)  # a part of the module may have been put into training mode by itself
         if self.root is not module or options or len(args) != self.inputs:
@@ -85,7 +88,7 @@ class SqueezedForm:
         return dict(self.root.named_modules(remove_duplicate=False))
 
     def _is_exact(self, modules: dict[str, nn.Module]) -> bool:
-        """Whether all modules below are what they were and unheard, and what regions consist of is linear in this mode."""
+        """Whether all modules are as `look` recorded them, none below the root has hooks, and all parts of regions are linear now."""
         if len(modules) != len(self._seen) or any(map(_differs, modules.items(), self._seen)):
             return False
         return not any(_varies(modules[path]) for region in self.regions.values() for path in region.modules)
@@ -100,13 +103,13 @@ class SqueezedForm:
                 norm.eval()
 
     def let_norms_go(self) -> None:
-        """Let the BatchNorms whose statistics were held follow the mode of the module again, those that did before."""
+        """Let held BatchNorms follow the mode of the module again, except those that didn't follow it before."""
         for norm in _at(self._modules, {*self.held} - {*self._apart}):
             norm.train(self.root.training)
 
 
 def _at(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[nn.Module]:
-    """Those at paths that are still there."""
+    """Return the modules at the paths that still exist."""
     return [modules[path] for path in paths if path in modules]
 
 
@@ -115,13 +118,13 @@ _Outline: TypeAlias = tuple[str, nn.Module, type[nn.Module], dict[str, Any], dic
 
 
 def _outline(entry: _Entry) -> _Outline:
-    """All that a graph takes for granted of a module at a path: what it is, and the values that its code may read."""
+    """Return everything that a graph relies on in a module at a path: the object, its class, and the values that its code may read."""
     path, module = entry
     return path, module, type(module), *(_values(module) if module._modules else ({}, {}))
 
 
 def _values(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a module has beside what torch gives each: plain values, and all others."""
+    """Return the attributes that torch doesn't give to every module: plain values, and snapshots of the others."""
     plain: dict[str, Any] = {}
     others: dict[str, Any] = {}
     for name, value in vars(module).items():
@@ -140,7 +143,7 @@ def _items(value: Any) -> tuple[Any, ...]:
 
 
 def _snapshot(value: Any) -> Any:
-    """Something that is equal as long as a value is the same: containers by what is in them, everything else by identity."""
+    """Return a value that compares equal as long as `value` is the same: containers by their entries, all other objects by identity."""
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, dict):
@@ -152,7 +155,7 @@ def _snapshot(value: Any) -> Any:
 
 @dataclass(eq=False)
 class _Same:
-    """Equal to another one of the same object."""
+    """A wrapper that equals every other wrapper of the same object."""
 
     value: Any
 
@@ -166,32 +169,32 @@ def _differs(entry: _Entry, seen: _Outline) -> bool:
         return True
     if is_patched(module) or (path and has_hooks(module)):
         return True
-    if torch.compiler.is_compiling():  # where not every torch can list what a module has
+    if torch.compiler.is_compiling():  # not every torch can list a module's attributes here
         return any(vars(module).get(name) != value for name, value in seen[3].items())
     return bool(module._modules) and _values(module) != seen[3:]
 
 
 def _varies(part: nn.Module) -> bool:
-    """Whether a part of a region is no linear map in the mode that it is in."""
+    """Whether a part of a region is no linear map in its present mode."""
     if isinstance(part, RepBlock):
         return not (part.squeezed and part.is_one_map)
     return takes_batch_statistics(part)
 
 
 def form_of(module: nn.Module) -> SqueezedForm | None:
-    """The form that a module has taken, or None."""
+    """Return the form that a module has taken, or None."""
     found = kept(module, NAME)
     return found if isinstance(found, SqueezedForm) else None
 
 
 def forms_in(model: nn.Module) -> dict[str, SqueezedForm]:
-    """All forms in a model, by the paths of the modules that took them."""
+    """Return all forms in a model, by the paths of the modules that took them."""
     forms = {path: form_of(module) for path, module in model.named_modules()}
     return {path: form for path, form in forms.items() if form is not None}
 
 
 def take(forms: Iterable[SqueezedForm]) -> None:
-    """Let the forms' modules, one of which may lie in another, run in them from now on."""
+    """Let modules run in their forms from now on. A module may lie inside another one of them."""
     forms = list(forms)
     for form in forms:
         release(form.root)
@@ -204,22 +207,22 @@ def take(forms: Iterable[SqueezedForm]) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Let a module be of its own class again; its norms' mode stays."""
+    """Give a module its own class back. The modes of its BatchNorms stay as they are."""
     if form_of(module) is not None:
-        if _OWN in vars(type(module)):  # else code of others has made a subclass since, as a parametrization does
+        if _OWN in vars(type(module)):  # else other code, such as a parametrization, has made a subclass since
             module.__class__ = vars(type(module))[_OWN]
         delattr(module, NAME)
 
 
 def release_all(model: nn.Module) -> None:
-    """Let all modules of a model be of their own classes again."""
+    """Give all modules of a model their own classes back."""
     for module in model.modules():
         release(module)
 
 
 @functools.cache
 def _squeezed(own: Any) -> Any:
-    """A subclass whose instances run in the form that they have taken."""
+    """Make a subclass of `own` whose instances run in the form that they have taken."""
 
     @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, **options: Any) -> Any:
@@ -227,7 +230,7 @@ def _squeezed(own: Any) -> Any:
         if form is not None and form.takes(self, args, options):
             try:
                 return form.code(self, *args)
-            except NoKernel:  # where sizes were changed
+            except NoKernel:  # sizes were changed since
                 pass
         return own.forward(self, *args, **options)
 
@@ -245,7 +248,7 @@ def _squeezed(own: Any) -> Any:
         return copied
 
     def reduce(self: Any, protocol: Any) -> Any:
-        """Pickled, it is of its own class, for a graph with regions can't be."""
+        """Pickle the module as one of its own class, because a graph with regions can't be pickled."""
         state = {name: value for name, value in vars(self).items() if name != NAME}
         return nn.Module.__new__, (own,), state
 

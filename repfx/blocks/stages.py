@@ -1,4 +1,4 @@
-"""The modules that blocks are made of, beside torch's own: padding of any sign, scales, and how a branch is normalised."""
+"""The modules that blocks are made of, beside torch's own: padding of any sign, scales, and the normalisation of a branch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Stages = Iterator[tuple[str, nn.Module]]
 
 
 class Pad(nn.Module):
-    """Pads by (before, after) per axis, in any of torch's padding modes; negative numbers crop.
+    """Padding by (before, after) per axis, in any of torch's padding modes. Negative numbers crop.
 
     >>> Pad(((-1, 1),))(torch.arange(3.0))
     tensor([1., 2., 0.])
@@ -47,7 +47,7 @@ def _read_pad(module: Layer) -> Meaning:
 
 
 class Scale(nn.Module):
-    """One learned factor per channel, ``(batch, channels, *axes)`` times ``(channels,)``."""
+    """One learned factor per channel: ``(batch, channels, *axes)`` times ``(channels,)``."""
 
     def __init__(self, channels: int, dimensions: int, **factory: Any) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Scale(nn.Module):
 
     @classmethod
     def like(cls, conv: Layer, value: float) -> Scale:
-        """For the output of a conv, all factors alike at first."""
+        """Make a `Scale` for the output of a conv, with all factors equal to `value` at first."""
         scale = cls(conv.out_channels, conv.weight.ndim - 2, device=conv.weight.device, dtype=conv.weight.dtype)
         nn.init.constant_(scale.weight, value)
         scale.weight.requires_grad_(conv.weight.requires_grad)
@@ -78,7 +78,7 @@ def _read_scale(scale: Layer) -> Meaning:
 
 
 class Residual(nn.Module):
-    """``x + conv(x)``, for a 1×1 conv that gives out as many channels as it takes."""
+    """The sum ``x + conv(x)``, for a 1×1 conv with as many output as input channels."""
 
     def __init__(self, conv: Layer) -> None:
         super().__init__()
@@ -89,18 +89,19 @@ class Residual(nn.Module):
         return found
 
     def equivalent_kernel(self, like: Tensor) -> Kernel:
-        """As a linear map, differentiable."""
+        """Return the kernel of the sum; differentiable."""
         dimensions = self.conv.weight.ndim - 2
         identity = Kernel.identity(like, channels=self.conv.in_channels, dimensions=dimensions)
         return kernel_of(self.conv, like, self.conv.in_channels, dimensions).add(identity)
 
 
 class AttachRate(nn.Module):
-    """One factor λ for all channels, a buffer, by which a block attaches its branches (RepAn, eq. 3).
+    """The factor λ of a block's branches, one buffer for all channels (RepAn, eq. 3).
 
     Args:
-        value: from 0, where the branches add nothing, to 1.
-        channels: of the input, `(batch, channels, *axes)`.
+        value: first value of λ, from 0, with which the branches add nothing, to 1.
+        channels, dimensions: channels and number of axes of the input, ``(batch, channels, *axes)``.
+        like: tensor that gives dtype and device.
     """
 
     rate: Tensor
@@ -112,14 +113,14 @@ class AttachRate(nn.Module):
         self.dimensions = dimensions
 
     def factor(self) -> Tensor:
-        """λ."""
+        """Return λ."""
         return self.rate
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.rate
 
     def kernel(self, like: Tensor) -> Kernel:
-        """As a linear map, differentiable."""
+        """Return the factor as a kernel; differentiable."""
         return Kernel.diagonal(self.rate.to(like).expand(self.channels), None, self.dimensions)
 
 
@@ -130,9 +131,13 @@ def _read_attach_rate(attach: Layer) -> Meaning:
 
 @dataclass(frozen=True)
 class Norm:
-    """How the outputs of a branch are normalised: `kind` as in `Spec.norm`; the rest are BatchNorm's own settings.
+    """The normalisation of a branch's outputs.
 
-    `frozen` is the class of one whose numbers are never trained.
+    Args:
+        kind: value of `Spec.norm`.
+        eps, momentum: settings of the branch's BatchNorms.
+        synchronized: whether they are SyncBatchNorms.
+        frozen: class of a BatchNorm whose numbers are never trained; None for torch's own.
     """
 
     kind: str = "batch_norm"
@@ -143,32 +148,32 @@ class Norm:
 
     @classmethod
     def like(cls, kind: str, norm: Layer | None) -> Norm:
-        """With the settings of a BatchNorm module, where there is one."""
+        """Make a normalisation with the settings of `norm`; with the default ones unless `norm` is one of torch's BatchNorms."""
         if norm is None or torch_class(norm) not in BATCH_NORMS:
             return cls(kind)
         return cls(kind, norm.eps, norm.momentum, isinstance(norm, nn.SyncBatchNorm))
 
     def batch_norm(self, channels: int, dimensions: int, like: Tensor) -> nn.Module:
-        """A fresh BatchNorm for `channels`, on the device and in the dtype of `like`."""
+        """Make a BatchNorm for `channels`, on the device and in the dtype of `like`."""
         if self.frozen is not None:
             return self.frozen(channels, self.eps).to(like.device, like.dtype)
         kind = nn.SyncBatchNorm if self.synchronized else BATCH_NORM_OF[dimensions]
         return kind(channels, self.eps, self.momentum, device=like.device, dtype=like.dtype)
 
     def inside(self, name: str, channels: int, dimensions: int, like: Tensor) -> Stages:
-        """What stands between the convs of a branch."""
+        """Yield the normalisation between the convs of a branch: a BatchNorm, or nothing."""
         if self.kind == "batch_norm":
             yield name, self.batch_norm(channels, dimensions, like)
 
     def last(self, channels: int, dimensions: int, like: Tensor) -> Stages:
-        """What stands at the end of a branch."""
+        """Yield the normalisation at the end of a branch: a `Scale`, a BatchNorm, or nothing."""
         if self.kind == "scale":
             yield "scale", Scale(channels, dimensions, device=like.device, dtype=like.dtype)
         yield from self.inside("norm", channels, dimensions, like)
 
 
 def conv_stages(name: str, spec: ConvSpec, like: Tensor, *, bias: bool = False) -> Stages:
-    """A conv of these sizes; where torch's conv can't pad so by itself, with a `Pad` before it."""
+    """Yield a conv of these sizes, after a `Pad` if torch's conv can't apply the padding itself."""
     symmetric = is_symmetric(spec.padding)
     if not symmetric:
         yield f"{name}_pad", Pad(spec.padding, spec.padding_mode)
@@ -176,19 +181,19 @@ def conv_stages(name: str, spec: ConvSpec, like: Tensor, *, bias: bool = False) 
 
 
 def _fan_out(conv: Layer) -> None:
-    """N(0, √(2 / (window · out))), as DyRep does."""
+    """Draw weights from N(0, √(2 / (window · out))), as DyRep does."""
     nn.init.normal_(conv.weight, 0.0, math.sqrt(2 / (math.prod(conv.kernel_size) * conv.out_channels)))
 
 
 def _small(conv: Layer) -> None:
-    """U(-0.1 / √out, 0.1 / √out), as RepAn does."""
+    """Draw weights from U(-0.1 / √out, 0.1 / √out), as RepAn does."""
     limit = 0.1 / math.sqrt(conv.out_channels)
     nn.init.uniform_(conv.weight, -limit, limit)
 
 
 FIRST_WEIGHTS: dict[str, Callable[[Layer], object]] = {
-    "default": lambda conv: None,  # torch has drawn them
+    "default": lambda conv: None,  # torch has drawn the weights
     "fan_out": _fan_out,
     "small": _small,
-    "shared": lambda conv: None,  # those that are left are torch's
+    "shared": lambda conv: None,  # convs that can't share keep torch's weights
 }

@@ -1,6 +1,7 @@
-"""The branch kinds, one file each; importing this package registers all of them.
+"""The branch kinds, one file each. Importing this package registers all of them.
 
-Imports blocks and below. Begin with `pointwise`, the shortest.
+Imports `blocks` and the wings above it (order: docs/architecture.md).
+Begin with `pointwise`, the shortest.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The commands of `repfx`, one file each. A command parses its arguments, calls the library and prints the result.
 
-Imports everything above it, and the packages of the `cli` extra. Begin with `app`.
+Imports all wings above it (order: docs/architecture.md) and the packages of the `cli` extra.
+Begin with `app`.
 """
 
 from repfx.commands import fuse, inspect, list_names, report, train

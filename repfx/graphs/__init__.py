@@ -1,4 +1,5 @@
-"""Reading models: tracing with torch.fx, islands, what a node means, and which sites a model has.
+"""Reading models: tracing with torch.fx, islands, the meaning of a node, and the sites of a model.
 
-Imports blocks and below. It changes no graph. Begin with `trace`.
+Imports `blocks` and the wings above it (order: docs/architecture.md). It changes no graph.
+Begin with `trace`.
 """

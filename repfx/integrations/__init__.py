@@ -1,4 +1,5 @@
-"""repfx inside the training frameworks that people use; each package needs its own extra.
+"""repfx inside training frameworks. Each package needs an extra of its own.
 
-Imports everything above it. Begin with `lightning`.
+Imports all wings above it (order: docs/architecture.md).
+Begin with `lightning`.
 """

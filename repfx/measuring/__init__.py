@@ -1,4 +1,5 @@
 """Numbers about models: float64 copies, differences, equivalence, calibration on data, and cost.
 
-Imports graphs, rewriting and below. Begin with `equivalence`.
+Imports `rewriting` and the wings above it (order: docs/architecture.md).
+Begin with `equivalence`.
 """

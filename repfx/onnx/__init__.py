@@ -1,4 +1,5 @@
 """ONNX files: exported, checked in onnxruntime, and quantized.
 
-Imports measuring, passes and below, and the packages of the `onnx` extra inside functions. Begin with `export`.
+Imports `passes` and the wings above it (order: docs/architecture.md), and, inside functions, the packages of the `onnx` extra.
+Begin with `export`.
 """

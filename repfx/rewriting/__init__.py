@@ -1,4 +1,5 @@
 """Changing graphs: the view, matches, patterns, guards and rules, and the editor and pipeline that apply them.
 
-Imports graphs and below. Begin with `rule`; a rule itself is one file in `passes/`.
+Imports `graphs` and the wings above it (order: docs/architecture.md).
+Begin with `rule`. Each rule is one file in `passes/`.
 """

@@ -1,6 +1,7 @@
 """The schedules, one file each. Importing this package registers all of them, and their classes are its attributes.
 
-Imports search and below. Begin with `fixed`, the shortest.
+Imports `search` and the wings above it (order: docs/architecture.md).
+Begin with `fixed`, the shortest.
 """
 
 from __future__ import annotations

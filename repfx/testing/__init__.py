@@ -1,6 +1,7 @@
 """Tools to test branch kinds and passes: random BatchNorms, asserts in float64, and Hypothesis strategies.
 
-Imports algebra and below. Begin with `asserts`; `repfx.testing.strategies` alone needs Hypothesis.
+Imports `algebra` and the wings above it (order: docs/architecture.md).
+Begin with `asserts`; `strategies` alone needs Hypothesis.
 """
 
 from repfx.testing.asserts import TOLERANCE as TOLERANCE

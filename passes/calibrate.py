@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from repfx.algebra.layers import is_batch_norm
+from repfx.algebra.layers import keeps_statistics
 from repfx.errors import InvalidInput
 from repfx.measuring.calibration import calibrate_norms
 from repfx.records.journal import Action, record
@@ -82,5 +82,4 @@ def _measure(model: nn.Module, site: str, batches: Iterable[Any]) -> None:
 
 def _norms(model: nn.Module, site: str) -> list[Any]:
     """Return the BatchNorms with running statistics inside the module at `site`."""
-    norms: list[Any] = [module for module in model.get_submodule(site).modules() if is_batch_norm(module)]
-    return [norm for norm in norms if getattr(norm, "num_batches_tracked", None) is not None]
+    return [module for module in model.get_submodule(site).modules() if keeps_statistics(module)]

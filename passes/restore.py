@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +23,7 @@ from repfx.errors import InvalidInput
 from repfx.graphs.trace import Island, call_counts, trace
 from repfx.measuring.calibration import set_kernels_measured
 from repfx.records.journal import Action, forget, record
-from repfx.records.module_tree import module_at, set_submodule
+from repfx.records.module_tree import fits, module_at, patterns_of, set_submodule
 from repfx.records.notes import copy_of
 from repfx.records.provenance import Provenance, attach
 from repfx.records.report import Edit, Report, Skip
@@ -99,7 +98,7 @@ def restore(
     >>> model.load_state_dict(restore(fuse(model)).state_dict(), strict=True)
     <All keys matched successfully>
     """
-    patterns = [sites] if isinstance(sites, str) else sites
+    patterns = None if sites is None else patterns_of(sites)
     target: nn.Module = copy_of(model)
     target.eval()
     traces = trace(target)
@@ -155,7 +154,7 @@ def _choice(node: fx.Node, island: Island, root: nn.Module, patterns: Sequence[s
     if module is None or torch_class(module) not in (*CONVS, *TRANSPOSED_CONVS, nn.Linear):
         return None
     path, folded = island.full_path(str(node.target)), folded_norm(module)
-    if folded is None if patterns is None else not any(fnmatchcase(path, pattern) for pattern in patterns):
+    if folded is None if patterns is None else not any(fits(path, pattern) for pattern in patterns):
         return None
     return _Choice(module, folded, _norm_path(path, folded))
 

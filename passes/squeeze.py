@@ -15,7 +15,7 @@ from repfx.blocks.block import RepBlock
 from repfx.blocks.paths import block_at
 from repfx.errors import InvalidInput, RepfxError, UnknownName
 from repfx.records.journal import Action, apply
-from repfx.records.module_tree import fits
+from repfx.records.module_tree import chosen
 from repfx.records.report import Edit, Report, Skip
 from repfx.rewriting.pipeline import verb
 from repfx.rewriting.squeezed_regions import SqueezeRegions, held_in, regions_of
@@ -160,12 +160,8 @@ def _blocks_and_convs(model: nn.Module, sites: str | Sequence[str]) -> tuple[dic
     """
     blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
     convs = [path for path, module in _outside_blocks(model) if is_conv(module) or isinstance(module, nn.Linear)]
-    patterns = [sites] if isinstance(sites, str) else sites
-    for pattern in patterns:
-        if pattern != "*" and not any(fits(path, pattern) for path in (*blocks, *convs)):
-            raise UnknownName("block or conv at", pattern, [*blocks, *convs])
-    chosen = {path for path in (*blocks, *convs) if any(fits(path, pattern) for pattern in patterns)}
-    return {path: block for path, block in blocks.items() if path in chosen}, [path for path in convs if path in chosen]
+    found = chosen(sites, [*blocks, *convs], "block or conv at")
+    return {path: block for path, block in blocks.items() if path in found}, [path for path in convs if path in found]
 
 
 def _outside_blocks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

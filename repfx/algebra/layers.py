@@ -73,6 +73,11 @@ def takes_batch_statistics(module: Layer) -> bool:
     return is_batch_norm(module) and not is_frozen_norm(module) and (module.training or module.running_mean is None)
 
 
+def keeps_statistics(module: Layer) -> bool:
+    """Whether `module` is a BatchNorm that counts batches, because it updates running statistics in training mode."""
+    return is_batch_norm(module) and getattr(module, "num_batches_tracked", None) is not None
+
+
 def is_frozen_norm(module: nn.Module) -> bool:
     """Whether `module` is a BatchNorm whose numbers are all buffers, so that it is the same map in both modes."""
     return qualified_name(module) in FROZEN_BATCH_NORMS
@@ -116,6 +121,11 @@ def has_modes_of_its_own(module: nn.Module) -> bool:
     """Whether a change of training or eval mode runs code from outside torch and repfx, which may write into the module's weights."""
     classes = [cls for cls in type(module).__mro__ if not cls.__module__.startswith(("torch.", "repfx."))]
     return any(name in vars(owner) for name in ("train", "eval") for owner in (module, *classes))
+
+
+def own_classes(cls: type) -> tuple[type, ...]:
+    """Return the class of a module and its bases, but for `nn.Module` and `object`, in the order of inheritance."""
+    return tuple(base for base in cls.__mro__ if base not in (nn.Module, object))
 
 
 def is_patched(module: nn.Module) -> bool:

@@ -151,9 +151,18 @@ def _nearest(module: nn.Module) -> str:
 def padding_of(conv: Layer) -> Padding:
     """Return the padding of a conv module, (before, after) per axis; `padding="same"` is resolved as in torch."""
     if isinstance(conv.padding, str):
-        totals = [d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size)]
-        return tuple((total // 2, total - total // 2) for total in totals)
+        return named_padding(conv.padding, conv.dilation, conv.kernel_size)
     return tuple((p, p) for p in conv.padding)
+
+
+def named_padding(name: str, dilation: Ints, window: Ints) -> Padding:
+    """Return the padding that torch's ``"same"`` or ``"valid"`` amounts to, (before, after) per axis.
+
+    >>> named_padding("same", (1, 2), (4, 3))
+    ((1, 2), (2, 2))
+    """
+    totals = [d * (k - 1) if name == "same" else 0 for d, k in zip(dilation, window)]
+    return tuple((total // 2, total - total // 2) for total in totals)
 
 
 def affine_of(norm: Layer, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from repfx.blocks.block import RepBlock
 from repfx.errors import InvalidInput, UnknownName
-from repfx.records.module_tree import fits, module_at
+from repfx.records.module_tree import chosen, module_at
 
 
 def block_at(model: nn.Module, site: str) -> RepBlock:
@@ -30,11 +30,8 @@ def blocks_at(model: nn.Module, sites: str | Sequence[str]) -> dict[str, RepBloc
         InvalidInput: the model has no blocks; UnknownName: a pattern fits no block.
     """
     blocks = _all_blocks(model)
-    patterns = [sites] if isinstance(sites, str) else sites
-    for pattern in patterns:
-        if not any(fits(path, pattern) for path in blocks):
-            raise UnknownName("block at", pattern, blocks)
-    return {path: block for path, block in blocks.items() if any(fits(path, pattern) for pattern in patterns)}
+    found = chosen(sites, blocks, "block at")
+    return {path: block for path, block in blocks.items() if path in found}
 
 
 def _all_blocks(model: nn.Module) -> dict[str, RepBlock]:

@@ -8,7 +8,7 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from repfx.algebra.activated_norm import norm_of
 from repfx.algebra.kernel import Kernel
@@ -23,6 +23,7 @@ from repfx.blocks.squeezed_form import forms_in
 from repfx.errors import InvalidInput
 from repfx.graphs.sites import sites_at, sites_known_of
 from repfx.records.journal import Action, journal, replay
+from repfx.records.module_tree import same_class
 from repfx.records.provenance import provenance_of
 
 
@@ -72,8 +73,7 @@ def copy_in(follower: nn.Module, model: nn.Module) -> nn.Module:
     """
     names = [name for name, _ in model.named_parameters()]
     for inner in follower.modules():
-        kinds = [fx.GraphModule if isinstance(each, fx.GraphModule) else type(each) for each in (inner, model)]
-        same = kinds[0] is kinds[1] and journal(inner) == journal(model)  # each GraphModule has a class of its own
+        same = same_class(inner, model) and journal(inner) == journal(model)
         if same and inner is not model and [name for name, _ in inner.named_parameters()] == names:
             return inner
     raise InvalidInput(

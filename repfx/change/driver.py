@@ -18,6 +18,7 @@ from repfx.blocks.scales import gammas_of
 from repfx.blocks.stages import AttachRate
 from repfx.change.carry import carry, require_open
 from repfx.change.companion import Companion, Run, Score
+from repfx.change.ranks import is_distributed, take_from_first_rank
 from repfx.change.saliency import METRICS
 from repfx.change.schedule import Candidate, Observation, ObservedBlock, Schedule, Unchanged
 from repfx.errors import InvalidInput
@@ -237,7 +238,7 @@ class Driver:
             averages, before = [] if self.ema is None else [self.ema], len(journal(self.model))
             with sites_known(self._sites(), self.model), carry(self.model, *self.optimizers, *averages):
                 apply(self.model, actions, None if self._calibrate is None else _First(self._calibrate, self.schedule))
-            _take_from_first_rank(self.model, *averages)
+            take_from_first_rank(self.model, *averages)
             _forget_compiled()
             actions = journal(self.model)[before:]  # as recorded, with the names of branches
             self.history += [(self.epoch, action) for action in actions]
@@ -295,7 +296,7 @@ class _Saliency:
 
     def share(self) -> None:
         """Give each rank the mean of the sums of all ranks."""
-        if self.sums is not None and self.steps is not None and _is_distributed():
+        if self.sums is not None and self.steps is not None and is_distributed():
             for tensor in (self.sums, self.steps):
                 torch.distributed.all_reduce(tensor)
                 tensor /= torch.distributed.get_world_size()
@@ -305,7 +306,7 @@ class _Saliency:
         if self.sums is None or self.steps is None:
             return {}
         total = torch.cat([self.sums, self.steps[None]])
-        if _is_distributed():
+        if is_distributed():
             torch.distributed.all_reduce(total)
         return dict(zip(self.sites, (total[:-1] / total[-1].clamp(min=1)).tolist()))
 
@@ -371,16 +372,3 @@ def _is_affine(model: nn.Module, norm_path: str | None) -> bool:
         return True
     norm: Layer = norm_of(model.get_submodule(norm_path))
     return norm.weight is not None and norm.bias is not None
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-@torch.no_grad()
-def _take_from_first_rank(*modules: nn.Module) -> None:
-    if not _is_distributed():
-        return
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            torch.distributed.broadcast(tensor, 0)

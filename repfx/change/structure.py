@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from repfx.algebra.moments import Moments
 from repfx.blocks.folded_norm import folded_norm, remember_norm
 from repfx.errors import InvalidInput
 from repfx.records.journal import Action, forget, from_json, journal, record, replay, to_json
+from repfx.records.module_tree import same_class
 from repfx.records.notes import copy_without_numbers
 
 
@@ -111,13 +112,12 @@ def _take_back(model: nn.Module, layers: nn.Module, device: torch.device) -> Non
 
 def _is_alike(found: nn.Module, wanted: nn.Module) -> bool:
     """Whether two modules are built alike, regardless of what lies inside their children."""
-    kinds = [fx.GraphModule if isinstance(each, fx.GraphModule) else type(each) for each in (found, wanted)]
     makes = []
     for each in (found, wanted):
         own = [*each.named_parameters(recurse=False), *each.named_buffers(recurse=False)]
         sizes = [(name, tuple(tensor.shape)) for name, tensor in own]
         makes.append((sizes, [name for name, _ in each.named_children()], each.extra_repr()))
-    return kinds[0] is kinds[1] and makes[0] == makes[1]
+    return same_class(found, wanted) and makes[0] == makes[1]
 
 
 @torch.no_grad()

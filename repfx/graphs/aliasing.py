@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from repfx.algebra.layers import is_batch_norm, is_conv
 from repfx.errors import InvalidInput
 from repfx.graphs.source_code import writes_in_place
-from repfx.graphs.vocabulary import ARITHMETIC
+from repfx.graphs.vocabulary import ARITHMETIC, SIZE_METHODS
 
 IN_PLACE_OPERATORS = (
     "iadd",
@@ -101,4 +101,4 @@ def reads_only_the_form(node: fx.Node) -> bool:
         return node.args[1] in ("shape", "ndim", "dtype", "device")
     if node.op == "call_function" and node.target is require_tensor:
         return True
-    return node.op == "call_method" and node.target in ("size", "dim", "numel", "ndimension", "nelement")
+    return node.op == "call_method" and node.target in SIZE_METHODS

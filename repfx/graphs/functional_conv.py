@@ -14,9 +14,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from repfx.algebra.kernel import Ints, Kernel, Padding
+from repfx.algebra.kernel import Ints, Kernel
 from repfx.algebra.layers import Layer, is_conv
-from repfx.algebra.meaning import Meaning
+from repfx.algebra.meaning import Meaning, named_padding
 from repfx.graphs.aliasing import reads_only_the_form
 from repfx.graphs.constants import Constants, NotConstant
 from repfx.graphs.operations import Op
@@ -106,8 +106,7 @@ def _kernel(
 ) -> Kernel:
     strides, dilations = (_per_axis(size, weight.ndim - 2) for size in (stride, dilation))
     if isinstance(padding, str):
-        totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, weight.shape[2:])]
-        sides: Padding = tuple((total // 2, total - total // 2) for total in totals)
+        sides = named_padding(padding, dilations, tuple(weight.shape[2:]))
     else:
         sides = tuple((side, side) for side in _per_axis(padding, weight.ndim - 2))
     if not transposed:

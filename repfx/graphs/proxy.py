@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repfx.graphs.aliasing import IN_PLACE_OPERATORS, require_tensor
+from repfx.graphs.vocabulary import SIZE_METHODS
 
 _INSTANCE_CHECKS = ("abc", "torch.nn.parameter")  # modules whose Python code answers `isinstance` for some classes
 
@@ -112,7 +113,7 @@ def _known_type(node: fx.Node) -> type | None:
     """The type of a node that is a shape, size, dtype or device, or is computed from sizes; None for any other node."""
     if node.op == "call_function" and node.target is getattr:
         return {"shape": torch.Size, "ndim": int, "dtype": torch.dtype, "device": torch.device}.get(str(node.args[1]))
-    if node.op == "call_method" and node.target in ("size", "dim", "numel", "ndimension", "nelement"):
+    if node.op == "call_method" and node.target in SIZE_METHODS:
         return torch.Size if node.target == "size" and len(node.args) + len(node.kwargs) == 1 else int
     if node.op != "call_function" or getattr(node.target, "__module__", None) != "_operator":
         return None

@@ -19,7 +19,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repfx.algebra.layers import is_batch_norm, is_conv, is_plain_sequence
+from repfx.algebra.layers import is_batch_norm, is_conv, is_plain_sequence, own_classes
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Around:
 
         Classes of repfx don't count, because the code knows nothing of a block: a `squeeze` in it is a tensor's, a `train` any module's.
         """
-        classes = [cls for cls in _own_classes(module) if not cls.__module__.startswith("repfx.")]
+        classes = [cls for cls in own_classes(type(module)) if not cls.__module__.startswith("repfx.")]
         own = {name for cls in classes for name in vars(cls)}
         return sorted(name for name in own & self.names if not _is_value(module, name))
 
@@ -128,13 +128,7 @@ def _is_value(module: nn.Module, name: str) -> bool:
 
 def asked_for(module: nn.Module, classes: frozenset[str]) -> str | None:
     """Return the name of the first of a module's classes before `nn.Module` that is in `classes`, or None."""
-    return next((cls.__name__ for cls in _own_classes(module) if cls.__name__ in classes), None)
-
-
-def _own_classes(module: nn.Module) -> tuple[type, ...]:
-    """The class of a module and its bases, in the order of inheritance, that come before `nn.Module`."""
-    classes = type(module).__mro__
-    return classes[: classes.index(nn.Module)]
+    return next((cls.__name__ for cls in own_classes(type(module)) if cls.__name__ in classes), None)
 
 
 def _names_read(attributes: list[ast.Attribute], results: frozenset[str]) -> frozenset[str]:
@@ -306,7 +300,7 @@ def _globals(cls: type[nn.Module]) -> dict[str, Any]:
 
 def _code(cls: type[nn.Module], name: str) -> Iterator[ast.AST]:
     """All AST nodes of a method or property, in the class and in each base that comes before `nn.Module`."""
-    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+    for base in own_classes(cls):
         found = vars(base).get(name)
         function = found.fget if isinstance(found, property) else found
         yield from _source(function, of_instance=True) if inspect.isfunction(function) else ()

@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from repfx.algebra.activated_norm import separate
-from repfx.algebra.layers import code_of_its_own, is_conv, is_plain_sequence
+from repfx.algebra.layers import code_of_its_own, is_conv, is_plain_sequence, own_classes
 from repfx.blocks.block import RepBlock
 from repfx.blocks.gates import gates_in
 from repfx.blocks.squeezed_form import release_all
@@ -165,8 +165,7 @@ _TAKEN = {*dir(fx.GraphModule), *vars(fx.GraphModule(nn.Module(), fx.Graph()))} 
 
 
 def _name_taken(module: nn.Module) -> str | None:
-    classes = type(module).__mro__
-    own = {name for cls in classes[: classes.index(nn.Module)] for name in vars(cls) if not name.startswith("__")}
+    own = {name for cls in own_classes(type(module)) for name in vars(cls) if not name.startswith("__")}
     tensors = (name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)))
     names = {*own, *vars(module), *dict(module.named_children()), *tensors}
     return min(names & _TAKEN, default=None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from repfx.algebra.kernel import Kernel
-from repfx.algebra.layers import Layer, is_batch_norm
+from repfx.algebra.layers import Layer, keeps_statistics
 from repfx.algebra.moments import Moments, set_kernel
 from repfx.errors import InvalidInput, first_line
 from repfx.measuring.in_float64 import device_of, map_tensors
@@ -76,9 +76,8 @@ def measure_sums(model: nn.Module, sums: Sequence[PartialSum], batches: Batches)
     All BatchNorms use the statistics of the batch and keep none; everything else runs in eval mode. Means and variances are taken of each
     batch and averaged, as BatchNorms do.
     """
-    norms: list[Layer] = [module for module in model.modules() if is_batch_norm(module)]
-    counts = {norm: getattr(norm, "num_batches_tracked", None) for norm in norms}  # None: it keeps no statistics
-    kept = [(norm, norm.momentum, count) for norm, count in counts.items() if count is not None]
+    norms: list[Layer] = [module for module in model.modules() if keeps_statistics(module)]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     with ExitStack() as stack:
         stack.enter_context(in_eval_mode(model))
         for norm, momentum, count in kept:

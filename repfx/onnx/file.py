@@ -83,15 +83,17 @@ def package(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def open_session(path: Path | str | bytes, *, optimized: bool = True) -> Any:
+def open_session(path: Path | str | bytes, *, optimized: bool = True, threads: int = 0) -> Any:
     """Open a file in onnxruntime on the CPU, without its log messages.
 
     Args:
         optimized: whether onnxruntime may replace nodes by faster ones, such as quantized ones by kernels for integers.
+        threads: how many threads run a node; 0 leaves that to onnxruntime.
     """
     runtime = package("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads = threads
     if not optimized:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

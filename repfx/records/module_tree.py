@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
-from repfx.errors import InvalidInput
+from repfx.errors import InvalidInput, UnknownName
 
 
 def require_module(model: object) -> None:
@@ -61,6 +61,35 @@ def fits(path: str, pattern: str) -> bool:
     (True, True)
     """
     return path == pattern or fnmatchcase(path, pattern)
+
+
+def patterns_of(sites: str | Sequence[str]) -> Sequence[str]:
+    """Return one pattern, or several, as several."""
+    return [sites] if isinstance(sites, str) else sites
+
+
+def chosen(sites: str | Sequence[str], paths: Collection[str], what: str) -> set[str]:
+    """Return the paths that a pattern, or one of several, fits. The pattern `*` may fit none.
+
+    Args:
+        what: names the things at these paths in an error.
+
+    Raises:
+        UnknownName: another pattern fits none.
+
+    >>> sorted(chosen(["a*", "c"], ["a1", "a2", "b", "c"], "block at"))
+    ['a1', 'a2', 'c']
+    """
+    patterns = patterns_of(sites)
+    for pattern in patterns:
+        if pattern != "*" and not any(fits(path, pattern) for path in paths):
+            raise UnknownName(what, pattern, paths)
+    return {path for path in paths if any(fits(path, pattern) for pattern in patterns)}
+
+
+def same_class(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two modules are of one class. Each GraphModule has a class of its own; all of these count as one."""
+    return type(a) is type(b) or (isinstance(a, fx.GraphModule) and isinstance(b, fx.GraphModule))
 
 
 def module_paths(model: nn.Module) -> dict[int, list[str]]:

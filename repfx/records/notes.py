@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from types import FunctionType
 from typing import Any
@@ -75,8 +75,11 @@ def _enclosed_by(function: FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
 
 
-def copy_without_numbers(model: nn.Module) -> Any:
+def copy_without_numbers(model: nn.Module, instead: Mapping[int, Any] | None = None) -> Any:
     """Return a deep copy of a model, as `copy_of` does, with parameters and buffers on the meta device.
+
+    Args:
+        instead: what takes the place of an object in the copy, by the object's id.
 
     Raises:
         InvalidInput: as `copy_of`.
@@ -84,4 +87,4 @@ def copy_without_numbers(model: nn.Module) -> Any:
     memo: dict[int, Any] = {id(buffer): buffer.detach().to("meta") for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    return copy_of(model, memo)
+    return copy_of(model, {**memo, **(instead or {})})

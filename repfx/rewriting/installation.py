@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from repfx.algebra.activated_norm import bare, join
-from repfx.algebra.layers import is_conv, is_plain_sequence
+from repfx.algebra.layers import is_conv, is_plain_sequence, own_classes
 from repfx.blocks.block import RepBlock
 from repfx.graphs.trace import Island
 from repfx.records.module_tree import has, set_submodule
@@ -114,8 +114,7 @@ def _take_over_attributes(compiled: fx.GraphModule, root: nn.Module) -> None:
 
 def _class_attributes(root: nn.Module) -> dict[str, object]:
     """Return the numbers, strings and tuples that the class of a module defines, as values or properties."""
-    stop = type(root).__mro__.index(nn.Module)
-    names = {name for cls in type(root).__mro__[:stop] if cls is not fx.GraphModule for name in vars(cls)}
+    names = {name for cls in own_classes(type(root)) if cls is not fx.GraphModule for name in vars(cls)}
     found: dict[str, object] = {}
     for name in names:
         value = None if name.startswith("__") else getattr(root, name, None)

@@ -15,13 +15,13 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from repfx.algebra.activated_norm import join
 from repfx.algebra.baking import conv_module
-from repfx.algebra.layers import has_tensors
+from repfx.algebra.layers import has_tensors, own_classes
 from repfx.blocks.block import RepBlock
 from repfx.blocks.squeezed_form import NAME, SqueezedForm
 from repfx.graphs.operations import Op
 from repfx.graphs.source_code import calls
 from repfx.graphs.trace import Island, trace
-from repfx.records.notes import copy_of
+from repfx.records.notes import copy_without_numbers
 from repfx.rewriting.editor import Editor
 from repfx.rewriting.linear_region import LinearRegion
 from repfx.rewriting.match import Match
@@ -60,13 +60,12 @@ def _inside(island: Island, paths: Collection[str]) -> set[str]:
 
 def _outline(model: nn.Module) -> nn.Module:
     """Return a copy without numbers, with a conv in the place of each block."""
-    memo: dict[int, Any] = {id(buffer): buffer.detach().to("meta") for buffer in model.buffers()}
-    memo |= {id(each): nn.Parameter(each.detach().to("meta")) for each in model.parameters()}
+    convs: dict[int, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, RepBlock):
             like = module.conv.weight.detach().to("meta")
-            memo[id(module)] = conv_module(module.site, like, bias=True, padded=True)
-    outline: nn.Module = copy_of(model, memo)
+            convs[id(module)] = conv_module(module.site, like, bias=True, padded=True)
+    outline: nn.Module = copy_without_numbers(model, convs)
     return outline
 
 
@@ -76,7 +75,7 @@ _GRADIENT_MODES = frozenset({"no_grad", "enable_grad", "set_grad_enabled", "infe
 
 def _refuses(root: nn.Module) -> bool:
     """Whether a module is a graph, is copied or subclassed by code of its own, or asks for a gradient mode, which a graph forgets."""
-    own = {name for cls in type(root).__mro__ if cls not in (nn.Module, object) for name in vars(cls)}
+    own = {name for cls in own_classes(type(root)) for name in vars(cls)}
     if isinstance(root, fx.GraphModule) or own & {*_COPYING}:
         return True
     classes = {type(module) for module in root.modules()}

@@ -25,10 +25,11 @@ from repfx.algebra.activated_norm import norm_of, rest_of
 from repfx.algebra.baking import conv_from_kernel, float64_like
 from repfx.algebra.conv_spec import ConvSpec
 from repfx.algebra.kernel import Kernel
-from repfx.algebra.layers import Layer, has_hooks, is_batch_norm
+from repfx.algebra.layers import Layer, has_hooks, keeps_statistics
 from repfx.algebra.meaning import affine_of
 from repfx.blocks.block import RepBlock
 from repfx.blocks.paths import block_at
+from repfx.change.ranks import is_distributed
 from repfx.errors import InvalidInput, UnknownName, first_line
 from repfx.graphs.sites import find_sites
 from repfx.measuring.calibration import calibrate_norms
@@ -148,10 +149,10 @@ def scores(
     >>> found[0] == found[2], found[0] == found[1]
     (True, False)
     """
-    if _is_distributed():
+    if is_distributed():
         model = _of_first_rank(model)
     supernet = FusedSupernet(model, statistics=statistics, calibrate=calibrate)
-    rank, world = (distributed.get_rank(), distributed.get_world_size()) if _is_distributed() else (0, 1)
+    rank, world = (distributed.get_rank(), distributed.get_world_size()) if is_distributed() else (0, 1)
     values = torch.zeros(len(codes), dtype=torch.float64, device="cpu")
     with torch.no_grad():
         for index in range(rank, len(codes), world):
@@ -289,7 +290,7 @@ class _Measured:
         self._batches = list(batches)
         if not self._batches:
             raise InvalidInput("calibrate gave no batch; it takes an iterable of inputs.")
-        self._norms = [module for module in supernet.modules() if _keeps_statistics(module)]
+        self._norms = [module for module in supernet.modules() if keeps_statistics(module)]
 
     def __call__(self, code: Code) -> nn.Module:
         self._space.choose(self._supernet, code)
@@ -329,10 +330,6 @@ def _bias(kernel: Kernel) -> Tensor:
     return kernel.weight.new_zeros(kernel.out_channels) if kernel.bias is None else kernel.bias
 
 
-def _keeps_statistics(module: Layer) -> bool:
-    return is_batch_norm(module) and getattr(module, "num_batches_tracked", None) is not None
-
-
 def _require_separate_blocks(sites: Collection[str], model: nn.Module) -> None:
     """Raise `InvalidInput` unless each site's kernel is a sum over its open paths, and nothing else runs there."""
     if not sites:
@@ -361,10 +358,6 @@ def _number(found: Any) -> float:
 # ---- several processes
 
 
-def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
 @torch.no_grad()
 def _of_first_rank(model: nn.Module) -> nn.Module:
     """Return a copy with the first rank's tensors, because running statistics differ among the ranks of a `DistributedDataParallel`."""
@@ -375,7 +368,7 @@ def _of_first_rank(model: nn.Module) -> nn.Module:
 
 
 def _summed_over_ranks(values: Tensor, model: nn.Module) -> Tensor:
-    if not _is_distributed():
+    if not is_distributed():
         return values
     if distributed.get_backend() == "nccl":
         values = values.to(next(model.parameters()).device)

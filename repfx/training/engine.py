@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from repfx.change.ranks import is_distributed
 from repfx.errors import InvalidInput, UnknownName, first_line
 from repfx.training.recipe import Recipe
 
@@ -44,7 +45,7 @@ def accelerator_for(recipe: Recipe, logs: Path | None = None) -> Iterator[Any]:
     """
     accelerate = _package("accelerate")
     _require_tracker(recipe.log_with, logs)
-    if _package("accelerate.state").PartialState._shared_state or _is_distributed():
+    if _package("accelerate.state").PartialState._shared_state or is_distributed():
         raise InvalidInput(
             "this process has an accelerator or a process group already: pass the accelerator to `train` as `accelerator`."
         )
@@ -113,10 +114,6 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _require_tracker(name: str, logs: Path | None) -> None:

@@ -21,6 +21,7 @@ from repfx.graphs.sites import sites
 from repfx.measuring.cost import count_macs, count_parameters, measure_latency
 from repfx.measuring.equivalence import check_equivalent
 from repfx.onnx.export import export_onnx
+from repfx.onnx.file import open_session
 from repfx.passes.expand import expand
 from repfx.passes.fuse import fuse
 from repfx.records.notes import copy_of
@@ -282,11 +283,7 @@ def onnx_session(path: Path) -> Callable[[Tensor], Tensor]:
 
     It uses as many threads as torch does, so that their latencies can be compared.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = open_session(path, threads=torch.get_num_threads())
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 

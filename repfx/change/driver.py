@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from repfx.algebra.activated_norm import norm_of
 from repfx.algebra.layers import Layer
@@ -18,8 +18,8 @@ from repfx.blocks.scales import gammas_of
 from repfx.blocks.stages import AttachRate
 from repfx.change.carry import carry, require_open
 from repfx.change.companion import Companion, Run, Score
-from repfx.change.ranks import is_distributed, take_from_first_rank
-from repfx.change.saliency import METRICS
+from repfx.change.observed_saliency import ObservedSaliency
+from repfx.change.ranks import take_from_first_rank
 from repfx.change.schedule import Candidate, Observation, ObservedBlock, Schedule, Unchanged
 from repfx.errors import InvalidInput
 from repfx.graphs.sites import Site, find_sites, sites_known
@@ -96,7 +96,7 @@ class Driver:
         self._scaler = scaler
         self._steps_per_epoch = steps_per_epoch
         self._step = 0
-        self._saliency: _Saliency | None = None
+        self._saliency: ObservedSaliency | None = None
         self._found: tuple[object, list[Site]] | None = None
         averages = [] if ema is None else [ema]
         data = None if calibrate is None else _First(calibrate, schedule)
@@ -121,7 +121,7 @@ class Driver:
         metric, last = self.schedule.metric, self.schedule.squeeze_from
         if metric is not None and (last is None or self.epoch < last):
             if self._saliency is None:
-                self._saliency = _Saliency.of(self._candidates())
+                self._saliency = ObservedSaliency.of(self._candidates())
             weights = [self.model.get_submodule(site).weight for site in self._saliency.sites]
             self._saliency.add(metric, weights, self._scaler)
         self.companion.after_backward(self.epoch, self._scaler)
@@ -200,7 +200,7 @@ class Driver:
         self.history = list(zip(history["epochs"], actions, strict=True))
         self.epoch, self._step = int(state["epoch"]), int(state["step"])
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
-        self._saliency = None if saliency is None else _Saliency.from_state(saliency, device)
+        self._saliency = None if saliency is None else ObservedSaliency.from_state(saliency, device)
         if state["search"] is not None:
             self.companion.load_state_dict(state["search"])
 
@@ -258,65 +258,6 @@ class Driver:
             for module in self.model.modules():
                 if isinstance(module, AttachRate):
                     module.rate.fill_(rate)
-
-
-class _Saliency:
-    """Sums of saliency over steps. They stay on the device, so nothing waits for it until the means are asked for."""
-
-    def __init__(self, sites: list[str], sums: Tensor | None = None, steps: Tensor | None = None) -> None:
-        self.sites = sites
-        self.sums = sums
-        self.steps = steps
-
-    @classmethod
-    def of(cls, sites: Iterable[Site]) -> _Saliency:
-        return cls([site.path for site in sites])
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> _Saliency:
-        return cls(list(state["sites"]), state["sums"].to(device), state["steps"].to(device))
-
-    def state_dict(self) -> dict[str, Any] | None:
-        return None if self.sums is None else {"sites": self.sites, "sums": self.sums, "steps": self.steps}
-
-    @torch.no_grad()
-    def add(self, metric: str, weights: Sequence[Layer], scaler: torch.amp.GradScaler | None) -> None:
-        """Add one step, unless a gradient overflowed."""
-        if not weights:
-            return
-        device = weights[0].device
-        values = torch.stack([_value(metric, weight).to(device) for weight in weights])
-        if scaler is not None:
-            values = values / scaler.scale(torch.ones((), device=device))
-        if self.sums is None or self.steps is None:
-            self.sums, self.steps = torch.zeros_like(values), torch.zeros((), device=device)
-        counts = values.isfinite().all()
-        self.sums += torch.where(counts, values, torch.zeros_like(values))
-        self.steps += counts
-
-    def share(self) -> None:
-        """Give each rank the mean of the sums of all ranks."""
-        if self.sums is not None and self.steps is not None and is_distributed():
-            for tensor in (self.sums, self.steps):
-                torch.distributed.all_reduce(tensor)
-                tensor /= torch.distributed.get_world_size()
-
-    def means(self) -> dict[str, float]:
-        """Return the mean saliency of each site over all steps and ranks."""
-        if self.sums is None or self.steps is None:
-            return {}
-        total = torch.cat([self.sums, self.steps[None]])
-        if is_distributed():
-            torch.distributed.all_reduce(total)
-        return dict(zip(self.sites, (total[:-1] / total[-1].clamp(min=1)).tolist()))
-
-
-def _value(metric: str, weight: Tensor) -> Tensor:
-    """Return the saliency of a weight, computed in float32 at least, so that float16 doesn't overflow."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    if weight.grad is None:
-        return torch.zeros((), dtype=dtype, device=weight.device)
-    return METRICS[metric](weight.to(dtype), weight.grad.to(dtype))
 
 
 class _First:

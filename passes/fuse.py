@@ -17,6 +17,8 @@ from repfx.blocks.folded_norm import FoldedNorm, remember_norm
 from repfx.errors import InvalidInput
 from repfx.graphs.leaves import calls_conv
 from repfx.graphs.sites import sites_at
+from repfx.measuring.in_float64 import Inputs
+from repfx.measuring.proof import prove
 from repfx.passes.drop import absorb
 from repfx.records.journal import Action, record
 from repfx.records.module_tree import set_submodule
@@ -63,7 +65,7 @@ def _fold(model: nn.Module, site: str, norm_path: str) -> None:
 
 
 @verb
-def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
+def fuse(model: nn.Module, *, example: Inputs | None = None, strict: bool = False) -> nn.Module:
     """Fuse each linear region of a model into one plain conv, by rules on its graph.
 
     The result is a new model, which computes what `model` computes in eval mode; `model` is untouched. It is a
@@ -72,11 +74,13 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     float64 and rounded once. `repfx.report` says what was done, and why each remaining BatchNorm stays.
 
     Args:
+        example: input of the model, as `check_equivalent` takes it: proves that the model computes what it did, in float64. Without it,
+            nothing is compared.
         strict: raise if anything was left alone.
 
     Raises:
         InvalidInput: the model has no conv or linear layer, or a merged weight isn't finite.
-        Refused: with `strict`, something was left alone.
+        Refused: with `strict`, something was left alone; EquivalenceError: the output on `example` would change.
 
     >>> print(fuse(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())).get_submodule("0"))
     Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
@@ -86,5 +90,6 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     result = rewrite(model, RULES.values(), "fuse")
     if strict:
         result.report.require_all()
+    prove("fuse", model, result.model, example)
     result.report.attach(result.model)
     return result.model

@@ -40,16 +40,16 @@ class Reference:
     dtype: torch.dtype | None
 
     @classmethod
-    def of(cls, model: nn.Module, dtype: torch.dtype | None) -> Reference:
-        """Fuse a model. If a dtype is asked for, fuse in float64 and round each weight once.
+    def of(cls, model: nn.Module, dtype: torch.dtype | None, x: Inputs) -> Reference:
+        """Fuse a model, and prove on x that it computes the same. If a dtype is asked for, fuse in float64 and round each weight once.
 
         Raises:
-            ExportError: a weight is too large for the dtype.
+            ExportError: a weight is too large for the dtype; EquivalenceError: the fused model computes something else.
         """
         if dtype is None:
-            deployed = copy.deepcopy(fuse(model)).to(CPU).eval()
+            deployed = copy.deepcopy(fuse(model, example=x)).to(CPU).eval()
             return cls(deployed, deployed, None)
-        wide = fuse(double_copy(model)).to(CPU).eval()
+        wide = fuse(double_copy(model), example=x).to(CPU).eval()
         exact = copy.deepcopy(wide).to(torch.float32)
         deployed = wide._apply(lambda tensor: rounded(tensor, dtype) if tensor.is_floating_point() else tensor)
         for path, tensor in deployed.state_dict().items():

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import isnan, nan
-from typing import Any
 
 import torch
-from scipy.stats import t
 
 import repfx
+from benchmarks._evidence_questions import answers
+from benchmarks._paired import Difference, Row, accuracy_of, by_seed
 from repfx.measuring.cost import count_macs
 from repfx.training.models import ModelReference
 
-Row = dict[str, Any]
-PLAIN, AS_LONG, LONGER = BASES = ("plain", "plain, 2.5 times", "plain, longer")  # the shortest training first
+# the shortest training first; a scale has one of the last two
+PLAIN, AS_LONG, FIVE_TIMES, LONGER = BASES = ("plain", "plain, 2.5 times", "plain, 5 times", "plain, longer")
 EQUAL = "plain at equal cost"
 NEARLY = 1.15  # up to this many times the multiply-adds of the plain net count as equal cost
 # differences to the papers' own baselines, in percentage points, each on the paper's net and with its recipe
@@ -24,6 +23,7 @@ PAPERS: dict[str, dict[str, str]] = {
     "cifar10": {
         "ACB": "+0.30 (VGG-16, in RepNAS)",
         "DBB": "+0.67 (VGG-16), +0.62 (in RepNAS)",
+        "DyRep": "+0.54 (VGG-16)",
         "DyRep, Rep": "+0.35 (VGG-16)",
         "DyRep, Rep + Dep": "+0.54 (VGG-16)",
         "RepNAS": "+0.85 (VGG-16)",
@@ -37,7 +37,11 @@ PAPERS: dict[str, dict[str, str]] = {
         "distilled": "+2.34 (RepVGG-A1, ¼ width)",
     },
 }
-SCALES = {
+SCALES = {  # in the order of the page
+    "long": """\
+The net is the VGG of seven convs with 8 to 64 channels that the older scale has, too. It trains on all 50,000 training images for 90
+epochs. [The plan](evidence-plan.md) was written before the first result. It fixes the methods with all their options, the seeds, the order
+of the runs, when to stop, and which comparison answers which question. What is missing in the table isn't done.""",
     "cpu": """\
 The net is a VGG of seven convs with 8 to 64 channels. It trains on 10,000 of the 50,000 training images for 10 epochs. This is what two CPU
 cores can do for all methods and several seeds. The scale, the recipe and the methods' settings were fixed before the first result was
@@ -70,6 +74,7 @@ INTRODUCTION = """\
 <!-- written by `python -m benchmarks.accuracy --page docs/evidence.md`; change that instead -->
 
 This page shows what the methods give when all of them train the same net on the same data, from the same seeds, with the same recipe.
+[The plan of the next scale](evidence-plan.md) says how a longer training is going to answer what this one can't.
 
 - *Accuracy* is that of the fused model on all test images, in percent: mean ± standard deviation over the seeds.
 - *Against …* is the mean of the differences seed by seed, with an interval that contains the true mean in 95 of 100 repetitions, by
@@ -85,46 +90,21 @@ This page shows what the methods give when all of them train the same net on the
 """
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A mean of paired differences and its interval of 95 %; a single pair has no interval."""
-
-    mean: float
-    spread: float | None
-
-    @classmethod
-    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-        """Return the difference of paired values, for example one pair for each seed.
-
-        >>> Difference.of([2.0, 3.0, 4.0], [1.0, 1.0, 1.0]).mean
-        2.0
-        """
-        pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
-        if len(pairs) < 2:
-            return cls(statistics.fmean(pairs), None)
-        error = statistics.stdev(pairs) / len(pairs) ** 0.5
-        return cls(statistics.fmean(pairs), float(t.ppf(0.975, len(pairs) - 1)) * error)
-
-    @property
-    def shown(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return self.spread is not None and abs(self.mean) > self.spread
-
-    def __str__(self) -> str:
-        interval = "" if self.spread is None else f" ± {self.spread:.2f}"
-        return f"{self.mean:+.2f}{interval}"
-
-
 def page(rows: Sequence[Row]) -> str:
     """Write the whole page."""
     groups: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         groups.setdefault(row["scale"], {}).setdefault(row["data"], []).append(row)
     parts = [INTRODUCTION.rstrip()]
-    for scale, by_data in sorted(groups.items()):
+    for scale, by_data in sorted(groups.items(), key=lambda group: _position(group[0])):
         parts += [f"## {scale}", *([SCALES[scale]] if scale in SCALES else [])]
-        parts += [_group(data, group) for data, group in sorted(by_data.items())]
+        for data, group in sorted(by_data.items()):
+            parts += [_group(data, group), *([answers(group)] if scale == "long" else [])]
     return "\n\n".join(parts) + "\n"
+
+
+def _position(scale: str) -> tuple[int, str]:
+    return list(SCALES).index(scale) if scale in SCALES else len(SCALES), scale
 
 
 def _group(data: str, rows: list[Row]) -> str:
@@ -134,18 +114,16 @@ def _group(data: str, rows: list[Row]) -> str:
     lines = [head, ["---"] * len(head), *(_line(method, rows, against, data) for method in methods)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     conclusion = _conclusion({**against, EQUAL: _at_equal_cost(rows, against)})
-    return "\n\n".join([f"### {data}", _setting(rows[0]), table, conclusion])
+    return "\n\n".join([f"### {data}", _setting(next(iter(by_seed(rows, PLAIN).values()), rows[0])), table, conclusion])
 
 
 def _differences(rows: list[Row], base: str) -> dict[str, Difference]:
     """Return the difference of each method to `base`, over the seeds that both have."""
-    found, theirs = {}, _by_seed(rows, base)
-    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != base):
-        own = _by_seed(rows, method)
-        seeds = [seed for seed in own if seed in theirs]
-        if seeds:
-            found[method] = Difference.of(*([_accuracy(runs[seed]) for seed in seeds] for runs in (own, theirs)))
-    return found
+    found = {
+        method: Difference.between(by_seed(rows, method), by_seed(rows, base))
+        for method in dict.fromkeys(row["method"] for row in rows if row["method"] != base)
+    }
+    return {method: difference for method, difference in found.items() if difference is not None}
 
 
 def _at_equal_cost(rows: list[Row], against: dict[str, dict[str, Difference]]) -> dict[str, Difference]:
@@ -162,23 +140,15 @@ def _at_equal_cost(rows: list[Row], against: dict[str, dict[str, Difference]]) -
 
 def _relative(rows: list[Row], method: str, key: str) -> float:
     """Return what a method took relative to the plain net, as a mean over common seeds; NaN if there are none."""
-    own, plain = _by_seed(rows, method), _by_seed(rows, PLAIN)
+    own, plain = by_seed(rows, method), by_seed(rows, PLAIN)
     ratios = [row[key] / plain[seed][key] for seed, row in own.items() if seed in plain]
     return statistics.fmean(ratios) if ratios else nan
 
 
-def _by_seed(rows: list[Row], method: str) -> dict[int, Row]:
-    return {row["seed"]: row for row in rows if row["method"] == method}
-
-
-def _accuracy(row: Row) -> float:
-    return 100 * float(row["accuracy"]["fused"])
-
-
 def _line(method: str, rows: list[Row], against: dict[str, dict[str, Difference]], data: str) -> list[str]:
     """Return the cells of one line of the table."""
-    own = _by_seed(rows, method)
-    accuracy = [_accuracy(row) for row in own.values()]
+    own = by_seed(rows, method)
+    accuracy = [accuracy_of(row) for row in own.values()]
     deviation = f" ± {statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else ""
 
     def total(count: Callable[[Row], int]) -> int:

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 import repfx
+from benchmarks._accuracy_methods import DEAREST, SCALES
+from benchmarks._accuracy_record import Record
 from benchmarks._comparison import Ratio, compare
-from benchmarks._evidence_page import Difference
 from benchmarks._evidence_page import page as evidence
 from benchmarks._memory import Allocations, bytes_of, peak_of
+from benchmarks._paired import Difference
 from benchmarks._record import Row, machine, write
 from benchmarks._zoo_page import page
-from benchmarks.accuracy import METHODS, SCALES, Record
 from benchmarks.scoring import BRANCHES, FUSED, POPULATIONS, population_row
 from benchmarks.search import BUDGET, run, searches
 from benchmarks.training import textbook
@@ -168,13 +169,15 @@ def test_a_run_that_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert again.dearest("cpu", 0) == 2.6
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_can_be_asked_for(name: str) -> None:
-    method = METHODS[name]
-    for scale in SCALES.values():
-        if method.schedule is not None:
-            options = dict(method.schedule) | ({} if method.spec is None else {"spec": method.spec})
-            SCHEDULES[options.pop("name")].over(scale.training.epochs, **options)
+@pytest.mark.parametrize(("scale", "name"), [(scale, name) for scale in SCALES for name in SCALES[scale].methods])
+def test_every_method_can_be_asked_for(scale: str, name: str) -> None:
+    setting = SCALES[scale]
+    method = setting.methods[name]
+    length = method.length if isinstance(method.length, float) else 1.0
+    if method.schedule is not None:
+        options = dict(method.schedule) | ({} if method.spec is None else {"spec": method.spec})
+        SCHEDULES[options.pop("name")].over(round(length * setting.training.epochs), **options)
+    assert {method.found_by, method.length} - {None, DEAREST, length} <= setting.methods.keys()
 
 
 def test_the_textbook_block_is_a_diverse_branch_block() -> None:

@@ -144,6 +144,10 @@ def on_head(key: str, value: Any) -> Forge:
     return lambda head, tensors: head.__setitem__(key, value)
 
 
+def on_states(part: str, value: Any) -> Forge:
+    return lambda head, tensors: head["states"].__setitem__(part, value)
+
+
 def tensor(name: str, change: Callable[[Tensor], Tensor]) -> Forge:
     return lambda head, tensors: tensors.__setitem__(name, change(tensors[name]).contiguous())
 
@@ -175,7 +179,7 @@ ODD: dict[str, Any] = {
     "true": True,
     "nested": [[[[]]]],
 }
-FORMATS = {
+FORMATS: dict[str, Any] = {
     "none": None,
     "text": "1",
     "list": [1],
@@ -208,10 +212,7 @@ def heads() -> Iterator[tuple[str, Forge]]:
         for key in ("journals", "states", "folded"):
             yield f"{key} is {name}", on_head(key, value)
         for part in ("model", "optimizer", "driver", "ema", "rates", "random_state", "progress"):
-            yield (
-                f"state of {part} is {name}",
-                lambda head, _, part=part, value=value: head["states"].__setitem__(part, value),
-            )  # type: ignore[misc]
+            yield f"state of {part} is {name}", on_states(part, value)
     for name, value in FORMATS.items():
         yield f"format is {name}", on_head("format", value)
     for key in ("format", "journals", "states", "folded"):

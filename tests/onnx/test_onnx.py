@@ -219,7 +219,7 @@ def test_a_folder_that_refuses_is_an_invalid_input(tmp_path: Path, monkeypatch: 
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("repfx.records.target_file.TemporaryDirectory", refuse)
+    monkeypatch.setattr("repfx.records.target_file.tempfile.TemporaryDirectory", refuse)
     with pytest.raises(InvalidInput, match=r"can't write into folder .*: Permission denied"):
         export_onnx(Net(), tmp_path / "net.onnx", X)
 

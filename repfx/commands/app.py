@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
@@ -65,15 +65,13 @@ def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable
                 reason = f"{type(error).__name__}: {first_line(error)}"
                 raise RepfxError(f"the model's code stopped the command: {reason}.") from error
 
-        hints = {**get_type_hints(function, include_extras=True), "plugin": Plugins}
+        # eval_str, not get_type_hints, which in Python 3.10 hides the options of parameters whose default is None
+        parameters = inspect.signature(function, eval_str=True).parameters.values()
         alone = inspect.Parameter.KEYWORD_ONLY
-        own = [
-            each.replace(kind=alone, annotation=hints[each.name])
-            for each in inspect.signature(function).parameters.values()
-        ]
+        own = [each.replace(kind=alone) for each in parameters]
         added = inspect.Parameter("plugin", alone, default=None, annotation=Plugins)
         run.__signature__ = inspect.Signature([*own, added])  # type: ignore[attr-defined]
-        run.__annotations__ = hints
+        run.__annotations__ = {each.name: each.annotation for each in [*own, added]}
         app.command(name)(run)
         return function
 

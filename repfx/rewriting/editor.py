@@ -15,9 +15,7 @@ from torch import Tensor, fx, nn
 from repfx.algebra.activated_norm import is_separated
 from repfx.algebra.baking import conv_from_kernel, float64_like, rounded
 from repfx.algebra.kernel import Kernel, is_symmetric
-from repfx.algebra.layers import BATCH_NORMS, Layer, is_frozen_norm
-from repfx.algebra.meaning import torch_class
-from repfx.algebra.moments import Moments
+from repfx.algebra.layers import Layer
 from repfx.blocks.block import RepBlock
 from repfx.blocks.folded_norm import FoldedNorm, remember_norm
 from repfx.graphs.bordered_padding import CLOSE
@@ -27,9 +25,11 @@ from repfx.graphs.trace import Island
 from repfx.records.module_tree import has, outer_paths, set_submodule
 from repfx.records.provenance import Provenance, attach
 from repfx.records.report import Edit
-from repfx.rewriting.match import Match, Term
+from repfx.rewriting.match import Match
 from repfx.rewriting.patterns import is_sum
 from repfx.rewriting.rule import Rule
+from repfx.rewriting.spelling import Spelling, spell
+from repfx.rewriting.surroundings import Surroundings, remember_surroundings, with_steps
 from repfx.rewriting.view import META, View
 
 
@@ -40,7 +40,7 @@ class Merged:
     template: Layer
     path: str
     provenance: Provenance
-    norm: FoldedNorm | None
+    spelling: Spelling
 
 
 @dataclass
@@ -65,7 +65,9 @@ class Editor:
         if all(op.meaning.kind == "identity" for op in match.ops):
             return self._remove(rule, match)
         template_op = self._template(match)
-        owned = match.ops[0].node in self.view.kernels  # a kernel that an earlier rewrite has made
+        first = match.ops[0].node
+        # a kernel that an earlier rewrite has made, and that no other term reads
+        owned = first in self.view.kernels and sum(op.node is first for op in match.ops) == 1
         kernel = _without_rounded_bias(match, float64_like(self._weight_of(template_op)), owned=owned)
         before = min(op.node for op in match.ops)
         graph = self.view.graph
@@ -162,7 +164,9 @@ class Editor:
             sources.update(dict.fromkeys(known.provenance.sources if known else own))
         rules[rule.name] = None
         provenance = Provenance(tuple(rules), tuple(sources), self._equals(match))
-        return Merged(self._template_module(template), path, provenance, self._norm_of(match, template))
+        spelled = {op.node: self.merged[op.node].spelling for op in match.ops if op.node in self.merged}
+        spelling = spell(match, template, path, spelled, self.view, self.island)
+        return Merged(self._template_module(template), path, provenance, spelling)
 
     def _equals(self, match: Match) -> str | None:
         last = match.terms[0].ops[-1]
@@ -177,27 +181,6 @@ class Editor:
             return self.merged[last.node].provenance.equals
         return self.island.full_path(str(last.node.target)) if last.node.op == "call_module" else None
 
-    def _norm_of(self, match: Match, template: Op) -> FoldedNorm | None:
-        norms = [self._norm_of_term(term) for term in match.terms]
-        own = next((norm for term, norm in zip(match.terms, norms) if template in term.ops), None)
-        if own is None:
-            return None
-        known = [norm.moments for norm in norms if norm is not None and norm.moments is not None]
-        return replace(own, moments=reduce(Moments.add, known) if len(known) == len(norms) else None)
-
-    def _norm_of_term(self, term: Term) -> FoldedNorm | None:
-        """Return the last BatchNorm of a path. Return None if there is none, or if a map other than the identity comes after it."""
-        norm: FoldedNorm | None = None
-        for op in term.ops:
-            module: Layer | None = self.view.module(op.node)
-            if op.node in self.merged:
-                norm = self.merged[op.node].norm
-            elif module is not None and (torch_class(module) in BATCH_NORMS or is_frozen_norm(module)):
-                norm = FoldedNorm.of(module, self.island.full_path(str(op.node.target)))
-            elif op.meaning.kind != "identity":
-                norm = None
-        return norm
-
     # ---- back to modules
 
     def lower(self) -> None:
@@ -211,9 +194,7 @@ class Editor:
             path = notes.path if block_path is None else block_path
             conv = conv_from_kernel(kernel, notes.template, self.island.full_path(path))
             attach(conv, self._final_provenance(notes, block_path))
-            if notes.norm is not None:
-                norm = self._final_norm(notes.norm, path, block_path)
-                remember_norm(conv, replace(norm, bias=notes.template.bias is not None))
+            self._remember(conv, notes, path, block_path)
             if not is_symmetric(kernel.padding) and not isinstance(conv.padding, str):
                 self._pad_before(node, kernel)
             node.target = path or notes.path  # `path` is empty if the island itself is the block
@@ -252,6 +233,20 @@ class Editor:
         if block_path is None or notes.provenance.equals is not None:
             return notes.provenance
         return replace(notes.provenance, equals=self.island.full_path(block_path))
+
+    def _remember(self, conv: nn.Module, notes: Merged, path: str, block_path: str | None) -> None:
+        """Record on a conv what `restore` has to know: the BatchNorm that the conv absorbed, and what else the model computes there."""
+        spelling, bias = notes.spelling, notes.template.bias is not None
+        if spelling.norm is not None:
+            remember_norm(conv, replace(self._final_norm(spelling.norm, path, block_path), bias=bias))
+        if not spelling.is_plain:
+            around = Surroundings(self.island.full_path(path), bias, spelling.form, notes.template.weight.dtype)
+            remember_surroundings(conv, self._spelled_out(around, spelling))
+
+    def _spelled_out(self, around: Surroundings, spelling: Spelling) -> Surroundings:
+        if spelling.reason:
+            return replace(around, reason=spelling.reason)
+        return with_steps(around, spelling.steps, self.view.root, self.island.full_path("x").removesuffix("x"))
 
     def _final_norm(self, norm: FoldedNorm, path: str, block_path: str | None) -> FoldedNorm:
         conv = self.island.full_path(path)

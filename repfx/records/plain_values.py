@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -50,9 +50,9 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return value
     if is_dataclass(kind):
         return _read_dataclass(kind, value, where)
-    if get_origin(kind) is tuple:
+    if get_origin(kind) in (tuple, list, Sequence):
         _require(isinstance(value, (list, tuple)), where, value, "a list")
-        return tuple(_read(get_args(kind)[0], each, where) for each in value)
+        return (list if get_origin(kind) is list else tuple)(_read(get_args(kind)[0], each, where) for each in value)
     if get_origin(kind) is Literal:
         _require(value in get_args(kind), where, value, f"one of {', '.join(map(str, get_args(kind)))}")
         return value

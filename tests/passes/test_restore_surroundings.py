@@ -419,7 +419,8 @@ class Difference(nn.Module):
         self.factor = nn.Parameter(torch.rand(4, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.first(x) - self.second(x)) * self.factor
+        difference: Tensor = self.first(x) - self.second(x)
+        return difference * self.factor
 
 
 def test_a_factor_that_is_a_parameter_can_be_copied() -> None:

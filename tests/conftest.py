@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch import nn
 
 SLOW_START = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
@@ -35,11 +37,13 @@ else:
 
 @pytest.fixture(autouse=True)
 def untouched_global_state() -> Iterator[None]:
-    """Seed torch, and fail a test that leaves the default dtype, autograd, determinism or the threads changed."""
+    """Seed torch, and fail a test that leaves torch changed: the default dtype, autograd, determinism, threads, autocast or a class."""
     torch.manual_seed(0)
     before = _global_state()
     yield
-    assert _global_state() == before, "global state of torch changed: (default dtype, autograd, determinism, threads)"
+    assert _global_state() == before, (
+        "global state of torch changed: (default dtype, autograd, determinism, threads, autocast, patches)"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -56,4 +60,6 @@ def _global_state() -> tuple[object, ...]:
         torch.is_grad_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_num_threads(),
+        torch.is_autocast_enabled("cpu"),
+        (nn.Module.__call__, nn.Module.__getattr__, torch.autocast.__enter__, math.sqrt),
     )

@@ -8,20 +8,20 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from functools import partial
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace
 
 from repfx.algebra.layers import has_call_of_its_own
 from repfx.blocks.block import RepBlock
 from repfx.errors import InvalidInput, first_line
 from repfx.graphs.leaves import is_leaf, stays_whole
+from repfx.graphs.modes import Modes, modes_put_back
 from repfx.graphs.proxy import ParameterProxy, ValueProxy
-
-# functions of other libraries that can't be traced and have nothing inside to rewrite
-_LEAF_FUNCTIONS = {"timm.layers.padding": ("pad_same",)}
+from repfx.graphs.recording import calls_recorded, functions_recorded, tensors_recorded
 
 
 class Tracer(fx.Tracer):
@@ -34,17 +34,11 @@ class Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # else a value computed from a buffer would stay as it is when others are loaded
 
     def __init__(self, shared: Container[nn.Module] = (), opaque: Container[type[nn.Module]] = ()) -> None:
-        found = (
-            getattr(sys.modules[module], name)
-            for module, names in _LEAF_FUNCTIONS.items()
-            if module in sys.modules
-            for name in names
-        )
-        super().__init__(autowrap_functions=tuple(found))
+        super().__init__()
         self.shared = shared
         self.opaque = opaque
         self.block_calls: Counter[nn.Module] = Counter()
-        self._with_gradients = torch.is_grad_enabled()
+        self._modes = Modes.now()
         self.running: list[nn.Module] = []  # modules whose code runs now; after an error, whose code failed
         self.failures: list[tuple[str, nn.Module | None]] = []  # caught by code or not; with the module that failed
 
@@ -61,13 +55,53 @@ class Tracer(fx.Tracer):
         self.failures.clear()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace like torch.fx, but refuse code that switches autocast on or off, wherever that is written."""
-        with _without_autocast():
-            return super().trace(root, concrete_args)
+        """Trace a module like torch.fx, but without its wrappers in `nn.Module`, which the code of all threads would run into."""
+        function = type(root).forward
+        if not isinstance(function, FunctionType):
+            raise TypeError("its forward is no function of Python")
+        self._begin(root, function.__code__)
+        function, arguments = self.create_args_for_root(function, True, concrete_args)
+        with (
+            modes_put_back() as self._modes,
+            functions_recorded(root),
+            calls_recorded(root, self.call_module),
+            tensors_recorded(root, partial(self._read, {})),
+        ):
+            result = self.create_arg(function(*arguments))
+            self.create_node("output", "output", (result,), {}, type_expr=function.__annotations__.get("return"))
+        self.submodule_paths = None
+        return self.graph
+
+    def _begin(self, root: nn.Module, code: CodeType) -> None:
+        """Set the attributes that `fx.Tracer` works with."""
+        self.root, self.root_module_name = root, root._get_name()
+        self.submodule_paths = {module: path for path, module in root.named_modules()}
+        self.tensor_attrs = {
+            value: f"{path}.{name}".lstrip(".")
+            for path, module in root.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, _symbolic_trace._constant_attribute_types)
+        }
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.graph._co_fields = {name: getattr(code, name) for name in ("co_name", "co_filename", "co_firstlineno")}
+
+    def _read(self, proxies: dict[str, fx.Proxy], name: str, tensor: Any) -> Any:
+        return self.getattr(name, tensor, proxies)
+
+    def _require_same_surroundings(self) -> None:
+        """Raise an error if code has switched a mode, or if it runs inside a module that the root doesn't have.
+
+        Such a module is kept in a list, a class or a global name. The graph couldn't follow its weights and its mode.
+        """
+        self._modes.require()
+        module = _innermost_called()
+        if module is not None and module not in (self.submodule_paths or {}):
+            raise NameError(f"it calls a {type(module).__name__} that is not installed as a submodule")
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        self._require_same_surroundings()
         if has_call_of_its_own(m):  # its __call__ has already run by now, and would run again in the graph
             self.running.append(m)
             raise TypeError(f"{type(m).__name__} has a __call__ of its own")
@@ -85,16 +119,22 @@ class Tracer(fx.Tracer):
         ``from __future__ import annotations`` turns annotations into text.
 
         Raises:
-            TypeError: code has switched gradients on or off since tracing began. A graph can't record that.
+            TypeError: code has switched gradients or autocast on or off since tracing began. A graph can't record that.
+            NameError: code of a module runs that isn't inside the root.
         """
-        if torch.is_grad_enabled() != self._with_gradients:
-            raise TypeError("it switches gradients on or off")
+        self._require_same_surroundings()
         return super().create_node(kind, target, args, kwargs, name, None if isinstance(type_expr, str) else type_expr)
 
     def create_arg(self, a: Any) -> Any:
-        """Turn numpy's numbers, and other numbers of a class of their own, into plain ones, because the graph is written as text."""
+        """Turn numpy's numbers, and other numbers of a class of their own, into plain ones, because the graph is written as text.
+
+        Raises:
+            TypeError: a tensor was computed from parameters that were not read as attributes. It would stay as it is when they change.
+        """
         if issubclass(type(a), fx.Proxy):
             return a.node
+        if isinstance(a, Tensor) and a.grad_fn is not None:
+            raise TypeError("it computes with parameters that it doesn't read as attributes of its modules")
         if type(a).__module__ == "numpy" and getattr(a, "ndim", 1) == 0:
             return a.item()
         if type(a) not in (bool, int, float) and isinstance(a, (int, float)) and not isinstance(a, enum.Enum):
@@ -155,19 +195,16 @@ def _order_placeholders(parameters: list[inspect.Parameter], graph: fx.Graph) ->
             raise TypeError(f"torch.fx can't take {after.name!r} by keyword alone, after an argument with a default")
 
 
-@contextmanager
-def _without_autocast() -> Iterator[None]:
-    """Raise `TypeError` in code that enters autocast, because a graph can't record that."""
+_CALLED = nn.Module._call_impl.__code__
+_STOPS = frozenset({_CALLED, Tracer.call_module.__code__, Tracer.trace.__code__})
 
-    def refuse(_: Any) -> None:
-        raise TypeError("it switches autocast on or off")
 
-    enter = torch.autocast.__enter__
-    torch.autocast.__enter__ = refuse  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+def _innermost_called() -> nn.Module | None:
+    """The module whose code runs now and was called outside of what the tracer records, or None if the tracer itself made the call."""
+    frame: FrameType | None = sys._getframe(3)  # the caller of what the tracer does
+    while frame is not None and frame.f_code not in _STOPS:
+        frame = frame.f_back
+    return frame.f_locals["self"] if frame is not None and frame.f_code is _CALLED else None
 
 
 def sentence(error: Exception) -> str:

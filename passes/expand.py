@@ -106,10 +106,6 @@ class Expand(Action):
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "branches": [asdict(branch) for branch in self.branches]}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Expand:
-        return cls(**{**values, "branches": tuple(BranchSpec(**branch) for branch in values["branches"])})
-
 
 _ALIKE = ("gamma", "attach_rate", "preserve")
 
@@ -117,12 +113,12 @@ _ALIKE = ("gamma", "attach_rate", "preserve")
 def _apart(actions: Sequence[Expand]) -> Iterator[list[Expand]]:
     """Split actions into groups that can be done at once.
 
-    The actions of a group agree in the fields `_ALIKE`, and none is inside a block that another action of the group makes.
+    The actions of a group agree in the fields `_ALIKE`, and none is at or inside a block that another action of the group makes.
     """
     group: list[Expand] = []
     for action in actions:
         alike = not group or all(getattr(action, name) == getattr(group[0], name) for name in _ALIKE)
-        if not alike or any(action.site.startswith(f"{other.site}.") for other in group):
+        if not alike or any(f"{action.site}.".startswith(f"{other.site}.") for other in group):
             yield group
             group = []
         group.append(action)
@@ -439,7 +435,8 @@ def _put_back(block: RepBlock, norm: Layer | None, state: dict[str, Tensor]) -> 
 def _rebuild(model: nn.Module, actions: list[Expand]) -> None:
     """Make the blocks of `actions` without data; their branches add nothing yet."""
     beginning = _Beginning(actions[0].preserve, attach_rate=None if actions[0].attach_rate is None else 0.0)
-    plans, _ = _plans_of(model, actions, beginning)
+    plans, skips = _plans_of(model, actions, beginning)
+    _require_all(skips)
     _grow(model, plans, beginning)
     for action in actions:
         block = model.get_submodule(action.site)

@@ -18,6 +18,7 @@ from repfx.blocks.block import ORIGIN, RepBlock
 from repfx.blocks.cropped_conv import is_shared
 from repfx.blocks.spec import BranchSpec, Normalisation, Spec, Weights
 from repfx.errors import InvalidInput, RepfxError
+from repfx.records.json_text import parse_json
 from repfx.records.target_file import staged
 
 _FORMAT = 1
@@ -159,7 +160,7 @@ class Architecture:
             InvalidInput: the file holds something else; OSError: the file can't be read.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(Path(path).read_text(encoding="utf-8", errors="replace"))
         except RepfxError as error:
             raise InvalidInput(f"{str(path)!r}: {error}") from error
 
@@ -171,7 +172,7 @@ class Architecture:
             InvalidInput: the text is something else.
         """
         try:
-            found = json.loads(text)
+            found = parse_json(text)
             if found["format"] != _FORMAT:
                 raise InvalidInput(f"it has format {found['format']}, and this version of repfx reads {_FORMAT}")
             sites = {site: SiteCode.from_dict(code) for site, code in found["sites"].items()}

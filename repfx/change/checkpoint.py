@@ -5,14 +5,13 @@ A model is built again from its class and its journal, so nothing is unpickled. 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from repfx.change.driver import Driver
-from repfx.change.optimizer_groups import fill_groups, lay_out_state, names_by_group
+from repfx.change.optimizer_state import is_alike, load_by_name, state_by_name
 from repfx.change.structure import Structure
-from repfx.errors import InvalidInput, RepfxError, first_line
+from repfx.change.undo import as_before_on_error
+from repfx.errors import InvalidInput, first_line
+from repfx.records.json_text import parse_json, require_shallow
 from repfx.records.nested_state import put_together, take_apart
 from repfx.records.notes import copy_without_numbers
 from repfx.records.random_state import read_random_state, set_random_state
@@ -81,10 +82,14 @@ def save(
     optimizers = _optimizers(optimizer, parts)
     states: dict[str, Any] = {_MODEL: model.state_dict()}
     states |= {name: _state_of(part) for name, part in parts.items() if name not in optimizers}
-    states |= {name: _by_name(each, model) for name, each in optimizers.items()}
+    states |= {name: state_by_name(each, model) for name, each in optimizers.items()}
     if random_state:
         states[_RANDOM] = read_random_state()
-    written = {name: take_apart(state, name, tensors) for name, state in states.items()}
+    try:
+        written = {name: take_apart(state, name, tensors) for name, state in states.items()}
+        require_shallow(written)
+    except (RecursionError, ValueError) as error:
+        raise InvalidInput("a part of the run is nested too deep to be saved: use flatter dicts and lists.") from error
     modules = _modules(model, parts)
     structures = {name: Structure.of(part) for name, part in modules.items()}
     journals = {name: each.journals for name, each in structures.items()}
@@ -128,22 +133,29 @@ def load(
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidInput(f"path is of type {type(path).__name__}: give the name of a file that repfx.save wrote.")
     found = _Checkpoint.read(Path(path))
-    modules = _modules(model, parts)
+    modules, optimizers = _modules(model, parts), _optimizers(optimizer, parts)
+    others = {name: part for name, part in parts.items() if name not in {*modules, *optimizers}}
+    states = {name: found.state(name) for name in (*modules, *optimizers, *others)}
+    numbers = [found.state(_RANDOM)] if random_state else []
     for name, module in modules.items():
         found.try_module(name, module)
-    optimizers = _optimizers(optimizer, parts)
-    others = {name: (part, found.state(name)) for name, part in parts.items() if name not in {*modules, *optimizers}}
-    groups = {name: found.state(name) for name in optimizers}
-    numbers = found.state(_RANDOM) if random_state else None
-    for name, each in optimizers.items():
-        _check_groups(each, groups[name], found.path)
-    _load_all(others, found.path)
-    for name, module in modules.items():
-        found.load_module(name, module)
-    for name, each in optimizers.items():
-        _load_optimizer(each, model, groups[name])
-    if numbers is not None:
-        set_random_state(numbers)
+    with as_before_on_error([*modules.values(), *optimizers.values(), *others.values()]):
+        for name, module in modules.items():
+            with _fitting(found.path, name):
+                found.structure(name).rebuild(module)
+                module.load_state_dict(states[name])
+        for name, each in optimizers.items():
+            with _fitting(found.path, name):
+                load_by_name(each, model, states[name])
+        for name, part in others.items():
+            with _fitting(found.path, name):
+                _set_state(part, states[name])
+        if driver is not None:
+            with _fitting(found.path, _DRIVER):
+                driver.require_fits()
+        for state in numbers:
+            with _fitting(found.path, _RANDOM):
+                set_random_state(state)
     return model
 
 
@@ -182,37 +194,54 @@ class _Checkpoint:
             with safetensors.safe_open(path, "pt") as file:
                 text = (file.metadata() or {}).get(_HEAD)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-        except (safetensors.SafetensorError, ValueError, OverflowError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # whatever a forged header makes safetensors fail with
             raise InvalidInput(f"{str(path)!r} is damaged or no checkpoint: {first_line(error)}.") from error
         try:
-            head = json.loads(text or "")
+            head = parse_json(text or "")
             version, checksum = head["format"], head.pop("checksum")
             content = cls(path, head["journals"], head["states"], head[_FOLDED], tensors)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidInput(f"{str(path)!r} is no checkpoint that repfx.save wrote.") from error
-        if version != _FORMAT:
-            raise InvalidInput(f"{str(path)!r} has format {version}; this version of repfx reads {_FORMAT}.")
-        if _checksum(head, tensors) != checksum:
+        if version != _FORMAT or isinstance(version, bool):
+            raise InvalidInput(f"{str(path)!r} has format {version!r}; this version of repfx reads {_FORMAT}.")
+        try:
+            present = _checksum(head, tensors)
+        except Exception as error:  # a tensor of a kind that torch can't read as bytes
+            raise InvalidInput(f"{str(path)!r} is damaged: {first_line(error)}.") from error
+        if present != checksum:
             raise InvalidInput(f"{str(path)!r} is damaged: its content doesn't fit its checksum.")
+        content._require_form()
         return content
+
+    def _require_form(self) -> None:
+        """Raise `InvalidInput` unless the head is built as `save` builds it, which a checksum doesn't say of a forged one."""
+        names = isinstance(self.states, dict) and all(isinstance(each, dict) for each in (self.journals, self.folded))
+        texts = names and all(isinstance(each, dict) for each in self.journals.values())
+        if not texts or not all(isinstance(text, str) for each in self.journals.values() for text in each.values()):
+            raise InvalidInput(f"{str(self.path)!r} is no checkpoint that repfx.save wrote: its head has another form.")
 
     def state(self, name: str) -> Any:
         """Return the state of a part; raise `InvalidInput` if the file holds none."""
         if name not in self.states:
             kept = ", ".join(repr(each) for each in self.states if each != _RANDOM)
             raise InvalidInput(f"{str(self.path)!r} holds no {name!r}; it holds {kept}.")
-        return put_together(self.states[name], dict(self.tensors))
+        with _fitting(self.path, name):
+            return put_together(self.states[name], dict(self.tensors))
 
     def try_module(self, name: str, module: nn.Module) -> None:
         """Raise `InvalidInput` if a module can't take its state. This is tried on a copy whose tensors hold no numbers."""
         state = self.state(name)
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise InvalidInput(f"{str(self.path)!r} doesn't fit {name!r}: its state is no dict of tensors by name.")
         scratch: nn.Module = copy_without_numbers(module)
         try:
             self.structure(name).rebuild(scratch)
-        except RepfxError as error:
+        except Exception as error:  # a forged journal can make a pass fail with anything
             raise InvalidInput(
                 f"{str(self.path)!r} doesn't fit {name!r}, a {type(module).__name__}: its structure can't be rebuilt, "
-                f"{first_line(error)}."
+                f"{_reason(error)}."
             ) from error
         own = scratch.state_dict()
         problems = [f"{key!r} is missing in the file" for key in own.keys() - state.keys()]
@@ -221,18 +250,16 @@ class _Checkpoint:
             shapes = [tuple(entry.shape) if isinstance(entry, Tensor) else () for entry in (state[key], own[key])]
             if shapes[0] != shapes[1]:
                 problems.append(f"{key!r} is {shapes[0]} in the file and {shapes[1]} in the model")
+            elif _kind_of(state[key]) != _kind_of(own[key]):
+                problems.append(f"{key!r} is {_kind_of(state[key])} in the file and {_kind_of(own[key])} in the model")
         if problems:
             shown = "; ".join(sorted(problems)[:3]) + ("; …" if len(problems) > 3 else "")
             raise InvalidInput(f"{str(self.path)!r} doesn't fit {name!r}, a {type(module).__name__}: {shown}.")
 
-    def load_module(self, name: str, module: nn.Module) -> None:
-        """Rebuild the structure of a module in place, and load its state."""
-        self.structure(name).rebuild(module)
-        module.load_state_dict(self.state(name))
-
     def structure(self, name: str) -> Structure:
         """Return the structure of a module."""
-        return Structure(self.journals[name], put_together(self.folded[name], dict(self.tensors)))
+        with _fitting(self.path, name):
+            return Structure(self.journals[name], put_together(self.folded[name], dict(self.tensors)))
 
 
 def _modules(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, nn.Module]:
@@ -246,35 +273,6 @@ def _optimizers(optimizer: torch.optim.Optimizer | None, parts: Mapping[str, Par
     """Return all optimizers of the model's parameters, by name."""
     own = {} if optimizer is None else {_OPTIMIZER: optimizer}
     return own | {name: part for name, part in parts.items() if isinstance(part, torch.optim.Optimizer)}
-
-
-def _by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """Return the optimizer's state with the names of parameters in place of their numbers."""
-    groups = names_by_group(optimizer, model)
-    state = optimizer.state_dict()
-    flat = [name for group in groups for name in group]
-    return {
-        "state": {flat[index]: value for index, value in state["state"].items()},
-        "param_groups": [{**group, "params": params} for group, params in zip(state["param_groups"], groups)],
-    }
-
-
-def _check_groups(optimizer: torch.optim.Optimizer, state: Any, path: Path) -> None:
-    found, needed = len(state["param_groups"]), len(optimizer.param_groups)
-    if found != needed:
-        raise InvalidInput(
-            f"{str(path)!r} has {found} groups of parameters and the {type(optimizer).__name__} has {needed}; the two must be equal."
-        )
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: Any) -> None:
-    fill_groups(optimizer, model, [saved["params"] for saved in state["param_groups"]])
-    numbers = {name: n for n, name in enumerate(n for group in state["param_groups"] for n in group["params"])}
-    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]
-    optimizer.load_state_dict(
-        {"state": {numbers[name]: value for name, value in state["state"].items()}, "param_groups": groups}
-    )
-    lay_out_state(optimizer)
 
 
 # ---- other parts
@@ -301,28 +299,49 @@ def _state_of(part: Part) -> Any:
 
 def _set_state(part: Part, state: Any) -> None:
     if isinstance(part, dict):
+        fresh = dict(state)
         part.clear()
-        part.update(state)
+        part.update(fresh)
     elif isinstance(part, torch.Generator):
         part.set_state(state)
     else:
+        if type(part).__module__.startswith("torch."):  # a scheduler takes anything, and fails at its next step
+            _require_alike(state, part.state_dict())
         part.load_state_dict(state)
 
 
-def _load_all(parts: Mapping[str, tuple[Part, Any]], path: Path) -> None:
-    """Give each part its state. If a part refuses it, the parts before it get back the state that they had."""
-    undo: list[tuple[Part, Any]] = []
-    for name, (part, state) in parts.items():
-        old = copy.deepcopy(_state_of(part))
-        try:
-            _set_state(part, state)
-        except Exception as error:
-            for earlier, before in undo:
-                _set_state(earlier, before)
-            with suppress(Exception):  # the part may refuse its old state, too
-                _set_state(part, old)
-            raise InvalidInput(f"{str(path)!r} doesn't fit {name!r}: {first_line(error)}.") from error
-        undo.append((part, old))
+def _require_alike(state: Any, own: Mapping[str, Any]) -> None:
+    for key, value in own.items():
+        if key not in state:
+            if key.startswith("_"):  # private to a version of torch
+                continue
+            raise InvalidInput(f"it lacks {key!r}")
+        saved, like = state[key], value
+        if isinstance(saved, list) and isinstance(value, list) and value:
+            like = [value[0]] * len(saved)  # as many as the scheduler had then
+        if not is_alike(saved, like):
+            raise InvalidInput(f"{key!r} is {str(state[key])[:80]!r}, where {str(value)[:80]!r} was")
+
+
+def _kind_of(entry: Any) -> str:
+    """Whether an entry of a state holds real numbers, whole ones or something else. One kind isn't loaded into another."""
+    if not isinstance(entry, Tensor):
+        return type(entry).__name__
+    return "floats" if entry.is_floating_point() else str(entry.dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _fitting(path: Path, name: str) -> Iterator[None]:
+    """Turn whatever a forged or foreign state makes a part fail with into one error that names the part."""
+    try:
+        yield
+    except Exception as error:
+        raise InvalidInput(f"{str(path)!r} doesn't fit {name!r}: {_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    malformed = isinstance(error, (LookupError, TypeError, AttributeError, RecursionError))
+    return f"it is malformed ({type(error).__name__}: {first_line(error)})" if malformed else first_line(error)
 
 
 # ---- the checksum

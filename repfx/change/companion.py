@@ -63,3 +63,6 @@ class Companion:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that `state_dict` returned."""
+
+    def require_fits(self) -> None:
+        """Raise `InvalidInput` if a state that was loaded is about another model than the one in this run."""

@@ -25,6 +25,9 @@ from repfx.errors import InvalidInput
 from repfx.graphs.sites import Site, find_sites, sites_known
 from repfx.passes.freeze import is_frozen
 from repfx.records.journal import Action, apply, from_json, journal, to_json
+from repfx.records.module_tree import has
+
+_CPU = torch.device("cpu")
 
 
 class Driver:
@@ -193,16 +196,29 @@ class Driver:
         return {"epoch": self.epoch, "step": self._step, "saliency": saliency, "history": history, "search": companion}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state that `state_dict` returned."""
-        saliency = state["saliency"]
+        """Continue from a state that `state_dict` returned.
+
+        Raises:
+            InvalidInput: the state is malformed. `repfx.load` then undoes what has been loaded of it.
+        """
         history = state["history"]
-        actions = from_json(history["actions"])
-        self.history = list(zip(history["epochs"], actions, strict=True))
-        self.epoch, self._step = int(state["epoch"]), int(state["step"])
-        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        epochs, actions = list(history["epochs"]), from_json(history["actions"])
+        for name, number in (("epoch", state["epoch"]), ("step", state["step"]), *(("epoch", each) for each in epochs)):
+            if type(number) is not int or not 0 <= number < 2**63:
+                raise InvalidInput(f"{name} is {str(number)[:80]!r}; it must be a whole number from 0")
+        saliency, device = state["saliency"], next((each.device for each in self.model.parameters()), _CPU)
         self._saliency = None if saliency is None else ObservedSaliency.from_state(saliency, device)
+        self.history = list(zip(epochs, actions, strict=True))
+        self.epoch, self._step = state["epoch"], state["step"]
         if state["search"] is not None:
             self.companion.load_state_dict(state["search"])
+
+    def require_fits(self) -> None:
+        """Raise `InvalidInput` if what was loaded is about another model than this one, in the structure that it has now."""
+        for site in [] if self._saliency is None else self._saliency.sites:
+            if not has(self.model, f"{site}.weight"):
+                raise InvalidInput(f"it has observed a conv at {site!r}, and the model has none there")
+        self.companion.require_fits()
 
     def _sites(self) -> list[Site]:
         """Return the model's sites. They are found once and kept until a module or the journal changes."""

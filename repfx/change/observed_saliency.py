@@ -11,6 +11,7 @@ from torch import Tensor
 from repfx.algebra.layers import Layer
 from repfx.change.ranks import is_distributed
 from repfx.change.saliency import METRICS
+from repfx.errors import InvalidInput
 from repfx.graphs.sites import Site
 
 
@@ -28,7 +29,10 @@ class ObservedSaliency:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> ObservedSaliency:
-        return cls(list(state["sites"]), state["sums"].to(device), state["steps"].to(device))
+        sites, sums, steps = list(state["sites"]), state["sums"], state["steps"]
+        if sums.shape != (len(sites),) or steps.shape != () or not sums.is_floating_point():
+            raise InvalidInput(f"it has {tuple(sums.shape)} sums of saliency for {len(sites)} convs")
+        return cls(sites, sums.to(device), steps.to(device))
 
     def state_dict(self) -> dict[str, Any] | None:
         return None if self.sums is None else {"sites": self.sites, "sums": self.sums, "steps": self.steps}

@@ -67,7 +67,16 @@ class Structure:
             conv = module.get_submodule(path)
             note = folded_norm(conv)
             if note is not None:
+                _require_moments(path, conv, mean, variance)
                 remember_norm(conv, replace(note, moments=Moments(mean, variance)))
+
+
+def _require_moments(path: str, conv: Any, mean: Any, variance: Any) -> None:
+    for each in (mean, variance):
+        if not (isinstance(each, Tensor) and each.is_floating_point() and each.shape == (conv.weight.shape[0],)):
+            raise InvalidInput(
+                f"the moments of the BatchNorm that {path!r} has absorbed don't fit its {conv.weight.shape[0]} channels"
+            )
 
 
 class Skeleton:

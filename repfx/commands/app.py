@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 import repfx
+from repfx.errors import RepfxError, first_line
 from repfx.records.python_code import import_source
 
 app = typer.Typer(
@@ -54,7 +55,15 @@ def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable
         def run(*, plugin: list[str] | None = None, **options: Any) -> None:
             for source in plugin or []:
                 import_source(source)
-            function(**options)
+            try:
+                function(**options)
+            except (Exception, KeyboardInterrupt):
+                raise
+            except (
+                BaseException
+            ) as error:  # such as SystemExit(0), after which this process would say that all went well
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                raise RepfxError(f"the model's code stopped the command: {reason}.") from error
 
         hints = {**get_type_hints(function, include_extras=True), "plugin": Plugins}
         alone = inspect.Parameter.KEYWORD_ONLY

@@ -13,6 +13,7 @@ from torch import nn
 
 from repfx.data.dataset import InputForm
 from repfx.errors import InvalidInput
+from repfx.records.json_text import parse_json
 from repfx.training.models import ModelReference, load_weights
 from repfx.training.run_folder import STRUCTURE, RunFolder
 
@@ -36,6 +37,14 @@ Options = Annotated[
     ),
 ]
 
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Call whatever code a recipe or the folder of a run names. Without it, these may name models of torchvision and timm only.",
+    ),
+]
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for other programs.")]
 
 InputShape = Annotated[
@@ -47,7 +56,7 @@ InputShape = Annotated[
 
 
 def load_model(
-    name: str, weights: Path | None, num_classes: int | None, option: list[str] | None
+    name: str, weights: Path | None, num_classes: int | None, option: list[str] | None, *, trust: bool
 ) -> tuple[nn.Module, Mapping[str, Any] | None]:
     """Load a model in eval mode. If it comes from a training run, also return how the run prepared its images."""
     folder = RunFolder(Path(name))
@@ -60,13 +69,14 @@ def load_model(
         raise InvalidInput(f"folder {name!r} holds no training run: it has no {STRUCTURE}.")
     if weights is not None or num_classes is not None or option:
         raise InvalidInput(f"{name!r} is a training run, which has its own weights and options: leave them out.")
-    return folder.load(), folder.setup.preparation
+    return folder.load(trust=trust), folder.setup.preparation
 
 
 def shape_of_input(asked: str | None, preparation: Mapping[str, Any] | None) -> tuple[int, ...] | None:
     """Return the shape of one input, as the user or the training run gives it; None if neither does."""
     if asked is None:
-        return None if preparation is None else tuple(preparation["shape"])
+        found = (preparation or {}).get("shape")
+        return None if found is None else tuple(found)
     parts = asked.replace(",", "x").split("x")
     if not all(part.strip().isdigit() and int(part) for part in parts):
         raise InvalidInput(
@@ -96,7 +106,7 @@ def parse_options(given: list[str] | None) -> dict[str, Any]:
         if not (name and separator):
             raise InvalidInput(f"option {text!r} must be NAME=VALUE.")
         try:
-            options[name] = json.loads(value)
+            options[name] = parse_json(value)
         except ValueError:
             options[name] = value
     return options

@@ -21,6 +21,7 @@ from repfx.commands.arguments import (
     Json,
     Model,
     Options,
+    Trust,
     Weights,
     example_input,
     load_model,
@@ -88,6 +89,7 @@ def fuse(
         float,
         typer.Option(help="Report the first layer whose outputs are less than this many decibels above the noise."),
     ] = 15.0,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Fuse a model into plain convs and export it to ONNX.
@@ -97,7 +99,7 @@ def fuse(
     _check(int8=int8, fp16=fp16, data=data)
     with staged(onnx, ".onnx"):
         pass  # fail now, not after the work, if the file can't be written
-    original, preparation = load_model(model, weights, num_classes, option)
+    original, preparation = load_model(model, weights, num_classes, option, trust=trust)
     shape = shape_of_input(input_shape, preparation)
     fused = repfx.fuse(original)
     real = None

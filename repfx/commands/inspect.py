@@ -17,6 +17,7 @@ from repfx.commands.arguments import (
     Json,
     Model,
     Options,
+    Trust,
     example_input,
     load_model,
     print_json,
@@ -48,10 +49,11 @@ def inspect(
     input_shape: InputShape = None,
     num_classes: Classes = None,
     option: Options = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """List the convs of a model, with their sizes and branches. With --spec, show what a spec would add to each, or why it can't."""
-    found, preparation = load_model(model, None, num_classes, option)
+    found, preparation = load_model(model, None, num_classes, option, trust=trust)
     if fused and spec is not None and html is None:
         raise InvalidInput("--spec asks about expanding and --fused about fusing: give only one of them.")
     if html is not None:

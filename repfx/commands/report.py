@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from repfx.commands.app import command
-from repfx.commands.arguments import Json, print_json
+from repfx.commands.arguments import Json, Trust, print_json
 from repfx.commands.progress import busy
 from repfx.pages.run_page import write_run_page
 from repfx.training.run_folder import RunFolder
@@ -20,11 +20,12 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="The HTML file to write.", show_default="report.html in the run's folder")
     ] = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Write one HTML page about a training run: curves, structure, costs, and the model before and after fusing."""
     with busy("fusing, comparing and drawing"):
-        page = write_run_page(RunFolder(run), out)
+        page = write_run_page(RunFolder(run), out, trust=trust)
     if as_json:
         print_json({"page": str(page)})
     else:

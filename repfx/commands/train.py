@@ -11,15 +11,17 @@ from rich.console import Console
 
 from repfx.change.schedule import SCHEDULES
 from repfx.commands.app import command
-from repfx.commands.arguments import MODEL_FORMS, Options, Weights, parse_options
+from repfx.commands.arguments import MODEL_FORMS, Options, Trust, Weights, parse_options
 from repfx.commands.progress import shown_progress
 from repfx.commands.tables import metrics_table
 from repfx.errors import InvalidInput
 from repfx.records.plain_values import from_plain
 from repfx.training.experiment import OF_A_CALL, Experiment, run
 from repfx.training.recipe import PRECISIONS, Recipe
-from repfx.training.recipe_file import read_recipe
-from repfx.training.run_folder import RunFolder
+from repfx.training.recipe_file import is_file, parse_recipe
+from repfx.training.run_folder import RECIPE, RunFolder
+from repfx.training.trust import Trust as Trusted
+from repfx.training.trust import require_trusted
 
 _DEFAULT = Experiment()
 
@@ -155,6 +157,7 @@ def train(
             show_default=False,
         ),
     ] = None,
+    trust: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON, and show no progress.")] = False,
 ) -> None:
     """Expand a model, train it, fuse it and export it to ONNX, and check that its outputs stay the same.
@@ -193,8 +196,11 @@ def train(
     for key, value in given.items():
         if value is not None:
             _set(values, key, value)
-    for key, value in parse_options(set_).items():
+    set_by_hand = parse_options(set_)
+    for key, value in set_by_hand.items():
         _set(values, key, value)
+    named = [each for each in (model, schedule, *set_by_hand.values()) if isinstance(each, str)]
+    _require_trusted(values, recipe, out, True if trust else named)
     misplaced = [key for key in OF_A_CALL if key in values]
     if misplaced:
         raise InvalidInput(f"{misplaced[0]} can't be set in a recipe: give the option --{misplaced[0]}.")
@@ -218,9 +224,18 @@ def train(
 def _base(recipe: str | None, out: Path, *, resume: bool) -> dict[str, Any]:
     """Return the values that options then change: those of the recipe, of the run that is resumed, or the default model alone."""
     if recipe is not None:
-        return read_recipe(recipe)
+        return parse_recipe(recipe)
     begun = RunFolder(out).recipe if resume else None
     return {"model": {"name": _DEFAULT.model.name}} if begun is None else begun
+
+
+def _require_trusted(values: dict[str, Any], recipe: str | None, out: Path, trust: Trusted) -> None:
+    """Raise if a file names code in `values` that the user neither names nor trusts."""
+    advice = ", or name it yourself with --model, --schedule or --set"
+    if recipe is None:
+        require_trusted(values, repr(str(out / RECIPE)), trust, advice)
+    elif is_file(recipe):
+        require_trusted(values, repr(recipe), trust, advice)
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

@@ -5,9 +5,9 @@ The name is `digits`, an image folder, an `.npz` file, or the name of a torchvis
 
 from __future__ import annotations
 
-import zipfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -17,10 +17,11 @@ from torch.utils.data import TensorDataset
 
 from repfx.data import image_files
 from repfx.data.dataset import DataSet, DataSource, InputForm, PreparedImages, Stages, as_it_is, every_fifth
-from repfx.errors import InvalidInput
+from repfx.errors import InvalidInput, first_line
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _DIGITS_SIZE = 16
+MOST_CLASSES = 1 << 16  # more only if there are as many labels
 
 
 def load_data(source: DataSource, form: InputForm) -> DataSet:
@@ -62,23 +63,37 @@ def _arrays(path: Path, form: InputForm) -> DataSet:
             missing = [name for name in _ARRAYS if name not in archive]
             if missing:
                 raise InvalidInput(f"{str(path)!r} lacks {', '.join(missing)}; it must hold {', '.join(_ARRAYS)}.")
-            split = [torch.from_numpy(archive[name]) for name in _ARRAYS]
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InvalidInput(f"{str(path)!r} can't be read as arrays: {error}.") from error
-    x_train, y_train, x_test, y_test = split
+            arrays = [archive[name] for name in _ARRAYS]
+    except (InvalidInput, OSError):
+        raise
+    except Exception as error:  # whatever zip files and headers of arrays can fail with
+        raise InvalidInput(f"{str(path)!r} can't be read as arrays: {first_line(error)}.") from error
+    x_train, x_test = (_images(arrays[place], _ARRAYS[place], path) for place in (0, 2))
+    y_train, y_test = (_labels(arrays[place], _ARRAYS[place], path) for place in (1, 3))
     for name, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
         if y.ndim != 1 or len(x) != len(y) or not len(y):
             shapes = f"x_{name} is {tuple(x.shape)} and y_{name} is {tuple(y.shape)}"
             raise InvalidInput(f"in {str(path)!r} {shapes}: there must be one label for each of at least one image.")
-        if y.is_floating_point() or y.is_complex() or int(y.min()) < 0:
-            raise InvalidInput(f"in {str(path)!r} y_{name} must hold the classes as whole numbers from 0.")
     classes = int(max(y_train.max(), y_test.max())) + 1
-    layout = [_channels_first(_bytes_or_floats(x), form, path) for x in (x_train, x_test)]
-    return _in_memory((layout[0], y_train.long(), layout[1], y_test.long()), form, tuple(map(str, range(classes))))
+    layout = [_channels_first(x, form, path) for x in (x_train, x_test)]
+    return _in_memory((layout[0], y_train, layout[1], y_test), form, tuple(map(str, range(classes))))
 
 
-def _bytes_or_floats(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.uint8 else x.float()
+def _images(found: numpy.ndarray[Any, Any], name: str, path: Path) -> Tensor:
+    if found.dtype.kind not in "biuf":
+        raise InvalidInput(f"in {str(path)!r} {name} holds {found.dtype}; images must be real numbers.")
+    return torch.from_numpy(found if found.dtype == numpy.uint8 else found.astype(numpy.float32, copy=False))
+
+
+def _labels(found: numpy.ndarray[Any, Any], name: str, path: Path) -> Tensor:
+    """Return the classes as whole numbers, once it is sure that there aren't absurdly many."""
+    if found.dtype.kind not in "biu" or (found.size and found.min() < 0):
+        raise InvalidInput(f"in {str(path)!r} {name} must hold the classes as whole numbers from 0.")
+    if found.size and found.max() >= max(MOST_CLASSES, found.size):
+        raise InvalidInput(
+            f"in {str(path)!r} {name} has the class {found.max()}: classes are counted from 0, and {found.size} labels can't be of so many."
+        )
+    return torch.from_numpy(found.astype(numpy.int64))
 
 
 def _channels_first(x: Tensor, form: InputForm, path: Path) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from repfx.onnx.file import OnnxFile, Value, open_session, package, require_pack
 from repfx.onnx.layer_ranges import measure_layers, weighted_layers
 from repfx.onnx.program import quiet
 from repfx.onnx.quantization_report import Accuracy, QuantizationReport
-from repfx.records.target_file import staged
+from repfx.records.target_file import require_room, staged
 
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 _AT_ONCE = 32  # images in a batch, if the file leaves that size free
@@ -88,6 +89,8 @@ def quantize_onnx(
         except RepfxError:
             raise
         except Exception as error:
+            for folder in (staging.parent, Path(tempfile.gettempdir())):
+                require_room(folder, _size(path))  # onnxruntime writes half a file to a full disk and goes on
             raise ExportError(
                 f"onnxruntime can't quantize {str(source)!r}, or run what it made: {runtime_reason(error)}."
             ) from error

@@ -21,16 +21,18 @@ from repfx.pages.summary import cost_tiles, facts_of, progress_tiles, result_til
 from repfx.search.heat_map import cells
 from repfx.training.history import Epoch, History
 from repfx.training.run_folder import CHECKPOINT, HISTORY, METRICS, REPORT, STRUCTURE, RunFolder
+from repfx.training.trust import Trust
 
 _FEW_SITES = 6
 
 
-def write_run_page(folder: RunFolder, out: str | os.PathLike[str] | None = None) -> Path:
+def write_run_page(folder: RunFolder, out: str | os.PathLike[str] | None = None, *, trust: Trust = False) -> Path:
     """Write the page of a run. The page leaves out whatever the run hasn't written yet.
 
     Args:
         folder: the folder of the run.
         out: the HTML file to write, by default ``report.html`` in the run's folder.
+        trust: as in `RunFolder.load`. A model that isn't trusted isn't built, and the page gives the reason.
 
     Returns:
         The path of the page.
@@ -44,16 +46,16 @@ def write_run_page(folder: RunFolder, out: str | os.PathLike[str] | None = None)
             f"{str(folder.path)!r} holds no training run: it has none of {METRICS}, {STRUCTURE}, {HISTORY}."
         )
     target = folder.path / REPORT if out is None else Path(out)
-    write_page("run.html", target, **_shown(folder))
+    write_page("run.html", target, **_shown(folder, trust))
     return target
 
 
-def _shown(folder: RunFolder) -> dict[str, Any]:
+def _shown(folder: RunFolder, trust: Trust) -> dict[str, Any]:
     metrics = folder.metrics
     setup = folder.setup if (folder.path / STRUCTURE).is_file() else None
     epochs = _epochs(folder.history, metrics)
     changes = [change for epoch in epochs if (change := changes_of(epoch))]
-    graph = _graph(folder)
+    graph = _graph(folder, trust)
     forms = {} if metrics is None else forms_of_run(metrics)
     has_blocks = any(epoch.blocks or epoch.actions for epoch in epochs)
     return {
@@ -102,11 +104,11 @@ class Graph:
     problem: str | None = None
 
 
-def _graph(folder: RunFolder) -> Graph:
+def _graph(folder: RunFolder, trust: Trust) -> Graph:
     if not all((folder.path / name).is_file() for name in (STRUCTURE, CHECKPOINT)):
         return Graph(problem="the run has left no trained model yet")
     try:
-        trained = folder.load()
+        trained = folder.load(trust=trust)
         fused = repfx.fuse(trained)
     except Exception as error:  # building a model runs its author's code, which may be missing or raise anything
         return Graph(problem=f"its model can't be built again here: {first_line(error)}")

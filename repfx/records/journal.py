@@ -15,7 +15,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from repfx.errors import InvalidInput
+from repfx.records.json_text import parse_json
 from repfx.records.notes import keep, kept
+from repfx.records.plain_values import from_plain
 
 ACTIONS: dict[str, type[Action]] = {}
 _ATTRIBUTE = "repfx_journal"
@@ -71,8 +73,11 @@ class Action:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Action:
-        """Make an action from the values that `to_dict` returned."""
-        return cls(**values)
+        """Make an action from the values that `to_dict` returned, and check their types."""
+        try:
+            return from_plain(cls, values)
+        except NameError:  # the annotations of a class inside a function can't be read
+            return cls(**values)
 
 
 def journal(model: nn.Module) -> tuple[Action, ...]:
@@ -134,12 +139,15 @@ def from_json(text: str) -> tuple[Action, ...]:
         InvalidInput: the text is no journal, or it has an action that this version doesn't know.
     """
     try:
-        entries = json.loads(text)
+        entries = parse_json(text)
         unknown = sorted({entry["action"] for entry in entries} - ACTIONS.keys())
         if unknown:
             raise InvalidInput(
                 f"the journal has actions that this version of repfx doesn't know: {', '.join(unknown)}."
             )
-        return tuple(ACTIONS[entry.pop("action")].from_dict(entry) for entry in entries)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InvalidInput(f"this is no journal: {text[:80]!r}.") from error
+    try:
+        return tuple(ACTIONS[entry.pop("action")].from_dict(entry) for entry in entries)
+    except (InvalidInput, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InvalidInput(f"this is no journal: {text[:80]!r}.") from error

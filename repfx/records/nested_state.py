@@ -50,8 +50,14 @@ def take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Rebuild the value that `take_apart` split into JSON and tensors."""
+    """Rebuild the value that `take_apart` split into JSON and tensors.
+
+    Raises:
+        ValueError, LookupError, TypeError: the JSON is something else.
+    """
     if not isinstance(value, dict):
+        if isinstance(value, list):
+            raise ValueError("a list stands where a value has to be")
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
@@ -60,4 +66,4 @@ def put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
         found = {key: put_together(entry, tensors) for key, entry in content}
         return Counter(found) if kind == "counter" else found
     entries = [put_together(entry, tensors) for entry in content]
-    return tuple(entries) if kind == "tuple" else entries
+    return {"list": list, "tuple": tuple}[kind](entries)

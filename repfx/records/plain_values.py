@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from repfx.errors import InvalidInput, UnknownName
 
@@ -53,13 +53,19 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) is tuple:
         _require(isinstance(value, (list, tuple)), where, value, "a list")
         return tuple(_read(get_args(kind)[0], each, where) for each in value)
+    if get_origin(kind) is Literal:
+        _require(value in get_args(kind), where, value, f"one of {', '.join(map(str, get_args(kind)))}")
+        return value
     if get_origin(kind) is not None:
         _require(isinstance(value, Mapping), where, value, "a table")
         return dict(value)
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and type(value) is int:
+        _require(abs(value) < 2**63, where, value, "a number of usual size")
         return float(value)
+    if kind not in _NAMES:
+        return value
     _require(type(value) is kind or (kind is Path and isinstance(value, Path)), where, value, _NAMES[kind])
     return value
 
@@ -78,7 +84,7 @@ def _read_dataclass(kind: Any, values: Any, where: str) -> Any:
 
 def _require(condition: bool, where: str, found: Any, needed: str) -> None:
     if not condition:
-        raise InvalidInput(f"{where} is {found!r}; it must be {needed}.")
+        raise InvalidInput(f"{where} is {repr(found)[:80]}; it must be {needed}.")
 
 
 def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:

@@ -22,20 +22,37 @@ def import_source(source: str) -> ModuleType:
     """
     try:
         return _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
-    except InvalidInput:
+    except (InvalidInput, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # such as SystemExit, which would end this process as if all were well
         raise InvalidInput(f"importing {source!r} failed: {type(error).__name__}: {first_line(error)}.") from error
+
+
+def imported_already(source: str) -> ModuleType | None:
+    """Return the module that `import_source` would return without running any code; None if it would have to run some.
+
+    >>> imported_already("repfx.errors") is import_source("repfx.errors"), imported_already("this")
+    (True, None)
+    """
+    found = _module_of(Path(source).resolve()) if source.endswith(".py") else sys.modules.get(source)
+    return found if isinstance(found, ModuleType) else None
+
+
+def _module_of(path: Path) -> ModuleType | None:
+    for known in list(sys.modules.values()):
+        file = getattr(known, "__file__", None)
+        if isinstance(file, str) and file.endswith(path.name) and Path(file).resolve() == path:
+            return known
+    return None
 
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise InvalidInput(f"no file {str(path)!r} to import.")
     path = path.resolve()
-    for known in list(sys.modules.values()):
-        file = getattr(known, "__file__", None)
-        if isinstance(file, str) and file.endswith(path.name) and Path(file).resolve() == path:
-            return known
+    known = _module_of(path)
+    if known is not None:
+        return known
     name = f"_repfx_file_{path.stem}_{len(sys.modules)}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -74,7 +74,9 @@ def load_entry_points(group: str) -> dict[str, object]:
         for point in entry_points(group=group):
             try:
                 _loaded[group][point.name] = point.load()
-            except (Exception, SystemExit) as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # such as SystemExit
                 warnings.warn(_broken(point, error), stacklevel=2)
     return _loaded[group]
 

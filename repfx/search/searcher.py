@@ -160,12 +160,33 @@ class Searcher(Companion):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that `state_dict` returned."""
-        self.population = tuple(tuple(bool(is_open) for is_open in code) for code in state["population"])
+        population = tuple(tuple(code) for code in state["population"])
+        if not all(isinstance(is_open, bool) for code in population for is_open in code):
+            raise InvalidInput("the codes of its candidates must hold true or false for each path")
+        if not all(type(score) in (int, float) for score in state["scores"]) or len(state["scores"]) not in (
+            0,
+            len(population),
+        ):
+            raise InvalidInput(f"it must have a score, a number, for each of its {len(population)} candidates, or none")
+        if not all(isinstance(entry, dict) and entry.keys() == {"epoch", "best", "code"} for entry in state["history"]):
+            raise InvalidInput("each entry of its history must have an epoch, a best score and a code")
+        self._found = None if state["found"] is None else Architecture.from_json(state["found"])
+        self.population = population
         self.scores = tuple(state["scores"])
         self.history = list(state["history"])
-        self._found = None if state["found"] is None else Architecture.from_json(state["found"])
         self._state = state["optimizer"]
         self._known = self._drawn = None  # the model itself may be loaded later
+
+    def require_fits(self) -> None:
+        """Raise `InvalidInput` if the candidates or the state of α and β don't fit the paths of the model."""
+        paths = len(self.space.paths)
+        wrong = next((len(code) for code in self.population if paths and len(code) != paths), None)
+        if wrong is not None:
+            raise InvalidInput(f"a candidate has {wrong} paths, and the model has {paths}")
+        for state in self._parts.optimizer_state.values():
+            for key, value in state.items():
+                if not (isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()):
+                    raise InvalidInput(f"{key!r} of a gate's parameter must be one number")
 
     def _draws(self, epoch: int, step: int) -> Sequence[Draw]:
         if self._drawn is None or self._drawn[0] != (epoch, step):

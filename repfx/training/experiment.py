@@ -34,6 +34,7 @@ from repfx.training.models import ModelReference, load_weights
 from repfx.training.recipe import Recipe
 from repfx.training.recipe_file import from_root, to_toml
 from repfx.training.run_folder import MODEL, STATE, RunFolder, Setup, spec_of
+from repfx.training.trust import calls_in
 
 OF_A_CALL = ("out", "overwrite", "resume")  # the fields that no recipe holds
 _TEST_BATCH = 64
@@ -129,6 +130,8 @@ def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | Non
             is_first: bool = accelerator.is_main_process
             done = folder.metrics if experiment.resume else None
             if done is not None:
+                if is_first:
+                    folder.tidy()
                 return Metrics.from_dict(done) if is_first else None
             if is_first:
                 stack.enter_context(folder.new_run(overwrite=experiment.overwrite, resume=experiment.resume))
@@ -164,7 +167,7 @@ def _finish(
     losses = [epoch.loss for epoch in trained.history.epochs if epoch.loss is not None]
     metrics = _metrics(losses, tests, errors, forms, session, x[:1])
     folder.write_metrics(metrics.as_dict())
-    folder.forget_state()
+    folder.tidy()
     return metrics
 
 
@@ -205,8 +208,14 @@ def _train(
             accelerator=accelerator,
         )
     except Interrupted as error:
-        raise Interrupted(f"{error}; go on with: repfx train --resume --out {folder.path}") from error
+        raise Interrupted(f"{error}; go on with: {_resuming(experiment)}") from error
     return trained, plain, data
+
+
+def _resuming(experiment: Experiment) -> str:
+    """Return the command that resumes a run."""
+    known = all(call.is_of_a_library for call in calls_in(experiment.values))
+    return f"repfx train --resume --out {experiment.out}" + ("" if known else " --trust")
 
 
 def _require_same(experiment: Experiment, folder: RunFolder) -> None:

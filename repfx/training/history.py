@@ -10,6 +10,7 @@ from typing import Any
 
 from repfx.errors import InvalidInput, RepfxError
 from repfx.records.journal import Action, from_json
+from repfx.records.json_text import parse_json
 
 _FORMAT = 1
 _NUMBERS = ("epoch", "loss", "accuracy", "ema_accuracy", "learning_rate", "seconds", "parameters", "macs")
@@ -85,7 +86,7 @@ class History:
         """
         where = "this" if path is None else repr(str(path))
         try:
-            found = json.loads(text)
+            found = parse_json(text)
             if found["format"] != _FORMAT:
                 raise InvalidInput(f"it has format {found['format']}, and this version of repfx reads {_FORMAT}.")
             return cls(tuple(Epoch.from_dict(values) for values in found["epochs"]))

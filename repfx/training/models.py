@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from repfx.errors import InvalidInput, UnknownName, first_line
+from repfx.records.pickled_file import load_pickled
 from repfx.records.python_code import import_source
 
 FORMS = "torchvision:NAME, timm:NAME, package.module:callable or file.py:callable"
@@ -53,7 +53,9 @@ class ModelReference:
         builder = _builder_in_python(source, name) if find is None else find(name)
         try:
             model = builder(**self._arguments(builder, always=find is not None))
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # such as SystemExit, which would end this process as if all were well
             raise InvalidInput(
                 f"model {self.name!r} can't be built: {type(error).__name__}: {first_line(error)}."
             ) from error
@@ -151,12 +153,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         pass
     try:
         found: Any = _read(path)
+    except InvalidInput:
+        raise
     except Exception as error:
         raise InvalidInput(f"{str(path)!r} can't be read as weights: {first_line(error)}.") from error
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
-    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+    named = isinstance(found, Mapping) and all(isinstance(key, str) for key in found)
+    if not named or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise InvalidInput(f"{str(path)!r} holds no weights: it must be a dict from names to tensors.")
     wrapped = all(key.startswith("module.") for key in found)
     return {key.removeprefix("module.") if wrapped else key: value for key, value in found.items()}
@@ -167,4 +172,4 @@ def _read(path: Path) -> Any:
         from safetensors.torch import load_file
 
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return load_pickled(path)

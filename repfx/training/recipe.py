@@ -26,6 +26,7 @@ _LEAST = {
     "seed": 0,
     "milestone_factor": 0,
 }
+_GREATEST = 2**63 - 1  # what TOML and torch's seeds hold
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ class Recipe:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise InvalidInput(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+            if getattr(self, name) > _GREATEST:
+                raise InvalidInput(f"{name} is {getattr(self, name)}; it must be at most {_GREATEST}.")
         if not 0 < self.learning_rate < math.inf:
             raise InvalidInput(f"learning_rate is {self.learning_rate}; it must be a positive number.")
         for name in ("label_smoothing", "average"):

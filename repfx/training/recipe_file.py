@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from repfx.errors import InvalidInput, UnknownName, first_line
+from repfx.records.json_text import require_shallow
 from repfx.records.registry import load_entry_points
+from repfx.training.trust import Trust, require_trusted
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 _PATHS = (
@@ -23,18 +25,35 @@ _PATHS = (
 )
 
 
-def read_recipe(source: str | Path) -> dict[str, Any]:
-    """Return the values of a recipe, from a file or by the name of a shipped one.
+def read_recipe(source: str | Path, *, trust: Trust = False) -> dict[str, Any]:
+    """Return the values of a recipe, from a file or by the name of one that repfx or an installed package brings.
 
     Relative paths in a file, except `data.root`, start from the file's folder.
 
+    Args:
+        trust: whether all models and schedules that a file names may be called, or the names of those that may be. Without it, a file
+            may name only models of torchvision, timm and `repfx.recipes.nets`, and classes of modules that are imported already.
+
     Raises:
-        InvalidInput: the file is no TOML.
+        InvalidInput: the file is no TOML, or it names other code.
         UnknownName: no shipped recipe has this name.
         OSError: the file can't be read.
     """
+    values = parse_recipe(source)
+    if is_file(source):
+        require_trusted(values, repr(str(source)), trust)
+    return values
+
+
+def is_file(source: str | Path) -> bool:
+    """Whether a recipe is meant by its file, which anybody may have written, and not by the name of an installed one."""
+    return Path(source).suffix == ".toml"
+
+
+def parse_recipe(source: str | Path) -> dict[str, Any]:
+    """Return the values of a recipe, as `read_recipe` does, whatever code it names."""
     path = Path(source)
-    if path.suffix != ".toml":
+    if not is_file(source):
         known = known_recipes()
         if str(source) not in known:
             raise UnknownName("recipe (a name, or a file that ends in .toml)", str(source), known)
@@ -42,6 +61,9 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
     toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
         values: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
+        require_shallow(values)
+    except RecursionError:
+        raise InvalidInput(f"{str(path)!r} is no recipe: it is nested too deep.") from None
     except ValueError as error:
         raise InvalidInput(f"{str(path)!r} is no TOML: {first_line(error)}.") from error
     _start_from(path.parent, values, _PATHS)

@@ -6,9 +6,8 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -17,18 +16,23 @@ from repfx.blocks.architecture import Architecture
 from repfx.blocks.branch import KINDS
 from repfx.blocks.presets import SpecLike
 from repfx.change.checkpoint import load, save
-from repfx.errors import InvalidInput
+from repfx.errors import InvalidInput, first_line
+from repfx.records.json_text import parse_json
+from repfx.records.plain_values import from_plain
+from repfx.records.target_file import is_locked, staged
 from repfx.records.version import VERSION
 from repfx.search.heat_map import draw
 from repfx.training.history import History
 from repfx.training.models import ModelReference
-from repfx.training.recipe_file import read_recipe
+from repfx.training.recipe_file import parse_recipe
+from repfx.training.trust import Trust, require_trusted
 
 CHECKPOINT, STRUCTURE, MODEL, METRICS = "checkpoint.safetensors", "structure.json", "model.onnx", "metrics.json"
 ARCHITECTURE, HEAT_MAP = "architecture.json", "architecture.png"
 RECIPE, HISTORY, STATE, REPORT = "recipe.toml", "history.json", "state.safetensors", "report.html"
 _FILES = (METRICS, STATE, STRUCTURE, CHECKPOINT, MODEL, ARCHITECTURE, HEAT_MAP, RECIPE, HISTORY, REPORT)
 _FORMAT = 2
+_LARGEST = 1 << 20  # pixels along an axis of an image
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,29 @@ class Setup:
             InvalidInput: the text is something else.
         """
         try:
-            found = json.loads(text)
-            if found["format"] != _FORMAT:
-                raise InvalidInput(
-                    f"{str(path)!r} has format {found['format']}; this version of repfx reads {_FORMAT}."
-                )
-            model = found["model"]
-            reference = ModelReference(model["name"], model["num_classes"], model["options"])
-            return cls(reference, found["spec"], found["schedule"], found["preparation"])
+            found = parse_json(text)
+            version = found["format"]
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidInput(f"{str(path)!r} is no structure that `repfx train` wrote.") from error
+        if version != _FORMAT:
+            raise InvalidInput(f"{str(path)!r} has format {version!r}; this version of repfx reads {_FORMAT}.")
+        try:
+            model = {name: found["model"][name] for name in ("name", "num_classes", "options")}
+            how = {name: found[name] for name in ("spec", "schedule", "preparation")}
+            setup = from_plain(cls, {"model": model, **how})
+            _require_shape(setup.preparation.get("shape", [1]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidInput(f"{str(path)!r} is no structure that `repfx train` wrote.") from error
+        except InvalidInput as error:
+            raise InvalidInput(
+                f"{str(path)!r} is no structure that `repfx train` wrote: {first_line(error)}."
+            ) from error
+        return setup
+
+
+def _require_shape(shape: Any) -> None:
+    if not (isinstance(shape, list) and shape and all(type(size) is int and 0 < size < _LARGEST for size in shape)):
+        raise InvalidInput(f"the shape of an image is {str(shape)[:80]}; it must be a list of whole numbers from 1")
 
 
 def spec_of(text: Any) -> SpecLike:
@@ -84,9 +101,11 @@ def spec_of(text: Any) -> SpecLike:
         return {pattern: spec_of(part) for pattern, part in text.items()}
     if isinstance(text, list):
         return text
+    if not isinstance(text, str):
+        raise InvalidInput(f"spec {text!r} is neither text nor a list or a dict.")
     if text.lstrip().startswith(("{", "[")):
         try:
-            return spec_of(json.loads(text))
+            return spec_of(parse_json(text))
         except ValueError as error:
             raise InvalidInput(f"spec {text!r} is no JSON: {error}.") from error
     parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -114,7 +133,9 @@ class RunFolder:
         new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            TemporaryDirectory(dir=self.path).cleanup()  # fail now, not after the training, if it can't be written
+            with staged(self.path / METRICS):
+                pass  # fail now, not after the training, if the folder can't be written
+            self.remove_leftovers()
             yield self
         finally:
             _remove_empty(new)
@@ -128,16 +149,20 @@ class RunFolder:
         """Remove an older run. Its metrics go first, because they mark a run as complete."""
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
-            for left in self.path.glob(f".{name}.*"):  # left by a run that was killed while it wrote
-                shutil.rmtree(left, ignore_errors=True)
+        self.remove_leftovers()
         shutil.rmtree(self.logs, ignore_errors=True)
+
+    def remove_leftovers(self) -> None:
+        """Remove what a run that was killed while it wrote a file has left of it."""
+        for name in _FILES:
+            for left in self.path.glob(f".{name}.*"):
+                if not is_locked(left):
+                    shutil.rmtree(left, ignore_errors=True)
 
     def write(self, name: str, fill: Callable[[Path], None]) -> None:
         """Let `fill` write a file, which appears under its name once it is whole."""
-        with TemporaryDirectory(prefix=f".{name}.", dir=self.path) as staging:
-            staged = Path(staging) / name
-            fill(staged)
-            staged.replace(self.path / name)
+        with staged(self.path / name) as (_, staging):
+            fill(staging)
 
     def begin(self, setup: Setup, recipe: str) -> None:
         """Remove an older run, and write the recipe and the setup of this one."""
@@ -153,9 +178,10 @@ class RunFolder:
         """Write the training form at the end of the run."""
         save(self.path / CHECKPOINT, model, random_state=False)
 
-    def forget_state(self) -> None:
+    def tidy(self) -> None:
         """Remove what only an unfinished run needs."""
         (self.path / STATE).unlink(missing_ok=True)
+        self.remove_leftovers()
 
     def write_architecture(self, architecture: Architecture) -> None:
         """Write the architecture that a search found, as JSON and as a picture."""
@@ -183,7 +209,7 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = parse_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InvalidInput(f"{str(path)!r} holds no metrics that `repfx train` wrote.") from error
         if not isinstance(found, dict):
@@ -204,21 +230,25 @@ class RunFolder:
 
     @property
     def recipe(self) -> dict[str, Any] | None:
-        """The recipe of the run, as values; None if there is no such file."""
+        """The recipe of the run, as values, whatever code they name; None if there is no such file."""
         path = self.path / RECIPE
-        return read_recipe(path) if path.is_file() else None
+        return parse_recipe(path) if path.is_file() else None
 
     @property
     def setup(self) -> Setup:
         """The setup of the run, read from its file."""
         path = self.path / STRUCTURE
-        return Setup.from_json(path.read_text(encoding="utf-8"), path)
+        return Setup.from_json(path.read_text(encoding="utf-8", errors="replace"), path)
 
-    def load(self) -> nn.Module:
+    def load(self, *, trust: Trust = False) -> nn.Module:
         """Return the trained model in its training form, in eval mode.
 
+        Args:
+            trust: whether the model may be built that the folder names, whatever it is. Without it, the folder may name only models of
+                torchvision, timm and `repfx.recipes.nets`, and classes of modules that are imported already.
+
         Raises:
-            InvalidInput: the run isn't finished, or its files don't belong together.
+            InvalidInput: the run isn't finished, its files don't belong together, or the model isn't trusted.
             OSError: a file is missing.
         """
         setup = self.setup
@@ -226,6 +256,7 @@ class RunFolder:
             raise InvalidInput(
                 f"the run in {str(self.path)!r} isn't finished: `repfx train --resume --out {self.path}` continues it."
             )
+        require_trusted({"model": asdict(setup.model)}, repr(str(self.path / STRUCTURE)), trust)
         model = setup.model.build()
         return load(self.path / CHECKPOINT, model, random_state=False).eval()
 

@@ -99,7 +99,7 @@ def test_train_tells_what_each_form_costs(finished: Path) -> None:
 
 
 def test_the_checkpoint_and_its_structure_give_the_trained_model_again(finished: Path) -> None:
-    model = RunFolder(finished).load()
+    model = RunFolder(finished).load(trust=True)
     data = load_data(DataSource("digits"), InputForm(1, size=8))
     x = torch.stack([data.test[index][0] for index in range(len(data.test))])  # type: ignore[arg-type]
     y = torch.tensor([int(data.test[index][1]) for index in range(len(data.test))])  # type: ignore[arg-type]
@@ -151,7 +151,7 @@ def test_train_with_a_schedule_tells_each_change_and_verifies_the_end(  # type: 
     assert metrics["flips"] == {"fused": 0, "onnxruntime": 0}
     assert metrics["accuracy"]["fused"] > 0.5
     assert json.loads((out / STRUCTURE).read_text())["schedule"]["name"] == schedule
-    model = RunFolder(out).load()
+    model = RunFolder(out).load(trust=True)
     assert len(repfx.journal(model)) == len(told)
     searches = issubclass(SCHEDULES[schedule], Search)
     assert ("What the search has found" in outcome.out) == searches
@@ -159,7 +159,7 @@ def test_train_with_a_schedule_tells_each_change_and_verifies_the_end(  # type: 
 
 
 def test_a_recipe_gives_the_same_run_again(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
-    assert repfx_command("train", "--recipe", finished / RECIPE, "--out", tmp_path / "again").code == 0
+    assert repfx_command("train", "--recipe", finished / RECIPE, "--trust", "--out", tmp_path / "again").code == 0
     assert (tmp_path / "again" / CHECKPOINT).read_bytes() == (finished / CHECKPOINT).read_bytes()
     assert (tmp_path / "again" / RECIPE).read_text() == (finished / RECIPE).read_text()
 
@@ -180,10 +180,10 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path
     interrupt += "_Training._step = stop\n"
     stopped = subprocess.run([*command[:2], interrupt + command[2], *command[3:]], capture_output=True, text=True)
     assert stopped.returncode == 130, stopped.stderr
-    advice = f"go on with: repfx train --resume --out {out}"
+    advice = f"go on with: repfx train --resume --out {out} --trust"
     assert stopped.stderr == f"repfx: stopped in epoch 2 after step 4; {advice}\n"
     with pytest.raises(SystemExit) as done:
-        main(["train", "--resume", "--out", str(out), "--json"])
+        main(["train", "--resume", "--trust", "--out", str(out), "--json"])
     assert not done.value.code
     same = (out / CHECKPOINT).read_bytes() == (finished / CHECKPOINT).read_bytes()
     assert same, "the checkpoints differ"  # pytest would print them
@@ -192,10 +192,10 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path
 
 def test_a_finished_run_is_not_run_again_and_not_changed(finished: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     before = (finished / METRICS).read_bytes()
-    outcome = repfx_command("train", "--resume", "--out", finished, "--json")
+    outcome = repfx_command("train", "--resume", "--trust", "--out", finished, "--json")
     assert outcome.code == 0
     assert json.loads(outcome.out) == json.loads(before)
-    refused = repfx_command("train", "--resume", "--out", finished, "--epochs", 3)
+    refused = repfx_command("train", "--resume", "--trust", "--out", finished, "--epochs", 3)
     assert "was begun with training.epochs = 2, and now it is 3" in refused.err
     assert (finished / METRICS).read_bytes() == before
 
@@ -277,7 +277,7 @@ def test_a_failed_export_keeps_the_trained_weights(  # type: ignore[no-untyped-d
 
 
 def test_fuse_exports_a_finished_run(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
-    outcome = repfx_command("fuse", finished, "--onnx", tmp_path / "again.onnx")
+    outcome = repfx_command("fuse", finished, "--trust", "--onnx", tmp_path / "again.onnx")
     assert outcome.code == 0, outcome.err
     assert "[batch, 1, 8, 8]" in outcome.out
     x = torch.randn(3, 1, 8, 8)
@@ -300,7 +300,7 @@ def test_fuse_takes_a_model_with_weights(tmp_path: Path, repfx_command) -> None:
 
 @pytest.mark.slow
 def test_fuse_writes_8_bits_and_says_what_that_costs(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
-    arguments = ("fuse", finished, "--int8", "--data", "digits", "--calibration-images", 100)
+    arguments = ("fuse", finished, "--trust", "--int8", "--data", "digits", "--calibration-images", 100)
     outcome = repfx_command(*arguments, "--onnx", tmp_path / "m.onnx", "--json", "--keep-float", "8")
     assert outcome.code == 0, outcome.err
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
@@ -318,7 +318,9 @@ def test_fuse_writes_8_bits_and_says_what_that_costs(finished: Path, tmp_path: P
 
 
 def test_fuse_writes_float16_for_a_fixed_batch(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
-    outcome = repfx_command("fuse", finished, "--fp16", "--batch-size", 1, "--onnx", tmp_path / "m.onnx", "--json")
+    outcome = repfx_command(
+        "fuse", finished, "--trust", "--fp16", "--batch-size", 1, "--onnx", tmp_path / "m.onnx", "--json"
+    )
     assert outcome.code == 0, outcome.err
     (taken,) = json.loads(outcome.out)["export"]["inputs"]
     assert (taken["dtype"], taken["shape"]) == ("float16", [1, 1, 8, 8])
@@ -327,7 +329,9 @@ def test_fuse_writes_float16_for_a_fixed_batch(finished: Path, tmp_path: Path, r
 def test_ranges_are_not_measured_on_images_prepared_otherwise(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     images, labels = torch.rand(20, 8, 8).numpy(), torch.arange(20).numpy() % 10
     numpy.savez(tmp_path / "d.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
-    outcome = repfx_command("fuse", finished, "--int8", "--data", tmp_path / "d.npz", "--onnx", tmp_path / "m.onnx")
+    outcome = repfx_command(
+        "fuse", finished, "--trust", "--int8", "--data", tmp_path / "d.npz", "--onnx", tmp_path / "m.onnx"
+    )
     assert (outcome.code, outcome.out) == (2, "")
     assert "was trained on images prepared otherwise (mean" in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == ["d.npz"]
@@ -383,14 +387,18 @@ def test_inspect_shows_each_site_and_what_a_spec_would_do(repfx_command) -> None
 
 
 def test_inspect_shows_the_branches_of_a_finished_run(finished: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
-    assert "1x1, 1x1-kxk, 1x1-avg" in repfx_command("inspect", finished).out
+    assert "1x1, 1x1-kxk, 1x1-avg" in repfx_command("inspect", finished, "--trust").out
 
 
 def test_inspect_tells_programs_the_same(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     first, second = json.loads(repfx_command("inspect", TINY, "--spec", '{"3": "acb"}', "--json").out)
     assert (first["path"], first["note"]) == ("0", "no pattern of the spec names it")
     assert (second["path"], second["conv"]["kernel_size"], second["norm"]) == ("3", [3, 3], "4")
-    assert json.loads(repfx_command("inspect", finished, "--json").out)[0]["branches"] == ["1x1", "1x1-kxk", "1x1-avg"]
+    assert json.loads(repfx_command("inspect", finished, "--trust", "--json").out)[0]["branches"] == [
+        "1x1",
+        "1x1-kxk",
+        "1x1-avg",
+    ]
     assert [row["path"] for row in json.loads(repfx_command("inspect", TINY, "--fused", "--json").out)] == ["0", "3"]
     page = tmp_path / "model.html"
     found = json.loads(repfx_command("inspect", TINY, "--html", page, "--json").out)
@@ -398,7 +406,7 @@ def test_inspect_tells_programs_the_same(finished: Path, tmp_path: Path, repfx_c
 
 
 def test_inspect_writes_a_page_in_place_of_the_list(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
-    outcome = repfx_command("inspect", finished, "--html", tmp_path / "model.html")
+    outcome = repfx_command("inspect", finished, "--trust", "--html", tmp_path / "model.html")
     assert (outcome.code, outcome.out.count("\n")) == (0, 1), outcome.err
     assert "Equivalent." in (tmp_path / "model.html").read_text()
     refused = repfx_command("inspect", TINY, "--html", tmp_path / "no" / "model.html")
@@ -408,10 +416,10 @@ def test_inspect_writes_a_page_in_place_of_the_list(finished: Path, tmp_path: Pa
 
 def test_report_writes_the_page_of_a_run_into_its_folder(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     page = tmp_path / "page.html"
-    outcome = repfx_command("report", finished, "--out", page, "--json")
+    outcome = repfx_command("report", finished, "--trust", "--out", page, "--json")
     assert (outcome.code, json.loads(outcome.out)) == (0, {"page": str(page)})
     run = shutil.copytree(finished, tmp_path / "run")
-    outcome = repfx_command("report", run)
+    outcome = repfx_command("report", run, "--trust")
     assert outcome.out == f"The page is {run / REPORT}.\n"
     assert "<h1>run</h1>" in (run / REPORT).read_text()
     refused = repfx_command("report", tmp_path)

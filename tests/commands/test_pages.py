@@ -94,7 +94,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def page(grown: Path, tmp_path: Path) -> Page:
-    return Page(write_run_page(RunFolder(grown), tmp_path / "page.html"))
+    return Page(write_run_page(RunFolder(grown), tmp_path / "page.html", trust=True))
 
 
 def stands_alone(page: Page) -> None:
@@ -159,7 +159,7 @@ def test_text_from_files_is_text_on_the_page(grown: Path, tmp_path: Path) -> Non
     shutil.copytree(grown, run)
     structure = (run / STRUCTURE).read_text().replace('"repvgg"', json.dumps("<script>x</script>"))
     (run / STRUCTURE).write_text(structure)
-    page = Page(write_run_page(RunFolder(run)))
+    page = Page(write_run_page(RunFolder(run), trust=True))
     stands_alone(page)
     assert page.path == run / REPORT
     assert "<b>&run" in page.words
@@ -181,7 +181,7 @@ def test_what_a_run_has_not_left_its_page_leaves_out(
 ) -> None:
     for name in left:
         shutil.copy(grown / name, tmp_path / name)
-    page = Page(write_run_page(RunFolder(tmp_path)))
+    page = Page(write_run_page(RunFolder(tmp_path), trust=True))
     stands_alone(page)
     assert not missing & {word.strip() for word in page.words}
     assert there - {"layer"} <= {word.strip() for word in page.words}
@@ -193,7 +193,7 @@ def test_a_run_that_began_expanded_and_stays_so(tmp_path: Path) -> None:
     blocks = {"0": {"origin": 1.0, "1x1": None}}
     epochs = tuple(Epoch(number, None if not number else 0.5, blocks=blocks) for number in range(3))
     (tmp_path / HISTORY).write_text(History(epochs).to_json())
-    page = Page(write_run_page(RunFolder(tmp_path)))
+    page = Page(write_run_page(RunFolder(tmp_path), trust=True))
     assert "What was done" not in page.words
     assert "epoch 2: no γ" in page.titles()
 
@@ -201,7 +201,7 @@ def test_a_run_that_began_expanded_and_stays_so(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_a_search_found_is_on_the_page(tmp_path: Path) -> None:
     record(tmp_path / "run", "repnas", 2, budget=3, warm_up=0)
-    page = Page(write_run_page(RunFolder(tmp_path / "run")))
+    page = Page(write_run_page(RunFolder(tmp_path / "run"), trust=True))
     stands_alone(page)
     sites = json.loads((tmp_path / "run" / ARCHITECTURE).read_text())["sites"]
     kept = sum(code["code"].count("1") for code in sites.values())
@@ -229,7 +229,7 @@ def test_a_malformed_run_is_refused_and_an_older_page_stays(name: str, text: str
     (tmp_path / name).write_text(text)
     (tmp_path / REPORT).write_text("older")
     with pytest.raises(InvalidInput, match=re.escape(message)):
-        write_run_page(RunFolder(tmp_path))
+        write_run_page(RunFolder(tmp_path), trust=True)
     assert (tmp_path / REPORT).read_text() == "older"
 
 
@@ -361,7 +361,7 @@ def test_a_model_that_can_not_run_on_the_input_gets_its_page_all_the_same(tmp_pa
 def test_a_long_run_of_a_large_net_gives_a_page_of_modest_size(tmp_path: Path) -> None:
     history = long_history(sites=100, epochs=600)
     (tmp_path / HISTORY).write_text(history.to_json())
-    page = Page(write_run_page(RunFolder(tmp_path)))
+    page = Page(write_run_page(RunFolder(tmp_path), trust=True))
     stands_alone(page)
     assert page.path.stat().st_size < 3_000_000
     assert "a column is 25 epochs" in page.text
@@ -380,7 +380,10 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def test_no_page_scrolls_sideways(width: int, grown: Path, tmp_path: Path) -> None:
     """Pages of a short run, a long run and a model fit the width, even with everything unfolded."""
     (tmp_path / HISTORY).write_text(long_history(sites=12, epochs=90).to_json())
-    pages = [write_run_page(RunFolder(grown), tmp_path / "grown.html"), write_run_page(RunFolder(tmp_path))]
+    pages = [
+        write_run_page(RunFolder(grown), tmp_path / "grown.html", trust=True),
+        write_run_page(RunFolder(tmp_path), trust=True),
+    ]
     write_model_page(tiny.net(), tmp_path / "m.html", torch.randn(2, 1, 8, 8), name="long." * 40, spec="dyrep")
     for path in (*pages, tmp_path / "m.html"):
         frame = f'<iframe width="{width}" height="800" srcdoc="{html.escape(path.read_text())}"></iframe>'

@@ -380,7 +380,7 @@ def test_a_schedule_comes_from_a_file(tmp_path: Path) -> None:
     begun = json.loads((tmp_path / "run" / "history.json").read_text())["epochs"][0]
     assert [action["action"] for action in begun["actions"]] == ["expand"]
     assert f"{tmp_path / 'schedule.py'}:Once" in (tmp_path / "run" / "recipe.toml").read_text()
-    resumed = command_line("train", "--resume", "--out", "run", cwd=tmp_path)
+    resumed = command_line("train", "--resume", "--trust", "--out", "run", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
 
 

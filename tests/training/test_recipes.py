@@ -171,7 +171,7 @@ def test_paths_start_from_the_folder_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text("")
     (tmp_path / "data.npz").write_text("")
     text = 'weights = "none.pt"\n[model]\nname = "net.py:build"\n[data]\nname = "data.npz"\nroot = "data.npz"'
-    values = read_recipe(written(tmp_path, text))
+    values = read_recipe(written(tmp_path, text), trust=True)
     assert values["model"]["name"] == f"{tmp_path / 'net.py'}:build"
     assert values["data"] == {"name": str(tmp_path / "data.npz"), "root": "data.npz"}
     assert values["weights"] == "none.pt"  # no such file, so the name stays as it is written
@@ -208,7 +208,7 @@ def test_a_file_is_followed_but_for_what_is_overridden(
     recipe = written(tmp_path, f"{text}\n[training.augmentation]\nflip = 0.5\ncutout = 16")
     changes = ("--epochs", "1", "--set", "training.augmentation.cutout=2")
     with pytest.raises(SystemExit):
-        main(["train", "--recipe", str(recipe), "--out", str(tmp_path / "out"), *changes])
+        main(["train", "--recipe", str(recipe), "--trust", "--out", str(tmp_path / "out"), *changes])
     model, data, training, schedule = asked
     assert schedule is None
     assert not any(isinstance(module, repfx.RepBlock) for module in model.modules())

@@ -6,12 +6,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from repfx.change.structure import Skeleton, Structure
+from repfx.change.undo import as_before_on_error
 from repfx.errors import InvalidInput
 from repfx.records.journal import Action, journal, replay
+from repfx.records.pickled_file import load_pickled
 
 KEY = "repfx"
 _FORMAT = 1
@@ -44,11 +45,17 @@ def load_weights(path: str | os.PathLike[str], module: nn.Module) -> nn.Module:
         The module. The net in it is ready for `repfx.fuse` and `repfx.export_onnx`.
 
     Raises:
-        InvalidInput: the checkpoint's structure doesn't fit the module.
+        InvalidInput: the file is no checkpoint, or it doesn't fit the module, which is then unchanged.
+        OSError: the file can't be read.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    rebuild(module, checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
+    checkpoint = load_pickled(path)
+    with as_before_on_error([module]):
+        try:
+            rebuild(module, checkpoint)
+            module.load_state_dict(checkpoint["state_dict"])
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300].rstrip(".")
+            raise InvalidInput(f"{os.fspath(path)!r} doesn't fit the {type(module).__name__}: {reason}.") from error
     return module
 
 

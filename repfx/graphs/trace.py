@@ -11,7 +11,8 @@
 - If the code of a part inside a module can't be traced, that part becomes a leaf and the rest is tried again. Then the part is tried
   child by child.
 - The graph of a gated block has the paths that run in eval mode.
-- Tracing runs on a copy, because code may write into its parameters. The model is not touched.
+- Code that draws random numbers can't be traced: a graph would repeat what it drew once.
+- Tracing runs on a copy, because code may write into its parameters. Neither the model nor the state of random numbers is changed.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from repfx.graphs.dropout import let_dropout_follow_the_mode
 from repfx.graphs.leaves import holds_modules, is_container, is_leaf, stays_whole
 from repfx.graphs.source_code import Around
 from repfx.graphs.tracer import Tracer, sentence
+from repfx.records.generators import Generators, random_state_kept
 from repfx.records.module_tree import require_module
 from repfx.records.notes import copy_of
 
@@ -72,10 +74,15 @@ def trace(model: nn.Module) -> Traces:
     >>> [island.path for island in trace(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU())).islands]
     ['']
     """
+    require_module(model)
+    with random_state_kept(model):
+        return _traces(copy_of(model))
+
+
+def _traces(scratch: nn.Module) -> Traces:
+    """Trace a copy of a model. It is of no use afterwards."""
     islands: list[Island] = []
     untraced: dict[str, str] = {}
-    require_module(model)
-    scratch = copy_of(model)
     release_all(scratch)
     for gates in gates_in(scratch).values():
         gates.choose(gates.open_in(training=False))
@@ -239,10 +246,12 @@ def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.G
     """
     before = set(vars(module))
     shared: set[nn.Module] = set()
+    generators = Generators(module)
     while True:
-        tracer = Tracer(shared, opaque)
+        tracer = Tracer(shared, opaque, generators)
         try:
             graph = tracer.trace(module)
+            tracer.note_draws(None)
             graph.lint()  # code that keeps the values it was given may mix two graphs
             _require_names(graph)
             if tracer.failures:

@@ -19,6 +19,7 @@ from repfx.blocks.block import RepBlock
 from repfx.errors import InvalidInput, first_line
 from repfx.graphs.leaves import is_leaf, stays_whole
 from repfx.graphs.proxy import ParameterProxy, ValueProxy
+from repfx.records.generators import Generators
 
 # functions of other libraries that can't be traced and have nothing inside to rewrite
 _LEAF_FUNCTIONS = {"timm.layers.padding": ("pad_same",)}
@@ -28,12 +29,17 @@ class Tracer(fx.Tracer):
     """A tracer of one module in one mode.
 
     Leaves are torch's convs, BatchNorms, and modules that hold neither or that have hooks. So are the blocks in `shared`, and modules of
-    the `opaque` classes.
+    the `opaque` classes. Code that draws from one of the `generators` counts as a failure.
     """
 
     proxy_buffer_attributes = True  # else a value computed from a buffer would stay as it is when others are loaded
 
-    def __init__(self, shared: Container[nn.Module] = (), opaque: Container[type[nn.Module]] = ()) -> None:
+    def __init__(
+        self,
+        shared: Container[nn.Module] = (),
+        opaque: Container[type[nn.Module]] = (),
+        generators: Generators | None = None,
+    ) -> None:
         found = (
             getattr(sys.modules[module], name)
             for module, names in _LEAF_FUNCTIONS.items()
@@ -41,6 +47,7 @@ class Tracer(fx.Tracer):
             for name in names
         )
         super().__init__(autowrap_functions=tuple(found))
+        self._generators = generators
         self.shared = shared
         self.opaque = opaque
         self.block_calls: Counter[nn.Module] = Counter()
@@ -73,9 +80,25 @@ class Tracer(fx.Tracer):
             raise TypeError(f"{type(m).__name__} has a __call__ of its own")
         self.block_calls[m] += isinstance(m, RepBlock)
         self.running.append(m)
-        result = super().call_module(m, forward, args, kwargs)
+        result = super().call_module(m, self._watched(forward), args, kwargs)
         self.running.pop()
         return result
+
+    def _watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the forward of a module that is traced through, with a look at what the code before it and its own code have drawn."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.note_draws(self.running[-2] if len(self.running) > 1 else None)
+            result = forward(*args, **kwargs)
+            self.note_draws(self.running[-1])
+            return result
+
+        return run
+
+    def note_draws(self, module: nn.Module | None) -> None:
+        """Count it as a failure of a module's code if random numbers were drawn since the last time: a graph would repeat them."""
+        if self._generators is not None and self._generators.have_drawn():
+            self.failures.append(("it draws random numbers in code", module))
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None

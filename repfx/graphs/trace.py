@@ -2,7 +2,7 @@
 
 - A module that holds neither a conv nor a BatchNorm, and is no plain sequence, stays a leaf. So dropout, stochastic depth and attention
   keep their own behaviour in both modes.
-- A module with hooks stays a leaf, too; its children are tried one by one.
+- A module with hooks stays a leaf, too; its children are tried one by one. Code that may read what hooks collect can't be traced.
 - Lists and dicts of modules without a forward, and sequences that hold more than layers, are tried member by member if the code around
   them can't be traced, because that code may index them.
 - Conv classes with a forward of their own, and modules that call a function for convs, are traced through, because they may compute a
@@ -32,6 +32,7 @@ from repfx.algebra.layers import code_of_its_own, is_conv, is_plain_sequence, ow
 from repfx.blocks.block import RepBlock
 from repfx.blocks.gates import gates_in
 from repfx.blocks.squeezed_form import release_all
+from repfx.graphs.collecting import read_by_code
 from repfx.graphs.dropout import let_dropout_follow_the_mode
 from repfx.graphs.leaves import holds_modules, is_container, is_leaf, stays_whole
 from repfx.graphs.source_code import Around
@@ -76,11 +77,11 @@ def trace(model: nn.Module) -> Traces:
     """
     require_module(model)
     with random_state_kept(model):
-        return _traces(copy_of(model))
+        return _traces(copy_of(model), read_by_code(model))
 
 
-def _traces(scratch: nn.Module) -> Traces:
-    """Trace a copy of a model. It is of no use afterwards."""
+def _traces(scratch: nn.Module, closed_to_traces: dict[str, str]) -> Traces:
+    """Trace a copy of a model, but not the code at the paths in `closed_to_traces`, which gives the reasons."""
     islands: list[Island] = []
     untraced: dict[str, str] = {}
     release_all(scratch)
@@ -101,7 +102,7 @@ def _traces(scratch: nn.Module) -> Traces:
                         (f"{path}.{name}" if path else name, child, around) for name, child in _with_blocks(module)
                     ]
                 continue
-        result = _graph_of(path, module, around)
+        result = closed_to_traces.get(path) or _graph_of(path, module, around)
         if isinstance(result, str):
             if not is_leaf(module) and not is_container(module):
                 untraced[path] = result

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from repfx.algebra.layers import has_call_of_its_own
+from repfx.algebra.layers import has_call_of_its_own, has_hooks
 from repfx.blocks.block import RepBlock
 from repfx.errors import InvalidInput, first_line
 from repfx.graphs.leaves import is_leaf, stays_whole
@@ -48,6 +48,7 @@ class Tracer(fx.Tracer):
         )
         super().__init__(autowrap_functions=tuple(found))
         self._generators = generators
+        self._hooked: set[nn.Module] = set()
         self.shared = shared
         self.opaque = opaque
         self.block_calls: Counter[nn.Module] = Counter()
@@ -63,6 +64,7 @@ class Tracer(fx.Tracer):
         self.root = nn.Module()
         self.submodule_paths = None
         self.tensor_attrs = {}
+        self._hooked.clear()
         self.block_calls.clear()
         self.running.clear()
         self.failures.clear()
@@ -78,6 +80,8 @@ class Tracer(fx.Tracer):
         if has_call_of_its_own(m):  # its __call__ has already run by now, and would run again in the graph
             self.running.append(m)
             raise TypeError(f"{type(m).__name__} has a __call__ of its own")
+        if any(has_hooks(inner) and inner not in self._hooked for inner in m.modules()):
+            self.failures.append(("its code adds hooks", self.running[-1] if self.running else None))
         self.block_calls[m] += isinstance(m, RepBlock)
         self.running.append(m)
         result = super().call_module(m, self._watched(forward), args, kwargs)
@@ -149,6 +153,7 @@ class Tracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         """Trace each argument that has a default with that default. The graph refuses any other value when it is called."""
+        self._hooked = {module for module in self.root.modules() if has_hooks(module)}
         function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
         parameters = list(inspect.signature(root_fn).parameters.values())
         single = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # torch.fx lists them first

@@ -18,6 +18,7 @@ from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.trace import Island, Traces, call_counts, trace
 from repfx.records.generators import random_state_kept
 from repfx.records.journal import forget
+from repfx.records.modes import set_modes
 from repfx.records.module_tree import module_paths, require_module
 from repfx.records.notes import copy_of
 from repfx.records.report import Edit, Report, Skip
@@ -152,8 +153,10 @@ def run_rules(editor: Editor, rules: tuple[Rule, ...]) -> dict[fx.Node, list[Ski
 
 def take_over_modes(model: nn.Module, original: nn.Module) -> None:
     """Give each module the mode of the original module at its path, or else of the innermost original module around that path."""
-    modes = {path: module.training for path, module in original.named_modules()}
+    known = {path: module.training for path, module in original.named_modules()}
+    modes = []
     for path, module in model.named_modules():
-        while path not in modes:
+        while path not in known:
             path = path.rpartition(".")[0]
-        module.training = modes[path]
+        modes.append((module, known[path]))
+    set_modes(modes)

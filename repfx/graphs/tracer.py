@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace
 
 from repfx.algebra.layers import has_call_of_its_own, has_hooks
 from repfx.blocks.block import RepBlock
@@ -53,6 +54,7 @@ class Tracer(fx.Tracer):
         self.opaque = opaque
         self.block_calls: Counter[nn.Module] = Counter()
         self._with_gradients = torch.is_grad_enabled()
+        self._autocast = _autocast()
         self.running: list[nn.Module] = []  # modules whose code runs now; after an error, whose code failed
         self.failures: list[tuple[str, nn.Module | None]] = []  # caught by code or not; with the module that failed
 
@@ -116,6 +118,8 @@ class Tracer(fx.Tracer):
         """
         if torch.is_grad_enabled() != self._with_gradients:
             raise TypeError("it switches gradients on or off")
+        if _autocast() != self._autocast:
+            raise TypeError("it switches autocast on or off")
         return super().create_node(kind, target, args, kwargs, name, None if isinstance(type_expr, str) else type_expr)
 
     def create_arg(self, a: Any) -> Any:
@@ -153,6 +157,7 @@ class Tracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         """Trace each argument that has a default with that default. The graph refuses any other value when it is called."""
+        _show_no_tracing()  # torch.fx has just said that it traces
         self._hooked = {module for module in self.root.modules() if has_hooks(module)}
         function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
         parameters = list(inspect.signature(root_fn).parameters.values())
@@ -183,6 +188,14 @@ def _order_placeholders(parameters: list[inspect.Parameter], graph: fx.Graph) ->
             raise TypeError(f"torch.fx can't take {after.name!r} by keyword alone, after an argument with a default")
 
 
+def _show_no_tracing() -> None:
+    """Let code that asks torch.fx whether it is being traced take the way that it takes when it runs."""
+    if hasattr(_symbolic_trace, "_set_is_fx_tracing"):
+        _symbolic_trace._set_is_fx_tracing(False)
+    else:
+        vars(_symbolic_trace)["_is_fx_tracing_flag"] = False  # of older versions of torch
+
+
 @contextmanager
 def _without_autocast() -> Iterator[None]:
     """Raise `TypeError` in code that enters autocast, because a graph can't record that."""
@@ -196,6 +209,10 @@ def _without_autocast() -> Iterator[None]:
         yield
     finally:
         torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+
+
+def _autocast() -> tuple[tuple[bool, torch.dtype], ...]:
+    return tuple((torch.is_autocast_enabled(each), torch.get_autocast_dtype(each)) for each in ("cpu", "cuda"))
 
 
 def sentence(error: Exception) -> str:

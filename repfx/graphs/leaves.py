@@ -9,7 +9,16 @@ from repfx.algebra.meaning import torch_class
 from repfx.blocks.block import RepBlock
 from repfx.graphs.source_code import calls
 
-_AUTOCAST = frozenset({"autocast", "_enter_autocast"})
+_AUTOCAST = frozenset(
+    {
+        "autocast",
+        "_enter_autocast",
+        "set_autocast_enabled",
+        "set_autocast_cpu_enabled",
+        "set_autocast_gpu_enabled",
+        "set_autocast_dtype",
+    }
+)
 CONV_FUNCTIONS = frozenset(f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3))
 
 

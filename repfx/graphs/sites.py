@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -188,7 +189,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     norms = {
         conv: norm
         for conv, norm in _own_norms(model, traces, calls, registered, read).items()
-        if not code[norm].needs_norm(norm, model.get_submodule(norm))
+        if not code[norm].needs_norm(norm, model.get_submodule(norm)) and _is_writable(norm, model, owners)
     }
     blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
     origins = {f"{path}.origin.conv" for path in blocks}
@@ -270,10 +271,19 @@ def _refusal(
     return None
 
 
+def _is_writable(path: str, model: nn.Module, owners: dict[int, list[str]]) -> bool:
+    """Whether numbers can be written into a BatchNorm: none is computed by a parametrization, or is another module's, too."""
+    norm = norm_of(model.get_submodule(path))
+    if nn.utils.parametrize.is_parametrized(norm):
+        return False
+    return all(len(owners[id(tensor)]) == 1 for tensor in (*norm.parameters(), *norm.buffers()))
+
+
 def _owners(model: nn.Module) -> dict[int, list[str]]:
     owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    for name, tensor in itertools.chain(*named):
+        owners.setdefault(id(tensor), []).append(name)
     return owners
 
 

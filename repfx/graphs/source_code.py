@@ -165,7 +165,7 @@ def _gives_no_module(value: ast.expr, module: nn.Module) -> bool:
     if isinstance(value.func, ast.Attribute) and _is_self(value.func.value):
         return isinstance(getattr(module, value.func.attr, None), nn.Module)
     name = value.func.id if isinstance(value.func, ast.Name) else ""
-    made = _globals(type(module)).get(name, getattr(builtins, name, None))
+    made = globals_of(type(module)).get(name, getattr(builtins, name, None))
     return isinstance(made, type) and not issubclass(made, nn.Module)
 
 
@@ -198,7 +198,7 @@ def _passes_more(call: ast.Call, cls: type[nn.Module]) -> bool:
     root: ast.expr = call.func
     while isinstance(root, (ast.Attribute, ast.Subscript, ast.Call)):
         root = root.func if isinstance(root, ast.Call) else root.value
-    return not (isinstance(root, ast.Name) and (root.id in _globals(cls) or hasattr(builtins, root.id)))
+    return not (isinstance(root, ast.Name) and (root.id in globals_of(cls) or hasattr(builtins, root.id)))
 
 
 def _calls_by_name(call: ast.Call, name: str) -> bool:
@@ -288,12 +288,12 @@ def _functions_beside(cls: type[nn.Module]) -> dict[str, Any]:
     package = cls.__module__.split(".")[0]
     return {
         name: value
-        for name, value in _globals(cls).items()
+        for name, value in globals_of(cls).items()
         if inspect.isfunction(value) and (value.__module__ or "").split(".")[0] == package
     }
 
 
-def _globals(cls: type[nn.Module]) -> dict[str, Any]:
+def globals_of(cls: type[nn.Module]) -> dict[str, Any]:
     """The globals that a class's code can read: those of the Python module that defines it."""
     return getattr(sys.modules.get(cls.__module__), "__dict__", {})
 

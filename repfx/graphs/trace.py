@@ -2,7 +2,7 @@
 
 - A module that holds neither a conv nor a BatchNorm, and is no plain sequence, stays a leaf. So dropout, stochastic depth and attention
   keep their own behaviour in both modes.
-- A module with hooks stays a leaf, too; its children are tried one by one.
+- A module with hooks stays a leaf, too; its children are tried one by one. Code that may read what hooks collect can't be traced.
 - Lists and dicts of modules without a forward, and sequences that hold more than layers, are tried member by member if the code around
   them can't be traced, because that code may index them.
 - Conv classes with a forward of their own, and modules that call a function for convs, are traced through, because they may compute a
@@ -11,7 +11,8 @@
 - If the code of a part inside a module can't be traced, that part becomes a leaf and the rest is tried again. Then the part is tried
   child by child.
 - The graph of a gated block has the paths that run in eval mode.
-- Tracing runs on a copy, because code may write into its parameters. The model is not touched.
+- Code that draws random numbers can't be traced: a graph would repeat what it drew once.
+- Tracing runs on a copy, because code may write into its parameters. Neither the model nor the state of random numbers is changed.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from repfx.algebra.layers import code_of_its_own, is_conv, is_plain_sequence, ow
 from repfx.blocks.block import RepBlock
 from repfx.blocks.gates import gates_in
 from repfx.blocks.squeezed_form import release_all
+from repfx.graphs.collecting import read_by_code
 from repfx.graphs.dropout import let_dropout_follow_the_mode
 from repfx.graphs.leaves import holds_modules, is_container, is_leaf, stays_whole
 from repfx.graphs.source_code import Around
 from repfx.graphs.tracer import Tracer, sentence
+from repfx.records.generators import Generators, random_state_kept
 from repfx.records.module_tree import require_module
 from repfx.records.notes import copy_of
 
@@ -72,10 +75,15 @@ def trace(model: nn.Module) -> Traces:
     >>> [island.path for island in trace(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU())).islands]
     ['']
     """
+    require_module(model)
+    with random_state_kept(model):
+        return _traces(copy_of(model), read_by_code(model))
+
+
+def _traces(scratch: nn.Module, closed_to_traces: dict[str, str]) -> Traces:
+    """Trace a copy of a model, but not the code at the paths in `closed_to_traces`, which gives the reasons."""
     islands: list[Island] = []
     untraced: dict[str, str] = {}
-    require_module(model)
-    scratch = copy_of(model)
     release_all(scratch)
     for gates in gates_in(scratch).values():
         gates.choose(gates.open_in(training=False))
@@ -94,7 +102,7 @@ def trace(model: nn.Module) -> Traces:
                         (f"{path}.{name}" if path else name, child, around) for name, child in _with_blocks(module)
                     ]
                 continue
-        result = _graph_of(path, module, around)
+        result = closed_to_traces.get(path) or _graph_of(path, module, around)
         if isinstance(result, str):
             if not is_leaf(module) and not is_container(module):
                 untraced[path] = result
@@ -239,10 +247,12 @@ def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.G
     """
     before = set(vars(module))
     shared: set[nn.Module] = set()
+    generators = Generators(module)
     while True:
-        tracer = Tracer(shared, opaque)
+        tracer = Tracer(shared, opaque, generators)
         try:
             graph = tracer.trace(module)
+            tracer.note_draws(None)
             graph.lint()  # code that keeps the values it was given may mix two graphs
             _require_names(graph)
             if tracer.failures:

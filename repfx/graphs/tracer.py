@@ -15,26 +15,34 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 
-from repfx.algebra.layers import has_call_of_its_own
+from repfx.algebra.layers import has_call_of_its_own, has_hooks
 from repfx.blocks.block import RepBlock
 from repfx.errors import InvalidInput, first_line
 from repfx.graphs.leaves import is_leaf, stays_whole
 from repfx.graphs.modes import Modes, modes_put_back
 from repfx.graphs.proxy import ParameterProxy, ValueProxy
 from repfx.graphs.recording import calls_recorded, functions_recorded, tensors_recorded
+from repfx.records.generators import Generators
 
 
 class Tracer(fx.Tracer):
     """A tracer of one module in one mode.
 
     Leaves are torch's convs, BatchNorms, and modules that hold neither or that have hooks. So are the blocks in `shared`, and modules of
-    the `opaque` classes.
+    the `opaque` classes. Code that draws from one of the `generators` counts as a failure.
     """
 
     proxy_buffer_attributes = True  # else a value computed from a buffer would stay as it is when others are loaded
 
-    def __init__(self, shared: Container[nn.Module] = (), opaque: Container[type[nn.Module]] = ()) -> None:
+    def __init__(
+        self,
+        shared: Container[nn.Module] = (),
+        opaque: Container[type[nn.Module]] = (),
+        generators: Generators | None = None,
+    ) -> None:
         super().__init__()
+        self._generators = generators
+        self._hooked: set[nn.Module] = set()
         self.shared = shared
         self.opaque = opaque
         self.block_calls: Counter[nn.Module] = Counter()
@@ -50,6 +58,7 @@ class Tracer(fx.Tracer):
         self.root = nn.Module()
         self.submodule_paths = None
         self.tensor_attrs = {}
+        self._hooked.clear()
         self.block_calls.clear()
         self.running.clear()
         self.failures.clear()
@@ -105,11 +114,29 @@ class Tracer(fx.Tracer):
         if has_call_of_its_own(m):  # its __call__ has already run by now, and would run again in the graph
             self.running.append(m)
             raise TypeError(f"{type(m).__name__} has a __call__ of its own")
+        if any(has_hooks(inner) and inner not in self._hooked for inner in m.modules()):
+            self.failures.append(("its code adds hooks", self.running[-1] if self.running else None))
         self.block_calls[m] += isinstance(m, RepBlock)
         self.running.append(m)
-        result = super().call_module(m, forward, args, kwargs)
+        result = super().call_module(m, self._watched(forward), args, kwargs)
         self.running.pop()
         return result
+
+    def _watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the forward of a module that is traced through, with a look at what the code before it and its own code have drawn."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.note_draws(self.running[-2] if len(self.running) > 1 else None)
+            result = forward(*args, **kwargs)
+            self.note_draws(self.running[-1])
+            return result
+
+        return run
+
+    def note_draws(self, module: nn.Module | None) -> None:
+        """Count it as a failure of a module's code if random numbers were drawn since the last time: a graph would repeat them."""
+        if self._generators is not None and self._generators.have_drawn():
+            self.failures.append(("it draws random numbers in code", module))
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
@@ -166,6 +193,7 @@ class Tracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         """Trace each argument that has a default with that default. The graph refuses any other value when it is called."""
+        self._hooked = {module for module in self.root.modules() if has_hooks(module)}
         function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
         parameters = list(inspect.signature(root_fn).parameters.values())
         single = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # torch.fx lists them first

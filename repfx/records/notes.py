@@ -11,6 +11,8 @@ from typing import Any
 from torch import fx, nn
 
 from repfx.errors import InvalidInput, first_line
+from repfx.records.copied_hooks import copy_hooks
+from repfx.records.modes import set_modes
 from repfx.records.module_tree import require_module
 
 _COPIED = "_user_preserved_attributes"  # torch.fx's name: a copied GraphModule keeps only these attributes of its own
@@ -25,6 +27,7 @@ def keep(module: nn.Module, name: str, value: object) -> None:
     if isinstance(module, fx.GraphModule):
         names = tuple(dict.fromkeys((*vars(module).get(_NAMES, ()), name)))
         setattr(module, _NAMES, names)
+        module.meta = _meta(module)
         module.meta.setdefault(_COPIED, {}).update({name: value, _NAMES: names})
 
 
@@ -32,7 +35,13 @@ def kept(module: nn.Module, name: str) -> object | None:
     """Return what `module` carries under `name`, or None."""
     found: object | None = vars(module).get(name)
     if found is None and isinstance(module, fx.GraphModule):
-        return module.meta.get(_COPIED, {}).get(name)  # type: ignore[no-any-return]
+        return _meta(module).get(_COPIED, {}).get(name)  # type: ignore[no-any-return]
+    return found
+
+
+def _meta(module: fx.GraphModule) -> dict[str, Any]:
+    """Return the dict `meta` of a graph, or a new one: a feature extractor of torchvision has none until it is copied."""
+    found: dict[str, Any] = vars(module).get("meta", {})
     return found
 
 
@@ -50,10 +59,12 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
         for name in vars(module).get(_NAMES, ()):
             if isinstance(module, fx.GraphModule) and name in vars(module):
                 keep(module, name, vars(module)[name])
+    memo = {} if memo is None else memo
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise InvalidInput(f"{type(model).__name__} can't be copied: {first_line(error)}.") from error
+    _complete(copied, model, memo)
     originals = {id(module) for module in model.modules()}
     shared = [path for path, module in copied.named_modules() if id(module) in originals]
     if shared:
@@ -66,6 +77,15 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
                     "functions, so a copy would run the original's part: make it a method."
                 )
     return copied
+
+
+def _complete(copied: nn.Module, model: nn.Module, memo: dict[int, Any]) -> None:
+    """Give a copy what copying leaves out: hooks that reach the copy, and modes that a module's own code has set in copying."""
+    originals = dict(model.named_modules())
+    inside = [(originals[path], module) for path, module in copied.named_modules() if path in originals]
+    for original, module in inside:
+        copy_hooks(original, module, memo)
+    set_modes((module, original.training) for original, module in inside)
 
 
 def _enclosed_by(function: FunctionType) -> Iterator[Any]:

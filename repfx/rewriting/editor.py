@@ -15,11 +15,12 @@ from torch import Tensor, fx, nn
 from repfx.algebra.activated_norm import is_separated
 from repfx.algebra.baking import conv_from_kernel, float64_like, rounded
 from repfx.algebra.kernel import Kernel, is_symmetric
-from repfx.algebra.layers import BATCH_NORMS, Layer, is_frozen_norm
+from repfx.algebra.layers import BATCH_NORMS, Layer, is_batch_norm, is_frozen_norm
 from repfx.algebra.meaning import torch_class
 from repfx.algebra.moments import Moments
 from repfx.blocks.block import RepBlock
 from repfx.blocks.folded_norm import FoldedNorm, remember_norm
+from repfx.graphs.axes import with_axes
 from repfx.graphs.bordered_padding import CLOSE
 from repfx.graphs.functional_conv import is_functional_conv, path_for, settings_of
 from repfx.graphs.operations import Op
@@ -35,12 +36,16 @@ from repfx.rewriting.view import META, View
 
 @dataclass(frozen=True)
 class Merged:
-    """Notes on a node whose kernel rules have merged. The kernel itself is in the view."""
+    """Notes on a node whose kernel rules have merged. The kernel itself is in the view.
+
+    `axes` is how many axes the input gets, at least, because a merged constant gave them to the output.
+    """
 
     template: Layer
     path: str
     provenance: Provenance
     norm: FoldedNorm | None
+    axes: int = 0
 
 
 @dataclass
@@ -162,7 +167,24 @@ class Editor:
             sources.update(dict.fromkeys(known.provenance.sources if known else own))
         rules[rule.name] = None
         provenance = Provenance(tuple(rules), tuple(sources), self._equals(match))
-        return Merged(self._template_module(template), path, provenance, self._norm_of(match, template))
+        axes = max(self._axes_of(term) for term in match.terms)
+        return Merged(self._template_module(template), path, provenance, self._norm_of(match, template), axes)
+
+    def _axes_of(self, term: Term) -> int:
+        """Return the most axes of the constants in a path. Behind a BatchNorm, which demands a batch, constants add no axis."""
+        axes = 0
+        for op in term.ops:
+            known, module = self.merged.get(op.node), self.view.module(op.node)
+            axes = max(axes, self._axes_of_constants(op.node) if known is None else known.axes)
+            if (module is not None and is_batch_norm(module)) or (known is not None and known.norm is not None):
+                break
+        return axes
+
+    def _axes_of_constants(self, node: fx.Node) -> int:
+        if node.op == "call_module":
+            return 0
+        found = (self.view.constants.tensor(argument) for argument in node.args)
+        return max((constant.ndim for constant in found if constant is not None), default=0)
 
     def _equals(self, match: Match) -> str | None:
         last = match.terms[0].ops[-1]
@@ -214,6 +236,8 @@ class Editor:
             if notes.norm is not None:
                 norm = self._final_norm(notes.norm, path, block_path)
                 remember_norm(conv, replace(norm, bias=notes.template.bias is not None))
+            if notes.axes == kernel.weight.ndim:
+                self._give_axes(node, notes.axes)
             if not is_symmetric(kernel.padding) and not isinstance(conv.padding, str):
                 self._pad_before(node, kernel)
             node.target = path or notes.path  # `path` is empty if the island itself is the block
@@ -260,6 +284,10 @@ class Editor:
             if block.norm_path is not None:
                 norm = replace(norm, norm=block.norm_path)
         return replace(norm, conv=conv)
+
+    def _give_axes(self, node: fx.Node, axes: int) -> None:
+        with self.view.graph.inserting_before(node):
+            node.args = (self.view.graph.call_function(with_axes, (node.args[0], axes)),)
 
     def _pad_before(self, node: fx.Node, kernel: Kernel) -> None:
         """Pad in front of a conv whose two sides need different padding, because torch's convs pad both sides alike."""

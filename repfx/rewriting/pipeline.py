@@ -16,7 +16,9 @@ from repfx.algebra.layers import has_modes_of_its_own, is_batch_norm
 from repfx.blocks.cropped_conv import unshare
 from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.trace import Island, Traces, call_counts, trace
+from repfx.records.generators import random_state_kept
 from repfx.records.journal import forget
+from repfx.records.modes import set_modes
 from repfx.records.module_tree import module_paths, require_module
 from repfx.records.notes import copy_of
 from repfx.records.report import Edit, Report, Skip
@@ -32,14 +34,16 @@ from repfx.rewriting.view import View
 def verb(function: Callable[..., Any]) -> Callable[..., Any]:
     """Register a function on models as a pass of its name, described by the first line of its docstring.
 
-    Its results are ordinary tensors, which can be trained, even if the caller is in `torch.inference_mode()`.
+    Its results are ordinary tensors, which can be trained, even if the caller is in `torch.inference_mode()`. Random numbers go on
+    afterwards as if it had not been called.
     """
     Pass(function.__name__, (function.__doc__ or "").strip().splitlines()[0].rstrip("."))
 
     @wraps(function)
     def checked(model: nn.Module, *args: Any, **options: Any) -> Any:
         require_module(model)
-        return function(model, *args, **options)
+        with random_state_kept(model):
+            return function(model, *args, **options)
 
     return torch.inference_mode(False)(checked)
 
@@ -149,8 +153,10 @@ def run_rules(editor: Editor, rules: tuple[Rule, ...]) -> dict[fx.Node, list[Ski
 
 def take_over_modes(model: nn.Module, original: nn.Module) -> None:
     """Give each module the mode of the original module at its path, or else of the innermost original module around that path."""
-    modes = {path: module.training for path, module in original.named_modules()}
+    known = {path: module.training for path, module in original.named_modules()}
+    modes = []
     for path, module in model.named_modules():
-        while path not in modes:
+        while path not in known:
             path = path.rpartition(".")[0]
-        module.training = modes[path]
+        modes.append((module, known[path]))
+    set_modes(modes)

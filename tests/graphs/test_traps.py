@@ -15,7 +15,13 @@ from repfx.testing import randomize_batch_norm
 from tests.graphs.traps import TRAPS
 from tests.graphs.traps.inputs import IsTensor, Lists, Sizes, Unpacks
 from tests.graphs.traps.names import Annotates, ByKeyword, KeepsAnAttribute, ReadsABuffer
-from tests.graphs.traps.own_code import Forgetful, FreezesItsNorm, StaysInFloat32
+from tests.graphs.traps.own_code import (
+    Forgetful,
+    FreezesItsNorm,
+    IsSimplerInATrace,
+    StaysInFloat32,
+    SwitchesAutocastOff,
+)
 from tests.graphs.traps.parts import Block, Untraceable
 from tests.graphs.traps.reaching import CallsFeatures, Features, NormalisesWhatItGets, ViewsAndZips
 from tests.inline_net import Net, convs, error_of, image, norms, ready, reasons
@@ -192,6 +198,7 @@ def test_a_frozen_norm_stays_frozen_in_an_expanded_model() -> None:
         (Features, 0),
         (CallsFeatures, 0),
         (NormalisesWhatItGets, 0),
+        (IsSimplerInATrace, 0),
     ],
 )
 def test_what_only_asks_is_fused_all_the_same(make: Any, left: int) -> None:
@@ -206,7 +213,8 @@ def test_a_graph_that_took_its_input_for_a_tensor_says_so() -> None:
         fused([image_of(0)])
 
 
-def test_code_without_autocast_stays_so_under_autocast() -> None:
-    model = StaysInFloat32().eval()
+@pytest.mark.parametrize("make", [StaysInFloat32, SwitchesAutocastOff])
+def test_code_without_autocast_stays_so_under_autocast(make: Any) -> None:
+    model = make().eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert repfx.fuse(model)(image_of(0).float()).dtype == torch.float32

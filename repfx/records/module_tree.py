@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from repfx.errors import InvalidInput, UnknownName
 
@@ -120,3 +120,18 @@ def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
             parent.add_module(part, nn.Module())
         parent = parent.get_submodule(part)
     setattr(parent, name, module)
+
+
+def place_tensor(model: nn.Module, path: str, name: str, tensor: Tensor, *, saved: bool) -> None:
+    """Give the module at a path a parameter or a buffer. A module is made if there is none.
+
+    Args:
+        saved: whether the state dict holds a buffer.
+    """
+    if path and not has(model, path):
+        set_submodule(model, path, nn.Module())
+    owner = model.get_submodule(path)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(name, tensor)
+    else:
+        owner.register_buffer(name, tensor, persistent=saved)

@@ -15,9 +15,7 @@ from torch import Tensor, fx, nn
 from repfx.algebra.activated_norm import is_separated
 from repfx.algebra.baking import conv_from_kernel, float64_like, rounded
 from repfx.algebra.kernel import Kernel, is_symmetric
-from repfx.algebra.layers import BATCH_NORMS, Layer, is_batch_norm, is_frozen_norm
-from repfx.algebra.meaning import torch_class
-from repfx.algebra.moments import Moments
+from repfx.algebra.layers import Layer, is_batch_norm
 from repfx.blocks.block import RepBlock
 from repfx.blocks.folded_norm import FoldedNorm, remember_norm
 from repfx.graphs.axes import with_axes
@@ -28,9 +26,11 @@ from repfx.graphs.trace import Island
 from repfx.records.module_tree import has, outer_paths, set_submodule
 from repfx.records.provenance import Provenance, attach
 from repfx.records.report import Edit
-from repfx.rewriting.match import Match, Term
+from repfx.rewriting.match import Match
 from repfx.rewriting.patterns import is_sum
 from repfx.rewriting.rule import Rule
+from repfx.rewriting.spelling import Spelling, spell
+from repfx.rewriting.surroundings import Surroundings, remember_surroundings, with_steps
 from repfx.rewriting.view import META, View
 
 
@@ -44,7 +44,7 @@ class Merged:
     template: Layer
     path: str
     provenance: Provenance
-    norm: FoldedNorm | None
+    spelling: Spelling
     axes: int = 0
 
 
@@ -168,7 +168,9 @@ class Editor:
         rules[rule.name] = None
         provenance = Provenance(tuple(rules), tuple(sources), self._equals(match))
         axes = max(self._axes_of(term) for term in match.terms)
-        return Merged(self._template_module(template), path, provenance, self._norm_of(match, template), axes)
+        spelled = {op.node: self.merged[op.node].spelling for op in match.ops if op.node in self.merged}
+        spelling = spell(match, template, path, spelled, self.view, self.island)
+        return Merged(self._template_module(template), path, provenance, spelling, axes)
 
     def _axes_of(self, term: Term) -> int:
         """Return the most axes of the constants in a path. Behind a BatchNorm, which demands a batch, constants add no axis."""
@@ -176,7 +178,9 @@ class Editor:
         for op in term.ops:
             known, module = self.merged.get(op.node), self.view.module(op.node)
             axes = max(axes, self._axes_of_constants(op.node) if known is None else known.axes)
-            if (module is not None and is_batch_norm(module)) or (known is not None and known.norm is not None):
+            if (module is not None and is_batch_norm(module)) or (
+                known is not None and known.spelling.norm is not None
+            ):
                 break
         return axes
 
@@ -199,27 +203,6 @@ class Editor:
             return self.merged[last.node].provenance.equals
         return self.island.full_path(str(last.node.target)) if last.node.op == "call_module" else None
 
-    def _norm_of(self, match: Match, template: Op) -> FoldedNorm | None:
-        norms = [self._norm_of_term(term) for term in match.terms]
-        own = next((norm for term, norm in zip(match.terms, norms) if template in term.ops), None)
-        if own is None:
-            return None
-        known = [norm.moments for norm in norms if norm is not None and norm.moments is not None]
-        return replace(own, moments=reduce(Moments.add, known) if len(known) == len(norms) else None)
-
-    def _norm_of_term(self, term: Term) -> FoldedNorm | None:
-        """Return the last BatchNorm of a path. Return None if there is none, or if a map other than the identity comes after it."""
-        norm: FoldedNorm | None = None
-        for op in term.ops:
-            module: Layer | None = self.view.module(op.node)
-            if op.node in self.merged:
-                norm = self.merged[op.node].norm
-            elif module is not None and (torch_class(module) in BATCH_NORMS or is_frozen_norm(module)):
-                norm = FoldedNorm.of(module, self.island.full_path(str(op.node.target)))
-            elif op.meaning.kind != "identity":
-                norm = None
-        return norm
-
     # ---- back to modules
 
     def lower(self) -> None:
@@ -233,9 +216,7 @@ class Editor:
             path = notes.path if block_path is None else block_path
             conv = conv_from_kernel(kernel, notes.template, self.island.full_path(path))
             attach(conv, self._final_provenance(notes, block_path))
-            if notes.norm is not None:
-                norm = self._final_norm(notes.norm, path, block_path)
-                remember_norm(conv, replace(norm, bias=notes.template.bias is not None))
+            self._remember(conv, notes, path, block_path)
             if notes.axes == kernel.weight.ndim:
                 self._give_axes(node, notes.axes)
             if not is_symmetric(kernel.padding) and not isinstance(conv.padding, str):
@@ -276,6 +257,20 @@ class Editor:
         if block_path is None or notes.provenance.equals is not None:
             return notes.provenance
         return replace(notes.provenance, equals=self.island.full_path(block_path))
+
+    def _remember(self, conv: nn.Module, notes: Merged, path: str, block_path: str | None) -> None:
+        """Record on a conv what `restore` has to know: the BatchNorm that the conv absorbed, and what else the model computes there."""
+        spelling, bias = notes.spelling, notes.template.bias is not None
+        if spelling.norm is not None:
+            remember_norm(conv, replace(self._final_norm(spelling.norm, path, block_path), bias=bias))
+        if not spelling.is_plain:
+            around = Surroundings(self.island.full_path(path), bias, spelling.form, notes.template.weight.dtype)
+            remember_surroundings(conv, self._spelled_out(around, spelling))
+
+    def _spelled_out(self, around: Surroundings, spelling: Spelling) -> Surroundings:
+        if spelling.reason:
+            return replace(around, reason=spelling.reason)
+        return with_steps(around, spelling.steps, self.view.root, self.island.full_path("x").removesuffix("x"))
 
     def _final_norm(self, norm: FoldedNorm, path: str, block_path: str | None) -> FoldedNorm:
         conv = self.island.full_path(path)

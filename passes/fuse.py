@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from repfx.algebra.activated_norm import norm_of, rest_of
@@ -17,10 +18,11 @@ from repfx.blocks.folded_norm import FoldedNorm, remember_norm
 from repfx.errors import InvalidInput
 from repfx.graphs.leaves import calls_conv
 from repfx.graphs.sites import sites_at
+from repfx.measuring.in_float64 import Inputs, by_name
 from repfx.passes.drop import absorb
 from repfx.records.journal import Action, record
 from repfx.records.module_tree import set_submodule
-from repfx.rewriting.pipeline import rewrite, verb
+from repfx.rewriting.pipeline import Result, rewrite, verb
 from repfx.rewriting.rule import RULES
 
 
@@ -81,10 +83,20 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     >>> print(fuse(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())).get_submodule("0"))
     Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
     """
-    if not any(is_conv(inner) or isinstance(inner, nn.Linear) or calls_conv(inner) for inner in model.modules()):
-        raise InvalidInput(f"{type(model).__name__} has no conv or linear layer, so there is nothing to fuse.")
-    result = rewrite(model, RULES.values(), "fuse")
+    result = fused_for(model, None)
     if strict:
         result.report.require_all()
     result.report.attach(result.model)
     return result.model
+
+
+@torch.inference_mode(False)
+def fused_for(model: nn.Module, example: Inputs | None) -> Result:
+    """Fuse a model for calls such as the one with `example`. Arguments that the example gives no tensor keep one value.
+
+    Raises:
+        InvalidInput: as `fuse`.
+    """
+    if not any(is_conv(inner) or isinstance(inner, nn.Linear) or calls_conv(inner) for inner in model.modules()):
+        raise InvalidInput(f"{type(model).__name__} has no conv or linear layer, so there is nothing to fuse.")
+    return rewrite(model, RULES.values(), "fuse", given=None if example is None else by_name(model, example))

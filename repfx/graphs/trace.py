@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import keyword
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -66,8 +66,12 @@ class Traces:
     untraced: dict[str, str]
 
 
-def trace(model: nn.Module) -> Traces:
+def trace(model: nn.Module, given: Mapping[str, Any] | None = None) -> Traces:
     """Trace a model, whole or in islands.
+
+    Args:
+        given: what a caller gives the model, by the name of the argument. Other arguments keep their defaults. If it is None, so do all
+            but the first.
 
     >>> [island.path for island in trace(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU())).islands]
     ['']
@@ -94,7 +98,7 @@ def trace(model: nn.Module) -> Traces:
                         (f"{path}.{name}" if path else name, child, around) for name, child in _with_blocks(module)
                     ]
                 continue
-        result = _graph_of(path, module, around)
+        result = _graph_of(path, module, around, None if path else given)
         if isinstance(result, str):
             if not is_leaf(module) and not is_container(module):
                 untraced[path] = result
@@ -121,7 +125,7 @@ def _with_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def _graph_of(path: str, module: nn.Module, around: Around) -> _Traced | str:
+def _graph_of(path: str, module: nn.Module, around: Around, given: Mapping[str, Any] | None) -> _Traced | str:
     """Return the graph that is the same in both modes, with the constants and dropouts it needs, or the reason why there is none."""
     is_root = not path
     if is_container(module) and not (is_root and is_plain_sequence(module)):
@@ -143,7 +147,7 @@ def _graph_of(path: str, module: nn.Module, around: Around) -> _Traced | str:
     if type(module) in opaque:
         return "a leaf"
     while True:
-        result = _graph_of_both_modes(module, opaque)
+        result = _graph_of_both_modes(module, opaque, given)
         if not isinstance(result, _Untraceable):
             return result
         culprit = result.culprit
@@ -171,22 +175,26 @@ def _name_taken(module: nn.Module) -> str | None:
     return min(names & _TAKEN, default=None)
 
 
-def _graph_of_both_modes(module: nn.Module, opaque: Container[type[nn.Module]]) -> _Traced | _Untraceable:
+def _graph_of_both_modes(
+    module: nn.Module, opaque: Container[type[nn.Module]], given: Mapping[str, Any] | None = None
+) -> _Traced | _Untraceable:
     """Try once to trace a module in both modes, with modules of the `opaque` classes as leaves. It is in eval mode afterwards."""
     try:
-        return _graph_of_modes(module, opaque)
+        return _graph_of_modes(module, opaque, given)
     finally:
         module.train(False)
 
 
-def _graph_of_modes(module: nn.Module, opaque: Container[type[nn.Module]]) -> _Traced | _Untraceable:
+def _graph_of_modes(
+    module: nn.Module, opaque: Container[type[nn.Module]], given: Mapping[str, Any] | None
+) -> _Traced | _Untraceable:
     graphs = []
     constants: list[dict[str, Tensor]] = []
     taken = set(dir(module))
     for training in (True, False):
         module.train(training)
         state = _state(module)
-        result = _traced(module, opaque)
+        result = _traced(module, opaque, given)
         keeper = _forget_values(module)
         if isinstance(result, _Untraceable):
             return result
@@ -232,7 +240,9 @@ def _first_difference(root: nn.Module, *graphs: fx.Graph) -> nn.Module | None:
     return None
 
 
-def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.Graph, dict[str, Tensor]] | _Untraceable:
+def _traced(
+    module: nn.Module, opaque: Container[type[nn.Module]], given: Mapping[str, Any] | None
+) -> tuple[fx.Graph, dict[str, Tensor]] | _Untraceable:
     """Trace a module in the mode it is in. Return its graph and the constants that tracing made, or why it can't be traced.
 
     A block that is called more than once stays a leaf and so is an island of its own. Whatever it becomes then serves every call.
@@ -240,7 +250,7 @@ def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.G
     before = set(vars(module))
     shared: set[nn.Module] = set()
     while True:
-        tracer = Tracer(shared, opaque)
+        tracer = Tracer(shared, opaque, given)
         try:
             graph = tracer.trace(module)
             graph.lint()  # code that keeps the values it was given may mix two graphs

@@ -17,7 +17,7 @@ from repfx.measuring.difference import Difference, count_numbers, differences, l
 from repfx.measuring.equivalence import TOLERANCES
 from repfx.measuring.in_float64 import Inputs, as_arguments, describe, double_copy, map_tensors, run_double, seeded
 from repfx.onnx.program import quiet
-from repfx.passes.fuse import fuse
+from repfx.passes.fuse import fused_for
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float16)
@@ -40,16 +40,16 @@ class Reference:
     dtype: torch.dtype | None
 
     @classmethod
-    def of(cls, model: nn.Module, dtype: torch.dtype | None) -> Reference:
-        """Fuse a model. If a dtype is asked for, fuse in float64 and round each weight once.
+    def of(cls, model: nn.Module, x: Inputs, dtype: torch.dtype | None) -> Reference:
+        """Fuse a model for calls with x. If a dtype is asked for, fuse in float64 and round each weight once.
 
         Raises:
             ExportError: a weight is too large for the dtype.
         """
         if dtype is None:
-            deployed = copy.deepcopy(fuse(model)).to(CPU).eval()
+            deployed = copy.deepcopy(fused_for(model, x).model).to(CPU).eval()
             return cls(deployed, deployed, None)
-        wide = fuse(double_copy(model)).to(CPU).eval()
+        wide = fused_for(double_copy(model), x).model.to(CPU).eval()
         exact = copy.deepcopy(wide).to(torch.float32)
         deployed = wide._apply(lambda tensor: rounded(tensor, dtype) if tensor.is_floating_point() else tensor)
         for path, tensor in deployed.state_dict().items():

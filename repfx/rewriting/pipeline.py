@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -52,16 +52,19 @@ class Result:
     report: Report
 
 
-def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
+def rewrite(model: nn.Module, rules: Iterable[Rule], name: str, *, given: Mapping[str, Any] | None = None) -> Result:
     """Run rules over a copy of the model until none applies.
 
     Each rewrite removes a node, and the rules go on from the place of the rewrite, so the cost is linear.
+
+    Args:
+        given: what a caller gives the model, by the name of the argument, as for `trace`.
     """
     weights = {} if any(map(has_modes_of_its_own, model.modules())) else _sharing_memory(model)
     shared = [weakref.ref(weight) for weight in weights.values()]
     target = copy_of(model, weights)
     del weights
-    result = _rewrite(target, model, tuple(rules), name)
+    result = _rewrite(target, model, tuple(rules), name, given)
     for reference in shared:
         if (weight := reference()) is not None:  # a weight that has been merged is gone
             weight.data = weight.data.clone()
@@ -77,13 +80,15 @@ def _sharing_memory(model: nn.Module) -> dict[int, nn.Parameter]:
     }
 
 
-def _rewrite(target: nn.Module, model: nn.Module, rules: tuple[Rule, ...], name: str) -> Result:
+def _rewrite(
+    target: nn.Module, model: nn.Module, rules: tuple[Rule, ...], name: str, given: Mapping[str, Any] | None
+) -> Result:
     """Rewrite `target`, a copy of `model` that has been made already."""
     release_all(target)
     target.eval()  # a parametrized weight may change when it is read in training mode
     for module in list(target.modules()):
         unshare(module)
-    traces = trace(target)
+    traces = trace(target, given)
     views = Views(target, traces, model)
     edits: list[Edit] = []
     kept: list[Skip] = []

@@ -132,7 +132,8 @@ def _form(root: nn.Module, finder: _Finder, held: Collection[str]) -> SqueezedFo
         node.replace_all_uses_with(call)
         graph.erase_node(node)
     inside = {path for region in regions.values() for path in region.modules}
-    inputs = sum(node.op == "placeholder" and not node.args for node in graph.nodes)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs = sum(node is placeholders[0] or not node.args for node in placeholders)
     return SqueezedForm(root, _code_of(graph), inputs, regions, tuple(sorted(inside & {*held})))
 
 

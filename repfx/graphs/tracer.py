@@ -25,6 +25,8 @@ from repfx.graphs.proxy import ParameterProxy, ValueProxy
 # functions of other libraries that can't be traced and have nothing inside to rewrite
 _LEAF_FUNCTIONS = {"timm.layers.padding": ("pad_same",)}
 
+_GENERATED = "<eval_with_key>"  # the name of the files in which torch.fx writes the code of graphs
+
 
 class Tracer(fx.Tracer):
     """A tracer of one module in one mode.
@@ -143,18 +145,22 @@ class Tracer(fx.Tracer):
         function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
         parameters = list(inspect.signature(root_fn).parameters.values())
         single = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # torch.fx lists them first
-        kept = _values_kept(parameters[1:], self.given)
-        for index, parameter in enumerate(single):
-            if not index or parameter.default is parameter.empty or not isinstance(arguments[index], fx.Proxy):
-                continue
-            if arguments[index].node.all_input_nodes:
-                raise TypeError(f"{parameter.name!r} has a tensor as its default, which torch.fx can't write")
-            name, default = parameter.name, kept.get(parameter.name, parameter.default)
-            check = require_default if name in kept else require_given
-            self.create_proxy("call_function", check, (arguments[index], name, default), {})
-            arguments[index] = kept.get(name, arguments[index])
+        if not root_fn.__code__.co_filename.startswith(_GENERATED):  # a graph's own code has its checks
+            kept = _values_kept(parameters[1:], self.given)
+            for index, parameter in enumerate(single[1:], 1):
+                if parameter.default is not parameter.empty and isinstance(arguments[index], fx.Proxy):
+                    arguments[index] = self._checked(arguments[index], parameter, kept)
         _order_placeholders(parameters[1:], self.graph)
         return function, arguments
+
+    def _checked(self, argument: fx.Proxy, parameter: inspect.Parameter, kept: Mapping[str, Any]) -> Any:
+        """Let the graph check an argument when it is called. Return the value that stands for it: the argument itself if it is an input."""
+        if argument.node.all_input_nodes:
+            raise TypeError(f"{parameter.name!r} has a tensor as its default, which torch.fx can't write")
+        name, default = parameter.name, kept.get(parameter.name, parameter.default)
+        check = require_default if name in kept else require_given
+        self.create_proxy("call_function", check, (argument, name, default), {})
+        return kept.get(name, argument)
 
 
 def _values_kept(parameters: list[inspect.Parameter], given: Mapping[str, Any] | None) -> dict[str, Any]:

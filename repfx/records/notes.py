@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from types import FunctionType
 from typing import Any
@@ -15,6 +15,29 @@ from repfx.records.module_tree import require_module
 
 _COPIED = "_user_preserved_attributes"  # torch.fx's name: a copied GraphModule keeps only these attributes of its own
 _NAMES = "repfx_notes"  # loading drops the above but keeps plain attributes
+
+
+class NotedGraphModule(fx.GraphModule):
+    """A `GraphModule` that has its notes after it was pickled, and after the unpickled one was copied."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, super().__reduce__()
+
+
+def _unpickled(make: Callable[..., Any], arguments: tuple[Any, ...]) -> nn.Module:
+    """Return the module that torch.fx makes, in a class of its own, with its notes where copying finds them."""
+    module: Any = make(*arguments)
+    module.__class__ = type(NotedGraphModule.__new__(NotedGraphModule))
+    module.recompile()
+    _keep_again(module)
+    return module  # type: ignore[no-any-return]
+
+
+def _keep_again(module: nn.Module) -> None:
+    """Keep the notes of a module that was unpickled, so that they are copied with it."""
+    for name in vars(module).get(_NAMES, ()):
+        if name in vars(module):
+            keep(module, name, vars(module)[name])
 
 
 def keep(module: nn.Module, name: str, value: object) -> None:
@@ -47,9 +70,8 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     """
     require_module(model)
     for module in model.modules():
-        for name in vars(module).get(_NAMES, ()):
-            if isinstance(module, fx.GraphModule) and name in vars(module):
-                keep(module, name, vars(module)[name])
+        if isinstance(module, fx.GraphModule):
+            _keep_again(module)
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:

@@ -20,7 +20,7 @@ from repfx.algebra.layers import is_conv, is_plain_sequence, own_classes
 from repfx.blocks.block import RepBlock
 from repfx.graphs.trace import Island
 from repfx.records.module_tree import has, set_part, set_submodule
-from repfx.records.notes import keep, kept
+from repfx.records.notes import NotedGraphModule, keep, kept
 
 _NOT_SAVED = "repfx_not_saved"
 
@@ -97,7 +97,7 @@ def _layers(sequence: nn.Module, prefix: str = "") -> Iterator[str]:
 
 def _compile(root: nn.Module, island: Island) -> fx.GraphModule:
     saved = root.state_dict().keys() - island.constants.keys() - _not_saved(root)
-    compiled = fx.GraphModule(root, island.graph, class_name=type(root).__name__)
+    compiled = NotedGraphModule(root, island.graph, class_name=type(root).__name__)
     _take_over_attributes(compiled, root)
     _keep_unused(compiled, root, island.used)
     _save_as_before(compiled, set(saved))

@@ -17,7 +17,7 @@ from tests.inline_net import Net, convs, error_of, fused_exactly, image, norms, 
 class Activated(nn.Conv2d):
     """As detectron2's Conv2d: what comes behind is given by the user."""
 
-    def __init__(self, *sizes: int, behind: nn.Module, **options: Any) -> None:
+    def __init__(self, *sizes: Any, behind: nn.Module, **options: Any) -> None:
         super().__init__(*sizes, **options)
         self.behind = behind
 
@@ -28,7 +28,7 @@ class Activated(nn.Conv2d):
 class Padded(nn.Conv2d):
     """As efficientnet_pytorch's: pads for itself, by a module."""
 
-    def __init__(self, *sizes: int, padding_before: nn.Module, **options: Any) -> None:
+    def __init__(self, *sizes: Any, padding_before: nn.Module, **options: Any) -> None:
         super().__init__(*sizes, **options)
         self.inner = nn.Sequential(padding_before)
 
@@ -39,15 +39,15 @@ class Padded(nn.Conv2d):
 class Sloped(nn.Conv2d):
     """Tensors of its own stand beside the weight."""
 
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(*sizes, bias=False)
+    def __init__(self) -> None:
+        super().__init__(4, 4, 3, bias=False)
         self.slope = nn.Parameter(torch.rand(4))
         self.register_buffer("shift", torch.randn(4, 1, 1))
         self.register_buffer("factor", torch.rand(4, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Any:
         y = F.conv2d(x, self.weight, None, padding=(1, 0))
-        return F.prelu(y * torch.sigmoid(y), self.slope) * self.factor + self.shift
+        return F.prelu(y * torch.sigmoid(y), self.slope) * self.get_buffer("factor") + self.get_buffer("shift")
 
 
 class Length(nn.Conv1d):
@@ -87,7 +87,7 @@ def test_what_stands_behind_the_conv_stays(index: int, stride: int) -> None:
 
 @pytest.mark.parametrize("index", range(5))
 def test_what_stands_before_the_conv_stays_or_is_merged(index: int) -> None:
-    conv = Padded(4, 4, (3, 2), padding_before=before()[index], dilation=(1, 2), groups=2)  # type: ignore[arg-type]
+    conv = Padded(4, 4, (3, 2), padding_before=before()[index], dilation=(1, 2), groups=2)
     model = Net(lambda m, x: m.norm(m.c(x)), c=conv, norm=nn.BatchNorm2d(4))
     fused = fused_exactly(model, image())
     assert norms(fused) == []
@@ -100,7 +100,7 @@ def test_what_stands_before_the_conv_stays_or_is_merged(index: int) -> None:
 
 
 def test_tensors_beside_the_weight_stay() -> None:
-    model = ready(Net(lambda m, x: m.c(m.c0(x)), c0=nn.Conv2d(4, 4, 1), c=Sloped(4, 4, 3)))
+    model = ready(Net(lambda m, x: m.c(m.c0(x)), c0=nn.Conv2d(4, 4, 1), c=Sloped()))
     fused = fused_exactly(model, image())
     assert {"c.slope", "c.shift"} <= set(fused.state_dict())
     assert "c.factor" not in fused.state_dict()

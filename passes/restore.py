@@ -20,6 +20,7 @@ from repfx.algebra.moments import set_kernel
 from repfx.blocks.folded_norm import FoldedNorm, folded_norm, forget_norm
 from repfx.blocks.stages import Norm
 from repfx.errors import InvalidInput
+from repfx.graphs.aliases import put_back, set_aside
 from repfx.graphs.trace import Island, call_counts, trace
 from repfx.measuring.calibration import set_kernels_measured
 from repfx.records.journal import Action, forget, record
@@ -102,6 +103,7 @@ def restore(
     target: nn.Module = copy_of(model)
     target.eval()
     traces = trace(target)
+    set_aside(target, traces)
     calls = call_counts(traces)
     done: list[_Restored] = []
     skips: list[Skip] = []
@@ -119,6 +121,7 @@ def restore(
             else:
                 skips.append(Skip(path, reason, "restore"))
         target = install(target, island)
+    put_back(target)
     if not done and not skips:
         raise InvalidInput(_nothing(model, patterns))
     take_over_modes(target, model)

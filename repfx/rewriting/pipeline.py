@@ -15,6 +15,7 @@ from torch import fx, nn
 from repfx.algebra.layers import has_modes_of_its_own, is_batch_norm
 from repfx.blocks.cropped_conv import unshare
 from repfx.blocks.squeezed_form import release_all
+from repfx.graphs.aliases import put_back, set_aside
 from repfx.graphs.trace import Island, Traces, call_counts, trace
 from repfx.records.journal import forget
 from repfx.records.module_tree import module_paths, require_module
@@ -89,6 +90,7 @@ def _rewrite(
     for module in list(target.modules()):
         unshare(module)
     traces = trace(target, given)
+    set_aside(target, traces)
     views = Views(target, traces, model)
     edits: list[Edit] = []
     kept: list[Skip] = []
@@ -103,6 +105,7 @@ def _rewrite(
         editor.lower()
         kept += all_that_stays(editor, near_misses)
         target = install(target, island)
+    put_back(target)
     outside = list(left_outside(target, traces))
     skips += [s for s in outside if s.reason == UNTRACED and is_batch_norm(target.get_submodule(s.path))]
     kept += outside

@@ -18,6 +18,7 @@ from repfx.algebra.baking import conv_module
 from repfx.algebra.layers import has_tensors, own_classes
 from repfx.blocks.block import RepBlock
 from repfx.blocks.squeezed_form import NAME, SqueezedForm
+from repfx.graphs.aliases import set_aside
 from repfx.graphs.operations import Op
 from repfx.graphs.source_code import calls
 from repfx.graphs.trace import Island, trace
@@ -39,6 +40,7 @@ def find_forms(model: nn.Module, parts: Collection[str], held: Collection[str]) 
     """
     outline = _outline(model)
     traces = trace(outline)
+    set_aside(outline, traces)
     views, rules = (
         Views(outline, traces, outline),
         tuple(rule for rule in RULES.values() if rule.pattern.holds_in_training),

@@ -234,7 +234,7 @@ MUTANTS = [
     Mutant(
         "names not counted",
         puts(repfx.rewriting.pipeline, "module_paths", lambda model: {}),
-        ("one conv under two names",),
+        ("a conv in a plain list, too",),
     ),
     Mutant("reads not seen", without_refusal("read elsewhere"), ("weight read elsewhere",)),
     Mutant("complex taken for real", without_refusal("complex"), ("complex weights",)),

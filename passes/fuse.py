@@ -22,6 +22,7 @@ from repfx.measuring.in_float64 import Inputs, by_name
 from repfx.passes.drop import absorb
 from repfx.records.journal import Action, record
 from repfx.records.module_tree import set_submodule
+from repfx.records.wrappers import require_layers
 from repfx.rewriting.pipeline import Result, rewrite, verb
 from repfx.rewriting.rule import RULES
 
@@ -97,6 +98,7 @@ def fused_for(model: nn.Module, example: Inputs | None) -> Result:
     Raises:
         InvalidInput: as `fuse`.
     """
+    require_layers(model)
     if not any(is_conv(inner) or isinstance(inner, nn.Linear) or calls_conv(inner) for inner in model.modules()):
         raise InvalidInput(f"{type(model).__name__} has no conv or linear layer, so there is nothing to fuse.")
     return rewrite(model, RULES.values(), "fuse", given=None if example is None else by_name(model, example))

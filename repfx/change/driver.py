@@ -25,6 +25,7 @@ from repfx.errors import InvalidInput
 from repfx.graphs.sites import Site, find_sites, sites_known
 from repfx.passes.freeze import is_frozen
 from repfx.records.journal import Action, apply, from_json, journal, to_json
+from repfx.records.wrappers import bare, require_layers
 
 
 class Driver:
@@ -83,7 +84,8 @@ class Driver:
             raise InvalidInput(
                 f"{type(schedule).__name__} measures new BatchNorms on data: give `calibrate`, the training data's loader."
             )
-        self.model = _bare(model)
+        require_layers(model)
+        self.model = bare(model)
         _require_whole(self.model)
         self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         if not isinstance(schedule, Unchanged):
@@ -269,17 +271,6 @@ class _First:
 
     def __iter__(self) -> Iterator[Any]:
         return islice(iter(self.data), self.count)
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """Return the module inside its wrappers for several processes and for compilation."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
 
 
 def _require_whole(model: nn.Module) -> None:

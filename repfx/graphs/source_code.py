@@ -208,10 +208,10 @@ def _passes_nothing(call: ast.Call) -> bool:
 
 def _may_be_of_a_module(call: ast.Call, cls: type[nn.Module]) -> bool:
     """Whether something that is called in the code of a class may be a module."""
-    if isinstance(call.func, ast.Attribute) and hasattr(Tensor, call.func.attr):
-        return False
-    if isinstance(call.func, ast.Attribute) and _is_self(call.func.value) and hasattr(cls, call.func.attr):
-        return False  # a method: its code is read, too
+    if isinstance(call.func, ast.Attribute):
+        own = _is_self(call.func.value)
+        if hasattr(cls if own else Tensor, call.func.attr):
+            return False  # a tensor's method, or one of the class, whose code is read, too
     root: ast.expr = call.func
     while isinstance(root, (ast.Attribute, ast.Subscript, ast.Call)):
         root = root.func if isinstance(root, ast.Call) else root.value

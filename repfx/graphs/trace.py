@@ -37,6 +37,7 @@ from repfx.graphs.source_code import Around
 from repfx.graphs.tracer import Tracer, sentence
 from repfx.records.module_tree import require_module
 from repfx.records.notes import copy_of
+from repfx.records.wrappers import passes_on
 
 _Traced: TypeAlias = tuple[fx.Graph, dict[str, Tensor | nn.Module]]
 
@@ -86,6 +87,9 @@ def trace(model: nn.Module, given: Mapping[str, Any] | None = None) -> Traces:
     pending = [("", scratch, Around())]
     while pending:
         path, module, around = pending.pop()
+        if passes_on(module) and code_of_its_own(module) is None:
+            pending.append((f"{path}.module".lstrip("."), module.get_submodule("module"), around))
+            continue
         closed = code_of_its_own(module) or around.order_of_children
         if closed is not None:
             if isinstance(module, RepBlock) and code_of_its_own(module) is None:

@@ -18,6 +18,7 @@ from repfx.measuring.equivalence import TOLERANCES
 from repfx.measuring.in_float64 import Inputs, as_arguments, describe, double_copy, map_tensors, run_double, seeded
 from repfx.onnx.program import quiet
 from repfx.passes.fuse import fused_for
+from repfx.records.wrappers import innermost
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float16)
@@ -41,11 +42,14 @@ class Reference:
 
     @classmethod
     def of(cls, model: nn.Module, x: Inputs, dtype: torch.dtype | None) -> Reference:
-        """Fuse a model for calls with x. If a dtype is asked for, fuse in float64 and round each weight once.
+        """Fuse what is inside the wrappers of a model, for calls with x.
+
+        If a dtype is asked for, fuse in float64 and round each weight once.
 
         Raises:
             ExportError: a weight is too large for the dtype.
         """
+        model = innermost(model)
         if dtype is None:
             deployed = copy.deepcopy(fused_for(model, x).model).to(CPU).eval()
             return cls(deployed, deployed, None)

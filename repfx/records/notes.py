@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from repfx.errors import InvalidInput, first_line
 from repfx.records.module_tree import require_module
+from repfx.records.wrappers import bare
 
 _COPIED = "_user_preserved_attributes"  # torch.fx's name: a copied GraphModule keeps only these attributes of its own
 _NAMES = "repfx_notes"  # loading drops the above but keeps plain attributes
@@ -52,7 +53,8 @@ def keep(module: nn.Module, name: str, value: object) -> None:
 
 
 def kept(module: nn.Module, name: str) -> object | None:
-    """Return what `module` carries under `name`, or None."""
+    """Return what `module`, or the module inside its wrappers, carries under `name`, or None."""
+    module = bare(module)
     found: object | None = vars(module).get(name)
     if found is None and isinstance(module, fx.GraphModule):
         return module.meta.get(_COPIED, {}).get(name)  # type: ignore[no-any-return]

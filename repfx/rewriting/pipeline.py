@@ -18,9 +18,10 @@ from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.aliases import put_back, set_aside
 from repfx.graphs.trace import Island, Traces, call_counts, trace
 from repfx.records.journal import forget
-from repfx.records.module_tree import module_paths, require_module
+from repfx.records.module_tree import module_paths
 from repfx.records.notes import copy_of
 from repfx.records.report import Edit, Report, Skip
+from repfx.records.wrappers import bare, require_layers
 from repfx.rewriting.editor import Editor
 from repfx.rewriting.explanation import UNTRACED, all_that_stays, left_alone, left_outside
 from repfx.rewriting.input_axes import InputAxes
@@ -33,14 +34,17 @@ from repfx.rewriting.view import View
 def verb(function: Callable[..., Any]) -> Callable[..., Any]:
     """Register a function on models as a pass of its name, described by the first line of its docstring.
 
-    Its results are ordinary tensors, which can be trained, even if the caller is in `torch.inference_mode()`.
+    Its results are ordinary tensors, which can be trained, even if the caller is in `torch.inference_mode()`. Of a compiled model or a
+    `DistributedDataParallel`, the module inside is meant; a new model has no such wrapper.
     """
     Pass(function.__name__, (function.__doc__ or "").strip().splitlines()[0].rstrip("."))
 
     @wraps(function)
     def checked(model: nn.Module, *args: Any, **options: Any) -> Any:
-        require_module(model)
-        return function(model, *args, **options)
+        require_layers(model)
+        inner = bare(model)
+        result = function(inner, *args, **options)
+        return model if result is inner else result
 
     return torch.inference_mode(False)(checked)
 

@@ -233,3 +233,19 @@ def test_a_default_that_a_graph_can_t_hold_leaves_the_module_as_it_is() -> None:
     model = fused_exactly(WithTensor(), image())
     assert norms(model) == ["norm"]
     assert "'mask' has a tensor as its default" in reasons(model)
+
+
+class NamedAsATensorMethod(nn.Module):
+    """Children whose names are those of tensors' methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.split = Asks(), Asks()
+
+    def forward(self, x: Any) -> Any:
+        return self.split(self.norm(x, x), mask=x) if float(x.sum()) < 1e9 else x
+
+
+def test_children_named_as_a_tensor_s_methods_are_known_for_modules() -> None:
+    model = fused_exactly(NamedAsATensorMethod(), image())
+    assert "may give it 'mask'" in reasons(model)

@@ -15,6 +15,8 @@ from repfx.blocks.origin import absorb_branch, origin_kernel, require_absorbable
 from repfx.blocks.paths import block_at
 from repfx.errors import InvalidInput
 from repfx.measuring.calibration import PartialSum, measure_sums
+from repfx.measuring.in_float64 import Inputs
+from repfx.measuring.proof import proven
 from repfx.records.journal import Action, apply, record
 from repfx.records.module_tree import set_submodule
 from repfx.records.report import Edit, Report
@@ -76,7 +78,14 @@ def _let_leave(model: nn.Module, actions: Sequence[Drop], calibrate: Iterable[An
 
 
 @verb
-def drop(model: nn.Module, site: str, branch: str, *, calibrate: Iterable[Any] | None = None) -> nn.Module:
+def drop(
+    model: nn.Module,
+    site: str,
+    branch: str,
+    *,
+    calibrate: Iterable[Any] | None = None,
+    example: Inputs | None = None,
+) -> nn.Module:
     """Remove one branch from a block; the site's own conv absorbs its kernel.
 
     The model is changed in place and returned; its parameters stay the same objects. In eval mode it computes the same as before.
@@ -90,6 +99,8 @@ def drop(model: nn.Module, site: str, branch: str, *, calibrate: Iterable[Any] |
         site: path of the block.
         branch: name of the branch, as `repfx.sites` shows it.
         calibrate: inputs of the model, or a data loader, on which the statistics of the origin's BatchNorm are measured anew.
+        example: input of the model, as `check_equivalent` takes it: proves that the model computes what it did, in float64. Without it,
+            nothing is compared.
 
     Raises:
         UnknownName: there is no block at that path, or no branch of that name.
@@ -101,7 +112,8 @@ def drop(model: nn.Module, site: str, branch: str, *, calibrate: Iterable[Any] |
     """
     block = block_at(model, site)
     block.require_branch(branch)
-    apply(model, [Drop(site, branch, branch not in block.running_in(training=False))], calibrate)
+    with proven("drop", model, example):
+        apply(model, [Drop(site, branch, branch not in block.running_in(training=False))], calibrate)
     Report("drop", (Edit("drop", site, (f"{site}.{branch}",)),)).attach(model)
     return model
 

@@ -32,6 +32,8 @@ from repfx.blocks.stages import FIRST_WEIGHTS, Norm
 from repfx.errors import InvalidInput
 from repfx.graphs.sites import Site, find_sites, sites_at
 from repfx.measuring.calibration import PartialSum, calibrate_norms, measure_sums
+from repfx.measuring.in_float64 import Inputs
+from repfx.measuring.proof import proven
 from repfx.records.journal import Action, record
 from repfx.records.module_tree import set_submodule
 from repfx.records.notes import copy_of
@@ -150,6 +152,7 @@ def expand(
     gamma: float = 0.0,
     attach_rate: float | None = None,
     calibrate: Iterable[Any] | None = None,
+    example: Inputs | None = None,
     inplace: bool = False,
     strict: bool = False,
 ) -> nn.Module:
@@ -173,6 +176,8 @@ def expand(
         attach_rate: λ, a buffer by which each new block multiplies the sum of its branches, as RepAn does. With 0 the function stays,
             and the branches may begin as in their papers. Any other value needs `preserve=False`.
         calibrate: inputs of the model, or a data loader, on which the statistics of the new BatchNorms are measured.
+        example: input of the model, as `check_equivalent` takes it: proves that the model computes what it did, in float64, and in
+            training mode, too, unless `gamma` is given. It can't be given with `preserve=False`.
         inplace: change `model` itself instead of a copy.
         strict: raise if a site or branch that `spec` names is left alone.
 
@@ -182,7 +187,8 @@ def expand(
     Raises:
         InvalidInput: the model has no conv, the spec can't be used, `gamma` is given without `preserve` and `calibrate`, or
             `attach_rate` doesn't preserve the function; UnknownName: a preset or branch kind is unknown.
-        Refused: with `strict`, something was left alone; the model is unchanged.
+        Refused: with `strict`, something was left alone; EquivalenceError: the output on `example` would change. The model is
+            unchanged.
 
     >>> expanded = expand(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)), "repvgg")
     >>> list(expanded[0].branches)
@@ -193,12 +199,17 @@ def expand(
     beginning.require_possible(selection)
     if not any(is_conv(module) for module in model.modules()):
         raise InvalidInput(f"{type(model).__name__} has no convs, so there is nothing to expand.")
+    if example is not None and not beginning.preserve:
+        raise InvalidInput(
+            "example proves that the function stays, which preserve=False doesn't let: leave one of them out."
+        )
     target = model if inplace else copy_of(model)
-    plans, skips = _plan(find_sites(target), selection)
-    if strict:
-        _require_all(skips)
-    _grow(target, plans, beginning)
-    record(target, [plan.action(target, beginning) for plan in plans])
+    with proven("expand", target, example, in_training=not gamma):
+        plans, skips = _plan(find_sites(target), selection)
+        if strict:
+            _require_all(skips)
+        _grow(target, plans, beginning)
+        record(target, [plan.action(target, beginning) for plan in plans])
     _report(plans, skips).attach(target)
     return target
 

@@ -19,6 +19,7 @@ from repfx.errors import InvalidInput
 from repfx.graphs.leaves import calls_conv
 from repfx.graphs.sites import sites_at
 from repfx.measuring.in_float64 import Inputs, by_name
+from repfx.measuring.proof import prove
 from repfx.passes.drop import absorb
 from repfx.records.journal import Action, record
 from repfx.records.module_tree import set_submodule
@@ -66,7 +67,7 @@ def _fold(model: nn.Module, site: str, norm_path: str) -> None:
 
 
 @verb
-def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
+def fuse(model: nn.Module, *, example: Inputs | None = None, strict: bool = False) -> nn.Module:
     """Fuse each linear region of a model into one plain conv, by rules on its graph.
 
     The result is a new model, which computes what `model` computes in eval mode; `model` is untouched. It is a
@@ -75,18 +76,22 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     float64 and rounded once. `repfx.report` says what was done, and why each remaining BatchNorm stays.
 
     Args:
+        example: input of the model, as `check_equivalent` takes it: proves that the model computes what it did, in float64. Without it,
+            nothing is compared. The result's inputs are the arguments that it gives a tensor; all other arguments that have a default
+            keep one value. Without an example, the first argument is an input.
         strict: raise if anything was left alone.
 
     Raises:
         InvalidInput: the model has no conv or linear layer, or a merged weight isn't finite.
-        Refused: with `strict`, something was left alone.
+        Refused: with `strict`, something was left alone; EquivalenceError: the output on `example` would change.
 
     >>> print(fuse(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())).get_submodule("0"))
     Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
     """
-    result = fused_for(model, None)
+    result = fused_for(model, example)
     if strict:
         result.report.require_all()
+    prove("fuse", model, result.model, example)
     result.report.attach(result.model)
     return result.model
 

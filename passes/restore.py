@@ -23,6 +23,8 @@ from repfx.errors import InvalidInput
 from repfx.graphs.aliases import put_back, set_aside
 from repfx.graphs.trace import Island, call_counts, trace
 from repfx.measuring.calibration import set_kernels_measured
+from repfx.measuring.in_float64 import Inputs
+from repfx.measuring.proof import prove
 from repfx.records.journal import Action, forget, record
 from repfx.records.module_tree import fits, module_at, patterns_of, set_submodule
 from repfx.records.notes import copy_of
@@ -75,6 +77,7 @@ def restore(
     sites: str | Sequence[str] | None = None,
     *,
     calibrate: Iterable[Any] | None = None,
+    example: Inputs | None = None,
     strict: bool = False,
 ) -> nn.Module:
     """Put a BatchNorm behind convs that have absorbed one, without changing what the model computes in eval mode.
@@ -88,11 +91,13 @@ def restore(
         sites: path or pattern of paths, or several, of the convs to be restored. They can name convs that never absorbed a BatchNorm,
             too. Default: all convs that have absorbed one.
         calibrate: inputs of the model, or a data loader, on which the statistics of the BatchNorms are measured.
+        example: input of the model, as `check_equivalent` takes it: proves that the model computes what it did, in float64. Without it,
+            nothing is compared.
         strict: raise if a conv that `sites` names is left alone.
 
     Raises:
         InvalidInput: a weight isn't finite, or no conv fits.
-        Refused: with `strict`, a conv was left alone.
+        Refused: with `strict`, a conv was left alone; EquivalenceError: the output on `example` would change.
 
     >>> from repfx.passes.fuse import fuse
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
@@ -131,6 +136,7 @@ def restore(
         report.require_all()
     if calibrate is not None:
         set_kernels_measured(target, [(item.conv, item.norm, item.kernel) for item in done], calibrate)
+    prove("restore", model, target, example)
     report.attach(target)
     return target
 

@@ -14,6 +14,8 @@ from repfx.algebra.layers import is_batch_norm, is_conv, is_frozen_norm, takes_b
 from repfx.blocks.block import RepBlock
 from repfx.blocks.paths import block_at
 from repfx.errors import InvalidInput, RepfxError, UnknownName
+from repfx.measuring.in_float64 import Inputs
+from repfx.measuring.proof import proven
 from repfx.records.journal import Action, apply
 from repfx.records.module_tree import chosen
 from repfx.records.report import Edit, Report, Skip
@@ -59,7 +61,13 @@ class Unsqueeze(Action):
 
 
 @verb
-def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: Statistics | None = None) -> nn.Module:
+def squeeze(
+    model: nn.Module,
+    sites: str | Sequence[str] = "*",
+    *,
+    statistics: Statistics | None = None,
+    example: Inputs | None = None,
+) -> nn.Module:
     """Let each block run as one conv, whose kernel is assembled from the trainable parameters in each forward pass.
 
     A squeezed block trains at about the price of the conv that it becomes: one conv on the activations, and a few operations on
@@ -86,6 +94,8 @@ def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: S
         sites: a pattern of the paths of blocks and convs, or several.
         statistics: ``frozen`` holds the BatchNorms' statistics in all that is squeezed. By default, whatever takes the statistics of the
             batch in its present mode is left alone.
+        example: input of the model, as `check_equivalent` takes it: proves that the model computes what it did, in float64. Without it,
+            nothing is compared.
 
     Raises:
         UnknownName: a pattern fits no block or conv, or `statistics` is something else; InvalidInput: nothing can be squeezed.
@@ -100,7 +110,13 @@ def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: S
     """
     if statistics not in (None, *get_args(Statistics)):
         raise UnknownName("statistics", str(statistics), get_args(Statistics))
-    hold = statistics == "frozen"
+    with proven("squeeze", model, example, in_training=statistics is None):
+        report = _squeeze(model, sites, hold=statistics == "frozen")
+    report.attach(model)
+    return model
+
+
+def _squeeze(model: nn.Module, sites: str | Sequence[str], *, hold: bool) -> Report:
     blocks, convs = _blocks_and_convs(model, sites)
     refusals = {path: _refusal(block, hold=hold) for path, block in blocks.items()}
     actions = [Squeeze(path, hold) for path, reason in refusals.items() if reason is None]
@@ -118,8 +134,7 @@ def squeeze(model: nn.Module, sites: str | Sequence[str] = "*", *, statistics: S
         )
     edits = [*(Edit("squeeze", action.site) for action in actions), *(Edit("squeeze", *each) for each in found.items())]
     skips = [Skip(path, reason, "squeeze") for path, reason in refusals.items() if reason is not None]
-    Report("squeeze", tuple(edits), tuple(skips)).attach(model)
-    return model
+    return Report("squeeze", tuple(edits), tuple(skips))
 
 
 @verb

@@ -1,4 +1,4 @@
-"""The trainings of the papers: their plain nets in `nets`, and one TOML file for each training.
+"""The trainings of the papers: their plain nets in `nets`, and one TOML file for each training, in a folder for each paper.
 
 `repfx list recipes` lists these files, and `repfx train --recipe NAME` runs one.
 

@@ -60,13 +60,23 @@ def inspect(
             check = _write_page(found, html, model, spec, x, trained=preparation is not None)
         _show(as_json, {"page": str(html), "not_compared": check.problem}, _told(html, check))
     elif fused:
-        with busy("fusing"):
-            stays = repfx.report(repfx.fuse(found)).stays
+        x = example_input(found, shape_of_input(input_shape, preparation))
+        with busy("fusing and comparing"):
+            deployed, problem = _fuse(found, x)
+        stays = repfx.report(deployed).stays
         rows = [{"path": skip.path, "reason": skip.reason} for skip in stays]
-        _show(as_json, rows, "\n".join(f"{skip.path}: {skip.reason}" for skip in stays))
+        _show(as_json, rows, "\n".join([*(f"{skip.path}: {skip.reason}" for skip in stays), *problem]))
     else:
         sites = repfx.sites(found, None if spec is None else spec_of(spec))
         _show(as_json, [asdict(site) for site in sites], str(sites))
+
+
+def _fuse(model: nn.Module, x: Tensor) -> tuple[nn.Module, list[str]]:
+    """Fuse a model, and prove on x that it computes the same; also say why it could not be proven, if so."""
+    try:
+        return repfx.fuse(model, example=x), []
+    except InvalidInput as error:
+        return repfx.fuse(model), [f"Not compared: {error}"]
 
 
 def _show(as_json: bool, rows: object, text: str) -> None:

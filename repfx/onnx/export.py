@@ -112,7 +112,7 @@ def export_onnx(
         require_packages()
         _check_opset(opset)
         x = map_tensors(lambda tensor: tensor.detach().to(CPU, copy=True), x)
-        reference = Reference.of(model, x, dtype)
+        reference = Reference.of(model, dtype, x)
         x = reference.rounded(x)
         expected = reference.run(x)
         if dynamic_axes is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from repfx.errors import ExportError, InvalidInput, first_line
 from repfx.measuring.difference import Difference, count_numbers, differences, leaves, worst
 from repfx.measuring.equivalence import TOLERANCES
 from repfx.measuring.in_float64 import Inputs, as_arguments, describe, double_copy, map_tensors, run_double, seeded
+from repfx.measuring.proof import prove
 from repfx.onnx.program import quiet
 from repfx.passes.fuse import fused_for
 from repfx.records.wrappers import innermost
@@ -41,19 +42,19 @@ class Reference:
     dtype: torch.dtype | None
 
     @classmethod
-    def of(cls, model: nn.Module, x: Inputs, dtype: torch.dtype | None) -> Reference:
-        """Fuse what is inside the wrappers of a model, for calls with x.
+    def of(cls, model: nn.Module, dtype: torch.dtype | None, x: Inputs) -> Reference:
+        """Fuse what is inside the wrappers of a model, for calls with x, and prove on x that it computes the same.
 
         If a dtype is asked for, fuse in float64 and round each weight once.
 
         Raises:
-            ExportError: a weight is too large for the dtype.
+            ExportError: a weight is too large for the dtype; EquivalenceError: the fused model computes something else.
         """
         model = innermost(model)
         if dtype is None:
-            deployed = copy.deepcopy(fused_for(model, x).model).to(CPU).eval()
+            deployed = copy.deepcopy(_proven(model, x)).to(CPU).eval()
             return cls(deployed, deployed, None)
-        wide = fused_for(double_copy(model), x).model.to(CPU).eval()
+        wide = _proven(double_copy(model), x).to(CPU).eval()
         exact = copy.deepcopy(wide).to(torch.float32)
         deployed = wide._apply(lambda tensor: rounded(tensor, dtype) if tensor.is_floating_point() else tensor)
         for path, tensor in deployed.state_dict().items():
@@ -104,6 +105,14 @@ class Reference:
             except InvalidInput:  # the exporter has accepted this model, so torch is at fault, not the model
                 return None
         return worst(differences(list(expected.values()), list(given.values())))
+
+
+def _proven(model: nn.Module, x: Inputs) -> nn.Module:
+    """Fuse a model, and prove on x that it computes the same, unless only the fused model takes x, such as one without a batch."""
+    fused = fused_for(model, x).model
+    with quiet(), suppress(InvalidInput):
+        prove("fuse", model, fused, x)
+    return fused
 
 
 def _cast(x: Inputs, dtype: torch.dtype) -> Any:

@@ -60,7 +60,7 @@ class Registry(UserDict[str, Value]):
 
     @property
     def known(self) -> dict[str, Value]:
-        """What is registered by now, without asking installed packages."""
+        """The things registered by now, by name, without asking installed packages."""
         return self.data
 
 

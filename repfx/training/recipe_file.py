@@ -59,13 +59,13 @@ def known_recipes() -> dict[str, Path]:
     found = shipped_recipes()
     for package in load_entry_points("repfx.recipes").values():
         folders = map(Path, getattr(package, "__path__", ()))
-        found |= {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
+        found |= {path.stem: path for folder in folders for path in sorted(folder.rglob("*.toml"))}
     return found
 
 
 def shipped_recipes() -> dict[str, Path]:
     """Return the files of the shipped recipes, by name."""
-    return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
+    return {path.stem: path for path in sorted(SHIPPED.rglob("*.toml"), key=lambda path: path.stem)}
 
 
 def description_of(path: Path) -> str:

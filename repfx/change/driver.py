@@ -51,8 +51,8 @@ class Driver:
         state: the `state_dict` of an earlier driver of this model. The model must have its structure already, and nothing is done at once.
 
     Raises:
-        InvalidInput: the schedule needs data and `calibrate` isn't given, the model's parameters are sharded, or an optimizer can't take up
-            new parameters.
+        InvalidInput: the schedule needs data and `calibrate` isn't given, the model's parameters are sharded, an optimizer can't take up
+            new parameters, or `ema` is no module.
 
     >>> import repfx
     >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
@@ -90,6 +90,7 @@ class Driver:
         self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         if not isinstance(schedule, Unchanged):
             require_open(self.optimizers)
+            _require_follower(ema)
         self.schedule = schedule
         self.ema = ema
         self.epoch = 0
@@ -271,6 +272,14 @@ class _First:
 
     def __iter__(self) -> Iterator[Any]:
         return islice(iter(self.data), self.count)
+
+
+def _require_follower(ema: object) -> None:
+    if ema is not None and not isinstance(ema, nn.Module):
+        raise InvalidInput(
+            f"ema is of type {type(ema).__name__}, no module, so it would keep an average of the structure that the model had: "
+            "give a module that holds a copy of the model, such as torch.optim.swa_utils.AveragedModel."
+        )
 
 
 def _require_whole(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import FunctionType
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from repfx.errors import InvalidInput, first_line
 from repfx.records.module_tree import require_module
@@ -75,7 +75,7 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
         if isinstance(module, fx.GraphModule):
             _keep_again(module)
     try:
-        copied = copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, {**_computed_in(model), **(memo or {})})
     except Exception as error:
         raise InvalidInput(f"{type(model).__name__} can't be copied: {first_line(error)}.") from error
     originals = {id(module) for module in model.modules()}
@@ -90,6 +90,15 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
                     "functions, so a copy would run the original's part: make it a method."
                 )
     return copied
+
+
+def _computed_in(model: nn.Module) -> dict[int, Any]:
+    """Return copies, by the id of the original, of tensors that modules keep as attributes and have computed from parameters.
+
+    The hooks of `torch.nn.utils.weight_norm` and of `torch.nn.utils.prune` keep such weights. `copy.deepcopy` refuses them.
+    """
+    values = (value for module in model.modules() for value in vars(module).values())
+    return {id(value): value.detach().clone() for value in values if isinstance(value, Tensor) and not value.is_leaf}
 
 
 def _enclosed_by(function: FunctionType) -> Iterator[Any]:

@@ -22,6 +22,7 @@ from repfx.records.module_tree import module_paths
 from repfx.records.notes import copy_of
 from repfx.records.report import Edit, Report, Skip
 from repfx.records.wrappers import bare, require_layers
+from repfx.rewriting.computed_weights import fix_weights
 from repfx.rewriting.editor import Editor
 from repfx.rewriting.explanation import UNTRACED, all_that_stays, left_alone, left_outside
 from repfx.rewriting.input_axes import InputAxes
@@ -91,6 +92,7 @@ def _rewrite(
     """Rewrite `target`, a copy of `model` that has been made already."""
     release_all(target)
     target.eval()  # a parametrized weight may change when it is read in training mode
+    fix_weights(target)
     for module in list(target.modules()):
         unshare(module)
     traces = trace(target, given)

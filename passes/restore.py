@@ -21,6 +21,7 @@ from repfx.algebra.moments import set_kernel
 from repfx.blocks.folded_norm import FoldedNorm, folded_norm, forget_norm
 from repfx.blocks.stages import Norm
 from repfx.errors import InvalidInput
+from repfx.graphs.aliases import put_back, set_aside
 from repfx.graphs.trace import Island, call_counts, trace
 from repfx.measuring.calibration import set_kernels_measured
 from repfx.measuring.in_float64 import Inputs
@@ -115,6 +116,7 @@ def restore(
     target: nn.Module = copy_of(model)
     target.eval()
     traces = trace(target)
+    set_aside(target, traces)
     calls = call_counts(traces)
     found: list[_Choice] = []
     outcomes: list[_Restored | Skip] = []
@@ -127,6 +129,7 @@ def restore(
                 found.append(chosen)
                 outcomes.append(_attempt(node, island, root, chosen, calls[chosen.path], target))
         target = install(target, island)
+    put_back(target)
     if not any(chosen.norm_path for chosen in found):
         raise InvalidInput(_nothing(model, patterns))
     take_over_modes(target, model)

@@ -26,6 +26,7 @@ from repfx.graphs.source_code import Around, asked_for
 from repfx.graphs.trace import Island, Traces, call_counts, trace
 from repfx.records.module_tree import module_paths, outer_paths
 from repfx.records.report import report
+from repfx.records.wrappers import bare, require_layers
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def sites(model: nn.Module, spec: SpecLike | Architecture | None = None) -> Site
     0     3×3 3→8  (would get 1x1; not identity: 3 channels go in and 8 come out)
     2     ?        (a transposed conv is folded but not expanded)
     """
+    require_layers(model)
+    model = bare(model)
     found = [site for site in find_sites(model) if site.block is None]
     if spec is not None:
         selection = Selection.of(spec)

@@ -34,6 +34,7 @@ class Around:
         lists_children: whether the code goes through children by their order.
         sets_modes: names of attributes of `self` that its `train` mentions, for example a BatchNorm that stays frozen.
         passes_more: whether the code gives something that may be a module more than one argument, or an argument by keyword.
+        passes_nothing: whether the code calls something that may be a module without an argument.
     """
 
     names: frozenset[str] = frozenset()
@@ -42,6 +43,7 @@ class Around:
     indexes: bool = False
     lists_children: bool = False
     passes_more: bool = False
+    passes_nothing: bool = False
     sets_modes: frozenset[str] = frozenset()
 
     def inside(self, module: nn.Module) -> Around:
@@ -59,7 +61,9 @@ class Around:
             frozenset(node.attr for node in attributes if _is_self(node.value) and id(node) not in used_whole),
             self.indexes or any(isinstance(call.func, ast.Subscript) for call in calls),
             self.lists_children or any(node.attr in _LISTS and not _is_self(node.value) for node in attributes),
-            self.passes_more or any(_passes_more(call, type(module)) for call in calls),
+            self.passes_more or any(_passes_more(call) and _may_be_of_a_module(call, type(module)) for call in calls),
+            self.passes_nothing
+            or any(_passes_nothing(call) and _may_be_of_a_module(call, type(module)) for call in calls),
             frozenset(
                 node.attr
                 for node in _code_of(type(module), ("train",), helpers=False)
@@ -99,12 +103,17 @@ class Around:
         )
 
     def other_arguments(self, module: nn.Module) -> str | None:
-        """Why tracing can't assume that a module's arguments have their defaults, or None."""
-        if not self.passes_more:
-            return None
-        parameters = inspect.signature(module.forward).parameters.values()
-        name = next((each.name for each in parameters if each.default is not inspect.Parameter.empty), None)
-        return name and f"code around it, which can't be traced, may give it {name!r}"
+        """Why tracing can't assume that a module is given its first argument, and that others have their defaults, or None."""
+        parameters = list(inspect.signature(module.forward).parameters.values())
+        first, others = (
+            next((each.name for each in some if each.default is not inspect.Parameter.empty), None)
+            for some in (parameters[:1], parameters[1:])
+        )
+        if self.passes_more and others is not None:
+            return f"code around it, which can't be traced, may give it {others!r}"
+        if self.passes_nothing and first is not None:
+            return f"code around it, which can't be traced, may call it without {first!r}"
+        return None
 
     def takes_apart(self, path: str) -> bool:
         """Whether the code may run a plain sequence at a path in parts."""
@@ -186,15 +195,23 @@ def _names_by_text(calls: list[ast.Call]) -> frozenset[str]:
     return frozenset(str(each.value) for each in named if isinstance(each, ast.Constant))
 
 
-def _passes_more(call: ast.Call, cls: type[nn.Module]) -> bool:
-    """Whether a call gives something that may be a module more than one argument, or an argument by keyword."""
-    starred = any(isinstance(argument, ast.Starred) for argument in call.args)
-    if len(call.args) < 2 and not call.keywords and not starred:
-        return False
-    if isinstance(call.func, ast.Attribute) and hasattr(Tensor, call.func.attr):
-        return False
-    if isinstance(call.func, ast.Attribute) and _is_self(call.func.value) and hasattr(cls, call.func.attr):
-        return False  # a method: its code is read, too
+def _passes_more(call: ast.Call) -> bool:
+    """Whether a call has more than one argument, or an argument by keyword."""
+    return len(call.args) > 1 or bool(call.keywords) or any(isinstance(each, ast.Starred) for each in call.args)
+
+
+def _passes_nothing(call: ast.Call) -> bool:
+    """Whether a call may have no argument at all."""
+    certain = [each for each in call.args if not isinstance(each, ast.Starred)]
+    return not certain and all(each.arg is None for each in call.keywords)
+
+
+def _may_be_of_a_module(call: ast.Call, cls: type[nn.Module]) -> bool:
+    """Whether something that is called in the code of a class may be a module."""
+    if isinstance(call.func, ast.Attribute):
+        own = _is_self(call.func.value)
+        if hasattr(cls if own else Tensor, call.func.attr):
+            return False  # a tensor's method, or one of the class, whose code is read, too
     root: ast.expr = call.func
     while isinstance(root, (ast.Attribute, ast.Subscript, ast.Call)):
         root = root.func if isinstance(root, ast.Call) else root.value

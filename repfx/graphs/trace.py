@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import keyword
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,6 +40,7 @@ from repfx.graphs.tracer import Tracer, sentence
 from repfx.records.generators import Generators, random_state_kept
 from repfx.records.module_tree import require_module
 from repfx.records.notes import copy_of
+from repfx.records.wrappers import passes_on
 
 _Traced: TypeAlias = tuple[fx.Graph, dict[str, Tensor | nn.Module]]
 
@@ -69,18 +70,22 @@ class Traces:
     untraced: dict[str, str]
 
 
-def trace(model: nn.Module) -> Traces:
+def trace(model: nn.Module, given: Mapping[str, Any] | None = None) -> Traces:
     """Trace a model, whole or in islands.
+
+    Args:
+        given: what a caller gives the model, by the name of the argument. Other arguments keep their defaults. If it is None, so do all
+            but the first.
 
     >>> [island.path for island in trace(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU())).islands]
     ['']
     """
     require_module(model)
     with random_state_kept(model):
-        return _traces(copy_of(model), read_by_code(model))
+        return _traces(copy_of(model), read_by_code(model), given)
 
 
-def _traces(scratch: nn.Module, closed_to_traces: dict[str, str]) -> Traces:
+def _traces(scratch: nn.Module, closed_to_traces: dict[str, str], given: Mapping[str, Any] | None) -> Traces:
     """Trace a copy of a model, but not the code at the paths in `closed_to_traces`, which gives the reasons."""
     islands: list[Island] = []
     untraced: dict[str, str] = {}
@@ -90,6 +95,9 @@ def _traces(scratch: nn.Module, closed_to_traces: dict[str, str]) -> Traces:
     pending = [("", scratch, Around())]
     while pending:
         path, module, around = pending.pop()
+        if passes_on(module) and code_of_its_own(module) is None:
+            pending.append((f"{path}.module".lstrip("."), module.get_submodule("module"), around))
+            continue
         closed = code_of_its_own(module) or around.order_of_children
         if closed is not None:
             if isinstance(module, RepBlock) and code_of_its_own(module) is None:
@@ -102,7 +110,7 @@ def _traces(scratch: nn.Module, closed_to_traces: dict[str, str]) -> Traces:
                         (f"{path}.{name}" if path else name, child, around) for name, child in _with_blocks(module)
                     ]
                 continue
-        result = closed_to_traces.get(path) or _graph_of(path, module, around)
+        result = closed_to_traces.get(path) or _graph_of(path, module, around, None if path else given)
         if isinstance(result, str):
             if not is_leaf(module) and not is_container(module):
                 untraced[path] = result
@@ -129,7 +137,7 @@ def _with_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def _graph_of(path: str, module: nn.Module, around: Around) -> _Traced | str:
+def _graph_of(path: str, module: nn.Module, around: Around, given: Mapping[str, Any] | None) -> _Traced | str:
     """Return the graph that is the same in both modes, with the constants and dropouts it needs, or the reason why there is none."""
     is_root = not path
     if is_container(module) and not (is_root and is_plain_sequence(module)):
@@ -151,7 +159,7 @@ def _graph_of(path: str, module: nn.Module, around: Around) -> _Traced | str:
     if type(module) in opaque:
         return "a leaf"
     while True:
-        result = _graph_of_both_modes(module, opaque)
+        result = _graph_of_both_modes(module, opaque, given)
         if not isinstance(result, _Untraceable):
             return result
         culprit = result.culprit
@@ -179,22 +187,26 @@ def _name_taken(module: nn.Module) -> str | None:
     return min(names & _TAKEN, default=None)
 
 
-def _graph_of_both_modes(module: nn.Module, opaque: Container[type[nn.Module]]) -> _Traced | _Untraceable:
+def _graph_of_both_modes(
+    module: nn.Module, opaque: Container[type[nn.Module]], given: Mapping[str, Any] | None = None
+) -> _Traced | _Untraceable:
     """Try once to trace a module in both modes, with modules of the `opaque` classes as leaves. It is in eval mode afterwards."""
     try:
-        return _graph_of_modes(module, opaque)
+        return _graph_of_modes(module, opaque, given)
     finally:
         module.train(False)
 
 
-def _graph_of_modes(module: nn.Module, opaque: Container[type[nn.Module]]) -> _Traced | _Untraceable:
+def _graph_of_modes(
+    module: nn.Module, opaque: Container[type[nn.Module]], given: Mapping[str, Any] | None
+) -> _Traced | _Untraceable:
     graphs = []
     constants: list[dict[str, Tensor]] = []
     taken = set(dir(module))
     for training in (True, False):
         module.train(training)
         state = _state(module)
-        result = _traced(module, opaque)
+        result = _traced(module, opaque, given)
         keeper = _forget_values(module)
         if isinstance(result, _Untraceable):
             return result
@@ -240,7 +252,9 @@ def _first_difference(root: nn.Module, *graphs: fx.Graph) -> nn.Module | None:
     return None
 
 
-def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.Graph, dict[str, Tensor]] | _Untraceable:
+def _traced(
+    module: nn.Module, opaque: Container[type[nn.Module]], given: Mapping[str, Any] | None
+) -> tuple[fx.Graph, dict[str, Tensor]] | _Untraceable:
     """Trace a module in the mode it is in. Return its graph and the constants that tracing made, or why it can't be traced.
 
     A block that is called more than once stays a leaf and so is an island of its own. Whatever it becomes then serves every call.
@@ -249,7 +263,7 @@ def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.G
     shared: set[nn.Module] = set()
     generators = Generators(module)
     while True:
-        tracer = Tracer(shared, opaque, generators)
+        tracer = Tracer(shared, opaque, given, generators)
         try:
             graph = tracer.trace(module)
             tracer.note_draws(None)
@@ -342,7 +356,14 @@ def _sum_of_bits(weight: Tensor) -> int:
 
 
 def _same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(_same_tensor(a[name], b[name]) for name in a)
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, as far as they have numbers."""
+    if a.dtype != b.dtype or a.is_meta != b.is_meta:
+        return False
+    return a.shape == b.shape if a.is_meta else torch.equal(a, b)
 
 
 def call_counts(traces: Traces) -> Counter[str]:

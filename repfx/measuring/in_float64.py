@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -79,6 +80,19 @@ def as_arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         f"x is of type {type(x).__name__}: give a tensor, a tuple of positional inputs, a dict of keyword inputs or a list "
         "that is one input (a dict or tuple that is one input goes inside a tuple)."
     )
+
+
+def by_name(model: nn.Module, x: Inputs) -> dict[str, Any]:
+    """Return what x gives a model, by the names that its forward gives the arguments; nothing if x doesn't fit the forward.
+
+    >>> by_name(nn.Conv2d(1, 1, 1), (3,))
+    {'input': 3}
+    """
+    args, kwargs = as_arguments(x)
+    try:
+        return inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    except TypeError:
+        return {}
 
 
 def describe(x: object) -> str:

@@ -111,6 +111,22 @@ def _modules_in(value: Any) -> Iterator[nn.Module]:
     return (each for each in values if isinstance(each, nn.Module))
 
 
+def set_part(model: nn.Module, path: str, source: nn.Module) -> None:
+    """Give a model the module, parameter or buffer that another module holds at a path. A buffer is saved if it is saved there."""
+    inner, _, name = path.rpartition(".")
+    part, owner = attribute(source, path), source.get_submodule(inner)
+    if isinstance(part, nn.Module):
+        set_submodule(model, path, part)
+        return
+    if inner and not has(model, inner):
+        set_submodule(model, inner, nn.Module())
+    place = model.get_submodule(inner)
+    if isinstance(part, nn.Parameter):
+        place.register_parameter(name, part)
+    else:
+        place.register_buffer(name, part, persistent=name not in owner._non_persistent_buffers_set)
+
+
 def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a path, and make an empty module for each parent that doesn't exist."""
     parent_path, _, name = path.rpartition(".")

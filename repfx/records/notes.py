@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from types import FunctionType
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from repfx.errors import InvalidInput, first_line
 from repfx.records.copied_hooks import copy_hooks
 from repfx.records.modes import set_modes
 from repfx.records.module_tree import require_module
+from repfx.records.wrappers import bare
 
 _COPIED = "_user_preserved_attributes"  # torch.fx's name: a copied GraphModule keeps only these attributes of its own
 _NAMES = "repfx_notes"  # loading drops the above but keeps plain attributes
+
+
+class NotedGraphModule(fx.GraphModule):
+    """A `GraphModule` that has its notes after it was pickled, and after the unpickled one was copied."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, super().__reduce__()
+
+
+def _unpickled(make: Callable[..., Any], arguments: tuple[Any, ...]) -> nn.Module:
+    """Return the module that torch.fx makes, in a class of its own, with its notes where copying finds them."""
+    module: Any = make(*arguments)
+    module.__class__ = type(NotedGraphModule.__new__(NotedGraphModule))
+    module.recompile()
+    _keep_again(module)
+    return module  # type: ignore[no-any-return]
+
+
+def _keep_again(module: nn.Module) -> None:
+    """Keep the notes of a module that was unpickled, so that they are copied with it."""
+    for name in vars(module).get(_NAMES, ()):
+        if name in vars(module):
+            keep(module, name, vars(module)[name])
 
 
 def keep(module: nn.Module, name: str, value: object) -> None:
@@ -32,7 +56,8 @@ def keep(module: nn.Module, name: str, value: object) -> None:
 
 
 def kept(module: nn.Module, name: str) -> object | None:
-    """Return what `module` carries under `name`, or None."""
+    """Return what `module`, or the module inside its wrappers, carries under `name`, or None."""
+    module = bare(module)
     found: object | None = vars(module).get(name)
     if found is None and isinstance(module, fx.GraphModule):
         return _meta(module).get(_COPIED, {}).get(name)  # type: ignore[no-any-return]
@@ -56,10 +81,9 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     """
     require_module(model)
     for module in model.modules():
-        for name in vars(module).get(_NAMES, ()):
-            if isinstance(module, fx.GraphModule) and name in vars(module):
-                keep(module, name, vars(module)[name])
-    memo = {} if memo is None else memo
+        if isinstance(module, fx.GraphModule):
+            _keep_again(module)
+    memo = {**_computed_in(model), **(memo or {})}
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
@@ -86,6 +110,15 @@ def _complete(copied: nn.Module, model: nn.Module, memo: dict[int, Any]) -> None
     for original, module in inside:
         copy_hooks(original, module, memo)
     set_modes((module, original.training) for original, module in inside)
+
+
+def _computed_in(model: nn.Module) -> dict[int, Any]:
+    """Return copies, by the id of the original, of tensors that modules keep as attributes and have computed from parameters.
+
+    The hooks of `torch.nn.utils.weight_norm` and of `torch.nn.utils.prune` keep such weights. `copy.deepcopy` refuses them.
+    """
+    values = (value for module in model.modules() for value in vars(module).values())
+    return {id(value): value.detach().clone() for value in values if isinstance(value, Tensor) and not value.is_leaf}
 
 
 def _enclosed_by(function: FunctionType) -> Iterator[Any]:

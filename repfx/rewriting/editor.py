@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
@@ -23,10 +23,10 @@ from repfx.graphs.bordered_padding import CLOSE
 from repfx.graphs.functional_conv import is_functional_conv, path_for, settings_of
 from repfx.graphs.operations import Op
 from repfx.graphs.trace import Island
-from repfx.records.module_tree import has, outer_paths, set_submodule
+from repfx.records.module_tree import has, outer_paths, set_part, set_submodule
 from repfx.records.provenance import Provenance, attach
 from repfx.records.report import Edit
-from repfx.rewriting.match import Match
+from repfx.rewriting.match import Match, Term
 from repfx.rewriting.patterns import is_sum
 from repfx.rewriting.rule import Rule
 from repfx.rewriting.spelling import Spelling, spell
@@ -208,7 +208,7 @@ class Editor:
     def lower(self) -> None:
         """Write every merged kernel into a plain conv. A conv that is all that is left of a block takes the block's path."""
         self._erase_unused_constants()
-        inside = self._calls_inside()
+        inside, parts = self._calls_inside(), self._parts_in_use()
         for node, notes in self.merged.items():
             kernel = self.view.kernels[node]
             self.view.kernels[node] = kernel.to(META)  # so that the numbers are freed as soon as they are written
@@ -222,6 +222,8 @@ class Editor:
             if not is_symmetric(kernel.padding) and not isinstance(conv.padding, str):
                 self._pad_before(node, kernel)
             node.target = path or notes.path  # `path` is empty if the island itself is the block
+            if block_path is None:
+                _take_over(self.view.root.get_submodule(path), conv, parts[path])
             set_submodule(self.view.root, str(node.target), conv)
         self._remove_unused_places()
 
@@ -243,6 +245,15 @@ class Editor:
         """Return how many nodes call or read something inside each module, by the module's path in the island."""
         called = (str(node.target) for node in self.view.graph.nodes if node.op in ("call_module", "get_attr"))
         return Counter(path for target in called for path in outer_paths(target))
+
+    def _parts_in_use(self) -> defaultdict[str, list[str]]:
+        """Return the paths, inside each module, of all that nodes call or read there, by the module's path."""
+        found: defaultdict[str, list[str]] = defaultdict(list)
+        for node in self.view.graph.nodes:
+            target = str(node.target)
+            for path in outer_paths(target) if node.op in ("call_module", "get_attr") else ():
+                found[path].append(target.removeprefix(f"{path}."))
+        return found
 
     def _block_path(self, node: fx.Node, inside: Counter[str]) -> str | None:
         """Return the path of the outermost block of which `node` is all that is left, or None."""
@@ -306,6 +317,13 @@ def _without_rounded_bias(match: Match, like: Tensor, *, owned: bool) -> Kernel:
     largest = max((float(shift.detach().abs().max()) for shift in match.shifts(like) if shift.numel()), default=0.0)
     cancelled = largest > 0 and float(kernel.bias.detach().abs().max()) <= CLOSE * largest
     return replace(kernel, bias=None) if cancelled else kernel
+
+
+def _take_over(owner: nn.Module, conv: nn.Module, paths: Iterable[str]) -> None:
+    """Give a conv those parts of the module whose place it takes that it has no counterpart of, such as an activation."""
+    for path in sorted(paths, key=len):  # a part comes before what lies inside it
+        if not has(conv, path):
+            set_part(conv, path, owner)
 
 
 def _add_term(graph: fx.Graph) -> Callable[[fx.Node, tuple[int, fx.Node]], fx.Node]:

@@ -31,7 +31,7 @@ from repfx.graphs.source_code import Around
 from repfx.graphs.tracer import Tracer
 from repfx.rewriting.rule import RULES, Rule
 from repfx.rewriting.view import View
-from tests.graphs import test_trace, test_traps
+from tests.graphs import test_arguments, test_trace, test_traps
 from tests.graphs.traps import TRAPS
 from tests.inline_net import Net, fused_exactly, image
 from tests.rewriting import test_guards, test_legal_graphs
@@ -95,6 +95,7 @@ CHECKS: dict[str, Check] = {
     ),
     "an unknown module of a list": test_trace.test_a_sequence_in_code_that_can_t_be_traced_stays_a_sequence,
     "a default taken": test_trace.test_an_argument_with_a_default_stands_for_it,
+    "an input left out": test_arguments.test_code_that_asks_whether_it_has_an_input_is_not_answered_for_both,
     **{function.__name__: in_place(function) for function in IN_PLACE},
     "a grey image": test_traps.test_a_grey_image_is_spread_over_the_channels_of_a_constant,
     **{name: trap(name) for name in TRAPS},
@@ -233,7 +234,7 @@ MUTANTS = [
     Mutant(
         "names not counted",
         puts(repfx.rewriting.pipeline, "module_paths", lambda model: {}),
-        ("one conv under two names",),
+        ("a conv in a plain list, too",),
     ),
     Mutant("reads not seen", without_refusal("read elsewhere"), ("weight read elsewhere",)),
     Mutant("complex taken for real", without_refusal("complex"), ("complex weights",)),
@@ -271,6 +272,7 @@ MUTANTS = [
     ),
     Mutant("classes not asked for", puts(repfx.graphs.sites, "asked_for", never), ("expanding what is asked for",)),
     Mutant("defaults not kept", puts(repfx.graphs.tracer, "require_default", never), ("a default taken",)),
+    Mutant("inputs not required", puts(repfx.graphs.tracer, "require_given", never), ("an input left out",)),
 ]
 ROWS = [pytest.param(mutant, check, id=f"{mutant.name}-{check}") for mutant in MUTANTS for check in mutant.checks]
 

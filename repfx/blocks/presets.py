@@ -57,7 +57,11 @@ PRESETS.update(
         Preset("repvgg", "1×1 and identity beside the k×k (RepVGG)", Spec(["1x1", "identity"])),
         Preset("acb", "1×k and k×1 beside the k×k (ACNet)", Spec(["1xk", "kx1"])),
         Preset("dbb", "1×1, 1×1–k×k and 1×1–average (Diverse Branch Block)", Spec(_DBB)),
-        Preset("dyrep", "the six kinds that DyRep grows, which begin at γ = 0.01", Spec(_ALL_SIX, gamma=0.01, weights="fan_out")),
+        Preset(
+            "dyrep",
+            "the six kinds that DyRep grows, which begin at γ = 0.01",
+            Spec(_ALL_SIX, gamma=0.01, weights="fan_out"),
+        ),
         Preset("odbb", "the six kinds that RepNAS searches over, which begin at γ = 1", Spec(_ALL_SIX)),
         Preset(
             "ireps",

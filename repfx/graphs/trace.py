@@ -19,7 +19,7 @@ from __future__ import annotations
 import keyword
 from collections import Counter
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -32,6 +32,7 @@ from repfx.blocks.block import RepBlock
 from repfx.blocks.gates import gates_in
 from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.dropout import let_dropout_follow_the_mode
+from repfx.graphs.keepers import attribute_of, kept_by_a_leaf, kept_from_outside, kept_in
 from repfx.graphs.leaves import holds_modules, is_container, is_leaf, stays_whole
 from repfx.graphs.source_code import Around
 from repfx.graphs.tracer import Tracer, sentence
@@ -79,6 +80,7 @@ def trace(model: nn.Module) -> Traces:
     release_all(scratch)
     for gates in gates_in(scratch).values():
         gates.choose(gates.open_in(training=False))
+    kept = kept_in(scratch)
     pending = [("", scratch, Around())]
     while pending:
         path, module, around = pending.pop()
@@ -94,14 +96,24 @@ def trace(model: nn.Module) -> Traces:
                         (f"{path}.{name}" if path else name, child, around) for name, child in _with_blocks(module)
                     ]
                 continue
-        result = _graph_of(path, module, around)
+        result = kept_from_outside(path, kept) or _graph_of(path, module, around)
         if isinstance(result, str):
             if not is_leaf(module) and not is_container(module):
                 untraced[path] = result
                 around = around.inside(module)
-            pending += [(f"{path}.{name}" if path else name, child, around) for name, child in module.named_children()]
+            if path in kept:
+                around = replace(around, closed=around.closed or f"{attribute_of(kept[path][0])} keeps what it lies in")
+            pending += [
+                (f"{path}.{name}" if path else name, child, around.toward(name))
+                for name, child in module.named_children()
+            ]
             continue
         graph, constants = result
+        keeper = kept_by_a_leaf(path, graph, kept)
+        if keeper is not None:
+            untraced[path] = keeper
+            pending += [(f"{path}.{name}" if path else name, child, around) for name, child in module.named_children()]
+            continue
         for name, value in constants.items():
             setattr(module, name, value)
         separate(graph, module)
@@ -332,7 +344,13 @@ def _sum_of_bits(weight: Tensor) -> int:
 
 
 def _same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(_same_tensor(a[name], b[name]) for name in a)
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return a.is_meta or torch.equal(a, b)  # torch can't compare tensors without numbers
 
 
 def call_counts(traces: Traces) -> Counter[str]:

@@ -19,6 +19,7 @@ from repfx.blocks.block import RepBlock
 from repfx.errors import InvalidInput, first_line
 from repfx.graphs.leaves import is_leaf, stays_whole
 from repfx.graphs.proxy import ParameterProxy, ValueProxy
+from repfx.graphs.settings import Settings, changed_setting, put_back, settings_in
 
 # functions of other libraries that can't be traced and have nothing inside to rewrite
 _LEAF_FUNCTIONS = {"timm.layers.padding": ("pad_same",)}
@@ -45,6 +46,7 @@ class Tracer(fx.Tracer):
         self.opaque = opaque
         self.block_calls: Counter[nn.Module] = Counter()
         self._with_gradients = torch.is_grad_enabled()
+        self._settings: Settings = {}
         self.running: list[nn.Module] = []  # modules whose code runs now; after an error, whose code failed
         self.failures: list[tuple[str, nn.Module | None]] = []  # caught by code or not; with the module that failed
 
@@ -56,14 +58,22 @@ class Tracer(fx.Tracer):
         self.root = nn.Module()
         self.submodule_paths = None
         self.tensor_attrs = {}
+        self._settings = {}
         self.block_calls.clear()
         self.running.clear()
         self.failures.clear()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace like torch.fx, but refuse code that switches autocast on or off, wherever that is written."""
-        with _without_autocast():
-            return super().trace(root, concrete_args)
+        self._settings = settings_in(root)
+        try:
+            with _without_autocast():
+                graph = super().trace(root, concrete_args)
+            for module in self._settings:
+                self._require_settings(module)
+        finally:
+            put_back(self._settings)
+        return graph
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -71,11 +81,21 @@ class Tracer(fx.Tracer):
         if has_call_of_its_own(m):  # its __call__ has already run by now, and would run again in the graph
             self.running.append(m)
             raise TypeError(f"{type(m).__name__} has a __call__ of its own")
+        self._require_settings(m)
         self.block_calls[m] += isinstance(m, RepBlock)
         self.running.append(m)
         result = super().call_module(m, forward, args, kwargs)
         self.running.pop()
         return result
+
+    def _require_settings(self, module: nn.Module) -> None:
+        """Raise `TypeError` if code has changed a setting of a module that it calls. It isn't known which code did that."""
+        is_leaf = self.is_leaf_module(module, "")
+        for inner in module.modules() if is_leaf else (module,):
+            changed = changed_setting(inner, self._settings)
+            if changed is not None:
+                self.running.clear()
+                raise TypeError(f"it changes {changed.strip('_')!r} of a {type(inner).__name__} while it runs")
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
 
 from torch import fx, nn
 
 from repfx.errors import InvalidInput, first_line
-from repfx.records.module_tree import require_module
+from repfx.records.module_tree import kept_plainly, require_module
 
 _COPIED = "_user_preserved_attributes"  # torch.fx's name: a copied GraphModule keeps only these attributes of its own
 _NAMES = "repfx_notes"  # loading drops the above but keeps plain attributes
@@ -58,21 +57,14 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     shared = [path for path, module in copied.named_modules() if id(module) in originals]
     if shared:
         raise InvalidInput(f"{shared[0]!r} isn't copied by copy.deepcopy, so a rewrite would change the model itself.")
-    for path, module in copied.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, FunctionType) and any(id(each) in originals for each in _enclosed_by(value)):
-                raise InvalidInput(
-                    f"{f'{path}.{name}'.lstrip('.')!r} is a function that closes over a part of the model. copy.deepcopy doesn't copy "
-                    "functions, so a copy would run the original's part: make it a method."
-                )
+    for path, name, part in kept_plainly(copied):
+        if id(part) in originals:
+            what = "is" if isinstance(vars(copied.get_submodule(path))[name], FunctionType) else "holds"
+            raise InvalidInput(
+                f"{f'{path}.{name}'.lstrip('.')!r} {what} a function that closes over a part of the model. copy.deepcopy doesn't copy "
+                "functions, so a copy would run the original's part: make it a method."
+            )
     return copied
-
-
-def _enclosed_by(function: FunctionType) -> Iterator[Any]:
-    """Yield the values that a function closes over."""
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # the cell is still empty
-            yield cell.cell_contents
 
 
 def copy_without_numbers(model: nn.Module, instead: Mapping[int, Any] | None = None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -188,7 +188,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     registered = module_paths(model)
     calls = call_counts(traces)
     owners = _owners(model)
-    code = _code_around(model)
+    code = _code_around(model, traces.untraced)
     norms = {
         conv: norm
         for conv, norm in _own_norms(model, traces, calls, registered, read).items()
@@ -224,19 +224,26 @@ class _Code:
             return f"code around it asks whether it is a {asked}"
         if not called and "weight" in self.around.names:
             return "code around it, which can't be traced, reads its weights"
-        return self.closed
+        return self.closed or self.around.closed
 
     def needs_norm(self, path: str, norm: nn.Module) -> bool:
         """Whether the code needs a BatchNorm to stay where it is."""
         if path.rpartition(".")[2] in self.around.sets_modes:
             return True
+        if _asks_for_identities(self.around) or self.around.closed is not None:
+            return True
         return asked_for(norm, self.around.classes) is not None or bool(_OF_NORMS & self.around.names)
+
+
+def _asks_for_identities(around: Around) -> bool:
+    """Whether code asks if a module is an identity, which stands where a BatchNorm was once that has moved."""
+    return asked_for(nn.Identity(), around.classes) is not None
 
 
 _OF_NORMS = frozenset({"eps", "momentum", "num_features", "running_mean", "running_var", "affine"})
 
 
-def _code_around(model: nn.Module) -> dict[str, _Code]:
+def _code_around(model: nn.Module, untraced: Container[str]) -> dict[str, _Code]:
     """Map the path of each module to the code of all modules that it lies in.
 
     The code of blocks is left out, because it works with whatever their parts become.
@@ -247,7 +254,9 @@ def _code_around(model: nn.Module) -> dict[str, _Code]:
         if not (is_leaf(module) or isinstance(module, RepBlock)):
             code = _Code(code.around.inside(module), code.closed or code_of_its_own(module))
         for name, _ in module.named_children():
-            found[f"{path}.{name}".lstrip(".")] = code
+            found[f"{path}.{name}".lstrip(".")] = _Code(
+                code.around.toward(name, traced=path not in untraced), code.closed
+            )
     return found
 
 

@@ -12,7 +12,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repfx.algebra.layers import is_batch_norm, is_conv, is_plain_sequence, own_classes
+from repfx.graphs.function_source import all_names
+from repfx.graphs.module_uses import Uses, uses_in
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Around:
         sets_modes: names of attributes of `self` that its `train` mentions, for example a BatchNorm that stays frozen.
         passes_more: whether the code gives something that may be a module more than one argument, or an argument by keyword.
         passes_nothing: whether the code calls something that may be a module without an argument.
+        uses: what the code does with children of the module around, where that isn't known to be harmless.
+        closed: why nothing inside a module may be changed, or None.
     """
 
     names: frozenset[str] = frozenset()
@@ -45,6 +49,14 @@ class Around:
     passes_more: bool = False
     passes_nothing: bool = False
     sets_modes: frozenset[str] = frozenset()
+    uses: Uses = field(default_factory=Uses)
+    closed: str | None = None
+
+    def toward(self, child: str, *, traced: bool = False) -> Around:
+        """Return the facts for one child of the module whose code was read last, and was traced or not."""
+        use = self.uses.of(child, traced=traced)
+        reason = f"code around it uses it in a way that repfx doesn't know: {use}"
+        return self if use is None else replace(self, closed=self.closed or reason)
 
     def inside(self, module: nn.Module) -> Around:
         """Return the facts for the modules inside `module`: these, and those about the code of `module` itself.
@@ -69,6 +81,8 @@ class Around:
                 for node in _code_of(type(module), ("train",), helpers=False)
                 if isinstance(node, ast.Attribute) and _is_self(node.value)
             ),
+            uses_in(module, ("forward", *self._members(module))),
+            self.closed,
         )
 
     def reason(self, module: nn.Module) -> str | None:
@@ -96,11 +110,8 @@ class Around:
     @property
     def order_of_children(self) -> str | None:
         """Why nothing inside the module may be changed, or None."""
-        return (
-            "code around it, which can't be traced, goes through children by their order"
-            if self.lists_children
-            else None
-        )
+        listed = "code around it, which can't be traced, goes through children by their order"
+        return listed if self.lists_children else self.closed
 
     def other_arguments(self, module: nn.Module) -> str | None:
         """Why tracing can't assume that a module is given its first argument, and that others have their defaults, or None."""
@@ -271,6 +282,27 @@ def calls(cls: Any, names: frozenset[str]) -> bool:
         (isinstance(function, ast.Name) and function.id in names)
         or (isinstance(function, ast.Attribute) and not _is_self(function.value) and function.attr in names)
         for function in functions
+    )
+
+
+def asks_for_exact_class(module: nn.Module) -> str | None:
+    """Why a module can't be traced: its code asks for the exact class of a value, and a proxy has one of its own. Else None.
+
+    Questions for the classes of modules don't count, nor whether a value is of a plain class such as `list`.
+    """
+    if not _names_type(type(module)):  # type: ignore[arg-type]
+        return None
+    asked = uses_in(module).types
+    return f"it asks for the exact class of a value, which tracing can't know: {asked[0]}" if asked else None
+
+
+@cache
+def _names_type(cls: Any) -> bool:
+    """Whether any function of a class, or beside it, names `type`."""
+    own = (value for base in own_classes(cls) for value in vars(base).values())
+    functions = (getattr(each, "fget", each) for each in (*own, *_functions_beside(cls).values()))
+    return any(
+        "type" in all_names(each.__code__) for each in map(inspect.unwrap, filter(inspect.isfunction, functions))
     )
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import keyword
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -34,6 +34,7 @@ from repfx.blocks.gates import gates_in
 from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.collecting import read_by_code
 from repfx.graphs.dropout import let_dropout_follow_the_mode
+from repfx.graphs.keepers import attribute_of, kept_by_a_leaf, kept_from_outside, kept_in
 from repfx.graphs.leaves import holds_modules, is_container, is_leaf, stays_whole
 from repfx.graphs.source_code import Around
 from repfx.graphs.tracer import Tracer, sentence
@@ -92,6 +93,7 @@ def _traces(scratch: nn.Module, closed_to_traces: dict[str, str], given: Mapping
     release_all(scratch)
     for gates in gates_in(scratch).values():
         gates.choose(gates.open_in(training=False))
+    kept = kept_in(scratch)
     pending = [("", scratch, Around())]
     while pending:
         path, module, around = pending.pop()
@@ -110,14 +112,25 @@ def _traces(scratch: nn.Module, closed_to_traces: dict[str, str], given: Mapping
                         (f"{path}.{name}" if path else name, child, around) for name, child in _with_blocks(module)
                     ]
                 continue
-        result = closed_to_traces.get(path) or _graph_of(path, module, around, None if path else given)
+        reason = closed_to_traces.get(path) or kept_from_outside(path, kept)
+        result = reason or _graph_of(path, module, around, None if path else given)
         if isinstance(result, str):
             if not is_leaf(module) and not is_container(module):
                 untraced[path] = result
                 around = around.inside(module)
-            pending += [(f"{path}.{name}" if path else name, child, around) for name, child in module.named_children()]
+            if path in kept:
+                around = replace(around, closed=around.closed or f"{attribute_of(kept[path][0])} keeps what it lies in")
+            pending += [
+                (f"{path}.{name}" if path else name, child, around.toward(name))
+                for name, child in module.named_children()
+            ]
             continue
         graph, constants = result
+        keeper = kept_by_a_leaf(path, graph, kept)
+        if keeper is not None:
+            untraced[path] = keeper
+            pending += [(f"{path}.{name}" if path else name, child, around) for name, child in module.named_children()]
+            continue
         for name, value in constants.items():
             setattr(module, name, value)
         separate(graph, module)
@@ -361,9 +374,9 @@ def _same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal, as far as they have numbers."""
-    if a.dtype != b.dtype or a.is_meta != b.is_meta:
+    if a.dtype != b.dtype or a.shape != b.shape or a.is_meta != b.is_meta:
         return False
-    return a.shape == b.shape if a.is_meta else torch.equal(a, b)
+    return a.is_meta or torch.equal(a, b)
 
 
 def call_counts(traces: Traces) -> Counter[str]:

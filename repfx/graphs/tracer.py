@@ -24,6 +24,7 @@ from repfx.graphs.leaves import is_leaf, stays_whole
 from repfx.graphs.modes import Modes, modes_put_back
 from repfx.graphs.proxy import ParameterProxy, ValueProxy
 from repfx.graphs.recording import calls_recorded, functions_recorded, tensors_recorded
+from repfx.graphs.settings import Settings, changed_setting, settings_in, settings_put_back
 from repfx.records.generators import Generators
 
 _GENERATED = "<eval_with_key>"  # the name of the files in which torch.fx writes the code of graphs
@@ -56,6 +57,7 @@ class Tracer(fx.Tracer):
         self.given = given
         self.block_calls: Counter[nn.Module] = Counter()
         self._modes = Modes.now()
+        self._settings: Settings = {}
         self.running: list[nn.Module] = []  # modules whose code runs now; after an error, whose code failed
         self.failures: list[tuple[str, nn.Module | None]] = []  # caught by code or not; with the module that failed
 
@@ -68,6 +70,7 @@ class Tracer(fx.Tracer):
         self.submodule_paths = None
         self.tensor_attrs = {}
         self._hooked.clear()
+        self._settings = {}
         self.block_calls.clear()
         self.running.clear()
         self.failures.clear()
@@ -78,8 +81,10 @@ class Tracer(fx.Tracer):
         if not isinstance(function, FunctionType):
             raise TypeError("its forward is no function of Python")
         self._begin(root, function.__code__)
+        self._settings = settings_in(root)
         function, arguments = self.create_args_for_root(function, True, concrete_args)
         with (
+            settings_put_back(self._settings),
             modes_put_back() as self._modes,
             functions_recorded(root),
             calls_recorded(root, self.call_module),
@@ -87,6 +92,8 @@ class Tracer(fx.Tracer):
         ):
             result = self.create_arg(function(*arguments))
             self.create_node("output", "output", (result,), {}, type_expr=function.__annotations__.get("return"))
+            for module in self._settings:
+                self._require_settings(module)
         self.submodule_paths = None
         return self.graph
 
@@ -125,6 +132,7 @@ class Tracer(fx.Tracer):
             raise TypeError(f"{type(m).__name__} has a __call__ of its own")
         if any(has_hooks(inner) and inner not in self._hooked for inner in m.modules()):
             self.failures.append(("its code adds hooks", self.running[-1] if self.running else None))
+        self._require_settings(m)
         self.block_calls[m] += isinstance(m, RepBlock)
         self.running.append(m)
         result = super().call_module(m, self._watched(forward), args, kwargs)
@@ -146,6 +154,15 @@ class Tracer(fx.Tracer):
         """Count it as a failure of a module's code if random numbers were drawn since the last time: a graph would repeat them."""
         if self._generators is not None and self._generators.have_drawn():
             self.failures.append(("it draws random numbers in code", module))
+
+    def _require_settings(self, module: nn.Module) -> None:
+        """Raise `TypeError` if code has changed a setting of a module that it calls. It isn't known which code did that."""
+        is_leaf = self.is_leaf_module(module, "")
+        for inner in module.modules() if is_leaf else (module,):
+            changed = changed_setting(inner, self._settings)
+            if changed is not None:
+                self.running.clear()
+                raise TypeError(f"it changes {changed.strip('_')!r} of a {type(inner).__name__} while it runs")
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, fx, nn
 from repfx.errors import InvalidInput, first_line
 from repfx.records.copied_hooks import copy_hooks
 from repfx.records.modes import set_modes
-from repfx.records.module_tree import require_module
+from repfx.records.module_tree import kept_plainly, require_module
 from repfx.records.wrappers import bare
 
 _COPIED = "_user_preserved_attributes"  # torch.fx's name: a copied GraphModule keeps only these attributes of its own
@@ -93,13 +92,13 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     shared = [path for path, module in copied.named_modules() if id(module) in originals]
     if shared:
         raise InvalidInput(f"{shared[0]!r} isn't copied by copy.deepcopy, so a rewrite would change the model itself.")
-    for path, module in copied.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, FunctionType) and any(id(each) in originals for each in _enclosed_by(value)):
-                raise InvalidInput(
-                    f"{f'{path}.{name}'.lstrip('.')!r} is a function that closes over a part of the model. copy.deepcopy doesn't copy "
-                    "functions, so a copy would run the original's part: make it a method."
-                )
+    for path, name, part in kept_plainly(copied):
+        if id(part) in originals:
+            what = "is" if isinstance(vars(copied.get_submodule(path))[name], FunctionType) else "holds"
+            raise InvalidInput(
+                f"{f'{path}.{name}'.lstrip('.')!r} {what} a function that closes over a part of the model. copy.deepcopy doesn't copy "
+                "functions, so a copy would run the original's part: make it a method."
+            )
     return copied
 
 
@@ -119,13 +118,6 @@ def _computed_in(model: nn.Module) -> dict[int, Any]:
     """
     values = (value for module in model.modules() for value in vars(module).values())
     return {id(value): value.detach().clone() for value in values if isinstance(value, Tensor) and not value.is_leaf}
-
-
-def _enclosed_by(function: FunctionType) -> Iterator[Any]:
-    """Yield the values that a function closes over."""
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # the cell is still empty
-            yield cell.cell_contents
 
 
 def copy_without_numbers(model: nn.Module, instead: Mapping[int, Any] | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -54,6 +55,46 @@ def test_it_is_expanded_right_or_left_alone(name: str, spec: str) -> None:
     for block in (module for module in expanded.modules() if isinstance(module, repfx.RepBlock)):
         called = {parameter.grad is not None for parameter in block.parameters()}
         assert len(called) == 1, "branches that nobody calls"
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_it_is_restored_right_or_left_alone(name: str) -> None:
+    model = in_eval_mode(TRAPS[name]())
+    expected = copy.deepcopy(model)(image_of(0))
+    try:
+        restored = repfx.restore(repfx.fuse(model))
+    except RepfxError:
+        return
+    assert_same(restored, expected)
+
+
+@pytest.mark.parametrize("statistics", [None, "frozen"])
+@pytest.mark.parametrize("name", TRAPS)
+def test_it_is_squeezed_right_or_left_alone(name: str, statistics: Any) -> None:
+    model = in_eval_mode(TRAPS[name]())
+    expected = copy.deepcopy(model)(image_of(0))
+    with contextlib.suppress(RepfxError):
+        repfx.squeeze(model, statistics=statistics)
+    assert_same(model, expected)
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_its_branches_are_dropped_right(name: str) -> None:
+    """All branches leave, until each block is a conv again."""
+    try:
+        model = repfx.expand(in_eval_mode(TRAPS[name]()), "acb")
+    except RepfxError:
+        return
+    randomize_batch_norm(model)
+    expected = copy.deepcopy(model)(image_of(0))
+    for path, branch in [(path, name) for path, block in blocks_of(model).items() for name in block.branches]:
+        repfx.drop(model, path, branch)
+    assert not blocks_of(model)
+    assert_same(model, expected)
+
+
+def blocks_of(model: nn.Module) -> dict[str, repfx.RepBlock]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, repfx.RepBlock)}
 
 
 def backward(model: nn.Module) -> bool:

@@ -63,6 +63,10 @@ def trap(name: str) -> Check:
     return lambda: test_traps.test_it_is_fused_right_or_left_alone(name)
 
 
+def expanded_trap(name: str) -> Check:
+    return lambda: test_traps.test_it_is_expanded_right_or_left_alone(name, "acb")
+
+
 IN_PLACE = (
     test_guards.foreign_term_changed,
     test_guards.foreign_term_written_into,
@@ -100,6 +104,7 @@ CHECKS: dict[str, Check] = {
     "a grey image": test_traps.test_a_grey_image_is_spread_over_the_channels_of_a_constant,
     **{name: trap(name) for name in TRAPS},
     "expanding an alias": lambda: test_traps.test_it_is_expanded_right_or_left_alone("alias in a list", "acb"),
+    **{f"{name}, expanded": expanded_trap(f"{name}, traced") for name in ("exact class", "no identity")},
     "expanding what is asked for": lambda: test_traps.test_it_is_expanded_right_or_left_alone("asks for convs", "acb"),
 }
 
@@ -267,10 +272,36 @@ MUTANTS = [
     Mutant("own code ignored", without_own_code, ("… of a part of what can't be traced",)),
     Mutant(
         "plain attributes not seen",
-        puts(repfx.records.module_tree, "_modules_in", lambda _: ()),
+        puts(repfx.records.module_tree, "modules_in", lambda *_: ()),
         ("expanding an alias",),
     ),
     Mutant("classes not asked for", puts(repfx.graphs.sites, "asked_for", never), ("expanding what is asked for",)),
+    Mutant(
+        "uses not seen",
+        puts(Around, "toward", lambda around, child, **_: around),
+        ("submodule, untraced", "exact class, expanded", "without source: ReadsAWeight"),
+    ),
+    Mutant(
+        "settings not compared",
+        puts(repfx.graphs.tracer, "changed_setting", never),
+        ("batch statistics, traced", "other parameters, traced", "other eps of a part, traced"),
+    ),
+    Mutant(
+        "exact classes of values ignored",
+        puts(repfx.graphs.leaves, "asks_for_exact_class", never),
+        ("exactly a tensor, traced", "tensor by a helper, traced", "without source: AsksForATensor"),
+    ),
+    Mutant(
+        "what is kept ignored",
+        puts(repfx.graphs.trace, "kept_from_outside", never),
+        ("kept in a list", "methods kept", "a part of a part kept"),
+    ),
+    Mutant("keepers in leaves ignored", puts(repfx.graphs.trace, "kept_by_a_leaf", never), ("kept by a part",)),
+    Mutant(
+        "no question for identities",
+        puts(repfx.graphs.sites, "_asks_for_identities", lambda around: False),
+        ("no identity, expanded",),
+    ),
     Mutant("defaults not kept", puts(repfx.graphs.tracer, "require_default", never), ("a default taken",)),
     Mutant("inputs not required", puts(repfx.graphs.tracer, "require_given", never), ("an input left out",)),
 ]

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
-from tests.graphs.traps import chance, inputs, names, own_code, reaching, writing
+from tests.graphs.traps import asking, chance, inputs, keeping, names, own_code, reaching, without_source, writing
 
-TRAPS = own_code.TRAPS | chance.TRAPS | inputs.TRAPS | writing.TRAPS | reaching.TRAPS | names.TRAPS
+TRAPS = (
+    own_code.TRAPS
+    | chance.TRAPS
+    | inputs.TRAPS
+    | writing.TRAPS
+    | reaching.TRAPS
+    | names.TRAPS
+    | asking.TRAPS
+    | keeping.TRAPS
+    | without_source.TRAPS
+)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import repfx
-from repfx.graphs.module_uses import uses_in
 from repfx.graphs.settings import settings_in
 from repfx.graphs.tracer import Tracer
+from repfx.reading.module_uses import uses_in
 from tests.graphs.traps.asking import ASKING, Parts, asking
 from tests.graphs.traps.keeping import Keeps
 from tests.graphs.traps.without_source import Decides, Plain
@@ -47,7 +47,7 @@ def checkpointed(self: Any, x: Any) -> Any:
 
 
 def collected(self: Any, x: Any) -> Any:
-    layers = []
+    layers: list[Any] = []
     for index, layer in enumerate(self.layers):
         layers.insert(index, layer)
     layers += [self.block]
@@ -106,7 +106,7 @@ def test_what_only_calls_layers_is_harmless(ask: Any) -> None:
 
 
 # other reasons cover these: a class that is asked for by its own name, a name that is read inside a child, and an index
-COVERED = {"no identity", "without bias", "in own dict"}
+COVERED = {"no identity", "without bias", "without bias by text", "in own dict"}
 
 
 @pytest.mark.parametrize("name", sorted(ASKING.keys() - COVERED))
@@ -179,14 +179,14 @@ def test_what_is_kept_is_named_with_its_keeper() -> None:
 
 
 def test_what_is_kept_inside_one_graph_is_fused() -> None:
-    model = Net(lambda m, x: m.kept[0](x), block=nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    model: Any = Net(lambda m, x: m.kept[0](x), block=nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
     model.kept = [model.block]
     fused = repfx.fuse(ready(model))
     assert (len(convs(fused)), norms(fused)) == (1, [])
 
 
 def test_code_that_sets_another_eps_does_not_change_the_model() -> None:
-    model = ready(asking(Parts, ASKING["other eps"])())
+    model: Any = ready(asking(Parts, ASKING["other eps"])())
     before = model.norm.eps
     repfx.fuse(model)
     assert model.norm.eps == before
@@ -194,7 +194,7 @@ def test_code_that_sets_another_eps_does_not_change_the_model() -> None:
 
 def test_what_tracing_changed_is_put_back() -> None:
     """Tracing runs code that sets another eps. The next try must see the layer as it was."""
-    model = asking(Parts, ASKING["other eps"])()
+    model: Any = asking(Parts, ASKING["other eps"])()
     before = settings_in(model)
     with pytest.raises(TypeError, match="changes 'eps' of a BatchNorm2d while it runs"):
         Tracer().trace(model)

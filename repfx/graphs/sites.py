@@ -222,6 +222,8 @@ class _Code:
         asked = asked_for(conv, self.around.classes)
         if asked is not None:
             return f"code around it asks whether it is a {asked}"
+        if self.around.asks_for_bias and conv.bias is None:
+            return "code around it asks whether a layer has a bias; it has none now, and would have one later"
         if not called and "weight" in self.around.names:
             return "code around it, which can't be traced, reads its weights"
         return self.closed or self.around.closed

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repfx.algebra.layers import is_batch_norm, is_conv, is_plain_sequence, own_classes
-from repfx.graphs.function_source import all_names
-from repfx.graphs.module_uses import Uses, uses_in
+from repfx.reading.function_source import all_names
+from repfx.reading.module_uses import Uses, uses_in
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Around:
         passes_nothing: whether the code calls something that may be a module without an argument.
         uses: what the code does with children of the module around, where that isn't known to be harmless.
         closed: why nothing inside a module may be changed, or None.
+        asks_for_bias: whether the code asks if a layer has a bias.
     """
 
     names: frozenset[str] = frozenset()
@@ -51,6 +52,7 @@ class Around:
     sets_modes: frozenset[str] = frozenset()
     uses: Uses = field(default_factory=Uses)
     closed: str | None = None
+    asks_for_bias: bool = False
 
     def toward(self, child: str, *, traced: bool = False) -> Around:
         """Return the facts for one child of the module whose code was read last, and was traced or not."""
@@ -83,6 +85,7 @@ class Around:
             ),
             uses_in(module, ("forward", *self._members(module))),
             self.closed,
+            self.asks_for_bias or any(map(_asks_for_bias, code)),
         )
 
     def reason(self, module: nn.Module) -> str | None:
@@ -198,6 +201,22 @@ def _classes_asked_for(calls: list[ast.Call]) -> frozenset[str]:
         for node in nodes
         if isinstance(node, (ast.Attribute, ast.Name))
     )
+
+
+def _asks_for_bias(node: ast.AST) -> bool:
+    """Whether a node asks if a layer other than `self` has a bias, as in ``conv.bias is None`` or ``getattr(conv, "bias", None)``."""
+    if isinstance(node, ast.Call):
+        return "bias" in _names_by_text([node])
+    asked: list[ast.expr] = []
+    if isinstance(node, ast.Compare):
+        asked = [node.left, *node.comparators]
+    elif isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Assert)):
+        asked = [node.test]
+    elif isinstance(node, ast.BoolOp):
+        asked = node.values
+    elif isinstance(node, ast.UnaryOp):
+        asked = [node.operand]
+    return any(isinstance(each, ast.Attribute) and each.attr == "bias" and not _is_self(each.value) for each in asked)
 
 
 def _names_by_text(calls: list[ast.Call]) -> frozenset[str]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.errors import InvalidInput, RepfxError
+from repfx.passes.fuse import Fuse
+from repfx.records.journal import apply
 from repfx.testing import randomize_batch_norm
 from tests.graphs.traps import TRAPS
 from tests.graphs.traps.inputs import IsTensor, Lists, Sizes, Unpacks
@@ -90,6 +92,18 @@ def test_its_branches_are_dropped_right(name: str) -> None:
     for path, branch in [(path, name) for path, block in blocks_of(model).items() for name in block.branches]:
         repfx.drop(model, path, branch)
     assert not blocks_of(model)
+    assert_same(model, expected)
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_its_convs_are_fused_in_place_right_or_left_alone(name: str) -> None:
+    model = in_eval_mode(TRAPS[name]())
+    expected = copy.deepcopy(model)(image_of(0))
+    try:
+        found = [site.path for site in repfx.sites(model) if site.refusal is None]
+        apply(model, [Fuse(path) for path in found], None)
+    except RepfxError:
+        pass
     assert_same(model, expected)
 
 

@@ -23,6 +23,7 @@ class Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.bare = nn.Conv2d(4, 4, 3, padding=1, bias=False)
         self.block, self.stage = Block(), conv_norm_twice()
         self.layers = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)])
         self.name, self.path, self.kinds = "conv", "block.conv", (nn.Conv2d, nn.Linear)
@@ -165,6 +166,14 @@ def as_text(self: Any, x: Any) -> Any:
 
 def without_bias(self: Any, x: Any) -> Any:
     return self.block(x) * (3 if self.block.conv.bias is None else 2)
+
+
+def without_bias_or_norm(self: Any, x: Any) -> Any:
+    return self.bare(x).relu() * (3 if self.bare.bias is None else 2)
+
+
+def without_bias_by_text(self: Any, x: Any) -> Any:
+    return self.norm(self.bare(x)) * (2 if getattr(self.bare, "bias", None) is not None else 3)
 
 
 # ---- how many there are

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from repfx.algebra.layers import own_classes
-from repfx.graphs.value_flow import ANY_CHILD, ITSELF, NONE, Origins, ValueFlow, attribute_or_none, each_of
+from repfx.reading.value_flow import ANY_CHILD, ITSELF, NONE, Origins, ValueFlow, attribute_or_none, each_of
 from repfx.records.module_tree import modules_in
 
 PASSING = (enumerate, zip, reversed, list, tuple, set, frozenset, dict, iter, next, sorted, min, max)

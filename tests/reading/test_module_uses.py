@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import repfx
-from repfx.graphs.module_uses import uses_in
 from repfx.graphs.settings import settings_in
 from repfx.graphs.tracer import Tracer
+from repfx.reading.module_uses import uses_in
 from tests.graphs.traps.asking import ASKING, Parts, asking
 from tests.graphs.traps.keeping import Keeps
 from tests.graphs.traps.without_source import Decides, Plain
@@ -106,7 +106,7 @@ def test_what_only_calls_layers_is_harmless(ask: Any) -> None:
 
 
 # other reasons cover these: a class that is asked for by its own name, a name that is read inside a child, and an index
-COVERED = {"no identity", "without bias", "in own dict"}
+COVERED = {"no identity", "without bias", "without bias by text", "in own dict"}
 
 
 @pytest.mark.parametrize("name", sorted(ASKING.keys() - COVERED))
@@ -186,7 +186,7 @@ def test_what_is_kept_inside_one_graph_is_fused() -> None:
 
 
 def test_code_that_sets_another_eps_does_not_change_the_model() -> None:
-    model = ready(asking(Parts, ASKING["other eps"])())
+    model: Any = ready(asking(Parts, ASKING["other eps"])())
     before = model.norm.eps
     repfx.fuse(model)
     assert model.norm.eps == before

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from repfx.graphs.function_source import names_beside
+from repfx.reading.function_source import names_beside
 
 # the names of attributes of `self` that a value may come from: "" for `self`, "*" for any child
 Origins: TypeAlias = frozenset[str]

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repfx.algebra.layers import own_classes
-from repfx.graphs.code_reader import HARMLESS, OF_LAYERS, OF_MODULES, PASSING, CodeReader
-from repfx.graphs.function_source import all_names, function_node, names_beside
-from repfx.graphs.value_flow import ITSELF, NONE, Origins
+from repfx.reading.code_reader import HARMLESS, OF_LAYERS, OF_MODULES, PASSING, CodeReader
+from repfx.reading.function_source import all_names, function_node, names_beside
+from repfx.reading.value_flow import ITSELF, NONE, Origins
 
 # what a function whose source can't be read may name
 _PLAIN_CALLS = (*PASSING, len, bool, range, int, float, sum, abs, super, torch, F, torch.nn, math)

@@ -29,7 +29,9 @@ class NotedGraphModule(fx.GraphModule):
 def _unpickled(make: Callable[..., Any], arguments: tuple[Any, ...]) -> nn.Module:
     """Return the module that torch.fx makes, in a class of its own, with its notes where copying finds them."""
     module: Any = make(*arguments)
-    module.__class__ = type(NotedGraphModule.__new__(NotedGraphModule))
+    cls: Any = type(NotedGraphModule.__new__(NotedGraphModule))
+    cls.__name__ = type(module).__name__
+    module.__class__ = cls
     module.recompile()
     _keep_again(module)
     return module  # type: ignore[no-any-return]

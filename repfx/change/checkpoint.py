@@ -24,10 +24,10 @@ from repfx.change.optimizer_state import is_alike, load_by_name, state_by_name
 from repfx.change.structure import Structure
 from repfx.change.undo import as_before_on_error
 from repfx.errors import InvalidInput, first_line
+from repfx.records.generators import read_random_state, set_random_state
 from repfx.records.json_text import parse_json, require_shallow
 from repfx.records.nested_state import put_together, take_apart
 from repfx.records.notes import copy_without_numbers
-from repfx.records.random_state import read_random_state, set_random_state
 from repfx.records.target_file import staged
 from repfx.records.wrappers import bare
 

@@ -10,8 +10,8 @@ from torch import fx, nn
 
 from repfx.algebra.layers import is_batch_norm, is_conv
 from repfx.graphs.checks import require_given, require_tensor
-from repfx.graphs.source_code import writes_in_place
 from repfx.graphs.vocabulary import ARITHMETIC, SIZE_METHODS
+from repfx.reading.source_code import writes_in_place
 
 IN_PLACE_OPERATORS = (
     "iadd",

@@ -1,4 +1,4 @@
-"""Checks that a graph makes of its inputs when it runs, because its code was traced for inputs of one kind."""
+"""Steps that a graph takes when it runs: checks of inputs, because code was traced for one kind of them, and the axis of a batch."""
 
 from __future__ import annotations
 
@@ -47,3 +47,15 @@ def require_given(value: object, name: str, default: object) -> None:
     is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
     if value is default and not is_number:
         raise InvalidInput(f"this module was traced with {name!r} as an input and can't be called without it.")
+
+
+def with_axes(x: Any, axes: int) -> Any:
+    """Return x with so many axes at least; new ones come first and have size 1, as in arithmetic with a constant of so many axes.
+
+    >>> import torch
+    >>> with_axes(torch.ones(3, 4), 3).shape, with_axes(torch.ones(2, 3, 4), 3).shape
+    (torch.Size([1, 3, 4]), torch.Size([2, 3, 4]))
+    """
+    if isinstance(x, fx.Proxy):  # a graph that calls this is traced again
+        return x.tracer.create_proxy("call_function", with_axes, (x, axes), {})
+    return x.reshape((1,) * (axes - x.ndim) + tuple(x.shape)) if x.ndim < axes else x

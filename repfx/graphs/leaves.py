@@ -7,7 +7,7 @@ from torch import fx, nn
 from repfx.algebra.layers import code_of_its_own, has_hooks, is_batch_norm, is_conv, is_plain_sequence
 from repfx.algebra.meaning import torch_class
 from repfx.blocks.block import RepBlock
-from repfx.graphs.source_code import asks_for_exact_class, calls
+from repfx.reading.source_code import asks_for_exact_class, calls
 
 _AUTOCAST = frozenset(
     {

@@ -32,12 +32,12 @@ from repfx.algebra.layers import code_of_its_own, is_conv, is_plain_sequence, ow
 from repfx.blocks.block import RepBlock
 from repfx.blocks.gates import gates_in
 from repfx.blocks.squeezed_form import release_all
-from repfx.graphs.collecting import read_by_code
 from repfx.graphs.dropout import let_dropout_follow_the_mode
 from repfx.graphs.keepers import attribute_of, kept_by_a_leaf, kept_from_outside, kept_in
 from repfx.graphs.leaves import holds_modules, is_container, is_leaf, stays_whole
-from repfx.graphs.source_code import Around
 from repfx.graphs.tracer import Tracer, sentence
+from repfx.reading.collecting import read_by_code
+from repfx.reading.source_code import Around
 from repfx.records.generators import Generators, random_state_kept
 from repfx.records.module_tree import require_module
 from repfx.records.notes import copy_of

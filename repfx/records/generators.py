@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,3 +115,23 @@ def _plain(state: Any) -> Any:
     if isinstance(state, dict):
         return {name: _plain(value) for name, value in state.items()}
     return state.tolist() if hasattr(state, "tolist") else state
+
+
+def read_random_state() -> dict[str, Any]:
+    """Return the state of this process's random numbers, those of numpy only if it is imported."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state = {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = (kind, keys.tolist(), *rest)
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Set the random numbers of this process to a state that `read_random_state` returned."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+    if "numpy" in state:
+        importlib.import_module("numpy").random.set_state(state["numpy"])

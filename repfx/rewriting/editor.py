@@ -18,8 +18,8 @@ from repfx.algebra.kernel import Kernel, is_symmetric
 from repfx.algebra.layers import Layer, is_batch_norm
 from repfx.blocks.block import RepBlock
 from repfx.blocks.folded_norm import FoldedNorm, remember_norm
-from repfx.graphs.axes import with_axes
 from repfx.graphs.bordered_padding import CLOSE
+from repfx.graphs.checks import with_axes
 from repfx.graphs.functional_conv import is_functional_conv, path_for, settings_of
 from repfx.graphs.operations import Op
 from repfx.graphs.trace import Island

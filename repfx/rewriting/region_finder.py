@@ -22,8 +22,8 @@ from repfx.graphs.aliases import set_aside
 from repfx.graphs.dropout import MODULES
 from repfx.graphs.leaves import is_leaf
 from repfx.graphs.operations import Op
-from repfx.graphs.source_code import calls
 from repfx.graphs.trace import Island, trace
+from repfx.reading.source_code import calls
 from repfx.records.module_tree import outer_paths
 from repfx.records.notes import copy_without_numbers
 from repfx.records.report import Skip

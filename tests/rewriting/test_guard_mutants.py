@@ -27,8 +27,8 @@ import repfx.rewriting.view
 from repfx.algebra.kernel import NoKernel
 from repfx.errors import InvalidInput
 from repfx.graphs.aliasing import mutated_by
-from repfx.graphs.source_code import Around
 from repfx.graphs.tracer import Tracer
+from repfx.reading.source_code import Around
 from repfx.rewriting.rule import RULES, Rule
 from repfx.rewriting.view import View
 from tests.graphs import test_arguments, test_trace, test_traps

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import repfx
-from repfx.graphs.axes import with_axes
+from repfx.graphs.checks import with_axes
 from tests.inline_net import Net, error_of, image, ready
 
 FORMS: dict[str, Callable[[Any, Any], Any]] = {

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from repfx.algebra.layers import own_classes
-from repfx.graphs.source_code import globals_of
+from repfx.reading.source_code import globals_of
 from repfx.records.module_tree import outer_paths
 
 _CONTAINERS = (list, dict, set, deque)

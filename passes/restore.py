@@ -130,7 +130,7 @@ def restore(
                 outcomes.append(_attempt(node, island, root, chosen, calls[chosen.path], target))
         target = install(target, island)
     put_back(target)
-    if not any(chosen.norm_path for chosen in found):
+    if not any(chosen.has_norm for chosen in found):
         raise InvalidInput(_nothing(model, patterns))
     take_over_modes(target, model)
     forget(target)
@@ -156,7 +156,7 @@ class _Restored:
 
 @dataclass(frozen=True)
 class _Choice:
-    """A conv, what it has absorbed, and the path for the BatchNorm; None if there is to be none."""
+    """A conv, what it has absorbed, and the path for the BatchNorm behind it; None if there is to be none."""
 
     conv: Layer
     path: str
@@ -164,21 +164,37 @@ class _Choice:
     around: Surroundings | None
     norm_path: str | None
 
+    @property
+    def has_norm(self) -> bool:
+        """Whether a BatchNorm comes back behind the conv or in front of it."""
+        return self.norm_path is not None or (self.around is not None and bool(self.around.norms))
+
+    @property
+    def norms_in_front(self) -> tuple[str, ...]:
+        """The paths of the BatchNorms in front of the conv that come back."""
+        if self.around is None:
+            return ()
+        prefix = self.path.removesuffix(self.around.conv)
+        return tuple(f"{prefix}{norm}" for norm in self.around.norms)
+
 
 def _choice(node: fx.Node, island: Island, root: nn.Module, patterns: Sequence[str] | None) -> _Choice | None:
     """Return the conv that a node calls if it is to be restored, else None.
 
-    A conv that has absorbed no BatchNorm, but something around it, is restored whatever is named: no state dict may hide that.
+    A conv that has absorbed no BatchNorm, but something else around it, is restored whatever is named: no state dict may hide that.
     """
     module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
     if module is None or torch_class(module) not in (*CONVS, *TRANSPOSED_CONVS, nn.Linear):
         return None
     path, folded, around = island.full_path(str(node.target)), folded_norm(module), surroundings_of(module)
+    normed = folded is not None or (around is not None and bool(around.norms))
     named = patterns is not None and any(fits(path, pattern) for pattern in patterns)
-    if folded is None and named:
+    if named and not normed:
         return _Choice(module, path, None, None, f"{path}_norm")
-    if folded is None or not (named or patterns is None):
-        return None if around is None or folded is not None else _Choice(module, path, None, around, None)
+    if normed and not named and patterns is not None:
+        return None
+    if folded is None:
+        return None if around is None else _Choice(module, path, None, around, None)
     moved = not path.endswith(folded.conv)
     return _Choice(module, path, folded, None if moved else around, _norm_path(path, folded))
 
@@ -244,7 +260,7 @@ def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice) ->
     if choice.norm_path is None:
         assert steps is not None  # a conv without a BatchNorm is chosen only for what is around it
         steps.insert(node, None)
-        return _Restored(Edit("restore", choice.path), None)
+        return _Restored(Edit("restore", choice.path, choice.norms_in_front), None)
     norm, kernel = _norm_behind(conv, choice.folded)
     attach(norm, Provenance(("restore",), (choice.path,), choice.path))
     inside = choice.norm_path.removeprefix(f"{island.path}.") if island.path else choice.norm_path
@@ -253,7 +269,7 @@ def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice) ->
         _call_behind(node, inside)
     else:
         steps.insert(node, inside)
-    return _Restored(Edit("restore", choice.path, (choice.norm_path,)), (conv, norm, kernel))
+    return _Restored(Edit("restore", choice.path, (choice.norm_path, *choice.norms_in_front)), (conv, norm, kernel))
 
 
 def _take_apart(node: fx.Node, island: Island, root: nn.Module, choice: _Choice, around: Surroundings) -> Steps:

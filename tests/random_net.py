@@ -315,9 +315,11 @@ def nets_of_sites(draw: st.DrawFn) -> RandomNet:
     index = 0
     for _ in range(draw(st.integers(1, 3))):
         source = builder.call("relu", index)
-        index = add_affine(builder, source, shifts=False)
         channels = builder.channels(source)
-        padding, groups = builder.chance(1, 1, 1, 0), builder.chance(1, 2, channels)
+        in_front = builder.chance(True, False, False)
+        index = builder.layer(builder.class_of("BatchNorm")(channels), source) if in_front else source
+        index = add_affine(builder, index, shifts=False)
+        padding, groups = 0 if in_front else builder.chance(1, 1, 1, 0), builder.chance(1, 2, channels)
         sizes = (channels, channels, 3, 1, padding, 1, groups, builder.chance(True, False))
         index = builder.layer(builder.class_of("Conv")(*sizes), index)
         index = add_beside(builder, add_affine(builder, index, shifts=True), source)

@@ -70,7 +70,9 @@ class Editor:
         if all(op.meaning.kind == "identity" for op in match.ops):
             return self._remove(rule, match)
         template_op = self._template(match)
-        owned = match.ops[0].node in self.view.kernels  # a kernel that an earlier rewrite has made
+        first = match.ops[0].node
+        # a kernel that an earlier rewrite has made, and that no other term reads
+        owned = first in self.view.kernels and sum(op.node is first for op in match.ops) == 1
         kernel = _without_rounded_bias(match, float64_like(self._weight_of(template_op)), owned=owned)
         before = min(op.node for op in match.ops)
         graph = self.view.graph

@@ -1,8 +1,8 @@
 """`Spelling`: how a model spells out a merged kernel: the site's own conv, its BatchNorm, and the steps around them.
 
 `spell` copies the nodes of a match into a graph of their own, in which two nodes stand for the site: its own conv with everything that
-belongs to it, and its BatchNorm. All that lies in the site's block belongs to it. So do convs and BatchNorms of other sites: they leave the
-state dict when they are merged, so their class can't load it strictly.
+belongs to it, and the BatchNorm behind it. All that lies in the site's block belongs to it. So do convs and BatchNorms of other sites: they
+leave the state dict when they are merged, so their class can't load it strictly. A BatchNorm in front of the conv is a step like any scale.
 """
 
 from __future__ import annotations
@@ -129,20 +129,31 @@ class _Site:
 
     @cached_property
     def own(self) -> tuple[Op, ...]:
-        """The convs and BatchNorms of the match, and all that lies in the block."""
+        """The convs and BatchNorms of the match, but for BatchNorms in front of the site, and all that lies in the block."""
         ops = {id(op): op for op in self.match.ops}.values()
-        return tuple(op for op in ops if self.lies_in_block(op.node) or any(map(self._is_layer, op.nodes)))
+        return tuple(op for op in ops if self.lies_in_block(op.node) or self._is_layer(op))
 
-    def _is_layer(self, node: fx.Node) -> bool:
+    def _is_layer(self, op: Op) -> bool:
+        in_front = _is_readable_norm(self.view.module(op.node)) and op in self.term.ops[: self._place]
+        return not in_front and any(map(self._calls_layer, op.nodes))
+
+    def _calls_layer(self, node: fx.Node) -> bool:
         module = self.view.module(node)
         return self.view.is_conv(node) or (module is not None and is_batch_norm(module))
 
     @cached_property
+    def term(self) -> Term:
+        """The term of the template."""
+        return next(term for term in self.match.terms if self.template in term.ops)
+
+    @property
+    def _place(self) -> int:
+        return self.term.ops.index(self.template)
+
+    @cached_property
     def norm(self) -> Op | None:
         """The one BatchNorm that the match adds behind the site's own conv, which had none before; None if there are more."""
-        term = next(term for term in self.match.terms if self.template in term.ops)
-        behind = term.ops[term.ops.index(self.template) + 1 :]
-        norms = [op for op in behind if _is_readable_norm(self.view.module(op.node))]
+        norms = [op for op in self.term.ops[self._place + 1 :] if _is_readable_norm(self.view.module(op.node))]
         known = self.known.get(self.template.node)
         new = len(norms) == 1 and (known is None or known.norm is None) and not self.lies_in_block(norms[0].node)
         return norms[0] if new else None

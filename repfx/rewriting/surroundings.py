@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repfx.algebra.kernel import Kernel, NoKernel
+from repfx.algebra.layers import is_batch_norm
 from repfx.graphs.vocabulary import SUBTRACTIONS
 from repfx.records.module_tree import attribute, has, place_tensor, set_submodule
 from repfx.records.notes import keep, kept
@@ -54,6 +55,12 @@ class Surroundings:
     steps: fx.GraphModule | None = None
     unsaved: frozenset[str] = frozenset()
     reason: str = ""
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The paths of the BatchNorms among the steps, which stood in front of the site's own conv."""
+        named = () if self.steps is None else self.steps.named_modules()
+        return tuple(path for path, module in named if is_batch_norm(module))
 
 
 def surroundings_of(conv: nn.Module) -> Surroundings | None:

@@ -53,6 +53,10 @@ def norms(model: nn.Module) -> int:
     return sum(map(is_batch_norm, model.modules()))
 
 
+def is_batch_norm_at(model: nn.Module, path: str) -> bool:
+    return any(name == path and is_batch_norm(module) for name, module in model.named_modules())
+
+
 def assert_restored(make: Callable[[], nn.Module], model: nn.Module, x: Tensor) -> Any:
     """Restore a fused model, and compare with the model both the result and the plain class that loads its weights."""
     fused = repfx.fuse(model)
@@ -82,6 +86,8 @@ FORMS: dict[str, Forward] = {
     "pooling, negative": lambda m, x: 2 * (m.b(m.c(x)) - m.pool(x, 3, 1, 1)),
     "twice": lambda m, x: (lambda y: y + y)(m.b(m.c(x))),
     "thrice": lambda m, x: (lambda y: y + y + y)(m.b(m.c(x))),
+    "twice, twice": lambda m, x: (lambda y: (y + y) + (y + y))(m.b(m.c(x))),
+    "twice of twice": lambda m, x: (lambda y: y + y)((lambda y: y + y)(m.b(m.c(x)))),
     "conv twice": lambda m, x: m.b((lambda y: y + y)(m.c(x))),
     "factor before": lambda m, x: m.b(m.c(x * 3)),
     "factor before, divided": lambda m, x: m.b(m.c(x / 4)),
@@ -182,6 +188,39 @@ def test_constants_inside_a_net_come_back_as_they_were(persistent: bool) -> None
 
     restored = assert_restored(make, trained(make), data())
     assert ("3.mean" in restored.state_dict()) is persistent
+
+
+IN_FRONT: dict[str, Forward] = {
+    "before a conv": lambda m, x: m.c(m.b(x)),
+    "before a conv and a BatchNorm": lambda m, x: 3 - m.e(m.c(m.b(x))),
+    "before a conv with all around": lambda m, x: 2 * (x - m.c(m.b(x) * 3)) + 1,
+}
+
+
+@pytest.mark.parametrize("form", IN_FRONT)
+@pytest.mark.parametrize("preset", [None, "repvgg"])
+def test_a_batch_norm_in_front_of_a_conv_comes_back_as_it_was(form: str, preset: str | None) -> None:
+    def make() -> nn.Module:
+        model = block(IN_FRONT[form], e=nn.BatchNorm2d(CHANNELS))
+        own = nn.Conv2d(CHANNELS, CHANNELS, 3)
+        model.get_submodule("3").c = own if "all" not in form else nn.Conv2d(CHANNELS, CHANNELS, 1)
+        return model.double()
+
+    model = trained(make, preset)
+    assert norms(repfx.fuse(model)) <= 1
+    restored = assert_restored(make, model, data())
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        assert torch.equal(getattr(restored.get_submodule("3.b"), name), getattr(model.get_submodule("3.b"), name))
+    assert "3.b" in [source for edit in repfx.report(restored).applied for source in edit.sources]
+    assert not is_batch_norm_at(repfx.restore(repfx.fuse(model), sites="0"), "3.b")
+
+
+def test_only_a_batch_norm_in_front() -> None:
+    def make() -> nn.Module:
+        linear = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(4 * 5 * 7), nn.Linear(4 * 5 * 7, 3))
+        return nn.Sequential(nn.Conv2d(CHANNELS, 4, 3), linear).double()
+
+    assert norms(assert_restored(make, trained(make), data())) == 1
 
 
 def test_several_in_a_row_and_blocks_in_blocks() -> None:

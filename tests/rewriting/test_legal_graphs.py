@@ -76,7 +76,14 @@ def added_into_the_input(net: Any, x: Tensor) -> Tensor:
     return alias + torch.sin(x)
 
 
+def doubled_twice(net: Any, x: Tensor) -> Tensor:
+    x = net.b(net.c(x))
+    x = x + x
+    return x + x
+
+
 CASES: dict[str, Case] = {
+    "a sum with itself, twice": Case(lambda: Net(doubled_twice, c=conv(), b=norm()), 1, 0),
     "conv called twice": Case(
         lambda: Net(lambda net, x: net.b(net.c(net.c(x))), c=conv(), b=norm()), 1, 1, "called 2 times"
     ),

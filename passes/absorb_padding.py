@@ -1,4 +1,4 @@
-"""Absorb a padding layer into the conv after it."""
+"""Absorb a layer that pads, or that leaves positions out, into the conv after it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from repfx.rewriting.rule import Rule
 
 ABSORB_PADDING = Rule(
     "absorb_padding",
-    "Let a conv do the padding of the layer before it",
-    Sequence(first=frozenset({"pad"}), second=frozenset({"conv"})),
+    "Let a conv do the padding or the striding of the layer before it",
+    Sequence(first=frozenset({"pad", "subsample"}), second=frozenset({"conv"})),
     (used_once, is_convolution, pads_alike, unmutated, no_dearer),
 )

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from repfx.algebra.arithmetic import has_room, plus, plus_in_place, times
 from repfx.algebra.product import CONV, CONV_TRANSPOSE, product
+from repfx.algebra.torch_faults import may_corrupt_memory
 from repfx.errors import RepfxError
 
 Ints = tuple[int, ...]
@@ -45,6 +46,12 @@ Padding = tuple[tuple[int, int], ...]
 
 class NoKernel(RepfxError):
     """The map that was asked for is not a convolution; the message is the reason."""
+
+
+def subsample(x: Tensor, stride: Ints) -> Tensor:
+    """Return every s-th position along each of the last axes of `x`, from the first one on, as a view."""
+    places: list[EllipsisType | slice] = [..., *(slice(None, None, step) for step in stride)]
+    return x[tuple(places)]
 
 
 def pad(x: Tensor, padding: Padding, mode: str = "zeros") -> Tensor:
@@ -155,12 +162,14 @@ class Kernel:
             return transpose(
                 x, self.weight, self.bias, self.stride, cut, self.output_padding, self.groups, self.dilation
             )
-        around: Ints | int = 0
+        around, stride = (0,) * self.dimensions, self.stride
         if self.padding_mode == "zeros" and is_symmetric(self.padding):
             around = tuple(before for before, _ in self.padding)
         else:
             x = pad(x, self.padding, self.padding_mode)
-        return CONV[self.dimensions](x, self.weight, self.bias, self.stride, around, self.dilation, self.groups)
+        if may_corrupt_memory(self.in_channels, self.kernel_size, stride, around):
+            x, stride = subsample(x, stride), (1,) * self.dimensions
+        return CONV[self.dimensions](x, self.weight, self.bias, stride, around, self.dilation, self.groups)
 
     def to(self, like: Tensor | torch.dtype | torch.device | str) -> Kernel:
         """Return this kernel in another dtype or on another device."""

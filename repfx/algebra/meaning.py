@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -33,7 +33,7 @@ from repfx.algebra.layers import (
 )
 from repfx.errors import InvalidInput
 
-Kind: TypeAlias = Literal["conv", "affine", "pool", "pad", "identity"]
+Kind: TypeAlias = Literal["conv", "affine", "pool", "pad", "subsample", "identity"]
 Build: TypeAlias = Callable[[Any, int, int], Kernel]
 Reader: TypeAlias = Callable[[nn.Module], "Meaning | None"]
 
@@ -46,7 +46,7 @@ class Meaning:
     """One linear map, before its kernel is built.
 
     Args:
-        kind: ``conv`` (linear layers too), ``affine`` per channel, ``pool``, ``pad`` or ``identity``.
+        kind: ``conv`` (linear layers too), ``affine`` per channel, ``pool``, ``pad``, ``subsample`` or ``identity``.
         dimensions: number of spatial axes, 0 for a linear layer; None if any number fits.
         in_channels: number of input channels; None if any number fits.
         build: `build(like, channels, dimensions)` returns the kernel in the dtype and on the device of `like`; a conv's own for None.
@@ -277,6 +277,15 @@ def pad_meaning(padding: Padding, mode: str) -> Meaning:
         return Kernel(weight, None, ones, padding, ones, groups=channels, padding_mode=mode)
 
     return Meaning("pad", len(padding), None, build)
+
+
+def subsampling_meaning(stride: Ints) -> Meaning:
+    """Return the map that keeps every s-th position along each axis: the identity with a stride."""
+
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        return replace(Kernel.identity(like, channels=channels, dimensions=len(stride)), stride=stride)
+
+    return Meaning("subsample", len(stride), None, build)
 
 
 def per_axis(value: int | tuple[int, ...], dimensions: int) -> Ints:

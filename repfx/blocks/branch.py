@@ -19,7 +19,7 @@ from repfx.algebra.kernel import Kernel
 from repfx.algebra.layers import Layer, is_batch_norm
 from repfx.algebra.meaning import kernel_of
 from repfx.blocks.spec import BranchSpec
-from repfx.blocks.stages import Norm, Pad, Stages
+from repfx.blocks.stages import Norm, Pad, Stages, Subsample
 from repfx.errors import InvalidInput, UnknownName
 from repfx.records.registry import Registry
 
@@ -53,7 +53,7 @@ class Chain(nn.Sequential):
     @property
     def hands_on(self) -> bool:
         """Whether the output may be the input itself, or a view of it."""
-        return all(isinstance(stage, (nn.Identity, Pad)) for stage in self)
+        return all(isinstance(stage, (nn.Identity, Pad, Subsample)) for stage in self)
 
     def _kernel_of(self, stage: Layer, like: Tensor, channels: int) -> Kernel:
         if hasattr(stage, "equivalent_kernel"):

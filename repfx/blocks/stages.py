@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from repfx.algebra.baking import conv_module
 from repfx.algebra.conv_spec import ConvSpec
-from repfx.algebra.kernel import Kernel, Padding, is_symmetric, pad
+from repfx.algebra.kernel import Ints, Kernel, Padding, is_symmetric, pad, subsample
 from repfx.algebra.layers import BATCH_NORMS, Layer
-from repfx.algebra.meaning import Meaning, kernel_of, pad_meaning, reads, torch_class
+from repfx.algebra.meaning import Meaning, kernel_of, pad_meaning, reads, subsampling_meaning, torch_class
+from repfx.algebra.torch_faults import may_corrupt_memory
 
 BATCH_NORM_OF: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 AVERAGE_POOL_OF: dict[int, type[nn.Module]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
@@ -44,6 +46,29 @@ class Pad(nn.Module):
 @reads(Pad)
 def _read_pad(module: Layer) -> Meaning:
     return pad_meaning(module.padding, module.mode)
+
+
+class Subsample(nn.Module):
+    """Every s-th position along each axis, from the first one on, as a view. An unstrided 1×1 conv behind it is a strided one.
+
+    >>> Subsample((2,))(torch.arange(5.0))
+    tensor([0., 2., 4.])
+    """
+
+    def __init__(self, stride: Ints) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return subsample(x, self.stride)
+
+    def extra_repr(self) -> str:
+        return str(self.stride)
+
+
+@reads(Subsample)
+def _read_subsample(module: Layer) -> Meaning:
+    return subsampling_meaning(module.stride)
 
 
 class Scale(nn.Module):
@@ -173,11 +198,18 @@ class Norm:
 
 
 def conv_stages(name: str, spec: ConvSpec, like: Tensor, *, bias: bool = False) -> Stages:
-    """Yield a conv of these sizes, after a `Pad` if torch's conv can't apply the padding itself."""
-    symmetric = is_symmetric(spec.padding)
-    if not symmetric:
+    """Yield a conv of these sizes, after a `Pad` if torch's conv can't apply the padding itself.
+
+    A strided 1×1 conv of few channels is a `Subsample` and an unstrided conv: see `repfx.algebra.torch_faults`.
+    """
+    padded = is_symmetric(spec.padding)
+    if not padded:
         yield f"{name}_pad", Pad(spec.padding, spec.padding_mode)
-    yield name, conv_module(spec, like, bias=bias, padded=symmetric)
+        spec = replace(spec, padding=((0, 0),) * spec.dimensions)
+    if may_corrupt_memory(spec.in_channels, spec.kernel_size, spec.stride, chain(*spec.padding)):
+        yield f"{name}_subsample", Subsample(spec.stride)
+        spec = replace(spec, stride=(1,) * spec.dimensions)
+    yield name, conv_module(spec, like, bias=bias)
 
 
 def _fan_out(conv: Layer) -> None:

@@ -14,7 +14,7 @@ from repfx.algebra.meaning import torch_class
 from repfx.blocks.block import ORIGIN, RepBlock
 from repfx.blocks.branch import Chain
 from repfx.blocks.cropped_conv import CroppedConv
-from repfx.blocks.stages import Pad
+from repfx.blocks.stages import Pad, Subsample
 from repfx.passes.merge_parallel import MERGE_PARALLEL
 from repfx.records.provenance import provenance_of
 
@@ -167,6 +167,8 @@ def chip_of(module: nn.Module) -> Chip:
         return Chip(f"linear {module.in_features}→{module.out_features}", "conv")
     if isinstance(module, Pad):
         return Chip("pad", "other")
+    if isinstance(module, Subsample):
+        return Chip(f"stride {'×'.join(map(str, module.stride))}", "other")
     if isinstance(module, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
         size = module.kernel_size
         return Chip(f"average {'×'.join(map(str, size if isinstance(size, tuple) else (size,)))}", "other")

@@ -45,7 +45,7 @@ class Place:
         """
         if self.channels_last is None:
             known = self.device.type in ("cpu", "cuda")
-            self.channels_last = known and all(runs_with_channels_last(model, images) for model in models)
+            self.channels_last = known and all(runs_with_channels_last(model, images, self.device) for model in models)
         for model in models:
             self.put(model)
 

@@ -74,6 +74,70 @@ def by_values(m: Any, x: Tensor) -> Tensor:
     return (y if y.sum() > 0 else -y).mean((2, 3))
 
 
+def strided_stem(m: Any, x: Tensor) -> Tensor:
+    y: Tensor = F.conv2d(x, m.stem, stride=(1, 2)).mean((2, 3))
+    return y
+
+
+def transposed_head(m: Any, x: Tensor) -> Tensor:
+    y: Tensor = F.conv_transpose2d(m.convs(x), m.head.weight.T.reshape(4, 2, 1, 1), stride=2).mean((2, 3))
+    return y
+
+
+def strided_in_training(m: Any, x: Tensor) -> Tensor:
+    y: Tensor = strided_stem(m, x) if m.training else m.convs(x).mean((2, 3))
+    return y
+
+
+FAULTY: dict[str, Callable[[], nn.Module]] = {
+    "layer": lambda: nn.Sequential(nn.Conv2d(3, 4, 1, stride=2), nn.Flatten()),
+    "layer, 15 channels": lambda: nn.Sequential(
+        nn.Conv2d(3, 15, 1), nn.ReLU(), nn.Conv2d(15, 4, 1, stride=3), nn.Flatten()
+    ),
+    "function": lambda: Net(strided_stem, stem=nn.Parameter(torch.randn(4, 3, 1, 1))),
+    "function, in training alone": lambda: Net(
+        strided_in_training, convs=convs(), stem=nn.Parameter(torch.randn(4, 3, 1, 1))
+    ),
+    "transposed": lambda: net(transposed_head),
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_net_for_which_torch_may_corrupt_memory_stays_as_it_is(name: str) -> None:
+    """The trial must not go back through it on a CPU, because that may end the process. Other devices have other kernels."""
+    gone_back: list[Tensor] = []
+    model = FAULTY[name]()
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.inner(x)
+            if y.requires_grad:
+                y.register_hook(gone_back.append)
+            return y
+
+    assert not runs_with_channels_last(Outer(), IMAGES)
+    assert not gone_back
+    assert runs_with_channels_last(Outer(), IMAGES, torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    "conv", [nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1, stride=2, padding=1)]
+)
+def test_similar_nets_get_channels_last(conv: nn.Module) -> None:
+    assert runs_with_channels_last(nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten()), IMAGES)
+
+
+def test_blocks_of_strided_stems_get_channels_last() -> None:
+    stem = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert runs_with_channels_last(repfx.expand(stem, "dbb"), IMAGES)
+    shared = repfx.expand(stem, {"0": repfx.Spec(["1x1"], weights="shared")})
+    assert runs_with_channels_last(shared, IMAGES)
+
+
 def with_hook(kind: str) -> nn.Module:
     def look(module: nn.Module, *values: Any) -> None:
         value = values[-1][0] if isinstance(values[-1], tuple) else values[-1]

@@ -67,7 +67,11 @@ def random_state_kept(model: nn.Module) -> Iterator[None]:
 def _of_process() -> Iterator[_Generator]:
     """Yield the generators that all code of this process shares. Devices that aren't in use yet have none."""
     yield _Generator(random.getstate, random.setstate)
-    for each in (torch.default_generator, *torch.cuda.default_generators, *torch.xpu.default_generators):
+    for each in (
+        torch.default_generator,
+        *torch.cuda.default_generators,
+        *getattr(torch.xpu, "default_generators", ()),
+    ):
         yield _Generator(each.get_state, each.set_state)
     if torch.backends.mps.is_available():
         yield _Generator(torch.mps.get_rng_state, torch.mps.set_rng_state)

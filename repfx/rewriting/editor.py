@@ -23,6 +23,7 @@ from repfx.graphs.checks import with_axes
 from repfx.graphs.functional_conv import is_functional_conv, path_for, settings_of
 from repfx.graphs.operations import Op
 from repfx.graphs.trace import Island
+from repfx.graphs.vocabulary import ARITHMETIC
 from repfx.records.module_tree import has, outer_paths, set_part, set_submodule
 from repfx.records.provenance import Provenance, attach
 from repfx.records.report import Edit
@@ -187,7 +188,7 @@ class Editor:
         return axes
 
     def _axes_of_constants(self, node: fx.Node) -> int:
-        if node.op == "call_module":
+        if node.target not in ARITHMETIC:
             return 0
         found = (self.view.constants.tensor(argument) for argument in node.args)
         return max((constant.ndim for constant in found if constant is not None), default=0)

@@ -23,7 +23,7 @@ HARMLESS = frozenset({"forward", "__call__", "training", "keys", "extra_repr", "
 OF_LAYERS = frozenset(
     {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "eps", "momentum", "affine"}
 )
-OF_MODULES = frozenset(dir(nn.Module())) - HARMLESS
+OF_MODULES = frozenset(dir(nn.Module())) - HARMLESS | {"append", "extend", "insert", "update", "clear", "popitem"}
 _FORMS = frozenset({"dtype", "device", "is_cuda"})
 _GROWING = frozenset({"append", "extend", "insert", "add", "appendleft", "update", "setdefault"})
 _VALUES = (int, float, bool, str, bytes, list, tuple, dict, set, frozenset, type(None), complex)
@@ -98,7 +98,7 @@ class CodeReader(ValueFlow):
         return (each for name in origins for each in modules_in(held.get(name)))
 
     def _own_names(self) -> set[str]:
-        return {name for base in own_classes(type(self.reading.module)) for name in vars(base)}
+        return {name for base in written_classes(type(self.reading.module)) for name in vars(base)}
 
     def of_own(self, name: str) -> Origins:
         """Return where the value of an attribute of `self` comes from."""
@@ -257,6 +257,11 @@ class CodeReader(ValueFlow):
             )
         self.note(arguments[0] - ITSELF, node)
         return ANY_CHILD if "" in arguments[0] else NONE
+
+
+def written_classes(cls: type) -> tuple[type, ...]:
+    """Return the class of a module and its bases, but for those of torch, whose methods are known by name."""
+    return tuple(base for base in own_classes(cls) if not base.__module__.startswith("torch."))
 
 
 def _shortened(node: ast.AST) -> str:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repfx.algebra.layers import own_classes
-from repfx.reading.code_reader import HARMLESS, OF_LAYERS, OF_MODULES, PASSING, CodeReader
+from repfx.reading.code_reader import HARMLESS, OF_LAYERS, OF_MODULES, PASSING, CodeReader, written_classes
 from repfx.reading.function_source import all_names, function_node, names_beside
 from repfx.reading.value_flow import ITSELF, NONE, Origins
 
@@ -102,7 +102,7 @@ class _Reading:
     def method(self, name: str, arguments: tuple[Origins, ...], named: Mapping[str, Origins]) -> Origins:
         """Read a method or property in the class of the module and in each base, and return where its results come from."""
         found = NONE
-        for base in own_classes(type(self.module)):
+        for base in written_classes(type(self.module)):
             value = vars(base).get(name)
             is_static = isinstance(value, staticmethod)
             function = getattr(value, "fget", None) or getattr(value, "func", None) or getattr(value, "__func__", value)

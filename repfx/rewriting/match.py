@@ -15,10 +15,16 @@ from repfx.rewriting.view import META
 
 @dataclass(frozen=True)
 class Term:
-    """One path of a match: linear maps from the source on. No maps mean the source itself. `sign` is the path's sign in the sum."""
+    """One path of a match: linear maps from the source on. No maps mean the source itself.
+
+    Args:
+        sign: the path's sign in the sum.
+        adder: the addition that the path's end enters, or None if there is none.
+    """
 
     ops: tuple[Op, ...]
     sign: int = 1
+    adder: fx.Node | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, fx
 
 from repfx.algebra.kernel import Kernel, NoKernel
@@ -74,7 +75,8 @@ class Match:
         Raises:
             NoKernel: they are no convolution.
         """
-        return self.kernel(META)
+        with torch.no_grad():  # so that it can be copied
+            return self.kernel(META)
 
     def shifts(self, like: Tensor) -> list[Tensor]:
         """Return what each scale or shift among the maps adds, as it is before the maps that follow."""

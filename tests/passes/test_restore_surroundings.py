@@ -408,3 +408,21 @@ def test_channels_pruned_after_fusing(form: str) -> None:
         repfx.restore(fused)
     assert all(torch.equal(before[name], tensor) for name, tensor in fused.state_dict().items())
     assert norms(repfx.restore(fused, sites=["0", "3.c"])) == 2
+
+
+class Difference(nn.Module):
+    """A difference of two convs times a parameter, fused into one conv."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, (1, 2)), nn.Conv2d(4, 4, (1, 2))
+        self.factor = nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        difference: Tensor = self.first(x) - self.second(x)
+        return difference * self.factor
+
+
+def test_a_factor_that_is_a_parameter_can_be_copied() -> None:
+    fused = repfx.fuse(Difference().double().eval())
+    repfx.check_equivalent(copy.deepcopy(fused), fused, torch.randn(2, 4, 5, 7, dtype=torch.float64))

@@ -41,7 +41,8 @@ def test_a_training_on_two_ranks_goes_on_after_ctrl_c(tmp_path: Path) -> None:
         assert run.stderr is not None
         told = run.stderr.read().decode()
     assert "go on with: repfx train --resume" in told, told[-3000:]
-    for command in (["train", "--resume", "--out", str(interrupted)], ["train", *options, "--out", str(whole)]):
+    resumed = ["train", "--resume", "--trust", "--out", str(interrupted)]
+    for command in (resumed, ["train", *options, "--out", str(whole)]):
         done = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("in onnxruntime") == 1  # only the first process prints

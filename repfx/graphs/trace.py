@@ -35,7 +35,7 @@ from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.dropout import let_dropout_follow_the_mode
 from repfx.graphs.keepers import attribute_of, kept_by_a_leaf, kept_from_outside, kept_in
 from repfx.graphs.leaves import holds_modules, is_container, is_leaf, stays_whole
-from repfx.graphs.tracer import Tracer, sentence
+from repfx.graphs.tracer import DRAWS, Tracer, sentence
 from repfx.reading.collecting import read_by_code
 from repfx.reading.source_code import Around
 from repfx.records.generators import Generators, random_state_kept
@@ -268,13 +268,24 @@ def _first_difference(root: nn.Module, *graphs: fx.Graph) -> nn.Module | None:
 def _traced(
     module: nn.Module, opaque: Container[type[nn.Module]], given: Mapping[str, Any] | None
 ) -> tuple[fx.Graph, dict[str, Tensor]] | _Untraceable:
-    """Trace a module in the mode it is in. Return its graph and the constants that tracing made, or why it can't be traced.
+    """Trace a module in the mode it is in. Return its graph and the constants that tracing made, or why it can't be traced."""
+    generators = Generators(module)
+    result = _traced_once(module, opaque, given, generators)
+    if isinstance(result, _Untraceable) and result.reason == DRAWS:  # or another thread has drawn
+        with generators.of_this_thread():
+            result = _traced_once(module, opaque, given, generators)
+    return result
+
+
+def _traced_once(
+    module: nn.Module, opaque: Container[type[nn.Module]], given: Mapping[str, Any] | None, generators: Generators
+) -> tuple[fx.Graph, dict[str, Tensor]] | _Untraceable:
+    """Trace a module, and count it as a failure if one of the generators has given a number.
 
     A block that is called more than once stays a leaf and so is an island of its own. Whatever it becomes then serves every call.
     """
     before = set(vars(module))
     shared: set[nn.Module] = set()
-    generators = Generators(module)
     while True:
         tracer = Tracer(shared, opaque, given, generators)
         try:

@@ -27,6 +27,7 @@ from repfx.graphs.recording import calls_recorded, functions_recorded, tensors_r
 from repfx.graphs.settings import Settings, changed_setting, settings_in, settings_put_back
 from repfx.records.generators import Generators
 
+DRAWS = "it draws random numbers in code"  # a failure
 _GENERATED = "<eval_with_key>"  # the name of the files in which torch.fx writes the code of graphs
 
 
@@ -153,7 +154,7 @@ class Tracer(fx.Tracer):
     def note_draws(self, module: nn.Module | None) -> None:
         """Count it as a failure of a module's code if random numbers were drawn since the last time: a graph would repeat them."""
         if self._generators is not None and self._generators.have_drawn():
-            self.failures.append(("it draws random numbers in code", module))
+            self.failures.append((DRAWS, module))
 
     def _require_settings(self, module: nn.Module) -> None:
         """Raise `TypeError` if code has changed a setting of a module that it calls. It isn't known which code did that."""

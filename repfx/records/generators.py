@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,15 @@ class _Generator:
 
     read: Callable[[], Any]
     write: Callable[[Any], Any]
+    calls_are_seen: bool = False  # whether `_DrawingCalls` notes each draw from it
 
 
 class Generators:
     """The generators that a model's code may draw from, and the states that they had.
 
     They are those of Python, torch, numpy and the devices in use, those that modules hold as attributes, and those in the Python modules
-    that define the model's classes. Numbers that the operating system gives leave no trace.
+    that define the model's classes. Numbers that the operating system gives leave no trace. The states can't tell which thread has drawn;
+    `of_this_thread` can.
 
     >>> generators = Generators(nn.Linear(2, 3))
     >>> generators.have_drawn(), random.random() < 1, generators.have_drawn(), generators.have_drawn()
@@ -38,11 +41,30 @@ class Generators:
         found = {id(value): value for value in _values_of(model)}
         self._all = [*_of_process(), *filter(None, map(_generator, found.values()))]
         self._first = self._seen = self._states()
+        self._calls: _DrawingCalls | None = None
 
     def have_drawn(self) -> bool:
         """Whether any of them has given a number since the last time that this was asked."""
         before, self._seen = self._seen, self._states()
-        return not all(map(_same, before, self._seen))
+        moved = [generator for generator, *states in zip(self._all, before, self._seen) if not _same(*states)]
+        if self._calls is None:
+            return bool(moved)
+        return self._calls.any_since_asked() or not all(generator.calls_are_seen for generator in moved)
+
+    @contextmanager
+    def of_this_thread(self) -> Iterator[None]:
+        """Let `have_drawn` count what other threads draw from the generators of Python and torch for nothing.
+
+        The calls of this thread are watched meanwhile, which makes it slower. Where a profiler watches them already, nothing changes.
+        """
+        if sys.getprofile() is not None:
+            yield
+            return
+        with _DrawingCalls() as self._calls:
+            try:
+                yield
+            finally:
+                self._calls = None
 
     def put_back(self) -> None:
         """Give each of them that has drawn the state back that it had at first."""
@@ -66,17 +88,52 @@ def random_state_kept(model: nn.Module) -> Iterator[None]:
 
 def _of_process() -> Iterator[_Generator]:
     """Yield the generators that all code of this process shares. Devices that aren't in use yet have none."""
-    yield _Generator(random.getstate, random.setstate)
-    for each in (
-        torch.default_generator,
-        *torch.cuda.default_generators,
-        *getattr(torch.xpu, "default_generators", ()),
-    ):
-        yield _Generator(each.get_state, each.set_state)
+    yield _Generator(random.getstate, random.setstate, calls_are_seen=True)
+    for each in _of_torch():
+        yield _Generator(each.get_state, each.set_state, calls_are_seen=True)
     if torch.backends.mps.is_available():
-        yield _Generator(torch.mps.get_rng_state, torch.mps.set_rng_state)
+        yield _Generator(torch.mps.get_rng_state, torch.mps.set_rng_state, calls_are_seen=True)
     if "numpy" in sys.modules:
         yield _of_numpy(sys.modules["numpy"].random)
+
+
+def _of_torch() -> list[torch.Generator]:
+    more = getattr(torch.xpu, "default_generators", ())
+    return [torch.default_generator, *torch.cuda.default_generators, *more]
+
+
+class _DrawingCalls(TorchDispatchMode):
+    """Notes what this thread draws from the generators of Python and torch that all code shares.
+
+    torch marks the operators that draw. Whatever draws from Python's generator, or seeds one of these, is a call of a method in C.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._noted = False
+        self._methods_of = {id(each) for each in (random.random.__self__, *_of_torch())}  # type: ignore[attr-defined]
+
+    def any_since_asked(self) -> bool:
+        """Whether anything was noted since the last time that this was asked."""
+        noted, self._noted = self._noted, False
+        return noted
+
+    def __enter__(self) -> _DrawingCalls:
+        sys.setprofile(self._called)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        sys.setprofile(None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._noted |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+    def _called(self, frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and id(getattr(function, "__self__", None)) in self._methods_of:
+            self._noted |= function.__name__ not in ("getstate", "get_state")
 
 
 def _values_of(model: nn.Module) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from repfx.errors import InvalidInput
+from repfx.errors import InvalidInput, first_line
 from repfx.records.generators import random_state_kept
 from repfx.records.json_text import parse_json
 from repfx.records.notes import keep, kept
@@ -140,7 +140,7 @@ def from_json(text: str) -> tuple[Action, ...]:
     """Read a journal from the text that `to_json` returned.
 
     Raises:
-        InvalidInput: the text is no journal, or it has an action that this version doesn't know.
+        InvalidInput: the text is no journal, or it has an action or a field that this version doesn't know.
     """
     try:
         entries = parse_json(text)
@@ -154,4 +154,4 @@ def from_json(text: str) -> tuple[Action, ...]:
     try:
         return tuple(ACTIONS[entry.pop("action")].from_dict(entry) for entry in entries)
     except (InvalidInput, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InvalidInput(f"this is no journal: {text[:80]!r}.") from error
+        raise InvalidInput(f"this version of repfx can't read the journal {text[:80]!r}: {first_line(error)}.") from error

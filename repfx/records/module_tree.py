@@ -143,7 +143,7 @@ def modules_in(value: Any, depth: int = 4) -> Iterator[nn.Module]:
     """Yield the modules that a value holds: in lists, tuples, sets and dicts, bound methods, closures and partial functions.
 
     >>> layer = nn.ReLU()
-    >>> list(modules_in([(layer.forward, 1)])) == list(modules_in(lambda x: layer(x))) == [layer]
+    >>> list(modules_in([(layer.forward, 1)])) == list(modules_in(lambda x, inner=layer: inner(x))) == [layer]
     True
     """
     if isinstance(value, nn.Module):

@@ -41,10 +41,7 @@ def outputs(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def seeded(seed: int, model: nn.Module, x: Tensor) -> Tensor:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    OF_THIS_FILE.bit_generator.state = np.random.PCG64(seed).state
+    chance.seed(seed)
     for inner in model.modules():
         if isinstance(inner, chance.DropsLayers):
             inner.of_python.seed(seed)

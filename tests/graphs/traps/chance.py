@@ -17,6 +17,14 @@ from tests.graphs.traps.parts import Block
 OF_THIS_FILE = np.random.default_rng(5)
 
 
+def seed(number: int) -> None:
+    """Seed all generators that models of this file share."""
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+    OF_THIS_FILE.bit_generator.state = np.random.PCG64(number).state
+
+
 class DropsLayers(nn.Module):
     """Three blocks, each of which is left out with probability 0.3 in training mode, as `leaves_out` decides."""
 

@@ -40,7 +40,7 @@ def test_it_is_fused_right_or_left_alone(name: str) -> None:
     assert_same(model, expected)
 
 
-@pytest.mark.parametrize("spec", ["acb", "qarepvgg"])
+@pytest.mark.parametrize("spec", ["acb", pytest.param("qarepvgg", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TRAPS)
 def test_it_is_expanded_right_or_left_alone(name: str, spec: str) -> None:
     model = in_eval_mode(TRAPS[name]())
@@ -59,6 +59,7 @@ def test_it_is_expanded_right_or_left_alone(name: str, spec: str) -> None:
         assert len(called) == 1, "branches that nobody calls"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAPS)
 def test_it_is_restored_right_or_left_alone(name: str) -> None:
     model = in_eval_mode(TRAPS[name]())
@@ -70,6 +71,7 @@ def test_it_is_restored_right_or_left_alone(name: str) -> None:
     assert_same(restored, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistics", [None, "frozen"])
 @pytest.mark.parametrize("name", TRAPS)
 def test_it_is_squeezed_right_or_left_alone(name: str, statistics: Any) -> None:
@@ -80,6 +82,7 @@ def test_it_is_squeezed_right_or_left_alone(name: str, statistics: Any) -> None:
     assert_same(model, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAPS)
 def test_its_branches_are_dropped_right(name: str) -> None:
     """All branches leave, until each block is a conv again."""
@@ -95,6 +98,7 @@ def test_its_branches_are_dropped_right(name: str) -> None:
     assert_same(model, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAPS)
 def test_its_convs_are_fused_in_place_right_or_left_alone(name: str) -> None:
     model = in_eval_mode(TRAPS[name]())

@@ -284,7 +284,7 @@ MUTANTS = [
     Mutant(
         "settings not compared",
         puts(repfx.graphs.tracer, "changed_setting", never),
-        ("batch statistics, traced", "other parameters, traced", "other eps of a part, traced"),
+        ("batch statistics, traced", "other eps, traced", "other eps of a part, traced"),
     ),
     Mutant(
         "exact classes of values ignored",

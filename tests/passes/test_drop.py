@@ -183,7 +183,9 @@ NOT_WRITABLE: dict[str, Callable[[Any], None]] = {
 }
 
 
-@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize(
+    "dimensions", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("preset", ["repvgg", "qarepvgg"])
 @pytest.mark.parametrize("name", NOT_WRITABLE)
 def test_a_norm_that_can_t_be_written_stays_behind_the_block(name: str, preset: str, dimensions: int) -> None:

@@ -102,7 +102,9 @@ FORMS: dict[str, Forward] = {
 }
 
 
-@pytest.mark.parametrize("preset", [None, "dbb", "acb"])
+@pytest.mark.parametrize(
+    "preset", [None, pytest.param("dbb", marks=pytest.mark.slow), pytest.param("acb", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_what_has_no_key_is_left_to_the_class(form: str, preset: str | None) -> None:
     def make() -> nn.Module:

@@ -120,7 +120,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
         assert float((one - other).abs().max()) <= 1e-9 * float(other.abs().max())
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", EXTRACTORS)
 def test_every_verb_keeps_the_features_and_the_modes(name: str, verb: str, training: bool) -> None:

@@ -41,7 +41,7 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Call whatever code a recipe or the folder of a run names. Without it, these may name only models of torchvision, timm and repfx itself.",
+        help="Call whatever code a recipe or the folder of a run names. Without it, these may name models of torchvision, timm and repfx only.",
     ),
 ]
 

@@ -109,7 +109,7 @@ class _DrawingCalls(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._noted = False
         self._methods_of = {id(each) for each in (random.random.__self__, *_of_torch())}  # type: ignore[attr-defined]
 
@@ -120,11 +120,11 @@ class _DrawingCalls(TorchDispatchMode):
 
     def __enter__(self) -> _DrawingCalls:
         sys.setprofile(self._called)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         sys.setprofile(None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

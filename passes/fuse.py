@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from repfx.algebra.activated_norm import norm_of, rest_of
@@ -17,12 +18,13 @@ from repfx.blocks.folded_norm import FoldedNorm, remember_norm
 from repfx.errors import InvalidInput
 from repfx.graphs.leaves import calls_conv
 from repfx.graphs.sites import sites_at
-from repfx.measuring.in_float64 import Inputs
+from repfx.measuring.in_float64 import Inputs, by_name
 from repfx.measuring.proof import prove
 from repfx.passes.drop import absorb
 from repfx.records.journal import Action, record
 from repfx.records.module_tree import set_submodule
-from repfx.rewriting.pipeline import rewrite, verb
+from repfx.records.wrappers import require_layers
+from repfx.rewriting.pipeline import Result, rewrite, verb
 from repfx.rewriting.rule import RULES
 
 
@@ -75,7 +77,8 @@ def fuse(model: nn.Module, *, example: Inputs | None = None, strict: bool = Fals
 
     Args:
         example: input of the model, as `check_equivalent` takes it: proves that the model computes what it did, in float64. Without it,
-            nothing is compared.
+            nothing is compared. The result's inputs are the arguments that it gives a tensor; all other arguments that have a default
+            keep one value. Without an example, the first argument is an input.
         strict: raise if anything was left alone.
 
     Raises:
@@ -85,11 +88,22 @@ def fuse(model: nn.Module, *, example: Inputs | None = None, strict: bool = Fals
     >>> print(fuse(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())).get_submodule("0"))
     Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
     """
-    if not any(is_conv(inner) or isinstance(inner, nn.Linear) or calls_conv(inner) for inner in model.modules()):
-        raise InvalidInput(f"{type(model).__name__} has no conv or linear layer, so there is nothing to fuse.")
-    result = rewrite(model, RULES.values(), "fuse")
+    result = fused_for(model, example)
     if strict:
         result.report.require_all()
     prove("fuse", model, result.model, example)
     result.report.attach(result.model)
     return result.model
+
+
+@torch.inference_mode(False)
+def fused_for(model: nn.Module, example: Inputs | None) -> Result:
+    """Fuse a model for calls such as the one with `example`. Arguments that the example gives no tensor keep one value.
+
+    Raises:
+        InvalidInput: as `fuse`.
+    """
+    require_layers(model)
+    if not any(is_conv(inner) or isinstance(inner, nn.Linear) or calls_conv(inner) for inner in model.modules()):
+        raise InvalidInput(f"{type(model).__name__} has no conv or linear layer, so there is nothing to fuse.")
+    return rewrite(model, RULES.values(), "fuse", given=None if example is None else by_name(model, example))

@@ -13,13 +13,15 @@ import torch
 from torch import fx, nn
 
 from repfx.algebra.activated_norm import is_rest, joined
-from repfx.algebra.kernel import Kernel
+from repfx.algebra.baking import conv_from_kernel
+from repfx.algebra.kernel import Kernel, NoKernel
 from repfx.algebra.layers import CONVS, TRANSPOSED_CONVS, Layer
 from repfx.algebra.meaning import kernel_of, meaning_of, torch_class
 from repfx.algebra.moments import set_kernel
 from repfx.blocks.folded_norm import FoldedNorm, folded_norm, forget_norm
 from repfx.blocks.stages import Norm
 from repfx.errors import InvalidInput
+from repfx.graphs.aliases import put_back, set_aside
 from repfx.graphs.trace import Island, call_counts, trace
 from repfx.measuring.calibration import set_kernels_measured
 from repfx.measuring.in_float64 import Inputs
@@ -31,6 +33,7 @@ from repfx.records.provenance import Provenance, attach
 from repfx.records.report import Edit, Report, Skip
 from repfx.rewriting.installation import install, prepare
 from repfx.rewriting.pipeline import take_over_modes, verb
+from repfx.rewriting.surroundings import Steps, Surroundings, forget_surroundings, surroundings_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ class Restore(Action):
         for action in actions:
             if folded_norm(model.get_submodule(action.site)) is None:
                 raise InvalidInput(f"{action.site!r} has absorbed no BatchNorm, so none can be put back.")
+            if surroundings_of(model.get_submodule(action.site)) is not None:
+                raise InvalidInput(
+                    f"{action.site!r} has absorbed more than a BatchNorm. `repfx.restore` takes that out, in a new model."
+                )
         places = [_put_back(model, action) for action in actions]
         record(model, actions)  # before measuring: if the data can't be used, the inherited statistics stay
         measured = [place for place, action in zip(places, actions) if action.measured]
@@ -82,9 +89,11 @@ def restore(
     """Put a BatchNorm behind convs that have absorbed one, without changing what the model computes in eval mode.
 
     The result is a new model that can be trained further; `model` is untouched. Each BatchNorm returns to the path it came from, with
-    its eps and momentum. So if a model was conv + BatchNorm to begin with, the restored `state_dict` loads strictly into its original
-    class. The statistics are those of the sum that was fused, as far as the absorbed BatchNorms tell them; with `calibrate` they are
-    measured. Where they are right, the output in training mode is kept as well.
+    its eps and momentum. What `fuse` merged although the model's code computes it by itself, such as a residual, a factor or a layer
+    scale, is taken out of the weights and computed by the graph again. So if a model was conv + BatchNorm to begin with, the restored
+    `state_dict` loads strictly into its original class. Where something can't be taken out, the conv is left alone, the report says why,
+    and the `state_dict` has keys that don't load strictly. The statistics are those of the sum that was fused, as far as the absorbed
+    BatchNorms tell them; with `calibrate` they are measured. Where they are right, the output in training mode is kept as well.
 
     Args:
         sites: path or pattern of paths, or several, of the convs to be restored. They can name convs that never absorbed a BatchNorm,
@@ -107,32 +116,31 @@ def restore(
     target: nn.Module = copy_of(model)
     target.eval()
     traces = trace(target)
+    set_aside(target, traces)
     calls = call_counts(traces)
-    done: list[_Restored] = []
-    skips: list[Skip] = []
+    found: list[_Choice] = []
+    outcomes: list[_Restored | Skip] = []
     for island in traces.islands:
         root = target.get_submodule(island.path)
         prepare(root, island)
         for node in list(island.graph.nodes):
             chosen = _choice(node, island, root, patterns)
-            if chosen is None:
-                continue
-            path = island.full_path(str(node.target))
-            reason = _refusal(chosen, path, calls[path], target)
-            if reason is None:
-                done.append(_restore(node, island, root, chosen, path))
-            else:
-                skips.append(Skip(path, reason, "restore"))
+            if chosen is not None:
+                found.append(chosen)
+                outcomes.append(_attempt(node, island, root, chosen, calls[chosen.path], target))
         target = install(target, island)
-    if not done and not skips:
+    put_back(target)
+    if not any(chosen.has_norm for chosen in found):
         raise InvalidInput(_nothing(model, patterns))
     take_over_modes(target, model)
     forget(target)
-    report = Report("restore", tuple(Edit("restore", item.path, (item.norm_path,)) for item in done), tuple(skips))
+    done = [item for item in outcomes if isinstance(item, _Restored)]
+    skips = [item for item in outcomes if isinstance(item, Skip)]
+    report = Report("restore", tuple(item.edit for item in done), tuple(skips))
     if strict:
         report.require_all()
     if calibrate is not None:
-        set_kernels_measured(target, [(item.conv, item.norm, item.kernel) for item in done], calibrate)
+        set_kernels_measured(target, [item.place for item in done if item.place is not None], calibrate)
     prove("restore", model, target, example)
     report.attach(target)
     return target
@@ -140,73 +148,161 @@ def restore(
 
 @dataclass(frozen=True)
 class _Restored:
-    path: str
-    norm_path: str
-    conv: Layer
-    norm: Layer
-    kernel: Kernel
+    """What was done at a site, and the conv, the BatchNorm and the kernel of both if there is a BatchNorm."""
+
+    edit: Edit
+    place: tuple[Layer, Layer, Kernel] | None
 
 
 @dataclass(frozen=True)
 class _Choice:
+    """A conv, what it has absorbed, and the path for the BatchNorm behind it; None if there is to be none."""
+
     conv: Layer
+    path: str
     folded: FoldedNorm | None
-    norm_path: str
+    around: Surroundings | None
+    norm_path: str | None
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether a BatchNorm comes back behind the conv or in front of it."""
+        return self.norm_path is not None or (self.around is not None and bool(self.around.norms))
+
+    @property
+    def norms_in_front(self) -> tuple[str, ...]:
+        """The paths of the BatchNorms in front of the conv that come back."""
+        if self.around is None:
+            return ()
+        prefix = self.path.removesuffix(self.around.conv)
+        return tuple(f"{prefix}{norm}" for norm in self.around.norms)
 
 
 def _choice(node: fx.Node, island: Island, root: nn.Module, patterns: Sequence[str] | None) -> _Choice | None:
-    """Return the conv that a node calls if it is to be restored, else None."""
+    """Return the conv that a node calls if it is to be restored, else None.
+
+    A conv that has absorbed no BatchNorm, but something else around it, is restored whatever is named: no state dict may hide that.
+    """
     module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
     if module is None or torch_class(module) not in (*CONVS, *TRANSPOSED_CONVS, nn.Linear):
         return None
-    path, folded = island.full_path(str(node.target)), folded_norm(module)
-    if folded is None if patterns is None else not any(fits(path, pattern) for pattern in patterns):
+    path, folded, around = island.full_path(str(node.target)), folded_norm(module), surroundings_of(module)
+    normed = folded is not None or (around is not None and bool(around.norms))
+    named = patterns is not None and any(fits(path, pattern) for pattern in patterns)
+    if named and not normed:
+        return _Choice(module, path, None, None, f"{path}_norm")
+    if normed and not named and patterns is not None:
         return None
-    return _Choice(module, folded, _norm_path(path, folded))
-
-
-def _norm_path(path: str, folded: FoldedNorm | None) -> str:
-    """Return the path for the BatchNorm: where it was, even if the model is inside another one now."""
     if folded is None:
-        return f"{path}_norm"
+        return None if around is None else _Choice(module, path, None, around, None)
+    moved = not path.endswith(folded.conv)
+    return _Choice(module, path, folded, None if moved else around, _norm_path(path, folded))
+
+
+def _norm_path(path: str, folded: FoldedNorm) -> str:
+    """Return the path for the BatchNorm: where it was, even if the model is inside another one now."""
     prefix = path.removesuffix(folded.conv)
     return prefix + folded.norm if prefix != path else f"{path}_norm"
 
 
-def _refusal(choice: _Choice, path: str, calls: int, model: nn.Module) -> str | None:
+def _attempt(
+    node: fx.Node, island: Island, root: nn.Module, choice: _Choice, calls: int, model: nn.Module
+) -> _Restored | Skip:
+    reason = _refusal(choice, calls, model)
+    if reason is None:
+        try:
+            return _restore(node, island, root, choice)
+        except NoKernel as error:
+            reason = f"what the model computes around it can't be taken out of its weight again: {error}"
+    if choice.around is not None:
+        # one more key, so that the state dict is not taken for one of weights without all that
+        choice.conv.register_buffer("merged", choice.conv.weight.detach().new_empty(0))
+    return Skip(choice.path, reason, "restore")
+
+
+def _refusal(choice: _Choice, calls: int, model: nn.Module) -> str | None:
     if calls > 1:
         return f"it is called {calls} times"
     if meaning_of(choice.conv) is None or nn.utils.parametrize.is_parametrized(choice.conv):
         return "its weight is not a plain parameter"
-    taken = module_at(model, choice.norm_path)
+    taken = None if choice.norm_path is None else module_at(model, choice.norm_path)
     if taken is not None and not isinstance(taken, nn.Identity) and not is_rest(taken):
         return f"its BatchNorm belongs at {choice.norm_path!r}, where a {type(taken).__name__} stands"
-    if folded_norm(choice.conv) is None and isinstance(choice.conv, nn.Linear):
+    if choice.folded is None and choice.around is None and isinstance(choice.conv, nn.Linear):
         return "it is a linear layer that never absorbed a BatchNorm"
-    for name, tensor in choice.conv.named_parameters(recurse=False):
-        if tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
-            raise InvalidInput(f"the {name} of {path!r} is not finite, so no BatchNorm can be put behind it.")
+    _require_usable(choice)
     return None
 
 
-def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice, path: str) -> _Restored:
-    conv = choice.conv
+def _require_usable(choice: _Choice) -> None:
+    """Raise `InvalidInput` if a weight isn't finite, or if the conv has other channels than when it absorbed its BatchNorm."""
+    for name, tensor in choice.conv.named_parameters(recurse=False):
+        if tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+            raise InvalidInput(f"the {name} of {choice.path!r} is not finite, so no BatchNorm can be put behind it.")
+    moments = None if choice.folded is None else choice.folded.moments
+    channels = kernel_of(choice.conv, choice.conv.weight.detach(), 0, 0).out_channels
+    if moments is not None and len(moments.mean) != channels:
+        raise InvalidInput(
+            f"{choice.path!r} gives out {channels} channels, but the BatchNorm that it has absorbed had {len(moments.mean)}. "
+            "Restore the model before channels are pruned, or name in `sites` only convs that have all of theirs."
+        )
+
+
+def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice) -> _Restored:
+    """Restore one conv.
+
+    Raises:
+        NoKernel: what the model computes around the conv can't be taken out of its weight.
+    """
+    steps = None if choice.around is None else _take_apart(node, island, root, choice, choice.around)
+    conv: Layer = root.get_submodule(str(node.target))
+    attach(conv, Provenance(("restore",), (choice.path,)))
+    if choice.norm_path is None:
+        assert steps is not None  # a conv without a BatchNorm is chosen only for what is around it
+        steps.insert(node, None)
+        return _Restored(Edit("restore", choice.path, choice.norms_in_front), None)
     norm, kernel = _norm_behind(conv, choice.folded)
-    attach(conv, Provenance(("restore",), (path,)))
-    attach(norm, Provenance(("restore",), (path,), path))
+    attach(norm, Provenance(("restore",), (choice.path,), choice.path))
     inside = choice.norm_path.removeprefix(f"{island.path}.") if island.path else choice.norm_path
-    for name, part in _rest_at(root, inside):
+    _place_norm(norm, inside, island.graph, root)
+    if steps is None:
+        _call_behind(node, inside)
+    else:
+        steps.insert(node, inside)
+    return _Restored(Edit("restore", choice.path, (choice.norm_path, *choice.norms_in_front)), (conv, norm, kernel))
+
+
+def _take_apart(node: fx.Node, island: Island, root: nn.Module, choice: _Choice, around: Surroundings) -> Steps:
+    """Put the site's own conv in place of the merged one, and return the steps that the graph has to compute around it from now on."""
+    prefix, beginning = choice.path.removesuffix(around.conv), f"{island.path}." if island.path else ""
+
+    def path_of(path: str) -> str:
+        if not choice.path.endswith(around.conv) or not f"{prefix}{path}".startswith(beginning):
+            raise NoKernel("it stands in another place now")
+        return f"{prefix}{path}".removeprefix(beginning)
+
+    steps = Steps(around, choice.conv, root, path_of)
+    merged = kernel_of(choice.conv, choice.conv.weight.detach().double(), 0, 0)
+    site = steps.site_kernel(merged, choice.conv.weight.dtype)
+    set_submodule(root, str(node.target), conv_from_kernel(site, choice.conv, choice.path))
+    return steps
+
+
+def _place_norm(norm: nn.Module, path: str, graph: fx.Graph, root: nn.Module) -> None:
+    for name, part in _rest_at(root, path):
         norm.add_module(name, part)
-    if module_at(root, inside) is not None:  # asked first, because `find_nodes` looks at every call
-        for call in island.graph.find_nodes(op="call_module", target=inside):
+    if module_at(root, path) is not None:  # asked first, because `find_nodes` looks at every call
+        for call in graph.find_nodes(op="call_module", target=path):
             call.replace_all_uses_with(call.args[0])  # the identity that stood there in the meantime
-            island.graph.erase_node(call)
-    set_submodule(root, inside, norm)
-    with island.graph.inserting_after(node):
-        call = island.graph.call_module(inside)
+            graph.erase_node(call)
+    set_submodule(root, path, norm)
+
+
+def _call_behind(node: fx.Node, path: str) -> None:
+    with node.graph.inserting_after(node):
+        call = node.graph.call_module(path)
     node.replace_all_uses_with(call)
     call.args = (node,)
-    return _Restored(path, choice.norm_path, conv, norm, kernel)
 
 
 def _norm_behind(conv: Layer, folded: FoldedNorm | None) -> tuple[Layer, Kernel]:
@@ -221,6 +317,7 @@ def _norm_behind(conv: Layer, folded: FoldedNorm | None) -> tuple[Layer, Kernel]
         conv.bias = None
     set_kernel(conv, norm, kernel, None if folded is None else folded.moments)
     forget_norm(conv)
+    forget_surroundings(conv)
     return norm, kernel
 
 

@@ -20,6 +20,7 @@ from repfx.records.journal import Action, apply
 from repfx.records.module_tree import chosen
 from repfx.records.report import Edit, Report, Skip
 from repfx.rewriting.pipeline import verb
+from repfx.rewriting.region_finder import reasons_against
 from repfx.rewriting.squeezed_regions import SqueezeRegions, held_in, regions_of
 
 Statistics = Literal["frozen"]
@@ -128,10 +129,7 @@ def _squeeze(model: nn.Module, sites: str | Sequence[str], *, hold: bool) -> Rep
     after = regions_of(model)
     found = {path: parts for path, parts in after.items() if before.get(path) != parts}
     if not blocks and not after:
-        raise InvalidInput(
-            f"{type(model).__name__} has no block and no conv whose BatchNorm keeps its statistics, so there is nothing to squeeze: "
-            "repfx.expand makes blocks, and statistics='frozen' lets BatchNorms keep their statistics."
-        )
+        raise InvalidInput(_nothing(model, parts, hold=hold))
     edits = [*(Edit("squeeze", action.site) for action in actions), *(Edit("squeeze", *each) for each in found.items())]
     skips = [Skip(path, reason, "squeeze") for path, reason in refusals.items() if reason is not None]
     return Report("squeeze", tuple(edits), tuple(skips))
@@ -165,6 +163,17 @@ def unsqueeze(model: nn.Module, sites: str | Sequence[str] = "*") -> nn.Module:
     edits = dict.fromkeys([*squeezed, *loose])
     Report("unsqueeze", tuple(Edit("unsqueeze", path) for path in edits)).attach(model)
     return model
+
+
+def _nothing(model: nn.Module, parts: Collection[str], *, hold: bool) -> str:
+    """Say why there is nothing to squeeze, and what to do."""
+    reasons = [f"{skip.path or type(model).__name__}: {skip.reason}" for skip in reasons_against(model, parts)]
+    why = f" ({'; '.join(reasons[:4])}{'; …' if reasons[4:] else ''})" if reasons else ""
+    advice = "" if hold else ", and statistics='frozen' lets BatchNorms keep their statistics"
+    return (
+        f"{type(model).__name__} has no block, and no layers outside blocks that could run as one conv{why}, so there is nothing to "
+        f"squeeze: repfx.expand makes blocks{advice}."
+    )
 
 
 def _blocks_and_convs(model: nn.Module, sites: str | Sequence[str]) -> tuple[dict[str, RepBlock], list[str]]:

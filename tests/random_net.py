@@ -273,3 +273,61 @@ def random_nets(draw: st.DrawFn, *, biases: bool = False, shared: bool = True) -
     builder.net.outputs = (last, *draw(st.lists(st.integers(0, last), max_size=2)))
     randomize_batch_norm(builder.net.eval(), seed)
     return builder.net
+
+
+AFFINE = ("neg", "times", "over", "plus", "minus", "times_parameter", "plus_parameter")
+
+
+def add_affine(builder: Builder, index: int, shifts: bool) -> int:
+    """Add up to two scales or shifts behind a value. A shift in front of a conv that pads would keep both apart."""
+    for _ in range(builder.chance(0, 0, 1, 2)):
+        name = builder.chance(*(name for name in AFFINE if shifts or name in ("neg", "times", "over")))
+        options: tuple[Any, ...] = (builder.chance(0.5, -2.0, 3.0),)
+        if name.endswith("parameter"):
+            options = (f"parameter{len(builder.values)}",)
+            shape = (builder.channels(index), *(1,) * builder.dimensions)
+            values = torch.rand(shape, generator=numbers_from(builder.net.seed + index), dtype=torch.float64) + 0.5
+            builder.net.register_parameter(options[0], nn.Parameter(values))
+        index = builder.call(name, index, options=() if name == "neg" else options)
+    return index
+
+
+def add_beside(builder: Builder, index: int, source: int) -> int:
+    """Add what has no weights to a value: the site's input, its average over a window, or the value itself."""
+    kinds = ["nothing", "itself"] + ["input", "pool"] * (builder.values[index].shape == builder.values[source].shape)
+    kind = builder.chance(*kinds)
+    if kind == "nothing":
+        return index
+    if kind == "itself":
+        return builder.call("add", index, index)
+    beside = source if kind == "input" else builder.call("average_pool", source, options=(3, 1, 1, True))
+    return builder.call(builder.chance("add", "sub", "add"), *builder.chance((index, beside), (beside, index)))
+
+
+@st.composite
+@torch.no_grad()
+def nets_of_sites(draw: st.DrawFn) -> RandomNet:
+    """A net of one to three sites, a conv and mostly a BatchNorm each, with maps around them that have no weights or one per channel."""
+    seed = draw(st.integers(0, 2**16))
+    torch.manual_seed(seed)
+    shape = (2, draw(st.sampled_from((4, 6))), *draw(st.sampled_from(((7, 6), (8,), (5, 4, 6)))))
+    builder = Builder(draw, RandomNet(shape, seed), biases=False)
+    index = 0
+    for _ in range(draw(st.integers(1, 3))):
+        source = builder.call("relu", index)
+        channels = builder.channels(source)
+        in_front = builder.chance(True, False, False)
+        index = builder.layer(builder.class_of("BatchNorm")(channels), source) if in_front else source
+        index = add_affine(builder, index, shifts=False)
+        padding, groups = 0 if in_front else builder.chance(1, 1, 1, 0), builder.chance(1, 2, channels)
+        sizes = (channels, channels, 3, 1, padding, 1, groups, builder.chance(True, False))
+        index = builder.layer(builder.class_of("Conv")(*sizes), index)
+        index = add_beside(builder, add_affine(builder, index, shifts=True), source)
+        if builder.chance(True, True, False):
+            index = builder.layer(builder.class_of("BatchNorm")(channels), index)
+        index = add_affine(builder, add_beside(builder, add_affine(builder, index, shifts=True), source), shifts=True)
+        if min(builder.sizes(index)) < 4:
+            break
+    builder.net.outputs = (builder.call("relu", index),)
+    randomize_batch_norm(builder.net.eval(), seed)
+    return builder.net

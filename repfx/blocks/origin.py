@@ -37,6 +37,8 @@ def require_affine(block: RepBlock, what: str) -> None:
     unwritable = _unwritable(block.conv)
     if unwritable is not None:
         raise InvalidInput(f"the origin can't absorb {what}: {unwritable}.")
+    if norm is not None and is_parametrized(norm):
+        raise InvalidInput(f"the origin can't absorb {what}: its BatchNorm computes γ or β by a parametrization.")
     if norm is not None and (norm.weight is None or norm.bias is None):
         missing = "γ" if norm.weight is None else "β"
         raise InvalidInput(f"the origin can't absorb {what}: its BatchNorm has no {missing} to put it into.")

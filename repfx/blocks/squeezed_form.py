@@ -50,6 +50,7 @@ class SqueezedForm:
         inputs: number of inputs.
         regions: regions by name.
         held: paths of BatchNorms that stay in eval mode.
+        one_mode: paths of modules that must be in the root's mode, because the code lets dropout follow that mode.
     """
 
     root: nn.Module
@@ -57,6 +58,7 @@ class SqueezedForm:
     inputs: int
     regions: Mapping[str, Region]
     held: tuple[str, ...]
+    one_mode: tuple[str, ...] = ()
     _seen: tuple[Any, ...] = ()
     _apart: tuple[str, ...] = ()  # paths in `held` of BatchNorms that had another mode than the root
 
@@ -90,6 +92,8 @@ class SqueezedForm:
     def _is_exact(self, modules: dict[str, nn.Module]) -> bool:
         """Whether all modules are as `look` recorded them, none below the root has hooks, and all parts of regions are linear now."""
         if len(modules) != len(self._seen) or any(map(_differs, modules.items(), self._seen)):
+            return False
+        if any(modules[path].training != self.root.training for path in self.one_mode):
             return False
         return not any(_varies(modules[path]) for region in self.regions.values() for path in region.modules)
 

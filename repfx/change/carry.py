@@ -44,7 +44,8 @@ def carry(model: nn.Module, *followers: torch.optim.Optimizer | nn.Module) -> It
             `torch.optim.swa_utils.AveragedModel`.
 
     Raises:
-        InvalidInput: a module holds no copy of the model in its present structure, or an optimizer can't take up new parameters.
+        InvalidInput: a module holds no copy of the model in its present structure, an optimizer can't take up new parameters, or a
+            follower is neither.
 
     >>> import repfx
     >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8))
@@ -54,6 +55,11 @@ def carry(model: nn.Module, *followers: torch.optim.Optimizer | nn.Module) -> It
     >>> [len(group["params"]) for group in optimizer.param_groups]
     [3, 6]
     """
+    for follower in followers:
+        if not isinstance(follower, (torch.optim.Optimizer, nn.Module)):
+            raise InvalidInput(
+                f"a {type(follower).__name__} can't follow the model: give optimizers, or modules that hold a copy of it."
+            )
     require_open(follower for follower in followers if isinstance(follower, torch.optim.Optimizer))
     before, done = dict(model.named_parameters()), journal(model)
     copies = [copy_in(follower, model) for follower in followers if isinstance(follower, nn.Module)]

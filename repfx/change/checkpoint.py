@@ -24,11 +24,12 @@ from repfx.change.optimizer_state import is_alike, load_by_name, state_by_name
 from repfx.change.structure import Structure
 from repfx.change.undo import as_before_on_error
 from repfx.errors import InvalidInput, first_line
+from repfx.records.generators import read_random_state, set_random_state
 from repfx.records.json_text import parse_json, require_shallow
 from repfx.records.nested_state import put_together, take_apart
 from repfx.records.notes import copy_without_numbers
-from repfx.records.random_state import read_random_state, set_random_state
 from repfx.records.target_file import staged
+from repfx.records.wrappers import bare
 
 Part: TypeAlias = Any  # a module, an optimizer, a generator, a dict, or anything with state_dict and load_state_dict
 
@@ -76,7 +77,7 @@ def save(
     >>> list(again[0].branches), progress
     (['1xk', 'kx1'], {'epoch': 3})
     """
-    parts = _all_parts(driver, parts)
+    model, parts = bare(model), _all_parts(driver, parts)
     save_file = _package("safetensors.torch").save_file
     tensors: dict[str, Tensor] = {}
     optimizers = _optimizers(optimizer, parts)
@@ -129,7 +130,7 @@ def load(
         InvalidInput: the file is no checkpoint, is damaged, or doesn't fit what it is loaded into; the message names what differs.
         OSError: the file can't be read.
     """
-    parts = _all_parts(driver, parts)
+    given, model, parts = model, bare(model), _all_parts(driver, parts)
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidInput(f"path is of type {type(path).__name__}: give the name of a file that repfx.save wrote.")
     found = _Checkpoint.read(Path(path))
@@ -156,7 +157,7 @@ def load(
         for state in numbers:
             with _fitting(found.path, _RANDOM):
                 set_random_state(state)
-    return model
+    return given
 
 
 def is_checkpoint(path: Path) -> bool:

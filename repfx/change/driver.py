@@ -26,6 +26,7 @@ from repfx.graphs.sites import Site, find_sites, sites_known
 from repfx.passes.freeze import is_frozen
 from repfx.records.journal import Action, apply, from_json, journal, to_json
 from repfx.records.module_tree import has
+from repfx.records.wrappers import bare, require_layers
 
 _CPU = torch.device("cpu")
 
@@ -53,8 +54,8 @@ class Driver:
         state: the `state_dict` of an earlier driver of this model. The model must have its structure already, and nothing is done at once.
 
     Raises:
-        InvalidInput: the schedule needs data and `calibrate` isn't given, the model's parameters are sharded, or an optimizer can't take up
-            new parameters.
+        InvalidInput: the schedule needs data and `calibrate` isn't given, the model's parameters are sharded, an optimizer can't take up
+            new parameters, or `ema` is no module.
 
     >>> import repfx
     >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
@@ -86,11 +87,13 @@ class Driver:
             raise InvalidInput(
                 f"{type(schedule).__name__} measures new BatchNorms on data: give `calibrate`, the training data's loader."
             )
-        self.model = _bare(model)
+        require_layers(model)
+        self.model = bare(model)
         _require_whole(self.model)
         self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         if not isinstance(schedule, Unchanged):
             require_open(self.optimizers)
+            _require_follower(ema)
         self.schedule = schedule
         self.ema = ema
         self.epoch = 0
@@ -287,15 +290,12 @@ class _First:
         return islice(iter(self.data), self.count)
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    """Return the module inside its wrappers for several processes and for compilation."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
+def _require_follower(ema: object) -> None:
+    if ema is not None and not isinstance(ema, nn.Module):
+        raise InvalidInput(
+            f"ema is of type {type(ema).__name__}, no module, so it would keep an average of the structure that the model had: "
+            "give a module that holds a copy of the model, such as torch.optim.swa_utils.AveragedModel."
+        )
 
 
 def _require_whole(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repfx.records.random_state import read_random_state, set_random_state
+from repfx.records.generators import read_random_state, set_random_state
 
 
 @contextmanager

@@ -6,12 +6,12 @@ import operator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from repfx.algebra.layers import is_batch_norm, is_conv
-from repfx.errors import InvalidInput
-from repfx.graphs.source_code import writes_in_place
+from repfx.graphs.checks import require_given, require_tensor
 from repfx.graphs.vocabulary import ARITHMETIC, SIZE_METHODS
+from repfx.reading.source_code import writes_in_place
 
 IN_PLACE_OPERATORS = (
     "iadd",
@@ -87,18 +87,10 @@ def _makes_new_tensor(node: fx.Node, root: nn.Module) -> bool:
     return node.target in _NEW or (node.target in ARITHMETIC and mutated_by(node, root) is None)
 
 
-def require_tensor(value: object) -> None:
-    """Raise InvalidInput unless `value` is a tensor. Traced code has asked whether it is one, and tracing answered yes."""
-    if not isinstance(value, Tensor):
-        raise InvalidInput(
-            f"this module was traced with a tensor and is called with a {type(value).__name__} instead: pass a tensor."
-        )
-
-
 def reads_only_the_form(node: fx.Node) -> bool:
     """Whether a node asks only for the shape, dtype, device or class of a tensor, not for a number in it."""
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("shape", "ndim", "dtype", "device")
-    if node.op == "call_function" and node.target is require_tensor:
+    if node.op == "call_function" and node.target in (require_tensor, require_given):
         return True
     return node.op == "call_method" and node.target in SIZE_METHODS

@@ -151,6 +151,22 @@ def is_shared(node: fx.Node) -> bool:
     return any(user not in own and user is not node and not reads_only_the_form(user) for user in readers)
 
 
+def reads_its_own_weight(node: fx.Node) -> bool:
+    """Whether weight and bias are the parameters of the module whose code `node` is, as they are."""
+    call, owner = _arguments(node), owner_of(node)
+    return all(_is_attribute(call[name], f"{owner}.{name}".lstrip(".")) for name in ("weight", "bias"))
+
+
+def _is_attribute(argument: fx.Node | None, path: str) -> bool:
+    return argument is None or (argument.op == "get_attr" and argument.target == path)
+
+
+def reads_saved_weight(node: fx.Node, root: nn.Module) -> bool:
+    """Whether the weight is computed from a tensor that a state dict holds."""
+    saved = root.state_dict(keep_vars=True).keys()
+    return any(source.target in saved for source in _parameters(_arguments(node)["weight"]))
+
+
 def _parameters(node: fx.Node) -> list[fx.Node]:
     """The parameters and buffers that a node is computed from."""
     return [source for source in _origins(node) if source.op == "get_attr"]
@@ -174,8 +190,8 @@ def path_for(node: fx.Node, root: nn.Module, taken: Collection[str]) -> str:
     It is the path of the conv module whose code `node` is, if that code calls no other functional conv and the path isn't taken.
     Otherwise it is a new path inside the module whose code calls the function.
     """
-    owner = _owner(node)
-    alone = [other for other in node.graph.nodes if is_functional_conv(other) and _owner(other) == owner] == [node]
+    owner = owner_of(node)
+    alone = [other for other in node.graph.nodes if is_functional_conv(other) and owner_of(other) == owner] == [node]
     if owner and alone and owner not in taken and is_conv(root.get_submodule(owner)):
         return owner
     path, number = f"{owner}.{node.name}".lstrip("."), 0
@@ -185,7 +201,7 @@ def path_for(node: fx.Node, root: nn.Module, taken: Collection[str]) -> str:
     return path
 
 
-def _owner(node: fx.Node) -> str:
-    """The path of the module whose code made a node."""
+def owner_of(node: fx.Node) -> str:
+    """Return the path of the module whose code made a node."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return str(stack[-1][0]) if stack else ""

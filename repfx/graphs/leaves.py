@@ -7,9 +7,18 @@ from torch import fx, nn
 from repfx.algebra.layers import code_of_its_own, has_hooks, is_batch_norm, is_conv, is_plain_sequence
 from repfx.algebra.meaning import torch_class
 from repfx.blocks.block import RepBlock
-from repfx.graphs.source_code import calls
+from repfx.reading.source_code import asks_for_exact_class, calls
 
-_AUTOCAST = frozenset({"autocast", "_enter_autocast"})
+_AUTOCAST = frozenset(
+    {
+        "autocast",
+        "_enter_autocast",
+        "set_autocast_enabled",
+        "set_autocast_cpu_enabled",
+        "set_autocast_gpu_enabled",
+        "set_autocast_dtype",
+    }
+)
 CONV_FUNCTIONS = frozenset(f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3))
 
 
@@ -52,7 +61,7 @@ def stays_whole(module: nn.Module) -> str | None:
         return "it has hooks, which would no longer run"
     if _calls(module, _AUTOCAST):
         return "it switches autocast on or off"
-    return code_of_its_own(module)
+    return code_of_its_own(module) or asks_for_exact_class(module)
 
 
 def calls_conv(module: nn.Module) -> bool:

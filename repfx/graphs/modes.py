@@ -21,11 +21,13 @@ class Modes:
     gradients: bool
     autocasts: int
     enabled: tuple[bool, ...]
+    dtypes: tuple[torch.dtype, ...]
 
     @classmethod
     def now(cls) -> Modes:
         enabled = tuple(torch.is_autocast_enabled(device) for device in _DEVICES)
-        return cls(torch.is_grad_enabled(), _count_autocasts(), enabled)
+        dtypes = tuple(torch.get_autocast_dtype(device) for device in _DEVICES)
+        return cls(torch.is_grad_enabled(), _count_autocasts(), enabled, dtypes)
 
     def require(self) -> None:
         """Raise TypeError if code has switched a mode since."""
@@ -45,13 +47,12 @@ def _count_autocasts() -> int:
 def modes_put_back() -> Iterator[Modes]:
     """Yield the modes of this thread, and put them back at the end, because code that is interrupted may leave them switched."""
     before = Modes.now()
-    types = [torch.get_autocast_dtype(device) for device in _DEVICES]
     cached = torch.is_autocast_cache_enabled()
     try:
         yield before
     finally:
         torch.set_grad_enabled(before.gradients)
-        for device, enabled, dtype in zip(_DEVICES, before.enabled, types, strict=True):
+        for device, enabled, dtype in zip(_DEVICES, before.enabled, before.dtypes, strict=True):
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)
         torch.set_autocast_cache_enabled(cached)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from repfx.graphs.aliasing import IN_PLACE_OPERATORS, require_tensor
+from repfx.graphs.aliasing import IN_PLACE_OPERATORS
+from repfx.graphs.checks import require_tensor
 from repfx.graphs.vocabulary import SIZE_METHODS
 
 _INSTANCE_CHECKS = ("abc", "torch.nn.parameter")  # modules whose Python code answers `isinstance` for some classes

@@ -92,7 +92,6 @@ def tensors_recorded(root: nn.Module, read: Callable[[str, Any], Any]) -> Iterat
 def functions_recorded(root: nn.Module) -> Iterator[None]:
     """Let calls of some functions with proxies be recorded: those of `math`, and those that were given to `torch.fx.wrap`."""
     with _ONE_AT_A_TIME, ExitStack() as stack:
-        stack.enter_context(_fx_tracing())
         for namespace, name, function in _wrapped_functions(root):
             stack.enter_context(_replaced(namespace, name, _in_this_thread(function)))
         yield
@@ -143,28 +142,3 @@ def _replaced(namespace: dict[str, Any], name: str, value: object) -> Iterator[N
         namespace[name] = before
         if missing:
             del namespace[name]
-
-
-@contextmanager
-def _fx_tracing() -> Iterator[None]:
-    """Let `torch.fx`'s `is_fx_tracing` be true in this thread."""
-    if hasattr(_symbolic_trace, "_is_fx_tracing_context"):  # torch has a flag for each thread since 2.14
-        with _symbolic_trace._is_fx_tracing_context(True):
-            yield
-        return
-    flag = _ThisThread()
-    with _replaced(vars(_symbolic_trace), "_is_fx_tracing_flag", flag):
-        try:
-            yield
-        finally:
-            flag.thread = None
-
-
-class _ThisThread:
-    """A flag that is true in the thread that made it, until it is taken from it."""
-
-    def __init__(self) -> None:
-        self.thread: int | None = threading.get_ident()
-
-    def __bool__(self) -> bool:
-        return self.thread == threading.get_ident()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -21,10 +22,11 @@ from repfx.blocks.presets import SpecLike
 from repfx.blocks.selection import Selection
 from repfx.errors import UnknownName
 from repfx.graphs.leaves import is_leaf
-from repfx.graphs.source_code import Around, asked_for
 from repfx.graphs.trace import Island, Traces, call_counts, trace
+from repfx.reading.source_code import Around, asked_for
 from repfx.records.module_tree import module_paths, outer_paths
 from repfx.records.report import report
+from repfx.records.wrappers import bare, require_layers
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ def sites(model: nn.Module, spec: SpecLike | Architecture | None = None) -> Site
     0     3×3 3→8  (would get 1x1; not identity: 3 channels go in and 8 come out)
     2     ?        (a transposed conv is folded but not expanded)
     """
+    require_layers(model)
+    model = bare(model)
     found = [site for site in find_sites(model) if site.block is None]
     if spec is not None:
         selection = Selection.of(spec)
@@ -184,11 +188,11 @@ def find_sites(model: nn.Module) -> list[Site]:
     registered = module_paths(model)
     calls = call_counts(traces)
     owners = _owners(model)
-    code = _code_around(model)
+    code = _code_around(model, traces.untraced)
     norms = {
         conv: norm
         for conv, norm in _own_norms(model, traces, calls, registered, read).items()
-        if not code[norm].needs_norm(norm, model.get_submodule(norm))
+        if not code[norm].needs_norm(norm, model.get_submodule(norm)) and _is_writable(norm, model, owners)
     }
     blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
     origins = {f"{path}.origin.conv" for path in blocks}
@@ -218,21 +222,30 @@ class _Code:
         asked = asked_for(conv, self.around.classes)
         if asked is not None:
             return f"code around it asks whether it is a {asked}"
+        if self.around.asks_for_bias and conv.bias is None:
+            return "code around it asks whether a layer has a bias; it has none now, and would have one later"
         if not called and "weight" in self.around.names:
             return "code around it, which can't be traced, reads its weights"
-        return self.closed
+        return self.closed or self.around.closed
 
     def needs_norm(self, path: str, norm: nn.Module) -> bool:
         """Whether the code needs a BatchNorm to stay where it is."""
         if path.rpartition(".")[2] in self.around.sets_modes:
             return True
+        if _asks_for_identities(self.around) or self.around.closed is not None:
+            return True
         return asked_for(norm, self.around.classes) is not None or bool(_OF_NORMS & self.around.names)
+
+
+def _asks_for_identities(around: Around) -> bool:
+    """Whether code asks if a module is an identity, which stands where a BatchNorm was once that has moved."""
+    return asked_for(nn.Identity(), around.classes) is not None
 
 
 _OF_NORMS = frozenset({"eps", "momentum", "num_features", "running_mean", "running_var", "affine"})
 
 
-def _code_around(model: nn.Module) -> dict[str, _Code]:
+def _code_around(model: nn.Module, untraced: Container[str]) -> dict[str, _Code]:
     """Map the path of each module to the code of all modules that it lies in.
 
     The code of blocks is left out, because it works with whatever their parts become.
@@ -243,7 +256,9 @@ def _code_around(model: nn.Module) -> dict[str, _Code]:
         if not (is_leaf(module) or isinstance(module, RepBlock)):
             code = _Code(code.around.inside(module), code.closed or code_of_its_own(module))
         for name, _ in module.named_children():
-            found[f"{path}.{name}".lstrip(".")] = code
+            found[f"{path}.{name}".lstrip(".")] = _Code(
+                code.around.toward(name, traced=path not in untraced), code.closed
+            )
     return found
 
 
@@ -270,10 +285,19 @@ def _refusal(
     return None
 
 
+def _is_writable(path: str, model: nn.Module, owners: dict[int, list[str]]) -> bool:
+    """Whether numbers can be written into a BatchNorm: none is computed by a parametrization, or is another module's, too."""
+    norm = norm_of(model.get_submodule(path))
+    if nn.utils.parametrize.is_parametrized(norm):
+        return False
+    return all(len(owners[id(tensor)]) == 1 for tensor in (*norm.parameters(), *norm.buffers()))
+
+
 def _owners(model: nn.Module) -> dict[int, list[str]]:
     owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    for name, tensor in itertools.chain(*named):
+        owners.setdefault(id(tensor), []).append(name)
     return owners
 
 

@@ -2,7 +2,7 @@
 
 - A module that holds neither a conv nor a BatchNorm, and is no plain sequence, stays a leaf. So dropout, stochastic depth and attention
   keep their own behaviour in both modes.
-- A module with hooks stays a leaf, too; its children are tried one by one.
+- A module with hooks stays a leaf, too; its children are tried one by one. Code that may read what hooks collect can't be traced.
 - Lists and dicts of modules without a forward, and sequences that hold more than layers, are tried member by member if the code around
   them can't be traced, because that code may index them.
 - Conv classes with a forward of their own, and modules that call a function for convs, are traced through, because they may compute a
@@ -11,16 +11,17 @@
 - If the code of a part inside a module can't be traced, that part becomes a leaf and the rest is tried again. Then the part is tried
   child by child.
 - The graph of a gated block has the paths that run in eval mode.
-- Tracing runs on a copy, because code may write into its parameters. The model is not touched.
+- Code that draws random numbers can't be traced: a graph would repeat what it drew once.
+- Tracing runs on a copy, because code may write into its parameters. Neither the model nor the state of random numbers is changed.
 """
 
 from __future__ import annotations
 
 import keyword
 from collections import Counter
-from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,11 +33,15 @@ from repfx.blocks.block import RepBlock
 from repfx.blocks.gates import gates_in
 from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.dropout import let_dropout_follow_the_mode
+from repfx.graphs.keepers import attribute_of, kept_by_a_leaf, kept_from_outside, kept_in
 from repfx.graphs.leaves import holds_modules, is_container, is_leaf, stays_whole
-from repfx.graphs.source_code import Around
-from repfx.graphs.tracer import Tracer, sentence
+from repfx.graphs.tracer import DRAWS, Tracer, sentence
+from repfx.reading.collecting import read_by_code
+from repfx.reading.source_code import Around
+from repfx.records.generators import Generators, random_state_kept
 from repfx.records.module_tree import require_module
 from repfx.records.notes import copy_of
+from repfx.records.wrappers import passes_on
 
 _Traced: TypeAlias = tuple[fx.Graph, dict[str, Tensor | nn.Module]]
 
@@ -66,22 +71,35 @@ class Traces:
     untraced: dict[str, str]
 
 
-def trace(model: nn.Module) -> Traces:
+def trace(model: nn.Module, given: Mapping[str, Any] | None = None) -> Traces:
     """Trace a model, whole or in islands.
+
+    Args:
+        given: what a caller gives the model, by the name of the argument. Other arguments keep their defaults. If it is None, so do all
+            but the first.
 
     >>> [island.path for island in trace(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU())).islands]
     ['']
     """
+    require_module(model)
+    with random_state_kept(model):
+        return _traces(copy_of(model), read_by_code(model), given)
+
+
+def _traces(scratch: nn.Module, closed_to_traces: dict[str, str], given: Mapping[str, Any] | None) -> Traces:
+    """Trace a copy of a model, but not the code at the paths in `closed_to_traces`, which gives the reasons."""
     islands: list[Island] = []
     untraced: dict[str, str] = {}
-    require_module(model)
-    scratch = copy_of(model)
     release_all(scratch)
     for gates in gates_in(scratch).values():
         gates.choose(gates.open_in(training=False))
+    kept = kept_in(scratch)
     pending = [("", scratch, Around())]
     while pending:
         path, module, around = pending.pop()
+        if passes_on(module) and code_of_its_own(module) is None:
+            pending.append((f"{path}.module".lstrip("."), module.get_submodule("module"), around))
+            continue
         closed = code_of_its_own(module) or around.order_of_children
         if closed is not None:
             if isinstance(module, RepBlock) and code_of_its_own(module) is None:
@@ -94,14 +112,25 @@ def trace(model: nn.Module) -> Traces:
                         (f"{path}.{name}" if path else name, child, around) for name, child in _with_blocks(module)
                     ]
                 continue
-        result = _graph_of(path, module, around)
+        reason = closed_to_traces.get(path) or kept_from_outside(path, kept)
+        result = reason or _graph_of(path, module, around, None if path else given)
         if isinstance(result, str):
             if not is_leaf(module) and not is_container(module):
                 untraced[path] = result
                 around = around.inside(module)
-            pending += [(f"{path}.{name}" if path else name, child, around) for name, child in module.named_children()]
+            if path in kept:
+                around = replace(around, closed=around.closed or f"{attribute_of(kept[path][0])} keeps what it lies in")
+            pending += [
+                (f"{path}.{name}" if path else name, child, around.toward(name))
+                for name, child in module.named_children()
+            ]
             continue
         graph, constants = result
+        keeper = kept_by_a_leaf(path, graph, kept)
+        if keeper is not None:
+            untraced[path] = keeper
+            pending += [(f"{path}.{name}" if path else name, child, around) for name, child in module.named_children()]
+            continue
         for name, value in constants.items():
             setattr(module, name, value)
         separate(graph, module)
@@ -121,7 +150,7 @@ def _with_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def _graph_of(path: str, module: nn.Module, around: Around) -> _Traced | str:
+def _graph_of(path: str, module: nn.Module, around: Around, given: Mapping[str, Any] | None) -> _Traced | str:
     """Return the graph that is the same in both modes, with the constants and dropouts it needs, or the reason why there is none."""
     is_root = not path
     if is_container(module) and not (is_root and is_plain_sequence(module)):
@@ -143,7 +172,7 @@ def _graph_of(path: str, module: nn.Module, around: Around) -> _Traced | str:
     if type(module) in opaque:
         return "a leaf"
     while True:
-        result = _graph_of_both_modes(module, opaque)
+        result = _graph_of_both_modes(module, opaque, given)
         if not isinstance(result, _Untraceable):
             return result
         culprit = result.culprit
@@ -171,22 +200,26 @@ def _name_taken(module: nn.Module) -> str | None:
     return min(names & _TAKEN, default=None)
 
 
-def _graph_of_both_modes(module: nn.Module, opaque: Container[type[nn.Module]]) -> _Traced | _Untraceable:
+def _graph_of_both_modes(
+    module: nn.Module, opaque: Container[type[nn.Module]], given: Mapping[str, Any] | None = None
+) -> _Traced | _Untraceable:
     """Try once to trace a module in both modes, with modules of the `opaque` classes as leaves. It is in eval mode afterwards."""
     try:
-        return _graph_of_modes(module, opaque)
+        return _graph_of_modes(module, opaque, given)
     finally:
         module.train(False)
 
 
-def _graph_of_modes(module: nn.Module, opaque: Container[type[nn.Module]]) -> _Traced | _Untraceable:
+def _graph_of_modes(
+    module: nn.Module, opaque: Container[type[nn.Module]], given: Mapping[str, Any] | None
+) -> _Traced | _Untraceable:
     graphs = []
     constants: list[dict[str, Tensor]] = []
     taken = set(dir(module))
     for training in (True, False):
         module.train(training)
         state = _state(module)
-        result = _traced(module, opaque)
+        result = _traced(module, opaque, given)
         keeper = _forget_values(module)
         if isinstance(result, _Untraceable):
             return result
@@ -232,17 +265,32 @@ def _first_difference(root: nn.Module, *graphs: fx.Graph) -> nn.Module | None:
     return None
 
 
-def _traced(module: nn.Module, opaque: Container[type[nn.Module]]) -> tuple[fx.Graph, dict[str, Tensor]] | _Untraceable:
-    """Trace a module in the mode it is in. Return its graph and the constants that tracing made, or why it can't be traced.
+def _traced(
+    module: nn.Module, opaque: Container[type[nn.Module]], given: Mapping[str, Any] | None
+) -> tuple[fx.Graph, dict[str, Tensor]] | _Untraceable:
+    """Trace a module in the mode it is in. Return its graph and the constants that tracing made, or why it can't be traced."""
+    generators = Generators(module)
+    result = _traced_once(module, opaque, given, generators)
+    if isinstance(result, _Untraceable) and result.reason == DRAWS:  # or another thread has drawn
+        with generators.of_this_thread():
+            result = _traced_once(module, opaque, given, generators)
+    return result
+
+
+def _traced_once(
+    module: nn.Module, opaque: Container[type[nn.Module]], given: Mapping[str, Any] | None, generators: Generators
+) -> tuple[fx.Graph, dict[str, Tensor]] | _Untraceable:
+    """Trace a module, and count it as a failure if one of the generators has given a number.
 
     A block that is called more than once stays a leaf and so is an island of its own. Whatever it becomes then serves every call.
     """
     before = set(vars(module))
     shared: set[nn.Module] = set()
     while True:
-        tracer = Tracer(shared, opaque)
+        tracer = Tracer(shared, opaque, given, generators)
         try:
             graph = tracer.trace(module)
+            tracer.note_draws(None)
             graph.lint()  # code that keeps the values it was given may mix two graphs
             _require_names(graph)
             if tracer.failures:
@@ -332,7 +380,14 @@ def _sum_of_bits(weight: Tensor) -> int:
 
 
 def _same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(_same_tensor(a[name], b[name]) for name in a)
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, as far as they have numbers."""
+    if a.dtype != b.dtype or a.shape != b.shape or a.is_meta != b.is_meta:
+        return False
+    return a.is_meta or torch.equal(a, b)
 
 
 def call_counts(traces: Traces) -> Counter[str]:

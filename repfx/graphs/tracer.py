@@ -7,38 +7,58 @@ import inspect
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import partial
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
+from torch.utils import _pytree as pytree
 
-from repfx.algebra.layers import has_call_of_its_own
+from repfx.algebra.layers import has_call_of_its_own, has_hooks
 from repfx.blocks.block import RepBlock
-from repfx.errors import InvalidInput, first_line
+from repfx.errors import first_line
+from repfx.graphs.checks import require_default, require_given
 from repfx.graphs.leaves import is_leaf, stays_whole
 from repfx.graphs.modes import Modes, modes_put_back
 from repfx.graphs.proxy import ParameterProxy, ValueProxy
 from repfx.graphs.recording import calls_recorded, functions_recorded, tensors_recorded
+from repfx.graphs.settings import Settings, changed_setting, settings_in, settings_put_back
+from repfx.records.generators import Generators
+
+DRAWS = "it draws random numbers in code"  # a failure
+_GENERATED = "<eval_with_key>"  # the name of the files in which torch.fx writes the code of graphs
 
 
 class Tracer(fx.Tracer):
     """A tracer of one module in one mode.
 
     Leaves are torch's convs, BatchNorms, and modules that hold neither or that have hooks. So are the blocks in `shared`, and modules of
-    the `opaque` classes.
+    the `opaque` classes. Code that draws from one of the `generators` counts as a failure.
+
+    Args:
+        given: what a caller gives the traced module, by the name of the argument; None if that isn't known.
     """
 
     proxy_buffer_attributes = True  # else a value computed from a buffer would stay as it is when others are loaded
 
-    def __init__(self, shared: Container[nn.Module] = (), opaque: Container[type[nn.Module]] = ()) -> None:
+    def __init__(
+        self,
+        shared: Container[nn.Module] = (),
+        opaque: Container[type[nn.Module]] = (),
+        given: Mapping[str, Any] | None = None,
+        generators: Generators | None = None,
+    ) -> None:
         super().__init__()
+        self._generators = generators
+        self._hooked: set[nn.Module] = set()
         self.shared = shared
         self.opaque = opaque
+        self.given = given
         self.block_calls: Counter[nn.Module] = Counter()
         self._modes = Modes.now()
+        self._settings: Settings = {}
         self.running: list[nn.Module] = []  # modules whose code runs now; after an error, whose code failed
         self.failures: list[tuple[str, nn.Module | None]] = []  # caught by code or not; with the module that failed
 
@@ -50,6 +70,8 @@ class Tracer(fx.Tracer):
         self.root = nn.Module()
         self.submodule_paths = None
         self.tensor_attrs = {}
+        self._hooked.clear()
+        self._settings = {}
         self.block_calls.clear()
         self.running.clear()
         self.failures.clear()
@@ -60,8 +82,10 @@ class Tracer(fx.Tracer):
         if not isinstance(function, FunctionType):
             raise TypeError("its forward is no function of Python")
         self._begin(root, function.__code__)
+        self._settings = settings_in(root)
         function, arguments = self.create_args_for_root(function, True, concrete_args)
         with (
+            settings_put_back(self._settings),
             modes_put_back() as self._modes,
             functions_recorded(root),
             calls_recorded(root, self.call_module),
@@ -69,6 +93,8 @@ class Tracer(fx.Tracer):
         ):
             result = self.create_arg(function(*arguments))
             self.create_node("output", "output", (result,), {}, type_expr=function.__annotations__.get("return"))
+            for module in self._settings:
+                self._require_settings(module)
         self.submodule_paths = None
         return self.graph
 
@@ -105,11 +131,39 @@ class Tracer(fx.Tracer):
         if has_call_of_its_own(m):  # its __call__ has already run by now, and would run again in the graph
             self.running.append(m)
             raise TypeError(f"{type(m).__name__} has a __call__ of its own")
+        if any(has_hooks(inner) and inner not in self._hooked for inner in m.modules()):
+            self.failures.append(("its code adds hooks", self.running[-1] if self.running else None))
+        self._require_settings(m)
         self.block_calls[m] += isinstance(m, RepBlock)
         self.running.append(m)
-        result = super().call_module(m, forward, args, kwargs)
+        result = super().call_module(m, self._watched(forward), args, kwargs)
         self.running.pop()
         return result
+
+    def _watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the forward of a module that is traced through, with a look at what the code before it and its own code have drawn."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.note_draws(self.running[-2] if len(self.running) > 1 else None)
+            result = forward(*args, **kwargs)
+            self.note_draws(self.running[-1])
+            return result
+
+        return run
+
+    def note_draws(self, module: nn.Module | None) -> None:
+        """Count it as a failure of a module's code if random numbers were drawn since the last time: a graph would repeat them."""
+        if self._generators is not None and self._generators.have_drawn():
+            self.failures.append((DRAWS, module))
+
+    def _require_settings(self, module: nn.Module) -> None:
+        """Raise `TypeError` if code has changed a setting of a module that it calls. It isn't known which code did that."""
+        is_leaf = self.is_leaf_module(module, "")
+        for inner in module.modules() if is_leaf else (module,):
+            changed = changed_setting(inner, self._settings)
+            if changed is not None:
+                self.running.clear()
+                raise TypeError(f"it changes {changed.strip('_')!r} of a {type(inner).__name__} while it runs")
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
@@ -165,18 +219,46 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Trace each argument that has a default with that default. The graph refuses any other value when it is called."""
+        """Trace each argument that has a default with that default, unless it is an input.
+
+        The graph refuses any other value when it is called, and it refuses the default of an input.
+        """
+        self._hooked = {module for module in self.root.modules() if has_hooks(module)}
         function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
         parameters = list(inspect.signature(root_fn).parameters.values())
         single = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # torch.fx lists them first
-        for index, parameter in enumerate(single):
-            if index and parameter.default is not inspect.Parameter.empty and isinstance(arguments[index], fx.Proxy):
-                self.create_proxy(
-                    "call_function", require_default, (arguments[index], parameter.name, parameter.default), {}
-                )
-                arguments[index] = parameter.default
+        if not root_fn.__code__.co_filename.startswith(_GENERATED):  # a graph's own code has its checks
+            kept = _values_kept(parameters[1:], self.given)
+            for index, parameter in enumerate(single[1:], 1):
+                if parameter.default is not parameter.empty and isinstance(arguments[index], fx.Proxy):
+                    arguments[index] = self._checked(arguments[index], parameter, kept)
         _order_placeholders(parameters[1:], self.graph)
         return function, arguments
+
+    def _checked(self, argument: fx.Proxy, parameter: inspect.Parameter, kept: Mapping[str, Any]) -> Any:
+        """Let the graph check an argument when it is called. Return the value that stands for it: the argument itself if it is an input."""
+        if argument.node.all_input_nodes:
+            raise TypeError(f"{parameter.name!r} has a tensor as its default, which torch.fx can't write")
+        name, default = parameter.name, kept.get(parameter.name, parameter.default)
+        check = require_default if name in kept else require_given
+        self.create_proxy("call_function", check, (argument, name, default), {})
+        return kept.get(name, argument)
+
+
+def _values_kept(parameters: list[inspect.Parameter], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the value of each argument that has a default and is no input, by its name.
+
+    Inputs are the arguments that a caller gives a tensor. If nothing is known of a caller, only the first one is an input.
+    """
+    optional = [parameter for parameter in parameters if parameter.default is not parameter.empty]
+    if given is None:
+        return {parameter.name: parameter.default for parameter in optional if parameter is not parameters[0]}
+    values = {parameter.name: given.get(parameter.name, parameter.default) for parameter in optional}
+    return {name: value for name, value in values.items() if not _holds_a_tensor(value)}
+
+
+def _holds_a_tensor(value: object) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
 def _order_placeholders(parameters: list[inspect.Parameter], graph: fx.Graph) -> None:
@@ -213,10 +295,3 @@ def sentence(error: Exception) -> str:
     It is kept instead of the error, because the error's frames would keep the model alive.
     """
     return first_line(error).split(". ")[0]
-
-
-def require_default(value: object, name: str, default: object) -> None:
-    """Raise InvalidInput for a value other than the default that the graph was traced with."""
-    tensors = isinstance(value, Tensor) or isinstance(default, Tensor)
-    if value is not default and (tensors or value != default):
-        raise InvalidInput(f"this module was traced with {name}={default!r} and can't be called with another value.")

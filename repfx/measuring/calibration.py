@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +16,7 @@ from repfx.algebra.layers import Layer, keeps_statistics
 from repfx.algebra.moments import Moments, set_kernel
 from repfx.errors import InvalidInput, first_line
 from repfx.measuring.in_float64 import device_of, map_tensors
+from repfx.records.modes import in_eval_mode
 
 Batches: TypeAlias = Iterable[Any]
 
@@ -201,15 +202,3 @@ def run(model: nn.Module, batches: Batches) -> None:
 def _uncompiled() -> AbstractContextManager[Any]:
     """Return a context in which compiled code runs uncompiled. Loading torch's compiler takes a second, so don't load it for this."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode inside, and give each module its own mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from repfx.records.modes import in_eval_mode
+
 
 def count_parameters(model: nn.Module) -> int:
     """Count the parameters, trainable or not. A shared parameter counts once.
@@ -29,15 +31,9 @@ def count_macs(model: nn.Module, x: Tensor) -> int:
     >>> count_macs(nn.Conv2d(3, 8, 3, groups=1), torch.zeros(1, 3, 5, 5)) == 3 * 8 * 9 * 9
     True
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     counter = _Flops()
-    try:
-        with torch.no_grad(), counter:
-            model(x)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with in_eval_mode(model), torch.no_grad(), counter:
+        model(x)
     return counter.total // 2
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from repfx.errors import InvalidInput
+from repfx.records.generators import random_state_kept
 from repfx.records.notes import copy_of
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -78,6 +82,19 @@ def as_arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
+def by_name(model: nn.Module, x: Inputs) -> dict[str, Any]:
+    """Return what x gives a model, by the names that its forward gives the arguments; nothing if x doesn't fit the forward.
+
+    >>> by_name(nn.Conv2d(1, 1, 1), (3,))
+    {'input': 3}
+    """
+    args, kwargs = as_arguments(x)
+    try:
+        return inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    except TypeError:
+        return {}
+
+
 def describe(x: object) -> str:
     """Describe the types and shapes of an input in a few words.
 
@@ -121,11 +138,14 @@ def device_of(model: nn.Module) -> torch.device | None:
 
 @contextmanager
 def seeded(model: nn.Module) -> Iterator[None]:
-    """Let random numbers inside start from one seed on each device of the model. Afterwards the generators go on undisturbed."""
+    """Let random numbers inside start from one seed, on each device of the model too. Afterwards the generators go on undisturbed."""
     used = {tensor.device for module in model.modules() for _, tensor in _own_tensors(module)}
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(random_state_kept(model))
+        random.seed(0)
         torch.default_generator.manual_seed(0)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(0)
         for device in used:
             if device.type in ("cpu", "meta"):
                 continue

@@ -20,6 +20,7 @@ from repfx.onnx.free_axes import AxisNames, FreeAxes, tensors_of
 from repfx.onnx.opset import LOWEST
 from repfx.onnx.program import write_program
 from repfx.onnx.reference import CPU, DTYPES, Reference
+from repfx.records.generators import random_state_kept
 from repfx.records.module_tree import require_module
 from repfx.records.target_file import staged
 
@@ -108,7 +109,7 @@ def export_onnx(
         raise InvalidInput(
             f"dtype is {dtype}: on a CPU onnxruntime runs convs only in {' and '.join(map(str, DTYPES))}."
         )
-    with staged(path, ".onnx") as (target, staging):
+    with random_state_kept(model), staged(path, ".onnx") as (target, staging):
         require_packages()
         _check_opset(opset)
         x = map_tensors(lambda tensor: tensor.detach().to(CPU, copy=True), x)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from repfx.errors import InvalidInput, UnknownName
-from repfx.measuring.in_float64 import Inputs, as_arguments, map_tensors
+from repfx.measuring.in_float64 import Inputs, as_arguments, by_name, map_tensors
 
 AxisNames: TypeAlias = Mapping[str, Mapping[int, str]]
 
@@ -126,13 +126,13 @@ class FreeAxes:
             yield more | {name: sizes[name] + _STEP for name in sides}
             yield more | {name: sizes[name] * 2 for name in sides}
 
-    def specification(self, x: Inputs) -> Any:
-        """Return x with each tensor replaced by what torch.export needs to know of its axes; None if no axis is free."""
+    def specification(self, model: nn.Module, x: Inputs) -> Any:
+        """Return what torch.export needs to know of the axes of each tensor, by the model's arguments; None if no axis is free."""
         if not self:
             return None
         names = {id(tensor): own for tensor, own in zip(tensors_of(x), self.names)}
         args, kwargs = as_arguments(x)
-        return _specified(kwargs or args, names)
+        return _specified(by_name(model, x) or kwargs or args, names)
 
 
 def tensors_of(x: Any) -> list[Tensor]:

@@ -114,7 +114,7 @@ def _exported(model: nn.Module, x: Inputs, free: FreeAxes) -> torch.export.Expor
     x = map_tensors(torch.clone, x)  # copied, because torch.export marks the tensors themselves as free in size
     args, kwargs = as_arguments(x)
     with quiet(), torch.no_grad(), seeded(model):
-        return torch.export.export(model, args, kwargs, dynamic_shapes=free.specification(x), strict=False)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=free.specification(model, x), strict=False)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

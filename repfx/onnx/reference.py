@@ -18,7 +18,8 @@ from repfx.measuring.equivalence import TOLERANCES
 from repfx.measuring.in_float64 import Inputs, as_arguments, describe, double_copy, map_tensors, run_double, seeded
 from repfx.measuring.proof import prove
 from repfx.onnx.program import quiet
-from repfx.passes.fuse import fuse
+from repfx.passes.fuse import fused_for
+from repfx.records.wrappers import innermost
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float16)
@@ -42,11 +43,14 @@ class Reference:
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype | None, x: Inputs) -> Reference:
-        """Fuse a model, and prove on x that it computes the same. If a dtype is asked for, fuse in float64 and round each weight once.
+        """Fuse what is inside the wrappers of a model, for calls with x, and prove on x that it computes the same.
+
+        If a dtype is asked for, fuse in float64 and round each weight once.
 
         Raises:
             ExportError: a weight is too large for the dtype; EquivalenceError: the fused model computes something else.
         """
+        model = innermost(model)
         if dtype is None:
             deployed = copy.deepcopy(_proven(model, x)).to(CPU).eval()
             return cls(deployed, deployed, None)
@@ -105,7 +109,7 @@ class Reference:
 
 def _proven(model: nn.Module, x: Inputs) -> nn.Module:
     """Fuse a model, and prove on x that it computes the same, unless only the fused model takes x, such as one without a batch."""
-    fused: nn.Module = fuse(model)
+    fused = fused_for(model, x).model
     with quiet(), suppress(InvalidInput):
         prove("fuse", model, fused, x)
     return fused

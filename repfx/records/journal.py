@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from repfx.errors import InvalidInput
+from repfx.errors import InvalidInput, first_line
+from repfx.records.generators import random_state_kept
 from repfx.records.json_text import parse_json
 from repfx.records.notes import keep, kept
 from repfx.records.plain_values import from_plain
@@ -118,12 +119,15 @@ def apply(model: nn.Module, actions: Iterable[Action], calibrate: Iterable[Any] 
 def replay(model: nn.Module, actions: Iterable[Action]) -> None:
     """Give a base model the structure that a journal describes, in place. The values of new tensors are left to a checkpoint.
 
+    Random numbers go on afterwards as if nothing had been drawn for these values.
+
     Raises:
         RepfxError: an action doesn't fit the model.
     """
     done, actions = journal(model), tuple(actions)
-    for kind, group in groupby(actions, lambda action: action.kind):
-        ACTIONS[kind].replay(model, list(group))
+    with random_state_kept(model):
+        for kind, group in groupby(actions, lambda action: action.kind):
+            ACTIONS[kind].replay(model, list(group))
     keep(model, _ATTRIBUTE, (*done, *actions))  # in the given order, even where a kind made several changes at once
 
 
@@ -136,7 +140,7 @@ def from_json(text: str) -> tuple[Action, ...]:
     """Read a journal from the text that `to_json` returned.
 
     Raises:
-        InvalidInput: the text is no journal, or it has an action that this version doesn't know.
+        InvalidInput: the text is no journal, or it has an action or a field that this version doesn't know.
     """
     try:
         entries = parse_json(text)
@@ -150,4 +154,6 @@ def from_json(text: str) -> tuple[Action, ...]:
     try:
         return tuple(ACTIONS[entry.pop("action")].from_dict(entry) for entry in entries)
     except (InvalidInput, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InvalidInput(f"this is no journal: {text[:80]!r}.") from error
+        raise InvalidInput(
+            f"this version of repfx can't read the journal {text[:80]!r}: {first_line(error)}."
+        ) from error

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from repfx.errors import InvalidInput, UnknownName
 
@@ -97,18 +101,95 @@ def module_paths(model: nn.Module) -> dict[int, list[str]]:
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if name != "_modules":
-                for other in _modules_in(value):
-                    paths.setdefault(id(other), []).append(f"{path}.{name}".lstrip("."))
+    for path, name, other in kept_plainly(model):
+        paths.setdefault(id(other), []).append(f"{path}.{name}".lstrip("."))
     return paths
 
 
-def _modules_in(value: Any) -> Iterator[nn.Module]:
-    """Return the modules that a plain attribute holds, alone or in a list, a tuple or a dict."""
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-    return (each for each in values if isinstance(each, nn.Module))
+def keepers(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
+    """Map the path of each module that plain attributes of other modules keep, to the paths of these modules and the attributes' names.
+
+    >>> model = nn.Sequential(nn.Sequential(nn.ReLU()))
+    >>> model.stages = [model[0]]
+    >>> keepers(model)
+    {'0': [('', 'stages')]}
+    """
+    registered = {id(module): path for path, module in model.named_modules()}
+    found: dict[str, list[tuple[str, str]]] = {}
+    for path, name, other in kept_plainly(model):
+        if id(other) in registered:
+            found.setdefault(registered[id(other)], []).append((path, name))
+    return found
+
+
+_TORCHS_OWN = frozenset(vars(nn.Module()))
+
+
+def kept_plainly(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Yield the path of each module, the name of a plain attribute of it, and a module that this attribute keeps."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in _TORCHS_OWN:
+                yield from (
+                    (path, name, other) for other in modules_in(value) if other is not module or not _is_bound(value)
+                )
+
+
+def _is_bound(value: object) -> bool:
+    return isinstance(value, (MethodType, nn.Module))
+
+
+def modules_in(value: Any, depth: int = 4) -> Iterator[nn.Module]:
+    """Yield the modules that a value holds: in lists, tuples, sets and dicts, bound methods, closures and partial functions.
+
+    >>> layer = nn.ReLU()
+    >>> list(modules_in([(layer.forward, 1)])) == list(modules_in(lambda x, inner=layer: inner(x))) == [layer]
+    True
+    """
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth:
+        for part in _parts_of(value):
+            yield from modules_in(part, depth - 1)
+
+
+def _parts_of(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return value
+    if isinstance(value, partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if isinstance(value, MethodType):
+        return (value.__self__,)
+    if isinstance(value, FunctionType):
+        return (*enclosed_by(value).values(), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    return ()
+
+
+def enclosed_by(function: FunctionType) -> dict[str, Any]:
+    """Return the variables around a function that it reads, by name, as far as they have a value."""
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        with suppress(ValueError):  # the cell is still empty
+            found[name] = cell.cell_contents
+    return found
+
+
+def set_part(model: nn.Module, path: str, source: nn.Module) -> None:
+    """Give a model the module, parameter or buffer that another module holds at a path. A buffer is saved if it is saved there."""
+    inner, _, name = path.rpartition(".")
+    part, owner = attribute(source, path), source.get_submodule(inner)
+    if isinstance(part, nn.Module):
+        set_submodule(model, path, part)
+        return
+    if inner and not has(model, inner):
+        set_submodule(model, inner, nn.Module())
+    place = model.get_submodule(inner)
+    if isinstance(part, nn.Parameter):
+        place.register_parameter(name, part)
+    else:
+        place.register_buffer(name, part, persistent=name not in owner._non_persistent_buffers_set)
 
 
 def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -120,3 +201,18 @@ def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
             parent.add_module(part, nn.Module())
         parent = parent.get_submodule(part)
     setattr(parent, name, module)
+
+
+def place_tensor(model: nn.Module, path: str, name: str, tensor: Tensor, *, saved: bool) -> None:
+    """Give the module at a path a parameter or a buffer. A module is made if there is none.
+
+    Args:
+        saved: whether the state dict holds a buffer.
+    """
+    if path and not has(model, path):
+        set_submodule(model, path, nn.Module())
+    owner = model.get_submodule(path)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(name, tensor)
+    else:
+        owner.register_buffer(name, tensor, persistent=saved)

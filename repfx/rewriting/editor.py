@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
@@ -15,32 +15,38 @@ from torch import Tensor, fx, nn
 from repfx.algebra.activated_norm import is_separated
 from repfx.algebra.baking import conv_from_kernel, float64_like, rounded
 from repfx.algebra.kernel import Kernel, is_symmetric
-from repfx.algebra.layers import BATCH_NORMS, Layer, is_frozen_norm
-from repfx.algebra.meaning import torch_class
-from repfx.algebra.moments import Moments
+from repfx.algebra.layers import Layer, is_batch_norm
 from repfx.blocks.block import RepBlock
 from repfx.blocks.folded_norm import FoldedNorm, remember_norm
 from repfx.graphs.bordered_padding import CLOSE
+from repfx.graphs.checks import with_axes
 from repfx.graphs.functional_conv import is_functional_conv, path_for, settings_of
 from repfx.graphs.operations import Op
 from repfx.graphs.trace import Island
-from repfx.records.module_tree import has, outer_paths, set_submodule
+from repfx.graphs.vocabulary import ARITHMETIC
+from repfx.records.module_tree import has, outer_paths, set_part, set_submodule
 from repfx.records.provenance import Provenance, attach
 from repfx.records.report import Edit
 from repfx.rewriting.match import Match, Term
 from repfx.rewriting.patterns import is_sum
 from repfx.rewriting.rule import Rule
+from repfx.rewriting.spelling import Spelling, spell
+from repfx.rewriting.surroundings import Surroundings, remember_surroundings, with_steps
 from repfx.rewriting.view import META, View
 
 
 @dataclass(frozen=True)
 class Merged:
-    """Notes on a node whose kernel rules have merged. The kernel itself is in the view."""
+    """Notes on a node whose kernel rules have merged. The kernel itself is in the view.
+
+    `axes` is how many axes the input gets, at least, because a merged constant gave them to the output.
+    """
 
     template: Layer
     path: str
     provenance: Provenance
-    norm: FoldedNorm | None
+    spelling: Spelling
+    axes: int = 0
 
 
 @dataclass
@@ -164,7 +170,28 @@ class Editor:
             sources.update(dict.fromkeys(known.provenance.sources if known else own))
         rules[rule.name] = None
         provenance = Provenance(tuple(rules), tuple(sources), self._equals(match))
-        return Merged(self._template_module(template), path, provenance, self._norm_of(match, template))
+        axes = max(self._axes_of(term) for term in match.terms)
+        spelled = {op.node: self.merged[op.node].spelling for op in match.ops if op.node in self.merged}
+        spelling = spell(match, template, path, spelled, self.view, self.island)
+        return Merged(self._template_module(template), path, provenance, spelling, axes)
+
+    def _axes_of(self, term: Term) -> int:
+        """Return the most axes of the constants in a path. Behind a BatchNorm, which demands a batch, constants add no axis."""
+        axes = 0
+        for op in term.ops:
+            known, module = self.merged.get(op.node), self.view.module(op.node)
+            axes = max(axes, self._axes_of_constants(op.node) if known is None else known.axes)
+            if (module is not None and is_batch_norm(module)) or (
+                known is not None and known.spelling.norm is not None
+            ):
+                break
+        return axes
+
+    def _axes_of_constants(self, node: fx.Node) -> int:
+        if node.target not in ARITHMETIC:
+            return 0
+        found = (self.view.constants.tensor(argument) for argument in node.args)
+        return max((constant.ndim for constant in found if constant is not None), default=0)
 
     def _equals(self, match: Match) -> str | None:
         last = match.terms[0].ops[-1]
@@ -179,33 +206,12 @@ class Editor:
             return self.merged[last.node].provenance.equals
         return self.island.full_path(str(last.node.target)) if last.node.op == "call_module" else None
 
-    def _norm_of(self, match: Match, template: Op) -> FoldedNorm | None:
-        norms = [self._norm_of_term(term) for term in match.terms]
-        own = next((norm for term, norm in zip(match.terms, norms) if template in term.ops), None)
-        if own is None:
-            return None
-        known = [norm.moments for norm in norms if norm is not None and norm.moments is not None]
-        return replace(own, moments=reduce(Moments.add, known) if len(known) == len(norms) else None)
-
-    def _norm_of_term(self, term: Term) -> FoldedNorm | None:
-        """Return the last BatchNorm of a path. Return None if there is none, or if a map other than the identity comes after it."""
-        norm: FoldedNorm | None = None
-        for op in term.ops:
-            module: Layer | None = self.view.module(op.node)
-            if op.node in self.merged:
-                norm = self.merged[op.node].norm
-            elif module is not None and (torch_class(module) in BATCH_NORMS or is_frozen_norm(module)):
-                norm = FoldedNorm.of(module, self.island.full_path(str(op.node.target)))
-            elif op.meaning.kind != "identity":
-                norm = None
-        return norm
-
     # ---- back to modules
 
     def lower(self) -> None:
         """Write every merged kernel into a plain conv. A conv that is all that is left of a block takes the block's path."""
         self._erase_unused_constants()
-        inside = self._calls_inside()
+        inside, parts = self._calls_inside(), self._parts_in_use()
         for node, notes in self.merged.items():
             kernel = self.view.kernels[node]
             self.view.kernels[node] = kernel.to(META)  # so that the numbers are freed as soon as they are written
@@ -213,12 +219,14 @@ class Editor:
             path = notes.path if block_path is None else block_path
             conv = conv_from_kernel(kernel, notes.template, self.island.full_path(path))
             attach(conv, self._final_provenance(notes, block_path))
-            if notes.norm is not None:
-                norm = self._final_norm(notes.norm, path, block_path)
-                remember_norm(conv, replace(norm, bias=notes.template.bias is not None))
+            self._remember(conv, notes, path, block_path)
+            if notes.axes == kernel.weight.ndim:
+                self._give_axes(node, notes.axes)
             if not is_symmetric(kernel.padding) and not isinstance(conv.padding, str):
                 self._pad_before(node, kernel)
             node.target = path or notes.path  # `path` is empty if the island itself is the block
+            if block_path is None:
+                _take_over(self.view.root.get_submodule(path), conv, parts[path])
             set_submodule(self.view.root, str(node.target), conv)
         self._remove_unused_places()
 
@@ -241,6 +249,15 @@ class Editor:
         called = (str(node.target) for node in self.view.graph.nodes if node.op in ("call_module", "get_attr"))
         return Counter(path for target in called for path in outer_paths(target))
 
+    def _parts_in_use(self) -> defaultdict[str, list[str]]:
+        """Return the paths, inside each module, of all that nodes call or read there, by the module's path."""
+        found: defaultdict[str, list[str]] = defaultdict(list)
+        for node in self.view.graph.nodes:
+            target = str(node.target)
+            for path in outer_paths(target) if node.op in ("call_module", "get_attr") else ():
+                found[path].append(target.removeprefix(f"{path}."))
+        return found
+
     def _block_path(self, node: fx.Node, inside: Counter[str]) -> str | None:
         """Return the path of the outermost block of which `node` is all that is left, or None."""
         for path in outer_paths(str(node.target)):
@@ -255,6 +272,20 @@ class Editor:
             return notes.provenance
         return replace(notes.provenance, equals=self.island.full_path(block_path))
 
+    def _remember(self, conv: nn.Module, notes: Merged, path: str, block_path: str | None) -> None:
+        """Record on a conv what `restore` has to know: the BatchNorm that the conv absorbed, and what else the model computes there."""
+        spelling, bias = notes.spelling, notes.template.bias is not None
+        if spelling.norm is not None:
+            remember_norm(conv, replace(self._final_norm(spelling.norm, path, block_path), bias=bias))
+        if not spelling.is_plain:
+            around = Surroundings(self.island.full_path(path), bias, spelling.form, notes.template.weight.dtype)
+            remember_surroundings(conv, self._spelled_out(around, spelling))
+
+    def _spelled_out(self, around: Surroundings, spelling: Spelling) -> Surroundings:
+        if spelling.reason:
+            return replace(around, reason=spelling.reason)
+        return with_steps(around, spelling.steps, self.view.root, self.island.full_path("x").removesuffix("x"))
+
     def _final_norm(self, norm: FoldedNorm, path: str, block_path: str | None) -> FoldedNorm:
         conv = self.island.full_path(path)
         if block_path is not None and norm.norm.startswith(f"{conv}."):
@@ -262,6 +293,10 @@ class Editor:
             if block.norm_path is not None:
                 norm = replace(norm, norm=block.norm_path)
         return replace(norm, conv=conv)
+
+    def _give_axes(self, node: fx.Node, axes: int) -> None:
+        with self.view.graph.inserting_before(node):
+            node.args = (self.view.graph.call_function(with_axes, (node.args[0], axes)),)
 
     def _pad_before(self, node: fx.Node, kernel: Kernel) -> None:
         """Pad in front of a conv whose two sides need different padding, because torch's convs pad both sides alike."""
@@ -285,6 +320,13 @@ def _without_rounded_bias(match: Match, like: Tensor, *, owned: bool) -> Kernel:
     largest = max((float(shift.detach().abs().max()) for shift in match.shifts(like) if shift.numel()), default=0.0)
     cancelled = largest > 0 and float(kernel.bias.detach().abs().max()) <= CLOSE * largest
     return replace(kernel, bias=None) if cancelled else kernel
+
+
+def _take_over(owner: nn.Module, conv: nn.Module, paths: Iterable[str]) -> None:
+    """Give a conv those parts of the module whose place it takes that it has no counterpart of, such as an activation."""
+    for path in sorted(paths, key=len):  # a part comes before what lies inside it
+        if not has(conv, path):
+            set_part(conv, path, owner)
 
 
 def _add_term(graph: fx.Graph) -> Callable[[fx.Node, tuple[int, fx.Node]], fx.Node]:

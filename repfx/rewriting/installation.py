@@ -19,8 +19,8 @@ from repfx.algebra.activated_norm import bare, join
 from repfx.algebra.layers import is_conv, is_plain_sequence, own_classes
 from repfx.blocks.block import RepBlock
 from repfx.graphs.trace import Island
-from repfx.records.module_tree import has, set_submodule
-from repfx.records.notes import keep, kept
+from repfx.records.module_tree import has, set_part, set_submodule
+from repfx.records.notes import NotedGraphModule, keep, kept
 
 _NOT_SAVED = "repfx_not_saved"
 
@@ -97,7 +97,7 @@ def _layers(sequence: nn.Module, prefix: str = "") -> Iterator[str]:
 
 def _compile(root: nn.Module, island: Island) -> fx.GraphModule:
     saved = root.state_dict().keys() - island.constants.keys() - _not_saved(root)
-    compiled = fx.GraphModule(root, island.graph, class_name=type(root).__name__)
+    compiled = NotedGraphModule(root, island.graph, class_name=type(root).__name__)
     _take_over_attributes(compiled, root)
     _keep_unused(compiled, root, island.used)
     _save_as_before(compiled, set(saved))
@@ -133,25 +133,15 @@ def _keep_unused(compiled: fx.GraphModule, root: nn.Module, used: frozenset[str]
             if path.rpartition(".")[0] in ("", *touched) and not has(compiled, path):
                 set_submodule(compiled, path, child)
             continue
-        for name, tensor in [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]:
+        for name, _ in [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]:
             full = f"{path}.{name}" if path else name
             if full not in used and not has(compiled, full):
-                _place_tensor(compiled, path, name, tensor, saved=name not in child._non_persistent_buffers_set)
+                set_part(compiled, full, root)
 
 
 def _lies_in(path: str, used: frozenset[str]) -> bool:
     parts = path.split(".")
     return any(".".join(parts[:length]) in used for length in range(1, len(parts)))
-
-
-def _place_tensor(compiled: nn.Module, path: str, name: str, tensor: torch.Tensor, *, saved: bool) -> None:
-    if path and not has(compiled, path):
-        set_submodule(compiled, path, nn.Module())
-    owner = compiled.get_submodule(path)
-    if isinstance(tensor, nn.Parameter):
-        owner.register_parameter(name, tensor)
-    else:
-        owner.register_buffer(name, tensor, persistent=saved)
 
 
 def _not_saved(root: nn.Module) -> set[str]:

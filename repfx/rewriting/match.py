@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, fx
 
 from repfx.algebra.kernel import Kernel, NoKernel
@@ -15,10 +16,16 @@ from repfx.rewriting.view import META
 
 @dataclass(frozen=True)
 class Term:
-    """One path of a match: linear maps from the source on. No maps mean the source itself. `sign` is the path's sign in the sum."""
+    """One path of a match: linear maps from the source on. No maps mean the source itself.
+
+    Args:
+        sign: the path's sign in the sum.
+        adder: the addition that the path's end enters, or None if there is none.
+    """
 
     ops: tuple[Op, ...]
     sign: int = 1
+    adder: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,8 @@ class Match:
         Raises:
             NoKernel: they are no convolution.
         """
-        return self.kernel(META)
+        with torch.no_grad():  # so that it can be copied
+            return self.kernel(META)
 
     def shifts(self, like: Tensor) -> list[Tensor]:
         """Return what each scale or shift among the maps adds, as it is before the maps that follow."""

@@ -145,35 +145,36 @@ def _is_inner(node: fx.Node, view: View) -> bool:
     return len(node.users) == 1 and is_sum(next(iter(node.users)), view)
 
 
-def _leaves(root: fx.Node, view: View) -> tuple[list[tuple[int, fx.Node]], list[fx.Node]]:
-    """Return the signed terms of a sum, and the additions below its root that nothing else uses."""
-    leaves, inner, pending = [], [], [(1, root)]
+def _leaves(root: fx.Node, view: View) -> tuple[list[tuple[int, fx.Node, fx.Node]], list[fx.Node]]:
+    """Return the terms of a sum, each with its sign and the addition that it enters, and the additions below the root that only it uses."""
+    leaves, inner, pending = [], [], [(1, root, root)]
     while pending:
-        sign, node = pending.pop(0)
+        sign, node, adder = pending.pop(0)
         if node is not root and (len(node.users) > 1 or not is_sum(node, view)):
-            leaves.append((sign, node))
+            leaves.append((sign, node, adder))
             continue
         if node is not root:
             inner.append(node)
         second_sign = -sign if node.target in SUBTRACTIONS else sign
-        pending[:0] = [(s, term) for s, term in zip((sign, second_sign), node.args) if isinstance(term, fx.Node)]
+        pending[:0] = [(s, term, node) for s, term in zip((sign, second_sign), node.args) if isinstance(term, fx.Node)]
     return leaves, inner
 
 
-def _groups(leaves: list[tuple[int, fx.Node]], view: View) -> Iterator[Match]:
+def _groups(leaves: list[tuple[int, fx.Node, fx.Node]], view: View) -> Iterator[Match]:
     """Group the terms that start at one node, so that each group is one convolution. Do so for each node where two or more terms start."""
-    paths = [linear_paths(leaf, view) for _, leaf in leaves]
+    paths = [linear_paths(leaf, view) for _, leaf, _ in leaves]
     sources = Counter(source for path in paths for source in path)
     for source, count in sources.items():
         if count < 2:
             continue
-        terms = [(index, Term(path[source], leaves[index][0])) for index, path in enumerate(paths) if source in path]
+        signed_leaves = ((index, path[source], leaves[index]) for index, path in enumerate(paths) if source in path)
+        terms = [(index, Term(ops, sign, adder)) for index, ops, (sign, _, adder) in signed_leaves]
         # terms with a conv first: they fix the sizes that an identity or a pooling takes on
         terms.sort(key=lambda item: not _has_conv(item[1], view))
         while terms and _has_conv(terms[0][1], view):
             chosen = _that_add_up(terms, source)
             if len(chosen) > 1:
-                remainder = tuple(leaf for index, leaf in enumerate(leaves) if index not in chosen)
+                remainder = tuple(leaf[:2] for index, leaf in enumerate(leaves) if index not in chosen)
                 yield Match(source, source, tuple(chosen.values()), remainder=remainder)
             taken = chosen or {terms[0][0]}  # a term that is no convolution even by itself
             terms = [(index, term) for index, term in terms if index not in taken]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -15,11 +15,16 @@ from torch import fx, nn
 from repfx.algebra.layers import has_modes_of_its_own, is_batch_norm
 from repfx.blocks.cropped_conv import unshare
 from repfx.blocks.squeezed_form import release_all
+from repfx.graphs.aliases import put_back, set_aside
 from repfx.graphs.trace import Island, Traces, call_counts, trace
+from repfx.records.generators import random_state_kept
 from repfx.records.journal import forget
-from repfx.records.module_tree import module_paths, require_module
+from repfx.records.modes import set_modes
+from repfx.records.module_tree import module_paths
 from repfx.records.notes import copy_of
 from repfx.records.report import Edit, Report, Skip
+from repfx.records.wrappers import bare, require_layers
+from repfx.rewriting.computed_weights import fix_weights
 from repfx.rewriting.editor import Editor
 from repfx.rewriting.explanation import UNTRACED, all_that_stays, left_alone, left_outside
 from repfx.rewriting.input_axes import InputAxes
@@ -32,14 +37,19 @@ from repfx.rewriting.view import View
 def verb(function: Callable[..., Any]) -> Callable[..., Any]:
     """Register a function on models as a pass of its name, described by the first line of its docstring.
 
-    Its results are ordinary tensors, which can be trained, even if the caller is in `torch.inference_mode()`.
+    Its results are ordinary tensors, which can be trained, even if the caller is in `torch.inference_mode()`. Of a compiled model or a
+    `DistributedDataParallel`, the module inside is meant; a new model has no such wrapper. Random numbers go on afterwards as if it had
+    not been called.
     """
     Pass(function.__name__, (function.__doc__ or "").strip().splitlines()[0].rstrip("."))
 
     @wraps(function)
     def checked(model: nn.Module, *args: Any, **options: Any) -> Any:
-        require_module(model)
-        return function(model, *args, **options)
+        require_layers(model)
+        inner = bare(model)
+        with random_state_kept(inner):
+            result = function(inner, *args, **options)
+        return model if result is inner else result
 
     return torch.inference_mode(False)(checked)
 
@@ -52,16 +62,19 @@ class Result:
     report: Report
 
 
-def rewrite(model: nn.Module, rules: Iterable[Rule], name: str) -> Result:
+def rewrite(model: nn.Module, rules: Iterable[Rule], name: str, *, given: Mapping[str, Any] | None = None) -> Result:
     """Run rules over a copy of the model until none applies.
 
     Each rewrite removes a node, and the rules go on from the place of the rewrite, so the cost is linear.
+
+    Args:
+        given: what a caller gives the model, by the name of the argument, as for `trace`.
     """
     weights = {} if any(map(has_modes_of_its_own, model.modules())) else _sharing_memory(model)
     shared = [weakref.ref(weight) for weight in weights.values()]
     target = copy_of(model, weights)
     del weights
-    result = _rewrite(target, model, tuple(rules), name)
+    result = _rewrite(target, model, tuple(rules), name, given)
     for reference in shared:
         if (weight := reference()) is not None:  # a weight that has been merged is gone
             weight.data = weight.data.clone()
@@ -77,13 +90,17 @@ def _sharing_memory(model: nn.Module) -> dict[int, nn.Parameter]:
     }
 
 
-def _rewrite(target: nn.Module, model: nn.Module, rules: tuple[Rule, ...], name: str) -> Result:
+def _rewrite(
+    target: nn.Module, model: nn.Module, rules: tuple[Rule, ...], name: str, given: Mapping[str, Any] | None
+) -> Result:
     """Rewrite `target`, a copy of `model` that has been made already."""
     release_all(target)
     target.eval()  # a parametrized weight may change when it is read in training mode
+    fix_weights(target)
     for module in list(target.modules()):
         unshare(module)
-    traces = trace(target)
+    traces = trace(target, given)
+    set_aside(target, traces)
     views = Views(target, traces, model)
     edits: list[Edit] = []
     kept: list[Skip] = []
@@ -98,6 +115,7 @@ def _rewrite(target: nn.Module, model: nn.Module, rules: tuple[Rule, ...], name:
         editor.lower()
         kept += all_that_stays(editor, near_misses)
         target = install(target, island)
+    put_back(target)
     outside = list(left_outside(target, traces))
     skips += [s for s in outside if s.reason == UNTRACED and is_batch_norm(target.get_submodule(s.path))]
     kept += outside
@@ -149,8 +167,10 @@ def run_rules(editor: Editor, rules: tuple[Rule, ...]) -> dict[fx.Node, list[Ski
 
 def take_over_modes(model: nn.Module, original: nn.Module) -> None:
     """Give each module the mode of the original module at its path, or else of the innermost original module around that path."""
-    modes = {path: module.training for path, module in original.named_modules()}
+    known = {path: module.training for path, module in original.named_modules()}
+    modes = []
     for path, module in model.named_modules():
-        while path not in modes:
+        while path not in known:
             path = path.rpartition(".")[0]
-        module.training = modes[path]
+        modes.append((module, known[path]))
+    set_modes(modes)

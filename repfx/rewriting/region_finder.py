@@ -7,7 +7,7 @@ alone, so it stays right while parameters are trained.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
@@ -18,11 +18,17 @@ from repfx.algebra.baking import conv_module
 from repfx.algebra.layers import has_tensors, own_classes
 from repfx.blocks.block import RepBlock
 from repfx.blocks.squeezed_form import NAME, SqueezedForm
+from repfx.graphs.aliases import set_aside
+from repfx.graphs.dropout import MODULES
+from repfx.graphs.leaves import is_leaf
 from repfx.graphs.operations import Op
-from repfx.graphs.source_code import calls
 from repfx.graphs.trace import Island, trace
+from repfx.reading.source_code import calls
+from repfx.records.module_tree import outer_paths
 from repfx.records.notes import copy_without_numbers
+from repfx.records.report import Skip
 from repfx.rewriting.editor import Editor
+from repfx.rewriting.explanation import left_alone
 from repfx.rewriting.linear_region import LinearRegion
 from repfx.rewriting.match import Match
 from repfx.rewriting.pipeline import Views, run_rules
@@ -37,24 +43,70 @@ def find_forms(model: nn.Module, parts: Collection[str], held: Collection[str]) 
         parts: the paths of all modules with tensors that a region may consist of; squeezed blocks among them.
         held: those of BatchNorms that stay in eval mode if they lie in a region.
     """
-    outline = _outline(model)
-    traces = trace(outline)
-    views, rules = (
-        Views(outline, traces, outline),
-        tuple(rule for rule in RULES.values() if rule.pattern.holds_in_training),
-    )
+    for path, finder, _ in _searches(_Place(model, _outline(model)), parts):
+        if finder is not None and finder.merged:
+            inside = finder.island.full_path
+            yield _form(model.get_submodule(_joined(path, finder.island.path)), finder, _below(held, path, inside("")))
+
+
+def reasons_against(model: nn.Module, parts: Collection[str]) -> list[Skip]:
+    """Return why no more of a model can run as one conv: what stands in the way at layers, or why the code around them can't be a graph."""
+    found = [
+        replace(skip, path=_joined(path, skip.path))
+        for path, _, skips in _searches(_Place(model, _outline(model)), parts)
+        for skip in skips
+    ]
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A module of a model, its outline, and its path in the model."""
+
+    model: nn.Module
+    outline: nn.Module
+    path: str = ""
+
+    def children(self, inner: str) -> Iterator[_Place]:
+        """Yield the places of the children of a module at a path inside."""
+        model, outline = self.model.get_submodule(inner), self.outline.get_submodule(inner)
+        for name, child in outline.named_children():
+            if is_leaf(child):
+                continue
+            yield _Place(model.get_submodule(name), child, _joined(_joined(self.path, inner), name))
+
+
+def _searches(place: _Place, parts: Collection[str]) -> Iterator[tuple[str, _Finder | None, list[Skip]]]:
+    """Search each graph of a place. Yield the place's path, what was found, and reasons why there is no more, with paths in the place.
+
+    Where a module can't take a form, its children are searched by themselves.
+    """
+    traces = trace(place.outline)
+    set_aside(place.outline, traces)
+    rules = tuple(rule for rule in RULES.values() if rule.pattern.holds_in_training)
+    views = Views(place.outline, traces, place.outline)
+    yield place.path, None, [Skip(path, f"it can't be traced: {reason}") for path, reason in traces.untraced.items()]
     for island in traces.islands:
-        root = model.get_submodule(island.path)
-        if island.constants or _refuses(root):
+        reason = _refusal(place.model.get_submodule(island.path), island)
+        if reason is None:
+            inside = _below(parts, place.path, island.path)
+            finder = _Finder(_LinearView.over(views.of(island), inside), island)
+            near_misses = run_rules(finder, rules)
+            yield place.path, finder, left_alone(finder, near_misses)
             continue
-        finder = _Finder(_LinearView.over(views.of(island), _inside(island, parts)), island)
-        run_rules(finder, rules)
-        if finder.merged:
-            yield _form(root, finder, _inside(island, held))
+        yield place.path, None, [Skip(island.path, reason)]
+        for child in place.children(island.path):
+            yield from _searches(child, parts)
 
 
-def _inside(island: Island, paths: Collection[str]) -> set[str]:
-    prefix = island.full_path("x").removesuffix("x")
+def _joined(path: str, inner: str) -> str:
+    return f"{path}.{inner}" if path and inner else path or inner
+
+
+def _below(paths: Collection[str], place: str, island: str) -> set[str]:
+    """Return the paths that lie in an island of a place, as paths in the island."""
+    around = _joined(place, island)
+    prefix = f"{around}." if around else ""
     return {path.removeprefix(prefix) for path in paths if path.startswith(prefix)}
 
 
@@ -73,14 +125,20 @@ _COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__se
 _GRADIENT_MODES = frozenset({"no_grad", "enable_grad", "set_grad_enabled", "inference_mode", "is_grad_enabled"})
 
 
-def _refuses(root: nn.Module) -> bool:
-    """Whether a module is a graph, is copied or subclassed by code of its own, or asks for a gradient mode, which a graph forgets."""
+def _refusal(root: nn.Module, island: Island) -> str | None:
+    """Why a module can't take a form, or None."""
     own = {name for cls in own_classes(type(root)) for name in vars(cls)}
-    if isinstance(root, fx.GraphModule) or own & {*_COPYING}:
-        return True
+    if isinstance(root, fx.GraphModule):
+        return "it is a graph already"
+    if own & {*_COPYING}:
+        return f"{type(root).__name__} is copied or subclassed by code of its own"
+    if not all(isinstance(value, _DropoutNd) for value in island.constants.values()):
+        return "its code makes tensors that don't depend on the input"
     classes = {type(module) for module in root.modules()}
     foreign = [cls for cls in classes if not cls.__module__.startswith(("torch.nn.", "repfx."))]
-    return any(calls(cls, _GRADIENT_MODES) for cls in foreign)  # type: ignore[arg-type]
+    if any(calls(cls, _GRADIENT_MODES) for cls in foreign):  # type: ignore[arg-type]
+        return "code in it asks for a gradient mode, which a graph forgets"
+    return None
 
 
 @dataclass
@@ -132,8 +190,26 @@ def _form(root: nn.Module, finder: _Finder, held: Collection[str]) -> SqueezedFo
         node.replace_all_uses_with(call)
         graph.erase_node(node)
     inside = {path for region in regions.values() for path in region.modules}
-    inputs = sum(node.op == "placeholder" and not node.args for node in graph.nodes)
-    return SqueezedForm(root, _code_of(graph), inputs, regions, tuple(sorted(inside & {*held})))
+    one_mode = _use_modes(graph, finder.island) if finder.island.constants else ()
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs = sum(node is placeholders[0] or not node.args for node in placeholders)
+    return SqueezedForm(root, _code_of(graph), inputs, regions, tuple(sorted(inside & {*held})), one_mode)
+
+
+def _use_modes(graph: fx.Graph, island: Island) -> tuple[str, ...]:
+    """Let dropout follow the mode of the root. Return the paths of the modules that must be in that mode, too: those whose code ran."""
+    for node in list(graph.nodes):
+        module: Any = island.constants.get(str(node.target)) if node.op == "call_module" else None
+        if module is not None:
+            with graph.inserting_before(node):
+                training = graph.get_attr("training")
+                call = graph.call_function(_FUNCTIONS[type(module)], (node.args[0], module.p, training, module.inplace))
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
+    return tuple(sorted({outer for path in island.used for outer in outer_paths(path)}))
+
+
+_FUNCTIONS: dict[type[nn.Module], Any] = {module: function for function, module in MODULES.items()}
 
 
 def _code_of(graph: fx.Graph) -> Callable[..., Any]:

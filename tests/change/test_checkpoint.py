@@ -423,7 +423,8 @@ def test_copies_carry_their_journal_and_go_their_own_way() -> None:
         ("{", "no journal"),
         ("[3]", "no journal"),
         ('[{"action": "grow", "site": "a"}]', "doesn't know: grow"),
-        ('[{"action": "drop", "site": "a"}]', "no journal"),
+        ('[{"action": "drop", "site": "a"}]', "can't read the journal .*'branch'"),
+        ('[{"action": "fuse", "site": "a", "tempo": 2}]', "can't read the journal .* no key 'tempo'"),
     ],
 )
 def test_what_is_no_journal_is_refused(text: str, message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import repfx
 from repfx.blocks.spec import BranchSpec
 from repfx.blocks.stages import AttachRate
+from repfx.change.carry import carry
 from repfx.change.schedule import SCHEDULES, Observation, Schedule
 from repfx.errors import InvalidInput
 from repfx.passes.drop import Drop
@@ -588,3 +589,20 @@ def test_twenty_steps_on_digits_learn(schedule: Schedule) -> None:
     fused = repfx.fuse(model.eval())
     assert repfx.check_equivalent(model, fused, x[:8]).equivalent
     assert not any(isinstance(module, (nn.BatchNorm2d, AttachRate)) for module in fused.modules())
+
+
+class ListAverage:
+    """As torch_ema: an average of a list of parameters."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.shadow = [parameter.detach().clone() for parameter in parameters]
+
+
+def test_an_average_that_is_no_module_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    average: Any = ListAverage(model.parameters())
+    with pytest.raises(InvalidInput, match="ema is of type ListAverage, no module"):
+        repfx.Driver(model, [], repfx.schedules.Fixed("acb"), ema=average)
+    with pytest.raises(InvalidInput, match="a ListAverage can't follow"), carry(model, average):
+        pass
+    assert repfx.journal(model) == ()

@@ -79,7 +79,7 @@ def decides_by_data(m: Any, x: Any) -> Any:
     [
         (differs_by_mode, "different things in training and in eval mode"),
         (constant_differs_by_mode, "different things in training and in eval mode"),
-        (random_constant, "different things in training and in eval mode"),
+        (random_constant, "draws random numbers in code"),
         (decides_by_data, "can't be traced: float()"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -11,11 +12,19 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.errors import InvalidInput, RepfxError
+from repfx.passes.fuse import Fuse
+from repfx.records.journal import apply
 from repfx.testing import randomize_batch_norm
-from tests.graphs.traps import TRAPS
+from tests.graphs.traps import TRAPS, chance
 from tests.graphs.traps.inputs import IsTensor, Lists, Sizes, Unpacks
 from tests.graphs.traps.names import Annotates, ByKeyword, KeepsAnAttribute, ReadsABuffer
-from tests.graphs.traps.own_code import Forgetful, FreezesItsNorm, StaysInFloat32
+from tests.graphs.traps.own_code import (
+    Forgetful,
+    FreezesItsNorm,
+    IsSimplerInATrace,
+    StaysInFloat32,
+    SwitchesAutocastOff,
+)
 from tests.graphs.traps.parts import Block, Untraceable
 from tests.graphs.traps.reaching import CallsFeatures, Features, NormalisesWhatItGets, ViewsAndZips
 from tests.inline_net import Net, convs, error_of, image, norms, ready, reasons
@@ -31,7 +40,7 @@ def test_it_is_fused_right_or_left_alone(name: str) -> None:
     assert_same(model, expected)
 
 
-@pytest.mark.parametrize("spec", ["acb", "qarepvgg"])
+@pytest.mark.parametrize("spec", ["acb", pytest.param("qarepvgg", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TRAPS)
 def test_it_is_expanded_right_or_left_alone(name: str, spec: str) -> None:
     model = in_eval_mode(TRAPS[name]())
@@ -50,9 +59,66 @@ def test_it_is_expanded_right_or_left_alone(name: str, spec: str) -> None:
         assert len(called) == 1, "branches that nobody calls"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAPS)
+def test_it_is_restored_right_or_left_alone(name: str) -> None:
+    model = in_eval_mode(TRAPS[name]())
+    expected = copy.deepcopy(model)(image_of(0))
+    try:
+        restored = repfx.restore(repfx.fuse(model))
+    except RepfxError:
+        return
+    assert_same(restored, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("statistics", [None, "frozen"])
+@pytest.mark.parametrize("name", TRAPS)
+def test_it_is_squeezed_right_or_left_alone(name: str, statistics: Any) -> None:
+    model = in_eval_mode(TRAPS[name]())
+    expected = copy.deepcopy(model)(image_of(0))
+    with contextlib.suppress(RepfxError):
+        repfx.squeeze(model, statistics=statistics)
+    assert_same(model, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAPS)
+def test_its_branches_are_dropped_right(name: str) -> None:
+    """All branches leave, until each block is a conv again."""
+    try:
+        model = repfx.expand(in_eval_mode(TRAPS[name]()), "acb")
+    except RepfxError:
+        return
+    randomize_batch_norm(model)
+    expected = copy.deepcopy(model)(image_of(0))
+    for path, branch in [(path, name) for path, block in blocks_of(model).items() for name in block.branches]:
+        repfx.drop(model, path, branch)
+    assert not blocks_of(model)
+    assert_same(model, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAPS)
+def test_its_convs_are_fused_in_place_right_or_left_alone(name: str) -> None:
+    model = in_eval_mode(TRAPS[name]())
+    expected = copy.deepcopy(model)(image_of(0))
+    try:
+        found = [site.path for site in repfx.sites(model) if site.refusal is None]
+        apply(model, [Fuse(path) for path in found], None)
+    except RepfxError:
+        pass
+    assert_same(model, expected)
+
+
+def blocks_of(model: nn.Module) -> dict[str, repfx.RepBlock]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, repfx.RepBlock)}
+
+
 def backward(model: nn.Module) -> bool:
-    """Run a backward pass in training mode, and tell whether the model can do that."""
+    """Run a backward pass in training mode, and tell whether the model can do that with the numbers that it draws after this seed."""
     model.train()
+    chance.seed(0)
     try:
         model(image_of(1)).double().sum().backward()
     except RuntimeError:
@@ -192,6 +258,7 @@ def test_a_frozen_norm_stays_frozen_in_an_expanded_model() -> None:
         (Features, 0),
         (CallsFeatures, 0),
         (NormalisesWhatItGets, 0),
+        (IsSimplerInATrace, 0),
     ],
 )
 def test_what_only_asks_is_fused_all_the_same(make: Any, left: int) -> None:
@@ -206,7 +273,8 @@ def test_a_graph_that_took_its_input_for_a_tensor_says_so() -> None:
         fused([image_of(0)])
 
 
-def test_code_without_autocast_stays_so_under_autocast() -> None:
-    model = StaysInFloat32().eval()
+@pytest.mark.parametrize("make", [StaysInFloat32, SwitchesAutocastOff])
+def test_code_without_autocast_stays_so_under_autocast(make: Any) -> None:
+    model = make().eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert repfx.fuse(model)(image_of(0).float()).dtype == torch.float32

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import repfx
 from repfx.errors import InvalidInput
-from repfx.measuring.calibration import PartialSum, calibrate_norms, in_eval_mode, measure_inputs, measure_sums, run
+from repfx.measuring.calibration import PartialSum, calibrate_norms, measure_inputs, measure_sums, run
+from repfx.records.modes import in_eval_mode
 from repfx.testing import randomize_batch_norm, relative_error
 from tests.inline_net import image, same_state
 from tests.small_net import SmallNet, batch, small_net

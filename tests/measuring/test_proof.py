@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.algebra.layers import is_batch_norm
-from repfx.errors import EquivalenceError, InvalidInput, RepfxError
+from repfx.errors import EquivalenceError, InvalidInput
 from repfx.measuring.proof import prove
 from repfx.records.snapshot import Snapshot
 from repfx.testing import assert_same_map, randomize_batch_norm
-from tests.graphs.traps import TRAPS
 from tests.inline_net import image, same_state
 from tests.small_net import batch, small_net
 
@@ -162,24 +161,6 @@ def test_an_example_and_another_function_exclude_each_other() -> None:
 def test_an_example_that_the_model_can_t_take_is_named(verb: Any) -> None:
     with pytest.raises(InvalidInput, match=r"SmallNet, can't run on x = float64 \[2, 5, 9, 7\]"):
         verb(small_net().eval(), example=torch.randn(2, 5, 9, 7).double())
-
-
-@pytest.mark.parametrize("name", TRAPS)
-def test_traps_are_right_or_an_error(name: str) -> None:
-    model = randomize_batch_norm(TRAPS[name]().double()).eval()
-    example = image_of(model)
-    verbs: list[Verb] = [repfx.fuse, lambda model, example: repfx.expand(model, "acb", example=example)]
-    for verb in verbs:
-        try:
-            made = verb(copy.deepcopy(model), example=example)
-        except RepfxError:
-            continue
-        repfx.check_equivalent(model, made, example)
-
-
-def image_of(model: nn.Module) -> Any:
-    """An input of a trap model."""
-    return torch.randn(2, 4, 9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def test_a_snapshot_gives_back_what_was_there() -> None:

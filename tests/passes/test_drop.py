@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 import repfx
 from repfx.blocks.presets import PRESETS
 from repfx.errors import InvalidInput, UnknownName
+from repfx.passes.fuse import Fuse
+from repfx.records.journal import apply
 from repfx.testing import assert_same_map, randomize_batch_norm
 from tests.small_net import SmallNet, batch, small_net
 
@@ -130,14 +133,25 @@ class Around(nn.Module):
         return y * 2
 
 
+class Positive(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+
+def positive(norm: nn.Module, name: str) -> None:
+    register_parametrization(norm, name, Positive())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda origin: weight_norm(origin.conv), "computes weights by a parametrization"),
         (lambda origin: origin.add_module("conv", Around(origin.conv)), "in place of its conv there is a Around"),
+        (lambda origin: positive(origin.norm, "weight"), "its BatchNorm computes γ or β by a parametrization"),
+        (lambda origin: positive(origin.norm, "bias"), "its BatchNorm computes γ or β by a parametrization"),
     ],
 )
-def test_an_own_conv_that_can_t_be_written_into(change: Callable[[Any], object], message: str) -> None:
+def test_an_origin_that_can_t_be_written_into(change: Callable[[Any], object], message: str) -> None:
     model: Any = repfx.expand(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), "acb").eval()
     change(model[0].origin)
     x = torch.randn(2, 4, 6, 7)
@@ -145,3 +159,48 @@ def test_an_own_conv_that_can_t_be_written_into(change: Callable[[Any], object],
     with pytest.raises(InvalidInput, match=message):
         repfx.drop(model, "0", "1xk")
     assert torch.equal(model(x), expected)
+
+
+def two_sites(dimensions: int = 2) -> Any:
+    """Two convs, each with a BatchNorm."""
+    conv, norm = getattr(nn, f"Conv{dimensions}d"), getattr(nn, f"BatchNorm{dimensions}d")
+    model = nn.Sequential(conv(4, 4, 3, padding=1), norm(4), nn.ReLU(), conv(4, 4, 3, padding=1), norm(4))
+    return randomize_batch_norm(model.double())
+
+
+def tie(name: str) -> Callable[[Any], None]:
+    def tied(model: Any) -> None:
+        setattr(model[4], name, getattr(model[1], name))
+
+    return tied
+
+
+# numbers of a BatchNorm that can't be written, or that another module reads, too
+NOT_WRITABLE: dict[str, Callable[[Any], None]] = {
+    "γ by a parametrization": lambda model: positive(model[1], "weight"),
+    "β by a parametrization": lambda model: positive(model[1], "bias"),
+    **{f"{name} of two BatchNorms": tie(name) for name in ("weight", "bias", "running_mean", "running_var")},
+}
+
+
+@pytest.mark.parametrize(
+    "dimensions", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("preset", ["repvgg", "qarepvgg"])
+@pytest.mark.parametrize("name", NOT_WRITABLE)
+def test_a_norm_that_can_t_be_written_stays_behind_the_block(name: str, preset: str, dimensions: int) -> None:
+    model = two_sites(dimensions)
+    NOT_WRITABLE[name](model)
+    x = torch.randn(2, 4, *(5, 6, 7)[:dimensions], dtype=torch.float64)
+    expanded = repfx.expand(model, preset)
+    for training in (True, False):
+        assert_same_map(copy.deepcopy(expanded).train(training), copy.deepcopy(model).train(training), x)
+    expanded = randomize_batch_norm(expanded, seed=5).eval()
+    reference = copy.deepcopy(expanded)
+    for site in repfx.sites(expanded):
+        for branch in site.branches:
+            repfx.drop(expanded, site.path, branch)
+            assert_same_map(expanded, reference, x)
+    assert_same_map(repfx.fuse(reference), reference, x)
+    apply(reference, [Fuse("0"), Fuse("3")], None)
+    assert_same_map(reference, expanded, x)

@@ -383,7 +383,7 @@ def test_code_around_that_has_words_of_blocks_reads_nothing_of_them() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(repfx.errors.InvalidInput, match=r"has no block and no conv whose BatchNorm keeps"):
+    with pytest.raises(repfx.errors.InvalidInput, match=r"has no block, and no layers .* statistics='frozen' lets"):
         repfx.squeeze(net())
     with pytest.raises(repfx.errors.UnknownName, match="no block or conv at 'layer1"):
         repfx.squeeze(expanded(), "layer1.*")

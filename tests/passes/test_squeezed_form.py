@@ -14,7 +14,6 @@ from torch.nn.utils.parametrize import register_parametrization
 
 import repfx
 from repfx.blocks.squeezed_form import forms_in
-from repfx.errors import InvalidInput
 from repfx.rewriting.squeezed_regions import held_in, regions_of
 from repfx.testing import randomize_batch_norm
 from tests.passes.test_squeeze import X, assert_alike
@@ -125,7 +124,7 @@ def test_sizes_that_no_longer_make_one_conv() -> None:
     torch.testing.assert_close(model(X), repfx.unsqueeze(copy.deepcopy(model))(X), rtol=0, atol=0)
 
 
-def test_code_that_asks_for_a_gradient_mode_stays() -> None:
+def test_code_that_asks_for_a_gradient_mode_or_copies_itself_stays() -> None:
     class Frozen(Scaled):
         def forward(self, x: Any, mask: Tensor | None = None) -> Tensor:
             with torch.no_grad():
@@ -142,16 +141,14 @@ def test_code_that_asks_for_a_gradient_mode_stays() -> None:
         def __getstate__(self) -> Any:
             return vars(self)
 
-    for kind in (Frozen, Decorated):
+    for kind in (Frozen, Decorated, Copied):
         model = repfx.squeeze(ready(kind()))
         reference = repfx.unsqueeze(copy.deepcopy(model))
         assert all(
             path.startswith("body") for path in regions_of(model)
         )  # the modules inside run in the mode of the call
-        assert not model(X).requires_grad
+        assert model(X).requires_grad is (kind is Copied)
         torch.testing.assert_close(model(X), reference(X), rtol=1e-12, atol=1e-12)
-    with pytest.raises(InvalidInput, match="has no block"):
-        repfx.squeeze(ready(Copied()))
 
 
 def test_squeezing_twice_is_squeezing_once() -> None:

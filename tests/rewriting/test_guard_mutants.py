@@ -27,11 +27,11 @@ import repfx.rewriting.view
 from repfx.algebra.kernel import NoKernel
 from repfx.errors import InvalidInput
 from repfx.graphs.aliasing import mutated_by
-from repfx.graphs.source_code import Around
 from repfx.graphs.tracer import Tracer
+from repfx.reading.source_code import Around
 from repfx.rewriting.rule import RULES, Rule
 from repfx.rewriting.view import View
-from tests.graphs import test_trace, test_traps
+from tests.graphs import test_arguments, test_trace, test_traps
 from tests.graphs.traps import TRAPS
 from tests.inline_net import Net, fused_exactly, image
 from tests.rewriting import test_guards, test_legal_graphs
@@ -61,6 +61,10 @@ def in_place(function: Callable[..., Any]) -> Check:
 
 def trap(name: str) -> Check:
     return lambda: test_traps.test_it_is_fused_right_or_left_alone(name)
+
+
+def expanded_trap(name: str) -> Check:
+    return lambda: test_traps.test_it_is_expanded_right_or_left_alone(name, "acb")
 
 
 IN_PLACE = (
@@ -95,10 +99,12 @@ CHECKS: dict[str, Check] = {
     ),
     "an unknown module of a list": test_trace.test_a_sequence_in_code_that_can_t_be_traced_stays_a_sequence,
     "a default taken": test_trace.test_an_argument_with_a_default_stands_for_it,
+    "an input left out": test_arguments.test_code_that_asks_whether_it_has_an_input_is_not_answered_for_both,
     **{function.__name__: in_place(function) for function in IN_PLACE},
     "a grey image": test_traps.test_a_grey_image_is_spread_over_the_channels_of_a_constant,
     **{name: trap(name) for name in TRAPS},
     "expanding an alias": lambda: test_traps.test_it_is_expanded_right_or_left_alone("alias in a list", "acb"),
+    **{f"{name}, expanded": expanded_trap(f"{name}, traced") for name in ("exact class", "no identity")},
     "expanding what is asked for": lambda: test_traps.test_it_is_expanded_right_or_left_alone("asks for convs", "acb"),
 }
 
@@ -233,7 +239,7 @@ MUTANTS = [
     Mutant(
         "names not counted",
         puts(repfx.rewriting.pipeline, "module_paths", lambda model: {}),
-        ("one conv under two names",),
+        ("a conv in a plain list, too",),
     ),
     Mutant("reads not seen", without_refusal("read elsewhere"), ("weight read elsewhere",)),
     Mutant("complex taken for real", without_refusal("complex"), ("complex weights",)),
@@ -266,11 +272,38 @@ MUTANTS = [
     Mutant("own code ignored", without_own_code, ("… of a part of what can't be traced",)),
     Mutant(
         "plain attributes not seen",
-        puts(repfx.records.module_tree, "_modules_in", lambda _: ()),
+        puts(repfx.records.module_tree, "modules_in", lambda *_: ()),
         ("expanding an alias",),
     ),
     Mutant("classes not asked for", puts(repfx.graphs.sites, "asked_for", never), ("expanding what is asked for",)),
+    Mutant(
+        "uses not seen",
+        puts(Around, "toward", lambda around, child, **_: around),
+        ("submodule, untraced", "exact class, expanded", "without source: ReadsAWeight"),
+    ),
+    Mutant(
+        "settings not compared",
+        puts(repfx.graphs.tracer, "changed_setting", never),
+        ("batch statistics, traced", "other eps, traced", "other eps of a part, traced"),
+    ),
+    Mutant(
+        "exact classes of values ignored",
+        puts(repfx.graphs.leaves, "asks_for_exact_class", never),
+        ("exactly a tensor, traced", "tensor by a helper, traced", "without source: AsksForATensor"),
+    ),
+    Mutant(
+        "what is kept ignored",
+        puts(repfx.graphs.trace, "kept_from_outside", never),
+        ("kept in a list", "methods kept", "a part of a part kept"),
+    ),
+    Mutant("keepers in leaves ignored", puts(repfx.graphs.trace, "kept_by_a_leaf", never), ("kept by a part",)),
+    Mutant(
+        "no question for identities",
+        puts(repfx.graphs.sites, "_asks_for_identities", lambda around: False),
+        ("no identity, expanded",),
+    ),
     Mutant("defaults not kept", puts(repfx.graphs.tracer, "require_default", never), ("a default taken",)),
+    Mutant("inputs not required", puts(repfx.graphs.tracer, "require_given", never), ("an input left out",)),
 ]
 ROWS = [pytest.param(mutant, check, id=f"{mutant.name}-{check}") for mutant in MUTANTS for check in mutant.checks]
 

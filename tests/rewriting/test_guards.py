@@ -180,9 +180,9 @@ def test_what_others_use_stays(function: Any, reason: str) -> None:
     assert reason in reasons(fused)
 
 
-def test_a_module_of_two_names_stays() -> None:
+def test_a_module_of_two_names_stays_if_one_is_no_module_s_name() -> None:
     shared = conv()
-    fused = fused_exactly(Net(lambda m, x: m.n(m.a(x)), a=shared, b=shared, n=nn.BatchNorm2d(4)), image())
+    fused = fused_exactly(Net(lambda m, x: m.n(m.a(x)), a=shared, b=(shared,), n=nn.BatchNorm2d(4)), image())
     assert norms(fused) == ["n"]
     assert "registered under 2 names" in reasons(fused)
 

@@ -55,6 +55,11 @@ def two_names() -> nn.Module:
     return Net(lambda net, x: net.b(net.c(x)), c=layer, d=layer, b=norm())
 
 
+def in_a_plain_list() -> nn.Module:
+    layer = conv()
+    return Net(lambda net, x: net.b(net.c(x)), c=layer, d=[layer], b=norm())
+
+
 def read_before_and_after_relu(net: Any, x: Tensor) -> Tensor:
     x = torch.tanh(x)
     first: Tensor = net.c(x)
@@ -101,7 +106,8 @@ CASES: dict[str, Case] = {
     "weight norm": Case(lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(conv()), norm()), 1, 0),
     "spectral norm": Case(lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(conv()), norm()), 1, 0),
     "two convs of one parameter": Case(tied, 2, 0),
-    "one conv under two names": Case(two_names, 1, 1, "registered under 2 names"),
+    "one conv under two names": Case(two_names, 1, 0),
+    "a conv in a plain list, too": Case(in_a_plain_list, 1, 1, "registered under 2 names"),
     "transposed": Case(lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2), norm(6)), 1, 0),
     "transposed, grouped": Case(
         lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, output_padding=1), norm(6)), 1, 0

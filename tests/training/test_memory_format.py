@@ -157,7 +157,12 @@ def parametrized() -> nn.Module:
 def with_weight_norm() -> nn.Module:
     model = nn.Sequential(convs(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     nn.utils.weight_norm(model.get_submodule("0.0"))
-    return model  # which can't be copied
+    return model
+
+
+class NotCopied(nn.Sequential):
+    def __deepcopy__(self, memo: Any) -> NotCopied:
+        raise TypeError("can't be copied")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +181,8 @@ def with_weight_norm() -> nn.Module:
         (lambda: with_hook("register_forward_pre_hook"), False),
         (lambda: with_hook("register_full_backward_hook"), False),
         (parametrized, False),
-        (with_weight_norm, False),
+        (with_weight_norm, True),
+        (lambda: NotCopied(convs(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), False),
         (lambda: nn.Sequential(convs(), nn.Sequential(OwnLayer())), False),
         (lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 4, 3)), False),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d()), False),

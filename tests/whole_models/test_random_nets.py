@@ -17,7 +17,7 @@ from repfx.blocks.folded_norm import folded_norm
 from repfx.blocks.presets import PRESETS
 from repfx.testing import TOLERANCE, randomize_batch_norm, relative_error
 from tests.inline_net import convs, norms, same_state
-from tests.random_net import RandomNet, random_nets
+from tests.random_net import RandomNet, nets_of_sites, random_nets
 
 NETS = random_nets()
 HALF = settings(max_examples=settings().max_examples // 2)  # for tests that trace each net several times
@@ -120,6 +120,26 @@ def test_restored_nets_compute_the_same(model: RandomNet) -> None:
     fused = repfx.fuse(model)
     if any(folded_norm(module) for module in fused.modules()):
         assert_same(repfx.restore(fused), model, model.input())
+
+
+@HALF
+@given(st.one_of(nets_of_sites(), NETS), st.one_of(st.none(), SPECS))
+def test_what_loads_strictly_into_the_plain_class_computes_the_same(model: RandomNet, spec: Any) -> None:
+    """The law of `restore`: its state dict either raises in the class that the model came from, or is all that the class needs."""
+    trained = model if spec is None else perturbed(repfx.expand(model, spec), seed=5)
+    fused = repfx.fuse(trained)
+    if not any(folded_norm(module) for module in fused.modules()):
+        return
+    restored = repfx.restore(fused)
+    assert_same(restored, trained, model.input())
+    plain = perturbed(copy.deepcopy(model), seed=9)
+    try:
+        plain.load_state_dict(restored.state_dict(), strict=True)
+    except RuntimeError:
+        return
+    assert_same(
+        plain, trained, model.input(), 10 * TOLERANCE
+    )  # a small factor behind a conv makes its weight less exact
 
 
 @HALF

@@ -42,9 +42,9 @@ from repfx.integrations.lightning.limits import (
     require_served,
     trains,
 )
+from repfx.records.generators import read_random_state, set_random_state
 from repfx.records.journal import Action, from_json
 from repfx.records.notes import copy_without_numbers
-from repfx.records.random_state import read_random_state, set_random_state
 
 __all__ = ["RepFXCallback", "load_weights", "rebuild"]
 

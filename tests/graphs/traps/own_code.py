@@ -72,6 +72,64 @@ class StaysInFloat32(Block):
         return self.bn(self.conv(x))
 
 
+class SetsAutocast(Decorated):
+    """The same product in bfloat16, by a switch that the code throws itself."""
+
+    def forward(self, x: Tensor) -> Any:
+        before = torch.is_autocast_enabled("cpu")
+        self.switch(True)
+        try:
+            return torch.mm(self.block(x).float().flatten(1), torch.ones(256, 3))
+        finally:
+            self.switch(before)
+
+    def switch(self, enabled: bool) -> None:
+        torch.set_autocast_enabled("cpu", enabled)
+
+
+class SetsAutocastByAName(SetsAutocast):
+    def switch(self, enabled: bool) -> None:
+        getattr(torch, "_".join(("set", "autocast", "enabled")))("cpu", enabled)
+
+
+class SwitchesAutocastOff(Block):
+    """A block that runs in float32 even inside autocast, by the switch."""
+
+    def forward(self, x: Tensor) -> Any:
+        before = torch.is_autocast_enabled("cpu")
+        torch.set_autocast_enabled("cpu", False)
+        try:
+            return self.bn(self.conv(x))
+        finally:
+            torch.set_autocast_enabled("cpu", before)
+
+
+def is_traced() -> bool:
+    """Ask torch.fx, as code does that has a simpler form for a trace."""
+    return bool(torch.fx._symbolic_trace.is_fx_symbolic_tracing())
+
+
+class IsSimplerInATrace(Block):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y if is_traced() else y.sigmoid() * 3
+
+
+class IsSimplerInATraceInside(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(Block(), IsSimplerInATrace(), nn.ReLU())
+
+
+@torch.compile(backend="eager")
+def compiled_function(x: Tensor) -> Tensor:
+    return x.sigmoid() * 3
+
+
+class CallsACompiledFunction(Block):
+    def forward(self, x: Tensor) -> Any:
+        return compiled_function(super().forward(x))
+
+
 TRAPS: dict[str, Callable[[], nn.Module]] = {
     "forward replaced on the instance": patched,
     "… of a part": lambda: nn.Sequential(patched(), nn.ReLU()),
@@ -84,4 +142,10 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "a norm that stays frozen": FreezesItsNorm,
     "autocast in a decorator": Decorated,
     "no autocast, in a decorator": StaysInFloat32,
+    "autocast switched on by its function": SetsAutocast,
+    "… by a function that is looked up": SetsAutocastByAName,
+    "autocast switched off by its function": SwitchesAutocastOff,
+    "simpler in a trace": IsSimplerInATrace,
+    "… in a part": IsSimplerInATraceInside,
+    "calls a compiled function": CallsACompiledFunction,
 }

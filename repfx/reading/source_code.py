@@ -12,7 +12,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repfx.algebra.layers import is_batch_norm, is_conv, is_plain_sequence, own_classes
+from repfx.reading.function_source import all_names
+from repfx.reading.module_uses import Uses, uses_in
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Around:
         lists_children: whether the code goes through children by their order.
         sets_modes: names of attributes of `self` that its `train` mentions, for example a BatchNorm that stays frozen.
         passes_more: whether the code gives something that may be a module more than one argument, or an argument by keyword.
+        passes_nothing: whether the code calls something that may be a module without an argument.
+        uses: what the code does with children of the module around, where that isn't known to be harmless.
+        closed: why nothing inside a module may be changed, or None.
+        asks_for_bias: whether the code asks if a layer has a bias.
     """
 
     names: frozenset[str] = frozenset()
@@ -42,7 +48,17 @@ class Around:
     indexes: bool = False
     lists_children: bool = False
     passes_more: bool = False
+    passes_nothing: bool = False
     sets_modes: frozenset[str] = frozenset()
+    uses: Uses = field(default_factory=Uses)
+    closed: str | None = None
+    asks_for_bias: bool = False
+
+    def toward(self, child: str, *, traced: bool = False) -> Around:
+        """Return the facts for one child of the module whose code was read last, and was traced or not."""
+        use = self.uses.of(child, traced=traced)
+        reason = f"code around it uses it in a way that repfx doesn't know: {use}"
+        return self if use is None else replace(self, closed=self.closed or reason)
 
     def inside(self, module: nn.Module) -> Around:
         """Return the facts for the modules inside `module`: these, and those about the code of `module` itself.
@@ -59,12 +75,17 @@ class Around:
             frozenset(node.attr for node in attributes if _is_self(node.value) and id(node) not in used_whole),
             self.indexes or any(isinstance(call.func, ast.Subscript) for call in calls),
             self.lists_children or any(node.attr in _LISTS and not _is_self(node.value) for node in attributes),
-            self.passes_more or any(_passes_more(call, type(module)) for call in calls),
+            self.passes_more or any(_passes_more(call) and _may_be_of_a_module(call, type(module)) for call in calls),
+            self.passes_nothing
+            or any(_passes_nothing(call) and _may_be_of_a_module(call, type(module)) for call in calls),
             frozenset(
                 node.attr
                 for node in _code_of(type(module), ("train",), helpers=False)
                 if isinstance(node, ast.Attribute) and _is_self(node.value)
             ),
+            uses_in(module, ("forward", *self._members(module))),
+            self.closed,
+            self.asks_for_bias or any(map(_asks_for_bias, code)),
         )
 
     def reason(self, module: nn.Module) -> str | None:
@@ -92,19 +113,21 @@ class Around:
     @property
     def order_of_children(self) -> str | None:
         """Why nothing inside the module may be changed, or None."""
-        return (
-            "code around it, which can't be traced, goes through children by their order"
-            if self.lists_children
-            else None
-        )
+        listed = "code around it, which can't be traced, goes through children by their order"
+        return listed if self.lists_children else self.closed
 
     def other_arguments(self, module: nn.Module) -> str | None:
-        """Why tracing can't assume that a module's arguments have their defaults, or None."""
-        if not self.passes_more:
-            return None
-        parameters = inspect.signature(module.forward).parameters.values()
-        name = next((each.name for each in parameters if each.default is not inspect.Parameter.empty), None)
-        return name and f"code around it, which can't be traced, may give it {name!r}"
+        """Why tracing can't assume that a module is given its first argument, and that others have their defaults, or None."""
+        parameters = list(inspect.signature(module.forward).parameters.values())
+        first, others = (
+            next((each.name for each in some if each.default is not inspect.Parameter.empty), None)
+            for some in (parameters[:1], parameters[1:])
+        )
+        if self.passes_more and others is not None:
+            return f"code around it, which can't be traced, may give it {others!r}"
+        if self.passes_nothing and first is not None:
+            return f"code around it, which can't be traced, may call it without {first!r}"
+        return None
 
     def takes_apart(self, path: str) -> bool:
         """Whether the code may run a plain sequence at a path in parts."""
@@ -165,7 +188,7 @@ def _gives_no_module(value: ast.expr, module: nn.Module) -> bool:
     if isinstance(value.func, ast.Attribute) and _is_self(value.func.value):
         return isinstance(getattr(module, value.func.attr, None), nn.Module)
     name = value.func.id if isinstance(value.func, ast.Name) else ""
-    made = _globals(type(module)).get(name, getattr(builtins, name, None))
+    made = globals_of(type(module)).get(name, getattr(builtins, name, None))
     return isinstance(made, type) and not issubclass(made, nn.Module)
 
 
@@ -180,25 +203,49 @@ def _classes_asked_for(calls: list[ast.Call]) -> frozenset[str]:
     )
 
 
+def _asks_for_bias(node: ast.AST) -> bool:
+    """Whether a node asks if a layer other than `self` has a bias, as in ``conv.bias is None`` or ``getattr(conv, "bias", None)``."""
+    if isinstance(node, ast.Call):
+        return "bias" in _names_by_text([node])
+    asked: list[ast.expr] = []
+    if isinstance(node, ast.Compare):
+        asked = [node.left, *node.comparators]
+    elif isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Assert)):
+        asked = [node.test]
+    elif isinstance(node, ast.BoolOp):
+        asked = node.values
+    elif isinstance(node, ast.UnaryOp):
+        asked = [node.operand]
+    return any(isinstance(each, ast.Attribute) and each.attr == "bias" and not _is_self(each.value) for each in asked)
+
+
 def _names_by_text(calls: list[ast.Call]) -> frozenset[str]:
     """The names of attributes that code reads by text, as in ``getattr(module, "name")``."""
     named = [call.args[1] for call in calls if _calls_by_name(call, "getattr") and len(call.args) > 1]
     return frozenset(str(each.value) for each in named if isinstance(each, ast.Constant))
 
 
-def _passes_more(call: ast.Call, cls: type[nn.Module]) -> bool:
-    """Whether a call gives something that may be a module more than one argument, or an argument by keyword."""
-    starred = any(isinstance(argument, ast.Starred) for argument in call.args)
-    if len(call.args) < 2 and not call.keywords and not starred:
-        return False
-    if isinstance(call.func, ast.Attribute) and hasattr(Tensor, call.func.attr):
-        return False
-    if isinstance(call.func, ast.Attribute) and _is_self(call.func.value) and hasattr(cls, call.func.attr):
-        return False  # a method: its code is read, too
+def _passes_more(call: ast.Call) -> bool:
+    """Whether a call has more than one argument, or an argument by keyword."""
+    return len(call.args) > 1 or bool(call.keywords) or any(isinstance(each, ast.Starred) for each in call.args)
+
+
+def _passes_nothing(call: ast.Call) -> bool:
+    """Whether a call may have no argument at all."""
+    certain = [each for each in call.args if not isinstance(each, ast.Starred)]
+    return not certain and all(each.arg is None for each in call.keywords)
+
+
+def _may_be_of_a_module(call: ast.Call, cls: type[nn.Module]) -> bool:
+    """Whether something that is called in the code of a class may be a module."""
+    if isinstance(call.func, ast.Attribute):
+        own = _is_self(call.func.value)
+        if hasattr(cls if own else Tensor, call.func.attr):
+            return False  # a tensor's method, or one of the class, whose code is read, too
     root: ast.expr = call.func
     while isinstance(root, (ast.Attribute, ast.Subscript, ast.Call)):
         root = root.func if isinstance(root, ast.Call) else root.value
-    return not (isinstance(root, ast.Name) and (root.id in _globals(cls) or hasattr(builtins, root.id)))
+    return not (isinstance(root, ast.Name) and (root.id in globals_of(cls) or hasattr(builtins, root.id)))
 
 
 def _calls_by_name(call: ast.Call, name: str) -> bool:
@@ -257,6 +304,27 @@ def calls(cls: Any, names: frozenset[str]) -> bool:
     )
 
 
+def asks_for_exact_class(module: nn.Module) -> str | None:
+    """Why a module can't be traced: its code asks for the exact class of a value, and a proxy has one of its own. Else None.
+
+    Questions for the classes of modules don't count, nor whether a value is of a plain class such as `list`.
+    """
+    if not _names_type(type(module)):  # type: ignore[arg-type]
+        return None
+    asked = uses_in(module).types
+    return f"it asks for the exact class of a value, which tracing can't know: {asked[0]}" if asked else None
+
+
+@cache
+def _names_type(cls: Any) -> bool:
+    """Whether any function of a class, or beside it, names `type`."""
+    own = (value for base in own_classes(cls) for value in vars(base).values())
+    functions = (getattr(each, "fget", each) for each in (*own, *_functions_beside(cls).values()))
+    return any(
+        "type" in all_names(each.__code__) for each in map(inspect.unwrap, filter(inspect.isfunction, functions))
+    )
+
+
 def _forward(cls: type[nn.Module]) -> Iterator[ast.AST]:
     """All AST nodes of a class's forward, and of every own method or property it uses."""
     return _code_of(cls, ("forward",), helpers=False)
@@ -288,12 +356,12 @@ def _functions_beside(cls: type[nn.Module]) -> dict[str, Any]:
     package = cls.__module__.split(".")[0]
     return {
         name: value
-        for name, value in _globals(cls).items()
+        for name, value in globals_of(cls).items()
         if inspect.isfunction(value) and (value.__module__ or "").split(".")[0] == package
     }
 
 
-def _globals(cls: type[nn.Module]) -> dict[str, Any]:
+def globals_of(cls: type[nn.Module]) -> dict[str, Any]:
     """The globals that a class's code can read: those of the Python module that defines it."""
     return getattr(sys.modules.get(cls.__module__), "__dict__", {})
 

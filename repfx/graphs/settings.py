@@ -1,0 +1,75 @@
+"""Settings of modules while code is traced: modes, layers' plain values, and which tensors and modules they hold.
+
+A graph takes all of these for constant. So code that changes one can't be traced, and what it changed is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from repfx.algebra.layers import is_batch_norm, is_conv
+
+# for each module: what it holds, by name
+Settings: TypeAlias = dict[nn.Module, dict[str, Any]]
+
+_PLAIN = (bool, int, float, str, tuple, type(None))
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+def settings_in(module: nn.Module) -> Settings:
+    """Return the settings of all modules in a module."""
+    return {inner: _settings_of(inner) for inner in module.modules()}
+
+
+def changed_setting(module: nn.Module, before: Settings) -> str | None:
+    """Return the name of a setting of a module that isn't what it was before, or None.
+
+    >>> layer = nn.BatchNorm2d(4)
+    >>> before = settings_in(layer)
+    >>> changed_setting(layer, before), changed_setting(layer.eval(), before)
+    (None, 'training')
+    """
+    known = before.get(module)
+    if known is None:
+        return None
+    now = _settings_of(module)
+    return next((name for name in {**known, **now} if not _same(known.get(name), now.get(name))), None)
+
+
+@contextmanager
+def settings_put_back(before: Settings) -> Iterator[None]:
+    """Give modules, at the end, the settings back that they had before."""
+    try:
+        yield
+    finally:
+        _put_back(before)
+
+
+def _put_back(before: Settings) -> None:
+    for module, known in before.items():
+        if changed_setting(module, before) is not None:
+            for registry in _REGISTRIES:
+                vars(module)[registry].clear()
+                vars(module)[registry].update(known[registry])
+            vars(module).update({name: value for name, value in known.items() if name not in _REGISTRIES})
+
+
+def _settings_of(module: nn.Module) -> dict[str, Any]:
+    plain = vars(module) if _is_read(module) else {"training": module.training}
+    found = {name: value for name, value in plain.items() if isinstance(value, _PLAIN)}
+    return found | {registry: dict(vars(module)[registry]) for registry in _REGISTRIES}
+
+
+def _is_read(module: nn.Module) -> bool:
+    """Whether rules read a module's plain values."""
+    return is_conv(module) or is_batch_norm(module) or isinstance(module, nn.Linear)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
+    return type(one) is type(other) and bool(one == other)

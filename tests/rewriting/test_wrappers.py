@@ -1,0 +1,223 @@
+"""Models in wrappers, given to each verb: compiled, averaged, parallel, as TorchScript, or exported."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import repfx
+from repfx.errors import InvalidInput
+from repfx.records.wrappers import bare, innermost
+from tests.inline_net import convs, error_of, image, norms, ready
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=(1, 0), bias=False), nn.BatchNorm2d(4)
+        self.layers = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+
+    def forward(self, x: Any, scale: float = 2.0) -> Any:
+        return self.layers(torch.relu(self.norm(self.conv(x))) * scale)
+
+
+class PassesOnInWords(nn.Module):
+    """As timm's averages."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+class Counts(AveragedModel):
+    """An average that does more than pass on."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs) + 1
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+TAKEN_OFF: dict[str, Any] = {
+    "compiled": compiled,
+    "distributed": parallel,
+    "compiled and distributed": lambda m: compiled(parallel(m)),
+}
+KEPT: dict[str, Any] = {
+    "averaged": AveragedModel,
+    "parallel": nn.DataParallel,
+    "averaged and parallel": lambda m: AveragedModel(nn.DataParallel(m)),
+}
+ALL = {**TAKEN_OFF, **KEPT}
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("name", TAKEN_OFF)
+def test_compiled_and_distributed_models_stand_for_the_model_inside(name: str) -> None:
+    plain, x = ready(Plain()), image()
+    model = TAKEN_OFF[name](copy.deepcopy(plain))
+    fused = repfx.fuse(model, strict=True)
+    assert norms(fused) == []
+    assert error_of(fused, plain, x) < 1e-9
+    restored = repfx.restore(fused)
+    copy.deepcopy(plain).load_state_dict(restored.state_dict(), strict=True)
+    expanded = repfx.expand(model, "acb", strict=True)
+    assert type(expanded) is Plain
+    assert error_of(expanded, plain, x) < 1e-9
+    assert [site.path for site in repfx.sites(model)] == ["conv", "layers.0"]
+    assert norms(bare(model)) == ["norm", "layers.1"]
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("name", TAKEN_OFF)
+def test_changed_in_place_they_stay_in_their_wrappers(name: str) -> None:
+    plain, x = ready(Plain()), image()
+    model = TAKEN_OFF[name](copy.deepcopy(plain))
+    assert error_of(model, plain, x) < 1e-9
+    assert repfx.expand(model, "acb", inplace=True) is model
+    assert len(repfx.report(model).applied) == 2
+    assert [action.kind for action in repfx.journal(model)] == ["expand", "expand"]
+    assert repfx.drop(model, "conv", "1xk") is model
+    assert repfx.squeeze(model) is model
+    assert error_of(bare(model), plain, x) < 1e-9
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_averages_and_parallel_models_are_rewritten_inside(name: str) -> None:
+    plain, x = ready(Plain()), image()
+    model = KEPT[name](copy.deepcopy(plain)).eval()
+    fused = repfx.fuse(model, strict=True)
+    assert type(fused) is type(model)
+    assert norms(fused) == []
+    for again in (
+        fused,
+        repfx.restore(fused),
+        repfx.expand(model, "acb", strict=True),
+        repfx.squeeze(copy.deepcopy(model)),
+    ):
+        assert error_of(again, plain, x) < 1e-9
+    assert len(norms(model)) == 2
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("name", ALL)
+def test_it_is_exported(name: str, tmp_path: Path) -> None:
+    model = ALL[name](ready(Plain()).float()).eval()
+    report = repfx.export_onnx(model, tmp_path / "net.onnx", image().float(), dynamic_size=True)
+    assert [value.name for value in report.inputs] == ["x"]
+    assert report.nodes["Conv"] == 2
+    assert "BatchNormalization" not in report.nodes
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic_batch": False}])
+def test_a_forward_of_any_arguments_is_exported(options: dict[str, Any], tmp_path: Path) -> None:
+    model = PassesOnInWords(ready(Plain()).float())
+    for x in (image().float(), (image().float(),), {"x": image().float()}):
+        assert repfx.export_onnx(model, tmp_path / "net.onnx", x, **options).nodes["Conv"] == 2
+
+
+def test_a_part_in_a_wrapper_is_rewritten() -> None:
+    plain = ready(Plain())
+    model = nn.Sequential(nn.DataParallel(copy.deepcopy(plain)), nn.Identity())
+    fused = repfx.fuse(model)
+    assert norms(fused) == []
+    assert error_of(fused, plain, image()) < 1e-9
+
+
+def test_a_wrapper_with_code_of_its_own_keeps_it() -> None:
+    plain, x = ready(Plain()), image()
+    fused = repfx.fuse(Counts(copy.deepcopy(plain)).eval())
+    assert torch.allclose(fused(x), plain(x) + 1, rtol=1e-9)
+    hooked = nn.DataParallel(copy.deepcopy(plain))
+    hooked.register_forward_hook(lambda module, args, output: output + 1)
+    assert torch.allclose(repfx.fuse(hooked)(x), plain(x) + 1, rtol=1e-9)
+
+
+def test_a_part_that_gets_further_arguments_through_a_wrapper_stays() -> None:
+    class Passes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.DataParallel(Plain())
+
+        def forward(self, x: Any) -> Any:
+            return self.inner(x, 3.0) if float(x.sum()) < 1e9 else x
+
+    model = ready(Passes())
+    assert error_of(repfx.fuse(model), model, image()) < 1e-9
+
+
+FORMS: dict[str, tuple[Any, str]] = {
+    "script": (torch.jit.script, "TorchScript"),
+    "trace": (lambda m: torch.jit.trace(m, image()), "TorchScript"),
+    "exported": (lambda m: torch.export.export(m, (image(),)).module(), "torch.export"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("verb", ["fuse", "expand", "restore", "squeeze", "drop", "sites", "export_onnx", "Driver"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_forms_without_layers_are_refused_with_the_reason(verb: str, form: str, tmp_path: Path) -> None:
+    make, reason = FORMS[form]
+    model = make(ready(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))))
+    rest: dict[str, tuple[Any, ...]] = {
+        "expand": ("acb",),
+        "drop": ("0",),
+        "export_onnx": (tmp_path / "net.onnx", image()),
+        "Driver": ([], repfx.schedules.Fixed("acb")),
+    }
+    with pytest.raises(InvalidInput, match=reason):
+        getattr(repfx, verb)(model, *rest.get(verb, ()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_mixes_operators_and_layers_is_served() -> None:
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+
+        def forward(self, x: Any) -> Any:
+            return torch.ops.aten.relu(self.block(x))
+
+    model = ready(torch.fx.symbolic_trace(Mixes()))
+    assert norms(repfx.fuse(model)) == []
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("name", TAKEN_OFF)
+def test_a_checkpoint_of_one_is_a_checkpoint_of_the_model(name: str, tmp_path: Path) -> None:
+    model = TAKEN_OFF[name](repfx.expand(ready(Plain()), "acb"))
+    repfx.save(tmp_path / "run.ckpt", model)
+    for again in (ready(Plain(), seed=1), TAKEN_OFF[name](ready(Plain(), seed=2))):
+        assert repfx.load(tmp_path / "run.ckpt", again) is again
+        assert error_of(bare(again), bare(model), image()) < 1e-9
+        assert len(convs(again)) == len(convs(model))
+
+
+def test_what_is_inside() -> None:
+    model = nn.Linear(1, 1)
+    assert innermost(AveragedModel(compiled(nn.DataParallel(model)))).state_dict().keys() == model.state_dict().keys()
+    assert bare(model) is innermost(model) is model

@@ -41,7 +41,7 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Call whatever code a recipe or the folder of a run names. Without it, these may name models of torchvision, timm and repfx only.",
+        help="Call any code that a recipe or a run folder names. Without it, these may name models of torchvision, timm and repfx only.",
     ),
 ]
 

@@ -6,6 +6,7 @@ import ast
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType
 from typing import Any, Protocol
 
 from torch import nn
@@ -233,11 +234,13 @@ class CodeReader(ValueFlow):
         self.note(given, node)
         return NONE
 
-    def _is_read(self, node: ast.Call, called: Any) -> bool:
-        """Whether the names that a function reads are seen by the rest of the reader, too."""
+    def _is_read(self, node: ast.Call, called: FunctionType) -> bool:
+        """Whether the names that a function reads are seen by the rest of the reader, too, which can't read every lambda."""
         cls = type(self.reading.module)
         beside = getattr(sys.modules.get(cls.__module__), getattr(node.func, "id", ""), None)
-        return beside is called and (called.__module__ or "").split(".")[0] == cls.__module__.split(".")[0]
+        if beside is not called or called.__name__ == "<lambda>":
+            return False
+        return (called.__module__ or "").split(".")[0] == cls.__module__.split(".")[0]
 
     def _grows(self, function: ast.expr, given: Origins) -> bool:
         """Let a list or the like, which a variable holds, take what its method is given. Tell whether the call is such a method's."""

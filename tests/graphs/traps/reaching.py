@@ -225,6 +225,22 @@ class Reads(nn.Module):
         return x if x.sum() > 1e9 else self.b.encode(x.to(self.b.dtype))
 
 
+SIZES: dict[str, Callable[[Any], int]] = {
+    "width": lambda block: block.conv.out_channels,
+    "height": lambda block: len(block.encode(torch.ones(1, 4, 3, 3, dtype=torch.float64))),
+}
+height_of = SIZES["height"]
+
+
+class AsksByALambdaOfADict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = Encoder()
+
+    def forward(self, x: Tensor) -> Any:
+        return x if x.sum() > 1e9 * height_of(self.b) else self.b(x)
+
+
 class Decoder(Block):
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Any:
         return super().forward(x if skip is None else x + skip)
@@ -260,5 +276,6 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "asks for norms": AsksForNorms,
     "alias in a list": Alias,
     "other methods": Reads,
+    "other methods, by a lambda of a dict": AsksByALambdaOfADict,
     "argument with a default": UNet,
 }

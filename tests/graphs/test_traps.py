@@ -15,7 +15,7 @@ from repfx.errors import InvalidInput, RepfxError
 from repfx.passes.fuse import Fuse
 from repfx.records.journal import apply
 from repfx.testing import randomize_batch_norm
-from tests.graphs.traps import TRAPS, chance
+from tests.graphs.traps import TRAPS, chance, inputs, names, own_code, reaching, writing
 from tests.graphs.traps.inputs import IsTensor, Lists, Sizes, Unpacks
 from tests.graphs.traps.names import Annotates, ByKeyword, KeepsAnAttribute, ReadsABuffer
 from tests.graphs.traps.own_code import (
@@ -31,6 +31,10 @@ from tests.inline_net import Net, convs, error_of, image, norms, ready, reasons
 from tests.random_numbers import numbers_from
 
 
+# traps of which each way to expand is tested by default
+FEW = own_code.TRAPS | inputs.TRAPS | writing.TRAPS | reaching.TRAPS | names.TRAPS
+
+
 @pytest.mark.parametrize("name", TRAPS)
 def test_it_is_fused_right_or_left_alone(name: str) -> None:
     model = in_eval_mode(TRAPS[name]())
@@ -41,7 +45,9 @@ def test_it_is_fused_right_or_left_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("spec", ["acb", pytest.param("qarepvgg", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", TRAPS)
+@pytest.mark.parametrize(
+    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in TRAPS]
+)
 def test_it_is_expanded_right_or_left_alone(name: str, spec: str) -> None:
     model = in_eval_mode(TRAPS[name]())
     expected = copy.deepcopy(model)(image_of(0))

@@ -115,7 +115,7 @@ def test_what_has_no_key_is_left_to_the_class(form: str, preset: str | None) -> 
 
 
 @pytest.mark.parametrize("groups", [2, CHANNELS])
-@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("dimensions", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["residual", "pooling", "all of them"])
 def test_in_all_dimensions_and_with_groups(form: str, dimensions: int, groups: int) -> None:
     def make() -> nn.Module:

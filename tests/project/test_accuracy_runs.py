@@ -135,6 +135,7 @@ Done = tuple[Work, dict[str, Row]]
 # ---- a run that was killed
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_resumes_from_its_own_state(
     tmp_path: Path, done: Done, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -251,6 +251,7 @@ def test_what_a_killed_process_left_goes_with_the_next_write_and_not_before_it_i
     assert sorted(path.name for path in tmp_path.iterdir()) == [".run.ckpt.backup01", "run.ckpt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["state.safetensors", "history.json", "checkpoint.safetensors", "report.html"])
 def test_what_a_killed_run_left_goes_when_it_is_resumed(name: str, tmp_path: Path) -> None:
     process = writing(tmp_path / name)

@@ -122,6 +122,7 @@ def test_averages_and_parallel_models_are_rewritten_inside(name: str) -> None:
     assert len(norms(model)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("name", ALL)
 def test_it_is_exported(name: str, tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ def test_it_is_exported(name: str, tmp_path: Path) -> None:
     assert "BatchNormalization" not in report.nodes
 
 
-@pytest.mark.parametrize("options", [{}, {"dynamic_batch": False}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"dynamic_batch": False}, marks=pytest.mark.slow)])
 def test_a_forward_of_any_arguments_is_exported(options: dict[str, Any], tmp_path: Path) -> None:
     model = PassesOnInWords(ready(Plain()).float())
     for x in (image().float(), (image().float(),), {"x": image().float()}):

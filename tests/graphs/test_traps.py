@@ -30,7 +30,6 @@ from tests.graphs.traps.reaching import CallsFeatures, Features, NormalisesWhatI
 from tests.inline_net import Net, convs, error_of, image, norms, ready, reasons
 from tests.random_numbers import numbers_from
 
-
 # traps of which each way to expand is tested by default
 FEW = own_code.TRAPS | inputs.TRAPS | writing.TRAPS | reaching.TRAPS | names.TRAPS
 

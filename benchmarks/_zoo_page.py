@@ -12,6 +12,7 @@ LIBRARIES = ("torchvision", "timm")
 PRESETS = ("dbb", "repvgg")
 EXACT = 1e-9
 STRUCTURE = "structure only"
+LOADS = "loads"
 
 INTRODUCTION = """\
 # The zoo

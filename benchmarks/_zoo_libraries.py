@@ -14,7 +14,7 @@ from torch import nn
 Inputs = tuple[Any, ...]
 
 IMAGE = (2, 3, 64, 96)
-VOLUME = (2, 1, 32, 48, 32)
+VOLUME = (2, 1, 16, 32, 16)
 SIGNAL = (2, 1, 4000)
 
 
@@ -63,10 +63,18 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "convnext": (_CLASSIFIER, _CONVNEXT, IMAGE),
     "convnextv2": (_CLASSIFIER, _CONVNEXT, IMAGE),
     "cvt": (_CLASSIFIER, {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 2, 3]}, IMAGE),
-    "efficientnet": (_CLASSIFIER, {"image_size": 64, "width_coefficient": 0.5, "depth_coefficient": 0.3, "hidden_dim": 640}, IMAGE),
+    "efficientnet": (
+        _CLASSIFIER,
+        {"image_size": 64, "width_coefficient": 0.5, "depth_coefficient": 0.3, "hidden_dim": 640},
+        IMAGE,
+    ),
     "focalnet": (_CLASSIFIER, {"image_size": 64, "embed_dim": 24, "depths": [1, 1, 2, 1]}, (2, 3, 64, 64)),
     "hgnet_v2": (_CLASSIFIER, {}, IMAGE),
-    "levit": ("LevitForImageClassification", {"image_size": 64, "hidden_sizes": [32, 48, 64], "depths": [1, 1, 1]}, (2, 3, 64, 64)),
+    "levit": (
+        "LevitForImageClassification",
+        {"image_size": 64, "hidden_sizes": [32, 48, 64], "depths": [1, 1, 1]},
+        (2, 3, 64, 64),
+    ),
     "mobilenet_v1": (_CLASSIFIER, {"depth_multiplier": 0.25}, IMAGE),
     "mobilenet_v2": (_CLASSIFIER, {"depth_multiplier": 0.35}, IMAGE),
     "mobilevit": (_CLASSIFIER, {"image_size": 64}, IMAGE),
@@ -145,22 +153,8 @@ _DYNAMIC = {
 }
 _CLASSES = {"n_input_channels": 1, "num_classes": 3}
 MONAI: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
-    "AHNet": ("AHNet", {"spatial_dims": 3, "upsample_mode": "trilinear", "psp_block_num": 2}, (1, 1, 32, 64, 32)),
     "AttentionUnet": ("AttentionUnet", {"spatial_dims": 3, **_UNET}, VOLUME),
     "AutoEncoder": ("AutoEncoder", {"spatial_dims": 3, "norm": "batch", **_UNET, "channels": (4, 8)}, VOLUME),
-    "AutoencoderKL": (
-        "AutoencoderKL",
-        {
-            "spatial_dims": 3,
-            "channels": (8, 8),
-            "num_res_blocks": 1,
-            "attention_levels": (False, False),
-            "norm_num_groups": 4,
-            "with_encoder_nonlocal_attn": False,
-            "with_decoder_nonlocal_attn": False,
-        },
-        (1, 1, 16, 24, 16),
-    ),
     "BasicUNet": ("BasicUNet", {"features": (4, 4, 8, 12, 16, 4), "norm": "batch"}, VOLUME),
     "BasicUNet, instance norm": ("BasicUNet", {"features": (4, 4, 8, 12, 16, 4)}, VOLUME),
     "BasicUNet, 1d": ("BasicUNet", {"spatial_dims": 1, "features": (4, 4, 8, 12, 16, 4), "norm": "batch"}, (2, 1, 96)),
@@ -203,14 +197,14 @@ MONAI: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
         {"spatial_dims": 3, "in_channels": 1, "num_channel_initial": 4, "depth": 2, "out_channels": 3},
         VOLUME,
     ),
-    "ResNet18": ("resnet18", {"spatial_dims": 3, **_CLASSES}, (2, 1, 16, 24, 16)),
+    "ResNet18": ("resnet18", {"spatial_dims": 3, **_CLASSES}, VOLUME),
     "ResNet50, shortcut A": ("resnet50", {"spatial_dims": 3, "shortcut_type": "A", **_CLASSES}, (1, 1, 16, 24, 16)),
     "ResNet18, 1d": ("resnet18", {"spatial_dims": 1, **_CLASSES}, (2, 1, 96)),
-    "SEResNet50": ("SEResNet50", {"spatial_dims": 3, "in_channels": 1, "num_classes": 3}, (1, 1, 32, 48, 32)),
+    "SEResNet50": ("SEResNet50", {"spatial_dims": 3, "in_channels": 1, "num_classes": 3}, (1, 1, 16, 32, 16)),
     "SegResNet": ("SegResNet", {}, VOLUME),
     "SegResNet, BatchNorm": ("SegResNet", {"norm": ("batch", {}), "upsample_mode": "deconv"}, VOLUME),
     "SegResNetDS": ("SegResNetDS", {"init_filters": 8, "norm": "batch", "dsdepth": 2}, VOLUME),
-    "SegResNetVAE": ("SegResNetVAE", {"input_image_size": (32, 48, 32), "vae_nz": 16}, VOLUME),
+    "SegResNetVAE": ("SegResNetVAE", {"input_image_size": VOLUME[2:], "vae_nz": 16}, VOLUME),
     "UNet": ("UNet", {"spatial_dims": 3, "norm": "batch", "num_res_units": 2, **_UNET}, VOLUME),
     "UNet, instance norm": ("UNet", {"spatial_dims": 3, **_UNET}, VOLUME),
     "UNet, 1d": ("UNet", {"spatial_dims": 1, "norm": "batch", "num_res_units": 2, **_UNET}, (2, 1, 96)),

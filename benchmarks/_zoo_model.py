@@ -296,13 +296,27 @@ def _elsewhere(
     return counts(converted)
 
 
+def _export(model: nn.Module, file: Path, inputs: Inputs) -> float:
+    """Export a model, with the batch of its input if the model allows no other. Return the error of onnxruntime.
+
+    Raises:
+        ExportError: the model can't be exported.
+    """
+    try:
+        return repfx.export_onnx(model, file, inputs).max_error
+    except ExportError as refused:
+        if "pass dynamic_batch=False" not in str(refused):
+            raise
+    return repfx.export_onnx(model, file, inputs, dynamic_batch=False).max_error
+
+
 def _exported(model: nn.Module, inputs: Inputs) -> float | str:
     """The error of onnxruntime relative to torch. For a detector, the refusal and the error of its backbone."""
     narrow: Any = map_tensors(lambda tensor: tensor.float(), inputs)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         try:
-            return repfx.export_onnx(model, file, narrow).max_error
+            return _export(model, file, narrow)
         except ExportError as refused:
             if "something else than torch" in str(refused):
                 raise

@@ -26,9 +26,10 @@ from torch.fx.experimental.optimization import fuse as torch_fuse
 from torch.utils._pytree import tree_leaves
 
 import repfx
-from benchmarks._zoo_page import STRUCTURE
+from benchmarks._zoo_libraries import LIBRARIES, net
+from benchmarks._zoo_page import LOADS, STRUCTURE
 from repfx.algebra.layers import is_batch_norm, is_conv
-from repfx.errors import ExportError, Refused, first_line
+from repfx.errors import ExportError, InvalidInput, Refused, first_line
 from repfx.graphs.trace import trace
 from repfx.measuring.in_float64 import map_tensors, run_double
 from repfx.rewriting.pipeline import rewrite
@@ -53,9 +54,12 @@ class Findings:
         missed: convs that the model calls but no graph does, with the reason.
         sites: convs that each preset expanded.
         refused: why each preset left convs as they are, with how often.
-        fused, timm, torch: convs and BatchNorms that stay after each library's own way, or why there is no result.
+        fused, timm, torch: convs and BatchNorms that stay after each library's own way, or why there is no result; for the nets of
+            torchvision and timm.
         errors: relative errors in float64 by what was compared, also for other libraries.
-        onnx: error of the fused model in onnxruntime, in float32, or why there is no file; for torchvision's models alone.
+        onnx: error of the fused model in onnxruntime, in float32, or why there is no file; not for timm's models.
+        restored: `LOADS` if the fused and restored weights load strictly into the model's own class, or why they don't; neither for
+            torchvision's models nor for timm's.
         norms_that_stay: why BatchNorms stay, with how often.
         untraced: modules whose code no graph holds, with the reason.
         problem: the failure, if anything failed.
@@ -76,6 +80,7 @@ class Findings:
     torch: Counts | str = ""
     errors: dict[str, float] = field(default_factory=dict)
     onnx: float | str = ""
+    restored: str = ""
     norms_that_stay: dict[str, int] = field(default_factory=dict)
     untraced: dict[str, str] = field(default_factory=dict)
     problem: str = ""
@@ -112,6 +117,8 @@ def build(name: str) -> nn.Module:
     """Build a model by ``library/name`` with random weights, in eval mode."""
     library, _, model = name.partition("/")
     built: nn.Module
+    if library in LIBRARIES:
+        return net(name).build().eval()
     if library == "timm":
         built = timm.create_model(model)
         return built.eval()
@@ -165,34 +172,45 @@ def _numbers(model: nn.Module, found: Findings) -> None:
     expected = outputs(model, inputs)
     before = fingerprint(model)
 
-    traced = rewrite(model, (), "trace").model
-    found.errors["traced"] = error(outputs(traced, inputs), expected)
-    found.errors["traced, training"] = _training_error(traced, model, inputs)
+    beyond = found.name.partition("/")[0] in LIBRARIES
+    if not beyond:
+        traced = rewrite(model, (), "trace").model
+        found.errors["traced"] = error(outputs(traced, inputs), expected)
+        found.errors["traced, training"] = _training_error(traced, model, inputs)
 
     fused = _fuse(model, found)
     found.errors["fused"] = error(outputs(fused, inputs), expected)
+    if beyond:
+        found.restored = _restore(fused, model, inputs, expected, found)
 
     for preset in PRESETS:
         expanded = _expand(model, preset, found)
         if expanded is None:
             continue
         found.errors[f"{preset}, expanded"] = error(outputs(expanded, inputs), expected)
-        found.errors[f"{preset}, expanded, training"] = _training_error(expanded, model, inputs)
+        if not beyond:
+            found.errors[f"{preset}, expanded, training"] = _training_error(expanded, model, inputs)
         _stir(expanded, inputs)
         fused = repfx.fuse(expanded)
         _same_counts(fused, found)
         found.errors[f"{preset}, fused"] = error(outputs(fused, inputs), outputs(expanded, inputs))
-    found.timm = _elsewhere(lambda: reparameterize_model(copy.deepcopy(model)), "timm", inputs, expected, found)
-    if isinstance(found.timm, str):  # timm's own layers are float32, whatever dtype the model has
-        found.timm = counts(reparameterize_model(copy.deepcopy(model).float()))
-    found.torch = _elsewhere(lambda: torch_fuse(copy.deepcopy(model)), "torch", inputs, expected, found)
+    if not beyond:
+        _other_ways(model, inputs, expected, found)
     if fingerprint(model) != before:
         found.problem = "the model was changed"
-    if found.name.startswith("torchvision/"):
+    if beyond or found.name.startswith("torchvision/"):
         found.onnx = _exported(model.float(), inputs)
     wrong = {key: value for key, value in found.errors.items() if key not in ("timm", "torch") and not value <= 1e-9}
     if wrong:
         found.problem = f"wrong output: {wrong}"
+
+
+def _other_ways(model: nn.Module, inputs: Inputs, expected: list[Tensor], found: Findings) -> None:
+    """Record what timm's and torch's own ways to fuse leave."""
+    found.timm = _elsewhere(lambda: reparameterize_model(copy.deepcopy(model)), "timm", inputs, expected, found)
+    if isinstance(found.timm, str):  # timm's own layers are float32, whatever dtype the model has
+        found.timm = counts(reparameterize_model(copy.deepcopy(model).float()))
+    found.torch = _elsewhere(lambda: torch_fuse(copy.deepcopy(model)), "torch", inputs, expected, found)
 
 
 def _fuse(model: nn.Module, found: Findings) -> nn.Module:
@@ -236,6 +254,31 @@ def _expand(model: nn.Module, preset: str, found: Findings) -> nn.Module | None:
     return expanded
 
 
+def _restore(fused: nn.Module, model: nn.Module, inputs: Inputs, expected: list[Tensor], found: Findings) -> str:
+    """Restore the fused model and load it into the model's own class, if it loads strictly. Both are compared with the model."""
+    try:
+        restored: nn.Module = repfx.restore(fused)
+    except InvalidInput as refused:  # nothing was folded
+        return first_line(refused)
+    found.errors["restored"] = error(outputs(restored, inputs), expected)
+    plain = copy.deepcopy(model)
+    for value in plain.state_dict().values():
+        value.zero_()
+    try:
+        plain.load_state_dict(restored.state_dict())
+    except RuntimeError:
+        reasons = dict.fromkeys(skip.reason for skip in repfx.report(restored).skipped)
+        return "; ".join(reasons) or _other_keys(restored.state_dict(), plain.state_dict())
+    found.errors["loaded"] = error(outputs(plain, inputs), expected)
+    return LOADS
+
+
+def _other_keys(found: Iterable[str], expected: Iterable[str]) -> str:
+    more, fewer = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
+    lists = [f"{what} {', '.join(keys[:4])}" for what, keys in (("has", more), ("lacks", fewer)) if keys]
+    return f"the state dict {' and '.join(lists)}"
+
+
 def _same_counts(fused: nn.Module, found: Findings) -> None:
     if counts(fused) != found.fused:
         found.problem = f"expanded and fused, {counts(fused)} convs and BatchNorms stay, not {found.fused}"
@@ -253,13 +296,27 @@ def _elsewhere(
     return counts(converted)
 
 
+def _export(model: nn.Module, file: Path, inputs: Inputs) -> float:
+    """Export a model, with the batch of its input if the model allows no other. Return the error of onnxruntime.
+
+    Raises:
+        ExportError: the model can't be exported.
+    """
+    try:
+        return repfx.export_onnx(model, file, inputs).max_error
+    except ExportError as refused:
+        if "pass dynamic_batch=False" not in str(refused):
+            raise
+    return repfx.export_onnx(model, file, inputs, dynamic_batch=False).max_error
+
+
 def _exported(model: nn.Module, inputs: Inputs) -> float | str:
     """The error of onnxruntime relative to torch. For a detector, the refusal and the error of its backbone."""
     narrow: Any = map_tensors(lambda tensor: tensor.float(), inputs)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         try:
-            return repfx.export_onnx(model, file, narrow).max_error
+            return _export(model, file, narrow)
         except ExportError as refused:
             if "something else than torch" in str(refused):
                 raise
@@ -319,7 +376,8 @@ def _training_error(model: nn.Module, reference: nn.Module, inputs: Inputs) -> f
 
 def fitting_inputs(model: nn.Module, found: Findings) -> Inputs:
     """The first of several inputs that the model takes."""
-    for inputs in _inputs(model):
+    known = found.name.partition("/")[0] in LIBRARIES
+    for inputs in [net(found.name).inputs()] if known else _inputs(model):
         try:
             outputs(model, inputs)
         except Exception:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 Row = dict[str, Any]
 LIBRARIES = ("torchvision", "timm")
+OTHERS = ("transformers", "segmentation_models_pytorch", "monai", "torchaudio", "ultralytics")
 PRESETS = ("dbb", "repvgg")
 EXACT = 1e-9
 STRUCTURE = "structure only"
+LOADS = "loads"
+NOTHING_FOLDED = "has absorbed a BatchNorm"
 
 INTRODUCTION = """\
 # The zoo
@@ -34,20 +37,58 @@ blocks to re-parameterize. Each model is traced, fused, expanded by two presets 
 
 """
 
+OTHER_LIBRARIES = """\
+## Other libraries
 
-def page(record: dict[str, Any]) -> str:
-    """Write the whole page."""
+Nets of five more libraries, small ones where their options allow it, with random weights: classifiers and speech models of
+transformers, the decoders of segmentation_models_pytorch with three encoders each, nets of monai for volumes and signals,
+torchaudio's, and detectors, segmenters and pose models of ultralytics. `benchmarks/_zoo_libraries.py` says how each is built, and
+what it takes. They are compared in eval mode. *Restored*: whether the weights of `restore(fuse(model))` load strictly into the
+model's own class, which then must compute the same.
+
+"""
+
+
+def page(record: dict[str, Any], others: dict[str, Any] | None = None) -> str:
+    """Write the whole page.
+
+    Args:
+        record: the rows of torchvision and timm.
+        others: those of other libraries.
+    """
     rows: list[Row] = record["rows"]
+    more: list[Row] = [] if others is None else others["rows"]
     limit = record["structure_only_above"] / 1e6
     anyway = [_short(row["name"]) for row in rows if row.get("parameters", 0) > limit and row["input"] != STRUCTURE]
     versions = ", ".join(f"{name} {record[name]}" for name in ("torch", "torchvision", "timm", "onnxruntime", "python"))
     parts = [INTRODUCTION.format(limit=round(limit), anyway=", ".join(anyway))]
     if len(rows) < record["listed"]:
         parts.append(f"**Not finished: {len(rows)} of {record['listed']} models have been examined.**\n\n")
-    parts += [f"Made with {versions}, on {record['hardware']}.\n\n", "## Totals\n\n", _totals(rows), _beside(rows)]
+    parts += [
+        f"Made with {versions}, on {record['hardware']}.\n\n",
+        "## Totals\n\n",
+        _totals(rows, LIBRARIES),
+        _beside(rows),
+    ]
     parts += [f"## {library}\n\n{_models(of(rows, library))}" for library in LIBRARIES]
-    parts += ["## What is missed, and why\n\n", _misses(rows)]
+    parts += [] if others is None else _others(others)
+    parts += ["## What is missed, and why\n\n", _misses(rows + more)]
     return "".join(parts)
+
+
+def _others(record: dict[str, Any]) -> Iterator[str]:
+    """Write the section of the other libraries."""
+    rows: list[Row] = record["rows"]
+    yield OTHER_LIBRARIES
+    if len(rows) < record["listed"]:
+        yield f"**Not finished: {len(rows)} of {record['listed']} nets have been examined.**\n\n"
+    versions = ", ".join(
+        f"{name} {record[name]}" for name in ("torch", *OTHERS, "onnxruntime", "python") if name in record
+    )
+    yield f"Made with {versions}, on {record['hardware']}.\n\n"
+    yield _totals(rows, OTHERS)
+    for library in OTHERS:
+        yield f"### {library}\n\n{_nets(of(rows, library))}"
 
 
 def of(rows: Iterable[Row], library: str) -> list[Row]:
@@ -55,7 +96,7 @@ def of(rows: Iterable[Row], library: str) -> list[Row]:
     return [row for row in rows if row["name"].startswith(f"{library}/")]
 
 
-def _totals(rows: list[Row]) -> str:
+def _totals(rows: list[Row], libraries: tuple[str, ...]) -> str:
     counts: list[tuple[str, Callable[[list[Row]], str]]] = [
         ("models", lambda rows: str(len(rows))),
         ("equal, unchanged, no exception", lambda rows: str(sum(not row["problem"] for row in rows))),
@@ -76,8 +117,10 @@ def _totals(rows: list[Row]) -> str:
             lambda rows: str(sum(isinstance(row["onnx"], float) for row in rows)),
         ),
     ]
-    lines = [(name, *(count(of(rows, library)) for library in LIBRARIES)) for name, count in counts]
-    return _table(("", *LIBRARIES), lines)
+    if libraries == OTHERS:
+        counts += [("restored weights load strictly", lambda rows: str(sum(row["restored"] == LOADS for row in rows)))]
+    lines = [(name, *(count(of(rows, library)) for library in libraries)) for name, count in counts]
+    return _table(("", *libraries), lines)
 
 
 def _beside(rows: list[Row]) -> str:
@@ -136,6 +179,45 @@ def _models(rows: list[Row]) -> str:
     return _table(head, lines)
 
 
+def _nets(rows: list[Row]) -> str:
+    head = (
+        "model",
+        "parameters, millions",
+        "input",
+        "convs / BatchNorms",
+        "reached",
+        *(f"`{preset}` sites" for preset in PRESETS),
+        "left by repfx",
+        "worst error",
+        "ONNX",
+        "restored",
+        "",
+    )
+    lines = [
+        (
+            _short(row["name"]),
+            f"{row['parameters']:.2f}",
+            row["input"],
+            f"{row['convs']} / {row['batch_norms']}",
+            str(row["reached"]),
+            *(str(row["sites"].get(preset, "")) for preset in PRESETS),
+            _left(row, "fused"),
+            _power(_worst(row)) if row["errors"] else "",
+            _onnx(row["onnx"]),
+            _restored(row["restored"]),
+            row["problem"] or "equal",
+        )
+        for row in rows
+    ]
+    return _table(head, lines)
+
+
+def _restored(found: str) -> str:
+    if NOTHING_FOLDED in found:
+        return "no BatchNorm"
+    return found if found in ("", LOADS) else "other keys"
+
+
 def _left(row: Row, library: str) -> str:
     found = row[library]
     if isinstance(found, str):
@@ -168,6 +250,9 @@ def _misses(rows: list[Row]) -> str:
     for preset in PRESETS:
         refused = {row["name"]: _grouped(row["refused"].get(preset, {})) for row in rows if row["refused"].get(preset)}
         parts += [f"### Convs that `{preset}` leaves as they are\n\n", _by_reason(refused)]
+    keys = {row["name"]: {row["restored"]: 1} for row in rows if _restored(row.get("restored", "")) == "other keys"}
+    if keys:
+        parts += ["### Restored weights that don't load strictly\n\n", _lists(keys)]
     files = {row["name"]: {row["onnx"]: 1} for row in rows if isinstance(row["onnx"], str) and row["onnx"]}
     parts += ["### Models that can't be exported to ONNX\n\n", _lists(files)]
     return "".join(parts)

@@ -4,7 +4,8 @@
     python -m benchmarks.zoo --again 'timm/*'     these once more
     python -m benchmarks.zoo --select             write the list of models anew, from the libraries that are installed
 
-Each model has a process of its own, and the record grows with each; at the end `docs/zoo.md` is written from it.
+Nets of other libraries (`pip install -e ".[zoo]"`) have a record of their own, and are examined if their library is installed.
+Each model has a process of its own, and the records grow with each; at the end `docs/zoo.md` is written from them.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks import _zoo_libraries
 from benchmarks._record import machine, write
 from benchmarks._zoo_model import STRUCTURE_ONLY
 from benchmarks._zoo_page import page
 
 RECORD = Path(__file__).parent / "results" / "zoo.json"
+OTHERS_RECORD = RECORD.with_name("zoo_libraries.json")
 PAGE = Path(__file__).parents[1] / "docs" / "zoo.md"
 MODELS = Path(__file__).parent / "zoo_models.txt"
 SMOKE = ("torchvision/mobilenet_v3_small", "timm/repvgg_a0")
@@ -103,6 +106,18 @@ def save(file: Path, rows: dict[str, Row]) -> None:
     write(file, setting, [rows[name] for name in sorted(rows)])
 
 
+def save_others(file: Path, rows: dict[str, Row]) -> None:
+    """Write the record of the other libraries. The versions of those that aren't installed stay as they were."""
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    versions = {
+        name: version(name) if _zoo_libraries.installed(name) else before[name]
+        for name in _zoo_libraries.LIBRARIES
+        if _zoo_libraries.installed(name) or name in before
+    }
+    setting: dict[str, str | float] = {**machine("cpu"), **versions, "listed": len(_zoo_libraries.names())}
+    write(file, setting, [rows[name] for name in sorted(rows)])
+
+
 def main() -> None:
     """Examine the models that are asked for and write the record."""
     parser = argparse.ArgumentParser(description="repfx on every conv net of torchvision and a sample of timm.")
@@ -116,17 +131,25 @@ def main() -> None:
         MODELS.write_text("\n".join(select()) + "\n")
         return
     with TemporaryDirectory() as folder:
-        record = Path(folder) / RECORD.name if options.smoke else RECORD
-        rows = read(record)
-        names = SMOKE if options.smoke else MODELS.read_text().split()
+        record, others = (Path(folder) / each.name if options.smoke else each for each in (RECORD, OTHERS_RECORD))
+        rows, rows_of_others = read(record), read(others)
+        more = {name for name in _zoo_libraries.names() if _zoo_libraries.installed(name) and not options.smoke}
+        names = SMOKE if options.smoke else [*MODELS.read_text().split(), *sorted(more)]
+        done_before = rows.keys() | rows_of_others.keys()
         todo = [
-            name for name in names if fnmatch(name, options.only) and (name not in rows or fnmatch(name, options.again))
+            name
+            for name in names
+            if fnmatch(name, options.only) and (name not in done_before or fnmatch(name, options.again))
         ]
         for done, row in enumerate(run(todo, options.processes), 1):
-            rows[row["name"]] = row
-            save(record, rows)
+            if row["name"] in more:
+                rows_of_others[row["name"]] = row
+                save_others(others, rows_of_others)
+            else:
+                rows[row["name"]] = row
+                save(record, rows)
             print(f"{done}/{len(todo)} {row['name']}: {row['problem'] or 'equal'}", flush=True)
-        text = page(json.loads(record.read_text(encoding="utf-8")))
+        text = page(*(json.loads(each.read_text(encoding="utf-8")) for each in (record, others) if each.is_file()))
     if not options.smoke:
         PAGE.write_text(text, encoding="utf-8")
     elif any(row["problem"] for row in rows.values()):

@@ -49,6 +49,13 @@ def require_given(value: object, name: str, default: object) -> None:
         raise InvalidInput(f"this module was traced with {name!r} as an input and can't be called without it.")
 
 
+@_recorded
+def require_nothing(value: object, name: str) -> None:
+    """Raise InvalidInput for further arguments, taken by ``*args`` or ``**kwargs``, when the graph was traced without any."""
+    if value:
+        raise InvalidInput(f"this module was traced without {name!r} and can't be called with further arguments.")
+
+
 def with_axes(x: Any, axes: int) -> Any:
     """Return x with so many axes at least; new ones come first and have size 1, as in arithmetic with a constant of so many axes.
 

@@ -19,12 +19,13 @@ from torch.utils import _pytree as pytree
 from repfx.algebra.layers import has_call_of_its_own, has_hooks
 from repfx.blocks.block import RepBlock
 from repfx.errors import first_line
-from repfx.graphs.checks import require_default, require_given
+from repfx.graphs.checks import require_default, require_given, require_nothing
 from repfx.graphs.leaves import is_leaf, stays_whole
 from repfx.graphs.modes import Modes, modes_put_back
 from repfx.graphs.proxy import ParameterProxy, ValueProxy
 from repfx.graphs.recording import calls_recorded, functions_recorded, tensors_recorded
 from repfx.graphs.settings import Settings, changed_setting, settings_in, settings_put_back
+from repfx.reading.further_arguments import only_passed_on
 from repfx.records.generators import Generators
 
 DRAWS = "it draws random numbers in code"  # a failure
@@ -219,7 +220,7 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Trace each argument that has a default with that default, unless it is an input.
+        """Trace each argument that has a default with that default, unless it is an input; and with no further arguments that are options.
 
         The graph refuses any other value when it is called, and it refuses the default of an input.
         """
@@ -232,6 +233,12 @@ class Tracer(fx.Tracer):
             for index, parameter in enumerate(single[1:], 1):
                 if parameter.default is not parameter.empty and isinstance(arguments[index], fx.Proxy):
                     arguments[index] = self._checked(arguments[index], parameter, kept)
+            options = only_passed_on(root_fn, type(self.root)) - (self.given or {}).keys()
+            further = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            for index, parameter in enumerate(further, len(single)):
+                if parameter.name in options:
+                    self.create_proxy("call_function", require_nothing, (arguments[index], parameter.name), {})
+                    arguments[index] = () if parameter.kind is parameter.VAR_POSITIONAL else {}
         _order_placeholders(parameters[1:], self.graph)
         return function, arguments
 

@@ -130,10 +130,10 @@ class CodeReader(ValueFlow):
     def visit_Compare(self, node: ast.Compare) -> Origins:
         """Read a comparison. Whether two modules are the same one is no question for what they are."""
         operands = (node.left, *node.comparators)
-        if not (
-            any(map(self._is_type, operands))
-            and all(self._is_type(each) or self._names_values(each) for each in operands)
-        ):
+        of_values = any(map(self._is_type, operands)) and all(
+            self._is_type(each) or self._names_values(each) for each in operands
+        )
+        if not of_values and not self._asks_like_isinstance(operands):
             for operand in operands:
                 self.of(operand)
         return NONE
@@ -151,6 +151,20 @@ class CodeReader(ValueFlow):
             and self.resolved(node.func) is type
             and len(node.args) == 1
             and not self.of(node.args[0])
+        )
+
+    def _asks_like_isinstance(self, operands: tuple[ast.expr, ...]) -> bool:
+        """Whether a comparison is one such as ``type(self.head) is Head``. A module of a class that is asked for stays of this class."""
+        asked = [each for each in operands if isinstance(each, ast.Call)]
+        named = [each for each in operands if not isinstance(each, ast.Call)]
+        return (
+            not self.strict
+            and bool(asked and named)
+            and all(
+                isinstance(each.func, ast.Name) and each.func.id == "type" and len(each.args) == 1 for each in asked
+            )
+            and all(self.of(each.args[0]) - ITSELF for each in asked)
+            and all(_is_written_class(each, self.resolved(each)) for each in named)
         )
 
     def _names_values(self, node: ast.expr) -> bool:
@@ -260,6 +274,17 @@ class CodeReader(ValueFlow):
             )
         self.note(arguments[0] - ITSELF, node)
         return ANY_CHILD if "" in arguments[0] else NONE
+
+
+def _is_written_class(node: ast.expr, value: Any) -> bool:
+    """Whether an expression names a class of modules that isn't one of torch, by the class's own name."""
+    named = getattr(node, "attr", getattr(node, "id", None))
+    return (
+        type(value) is type
+        and value.__name__ == named
+        and value in written_classes(value)
+        and issubclass(value, nn.Module)
+    )
 
 
 def written_classes(cls: type) -> tuple[type, ...]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from repfx.algebra.layers import is_batch_norm, is_conv, is_plain_sequence, own_classes
 from repfx.reading.function_source import all_names
+from repfx.reading.further_arguments import only_passed_on
 from repfx.reading.module_uses import Uses, uses_in
 
 
@@ -30,7 +31,7 @@ class Around:
 
     Args:
         names: names of attributes that the code reads from anything but `self`.
-        classes: names of classes that the code asks for with `isinstance`.
+        classes: names of classes that the code asks for with `isinstance`, or compares a `type` with.
         taken_apart: names of attributes of `self` that the code does more with than call them; it may index them or iterate over them.
         indexes: whether the code calls the result of an index, as in ``layers[0](x)``.
         lists_children: whether the code goes through children by their order.
@@ -71,7 +72,7 @@ class Around:
         used_whole = {id(call.func) for call in calls} | {id(node.value) for node in attributes}
         return Around(
             self.names | _names_read(attributes, _results(code, module)) | _names_by_text(calls),
-            self.classes | _classes_asked_for(calls),
+            self.classes | _classes_asked_for(calls) | _classes_compared(code),
             frozenset(node.attr for node in attributes if _is_self(node.value) and id(node) not in used_whole),
             self.indexes or any(isinstance(call.func, ast.Subscript) for call in calls),
             self.lists_children or any(node.attr in _LISTS and not _is_self(node.value) for node in attributes),
@@ -123,6 +124,8 @@ class Around:
             next((each.name for each in some if each.default is not inspect.Parameter.empty), None)
             for some in (parameters[:1], parameters[1:])
         )
+        if others is None and self.passes_more:
+            others = min(only_passed_on(type(module).forward, type(module)), default=None)
         if self.passes_more and others is not None:
             return f"code around it, which can't be traced, may give it {others!r}"
         if self.passes_nothing and first is not None:
@@ -194,8 +197,23 @@ def _gives_no_module(value: ast.expr, module: nn.Module) -> bool:
 
 def _classes_asked_for(calls: list[ast.Call]) -> frozenset[str]:
     """The names of the classes in calls of `isinstance`."""
-    asked = [call.args[1] for call in calls if _calls_by_name(call, "isinstance") and len(call.args) == 2]
-    nodes = (node for each in asked for node in ast.walk(each))
+    return _class_names(call.args[1] for call in calls if _calls_by_name(call, "isinstance") and len(call.args) == 2)
+
+
+def _classes_compared(code: list[ast.AST]) -> frozenset[str]:
+    """The names of the classes in comparisons such as ``type(module) is Class``."""
+    compared = [(node.left, *node.comparators) for node in code if isinstance(node, ast.Compare)]
+    return _class_names(
+        each
+        for operands in compared
+        if any(isinstance(each, ast.Call) and _calls_by_name(each, "type") for each in operands)
+        for each in operands
+        if not isinstance(each, ast.Call)
+    )
+
+
+def _class_names(expressions: Iterable[ast.expr]) -> frozenset[str]:
+    nodes = (node for each in expressions for node in ast.walk(each))
     return frozenset(
         node.attr if isinstance(node, ast.Attribute) else node.id
         for node in nodes

@@ -352,5 +352,25 @@ def test_the_zoo_s_page_adds_up_and_names_what_is_wrong() -> None:
 
 
 def test_the_zoo_s_page_is_that_of_its_record() -> None:
-    record = json.loads((RESULTS_FOLDER / "zoo.json").read_text(encoding="utf-8"))
-    assert (RESULTS_FOLDER.parents[1] / "docs" / "zoo.md").read_text(encoding="utf-8") == page(record)
+    names = ("zoo.json", "zoo_libraries.json")
+    record, others = (json.loads((RESULTS_FOLDER / name).read_text(encoding="utf-8")) for name in names)
+    assert (RESULTS_FOLDER.parents[1] / "docs" / "zoo.md").read_text(encoding="utf-8") == page(record, others)
+
+
+def test_the_zoo_s_page_has_the_other_libraries_beside() -> None:
+    record = {**dict.fromkeys(("torch", "monai", "onnxruntime", "python", "hardware"), "1"), "listed": 3}
+    rows = [
+        zoo_row("monai/a", onnx=2e-6, restored="loads"),
+        zoo_row("monai/b", onnx="it draws numbers", restored="no conv of B has absorbed a BatchNorm"),
+    ]
+    versions = dict.fromkeys(("torch", "torchvision", "timm", "onnxruntime", "python", "hardware"), "1")
+    text = page({**versions, "structure_only_above": 150e6, "listed": 0, "rows": []}, {**record, "rows": rows})
+    for line in (
+        "**Not finished: 2 of 3 nets have been examined.**",
+        "Made with torch 1, monai 1, onnxruntime 1, python 1, on 1.",
+        "| restored weights load strictly | 0 | 0 | 1 | 0 | 0 |",
+        "| a | 1.50 | 2×3×64×96 | 4 / 4 | 4 | 3 |  | 4 / 0 | 2e-12 | 2e-6 | loads | equal |",
+        "| b | 1.50 | 2×3×64×96 | 4 / 4 | 4 | 3 |  | 4 / 0 | 2e-12 | refused | no BatchNorm | equal |",
+        "- **b**: it draws numbers",
+    ):
+        assert f"\n{line}\n" in text, line

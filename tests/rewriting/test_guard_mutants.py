@@ -31,7 +31,7 @@ from repfx.graphs.tracer import Tracer
 from repfx.reading.source_code import Around
 from repfx.rewriting.rule import RULES, Rule
 from repfx.rewriting.view import View
-from tests.graphs import test_arguments, test_trace, test_traps
+from tests.graphs import test_arguments, test_further_arguments, test_trace, test_traps
 from tests.graphs.traps import TRAPS
 from tests.inline_net import Net, fused_exactly, image
 from tests.rewriting import test_guards, test_legal_graphs
@@ -99,6 +99,7 @@ CHECKS: dict[str, Check] = {
     ),
     "an unknown module of a list": test_trace.test_a_sequence_in_code_that_can_t_be_traced_stays_a_sequence,
     "a default taken": test_trace.test_an_argument_with_a_default_stands_for_it,
+    "further arguments": test_further_arguments.test_options_are_refused_by_the_graph,
     "an input left out": test_arguments.test_code_that_asks_whether_it_has_an_input_is_not_answered_for_both,
     **{function.__name__: in_place(function) for function in IN_PLACE},
     "a grey image": test_traps.test_a_grey_image_is_spread_over_the_channels_of_a_constant,
@@ -304,6 +305,7 @@ MUTANTS = [
     ),
     Mutant("defaults not kept", puts(repfx.graphs.tracer, "require_default", never), ("a default taken",)),
     Mutant("inputs not required", puts(repfx.graphs.tracer, "require_given", never), ("an input left out",)),
+    Mutant("options not refused", puts(repfx.graphs.tracer, "require_nothing", never), ("further arguments",)),
 ]
 ROWS = [pytest.param(mutant, check, id=f"{mutant.name}-{check}") for mutant in MUTANTS for check in mutant.checks]
 

@@ -162,6 +162,18 @@ def test_a_layer_with_a_hook_is_called_as_before(layer: nn.Module, kind: str) ->
     handle.remove()
 
 
+@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_a_layer_with_a_hook_of_any_kind_stays(kind: str, layer: int) -> None:
+    model = ready(nn.Sequential(conv(bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Identity(), conv()))
+    calls: list[str] = []
+    getattr(model[layer], f"register_{kind}")(lambda *_: calls.append(kind))
+    fused = repfx.fuse(model)
+    assert type(fused.get_submodule(str(layer))) is type(model[layer])
+    fused(image().requires_grad_()).sum().backward()
+    assert calls == [kind]
+
+
 # ---- modules that others use
 
 

@@ -32,12 +32,14 @@ def print_table(mutants: list[Mutant]) -> bool:
 
 
 def serve() -> None:
-    """Answer each name of a mutant on the standard input with a line: its outcome, as JSON."""
+    """Answer each name of a mutant on the standard input with a line: its outcome, as JSON. An empty name asks for all tests without a mistake."""
     prepare()
     mutants = {mutant.name: mutant for mutant in read_mutants()}
+    every_test = tuple(dict.fromkeys(test for mutant in mutants.values() for test in mutant.tests))
     for line in sys.stdin:
-        mutant = mutants[line.strip()]
-        print(json.dumps(asdict(outcome_of(mutant, mutant.tests))), flush=True)
+        mutant = mutants[line.strip()] if line.strip() else None
+        outcome = outcome_of(mutant, every_test if mutant is None else mutant.tests)
+        print(json.dumps(asdict(outcome)), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import repfx
-from tests.inline_net import Net, convs, fused_exactly, image, norms, reasons
+from tests.inline_net import Net, convs, fused_exactly, image, norms, ready, reasons
 
 
 def conv(kernel_size: int = 3, channels: int = 4, **keywords: Any) -> nn.Conv2d:
@@ -264,6 +264,27 @@ def test_after_flattening_there_are_two_axes(flatten: Any) -> None:
         d=nn.Linear(4, 4),
     )
     assert norms(fused_exactly(model, image(3, 2, 2))) == []
+
+
+NOT_FLAT = [
+    nn.Flatten(1, 2),
+    nn.Flatten(1, -2),
+    nn.Flatten(2),
+    lambda x: torch.flatten(x, 1, 2),
+    lambda x: x.flatten(start_dim=1, end_dim=2),
+    lambda x: x.flatten(2),
+    lambda x: torch.flatten(x, end_dim=1),
+]
+
+
+@pytest.mark.parametrize("flatten", NOT_FLAT)
+def test_after_flattening_other_axes_there_are_more(flatten: Any) -> None:
+    """The second axis holds the channels of a BatchNorm1d and the last one those of the linear layer, so the two don't meet."""
+    x = image(6, 2, 3, 6)
+    sizes = flatten(x).shape
+    linear, norm = nn.Linear(sizes[-1], sizes[1]), nn.BatchNorm1d(sizes[1])
+    model = Net(lambda m, x: m.n(m.c(m.flatten(x))), flatten=flatten, c=linear, n=norm)
+    assert norms(fused_exactly(model, x)) == ["n"]
 
 
 def test_one_sided_padding_is_not_traded_for_itself() -> None:

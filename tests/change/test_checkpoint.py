@@ -451,7 +451,9 @@ def test_the_state_of_a_fused_optimizer_lies_as_its_weights_do(kind: Any, tmp_pa
     repfx.save(tmp_path / "run.safetensors", model, optimizer)
     again, other = begun()
     repfx.load(tmp_path / "run.safetensors", again, other)
-    states = [(each, value) for each, state in other.state.items() for value in state.values() if value.shape == each.shape]
+    states = [
+        (each, value) for each, state in other.state.items() for value in state.values() if value.shape == each.shape
+    ]
     assert len(states) == 8
     assert all(value.stride() == each.stride() for each, value in states)
     for net, its in ((model, optimizer), (again, other)):

@@ -1,7 +1,7 @@
 """Run mutants and print how many were killed, by wing.
 
-    python -m tests.mutation               all
-    python -m tests.mutation algebra onnx  these wings
+python -m tests.mutation               all
+python -m tests.mutation algebra onnx  these wings
 """
 
 from __future__ import annotations

@@ -130,7 +130,10 @@ class Untraced(Both):
         (Both(), "na: 'a' has a second user, 'cat'"),
         (nn.Sequential(Both()), r"0\.na: .* has a second user, 'cat'"),
         (Alone(), "Alone: its code makes tensors that don't depend on the input"),
-        (SumsParameters(), "body: it can't be traced: code around it uses it in a way that repfx doesn't know: self.parameters"),
+        (
+            SumsParameters(),
+            "body: it can't be traced: code around it uses it in a way that repfx doesn't know: self.parameters",
+        ),
         (Untraced(), "Untraced: it can't be traced"),
         (torch.fx.symbolic_trace(Body()), "it is a graph already"),
     ],

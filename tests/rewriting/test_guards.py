@@ -293,3 +293,21 @@ def test_one_sided_padding_is_not_traded_for_itself() -> None:
     assert repfx.report(fused).applied == ()
     both = fused_exactly(nn.Sequential(nn.ZeroPad2d((1, 1, 2, 2)), conv(padding=0)), image())
     assert both.get_submodule("1").padding == (2, 1)
+
+
+GROWS, CROPS = [(0, 1, 2, 0), (3, 0, 0, 1), (0, 2, 0, 0)], [(-1, 0, 2, -2), (0, -2, 1, 0), (-1, -2, 0, -1)]
+
+
+@pytest.mark.parametrize(
+    ("sides", "mode"), [*((sides, "constant") for sides in GROWS + CROPS), *((sides, "reflect") for sides in GROWS)]
+)
+def test_a_sum_behind_one_sided_padding_pads_the_same_sides(sides: tuple[int, ...], mode: str) -> None:
+    """The merged conv can't pad so, and an operation in front of it does: `F.pad` counts axes from the last."""
+
+    def padded(m: Any, x: Any) -> Any:
+        y = F.pad(x, sides, mode=mode)
+        return m.a(y) + m.b(F.pad(x, sides, mode=mode))
+
+    model = Net(padded, a=conv(padding=0), b=conv(padding=0))
+    fused = fused_exactly(model, image(2, 4, 8, 11))
+    assert len(convs(fused)) == 1

@@ -32,7 +32,10 @@ def print_table(mutants: list[Mutant]) -> bool:
 
 
 def serve() -> None:
-    """Answer each name of a mutant on the standard input with a line: its outcome, as JSON. An empty name asks for all tests without a mistake."""
+    """Answer each line of the standard input, the name of a mutant, with its outcome as JSON.
+
+    An empty name asks for all tests without a mistake.
+    """
     prepare()
     mutants = {mutant.name: mutant for mutant in read_mutants()}
     every_test = tuple(dict.fromkeys(test for mutant in mutants.values() for test in mutant.tests))

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import ModuleType
+from types import CodeType, ModuleType
 
 from tests.mutation.mutants import Mutant
 
@@ -16,9 +16,10 @@ class _MutatedLoader(SourceFileLoader):
 
     mutant: Mutant
 
-    def get_code(self, fullname: str) -> object:
+    def get_code(self, fullname: str) -> CodeType:
         source = self.mutant.mutated(self.get_data(self.path).decode("utf-8"))
-        return compile(source, self.path, "exec", dont_inherit=True)
+        code: CodeType = compile(source, self.path, "exec", dont_inherit=True)
+        return code
 
 
 class _Finder:
@@ -33,8 +34,9 @@ class _Finder:
         spec = PathFinder.find_spec(fullname, path, target) if fullname == self._mutant.module else None
         if spec is None or spec.origin is None:
             return None
-        spec.loader = _MutatedLoader(fullname, spec.origin)
-        spec.loader.mutant = self._mutant
+        loader = _MutatedLoader(fullname, spec.origin)
+        loader.mutant = self._mutant
+        spec.loader = loader
         return spec
 
 

@@ -110,30 +110,38 @@ def outcome_of(mutant: Mutant | None, tests: Sequence[str]) -> Outcome:
 def _run_and_exit(mutant: Mutant | None, tests: Sequence[str], result: Path, output: Path) -> None:
     """Run in the forked process, which ends here whatever happens."""
     try:
-        signal.alarm(_LONGEST)
         opened = os.open(output, os.O_WRONLY | os.O_CREAT)
         for stream in (1, 2):
             os.dup2(opened, stream)
-        found = _run(mutant, tests)
+        found = _run_unchanged(tests) if mutant is None else _run_mutated(mutant, tests)
         result.write_text(json.dumps(asdict(found)))
         os._exit(0)
     finally:
         os._exit(1)
 
 
-def _run(mutant: Mutant | None, tests: Sequence[str]) -> Outcome:
-    if mutant is not None:
-        try:
-            import_with_mistake(mutant)
-        except Exception as error:
-            return Outcome(broken=f"the mistake breaks the import: {type(error).__name__}: {error}")
-    failed, passed = [], []
-    for test in tests:
-        watch = _Watch()
-        # without the options of pyproject.toml, which leave out slow tests
-        options = ["-o", "addopts=", "--import-mode=importlib", "--assert=plain", "-p", "no:cacheprovider", "-x", "-q"]
-        code = pytest.main([*options, test], plugins=[watch])
-        if watch.broken or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            return Outcome(broken=watch.broken or f"{test}: pytest ended with {code!r}")
-        (failed if watch.failures else passed).append(test)
-    return Outcome(tuple(failed), tuple(passed))
+def _run_unchanged(tests: Sequence[str]) -> Outcome:
+    watch = _watched(tests)
+    return Outcome(tuple(watch.failures), () if watch.failures else tuple(tests), watch.broken)
+
+
+def _run_mutated(mutant: Mutant, tests: Sequence[str]) -> Outcome:
+    signal.alarm(_LONGEST)
+    try:
+        import_with_mistake(mutant)
+    except Exception as error:
+        return Outcome(broken=f"the mistake breaks the import: {type(error).__name__}: {error}")
+    watches = {test: _watched([test]) for test in tests}
+    failed = tuple(test for test, watch in watches.items() if watch.failures)
+    passed = tuple(test for test, watch in watches.items() if not watch.failures)
+    return Outcome(failed, passed, "".join(watch.broken for watch in watches.values()))
+
+
+def _watched(tests: Sequence[str]) -> _Watch:
+    """Run tests until one fails, without the options of pyproject.toml, which leave out slow tests."""
+    watch = _Watch()
+    options = ["-o", "addopts=", "--import-mode=importlib", "--assert=plain", "-p", "no:cacheprovider", "-x", "-q"]
+    code = pytest.main([*options, *tests], plugins=[watch])
+    if not watch.broken and code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        watch.broken = f"{', '.join(tests)[:200]}: pytest ended with {code!r}"
+    return watch

@@ -154,4 +154,6 @@ def from_json(text: str) -> tuple[Action, ...]:
     try:
         return tuple(ACTIONS[entry.pop("action")].from_dict(entry) for entry in entries)
     except (InvalidInput, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InvalidInput(f"this version of repfx can't read the journal {text[:80]!r}: {first_line(error)}.") from error
+        raise InvalidInput(
+            f"this version of repfx can't read the journal {text[:80]!r}: {first_line(error)}."
+        ) from error

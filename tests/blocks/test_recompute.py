@@ -113,6 +113,11 @@ def test_some_sites_and_squeezed_ones() -> None:
     assert_alike(model, reference.eval())
 
 
+def test_recomputing_is_switched_off_again() -> None:
+    model = recompute(recompute(expanded("acb")), ["0"], enabled=False)
+    assert [model[site].recomputes for site in (0, 3, 6)] == [False, True, True]
+
+
 def test_mixed_precision_recomputes_in_the_same() -> None:
     model = expanded("dbb").float().train()
     reference = copy.deepcopy(model)

@@ -23,7 +23,7 @@ def test_a_scale_maps_its_ends_to_places() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "marks"),
-    [(0, 1, [0, 0.5, 1]), (0, 4, [0, 2, 4]), (3, 11, [5, 10]), (-1, 1, [-1, 0, 1]), (7, 7, [7])],
+    [(0, 1, [0, 0.5, 1]), (0, 4, [0, 2, 4]), (3, 11, [4, 6, 8, 10]), (-1, 1, [-1, 0, 1]), (7, 7, [7])],
 )
 def test_marks_are_round_and_reach_both_ends(low: float, high: float, marks: list[float]) -> None:
     assert round_marks(low, high, 4) == pytest.approx(marks)

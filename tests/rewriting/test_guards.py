@@ -142,6 +142,20 @@ def test_a_tensor_that_the_forward_changes_is_not_traced_through() -> None:
     assert all(torch.equal(fused(x), model(x)) for _ in range(2))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.a(x) + m.b(x) - torch.relu(x),
+        lambda m, x: m.a(x) - torch.relu(x) + m.b(x),
+        lambda m, x: torch.relu(x) - (m.a(x) + m.b(x)),
+        lambda m, x: torch.relu(x) - (m.a(x) - (m.b(x) - torch.tanh(x))),
+    ],
+)
+def test_what_remains_of_a_sum_keeps_its_sign(function: Any) -> None:
+    fused = fused_exactly(Net(function, a=conv(), b=conv(1)), image())
+    assert len(convs(fused)) == 1
+
+
 # ---- hooks see what they saw
 
 
@@ -250,7 +264,15 @@ def test_linear_and_batch_norm_meet_only_on_two_axes() -> None:
     assert norms(kept) == ["2"]
 
 
-FLAT = [nn.Flatten(), lambda x: torch.flatten(x, 1), lambda x: x.flatten(start_dim=1), lambda x: x.flatten(1, -1)]
+FLAT = [
+    nn.Flatten(),
+    lambda x: torch.flatten(x, 1),
+    lambda x: torch.flatten(input=x, start_dim=1, end_dim=-1),
+    lambda x: torch.flatten(x, end_dim=-1, start_dim=1),
+    lambda x: x.flatten(start_dim=1),
+    lambda x: x.flatten(1, -1),
+    lambda x: x.flatten(1, end_dim=-1),
+]
 
 
 @pytest.mark.parametrize("flatten", FLAT)
@@ -274,6 +296,7 @@ NOT_FLAT = [
     lambda x: x.flatten(start_dim=1, end_dim=2),
     lambda x: x.flatten(2),
     lambda x: torch.flatten(x, end_dim=1),
+    lambda x: x.flatten(end_dim=1),
 ]
 
 

@@ -149,14 +149,14 @@ class Driver:
         Returns:
             The actions that were done. If there are any, wrap the model anew in its `DistributedDataParallel`.
         """
-        step = self._step
+        step, saliency = self._step, self._saliency
         self.epoch += 1
         self._step = 0
         try:
             return self._adjust()
         except Exception:  # so that it can be tried again
             self.epoch -= 1
-            self._step = step
+            self._step, self._saliency = step, saliency
             raise
 
     def observe(self) -> Observation:

@@ -35,12 +35,14 @@ _BY_CHANCE = (
     "normal",
     "bernoulli",
     "multinomial",
+    "binomial",
     "poisson",
     "dropout",
     "empty",
     "exponential",
     "gumbel",
     "rrelu",
+    "fractional_max_pool",
 )
 _TORCH = ("torch", "_operator", "math", "builtins")
 

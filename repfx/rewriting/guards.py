@@ -158,7 +158,8 @@ def _is_flat(node: fx.Node, view: View) -> bool:
         if isinstance(module, nn.Flatten):
             return (module.start_dim, module.end_dim) == (1, -1)
         if node.target in (torch.flatten, "flatten"):
-            return (*node.args[1:], *node.kwargs.values()) in ((1,), (1, -1))
+            axes = {"start_dim": 0, "end_dim": -1, **dict(zip(("start_dim", "end_dim"), node.args[1:])), **node.kwargs}
+            return (axes["start_dim"], axes["end_dim"]) == (1, -1)
         same_rank = node in view.kernels or isinstance(module, (nn.Linear, nn.BatchNorm1d, *_ELEMENTWISE))
         if not same_rank or not node.all_input_nodes:
             return False

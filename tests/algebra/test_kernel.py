@@ -593,3 +593,40 @@ def test_a_channelwise_affine_kernel_is_a_scale_and_a_shift(case: tuple[Kernel, 
 )
 def test_symmetric_padding_is_what_torchs_convs_can_do(padding: tuple[tuple[int, int], ...], alike: bool) -> None:
     assert is_symmetric(padding) is alike
+
+
+# --- The border law, at its border ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_two_maps_are_one_up_to_the_border_and_no_further(axis: int, side: str, stride: int, dilation: int) -> None:
+    """Padding between two convs is one of the image if the first window there sees no image: up to `stride - 1` less is needed before."""
+    composed = {}
+    extent = 2 * dilation
+    for padding in range(extent + 2):
+        first = _one_sided((2, 3), axis, side, padding, (stride, stride), dilation)
+        second = _one_sided((3, 2), axis, side, 1, (1, 1), 1)
+        x = torch.randn(1, 3, 13, 14, dtype=torch.float64)
+        try:
+            whole = first.compose(second)
+        except NoKernel:
+            composed[padding] = False
+        else:
+            composed[padding] = True
+            assert (whole(x) - second(first(x))).abs().max() < 1e-9
+    least = extent - (stride - 1) if side == "before" else extent
+    assert composed == {padding: padding >= least for padding in range(extent + 2)}
+
+
+def _one_sided(
+    kernel_size: tuple[int, int], axis: int, side: str, padding: int, stride: tuple[int, int], dilation: int
+) -> Kernel:
+    """A kernel of 3 channels that pads one side of one axis, on which its window has 3 taps."""
+    taps = [3 if each == axis else size for each, size in enumerate(kernel_size)]
+    sides = [[0, 0], [0, 0]]
+    sides[axis][side == "after"] = padding
+    weight = torch.randn(3, 3, *taps, dtype=torch.float64)
+    return Kernel(weight, None, stride, tuple((a, b) for a, b in sides), (dilation, dilation))

@@ -269,3 +269,13 @@ def test_what_is_handed_on_is_not_the_input_itself(size: int, gated: bool) -> No
         expected = x.relu() if size == 1 else x[..., 1:-1, 1:-1].relu()
         assert torch.equal(each(given), expected)
         assert torch.equal(given, x)
+
+
+def test_an_origin_that_wakes_is_trained_where_it_was() -> None:
+    block = block_of(conv_of("plain"))
+    block.conv.bias.requires_grad_(False)
+    before = {name: each.requires_grad for name, each in block.named_parameters()}
+    block.rest()
+    assert not any(each.requires_grad for each in block.origin.parameters())
+    block.wake()
+    assert {name: each.requires_grad for name, each in block.named_parameters()} == before

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ SITES: dict[str, Callable[[], Layer]] = {
     "3x3": lambda: nn.Conv2d(4, 6, 3, padding=1),
     "3x3 same channels": lambda: nn.Conv2d(4, 4, 3, padding=1),
     "stride 2": lambda: nn.Conv2d(4, 4, 3, stride=2, padding=1),
+    "stride of columns": lambda: nn.Conv2d(4, 4, 3, stride=(1, 2), padding=1),
     "stride 3 by 2": lambda: nn.Conv2d(4, 6, 3, stride=(3, 2), padding=1),
     "groups": lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2),
     "groups same channels": lambda: nn.Conv2d(6, 6, 3, padding=1, groups=3),
@@ -30,6 +33,7 @@ SITES: dict[str, Callable[[], Layer]] = {
     "depthwise with multiplier": lambda: nn.Conv2d(3, 6, 3, padding=1, groups=3),
     "one channel": lambda: nn.Conv2d(1, 1, 3, padding=1),
     "dilation": lambda: nn.Conv2d(4, 4, 3, padding=2, dilation=2),
+    "dilation of rows": lambda: nn.Conv2d(4, 4, 3, padding=(2, 1), dilation=(2, 1)),
     "dilation 3 by 1, stride 2": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=(3, 1), dilation=(3, 1)),
     "rectangular": lambda: nn.Conv2d(4, 4, (3, 5), padding=(1, 2)),
     "row": lambda: nn.Conv2d(4, 4, (1, 7), padding=(0, 3)),
@@ -196,6 +200,7 @@ def test_a_refusal_says_why(branch: BranchSpec, name: str) -> None:
     [
         ("identity", "3x3", "4 channels go in and 6 come out"),
         ("identity", "stride 2", "stride 2×2"),
+        ("identity", "stride of columns", "stride 1×2"),
         ("1x1", "1x1", "1×1 already"),
         ("1xk", "row", "a single row"),
         ("1xk", "column", "1×1"),
@@ -206,6 +211,7 @@ def test_a_refusal_says_why(branch: BranchSpec, name: str) -> None:
         ("1x1-kxk", "1x1", "1×1"),
         ("1x1-avg", "1x1", "1×1 already"),
         ("1x1-avg", "dilation", "dilation 2×2"),
+        ("1x1-avg", "dilation of rows", "dilation 2×1"),
         ("1x1-avg", "depthwise with multiplier", "6 channels from 3"),
         ("dilated-2x2", "rectangular", "3×3"),
         ("dilated", "3x3", "cover 5"),
@@ -217,6 +223,72 @@ def test_a_refusal_says_why(branch: BranchSpec, name: str) -> None:
 )
 def test_what_does_not_fit_is_refused(kind: str, name: str, reason: str) -> None:
     assert reason in str(refusal_of_branch(BranchSpec(kind), SIZES[name]))
+
+
+# The taps of a window of 3×5 at which each kind has weights; those of the dilated pairs are of 3×3.
+EVERYWHERE = ["#####", "#####", "#####"]
+CENTRE = [".....", "..#..", "....."]
+TAPS = {
+    "1x1": CENTRE,
+    "identity": CENTRE,
+    "1xk": [".....", "#####", "....."],
+    "kx1": ["..#..", "..#..", "..#.."],
+    "kxk": EVERYWHERE,
+    "1x1-kxk": EVERYWHERE,
+    "1x1-avg": EVERYWHERE,
+    "separable": EVERYWHERE,
+    "frequency-prior": EVERYWHERE,
+    "dilated": [".#.#.", ".....", ".#.#."],
+    "dilated-2x2": ["#.#", "...", "#.#"],
+    "dilated-1x2": ["...", "#.#", "..."],
+    "dilated-2x1": [".#.", "...", ".#."],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_branch_has_weights_at_the_taps_that_its_kind_names(kind: str) -> None:
+    """Origin and branch add to a kernel of the site's window, which is zero where the origin and the branch have no tap."""
+    rows = TAPS[kind]
+    sizes = len(rows), len(rows[0])
+    site = ConvSpec.of(nn.Conv2d(4, 4, sizes, padding=(1, sizes[1] // 2)))
+    options = {"kernel_size": 2, "dilation": 2} if kind == "dilated" else {}
+    like = torch.empty((), dtype=torch.float64)
+    branch = kind_of(BranchSpec(kind))(site, Norm("none"), like, **options)
+    for module in branch.modules():
+        if is_conv(module) and module.weight.requires_grad:  # type: ignore[union-attr]
+            nn.init.uniform_(module.weight, 0.5, 1.0)  # type: ignore[arg-type]
+    nothing = kernel_of(nn.Conv2d(4, 4, sizes, padding=(1, sizes[1] // 2)).double(), like, 4, 2)
+    whole = replace(nothing, weight=torch.zeros_like(nothing.weight), bias=None).add(branch.equivalent_kernel(like))
+    found = whole.weight.abs().sum((0, 1)) > 1e-12
+    if kind == "frequency-prior":  # some of its cosines are zero
+        assert found.any(0).all()
+        return
+    assert found.tolist() == [[tap == "#" for tap in row] for row in rows]
+
+
+@pytest.mark.parametrize("sizes", [(3, 5), (4, 2)])
+def test_the_prior_of_frequencies_is_a_row_of_cosines(sizes: tuple[int, int]) -> None:
+    """Half of the channels hold cosines down the window and half across, each of one frequency more (OREPA, equation 3)."""
+    height, width = sizes
+    site = ConvSpec.of(nn.Conv2d(3, 7, sizes))
+    branch: Any = kind_of(BranchSpec("frequency-prior"))(site, Norm("none"), torch.empty((), dtype=torch.float64))
+    assert branch.prior.weight.shape == (7, 1, height, width)
+    assert not branch.prior.weight.requires_grad
+    for channel in range(7):
+        for row in range(height):
+            for column in range(width):
+                down = math.cos(math.pi * (row + 0.5) * (channel + 1) / height)
+                across = math.cos(math.pi * (column + 0.5) * (channel + 1 - 3) / width)
+                expected = down if channel < 3 else across
+                assert float(branch.prior.weight[channel, 0, row, column]) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_the_pointwise_conv_before_a_window_begins_as_an_identity(groups: int) -> None:
+    site = ConvSpec.of(nn.Conv2d(6, 6, (3, 2), groups=groups))
+    branch: Any = kind_of(BranchSpec("1x1-kxk"))(site, Norm("none"), torch.empty((), dtype=torch.float64))
+    x = torch.randn(1, 6, 4, 5, dtype=torch.float64)
+    assert torch.equal(branch.conv1(x), x)
 
 
 def test_depthwise_sites_keep_their_groups() -> None:

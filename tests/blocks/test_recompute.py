@@ -92,12 +92,30 @@ def test_backward_twice_and_changes_in_between() -> None:
     assert relative_error(gradients[1], gradients[0]) < 1e-12
 
 
+def test_what_changed_since_the_forward_pass_stays() -> None:
+    model: Any = recompute(expanded("acb")).train()
+    loss = model(X).square().mean()
+    model.eval()
+    buffers = dict(model.named_buffers())
+    for buffer in buffers.values():
+        buffer.fill_(3)
+    loss.backward()
+    assert not any(module.training for module in model.modules())
+    assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
+    assert all(bool((buffer == 3).all()) for buffer in buffers.values())
+
+
 def test_some_sites_and_squeezed_ones() -> None:
     model = recompute(expanded(), ["0", "6"])
     assert [model[site].recomputes for site in (0, 3, 6)] == [True, False, True]
     reference = copy.deepcopy(model)
     repfx.squeeze(model, statistics="frozen").train()
     assert_alike(model, reference.eval())
+
+
+def test_recomputing_is_switched_off_again() -> None:
+    model = recompute(recompute(expanded("acb")), ["0"], enabled=False)
+    assert [model[site].recomputes for site in (0, 3, 6)] == [False, True, True]
 
 
 def test_mixed_precision_recomputes_in_the_same() -> None:

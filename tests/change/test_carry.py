@@ -94,8 +94,12 @@ def test_what_stays_keeps_its_state_and_what_is_new_is_trained(name: str) -> Non
     assert all(bool(gamma.any()) for gamma in gammas), "γ began with 0 and was not trained"
 
     leaving = set(model[3].branches["1xk"].parameters())
+    states = {name: state_of(optimizer, each) for name, each in model.named_parameters() if each not in leaving}
     with repfx.carry(model, optimizer):
         repfx.drop(model, "3", "1xk")
+    for key, each in model.named_parameters():
+        assert all(torch.equal(value, states[key][what]) for what, value in state_of(optimizer, each).items())
+        assert state_of(optimizer, each).keys() == states[key].keys()
     assert names_of(model, optimizer) == [{name for name, _ in model.named_parameters()}]
     assert not leaving & optimizer.state.keys()
     step(model, optimizer)

@@ -430,3 +430,32 @@ def test_copies_carry_their_journal_and_go_their_own_way() -> None:
 def test_what_is_no_journal_is_refused(text: str, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         from_json(text)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_the_state_of_a_fused_optimizer_lies_as_its_weights_do(kind: Any, tmp_path: Path) -> None:
+    """Fused kernels run over memory in order, so a state that lies otherwise than its weight would belong to other numbers."""
+
+    def begun() -> tuple[Any, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 5, (3, 2)), nn.Conv2d(5, 4, (1, 3))).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model, kind(model.parameters(), lr=0.1, fused=True)
+
+    def step(model: Any, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 6, 7, generator=numbers_from(seed))).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = begun()
+    step(model, optimizer, 1)
+    repfx.save(tmp_path / "run.safetensors", model, optimizer)
+    again, other = begun()
+    repfx.load(tmp_path / "run.safetensors", again, other)
+    states = [
+        (each, value) for each, state in other.state.items() for value in state.values() if value.shape == each.shape
+    ]
+    assert len(states) == 8
+    assert all(value.stride() == each.stride() for each, value in states)
+    for net, its in ((model, optimizer), (again, other)):
+        step(net, its, 2)
+    assert same_state(model.state_dict(), again.state_dict())

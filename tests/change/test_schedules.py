@@ -65,6 +65,7 @@ def test_dyrep_gives_all_kinds_that_fit() -> None:
     ("scales", "gone"),
     [
         ({"1x1": 0.3, "1xk": 0.01, "kx1": 0.09}, ["1xk", "kx1"]),
+        ({"1x1": 0.3, "1xk": 0.1}, []),  # just at the limit
         ({"1x1": 0.3, "1xk": 0.11}, []),  # below the mean, but not below 0.1
         ({"1x1": 0.09, "1xk": 0.01}, ["1xk"]),  # below 0.1, but not below the mean
         ({"1x1": 0.02, "1xk": 0.01}, []),  # hardly different
@@ -246,6 +247,9 @@ def test_a_spec_by_patterns_leaves_other_sites_alone(name: str, epoch: int) -> N
             "squeeze_from is 10; it must be less than the 10 epochs of the training",
         ),
         ("repan", {"cycles": 2, "squeeze_from": 6}, InvalidInput, "after the warm-up of the last cycle, after epoch 6"),
+        ("dyrep", {"interval": True}, InvalidInput, "interval is True; it must be a whole number"),
+        ("dyrep", {"gamma": True}, InvalidInput, "gamma is True; it must be a number"),
+        ("dyrep", {"drop": 1}, InvalidInput, "drop is 1; it must be true or false"),
         ("dyrep", {"interval": "abc"}, InvalidInput, "interval is 'abc'; it must be a whole number"),
         ("repan", {"cycles": "abc"}, InvalidInput, "cycles is 'abc'; it must be a whole number"),
         ("dyrep", {"speed": 1}, InvalidInput, "DyRep has no option speed; it has interval, until"),

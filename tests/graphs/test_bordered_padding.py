@@ -56,6 +56,7 @@ BORDERS: dict[
     str, tuple[Callable[[Any, Tensor], Any], int, int]
 ] = {  # with the first conv's window, and how many convs are left
     "the bias": (padded, 1, 1),
+    "almost the bias": (lambda m, y: padded(m, y, factor=1 + 1e-6), 1, 2),
     "twice the bias": (lambda m, y: padded(m, y, factor=2.0), 1, 2),
     "three sides": (lambda m, y: padded(m, y, strips=3), 1, 2),
     "a wider strip": (lambda m, y: padded(m, y, width=2), 1, 2),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.algebra.layers import is_batch_norm, is_conv
+from repfx.graphs.constants import _BY_CHANCE
 from repfx.graphs.trace import trace
 from repfx.testing import assert_equivalent, randomize_batch_norm
 
@@ -89,6 +90,49 @@ def test_what_is_computed_from_the_input_or_by_chance_is_no_weight() -> None:
     for call in (dynamic, noisy):
         result = fused(nn.Sequential(Calling(call, 6, 4, 3, 3), nn.BatchNorm2d(6)))
         assert counts(result) == (0, 1)
+
+
+# an example of each kind of function that draws numbers, or takes what lies in memory
+DRAWS: dict[str, Any] = {
+    "rand": torch.rand_like,
+    "normal": torch.normal,
+    "bernoulli": lambda w: torch.bernoulli(torch.sigmoid(w)),
+    "multinomial": lambda w: torch.multinomial(torch.softmax(torch.flatten(w, 1), 1), 3),
+    "binomial": lambda w: torch.binomial(torch.full_like(w, 5), torch.sigmoid(w)),
+    "poisson": lambda w: torch.poisson(torch.abs(w)),
+    "dropout": lambda w: F.dropout(w, training=True),
+    "empty": torch.empty_like,
+    "exponential": lambda w: torch.clone(w).exponential_(),
+    "gumbel": lambda w: F.gumbel_softmax(w),
+    "rrelu": lambda w: F.rrelu(w, training=True),
+    "fractional_max_pool": lambda w: F.fractional_max_pool2d(w, (2, 1), output_size=(2, 2)),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_weight_that_is_drawn_is_drawn_anew(draw: str) -> None:
+    def noisy(x: Tensor, m: Any) -> Tensor:
+        return F.conv2d(x, m.weight + 0 * DRAWS[draw](m.weight).sum())
+
+    result = repfx.fuse(randomize_batch_norm(nn.Sequential(Calling(noisy, 6, 4, 3, 2), nn.BatchNorm2d(6))).eval())
+    assert counts(result) == (0, 1)
+
+
+def test_each_kind_of_drawing_has_an_example() -> None:
+    assert DRAWS.keys() == set(_BY_CHANCE)
+
+
+def test_every_function_of_torch_that_draws_is_known() -> None:
+    """Torch tags its operators that draw. Those that write in place are no constants anyway, and recurrent layers compute no weight."""
+    recurrent = {"gru", "lstm", "miopen_rnn", "rnn_relu", "rnn_tanh"}
+    public = set()
+    for name, _, overload in (each.partition(".") for each in torch._C._dispatch_get_all_op_names()):
+        space, _, name = name.partition("::")
+        if space == "aten" and hasattr(torch, name) and not name.startswith("_") and not name.endswith("_"):
+            operator = getattr(getattr(torch.ops.aten, name), overload or "default")
+            public |= {name} if torch.Tag.nondeterministic_seeded in operator.tags else set()
+    assert {"bernoulli", "binomial", "multinomial", "poisson", "normal", "rand"} <= public
+    assert [name for name in sorted(public - recurrent) if not any(part in name for part in _BY_CHANCE)] == []
 
 
 def test_a_weight_with_two_readers_is_not_copied() -> None:

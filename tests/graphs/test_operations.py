@@ -205,6 +205,65 @@ def test_augmented_assignment_is_recorded_as_writing() -> None:
     assert [mutated_by(node, root) for node in nodes[1:]] == nodes[:-1]
 
 
+@pytest.mark.parametrize(
+    "name", ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"]
+)
+def test_each_operator_in_place_is_seen(name: str) -> None:
+    in_place = getattr(operator, f"i{name}")
+    root, nodes = last(lambda m, x: in_place(x, 2))
+    assert mutated_by(nodes[-1], root) is nodes[0]
+
+
+# Functions of a tensor of size (1, 4, 3, 3). Whether the result shares memory is asked of torch itself.
+RESHAPED: dict[str, Function] = {
+    "torch.flatten": lambda m, x: torch.flatten(x, 1),
+    "torch.reshape": lambda m, x: torch.reshape(x, (4, 9)),
+    "torch.transpose": lambda m, x: torch.transpose(x, 1, 2),
+    "torch.squeeze": lambda m, x: torch.squeeze(x),
+    "torch.unsqueeze": lambda m, x: torch.unsqueeze(x, 0),
+    "torch.permute": lambda m, x: torch.permute(x, (0, 2, 3, 1)),
+    "torch.movedim": lambda m, x: torch.movedim(x, 1, 2),
+    "flatten": lambda m, x: x.flatten(1),
+    "reshape": lambda m, x: x.reshape(4, 9),
+    "view": lambda m, x: x.view(4, 9),
+    "expand": lambda m, x: x.expand(2, 4, 3, 3),
+    "contiguous": lambda m, x: x.contiguous(),
+    "to": lambda m, x: x.to(torch.float64),
+    "detach": lambda m, x: x.detach(),
+    "index": lambda m, x: x[:, 1:],
+    "Flatten": lambda m, x: m.flatten(x),
+    "Identity": lambda m, x: m.identity(x),
+    "Unflatten": lambda m, x: m.unflatten(x),
+}
+NEW: dict[str, Function] = {
+    "F.pad": lambda m, x: F.pad(x, (0, 0, 0, 0)),
+    "torch.cat": lambda m, x: torch.cat([x]),
+    "torch.stack": lambda m, x: torch.stack([x]),
+    "torch.matmul": lambda m, x: torch.matmul(x, m.weight[0, 0]),
+    "F.linear": lambda m, x: F.linear(x, m.weight[0, 0]),
+    "F.conv2d": lambda m, x: F.conv2d(x, m.weight),
+    "torch.add": lambda m, x: torch.add(x, 0),
+    "mul": lambda m, x: x.mul(1),
+    "conv": lambda m, x: m.conv(x),
+    "BatchNorm": lambda m, x: m.norm(x),
+}
+
+
+def parts() -> dict[str, Any]:
+    layers = {"flatten": nn.Flatten(), "identity": nn.Identity(), "unflatten": nn.Unflatten(1, (2, 2))}
+    return {**layers, "weight": torch.ones(4, 4, 3, 3).double(), "conv": nn.Conv2d(4, 4, 1), "norm": nn.BatchNorm2d(4)}
+
+
+@pytest.mark.parametrize("way", [*RESHAPED, *NEW])
+def test_what_shares_the_memory_of_its_input_is_known(way: str) -> None:
+    function = {**RESHAPED, **NEW}[way]
+    root, nodes = last(function, **parts())
+    x = torch.ones(1, 4, 3, 3, dtype=torch.float64)
+    shares = function(root.eval(), x).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert shares is (way in RESHAPED)
+    assert (nodes[0] in may_share_memory(nodes[-1], root)) is shares
+
+
 def test_what_may_be_one_piece_of_memory() -> None:
     root, nodes = last(lambda m, x: m.conv(x.view(x.shape)).relu().mul_(2) + 1, conv=nn.Conv2d(4, 4, 1), relu=nn.ReLU())
     x, _, view, conv, relu, product, total = nodes

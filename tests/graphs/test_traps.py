@@ -198,13 +198,15 @@ def test_a_part_that_is_its_own_copy_is_no_part_to_change() -> None:
     assert torch.equal(model(image_of(0)), before)
 
 
-def test_hooks_on_all_modules_are_seen() -> None:
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_on_all_modules_are_seen(kind: str) -> None:
     calls: list[str] = []
     model = ready(Block())
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+    register = getattr(nn.modules.module, f"register_module_{kind}")
+    handle = register(lambda module, *_: calls.append(type(module).__name__))
     try:
         fused = repfx.fuse(model)
-        fused(image_of(0))
+        fused(image_of(0).requires_grad_()).sum().backward()
     finally:
         handle.remove()
     assert "BatchNorm2d" in calls

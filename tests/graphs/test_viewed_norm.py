@@ -36,6 +36,7 @@ OTHER_FORMS: dict[str, Callable[[Tensor, nn.Module], Any]] = {
     "plain": lambda y, norm: norm(y),
     "turned and left so": lambda y, norm: norm(y.transpose(1, 2)),
     "flattened and left so": lambda y, norm: norm(y.flatten(0, 1)),
+    "all turned and brought back": lambda y, norm: norm(y.permute(2, 1, 0)).permute(2, 1, 0),
     "turned otherwise": lambda y, norm: norm(y.transpose(1, 2)).transpose(0, 1),
     "used before it is brought back": lambda y, norm: (z := norm(y.flatten(0, 1))).reshape_as(y) + z.mean(),
 }
@@ -71,10 +72,9 @@ def test_a_norm_seen_through_a_view_folds(form: str) -> None:
 
 @pytest.mark.parametrize("form", OTHER_FORMS)
 def test_other_views_stay_as_they_are(form: str) -> None:
-    # there are 12 pixels; in the plain form also 12 channels, and BatchNorm1d takes the pixels for channels
-    model = randomize_batch_norm(
-        nn.Sequential(Tokens(), Normed(form, features=12 if form == "plain" else 5)).double()
-    ).eval()
+    # there are 12 pixels; in some forms also 12 channels, and BatchNorm1d takes the pixels for channels
+    features = 12 if form in ("plain", "all turned and brought back") else 5
+    model = randomize_batch_norm(nn.Sequential(Tokens(), Normed(form, features)).double()).eval()
     fused = repfx.fuse(model)
     assert norms(fused) == 1
     assert repfx.report(fused).skipped

@@ -292,6 +292,11 @@ def test_what_a_model_creates_or_casts_is_float64_too() -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.parametrize("cast", [Tensor.float, Tensor.half, Tensor.bfloat16])
+def test_a_cast_inside_a_model_rounds_nothing(cast: Any) -> None:
+    assert check_functions(lambda x: x / 3, lambda x: cast(x / 3)).max_error == 0
+
+
 def test_random_models_draw_the_same_numbers() -> None:
     assert check_functions(lambda x: x + torch.rand_like(x), lambda x: torch.rand_like(x) + x).equivalent
 

@@ -223,7 +223,9 @@ def test_data_that_fail_leave_a_model_that_its_journal_describes() -> None:
 
 def test_a_frozen_block_s_own_conv_is_not_trained() -> None:
     model = trained()
+    model.train()(batch()).square().mean().backward()
     apply(model, [Freeze("stem")], None)
+    assert all(parameter.grad is None for parameter in model.stem.origin.parameters())
     own = copy.deepcopy(model.stem.origin.state_dict())
     others = copy.deepcopy(model.stem.branches["1x1"].conv.weight)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)

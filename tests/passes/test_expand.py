@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -373,13 +374,39 @@ def test_gamma_needs_data_and_a_norm_that_can_be_set() -> None:
     assert str(model) == before
 
 
-def test_data_that_is_used_up_leaves_the_model_as_it_was() -> None:
+class RunsOut:
+    """Data that can be read so many times, and then hold no batch."""
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.left -= 1
+        return iter([batch()] if self.left >= 0 else [])
+
+
+@pytest.mark.parametrize(("preset", "times"), [("acb", 0), ("acb", 1), ("acb", 2), ("qarepvgg", 0), ("qarepvgg", 1)])
+def test_data_that_is_used_up_leaves_the_model_as_it_was(preset: str, times: int) -> None:
+    """The branches are measured, then the convs without a BatchNorm, then what stays of each sum."""
     model = small_net()
-    before, text = copy.deepcopy(model.state_dict()), str(model)
+    model.plain.bias.requires_grad_(False)
+    before, text, output = copy.deepcopy(model.state_dict()), str(model), model.eval()(batch())
+    trained = {name: each.requires_grad for name, each in model.named_parameters()}
     with pytest.raises(InvalidInput, match="calibrate gave no batch"):
-        repfx.expand(model, "acb", gamma=0.01, calibrate=iter([batch()]), inplace=True)
+        repfx.expand(model, preset, gamma=0.01, calibrate=RunsOut(times), inplace=True)
     assert str(model) == text
+    assert {name: each.requires_grad for name, each in model.named_parameters()} == trained
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(batch()), output)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_batch_norm_that_a_conv_alone_gets_is_trained_where_the_conv_is(trained: bool) -> None:
+    model = small_net()
+    model.plain.requires_grad_(trained)
+    expanded: Any = repfx.expand(model, "acb", gamma=0.1, calibrate=[batch()])
+    assert {each.requires_grad for each in expanded.plain.norm.parameters()} == {trained}
+    assert_same_map(expanded.eval(), model.eval(), batch())
 
 
 def test_orepa_begins_as_in_its_paper() -> None:

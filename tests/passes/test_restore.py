@@ -35,6 +35,18 @@ def test_eps_and_momentum_return() -> None:
     assert (restored.norm.eps, restored.norm.momentum) == (1e-3, 0.2)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_batch_norm_returns_trained_where_its_conv_is(trains: bool) -> None:
+    """A frozen stem stays frozen; what stands behind it goes on to learn."""
+    model: Any = small_net().eval()
+    model.stem.requires_grad_(trains)
+    model.norm.requires_grad_(trains)
+    restored: Any = repfx.restore(repfx.fuse(model))
+    assert {each.requires_grad for each in restored.norm.parameters()} == {trains}
+    assert {each.requires_grad for each in restored.norm2.parameters()} == {True}
+    assert_same_map(restored, model, batch())
+
+
 def test_a_synchronized_batch_norm_returns_as_one() -> None:
     model: Any = nn.SyncBatchNorm.convert_sync_batchnorm(trained())
     restored: Any = repfx.restore(repfx.fuse(model))

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import repfx
 from repfx.graphs.settings import settings_in
 from repfx.graphs.tracer import Tracer
+from repfx.reading.function_source import function_node
 from repfx.reading.module_uses import uses_in
 from tests.graphs.traps.asking import ASKING, Parts, asking
 from tests.graphs.traps.keeping import Keeps
@@ -167,6 +168,13 @@ def test_a_lambda_is_read_where_it_stands_alone_in_its_line() -> None:
     risky = Net(lambda m, x: m.layer(x) * len(list(m.layer.parameters())), layer=nn.Conv2d(4, 4, 1))
     assert uses_in(harmless).of_children == {}
     assert uses_in(risky).of_children == {"layer": "m.layer.parameters"}
+
+
+def test_lambdas_of_one_line_that_name_the_same_are_not_told_apart() -> None:
+    both = [lambda m, x: m.outer(m.inner(x)), lambda m, x: m.inner(m.outer(x))]
+    alone = lambda m, x: m.outer(m.inner(x))  # noqa: E731
+    assert [function_node(each) for each in both] == [None, None]
+    assert function_node(alone) is not None
 
 
 # ---- what is kept

@@ -27,3 +27,24 @@ def test_sequences_come_back(found: Kinds) -> None:
 def test_a_text_is_no_list(name: str) -> None:
     with pytest.raises(InvalidInput, match=f"{name} is 'abc'; it must be a list"):
         from_plain(Kinds, {name: "abc"})
+
+
+@dataclass(frozen=True)
+class Numbers:
+    count: int = 0
+    share: float = 0.0
+    chosen: bool = False
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("count", True), ("count", 1.0), ("share", True), ("share", "1"), ("chosen", 1), ("chosen", 0.0)],
+)
+def test_a_number_is_no_truth_and_a_truth_no_number(name: str, value: object) -> None:
+    with pytest.raises(InvalidInput, match=f"{name} is {value!r}; it must be"):
+        from_plain(Numbers, {name: value})
+
+
+def test_a_whole_number_is_a_number() -> None:
+    found = from_plain(Numbers, {"share": 1})
+    assert (found.share, type(found.share)) == (1.0, float)

@@ -106,9 +106,11 @@ def test_the_other_verbs_serve_the_rest_of_the_model(way: str, tmp_path: Path) -
     assert error_of(again, model, x) < 1e-9
 
 
-def test_what_is_frozen_stays_frozen() -> None:
-    model = net("weight norm").requires_grad_(False)
-    assert not any(parameter.requires_grad for parameter in repfx.fuse(model).parameters())
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_frozen_stays_frozen(way: str, trains: bool) -> None:
+    model = net(way).requires_grad_(trains)
+    assert {parameter.requires_grad for parameter in repfx.fuse(model).parameters()} == {trains}
 
 
 def test_the_model_goes_on_as_before() -> None:

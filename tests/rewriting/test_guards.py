@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import repfx
-from tests.inline_net import Net, convs, fused_exactly, image, norms, reasons
+from tests.inline_net import Net, convs, fused_exactly, image, norms, ready, reasons
 
 
 def conv(kernel_size: int = 3, channels: int = 4, **keywords: Any) -> nn.Conv2d:
@@ -142,6 +142,20 @@ def test_a_tensor_that_the_forward_changes_is_not_traced_through() -> None:
     assert all(torch.equal(fused(x), model(x)) for _ in range(2))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.a(x) + m.b(x) - torch.relu(x),
+        lambda m, x: m.a(x) - torch.relu(x) + m.b(x),
+        lambda m, x: torch.relu(x) - (m.a(x) + m.b(x)),
+        lambda m, x: torch.relu(x) - (m.a(x) - (m.b(x) - torch.tanh(x))),
+    ],
+)
+def test_what_remains_of_a_sum_keeps_its_sign(function: Any) -> None:
+    fused = fused_exactly(Net(function, a=conv(), b=conv(1)), image())
+    assert len(convs(fused)) == 1
+
+
 # ---- hooks see what they saw
 
 
@@ -160,6 +174,18 @@ def test_a_layer_with_a_hook_is_called_as_before(layer: nn.Module, kind: str) ->
     assert len(seen) == 2  # once in each model
     assert "1" in dict(fused.named_children())
     handle.remove()
+
+
+@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_a_layer_with_a_hook_of_any_kind_stays(kind: str, layer: int) -> None:
+    model = ready(nn.Sequential(conv(bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Identity(), conv()))
+    calls: list[str] = []
+    getattr(model[layer], f"register_{kind}")(lambda *_: calls.append(kind))
+    fused = repfx.fuse(model)
+    assert type(fused.get_submodule(str(layer))) is type(model[layer])
+    fused(image().requires_grad_()).sum().backward()
+    assert calls == [kind]
 
 
 # ---- modules that others use
@@ -238,7 +264,15 @@ def test_linear_and_batch_norm_meet_only_on_two_axes() -> None:
     assert norms(kept) == ["2"]
 
 
-FLAT = [nn.Flatten(), lambda x: torch.flatten(x, 1), lambda x: x.flatten(start_dim=1), lambda x: x.flatten(1, -1)]
+FLAT = [
+    nn.Flatten(),
+    lambda x: torch.flatten(x, 1),
+    lambda x: torch.flatten(input=x, start_dim=1, end_dim=-1),
+    lambda x: torch.flatten(x, end_dim=-1, start_dim=1),
+    lambda x: x.flatten(start_dim=1),
+    lambda x: x.flatten(1, -1),
+    lambda x: x.flatten(1, end_dim=-1),
+]
 
 
 @pytest.mark.parametrize("flatten", FLAT)
@@ -254,9 +288,49 @@ def test_after_flattening_there_are_two_axes(flatten: Any) -> None:
     assert norms(fused_exactly(model, image(3, 2, 2))) == []
 
 
+NOT_FLAT = [
+    nn.Flatten(1, 2),
+    nn.Flatten(1, -2),
+    nn.Flatten(2),
+    lambda x: torch.flatten(x, 1, 2),
+    lambda x: x.flatten(start_dim=1, end_dim=2),
+    lambda x: x.flatten(2),
+    lambda x: torch.flatten(x, end_dim=1),
+    lambda x: x.flatten(end_dim=1),
+]
+
+
+@pytest.mark.parametrize("flatten", NOT_FLAT)
+def test_after_flattening_other_axes_there_are_more(flatten: Any) -> None:
+    """The second axis holds the channels of a BatchNorm1d and the last one those of the linear layer, so the two don't meet."""
+    x = image(6, 2, 3, 6)
+    sizes = flatten(x).shape
+    linear, norm = nn.Linear(sizes[-1], sizes[1]), nn.BatchNorm1d(sizes[1])
+    model = Net(lambda m, x: m.n(m.c(m.flatten(x))), flatten=flatten, c=linear, n=norm)
+    assert norms(fused_exactly(model, x)) == ["n"]
+
+
 def test_one_sided_padding_is_not_traded_for_itself() -> None:
     fused = fused_exactly(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv(padding=0)), image())
     assert "pads both sides alike" in reasons(fused)
     assert repfx.report(fused).applied == ()
     both = fused_exactly(nn.Sequential(nn.ZeroPad2d((1, 1, 2, 2)), conv(padding=0)), image())
     assert both.get_submodule("1").padding == (2, 1)
+
+
+GROWS, CROPS = [(0, 1, 2, 0), (3, 0, 0, 1), (0, 2, 0, 0)], [(-1, 0, 2, -2), (0, -2, 1, 0), (-1, -2, 0, -1)]
+
+
+@pytest.mark.parametrize(
+    ("sides", "mode"), [*((sides, "constant") for sides in GROWS + CROPS), *((sides, "reflect") for sides in GROWS)]
+)
+def test_a_sum_behind_one_sided_padding_pads_the_same_sides(sides: tuple[int, ...], mode: str) -> None:
+    """The merged conv can't pad so, and an operation in front of it does: `F.pad` counts axes from the last."""
+
+    def padded(m: Any, x: Any) -> Any:
+        y = F.pad(x, sides, mode=mode)
+        return m.a(y) + m.b(F.pad(x, sides, mode=mode))
+
+    model = Net(padded, a=conv(padding=0), b=conv(padding=0))
+    fused = fused_exactly(model, image(2, 4, 8, 11))
+    assert len(convs(fused)) == 1

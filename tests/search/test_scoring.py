@@ -488,9 +488,10 @@ def test_it_refuses_blocks_whose_kernel_is_no_sum() -> None:
         FusedSupernet(model)
 
 
-def test_it_refuses_blocks_that_run_more_than_their_paths() -> None:
+@pytest.mark.parametrize("inside", ["", ".origin", ".origin.conv", ".gate"])
+def test_it_refuses_blocks_that_run_more_than_their_paths(inside: str) -> None:
     model = supernet(two)
-    model.get_submodule("3").register_forward_hook(lambda module, inputs, output: output * 2)
+    model.get_submodule(f"3{inside}").register_forward_hook(lambda module, inputs, output: output * 2)
     with pytest.raises(InvalidInput, match="'3' has hooks"):
         FusedSupernet(model)
 

@@ -98,6 +98,11 @@ def test_budgets(asked: float, count: int | None) -> None:
         SPACE.budget(asked)
 
 
+@pytest.mark.parametrize(("asked", "count"), [(0.12, 2), (0.13, 3), (0.27, 5), (0.28, 6), (0.99, 20)])
+def test_a_share_is_rounded_to_the_nearest_number(asked: float, count: int) -> None:
+    assert BRANCHES.budget(asked) == count
+
+
 def test_without_gates_on_the_sites_own_convs_one_branch_is_enough() -> None:
     assert BRANCHES.budget(1) == 1
     with pytest.raises(InvalidInput, match="there are 20 to choose from, and one is the least"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from repfx.data.augmentation import Augmentation
@@ -149,6 +150,25 @@ def test_the_middle_of_an_image_is_shown_and_a_random_crop_takes_the_whole(tmp_p
     assert varied.max() > 2 > data.test[0][0].max()
     with pytest.raises(InvalidInput, match=r"crop is 1\.5; it must be"):
         DataSource("digits", crop=1.5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_standardized_as_those_of_imagenet(channels: int, tmp_path: Path) -> None:
+    """Weights of other libraries expect these numbers, so they are compared with timm's."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for index in range(5):
+            Image.new("RGB", (9, 8), (51, 102, 204)).save(tmp_path / name / f"{index}.png")
+    data = load_data(DataSource(str(tmp_path)), InputForm(channels, size=6))
+    mean, deviation = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+    pixel = torch.tensor([0.2, 0.4, 0.8])
+    if channels == 1:
+        pixel = (pixel * torch.tensor([0.299, 0.587, 0.114])).sum()
+        mean, deviation = mean.mean(), deviation.mean()
+    expected = ((pixel - mean) / deviation).reshape(-1, 1, 1).expand(channels, 6, 6)
+    assert (data.test[0][0] - expected).abs().max() < (1e-6 if channels == 3 else 1e-2)  # grey is rounded to bytes
+    assert data.preparation["mean"] == pytest.approx(mean.reshape(-1).tolist(), abs=1e-3)
+    assert data.preparation["std"] == pytest.approx(deviation.reshape(-1).tolist(), abs=1e-3)
 
 
 def test_a_folder_with_parts_keeps_them(tmp_path: Path) -> None:

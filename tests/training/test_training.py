@@ -277,6 +277,8 @@ def test_the_average_is_what_training_ends_with() -> None:
     done = train(model, pictures(), Recipe(epochs=2, batch_size=8, average=0.99, learning_rate=0.05))
     assert done.model is not model
     assert not torch.equal(first_weight(done.model), first_weight(model))
+    torch.manual_seed(0)
+    assert not torch.equal(first_weight(done.model), first_weight(net(2)))
     assert all(entry.ema_accuracy is not None for entry in done.history.epochs[1:])
 
 

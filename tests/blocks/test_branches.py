@@ -255,7 +255,7 @@ def test_a_branch_has_weights_at_the_taps_that_its_kind_names(kind: str) -> None
     like = torch.empty((), dtype=torch.float64)
     branch = kind_of(BranchSpec(kind))(site, Norm("none"), like, **options)
     for module in branch.modules():
-        if is_conv(module) and module.weight.requires_grad:  # type: ignore[union-attr]
+        if is_conv(module) and module.weight.requires_grad:
             nn.init.uniform_(module.weight, 0.5, 1.0)  # type: ignore[arg-type]
     nothing = kernel_of(nn.Conv2d(4, 4, sizes, padding=(1, sizes[1] // 2)).double(), like, 4, 2)
     whole = replace(nothing, weight=torch.zeros_like(nothing.weight), bias=None).add(branch.equivalent_kernel(like))

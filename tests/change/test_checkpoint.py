@@ -438,7 +438,7 @@ def test_the_state_of_a_fused_optimizer_lies_as_its_weights_do(kind: Any, tmp_pa
 
     def begun() -> tuple[Any, torch.optim.Optimizer]:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 5, (3, 2)), nn.Conv2d(5, 4, (1, 3))).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = nn.Sequential(nn.Conv2d(3, 5, (3, 2)), nn.Conv2d(5, 4, (1, 3))).to(memory_format=torch.channels_last)
         return model, kind(model.parameters(), lr=0.1, fused=True)
 
     def step(model: Any, optimizer: torch.optim.Optimizer, seed: int) -> None:

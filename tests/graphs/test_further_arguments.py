@@ -75,7 +75,8 @@ class Decoder(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
 
     def add(self, x: Tensor, *skips: Tensor) -> Tensor:
-        return x + sum(self.stem(skip).mean() for skip in skips)
+        y: Tensor = x + sum(self.stem(skip).mean() for skip in skips)
+        return y
 
     def forward(self, x: Tensor, *skips: Tensor) -> Tensor:
         return self.add(x, *skips)

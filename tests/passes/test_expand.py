@@ -389,7 +389,7 @@ class RunsOut:
 def test_data_that_is_used_up_leaves_the_model_as_it_was(preset: str, times: int) -> None:
     """The branches are measured, then the convs without a BatchNorm, then what stays of each sum."""
     model = small_net()
-    model.plain.bias.requires_grad_(False)
+    model.plain.bias.requires_grad_(False)  # type: ignore[union-attr]
     before, text, output = copy.deepcopy(model.state_dict()), str(model), model.eval()(batch())
     trained = {name: each.requires_grad for name, each in model.named_parameters()}
     with pytest.raises(InvalidInput, match="calibrate gave no batch"):

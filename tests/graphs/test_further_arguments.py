@@ -75,8 +75,7 @@ class Decoder(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
 
     def add(self, x: Tensor, *skips: Tensor) -> Tensor:
-        y: Tensor = x + sum(self.stem(skip).mean() for skip in skips)
-        return y
+        return x + torch.stack([self.stem(skip).mean() for skip in skips]).sum()
 
     def forward(self, x: Tensor, *skips: Tensor) -> Tensor:
         return self.add(x, *skips)

@@ -105,7 +105,7 @@ CHECKS: dict[str, Check] = {
     "a grey image": test_traps.test_a_grey_image_is_spread_over_the_channels_of_a_constant,
     **{name: trap(name) for name in TRAPS},
     "expanding an alias": lambda: test_traps.test_it_is_expanded_right_or_left_alone("alias in a list", "acb"),
-    **{f"{name}, expanded": expanded_trap(f"{name}, traced") for name in ("exact class", "no identity")},
+    **{f"{name}, expanded": expanded_trap(f"{name}, traced") for name in ("by name", "no identity")},
     "expanding what is asked for": lambda: test_traps.test_it_is_expanded_right_or_left_alone("asks for convs", "acb"),
 }
 
@@ -280,7 +280,7 @@ MUTANTS = [
     Mutant(
         "uses not seen",
         puts(Around, "toward", lambda around, child, **_: around),
-        ("submodule, untraced", "exact class, expanded", "without source: ReadsAWeight"),
+        ("submodule, untraced", "by name, expanded", "without source: ReadsAWeight"),
     ),
     Mutant(
         "settings not compared",

@@ -117,7 +117,6 @@ def test_what_does_more_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "use"),
     [
-        ("exact class", "type(layer)"),
         ("by name", "layer.__class__"),
         ("matched", "layer"),
         ("has statistics", "hasattr(layer, 'running_mean')"),
@@ -135,6 +134,11 @@ def test_the_reason_names_the_use(name: str, use: str) -> None:
     assert any(site.refusal == f"code around it uses it in a way that repfx doesn't know: {use}" for site in sites), (
         sites
     )
+
+
+def test_a_conv_whose_exact_class_is_asked_for_stays_of_it() -> None:
+    sites = repfx.sites(asking(Parts, ASKING["exact class"])())
+    assert any(site.refusal == "code around it asks whether it is a Conv2d" for site in sites), sites
 
 
 def test_only_what_is_asked_is_left_alone() -> None:

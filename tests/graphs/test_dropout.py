@@ -51,7 +51,9 @@ def test_it_follows_the_mode(dropout: Any) -> None:
 
 
 def test_every_function_of_dropout_has_its_module() -> None:
-    names = {name for name, function in vars(F).items() if name.endswith(("dropout", "dropout1d", "dropout2d", "dropout3d"))}
+    names = {
+        name for name, function in vars(F).items() if name.endswith(("dropout", "dropout1d", "dropout2d", "dropout3d"))
+    }
     assert {function.__name__ for function in MODULES} == {name for name in names if not name.startswith("_")}
     assert all(kind.__name__.lower() == function.__name__.replace("_", "") for function, kind in MODULES.items())
 

@@ -89,4 +89,4 @@ def test_the_tests_see_the_mistake(mutant: Mutant, outcome: Callable[[str], Outc
 @pytest.mark.slow
 def test_the_tests_pass_without_a_mistake(outcome: Callable[[str], Outcome]) -> None:
     found = outcome("")
-    assert (found.failed, found.broken) == ([], "")
+    assert (found.failed, found.broken) == ((), "")

@@ -68,10 +68,10 @@ class _Watch:
         self.broken = ""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed and report.when == "call":
+        if report.failed and report.when == "setup":
+            self.broken = f"{report.nodeid} can't begin: {report.longreprtext[-2000:]}"
+        elif report.failed:  # in the test, or in what is checked after each test
             self.failures.append(report.nodeid)
-        elif report.failed:
-            self.broken = f"{report.nodeid} failed outside the test: {report.longreprtext[-2000:]}"
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:

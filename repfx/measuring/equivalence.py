@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from repfx.errors import EquivalenceError, InvalidInput, first_line
 from repfx.measuring.difference import Difference, count_numbers, differences, worst
@@ -18,6 +18,8 @@ from repfx.records.provenance import Provenance, provenance_of
 
 # Chosen by the coarsest parameter, because a rewritten weight was rounded to its dtype.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-1, torch.bfloat16: 5e-1}
+
+_MAGNIFIED = 100  # how far a bound may rise for a net that magnifies rounding
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,10 @@ def check_equivalent(
               statistics); a BatchNorm's eps forgotten shows as 3e-5 in one layer and more in a net.
             - float16, 1e-1, and bfloat16, 5e-1: rounding shows as up to 3e-2 and 2e-1 in the same nets. These bounds
               reveal a wrong structure, not a forgotten eps: check in float32 before you convert.
+
+            A net in which large numbers cancel magnifies rounding. Where the outputs differ by more than this, the weights of
+            the reference are moved by half a unit in their last place. Four times what that changes is allowed, too, up to 100
+            times the bound.
         raises: whether to raise an error if the outputs differ; False returns the report instead.
 
     Raises:
@@ -116,6 +122,8 @@ def check_equivalent(
     right, checked = double_copy(reference), double_copy(model)
     found = _compare(_run_reference(right, x), checked, x)
     worst_output = worst(found)
+    if tolerance is None and bound < worst_output.error <= _MAGNIFIED * bound:
+        bound = max(bound, min(4 * _effect_of_rounding(reference, x), _MAGNIFIED * bound))
     equivalent = worst_output.error <= bound
     report = EquivalenceReport(
         equivalent,
@@ -156,6 +164,22 @@ def _bound(reference: nn.Module, model: nn.Module, tolerance: float | None) -> f
     if not 0 <= tolerance < math.inf:
         raise InvalidInput(f"tolerance is {tolerance}: it must be finite and at least 0.")
     return tolerance
+
+
+def _effect_of_rounding(model: nn.Module, x: Inputs) -> float:
+    """Return the relative change of a model's outputs if each of its numbers moves by half a unit in its last place, up or down."""
+    exact, moved = double_copy(model), double_copy(model)
+    chance = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for own, wide in zip(_floating(model), _floating(moved), strict=True):
+            signs = torch.randint(0, 2, wide.shape, generator=chance, dtype=torch.float64, device="cpu") * 2 - 1
+            wide += wide.abs() * signs.to(wide.device, wide.dtype) * (torch.finfo(own.dtype).eps / 2)
+    found = worst(differences(run_double(exact, x), run_double(moved, x)))
+    return 0.0 if found.problem else found.error
+
+
+def _floating(model: nn.Module) -> list[Tensor]:
+    return [each for each in (*model.parameters(), *model.buffers()) if each.is_floating_point()]
 
 
 def _run_reference(reference: nn.Module, x: Inputs) -> Any:

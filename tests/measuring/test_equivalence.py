@@ -301,6 +301,33 @@ def test_random_models_draw_the_same_numbers() -> None:
     assert check_functions(lambda x: x + torch.rand_like(x), lambda x: torch.rand_like(x) + x).equivalent
 
 
+class Cancels(nn.Module):
+    """A conv of an image with a large mean, which the BatchNorm behind it takes away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, (3, 2)), nn.BatchNorm2d(4)
+        with torch.no_grad():
+            self.norm.running_mean = self.conv(torch.full((1, 3, 3, 2), 300.0)).flatten()
+            nn.init.constant_(self.norm.running_var, 0.01)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x))
+        return y
+
+
+def test_a_net_that_magnifies_rounding_may_differ_by_as_much_and_no_more() -> None:
+    model, x = Cancels().eval(), X + 300
+    fused: Any = nn.utils.fuse_conv_bn_eval(model.conv, model.norm)
+    report = check_equivalent(model, fused, x)
+    assert 1e-5 < report.max_error <= report.tolerance <= 1e-3
+    with torch.no_grad():
+        fused.bias += 0.1
+    with pytest.raises(EquivalenceError, match="outputs differ"):
+        check_equivalent(model, fused, x)
+    assert check_equivalent(model.double(), copy.deepcopy(model), x.double()).tolerance == 1e-9
+
+
 def test_a_traced_copy_is_equivalent_and_keeps_its_error_to_itself(capsys: pytest.CaptureFixture[str]) -> None:
     net = randomize(Net())
     assert check_equivalent(net, fx.symbolic_trace(net), X).max_error == 0

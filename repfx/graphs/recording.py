@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
+from types import CodeType
 from typing import Any
 
 import torch
@@ -142,3 +143,22 @@ def _replaced(namespace: dict[str, Any], name: str, value: object) -> Iterator[N
         namespace[name] = before
         if missing:
             del namespace[name]
+
+
+@contextmanager
+def code_recorded() -> Iterator[set[CodeType] | None]:
+    """Yield a set that takes the code of all Python functions that this thread runs; None where a profiler watches it already."""
+    if sys.getprofile() is not None:
+        yield None
+        return
+    codes: set[CodeType] = set()
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        if event == "call":
+            codes.add(frame.f_code)
+
+    sys.setprofile(note)
+    try:
+        yield codes
+    finally:
+        sys.setprofile(None)

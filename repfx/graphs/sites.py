@@ -8,6 +8,8 @@ from collections.abc import Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import CodeType
 
 from torch import fx, nn
 
@@ -22,6 +24,7 @@ from repfx.blocks.presets import SpecLike
 from repfx.blocks.selection import Selection
 from repfx.errors import UnknownName
 from repfx.graphs.leaves import is_leaf
+from repfx.graphs.recording import code_recorded
 from repfx.graphs.trace import Island, Traces, call_counts, trace
 from repfx.reading.source_code import Around, asked_for
 from repfx.records.module_tree import module_paths, outer_paths
@@ -188,7 +191,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     registered = module_paths(model)
     calls = call_counts(traces)
     owners = _owners(model)
-    code = _code_around(model, traces.untraced)
+    code = _code_around(model, traces.untraced, _Ran(model))
     norms = {
         conv: norm
         for conv, norm in _own_norms(model, traces, calls, registered, read).items()
@@ -245,8 +248,24 @@ def _asks_for_identities(around: Around) -> bool:
 _OF_NORMS = frozenset({"eps", "momentum", "num_features", "running_mean", "running_var", "affine"})
 
 
-def _code_around(model: nn.Module, untraced: Container[str]) -> dict[str, _Code]:
-    """Map the path of each module to the code of all modules that it lies in.
+class _Ran:
+    """The code that runs when a model is called, found by tracing the model once more when somebody first asks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __contains__(self, code: object) -> bool:
+        return self._codes is None or code in self._codes
+
+    @cached_property
+    def _codes(self) -> set[CodeType] | None:
+        with code_recorded() as codes:
+            trace(self._model)
+        return codes
+
+
+def _code_around(model: nn.Module, untraced: Container[str], ran: _Ran) -> dict[str, _Code]:
+    """Map the path of each module to the code of all modules that it lies in. `ran` is the code that ran while the model was traced.
 
     The code of blocks is left out, because it works with whatever their parts become.
     """
@@ -256,9 +275,8 @@ def _code_around(model: nn.Module, untraced: Container[str]) -> dict[str, _Code]
         if not (is_leaf(module) or isinstance(module, RepBlock)):
             code = _Code(code.around.inside(module), code.closed or code_of_its_own(module))
         for name, _ in module.named_children():
-            found[f"{path}.{name}".lstrip(".")] = _Code(
-                code.around.toward(name, traced=path not in untraced), code.closed
-            )
+            inner = code.around.toward(name, None if path in untraced else ran)
+            found[f"{path}.{name}".lstrip(".")] = _Code(inner, code.closed)
     return found
 
 

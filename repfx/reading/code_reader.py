@@ -38,6 +38,9 @@ class Reading(Protocol):
     def note(self, origins: Origins, text: str) -> None:
         """Note a use of what comes from these attributes."""
 
+    def note_given(self, origins: Origins, text: str) -> None:
+        """Note that what comes from these attributes is given to a function that isn't known."""
+
     def note_type(self, text: str) -> None:
         """Note a question for the exact class of a value that is no module."""
 
@@ -69,10 +72,12 @@ class CodeReader(ValueFlow):
 
     # ---- attributes
 
-    def visit_Attribute(self, node: ast.Attribute) -> Origins:
+    def visit_Attribute(self, node: ast.Attribute, *, called: bool = False) -> Origins:
         if node.attr in _FORMS and self._is_first_parameter(node.value):
             return NONE
         owner = self.of(node.value)
+        if node.attr == "type" and not called:  # a text or the like, which a cast would have been without
+            return NONE
         others = owner - ITSELF
         if not self._holds_modules(others, node.attr):
             others = others if node.attr in OF_MODULES | OF_LAYERS else NONE
@@ -191,7 +196,7 @@ class CodeReader(ValueFlow):
             if "" in owner:
                 return self._call_own(node, arguments, named, given) | (owner - ITSELF)
             if owner:
-                found = self.visit_Attribute(node.func)
+                found = self.visit_Attribute(node.func, called=True)
                 self.note(given, node)
                 return found if node.func.attr in _OF_DICTS else NONE
         return self._call_other(node, called, arguments, named, given)
@@ -208,7 +213,7 @@ class CodeReader(ValueFlow):
         if inspect.ismethod(held) or inspect.isfunction(held):
             bound = (ITSELF,) if getattr(held, "__self__", None) is module else ()
             return self.reading.function(getattr(held, "__func__", held), (*bound, *arguments), named, strict=True)
-        origins = self.visit_Attribute(node.func)  # type: ignore[arg-type]
+        origins = self.visit_Attribute(node.func, called=True)  # type: ignore[arg-type]
         self.note(given, node)
         return origins if name in _CHILDREN else NONE
 
@@ -245,7 +250,8 @@ class CodeReader(ValueFlow):
             return self.reading.function(
                 called, arguments, named, strict=self.strict or not self._is_read(node, called)
             )
-        self.note(given, node)
+        if given:
+            self.reading.note_given(given, _shortened(node))
         return NONE
 
     def _is_read(self, node: ast.Call, called: FunctionType) -> bool:

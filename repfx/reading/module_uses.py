@@ -10,8 +10,9 @@ from __future__ import annotations
 import builtins
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -31,18 +32,28 @@ _PLAIN_CALLS = (*PASSING, len, bool, range, int, float, sum, abs, super, torch, 
 class Uses:
     """The uses of a module's children in its code that aren't known to be harmless, each as text, by the child's name.
 
-    The name "*" stands for any child. `unread` holds what is given to functions whose source can't be read, although they name nothing but
+    The name "*" stands for any child. `given` holds each call that gives a child to a function that isn't known, by the code that makes the
+    call. `unread` holds what is given to functions whose source can't be read, although they name nothing but
     layers and what is done to tensors. `types` holds each question for the exact class of a value that is no module.
     """
 
     of_children: dict[str, str] = field(default_factory=dict)
+    given: dict[str, dict[CodeType | None, str]] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     types: list[str] = field(default_factory=list)
 
-    def of(self, name: str, *, traced: bool) -> str | None:
-        """Return the first use of a child, or None. Code that was traced does no more than call it, if its names say nothing else."""
-        found = self.of_children if traced else {**self.unread, **self.of_children}
-        return found.get(name, found.get("*"))
+    def of(self, name: str, ran: Container[CodeType] | None) -> str | None:
+        """Return the first use of a child, or None.
+
+        Args:
+            name: the child's.
+            ran: the code that ran while the module was traced; None if it can't be traced. Code that was traced does no more than call a
+                child, if its names say nothing else; and code that did not run then gives no child away in a usual call.
+        """
+        found = {**self.unread, **self.of_children} if ran is None else self.of_children
+        use = found.get(name, found.get("*"))
+        away = {**self.given.get("*", {}), **self.given.get(name, {})}
+        return use or next((text for code, text in away.items() if ran is None or code is None or code in ran), None)
 
 
 def uses_in(module: nn.Module, methods: Iterable[str] = ("forward",)) -> Uses:
@@ -60,10 +71,15 @@ class _Reading:
     module: nn.Module
     uses: Uses = field(default_factory=Uses)
     results: dict[Any, Origins] = field(default_factory=dict)
+    code: CodeType | None = None  # of the function that is read now
 
     def note(self, origins: Origins, text: str) -> None:
         for name in origins:
             self.uses.of_children.setdefault(name or "*", text)
+
+    def note_given(self, origins: Origins, text: str) -> None:
+        for name in origins:
+            self.uses.given.setdefault(name or "*", {}).setdefault(self.code, text)
 
     def note_type(self, text: str) -> None:
         self.uses.types.append(text)
@@ -121,6 +137,7 @@ class _Reading:
             if node is None:
                 self._note_unread(function, NONE.union(*arguments, *named.values()))
                 return NONE
-            reader = CodeReader(self, function, strict=strict)
-            self.results[key] = reader.read(node, arguments, named)
+            around, self.code = self.code, inspect.unwrap(function).__code__
+            self.results[key] = CodeReader(self, function, strict=strict).read(node, arguments, named)
+            self.code = around
         return self.results[key]

@@ -11,9 +11,10 @@ import inspect
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
+from types import CodeType
 from typing import Any
 
 import torch.nn.functional as F
@@ -55,9 +56,9 @@ class Around:
     closed: str | None = None
     asks_for_bias: bool = False
 
-    def toward(self, child: str, *, traced: bool = False) -> Around:
-        """Return the facts for one child of the module whose code was read last, and was traced or not."""
-        use = self.uses.of(child, traced=traced)
+    def toward(self, child: str, ran: Container[CodeType] | None = None) -> Around:
+        """Return the facts for one child of the module whose code was read last. `ran` is the code that ran if it was traced."""
+        use = self.uses.of(child, ran)
         reason = f"code around it uses it in a way that repfx doesn't know: {use}"
         return self if use is None else replace(self, closed=self.closed or reason)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -103,7 +104,7 @@ HARMLESS = (
 @pytest.mark.parametrize("ask", HARMLESS)
 def test_what_only_calls_layers_is_harmless(ask: Any) -> None:
     uses = uses_in(asking(Parts, ask)(), ("ask",))
-    assert (uses.of_children, uses.unread, uses.types) == ({}, {}, [])
+    assert (uses.of_children, uses.given, uses.unread, uses.types) == ({}, {}, {}, [])
 
 
 # other reasons cover these: a class that is asked for by its own name, a name that is read inside a child, and an index
@@ -112,7 +113,8 @@ COVERED = {"no identity", "without bias", "without bias by text", "in own dict"}
 
 @pytest.mark.parametrize("name", sorted(ASKING.keys() - COVERED))
 def test_what_does_more_is_named(name: str) -> None:
-    assert uses_in(asking(Parts, ASKING[name])(), ("ask",)).of_children
+    uses = uses_in(asking(Parts, ASKING[name])(), ("ask",))
+    assert uses.of_children or uses.given
 
 
 @pytest.mark.parametrize(
@@ -211,3 +213,34 @@ def test_what_tracing_changed_is_put_back() -> None:
     with pytest.raises(TypeError, match="changes 'eps' of a BatchNorm2d while it runs"):
         Tracer().trace(model)
     assert model.norm.eps == before[model.norm]["eps"] == 1e-5
+
+
+class Profiles(nn.Module):
+    """A model that gives its layers to a function of another library, if it is asked to or always."""
+
+    def __init__(self, always: bool, decides: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(4, 4, (3, 1)), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)])
+        self.always, self.decides = always, decides
+
+    def forward(self, x: Tensor, profile: bool = False) -> Tensor:
+        if self.decides and x.sum() > 1e9:
+            return x
+        for layer in self.layers:
+            if profile or self.always:
+                self.measure(layer)
+            x = layer(x)
+        return x
+
+    def measure(self, layer: nn.Module) -> int:
+        return sys.getsizeof(layer)
+
+
+@pytest.mark.parametrize(
+    ("always", "decides", "stays"), [(False, False, False), (True, False, True), (False, True, True)]
+)
+def test_a_layer_may_be_given_away_where_that_does_not_happen(always: bool, decides: bool, stays: bool) -> None:
+    """Only tracing can tell. Code that can't be traced may give its layers away at any time."""
+    sites = repfx.sites(ready(Profiles(always, decides)))
+    reason = "code around it uses it in a way that repfx doesn't know: sys.getsizeof(layer)"
+    assert [site.refusal for site in sites] == [reason if stays else None] * 2

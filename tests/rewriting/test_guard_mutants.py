@@ -279,7 +279,7 @@ MUTANTS = [
     Mutant("classes not asked for", puts(repfx.graphs.sites, "asked_for", never), ("expanding what is asked for",)),
     Mutant(
         "uses not seen",
-        puts(Around, "toward", lambda around, child, **_: around),
+        puts(Around, "toward", lambda around, child, *_: around),
         ("submodule, untraced", "by name, expanded", "without source: ReadsAWeight"),
     ),
     Mutant(

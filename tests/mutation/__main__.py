@@ -34,14 +34,14 @@ def print_table(mutants: list[Mutant]) -> bool:
 def serve() -> None:
     """Answer each line of the standard input, the name of a mutant, with its outcome as JSON.
 
-    An empty name asks for all tests without a mistake.
+    An empty name asks for every fifth test without a mistake: it must pass in a fork, too.
     """
     prepare()
     mutants = {mutant.name: mutant for mutant in read_mutants()}
     every_test = tuple(dict.fromkeys(test for mutant in mutants.values() for test in mutant.tests))
     for line in sys.stdin:
         mutant = mutants[line.strip()] if line.strip() else None
-        outcome = outcome_of(mutant, every_test if mutant is None else mutant.tests)
+        outcome = outcome_of(mutant, every_test[::5] if mutant is None else mutant.tests)
         print(json.dumps(asdict(outcome)), flush=True)
 
 

@@ -38,6 +38,9 @@ _IMPORTED_ONCE = (
     "lightning",
     "timm",
 )
+_BYTECODE = (
+    tempfile.TemporaryDirectory()
+)  # forks read there what the first of them has compiled, and the checkout gets none
 _LONGEST = 300  # seconds after which a run is stopped: the mistake has made it endless
 
 
@@ -84,6 +87,7 @@ def prepare() -> None:
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ.pop("PYTEST_ADDOPTS", None)
     os.chdir(ROOT)
+    sys.pycache_prefix, sys.dont_write_bytecode = _BYTECODE.name, False
     for name in _IMPORTED_ONCE:
         with suppress(ImportError):
             importlib.import_module(name)

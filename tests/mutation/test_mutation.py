@@ -62,7 +62,7 @@ def _functions_in(path: Path) -> frozenset[str]:
 
 @pytest.fixture(scope="module")
 def outcome() -> Iterator[Callable[[str], Outcome]]:
-    """Ask for the outcome of a mutant by its name, or of all tests without a mistake by an empty name."""
+    """Ask for the outcome of a mutant by its name, or of some tests without a mistake by an empty name."""
     command = [sys.executable, "-m", "tests.mutation", "--serve"]
     with subprocess.Popen(
         command, cwd=ROOT, env={**os.environ}, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -209,7 +209,7 @@ def test_each_use_of_a_part_is_told_apart(forward: Forward, found: list[str]) ->
     uses = ("indexes", "lists_children", "passes_more", "passes_nothing")
     around = Around().inside(module_with(forward))
     assert [each for each in uses if getattr(around, each)] == found
-    assert around.takes_apart("block") is ("indexes" in found)
+    assert around.takes_apart("conv") is ("indexes" in found)
 
 
 def test_classes_that_are_asked_for_are_known() -> None:

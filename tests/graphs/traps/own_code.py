@@ -106,7 +106,9 @@ class SwitchesAutocastOff(Block):
 
 def is_traced() -> bool:
     """Ask torch.fx, as code does that has a simpler form for a trace."""
-    return bool(torch.fx._symbolic_trace.is_fx_symbolic_tracing())
+    asked: Any = torch.fx._symbolic_trace
+    names = ("is_fx_symbolic_tracing", "is_fx_tracing")  # torch 2.8 has the second one alone
+    return any(getattr(asked, name)() for name in names if hasattr(asked, name))
 
 
 class IsSimplerInATrace(Block):

@@ -133,7 +133,7 @@ def test_it_is_exported(name: str, tmp_path: Path) -> None:
     assert "BatchNormalization" not in report.nodes
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 9), reason="torch 2.8 can't export further arguments with a free batch")
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8 can't export further arguments with a free batch")
 @pytest.mark.parametrize("options", [{}, pytest.param({"dynamic_batch": False}, marks=pytest.mark.slow)])
 def test_a_forward_of_any_arguments_is_exported(options: dict[str, Any], tmp_path: Path) -> None:
     model = PassesOnInWords(ready(Plain()).float())

@@ -49,13 +49,26 @@ class Towers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in TRUTH:
-            self.add_module(name, nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False))
-            self.add_module(f"{name}_norm", nn.BatchNorm2d(CHANNELS))
+        self.rows, self.rows_norm = self._tower()
+        self.columns, self.columns_norm = self._tower()
+        self.corners, self.corners_norm = self._tower()
+        self.both, self.both_norm = self._tower()
+        self.none, self.none_norm = self._tower()
+
+    @staticmethod
+    def _tower() -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+        return nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False), nn.BatchNorm2d(CHANNELS)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(batch, channels, height, width)`` to the outputs of all towers, stacked along the channels."""
-        return torch.cat([self.get_submodule(f"{name}_norm")(self.get_submodule(name)(x)) for name in TRUTH], 1)
+        towers = [
+            self.rows_norm(self.rows(x)),
+            self.columns_norm(self.columns(x)),
+            self.corners_norm(self.corners(x)),
+            self.both_norm(self.both(x)),
+            self.none_norm(self.none(x)),
+        ]
+        return torch.cat(towers, 1)
 
 
 @dataclass(frozen=True)

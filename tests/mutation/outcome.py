@@ -87,11 +87,11 @@ def prepare() -> None:
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ.pop("PYTEST_ADDOPTS", None)
     os.chdir(ROOT)
-    sys.pycache_prefix, sys.dont_write_bytecode = _BYTECODE.name, False
     for name in _IMPORTED_ONCE:
         with suppress(ImportError):
             importlib.import_module(name)
     sys.modules["torch"].set_num_threads(1)
+    sys.pycache_prefix, sys.dont_write_bytecode = _BYTECODE.name, False
     gc.collect()
     gc.freeze()  # so that forks don't look through these modules whenever they collect garbage
 

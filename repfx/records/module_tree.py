@@ -182,14 +182,8 @@ def set_part(model: nn.Module, path: str, source: nn.Module) -> None:
     part, owner = attribute(source, path), source.get_submodule(inner)
     if isinstance(part, nn.Module):
         set_submodule(model, path, part)
-        return
-    if inner and not has(model, inner):
-        set_submodule(model, inner, nn.Module())
-    place = model.get_submodule(inner)
-    if isinstance(part, nn.Parameter):
-        place.register_parameter(name, part)
     else:
-        place.register_buffer(name, part, persistent=name not in owner._non_persistent_buffers_set)
+        place_tensor(model, inner, name, part, saved=name not in owner._non_persistent_buffers_set)
 
 
 def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -178,6 +178,7 @@ def test_the_norm_alone_shares_its_tensors_and_leaves_the_whole_as_it_was() -> N
     assert type(rest_of(plain)) is nn.Identity
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", pytest.param("repvgg_a0", marks=pytest.mark.slow)])
 def test_timm_s_models(name: str) -> None:
     model: Any = timm.create_model(name, num_classes=4)

@@ -190,6 +190,7 @@ def test_what_is_random_inside_is_drawn_once() -> None:
         torch.testing.assert_close(results[1][name], wanted, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("transform", [torch.func.grad, lambda f: torch.func.linearize(f, X)[1]])
 def test_under_a_transform_of_functions_it_runs_once(transform: Any) -> None:
     model = expanded("orepa").train()

@@ -181,6 +181,7 @@ print("as exact")
 """
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's kernels for x86")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_stem_trains_in_channels_last_in_a_process_of_its_own(threads: int) -> None:

@@ -460,6 +460,7 @@ def whole_run(name: str) -> Run:
     return Run(SHORT[name], ema=True).go(21)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("killed_after", [0, 5, 6, 13])
 @pytest.mark.parametrize("name", SHORT)
 def test_a_run_goes_on_to_the_same_bits(tmp_path: Path, name: str, killed_after: int) -> None:
@@ -509,6 +510,7 @@ def test_what_conv_remember_of_their_batch_norms_is_saved(tmp_path: Path) -> Non
 # ---- a compiled model
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", SHORT)
 def test_a_compiled_model_follows(name: str) -> None:
     run = Run(SHORT[name])

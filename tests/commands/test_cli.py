@@ -111,6 +111,7 @@ def test_the_checkpoint_and_its_structure_give_the_trained_model_again(finished:
     assert relative_error(torch.from_numpy(logits), model(x)) < 1e-5  # float32, another order
 
 
+@pytest.mark.slow
 def test_equal_seeds_leave_equal_weights(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     assert repfx_command(*TRAIN, "--out", tmp_path / "again").code == 0
     assert (tmp_path / "again" / CHECKPOINT).read_bytes() == (finished / CHECKPOINT).read_bytes()
@@ -164,6 +165,7 @@ def test_a_recipe_gives_the_same_run_again(finished: Path, tmp_path: Path, repfx
     assert (tmp_path / "again" / RECIPE).read_text() == (finished / RECIPE).read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [

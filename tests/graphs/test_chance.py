@@ -67,6 +67,7 @@ VERBS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "verb",
     [verb if verb in ("fuse", "squeeze") else pytest.param(verb, marks=pytest.mark.slow) for verb in VERBS],
@@ -157,6 +158,7 @@ ON_BLOCKS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("verb", ALL)
 @pytest.mark.parametrize(
     "name", ["layers dropped by numpy's normal", "… in a part, by torch", "a number drawn in both modes"]
@@ -176,6 +178,7 @@ def test_no_verb_on_blocks_moves_the_state(verb: str, states: Callable[[], tuple
     assert states() == before
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("verb", ALL)
 def test_no_verb_moves_a_generator_of_the_code(verb: str, states: Callable[[], tuple[Any, ...]]) -> None:
     model = ready(

@@ -170,6 +170,7 @@ FAILURES: dict[str, tuple[nn.Module, Tensor, dict[str, Any], type[Exception], st
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_failure_is_one_sentence_and_leaves_no_file(
     case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]

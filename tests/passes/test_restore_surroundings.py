@@ -114,6 +114,7 @@ def test_what_has_no_key_is_left_to_the_class(form: str, preset: str | None) -> 
     assert norms(restored) == 3
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("groups", [2, CHANNELS])
 @pytest.mark.parametrize("dimensions", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["residual", "pooling", "all of them"])

@@ -272,6 +272,7 @@ def test_time_per_conv_is_set_against_the_first_size_turn_by_turn() -> None:
     assert (row["milliseconds"], row["ratio"], row["low"], row["high"]) == (3, 2, 2, 3)
 
 
+@pytest.mark.slow
 def test_fusing_leaves_nothing_behind_but_its_result() -> None:
     """`fuse` frees its memory without garbage collection. At the peak it holds kernels in float64 and nothing for a backward pass."""
     channels = 32

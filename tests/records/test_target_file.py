@@ -92,6 +92,7 @@ def refused(write: Callable[[], object], target: Path) -> None:
     assert target.read_text() == "older"
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_at_any_byte_is_one_error_and_changes_nothing(writer: str, tmp_path: Path, source: Path) -> None:
     name, write = WRITERS[writer]
@@ -154,6 +155,7 @@ def error_of(write: Callable[[], object]) -> str | None:
     return None
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the calls are told apart by /proc")
 @pytest.mark.parametrize("writer", WRITERS)
 def test_each_call_of_the_system_may_fail(

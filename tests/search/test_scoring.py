@@ -132,6 +132,7 @@ def assert_candidates_are_right(model: nn.Module, x: Tensor, *, tolerance: float
 # ---- the one net
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("gates", ["straight_through, own convs too", "sigmoid"])
 @pytest.mark.parametrize("name", NETS)
 def test_a_candidate_is_what_its_branches_compute(name: str, gates: str) -> None:

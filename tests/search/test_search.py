@@ -446,6 +446,7 @@ def test_an_overflow_teaches_gates_nothing() -> None:
 # ---- resuming
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", SHORT)
 @pytest.mark.parametrize("stop", [4, 10])
 def test_a_search_goes_on_from_a_checkpoint_to_the_same_bits(name: str, stop: int, tmp_path: Path) -> None:

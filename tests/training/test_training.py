@@ -153,6 +153,7 @@ def trained(
     return done.model.state_dict(), entries
 
 
+@pytest.mark.one_in(2)
 @LOOKS_AT_ALL
 @pytest.mark.parametrize(
     ("schedule", "stop_at", "changes"),

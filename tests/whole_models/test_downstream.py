@@ -98,6 +98,7 @@ def slow_but_some(names: Any) -> list[Any]:
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", slow_but_some(DETECTORS))
 def test_a_detector_trains_with_branches_and_finds_the_same_without(name: str) -> None:
     model = settled(made_sure(DETECTORS[name]()), LOADER)

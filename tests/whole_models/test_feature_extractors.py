@@ -120,6 +120,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
         assert float((one - other).abs().max()) <= 1e-9 * float(other.abs().max())
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", EXTRACTORS)
@@ -141,6 +142,7 @@ def test_what_can_be_fused_is(name: str) -> None:
     assert {path for path in norms(fused) if path not in hooked} == set()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", EXTRACTORS)
 def test_notes_and_checkpoints(name: str, training: bool, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from repfx.passes.drop import absorb
 from repfx.records.journal import Action, record
 from repfx.records.module_tree import set_submodule
 from repfx.records.wrappers import require_layers
+from repfx.rewriting.cost import Cost, weights
 from repfx.rewriting.pipeline import Result, rewrite, verb
 from repfx.rewriting.rule import RULES
 
@@ -67,7 +68,7 @@ def _fold(model: nn.Module, site: str, norm_path: str) -> None:
 
 
 @verb
-def fuse(model: nn.Module, *, example: Inputs | None = None, strict: bool = False) -> nn.Module:
+def fuse(model: nn.Module, *, example: Inputs | None = None, cost: Cost = weights, strict: bool = False) -> nn.Module:
     """Fuse each linear region of a model into one plain conv, by rules on its graph.
 
     The result is a new model, which computes what `model` computes in eval mode; `model` is untouched. It is a
@@ -79,6 +80,8 @@ def fuse(model: nn.Module, *, example: Inputs | None = None, strict: bool = Fals
         example: input of the model, as `check_equivalent` takes it: proves that the model computes what it did, in float64. Without it,
             nothing is compared. The result's inputs are the arguments that it gives a tensor; all other arguments that have a default
             keep one value. Without an example, the first argument is an input.
+        cost: function from the sizes of a conv (`ConvSpec`) and the shape of its input to a number. Convs become one where that costs no
+            more. The shape is None without an example. By default weights are counted; `repfx.measuring.latency.Latency` measures seconds.
         strict: raise if anything was left alone.
 
     Raises:
@@ -88,7 +91,7 @@ def fuse(model: nn.Module, *, example: Inputs | None = None, strict: bool = Fals
     >>> print(fuse(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())).get_submodule("0"))
     Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
     """
-    result = fused_for(model, example)
+    result = fused_for(model, example, cost)
     if strict:
         result.report.require_all()
     prove("fuse", model, result.model, example)
@@ -97,7 +100,7 @@ def fuse(model: nn.Module, *, example: Inputs | None = None, strict: bool = Fals
 
 
 @torch.inference_mode(False)
-def fused_for(model: nn.Module, example: Inputs | None) -> Result:
+def fused_for(model: nn.Module, example: Inputs | None, cost: Cost = weights) -> Result:
     """Fuse a model for calls such as the one with `example`. Arguments that the example gives no tensor keep one value.
 
     Raises:
@@ -106,4 +109,5 @@ def fused_for(model: nn.Module, example: Inputs | None) -> Result:
     require_layers(model)
     if not any(is_conv(inner) or isinstance(inner, nn.Linear) or calls_conv(inner) for inner in model.modules()):
         raise InvalidInput(f"{type(model).__name__} has no conv or linear layer, so there is nothing to fuse.")
-    return rewrite(model, RULES.values(), "fuse", given=None if example is None else by_name(model, example))
+    given = None if example is None else by_name(model, example)
+    return rewrite(model, RULES.values(), "fuse", given=given, cost=cost)

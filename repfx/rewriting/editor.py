@@ -27,7 +27,7 @@ from repfx.graphs.vocabulary import ARITHMETIC
 from repfx.records.module_tree import has, outer_paths, set_part, set_submodule
 from repfx.records.provenance import Provenance, attach
 from repfx.records.report import Edit
-from repfx.rewriting.match import Match, Term
+from repfx.rewriting.match import Match, Term, shape_before
 from repfx.rewriting.patterns import is_sum
 from repfx.rewriting.rule import Rule
 from repfx.rewriting.spelling import Spelling, spell
@@ -83,6 +83,7 @@ class Editor:
             self._placed.append(path)
         with graph.inserting_before(before):
             node = graph.call_module(path, (match.source,))
+        self.view.set_shape(node, shape_before(match, self.view))
         self.view.kernels[node] = kernel
         self.merged[node] = self._merge_notes(rule, match, template_op, path)
         self._replace_root(match, node)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import fx, nn
 
-from repfx.algebra.kernel import NoKernel, is_symmetric
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.kernel import Kernel, NoKernel, is_symmetric
 from repfx.algebra.layers import has_tensors
 from repfx.graphs.aliasing import may_share_memory, mutated_by, reads_only_the_form
 from repfx.graphs.functional_conv import is_shared
-from repfx.rewriting.match import Match, Term
+from repfx.rewriting.cost import Shape, output_shape, weights
+from repfx.rewriting.match import Match, Term, shape_before
 from repfx.rewriting.view import META, View
 
 
@@ -77,22 +79,35 @@ def is_convolution(match: Match, view: View) -> str | None:
 
 
 def no_dearer(match: Match, view: View) -> str | None:
-    """Require that the merged conv has no more weights than the convs it replaces. So it needs no more multiply-adds either."""
-    after = match.form.weight.numel()
+    """Require that the merged conv costs no more than the convs it replaces. By default the cost is the number of weights.
+
+    Where it replaces a single conv, weights decide whatever the cost is.
+    """
     distinct = {tuple(op.node for op in term.ops): term for term in match.terms}  # a sum may read one path twice
-    before = sum(count for term in distinct.values() for count in _weights(term, match))
-    if after > before:
-        return f"the merged conv would have {after} weights, the convs it replaces have {before}"
-    return None
+    several = sum(view.is_conv(node) for node in {op.node for op in match.ops}) > 1
+    cost = view.cost_of if several else _count_weights
+    before = sum(sum(_costs(term, match, view, cost)) for term in distinct.values())
+    after = cost(match.form, shape_before(match, view))
+    if after <= before:
+        return None
+    if several and view.cost is not weights:
+        return f"the merged conv would cost {after:g}, the convs it replaces cost {before:g}"
+    return f"the merged conv would have {after} weights, the convs it replaces have {before}"
 
 
-def _weights(term: Term, match: Match) -> Iterator[int]:
-    """Yield how many weights each map of a term has: 0 for a map that is no conv."""
+def _count_weights(kernel: Kernel, shape: Shape | None) -> float:
+    return weights(ConvSpec.of_kernel(kernel))
+
+
+def _costs(term: Term, match: Match, view: View, cost: Callable[[Kernel, Shape | None], float]) -> Iterator[float]:
+    """Yield the cost of each conv of a term."""
     channels, dimensions = match.sizes()
+    shape = shape_before(match, view)
     for op in term.ops:
         kernel = op.meaning.build(META, channels, dimensions)
-        channels = kernel.out_channels
-        yield kernel.weight.numel() if op.meaning.kind == "conv" else 0
+        if op.meaning.kind == "conv":
+            yield cost(kernel, shape)
+        channels, shape = kernel.out_channels, output_shape(kernel, shape)
 
 
 def channels_stay_put(match: Match, view: View) -> str | None:

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from repfx.algebra.kernel import Kernel, NoKernel
 from repfx.graphs.operations import Op
-from repfx.rewriting.view import META
+from repfx.rewriting.cost import Shape
+from repfx.rewriting.view import META, View
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,12 @@ class Match:
                 f"channels {sorted(map(str, channels))} and dimensions {sorted(map(str, dimensions))} don't fit together"
             )
         return channels.pop() or 0, dimensions.pop() or 0
+
+
+def shape_before(match: Match, view: View) -> Shape | None:
+    """Return the shape of a match's source, or None if it isn't known."""
+    known = (view.shape_before(term.ops[0].node) for term in match.terms if term.ops)
+    return next((shape for shape in known if shape is not None), None)
 
 
 def _in_channels(term: Term) -> int | None:

@@ -25,9 +25,10 @@ from repfx.records.notes import copy_of
 from repfx.records.report import Edit, Report, Skip
 from repfx.records.wrappers import bare, require_layers
 from repfx.rewriting.computed_weights import fix_weights
+from repfx.rewriting.cost import Cost, weights
 from repfx.rewriting.editor import Editor
 from repfx.rewriting.explanation import UNTRACED, all_that_stays, left_alone, left_outside
-from repfx.rewriting.input_axes import InputAxes
+from repfx.rewriting.input_shapes import InputShapes
 from repfx.rewriting.installation import install, prepare
 from repfx.rewriting.rule import PASSES as PASSES
 from repfx.rewriting.rule import Pass, Rule
@@ -62,19 +63,27 @@ class Result:
     report: Report
 
 
-def rewrite(model: nn.Module, rules: Iterable[Rule], name: str, *, given: Mapping[str, Any] | None = None) -> Result:
+def rewrite(
+    model: nn.Module,
+    rules: Iterable[Rule],
+    name: str,
+    *,
+    given: Mapping[str, Any] | None = None,
+    cost: Cost = weights,
+) -> Result:
     """Run rules over a copy of the model until none applies.
 
     Each rewrite removes a node, and the rules go on from the place of the rewrite, so the cost is linear.
 
     Args:
         given: what a caller gives the model, by the name of the argument, as for `trace`.
+        cost: the cost of a conv, by which rules decide which convs become one.
     """
-    weights = {} if any(map(has_modes_of_its_own, model.modules())) else _sharing_memory(model)
-    shared = [weakref.ref(weight) for weight in weights.values()]
-    target = copy_of(model, weights)
-    del weights
-    result = _rewrite(target, model, tuple(rules), name, given)
+    own = {} if any(map(has_modes_of_its_own, model.modules())) else _sharing_memory(model)
+    shared = [weakref.ref(weight) for weight in own.values()]
+    target = copy_of(model, own)
+    del own
+    result = _rewrite(target, model, tuple(rules), name, given, cost)
     for reference in shared:
         if (weight := reference()) is not None:  # a weight that has been merged is gone
             weight.data = weight.data.clone()
@@ -91,7 +100,12 @@ def _sharing_memory(model: nn.Module) -> dict[int, nn.Parameter]:
 
 
 def _rewrite(
-    target: nn.Module, model: nn.Module, rules: tuple[Rule, ...], name: str, given: Mapping[str, Any] | None
+    target: nn.Module,
+    model: nn.Module,
+    rules: tuple[Rule, ...],
+    name: str,
+    given: Mapping[str, Any] | None,
+    cost: Cost,
 ) -> Result:
     """Rewrite `target`, a copy of `model` that has been made already."""
     release_all(target)
@@ -101,7 +115,7 @@ def _rewrite(
         unshare(module)
     traces = trace(target, given)
     set_aside(target, traces)
-    views = Views(target, traces, model)
+    views = Views(target, traces, InputShapes(model, given), cost)
     edits: list[Edit] = []
     kept: list[Skip] = []
     skips: list[Skip] = [
@@ -128,13 +142,14 @@ def _rewrite(
 
 
 class Views:
-    """The views of the islands of a traced model. `original` is the model of which it is a copy."""
+    """The views of the islands of a traced model. `shapes` are those of the model of which it is a copy."""
 
-    def __init__(self, model: nn.Module, traces: Traces, original: nn.Module) -> None:
+    def __init__(self, model: nn.Module, traces: Traces, shapes: InputShapes, cost: Cost = weights) -> None:
         self._model = model
         self._calls = call_counts(traces)
         self._registered = module_paths(model)
-        self._axes = InputAxes(original)
+        self._shapes = shapes
+        self._cost = cost
 
     def of(self, island: Island) -> View:
         """Return the view of one island, after preparing the island's module for its graph."""
@@ -143,7 +158,15 @@ class Views:
         paths = {path: self._registered.get(id(module), []) for path, module in root.named_modules()}
         calls = Counter({path: self._calls[island.full_path(path)] for path in paths})
         names = Counter({path: len(names) for path, names in paths.items()})
-        return View(root, island.graph, calls, names, input_axes=lambda path: self._axes.of(island.full_path(path)))
+        return View(
+            root,
+            island.graph,
+            calls,
+            names,
+            input_axes=lambda path: self._shapes.axes(island.full_path(path)),
+            input_shape=lambda path: self._shapes.of(island.full_path(path)),
+            cost=self._cost,
+        )
 
 
 def run_rules(editor: Editor, rules: tuple[Rule, ...]) -> dict[fx.Node, list[Skip]]:

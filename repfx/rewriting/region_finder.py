@@ -29,6 +29,7 @@ from repfx.records.notes import copy_without_numbers
 from repfx.records.report import Skip
 from repfx.rewriting.editor import Editor
 from repfx.rewriting.explanation import left_alone
+from repfx.rewriting.input_shapes import InputShapes
 from repfx.rewriting.linear_region import LinearRegion
 from repfx.rewriting.match import Match
 from repfx.rewriting.pipeline import Views, run_rules
@@ -84,7 +85,7 @@ def _searches(place: _Place, parts: Collection[str]) -> Iterator[tuple[str, _Fin
     traces = trace(place.outline)
     set_aside(place.outline, traces)
     rules = tuple(rule for rule in RULES.values() if rule.pattern.holds_in_training)
-    views = Views(place.outline, traces, place.outline)
+    views = Views(place.outline, traces, InputShapes(place.outline))
     yield place.path, None, [Skip(path, f"it can't be traced: {reason}") for path, reason in traces.untraced.items()]
     for island in traces.islands:
         reason = _refusal(place.model.get_submodule(island.path), island)
@@ -122,7 +123,7 @@ def _outline(model: nn.Module) -> nn.Module:
 
 
 _COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__init_subclass__")
-_GRADIENT_MODES = frozenset({"no_grad", "enable_grad", "set_grad_enabled", "inference_mode", "is_grad_enabled"})
+_ASKS_FOR_GRADIENTS = frozenset({"is_grad_enabled"})
 
 
 def _refusal(root: nn.Module, island: Island) -> str | None:
@@ -136,8 +137,8 @@ def _refusal(root: nn.Module, island: Island) -> str | None:
         return "its code makes tensors that don't depend on the input"
     classes = {type(module) for module in root.modules()}
     foreign = [cls for cls in classes if not cls.__module__.startswith(("torch.nn.", "repfx."))]
-    if any(calls(cls, _GRADIENT_MODES) for cls in foreign):  # type: ignore[arg-type]
-        return "code in it asks for a gradient mode, which a graph forgets"
+    if any(calls(cls, _ASKS_FOR_GRADIENTS) for cls in foreign):  # type: ignore[arg-type]
+        return "code in it asks whether gradients are on, which a graph forgets"
     return None
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
+from repfx.algebra.conv_spec import ConvSpec
 from repfx.algebra.kernel import Kernel
 from repfx.algebra.layers import has_hooks, has_tensors, is_batch_norm, is_conv
 from repfx.algebra.meaning import Meaning, refusal_of
@@ -16,6 +17,7 @@ from repfx.graphs.constants import Constants
 from repfx.graphs.functional_conv import is_functional_conv
 from repfx.graphs.operations import Op, read_op
 from repfx.graphs.viewed_norm import read_viewed_norm
+from repfx.rewriting.cost import Cost, Shape, weights
 
 META = torch.empty((), device="meta", dtype=torch.float64)
 
@@ -30,6 +32,8 @@ class View:
         registered: under how many paths each module is registered, by path in `root`.
         kernels: kernels of the nodes that rules have already merged, in float64 as long as they may be merged further.
         input_axes: function from a path in `root` to the number of axes of that module's input; None if it isn't known.
+        input_shape: function from a path in `root` to the shape of that module's input; None if it isn't known.
+        cost: the cost of a conv with an input of some shape.
     """
 
     root: nn.Module
@@ -38,11 +42,14 @@ class View:
     registered: Counter[str]
     kernels: dict[fx.Node, Kernel] = field(default_factory=dict)
     input_axes: Callable[[str], int | None] = lambda path: None
+    input_shape: Callable[[str], Shape | None] = lambda path: None
+    cost: Cost = weights
 
     def __post_init__(self) -> None:
         read = {str(node.target).rpartition(".")[0] for node in self.graph.nodes if node.op == "get_attr"}
         self._read_elsewhere = read
         self._ops: dict[fx.Node, Op | None] = {}
+        self._shapes: dict[fx.Node, Shape | None] = {}
         self.constants = Constants(self.graph, self.root)
 
     def op(self, node: fx.Node) -> Op | None:
@@ -59,6 +66,20 @@ class View:
         """Give this kernel to a node that rules have merged."""
         self.kernels[node] = kernel
         self._ops.pop(node, None)
+
+    def set_shape(self, node: fx.Node, shape: Shape | None) -> None:
+        """Note the shape of the input of a node that rules have merged."""
+        self._shapes[node] = shape
+
+    def shape_before(self, node: fx.Node) -> Shape | None:
+        """Return the shape of the input of a node, or None if it isn't known."""
+        if node in self._shapes or node.op != "call_module":
+            return self._shapes.get(node)
+        return self.input_shape(str(node.target))
+
+    def cost_of(self, kernel: Kernel, shape: Shape | None) -> float:
+        """Return the cost of a kernel as one conv for an input of `shape`."""
+        return self.cost(ConvSpec.of_kernel(kernel), shape)
 
     def _read(self, node: fx.Node) -> Op | None:
         if node in self.kernels:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.algebra.layers import is_batch_norm
-from repfx.rewriting.input_axes import InputAxes
+from repfx.rewriting.input_shapes import InputShapes
 from repfx.testing import assert_equivalent, randomize_batch_norm
 
 
@@ -107,7 +107,7 @@ def test_dropout_that_drops_something_stays() -> None:
     assert norms(fused) == 1
 
 
-class TestInputAxes:
+class TestInputShapes:
     def test_a_layer_called_with_different_inputs_is_not_known(self) -> None:
         class Shared(nn.Module):
             def __init__(self) -> None:
@@ -119,7 +119,7 @@ class TestInputAxes:
                 pixels = self.conv(x).flatten(2).transpose(1, 2)
                 return self.linear(pixels).mean(1) + self.linear(pixels.mean(1))
 
-        assert InputAxes(Shared()).of("linear") is None
+        assert InputShapes(Shared()).axes("linear") is None
 
     def test_what_is_seen_before_a_failure_holds(self) -> None:
         class Failing(nn.Module):
@@ -131,12 +131,12 @@ class TestInputAxes:
                 y: Tensor = self.body(x)
                 return y if y.sum().item() > 0 else -y  # there are no numbers on the meta device
 
-        assert InputAxes(Failing()).of("body.3") == 2
+        assert InputShapes(Failing()).axes("body.3") == 2
 
     def test_the_model_is_left_as_it_was(self) -> None:
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        assert InputAxes(model).of("1") == 4
+        assert InputShapes(model).axes("1") == 4
         assert model.training
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
         assert not model[1]._forward_pre_hooks

@@ -124,7 +124,20 @@ def test_sizes_that_no_longer_make_one_conv() -> None:
     torch.testing.assert_close(model(X), repfx.unsqueeze(copy.deepcopy(model))(X), rtol=0, atol=0)
 
 
-def test_code_that_asks_for_a_gradient_mode_or_copies_itself_stays() -> None:
+def test_code_that_asks_for_gradients_stays() -> None:
+    class Asks(Scaled):
+        def forward(self, x: Any, mask: Tensor | None = None) -> Tensor:
+            y: Tensor = self.body(x)
+            return y if torch.is_grad_enabled() else 2 * y
+
+    model = repfx.squeeze(ready(Asks()))
+    reference = repfx.unsqueeze(copy.deepcopy(model))
+    torch.testing.assert_close(model(X), reference(X), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), reference(X), rtol=1e-12, atol=1e-12)
+
+
+def test_code_that_switches_gradients_or_copies_itself_stays() -> None:
     class Frozen(Scaled):
         def forward(self, x: Any, mask: Tensor | None = None) -> Tensor:
             with torch.no_grad():

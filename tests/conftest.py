@@ -38,14 +38,20 @@ else:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Make the cases of a test marked `one_in(n)` slow, but for the first of each n."""
+    """Thin out cases that are many and alike: `one_in(n)` makes the others slow, `slow_one_in(n)` makes other slow cases exhaustive."""
+    _thin_out(items, "one_in", pytest.mark.slow, slow=False)
+    _thin_out(items, "slow_one_in", pytest.mark.exhaustive, slow=True)
+
+
+def _thin_out(items: list[pytest.Item], name: str, mark: pytest.MarkDecorator, *, slow: bool) -> None:
+    """Mark the cases of each test, but for the first of each n, where n is the argument of the mark `name`."""
     seen: Counter[str] = Counter()
     for item in items:
-        mark = item.get_closest_marker("one_in")
-        if mark is not None and item.get_closest_marker("slow") is None:
+        thinned = item.get_closest_marker(name)
+        if thinned is not None and (item.get_closest_marker("slow") is not None) == slow:
             test = item.nodeid.partition("[")[0]
-            if seen[test] % mark.args[0]:
-                item.add_marker(pytest.mark.slow)
+            if seen[test] % thinned.args[0]:
+                item.add_marker(mark)
             seen[test] += 1
 
 

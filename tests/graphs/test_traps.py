@@ -43,6 +43,7 @@ def test_it_is_fused_right_or_left_alone(name: str) -> None:
     assert_same(model, expected)
 
 
+@pytest.mark.slow_one_in(3)
 @pytest.mark.parametrize("spec", ["acb", pytest.param("qarepvgg", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in TRAPS]
@@ -64,6 +65,7 @@ def test_it_is_expanded_right_or_left_alone(name: str, spec: str) -> None:
         assert len(called) == 1, "branches that nobody calls"
 
 
+@pytest.mark.slow_one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAPS)
 def test_it_is_restored_right_or_left_alone(name: str) -> None:
@@ -76,6 +78,7 @@ def test_it_is_restored_right_or_left_alone(name: str) -> None:
     assert_same(restored, expected)
 
 
+@pytest.mark.slow_one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("statistics", [None, "frozen"])
 @pytest.mark.parametrize("name", TRAPS)
@@ -87,6 +90,7 @@ def test_it_is_squeezed_right_or_left_alone(name: str, statistics: Any) -> None:
     assert_same(model, expected)
 
 
+@pytest.mark.slow_one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAPS)
 def test_its_branches_are_dropped_right(name: str) -> None:
@@ -103,6 +107,7 @@ def test_its_branches_are_dropped_right(name: str) -> None:
     assert_same(model, expected)
 
 
+@pytest.mark.slow_one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAPS)
 def test_its_convs_are_fused_in_place_right_or_left_alone(name: str) -> None:

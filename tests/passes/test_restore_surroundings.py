@@ -102,6 +102,7 @@ FORMS: dict[str, Forward] = {
 }
 
 
+@pytest.mark.slow_one_in(2)
 @pytest.mark.parametrize(
     "preset", [None, pytest.param("dbb", marks=pytest.mark.slow), pytest.param("acb", marks=pytest.mark.slow)]
 )

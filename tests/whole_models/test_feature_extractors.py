@@ -120,6 +120,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
         assert float((one - other).abs().max()) <= 1e-9 * float(other.abs().max())
 
 
+@pytest.mark.slow_one_in(2)
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("verb", VERBS)

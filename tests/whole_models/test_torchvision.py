@@ -80,6 +80,7 @@ def convs(model: nn.Module) -> dict[str, ConvSpec]:
     return {path: ConvSpec.of(module) for path, module in model.named_modules() if is_conv(module)}
 
 
+@pytest.mark.slow_one_in(5)
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(("name", "preset"), ALL)
 def test_expand_train_fuse_is_exact_and_leaves_the_plain_model(name: str, preset: str) -> None:

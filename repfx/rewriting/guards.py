@@ -11,14 +11,21 @@ from repfx.algebra.kernel import NoKernel, is_symmetric
 from repfx.algebra.layers import has_tensors
 from repfx.graphs.aliasing import may_share_memory, mutated_by, reads_only_the_form
 from repfx.graphs.functional_conv import is_shared
+from repfx.graphs.operations import Op
 from repfx.rewriting.match import Match, Term
 from repfx.rewriting.view import META, View
 
 
 def used_once(match: Match, view: View) -> str | None:
-    """Require that no other node uses what lies inside the match, except for a shape that the merged conv's output has too."""
+    """Require that no other node uses what lies inside the match, except for a shape that the merged conv's output has too.
+
+    What is only cropped from the output may be used, too.
+    """
     inside = set(match.nodes)
+    cropped = {node for node, _ in match.cropped}
     for node in match.nodes[1:]:
+        if node in cropped:
+            continue
         outside = [user for user in node.users if user not in inside and not _asks_for_the_shape(user, node, match)]
         if outside:
             return f"{node.name!r} has a second user, {outside[0].name!r}"
@@ -35,11 +42,25 @@ def unmutated(match: Match, view: View) -> str | None:
     node = min(inside)
     while node is not match.root.next:
         written = mutated_by(node, view.root)
-        if written is not None and written not in inside:
-            reason = _relied_on(written, inside, view) if node in inside else _halfway(node, written, match, view)
+        if written is not None:
+            reason = (
+                _written_inside(node, written, match, view) if node in inside else _halfway(node, written, match, view)
+            )
             if reason is not None:
                 return reason
         node = node.next
+    return None
+
+
+def _written_inside(node: fx.Node, written: fx.Node, match: Match, view: View) -> str | None:
+    """Refuse a match in which a node writes into what others still read: nodes outside, or other paths of the match itself."""
+    inside, memory = set(match.nodes), may_share_memory(written, view.root)
+    if memory - inside:
+        return _relied_on(written, inside, view)
+    for held in memory - {match.root}:
+        late = [user for user in held.users if user > node and not reads_only_the_form(user)]
+        if late:
+            return f"{written.name!r} is changed in place before {late[0].name!r} reads it"
     return None
 
 
@@ -56,7 +77,8 @@ def _relied_on(written: fx.Node, inside: set[fx.Node], view: View) -> str | None
 def _halfway(node: fx.Node, written: fx.Node, match: Match, view: View) -> str | None:
     """Refuse a match if another node writes into what the match reads while it is being computed."""
     memory = may_share_memory(written, view.root)
-    for source in (match.source, *(term for _, term in match.remainder)):
+    cropped = (node for node, _ in match.cropped)
+    for source in (match.source, *cropped, *(term for _, term in match.remainder)):
         if source < node and memory & may_share_memory(source, view.root):
             return f"{node.name!r} changes {source.name!r} in place between the calls that would be merged"
     return None
@@ -79,20 +101,21 @@ def is_convolution(match: Match, view: View) -> str | None:
 def no_dearer(match: Match, view: View) -> str | None:
     """Require that the merged conv has no more weights than the convs it replaces. So it needs no more multiply-adds either."""
     after = match.form.weight.numel()
-    distinct = {tuple(op.node for op in term.ops): term for term in match.terms}  # a sum may read one path twice
-    before = sum(count for term in distinct.values() for count in _weights(term, match))
+    before = sum(
+        {id(op): count for term in match.terms for op, count in _weights(term, match)}.values()
+    )  # a map may be shared
     if after > before:
         return f"the merged conv would have {after} weights, the convs it replaces have {before}"
     return None
 
 
-def _weights(term: Term, match: Match) -> Iterator[int]:
-    """Yield how many weights each map of a term has: 0 for a map that is no conv."""
+def _weights(term: Term, match: Match) -> Iterator[tuple[Op, int]]:
+    """Yield each map of a term with the number of its weights, which is 0 for a map that is no conv."""
     channels, dimensions = match.sizes()
     for op in term.ops:
         kernel = op.meaning.build(META, channels, dimensions)
         channels = kernel.out_channels
-        yield kernel.weight.numel() if op.meaning.kind == "conv" else 0
+        yield op, kernel.weight.numel() if op.meaning.kind == "conv" else 0
 
 
 def channels_stay_put(match: Match, view: View) -> str | None:

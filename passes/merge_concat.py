@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, fx
 
 from repfx.algebra.kernel import Kernel, NoKernel
 from repfx.graphs.operations import Op
+from repfx.graphs.vocabulary import CONCATENATIONS, listed
 from repfx.rewriting.guards import channels_stay_put, is_convolution, no_dearer, unmutated, used_once
 from repfx.rewriting.match import Match, Term, term_kernel
-from repfx.rewriting.patterns import Pattern, linear_paths
+from repfx.rewriting.paths import closed, linear_paths
+from repfx.rewriting.patterns import Pattern
 from repfx.rewriting.rule import Rule
 from repfx.rewriting.view import META, View
-
-_CONCATENATIONS = frozenset({torch.cat, torch.concat, torch.concatenate})
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,17 @@ class Concatenation(Pattern):
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
         conv = view.op(node)
-        if conv is None or conv.meaning.kind != "conv" or conv.source.target not in _CONCATENATIONS:
+        if conv is None or conv.meaning.kind != "conv" or conv.source.target not in CONCATENATIONS:
             return
-        parts = conv.source.args[0] if conv.source.args else conv.source.kwargs.get("tensors")
-        if not isinstance(parts, (list, tuple)) or not all(isinstance(part, fx.Node) for part in parts):
+        parts, _ = listed(conv.source)
+        if not parts or not all(isinstance(part, fx.Node) for part in parts):
             return
+        inside = {node, *conv.nodes, conv.source}
         paths = [linear_paths(part, view) for part in parts]
         for source in paths[0]:
             if all(source in path for path in paths):
-                terms = _terms(conv, [Term(path[source]) for path in paths])
+                ways = [Term(path[source]) for path in paths]
+                terms = _terms(conv, ways) if len(closed(ways, inside)) == len(ways) else None
                 if terms is not None:
                     yield Match(node, source, terms)
 

@@ -321,9 +321,15 @@ class Kernel:
             raise NoKernel("transposed convolutions add only when all their sizes are equal")
         return replace(self, weight=self.weight + other.weight, bias=_sum(self.bias, other.bias))
 
+    def scaled(self, factor: float) -> Kernel:
+        """Return the kernel of ``factor · self(x)``."""
+        if factor == 1:
+            return self
+        return replace(self, weight=self.weight * factor, bias=None if self.bias is None else self.bias * factor)
+
     def negate(self) -> Kernel:
         """Return the kernel of ``-self(x)``."""
-        return replace(self, weight=-self.weight, bias=None if self.bias is None else -self.bias)
+        return self.scaled(-1)
 
     def subtract(self, other: Kernel) -> Kernel:
         """Return the kernel of ``self(x) - other(x)``."""

@@ -33,7 +33,7 @@ from repfx.algebra.layers import (
 )
 from repfx.errors import InvalidInput
 
-Kind: TypeAlias = Literal["conv", "affine", "pool", "pad", "subsample", "identity"]
+Kind: TypeAlias = Literal["conv", "affine", "pool", "pad", "crop", "subsample", "identity"]
 Build: TypeAlias = Callable[[Any, int, int], Kernel]
 Reader: TypeAlias = Callable[[nn.Module], "Meaning | None"]
 
@@ -46,7 +46,7 @@ class Meaning:
     """One linear map, before its kernel is built.
 
     Args:
-        kind: ``conv`` (linear layers too), ``affine`` per channel, ``pool``, ``pad``, ``subsample`` or ``identity``.
+        kind: ``conv`` (linear layers too), ``affine`` per channel, ``pool``, ``pad``, ``crop``, ``subsample`` or ``identity``.
         dimensions: number of spatial axes, 0 for a linear layer; None if any number fits.
         in_channels: number of input channels; None if any number fits.
         build: `build(like, channels, dimensions)` returns the kernel in the dtype and on the device of `like`; a conv's own for None.
@@ -269,14 +269,15 @@ def average_pool_meaning(
 
 
 def pad_meaning(padding: Padding, mode: str) -> Meaning:
-    """Return the map of a padding: the identity with padding."""
+    """Return the map of a padding: the identity with padding. Its kind is ``crop`` if it only leaves positions out."""
 
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
         ones = (1,) * dimensions
         weight = like.new_ones((channels, 1, *ones))
         return Kernel(weight, None, ones, padding, ones, groups=channels, padding_mode=mode)
 
-    return Meaning("pad", len(padding), None, build)
+    kind: Kind = "crop" if all(side <= 0 for pair in padding for side in pair) else "pad"
+    return Meaning(kind, len(padding), None, build)
 
 
 def subsampling_meaning(stride: Ints) -> Meaning:

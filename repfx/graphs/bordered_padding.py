@@ -1,7 +1,8 @@
-"""Padding with the bias of a conv: ``F.pad`` adds zeros, then code writes the bias over the border, strip by strip.
+"""Padding with known values: a border of one number per channel, which may be what a conv outputs for zeros.
 
-The bias is what the conv outputs for zeros. DBB and ECBSR pad in this way between a 1×1 and a k×k conv, so that the two equal one conv with
-padding in front.
+DBB, ECBSR and DyRep pad in this way between a 1×1 and a k×k conv, so that the two equal one conv with padding in front. Code spells it
+in three ways: `F.pad` adds zeros, and the values are written over them, strip by strip; `F.pad` adds one number; or strips of the values
+are concatenated around the picture, axis by axis.
 """
 
 from __future__ import annotations
@@ -11,76 +12,197 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from repfx.algebra.kernel import Kernel, NoKernel, Padding
+from repfx.algebra.meaning import pairs_of
 from repfx.graphs.aliasing import reads_only_the_form
 from repfx.graphs.constants import Constants
+from repfx.graphs.indexing import Strip, strip_of
 from repfx.graphs.operations import Op, per_channel
+from repfx.graphs.vocabulary import CONCATENATIONS, listed
 
 CLOSE = 1e-12  # largest relative difference that counts as rounding in float64
 
 
 @dataclass(frozen=True)
 class Border:
-    """A padding node, the nodes that write its border, and the values that each of them writes, ``(channels,)``."""
+    """A border around a picture.
 
-    padded: fx.Node
-    writes: tuple[fx.Node, ...]
-    values: tuple[Tensor, ...]
-
-
-def read_border(node: fx.Node, padding: Padding, channels: int, constants: Constants) -> Border | None:
-    """Return the border of a padding by zeros, or None unless constants are written over all of it before another node reads it."""
-    writes = [user for user in node.users if user.target is operator.setitem and user.args[0] is node]
-    strips = {(axis, side): size for axis, pair in enumerate(padding) for side, size in enumerate(pair) if size}
-    found = [_strip(write, len(padding)) for write in writes]
-    if not strips or None in found or {strip[:2]: strip[2] for strip in found if strip} != strips:
-        return None
-    others = [user for user in node.users if user not in writes and not reads_only_the_form(user)]
-    if any(other < write for other in others for write in writes) or len(writes) != len(strips):
-        return None
-    values = [constants.number(write.args[2]) for write in writes]
-    written = [torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in values if value is not None]
-    try:
-        vectors = [per_channel(value, channels, len(padding)) for value in written]
-    except NoKernel:
-        return None
-    return Border(node, tuple(writes), tuple(vectors)) if len(vectors) == len(writes) else None
-
-
-def _strip(write: fx.Node, dimensions: int) -> tuple[int, int, int] | None:
-    """Return axis, side (0 before, 1 after) and width of the strip of the border that a write fills, or None if it fills none."""
-    index: Any = write.args[1]
-    if not isinstance(index, tuple) or len(index) != dimensions + 2 or not all(isinstance(s, slice) for s in index):
-        return None
-    cut = [(axis - 2, part) for axis, part in enumerate(index) if part != slice(None)]
-    if len(cut) != 1 or cut[0][0] < 0 or cut[0][1].step not in (None, 1):
-        return None
-    axis, part = cut[0]
-    if part.start in (None, 0) and isinstance(part.stop, int) and part.stop > 0:
-        return axis, 0, part.stop
-    if part.stop is None and isinstance(part.start, int) and part.start < 0:
-        return axis, 1, -part.start
-    return None
-
-
-def padded_before(conv: Op, padding: Padding, border: Border) -> Op | None:
-    """Return the conv with zeros padded around its input, or None unless it then outputs on the border what `border` writes.
-
-    The conv must be 1×1, of stride 1, without padding and not transposed.
+    Args:
+        source: the node of the picture.
+        padding: how wide the border is on each side.
+        values: constants that fill it, each of which broadcasts against ``(batch, channels, *axes)``.
+        inner: nodes that make it, besides the one whose value is the picture with its border.
     """
-    like = torch.empty((), dtype=torch.float64, device="cpu")
-    kernel = conv.meaning.build(like, conv.meaning.in_channels or 0, len(padding))
-    simple = all(size == 1 for size in (*kernel.kernel_size, *kernel.stride)) and not any(map(any, kernel.padding))
-    if kernel.transposed or not simple or kernel.weight.is_meta:
+
+    source: fx.Node
+    padding: Padding
+    values: tuple[Tensor, ...]
+    inner: tuple[fx.Node, ...] = ()
+
+
+def read_border(node: fx.Node, pad: Op | None, module: nn.Module | None, constants: Constants) -> Border | None:
+    """Return the border that ends up around the picture in `node`, or None if there is none or its values aren't known.
+
+    Args:
+        pad: the node as a linear map, if it is one.
+        module: the module that the node calls, if it calls one.
+    """
+    if pad is not None:
+        return _written(node, pad, constants) if pad.meaning.kind == "pad" else None
+    return _filled(node, module) or _concatenated(node, constants)
+
+
+def padded_before(conv: Op, border: Border) -> Op | None:
+    """Return the conv with zeros padded around its input, or None unless it then outputs on the border what `border` holds.
+
+    The conv must be 1×1, of stride 1, without padding other than zeros, and not transposed.
+    """
+    padding, like = border.padding, torch.empty((), dtype=torch.float64, device="cpu")
+    kernel = conv.meaning.build(like, conv.meaning.in_channels or 0, conv.meaning.dimensions or 0)
+    if kernel.dimensions != len(padding) or not _is_pointwise(kernel) or kernel.weight.is_meta:
         return None
     bias = kernel.weight.new_zeros(kernel.out_channels) if kernel.bias is None else kernel.bias.detach()
-    largest = max(float(bias.abs().max()), *(float(value.abs().max()) for value in border.values))
-    if any(float((value - bias.to(value)).abs().max()) > CLOSE * largest for value in border.values):
+    try:
+        values = [per_channel(value.to(like), kernel.out_channels, len(padding)) for value in border.values]
+    except NoKernel:
+        return None
+    largest = max(float(bias.abs().max()), *(float(value.abs().max()) for value in values))
+    if any(float((value - bias.to(value)).abs().max()) > CLOSE * largest for value in values):
         return None
 
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
-        return replace(conv.meaning.build(like, channels, dimensions), padding=padding)
+        kernel = conv.meaning.build(like, channels, dimensions)
+        both = ((p + more, q + more_after) for (p, q), (more, more_after) in zip(kernel.padding, padding))
+        return replace(kernel, padding=tuple(both))
 
     return replace(conv, meaning=replace(conv.meaning, build=build))
+
+
+def _is_pointwise(kernel: Kernel) -> bool:
+    """Whether a conv outputs its bias wherever its input is padded, and keeps every position."""
+    simple = all(size == 1 for size in (*kernel.kernel_size, *kernel.stride))
+    zeros = kernel.padding_mode == "zeros" or not kernel.padded
+    return simple and zeros and not kernel.transposed and all(side >= 0 for pair in kernel.padding for side in pair)
+
+
+# ---- written over zeros
+
+
+def _written(node: fx.Node, pad: Op, constants: Constants) -> Border | None:
+    """Return the border of a padding by zeros if constants are written over all of it before another node reads it."""
+    zeros = pad.meaning.build(torch.empty((), device="meta"), 1, pad.meaning.dimensions or 0)
+    dimensions = zeros.dimensions
+    sides = {(axis, side): size for axis, pair in enumerate(zeros.padding) for side, size in enumerate(pair) if size}
+    writes = [user for user in node.users if user.target is operator.setitem and user.args[0] is node]
+    strips = [strip_of(write.args[1], dimensions) for write in writes]
+    found = {(strip.axis, strip.side): strip.width for strip in strips if strip is not None}
+    if zeros.padding_mode != "zeros" or not sides or found != sides or len(found) != len(writes):
+        return None
+    if not any(strip is not None and strip.fixes_the_axes for strip in strips):
+        return None
+    others = [user for user in node.users if user not in writes and not reads_only_the_form(user)]
+    if any(other < write for other in others for write in writes):
+        return None
+    values = [_value(write.args[2], strip, constants) for write, strip in zip(writes, strips) if strip is not None]
+    known = tuple(value for value in values if value is not None)
+    return Border(pad.source, zeros.padding, known, tuple(writes)) if len(known) == len(values) else None
+
+
+def _value(value: Any, strip: Strip, constants: Constants) -> Tensor | None:
+    """Return a constant that is written into a strip, with the axis that an index without a slice takes away."""
+    known = constants.number(value)
+    if known is None:
+        return None
+    tensor = torch.as_tensor(known, dtype=torch.float64, device="cpu")
+    if strip.keeps_axis or tensor.ndim == 0:
+        return tensor
+    return tensor.unsqueeze(-1)  # all axes but that of the channels have size 1, so any place will do
+
+
+# ---- filled with one number
+
+_CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+
+
+def _filled(node: fx.Node, module: nn.Module | None) -> Border | None:
+    """Return the border of a padding by a number other than 0."""
+    call = _padding_call(node, module)
+    if call is None:
+        return None
+    source, sides, value = call
+    if not all(isinstance(side, int) and side >= 0 for side in sides) or not isinstance(value, (int, float)):
+        return None
+    known = torch.tensor(float(value), dtype=torch.float64, device="cpu")
+    return Border(source, pairs_of(sides), (known,)) if any(sides) and isinstance(source, fx.Node) else None
+
+
+def _padding_call(node: fx.Node, module: nn.Module | None) -> tuple[Any, tuple[Any, ...], Any] | None:
+    """Return what a node pads, on which sides, and with which number, or None if it doesn't pad with a number."""
+    if module is not None and type(module) in _CONSTANT_PADS and len(node.args) == 1:
+        layer: Any = module
+        return node.args[0], tuple(layer.padding), layer.value
+    if node.target is not F.pad:
+        return None
+    names = ("input", "pad", "mode", "value")
+    call: dict[str, Any] = {"mode": "constant", "value": None, **dict(zip(names, node.args)), **node.kwargs}
+    plain = call["mode"] == "constant" and isinstance(call.get("pad"), (tuple, list)) and len(call["pad"]) % 2 == 0
+    return (call.get("input"), tuple(call["pad"]), call["value"]) if plain else None
+
+
+# ---- concatenated around the picture
+
+
+def _concatenated(node: fx.Node, constants: Constants) -> Border | None:
+    """Return the border that a concatenation puts in front of a picture and behind it, along one axis."""
+    if node.target not in CONCATENATIONS:
+        return None
+    parts, dim = listed(node)
+    strips = [_expanded(part, constants) for part in parts]
+    if strips.count(None) != 1 or len(parts) < 2 or not isinstance(dim, int):
+        return None
+    place = strips.index(None)
+    known = [strip for strip in strips if strip is not None]
+    axes = {len(strip.sizes) for strip in known}
+    widths = [strip.width(dim) if strip is not None else 0 for strip in strips]
+    axis = dim % next(iter(axes)) - 2
+    if len(axes) != 1 or axis < 0 or None in widths or not isinstance(parts[place], fx.Node):
+        return None
+    padding = [(0, 0)] * (axes.pop() - 2)
+    padding[axis] = sum(widths[:place]), sum(widths[place + 1 :])  # type: ignore[arg-type]
+    inner = tuple({part: None for part in parts if part is not parts[place] and [*part.users] == [node]})
+    return Border(parts[place], tuple(padding), tuple(strip.value for strip in known), inner)
+
+
+@dataclass(frozen=True)
+class _Expanded:
+    """A constant that is expanded to these sizes, in which -1 keeps the size that an axis has."""
+
+    value: Tensor
+    sizes: tuple[Any, ...]
+
+    def width(self, dim: int) -> int | None:
+        """Return the size along an axis, or None if it isn't known."""
+        size = self.sizes[dim] if -len(self.sizes) <= dim < len(self.sizes) else None
+        if size == -1 and isinstance(size, int):
+            return 1
+        return size if isinstance(size, int) and size > 0 else None
+
+
+_EXPANSIONS = {"expand", "repeat", "broadcast_to", torch.broadcast_to, torch.Tensor.expand, torch.Tensor.repeat}
+_REPETITIONS = {"repeat", torch.Tensor.repeat}
+
+
+def _expanded(node: Any, constants: Constants) -> _Expanded | None:
+    """Read a node as an expanded constant with at most one number for each channel, or return None."""
+    if not isinstance(node, fx.Node) or node.target not in _EXPANSIONS or node.kwargs or len(node.args) < 2:
+        return None
+    value = constants.tensor(node.args[0])
+    sizes: Any = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    if value is None or len(sizes) < 3 or value.ndim > len(sizes):
+        return None
+    if node.target in _REPETITIONS and value.numel() > 1 and sizes[1] != 1:
+        return None  # the channels are repeated
+    return _Expanded(value.to("cpu", torch.float64), tuple(sizes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from repfx.algebra.meaning import (
     wraps_the_rest,
 )
 from repfx.graphs.constants import Constants
+from repfx.graphs.indexing import crop_meaning
 from repfx.graphs.vocabulary import ARITHMETIC, NEGATIONS, PRODUCTS, QUOTIENTS, SUBTRACTIONS
 
 
@@ -104,6 +106,7 @@ _FUNCTIONS: dict[Any, Callable[..., Meaning | None]] = {
     F.avg_pool2d: _read_average_pool(2),
     F.avg_pool3d: _read_average_pool(3),
     F.pad: _read_pad,
+    operator.getitem: crop_meaning,
 }
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from repfx.algebra.activated_norm import is_separated
 from repfx.algebra.baking import conv_from_kernel, float64_like, rounded
-from repfx.algebra.kernel import Kernel, is_symmetric
+from repfx.algebra.kernel import Kernel, Padding, is_symmetric
 from repfx.algebra.layers import Layer, is_batch_norm
 from repfx.blocks.block import RepBlock
 from repfx.blocks.folded_norm import FoldedNorm, remember_norm
@@ -22,13 +21,14 @@ from repfx.graphs.bordered_padding import CLOSE
 from repfx.graphs.checks import with_axes
 from repfx.graphs.functional_conv import is_functional_conv, path_for, settings_of
 from repfx.graphs.operations import Op
+from repfx.graphs.sums import plus
 from repfx.graphs.trace import Island
+from repfx.graphs.unused import erase_unused
 from repfx.graphs.vocabulary import ARITHMETIC
 from repfx.records.module_tree import has, outer_paths, set_part, set_submodule
 from repfx.records.provenance import Provenance, attach
 from repfx.records.report import Edit
 from repfx.rewriting.match import Match, Term, shape_before
-from repfx.rewriting.patterns import is_sum
 from repfx.rewriting.rule import Rule
 from repfx.rewriting.spelling import Spelling, spell
 from repfx.rewriting.surroundings import Surroundings, remember_surroundings, with_steps
@@ -100,16 +100,28 @@ class Editor:
 
     def _replace_root(self, match: Match, node: fx.Node) -> None:
         graph = self.view.graph
+        total, needed = node, [source for old in match.nodes for source in old.all_input_nodes]
         with graph.inserting_before(match.root):
-            total = reduce(_add_term(graph), match.remainder, node)
+            for factor, term in match.remainder:
+                total = plus(graph, total, factor, term)
         match.root.replace_all_uses_with(total)
         inside = set(match.nodes)
+        for old, padding in match.cropped:
+            if any(user not in inside for user in old.users):
+                old.replace_all_uses_with(self._cropped(node, padding), lambda user: user not in inside)
         for old in match.nodes:  # users outside only ask for the shape (`used_once`), which `node` has too
             old.replace_all_uses_with(node, lambda user: user not in inside)
         for old in match.nodes:
             graph.erase_node(old)
             self.view.kernels.pop(old, None)
             self.merged.pop(old, None)
+        erase_unused(graph, [source for source in needed if source not in inside])
+
+    def _cropped(self, node: fx.Node, padding: Padding) -> fx.Node:
+        """Add the value of a node without what was padded around it."""
+        sides = tuple(-side for pair in reversed(padding) for side in pair)
+        with self.view.graph.inserting_after(node):
+            return self.view.graph.call_function(F.pad, (node, sides))
 
     def settle(self, node: fx.Node) -> None:
         """Finish the kernel that feeds `node`, at which no rule fired: round it to the dtype of its module.
@@ -127,7 +139,7 @@ class Editor:
                 continue
             if source in self.merged:
                 self._round(source)
-            elif is_sum(source, self.view):
+            elif self.view.sum_of(source) is not None:
                 self._settled.add(source)
                 pending += source.all_input_nodes
 
@@ -328,13 +340,6 @@ def _take_over(owner: nn.Module, conv: nn.Module, paths: Iterable[str]) -> None:
     for path in sorted(paths, key=len):  # a part comes before what lies inside it
         if not has(conv, path):
             set_part(conv, path, owner)
-
-
-def _add_term(graph: fx.Graph) -> Callable[[fx.Node, tuple[int, fx.Node]], fx.Node]:
-    def add(total: fx.Node, term: tuple[int, fx.Node]) -> fx.Node:
-        return graph.call_function(torch.add if term[0] > 0 else torch.sub, (total, term[1]))
-
-    return add
 
 
 def _window(module: nn.Module) -> int:

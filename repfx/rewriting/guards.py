@@ -12,15 +12,22 @@ from repfx.algebra.kernel import Kernel, NoKernel, is_symmetric
 from repfx.algebra.layers import has_tensors
 from repfx.graphs.aliasing import may_share_memory, mutated_by, reads_only_the_form
 from repfx.graphs.functional_conv import is_shared
+from repfx.graphs.operations import Op
 from repfx.rewriting.cost import Shape, output_shape, weights
 from repfx.rewriting.match import Match, Term, shape_before
 from repfx.rewriting.view import META, View
 
 
 def used_once(match: Match, view: View) -> str | None:
-    """Require that no other node uses what lies inside the match, except for a shape that the merged conv's output has too."""
+    """Require that no other node uses what lies inside the match, except for a shape that the merged conv's output has too.
+
+    What is only cropped from the output may be used, too.
+    """
     inside = set(match.nodes)
+    cropped = {node for node, _ in match.cropped}
     for node in match.nodes[1:]:
+        if node in cropped:
+            continue
         outside = [user for user in node.users if user not in inside and not _asks_for_the_shape(user, node, match)]
         if outside:
             return f"{node.name!r} has a second user, {outside[0].name!r}"
@@ -37,11 +44,25 @@ def unmutated(match: Match, view: View) -> str | None:
     node = min(inside)
     while node is not match.root.next:
         written = mutated_by(node, view.root)
-        if written is not None and written not in inside:
-            reason = _relied_on(written, inside, view) if node in inside else _halfway(node, written, match, view)
+        if written is not None:
+            reason = (
+                _written_inside(node, written, match, view) if node in inside else _halfway(node, written, match, view)
+            )
             if reason is not None:
                 return reason
         node = node.next
+    return None
+
+
+def _written_inside(node: fx.Node, written: fx.Node, match: Match, view: View) -> str | None:
+    """Refuse a match in which a node writes into what others still read: nodes outside, or other paths of the match itself."""
+    inside, memory = set(match.nodes), may_share_memory(written, view.root)
+    if memory - inside:
+        return _relied_on(written, inside, view)
+    for held in memory - {match.root}:
+        late = [user for user in held.users if user > node and not reads_only_the_form(user)]
+        if late:
+            return f"{written.name!r} is changed in place before {late[0].name!r} reads it"
     return None
 
 
@@ -58,7 +79,8 @@ def _relied_on(written: fx.Node, inside: set[fx.Node], view: View) -> str | None
 def _halfway(node: fx.Node, written: fx.Node, match: Match, view: View) -> str | None:
     """Refuse a match if another node writes into what the match reads while it is being computed."""
     memory = may_share_memory(written, view.root)
-    for source in (match.source, *(term for _, term in match.remainder)):
+    cropped = (node for node, _ in match.cropped)
+    for source in (match.source, *cropped, *(term for _, term in match.remainder)):
         if source < node and memory & may_share_memory(source, view.root):
             return f"{node.name!r} changes {source.name!r} in place between the calls that would be merged"
     return None
@@ -83,10 +105,10 @@ def no_dearer(match: Match, view: View) -> str | None:
 
     Where it replaces a single conv, weights decide whatever the cost is.
     """
-    distinct = {tuple(op.node for op in term.ops): term for term in match.terms}  # a sum may read one path twice
     several = sum(view.is_conv(node) for node in {op.node for op in match.ops}) > 1
     cost = view.cost_of if several else _count_weights
-    before = sum(sum(_costs(term, match, view, cost)) for term in distinct.values())
+    # a map may be shared
+    before = sum({id(op): spent for term in match.terms for op, spent in _costs(term, match, view, cost)}.values())
     after = cost(match.form, shape_before(match, view))
     if after <= before:
         return None
@@ -99,14 +121,16 @@ def _count_weights(kernel: Kernel, shape: Shape | None) -> float:
     return weights(ConvSpec.of_kernel(kernel))
 
 
-def _costs(term: Term, match: Match, view: View, cost: Callable[[Kernel, Shape | None], float]) -> Iterator[float]:
-    """Yield the cost of each conv of a term."""
+def _costs(
+    term: Term, match: Match, view: View, cost: Callable[[Kernel, Shape | None], float]
+) -> Iterator[tuple[Op, float]]:
+    """Yield each conv of a term with its cost."""
     channels, dimensions = match.sizes()
     shape = shape_before(match, view)
     for op in term.ops:
         kernel = op.meaning.build(META, channels, dimensions)
         if op.meaning.kind == "conv":
-            yield cost(kernel, shape)
+            yield op, cost(kernel, shape)
         channels, shape = kernel.out_channels, output_shape(kernel, shape)
 
 

@@ -57,15 +57,15 @@ class Step:
 
 @dataclass(frozen=True)
 class LinearRegion:
-    """``Σ sign · path(x)``, where each path is some maps one after another.
+    """``Σ factor · path(x)``, where each path is some maps one after another.
 
     Args:
-        paths: signs, each with the steps from the input on; no steps mean the input itself.
+        paths: factors, each with the steps from the input on; no steps mean the input itself.
         channels, dimensions: numbers of channels and of spatial axes of the input.
         template: path of the module whose weight gives dtype and device.
     """
 
-    paths: tuple[tuple[int, tuple[Step, ...]], ...]
+    paths: tuple[tuple[float, tuple[Step, ...]], ...]
     channels: int
     dimensions: int
     template: str
@@ -73,19 +73,17 @@ class LinearRegion:
     @classmethod
     def of(cls, match: Match, template: str, known: Mapping[fx.Node, LinearRegion]) -> LinearRegion:
         """Return the region that a rule has found. `known` has the region, found before, of each node that calls one."""
-        paths = ((term.sign, tuple(Step.of(op, known) for op in term.ops)) for term in match.terms)
+        paths = ((term.factor, tuple(Step.of(op, known) for op in term.ops)) for term in match.terms)
         return cls(tuple(paths), *match.sizes(), template)
 
     @property
     def modules(self) -> tuple[str, ...]:
         """The paths of all modules that the region consists of."""
-        return tuple(path for _, steps in self.paths for step in steps for path in step.modules)
+        return tuple(dict.fromkeys(path for _, steps in self.paths for step in steps for path in step.modules))
 
     def kernel(self, root: nn.Module, like: Tensor) -> Kernel:
         """Return the one kernel of the region; differentiable."""
-        kernels = [self._kernel_of(steps, root, like) for _, steps in self.paths]
-        signed = [kernel if sign > 0 else kernel.negate() for (sign, _), kernel in zip(self.paths, kernels)]
-        return Kernel.sum(signed)
+        return Kernel.sum([self._kernel_of(steps, root, like).scaled(factor) for factor, steps in self.paths])
 
     def _kernel_of(self, steps: tuple[Step, ...], root: nn.Module, like: Tensor) -> Kernel:
         if not steps:

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx
 
-from repfx.algebra.kernel import Kernel, NoKernel
+from repfx.algebra.kernel import Kernel, NoKernel, Padding
 from repfx.graphs.operations import Op
 from repfx.rewriting.cost import Shape
 from repfx.rewriting.view import META, View
@@ -20,24 +20,30 @@ class Term:
     """One path of a match: linear maps from the source on. No maps mean the source itself.
 
     Args:
-        sign: the path's sign in the sum.
+        factor: the path's factor in the sum, such as 1 or -1.
         adder: the addition that the path's end enters, or None if there is none.
     """
 
     ops: tuple[Op, ...]
-    sign: int = 1
+    factor: float = 1
     adder: fx.Node | None = None
 
 
 @dataclass(frozen=True)
 class Match:
-    """Nodes that amount to ``root = Σ sign · term(source) + Σ sign · remainder``."""
+    """Nodes that amount to ``root = Σ factor · term(source) + Σ factor · remainder``.
+
+    Args:
+        inner: nodes of the match that are no maps, such as the additions below the root.
+        cropped: nodes of the match that others read, too, each with the padding that was put around it. They are the root's value, cropped.
+    """
 
     root: fx.Node
     source: fx.Node
     terms: tuple[Term, ...]
     inner: tuple[fx.Node, ...] = ()
-    remainder: tuple[tuple[int, fx.Node], ...] = ()
+    remainder: tuple[tuple[float, fx.Node], ...] = ()
+    cropped: tuple[tuple[fx.Node, Padding], ...] = ()
 
     @property
     def ops(self) -> tuple[Op, ...]:
@@ -66,7 +72,7 @@ class Match:
             NoKernel: they are no convolution.
         """
         channels, dimensions = self.sizes()
-        kernels = (signed(term_kernel(term, like, channels, dimensions), term.sign) for term in self.terms)
+        kernels = (term_kernel(term, like, channels, dimensions).scaled(term.factor) for term in self.terms)
         return Kernel.sum(kernels, owned=owned or len(self.terms[0].ops) != 1)
 
     @cached_property
@@ -137,8 +143,3 @@ def _kernel_of(op: Op, like: Tensor | None, channels: int, dimensions: int) -> K
     if op.meaning.dimensions not in (None, dimensions):
         raise NoKernel(f"{op.node.name!r} has {op.meaning.dimensions} dimensions, not {dimensions}")
     return op.meaning.build(like, channels, dimensions)
-
-
-def signed(kernel: Kernel, sign: int) -> Kernel:
-    """Return the kernel, or its negative where `sign` is."""
-    return kernel if sign > 0 else kernel.negate()

@@ -6,7 +6,7 @@ Patterns are structure only. They see a graph through a `View`, which reads a no
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -16,9 +16,9 @@ from repfx.algebra.kernel import Kernel, NoKernel
 from repfx.algebra.meaning import Kind
 from repfx.graphs.bordered_padding import padded_before, read_border
 from repfx.graphs.functional_conv import read_functional_conv
-from repfx.graphs.operations import Op
-from repfx.graphs.vocabulary import ADDITIONS, SUBTRACTIONS
-from repfx.rewriting.match import Match, Term, signed, term_kernel
+from repfx.graphs.sums import adds_up
+from repfx.rewriting.match import Match, Term, term_kernel
+from repfx.rewriting.paths import closed, linear_paths
 from repfx.rewriting.view import META, View
 
 
@@ -66,27 +66,17 @@ class FunctionalConv(Pattern):
 
 @dataclass(frozen=True)
 class BorderedPadding(Pattern):
-    """A 1×1 conv whose output is padded with what the conv outputs for zero."""
+    """A 1×1 conv whose output is padded with what the conv outputs for zero. Other nodes that read the conv get a cropped output."""
 
     holds_in_training = False
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
-        pad = view.op(node)
-        conv = view.op(pad.source) if pad is not None and pad.meaning.kind == "pad" else None
-        if pad is None or conv is None or conv.meaning.kind != "conv":
-            return
-        channels, dimensions = conv.meaning.in_channels or 0, conv.meaning.dimensions or 0
-        try:
-            out_channels = conv.meaning.build(META, channels, dimensions).out_channels
-            zeros = pad.meaning.build(META, out_channels, pad.meaning.dimensions or dimensions)
-        except NoKernel:
-            return
-        if zeros.padding_mode != "zeros" or zeros.dimensions != dimensions:
-            return
-        border = read_border(node, zeros.padding, out_channels, view.constants)
-        padded = None if border is None else padded_before(conv, zeros.padding, border)
-        if border is not None and padded is not None:
-            yield Match(node, conv.source, (Term((padded,)),), inner=border.writes)
+        border = read_border(node, view.op(node), view.module(node), view.constants)
+        conv = None if border is None else view.conv_for(border.source, (node, *border.inner))
+        padded = None if border is None or conv is None else padded_before(conv, border)
+        if border is not None and conv is not None and padded is not None:
+            cropped = ((conv.node, border.padding),)
+            yield Match(node, conv.source, (Term((padded,)),), inner=border.inner, cropped=cropped)
 
 
 @dataclass(frozen=True)
@@ -107,72 +97,76 @@ class Sequence(Pattern):
 
 @dataclass(frozen=True)
 class Sum(Pattern):
-    """A tree of additions and subtractions in which at least two terms are linear maps of one node, one of them a conv.
+    """A tree of sums in which at least two terms are linear maps of one node, one of them a conv.
 
     The other terms are the match's remainder. If the tree can't be merged as a whole, its parts may be: two blocks of a sum whose windows
     don't go together are still one conv each.
     """
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
-        if not is_sum(node, view) or _is_inner(node, view):
+        if view.sum_of(node) is None or _is_inner(node, view):
             return
         _, inner = _leaves(node, view)
         whole = list(_matches_of_tree(node, view))
         # no other match has more terms, so the parts below may never be asked for
         yield from (match for match in whole if not match.remainder)
         found = [match for match in whole if match.remainder]
-        found += [match for part in inner for match in _matches_of_tree(part, view)]
+        parts = [part for part in inner if view.sum_of(part) is not None]
+        found += [match for part in parts for match in _matches_of_tree(part, view)]
         # matches with a remainder come last: they take the tree apart, and other parts of it may be one convolution
         yield from sorted(found, key=lambda match: (bool(match.remainder), -len(match.terms)))
 
 
+def _is_inner(node: fx.Node, view: View) -> bool:
+    """Whether a sum is only a term of a larger sum, which is visited later."""
+    users = [*node.users]
+    if len(users) == 1 and adds_up(users[0]):
+        users = [*users[0].users]
+    found = view.sum_of(users[0]) if len(users) == 1 else None
+    return found is not None and any(term is node for _, term in found.terms)
+
+
 def _matches_of_tree(root: fx.Node, view: View) -> Iterator[Match]:
     leaves, inner = _leaves(root, view)
-    for match in _groups(leaves, view):
+    for match in _groups(leaves, {root, *inner}, view):
         yield replace(match, root=root, inner=tuple(inner))
 
 
-def is_sum(node: fx.Node, view: View) -> bool:
-    """Whether a node adds or subtracts two nodes, neither of which is a constant."""
-    if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS | SUBTRACTIONS:
-        return False
-    both = len(node.args) == 2 and not node.kwargs and all(isinstance(argument, fx.Node) for argument in node.args)
-    return both and all(view.constants.number(argument) is None for argument in node.args)
+_Leaf = tuple[float, fx.Node, fx.Node]  # a term of a sum with its factor and the addition that it enters
 
 
-def _is_inner(node: fx.Node, view: View) -> bool:
-    """Whether a sum is only a part of a larger sum, which is visited later."""
-    return len(node.users) == 1 and is_sum(next(iter(node.users)), view)
-
-
-def _leaves(root: fx.Node, view: View) -> tuple[list[tuple[int, fx.Node, fx.Node]], list[fx.Node]]:
-    """Return the terms of a sum, each with its sign and the addition that it enters, and the additions below the root that only it uses."""
-    leaves, inner, pending = [], [], [(1, root, root)]
+def _leaves(root: fx.Node, view: View) -> tuple[list[_Leaf], list[fx.Node]]:
+    """Return the terms of a sum, and the nodes below the root that only it uses: the additions and stacks of which it consists."""
+    leaves: list[_Leaf] = []
+    inner: list[fx.Node] = []
+    pending: list[_Leaf] = [(1, root, root)]
     while pending:
-        sign, node, adder = pending.pop(0)
-        if node is not root and (len(node.users) > 1 or not is_sum(node, view)):
-            leaves.append((sign, node, adder))
+        factor, node, adder = pending.pop(0)
+        found = view.sum_of(node) if node is root or len(node.users) == 1 else None
+        if found is None:
+            leaves.append((factor, node, adder))
             continue
-        if node is not root:
-            inner.append(node)
-        second_sign = -sign if node.target in SUBTRACTIONS else sign
-        pending[:0] = [(s, term, node) for s, term in zip((sign, second_sign), node.args) if isinstance(term, fx.Node)]
+        inner += [each for each in (node, *found.inner) if each is not root]
+        pending[:0] = [(factor * own, term, node) for own, term in found.terms]
     return leaves, inner
 
 
-def _groups(leaves: list[tuple[int, fx.Node, fx.Node]], view: View) -> Iterator[Match]:
+def _groups(leaves: list[_Leaf], inside: Collection[fx.Node], view: View) -> Iterator[Match]:
     """Group the terms that start at one node, so that each group is one convolution. Do so for each node where two or more terms start."""
     paths = [linear_paths(leaf, view) for _, leaf, _ in leaves]
     sources = Counter(source for path in paths for source in path)
     for source, count in sources.items():
         if count < 2:
             continue
-        signed_leaves = ((index, path[source], leaves[index]) for index, path in enumerate(paths) if source in path)
-        terms = [(index, Term(ops, sign, adder)) for index, ops, (sign, _, adder) in signed_leaves]
+        starting = ((index, path[source], leaves[index]) for index, path in enumerate(paths) if source in path)
+        found = {index: Term(ops, factor, adder) for index, ops, (factor, _, adder) in starting}
+        whole = closed(list(found.values()), inside)
         # terms with a conv first: they fix the sizes that an identity or a pooling takes on
+        terms = [(index, term) for index, term in found.items() if term in whole]
         terms.sort(key=lambda item: not _has_conv(item[1], view))
         while terms and _has_conv(terms[0][1], view):
             chosen = _that_add_up(terms, source)
+            chosen = {index: term for index, term in chosen.items() if term in closed(list(chosen.values()), inside)}
             if len(chosen) > 1:
                 remainder = tuple(leaf[:2] for index, leaf in enumerate(leaves) if index not in chosen)
                 yield Match(source, source, tuple(chosen.values()), remainder=remainder)
@@ -184,20 +178,6 @@ def _has_conv(term: Term, view: View) -> bool:
     return any(view.is_conv(op.node) for op in term.ops)
 
 
-def linear_paths(leaf: fx.Node, view: View) -> dict[fx.Node, tuple[Op, ...]]:
-    """Return every node from which linear maps that nothing else uses lead to `leaf`, with those maps. `leaf` itself comes first."""
-    paths: dict[fx.Node, tuple[Op, ...]] = {leaf: ()}
-    ops: tuple[Op, ...] = ()
-    while len(leaf.users) == 1:
-        op = view.op(leaf)
-        if op is None:
-            break
-        ops = (op, *ops)
-        leaf = op.source
-        paths[leaf] = ops
-    return paths
-
-
 def _that_add_up(terms: list[tuple[int, Term]], source: fx.Node) -> dict[int, Term]:
     """Return the first term that is a convolution by itself, and each later one that makes a convolution with those before it."""
     chosen: dict[int, Term] = {}
@@ -205,7 +185,7 @@ def _that_add_up(terms: list[tuple[int, Term]], source: fx.Node) -> dict[int, Te
     for index, term in terms:
         try:
             channels, dimensions = Match(source, source, (*chosen.values(), term)).sizes()
-            kernel = signed(term_kernel(term, META, channels, dimensions), term.sign)
+            kernel = term_kernel(term, META, channels, dimensions).scaled(term.factor)
             total = kernel if total is None else total.add(kernel)
         except NoKernel:
             continue

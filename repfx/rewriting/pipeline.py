@@ -17,6 +17,7 @@ from repfx.blocks.cropped_conv import unshare
 from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.aliases import put_back, set_aside
 from repfx.graphs.trace import Island, Traces, call_counts, trace
+from repfx.graphs.unused import erase_unused
 from repfx.records.generators import random_state_kept
 from repfx.records.journal import forget
 from repfx.records.modes import set_modes
@@ -172,6 +173,7 @@ class Views:
 def run_rules(editor: Editor, rules: tuple[Rule, ...]) -> dict[fx.Node, list[Skip]]:
     """Rewrite to a fixpoint. Return, by node, why rules whose pattern was there did not fire."""
     near_misses: dict[fx.Node, list[Skip]] = {}
+    erase_unused(editor.view.graph, editor.view.graph.nodes)
     node = next(iter(editor.view.graph.nodes))
     while node.op != "root":
         near_misses.pop(node, None)

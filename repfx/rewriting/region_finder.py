@@ -22,6 +22,7 @@ from repfx.graphs.aliases import set_aside
 from repfx.graphs.dropout import MODULES
 from repfx.graphs.leaves import is_leaf
 from repfx.graphs.operations import Op
+from repfx.graphs.sums import SumOf
 from repfx.graphs.trace import Island, trace
 from repfx.reading.source_code import calls
 from repfx.records.module_tree import outer_paths
@@ -156,6 +157,10 @@ class _LinearView(View):
     def op(self, node: fx.Node) -> Op | None:
         found = super().op(node)
         return found if found is not None and (node in self.kernels or self._is_touchable(found)) else None
+
+    def sum_of(self, node: fx.Node) -> SumOf | None:
+        found = super().sum_of(node)
+        return found if found is not None and found.fixed else None
 
     def _is_touchable(self, op: Op) -> bool:
         module = self.module(op.node)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from repfx.algebra.kernel import Kernel
@@ -24,13 +23,14 @@ from repfx.blocks.block import RepBlock
 from repfx.blocks.folded_norm import FoldedNorm
 from repfx.graphs.functional_conv import is_functional_conv, owner_of, reads_its_own_weight, reads_saved_weight
 from repfx.graphs.operations import Op
+from repfx.graphs.sums import plus
 from repfx.graphs.trace import Island
 from repfx.records.module_tree import outer_paths
 from repfx.rewriting.match import Match, Term
 from repfx.rewriting.surroundings import CONV, NORM
 from repfx.rewriting.view import META, View
 
-_PADS = "pads"  # marks a step that only pads
+_PADS = "pads"  # marks a step that only pads or crops
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Spelling:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the model computes nothing around the site, except padding, which has no influence on the weight."""
+        """Whether the model computes nothing around the site, except padding and cropping, which have no influence on the weight."""
         nodes = [node for node in self.steps.nodes if node.op not in ("placeholder", "output")]
         return not self.reason and all(node.target in (CONV, NORM) or _PADS in node.meta for node in nodes)
 
@@ -81,16 +81,16 @@ def _spelled(site: _Site, reason: str) -> Spelling:
     """Return the spelling of a match in which the site is one conv, and perhaps a BatchNorm behind it."""
     known = site.known.get(site.template.node)
     norm = site.norm_of(site.template if site.norm is None else site.norm)
-    steps = _sum(site, [(term.sign, term) for term in site.match.terms])
+    steps = _sum(site, [(term.factor, term) for term in site.match.terms])
     return Spelling(steps, site.form if known is None else known.form, norm, reason)
 
 
 def _collapsed(site: _Site, reason: str) -> Spelling:
     """Return the spelling in which one conv and one BatchNorm stand for the terms of the site, and the other terms are added to them."""
-    signs, parts = next(iter(site.signs.values())), tuple({_identity(term): term for term in site.terms}.values())
-    others = [(term.sign, term) for term in site.match.terms if term not in site.terms]
+    factors, parts = next(iter(site.factors.values())), tuple({_identity(term): term for term in site.terms}.values())
+    others = [(term.factor, term) for term in site.match.terms if term not in site.terms]
     norm = site.norm_of_terms(parts)
-    steps = _sum(site, [*((sign, None) for sign in signs), *others], normed=norm is not None)
+    steps = _sum(site, [*((factor, None) for factor in factors), *others], normed=norm is not None)
     return Spelling(steps, replace(site.match, terms=parts).form, norm, reason)
 
 
@@ -169,17 +169,17 @@ class _Site:
         return term.adder is not None and self.lies_in_block(term.adder)
 
     @cached_property
-    def signs(self) -> dict[tuple[int, ...], list[int]]:
-        """The signs with which each of these terms enters the sum."""
-        found: dict[tuple[int, ...], list[int]] = {}
+    def factors(self) -> dict[tuple[int, ...], list[float]]:
+        """The factors with which each of these terms enters the sum."""
+        found: dict[tuple[int, ...], list[float]] = {}
         for term in self.terms:
-            found.setdefault(_identity(term), []).append(term.sign)
+            found.setdefault(_identity(term), []).append(term.factor)
         return found
 
     @property
     def is_apart(self) -> bool:
         """Whether the terms of the site consist of nothing else, and all enter the sum alike, so that one conv can stand for them."""
-        first, *others = map(sorted, self.signs.values())
+        first, *others = map(sorted, self.factors.values())
         return all(op in self.own for term in self.terms for op in term.ops) and all(o == first for o in others)
 
     @property
@@ -242,8 +242,8 @@ def _is_readable_norm(module: nn.Module | None) -> bool:
 # ---- steps as a graph
 
 
-def _sum(site: _Site, terms: list[tuple[int, Term | None]], *, normed: bool = False) -> fx.Graph:
-    """Return the graph of a sum of terms with their signs. None stands for the site; a term that occurs twice is computed once.
+def _sum(site: _Site, terms: list[tuple[float, Term | None]], *, normed: bool = False) -> fx.Graph:
+    """Return the graph of a sum of terms with their factors. None stands for the site; a term that occurs twice is computed once.
 
     Args:
         normed: whether the site has a BatchNorm.
@@ -252,19 +252,13 @@ def _sum(site: _Site, terms: list[tuple[int, Term | None]], *, normed: bool = Fa
     x = graph.placeholder("x")
     values: dict[tuple[int, ...], fx.Node] = {}
     total: fx.Node | None = None
-    for sign, term in terms:
+    for factor, term in terms:
         ops = (0,) if term is None else _identity(term)
         if ops not in values:
             values[ops] = _site(graph, x, normed=normed) if term is None else _term(site, graph, x, term)
-        total = _plus(graph, total, sign, values[ops])
+        total = plus(graph, total, factor, values[ops])
     graph.output(total)
     return graph
-
-
-def _plus(graph: fx.Graph, total: fx.Node | None, sign: int, value: fx.Node) -> fx.Node:
-    if total is None:
-        return value if sign > 0 else graph.call_function(torch.neg, (value,))
-    return graph.call_function(torch.add if sign > 0 else torch.sub, (total, value))
 
 
 def _site(graph: fx.Graph, x: fx.Node, *, normed: bool) -> fx.Node:
@@ -298,7 +292,7 @@ def _copied(graph: fx.Graph, op: Op, x: fx.Node) -> fx.Node:
         if node not in known:
             known[node] = graph.node_copy(node, copied)
             known[node].target = _out_of_place(node)
-            known[node].meta = {_PADS: True} if op.meaning.kind == "pad" else {}
+            known[node].meta = {_PADS: True} if op.meaning.kind in ("pad", "crop") else {}
         return known[node]
 
     return copied(op.node)

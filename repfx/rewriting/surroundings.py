@@ -23,10 +23,8 @@ from torch import Tensor, fx, nn
 
 from repfx.algebra.kernel import Kernel, NoKernel
 from repfx.algebra.layers import is_batch_norm
-from repfx.graphs.vocabulary import SUBTRACTIONS
 from repfx.records.module_tree import attribute, has, place_tensor, set_submodule
 from repfx.records.notes import keep, kept
-from repfx.rewriting.patterns import is_sum
 from repfx.rewriting.view import View
 
 CONV = "repfx_conv"  # the call that stands for the site's own conv
@@ -243,9 +241,8 @@ class _Probe:
                 known[node] = Kernel.identity(conv.weight, channels=channels, dimensions=conv.dimensions)
             elif node.target in (CONV, NORM):
                 known[node] = known[node.args[0]].compose(shifted if node.target == CONV else behind)
-            elif is_sum(node, self._view):
-                first, second = (known[argument] for argument in node.args)
-                known[node] = first.subtract(second) if node.target in SUBTRACTIONS else first.add(second)
+            elif (total := self._view.sum_of(node)) is not None:
+                known[node] = Kernel.sum(known[term].scaled(factor) for factor, term in total.terms)
             elif (op := self._view.op(node)) is not None and op.source in known:
                 before = known[op.source]
                 known[node] = before.compose(op.meaning.build(conv.weight, before.out_channels, conv.dimensions))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -16,10 +16,12 @@ from repfx.algebra.meaning import Meaning, refusal_of
 from repfx.graphs.constants import Constants
 from repfx.graphs.functional_conv import is_functional_conv
 from repfx.graphs.operations import Op, read_op
+from repfx.graphs.sums import SumOf, read_sum
 from repfx.graphs.viewed_norm import read_viewed_norm
 from repfx.rewriting.cost import Cost, Shape, weights
 
 META = torch.empty((), device="meta", dtype=torch.float64)
+_READ = "its parameters are read elsewhere in the model"
 
 
 @dataclass
@@ -46,8 +48,10 @@ class View:
     cost: Cost = weights
 
     def __post_init__(self) -> None:
-        read = {str(node.target).rpartition(".")[0] for node in self.graph.nodes if node.op == "get_attr"}
-        self._read_elsewhere = read
+        self._readers: dict[str, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                self._readers.setdefault(str(node.target).rpartition(".")[0], []).append(node)
         self._ops: dict[fx.Node, Op | None] = {}
         self._shapes: dict[fx.Node, Shape | None] = {}
         self.constants = Constants(self.graph, self.root)
@@ -57,6 +61,10 @@ class View:
         if node not in self._ops:
             self._ops[node] = self._read(node)
         return self._ops[node]
+
+    def sum_of(self, node: fx.Node) -> SumOf | None:
+        """Return the node as a sum of nodes, or None."""
+        return read_sum(node, self.constants)
 
     def graph_changed(self) -> None:
         """Forget what was read, so that each node is read anew."""
@@ -80,6 +88,25 @@ class View:
     def cost_of(self, kernel: Kernel, shape: Shape | None) -> float:
         """Return the cost of a kernel as one conv for an input of `shape`."""
         return self.cost(ConvSpec.of_kernel(kernel), shape)
+
+    def conv_for(self, node: fx.Node, readers: Collection[fx.Node]) -> Op | None:
+        """Return the node as a conv, or None. Only nodes that go with it may read its parameters besides `readers`."""
+        op = self.op(node)
+        if op is None and self.refusal(node) == _READ and not self._is_read_outside(str(node.target), readers):
+            op = read_op(node, self.root, self.constants)
+        return op if op is not None and op.meaning.kind == "conv" else None
+
+    def _is_read_outside(self, path: str, inside: Collection[fx.Node]) -> bool:
+        """Whether anything but the nodes `inside` depends on the parameters of the module at a path, besides its call."""
+        pending = [user for reader in self._readers[path] for user in reader.users]
+        while pending:
+            node = pending.pop()
+            if node in inside:
+                continue
+            if not self.constants.depends_on_parameters_alone(node):
+                return True
+            pending += node.users
+        return False
 
     def _read(self, node: fx.Node) -> Op | None:
         if node in self.kernels:
@@ -114,11 +141,14 @@ class View:
             return f"it is registered under {self.registered[path]} names"
         if self.constants.changes(path):
             return "its parameters are changed in forward"
-        if path in self._read_elsewhere and not is_batch_norm(module):  # no rewrite changes a BatchNorm's tensors
-            return "its parameters are read elsewhere in the model"
         if any(tensor.is_complex() for tensor in module.parameters()):
             return "its weights are complex"
-        return refusal_of(module)
+        reason = refusal_of(module)
+        if (
+            reason is None and path in self._readers and not is_batch_norm(module)
+        ):  # no rewrite changes a BatchNorm's tensors
+            return _READ
+        return reason
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """Return the module that a node calls, or None."""

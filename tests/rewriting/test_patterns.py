@@ -14,7 +14,7 @@ from repfx.algebra.kernel import NoKernel
 from repfx.algebra.meaning import Kind
 from repfx.graphs.trace import trace
 from repfx.rewriting.match import Match, Term
-from repfx.rewriting.patterns import Sequence, Single, Sum, is_sum
+from repfx.rewriting.patterns import Sequence, Single, Sum
 from repfx.rewriting.view import View
 from repfx.testing import assert_same_map
 from tests.inline_net import Net, image
@@ -58,10 +58,13 @@ def sum_of(function: Any, **members: Any) -> tuple[View, Match]:
 
 
 def text(match: Match) -> str:
-    """The terms and the remaining nodes, with their signs, as text."""
-    signs = {1: "+", -1: "-"}
-    terms = [f"{signs[term.sign]}{' '.join(op.node.name for op in term.ops) or 'source'}" for term in match.terms]
-    return " ".join([*sorted(terms), *sorted(f"{signs[sign]}({node.name})" for sign, node in match.remainder)])
+    """The terms and the remaining nodes, with their factors, as text."""
+    terms = [f"{factor(term.factor)}{' '.join(op.node.name for op in term.ops) or 'source'}" for term in match.terms]
+    return " ".join([*sorted(terms), *sorted(f"{factor(own)}({node.name})" for own, node in match.remainder)])
+
+
+def factor(value: float) -> str:
+    return {1: "+", -1: "-"}.get(value, f"{value:+g}·")
 
 
 SUMS: dict[str, tuple[Any, str]] = {
@@ -90,6 +93,16 @@ SUMS: dict[str, tuple[Any, str]] = {
         "+c +n +source +(a) +(b)",
     ),
     "a term twice": (lambda m, x: (lambda y: m.b(x) - (y + y))(m.a(x)), "+b -a -a"),
+    "a factor": (lambda m, x: torch.add(m.a(x), m.b(x), alpha=2), "+2·b +a"),
+    "a factor subtracted": (lambda m, x: x - m.a(x).sub(m.b(x), alpha=0.5), "+0.5·b +source -a"),
+    "a stack": (lambda m, x: torch.stack([m.a(x), m.b(x), x]).sum(0), "+a +b +source"),
+    "a stack in a tree": (lambda m, x: m.c(x) - torch.sum(torch.stack((m.a(x), m.b(x)), 1), dim=1), "+c -a -b"),
+    "a mean": (
+        lambda m, x: torch.stack([m.a(x), x.sin(), m.b(x) + x, x]).mean(0),
+        "+0.25·a +0.25·b +0.25·source +0.25·source +0.25·(sin)",
+    ),
+    "a mean by function": (lambda m, x: torch.mean(torch.stack([m.a(x), m.b(x)], dim=0), (0,)), "+0.5·a +0.5·b"),
+    "a map in two terms": (lambda m, x: (lambda y: m.n(y) + y)(m.a(x)), "+a +a n"),
     "other sizes": (lambda m, x: m.a(x) + m.b(x) + m.strided(x), "+a +b +(strided)"),
 }
 
@@ -104,7 +117,7 @@ def test_a_sum_is_its_terms_and_what_remains(name: str) -> None:
     }
     view = view_of(function, **convs(), **members)
     node = last(view)
-    while not is_sum(node, view):  # behind other operations on the sum
+    while view.sum_of(node) is None:  # behind other operations on the sum
         node = node.all_input_nodes[0]
     match = next(match for match in Sum().matches(node, view) if match.root is node)
     assert text(match) == expected
@@ -132,7 +145,7 @@ def test_terms_and_remainder_together_are_the_sum(name: str) -> None:
     with torch.no_grad():
         Recorder(fx.GraphModule(view.root, view.graph)).run(x)
         merged = match.kernel(x)(values[match.source])
-    total = merged + sum(sign * values[node] for sign, node in match.remainder)
+    total = merged + sum(factor * values[node] for factor, node in match.remainder)
     assert_same_map(lambda _: total, lambda _: values[match.root], x)
 
 
@@ -140,10 +153,19 @@ NO_SUM: dict[str, Any] = {
     "no conv": lambda m, x: m.n(x) + x,
     "one term of each source": lambda m, x: m.a(x) + m.b(x.sin()),
     "a conv and a foreign term": lambda m, x: m.a(x) + x.sin(),
-    "with alpha": lambda m, x: torch.add(m.a(x), m.b(x), alpha=2),
     "a constant": lambda m, x: m.a(x) + 1,
     "a parameter": lambda m, x: m.a(x) + m.gamma,
     "a product": lambda m, x: m.a(x) * m.b(x),
+    "a stack along another axis": lambda m, x: torch.stack([m.a(x), m.b(x)], 1).sum(0),
+    "a stack whose axis stays": lambda m, x: torch.stack([m.a(x), m.b(x)]).sum(0, keepdim=True),
+    "a stack as a whole": lambda m, x: torch.stack([m.a(x), m.b(x)]).sum(),
+    "a stack read twice": lambda m, x: (lambda y: y.sum(0) * y.amax())(torch.stack([m.a(x), m.b(x)])),
+    "a factor that depends on the input": lambda m, x: torch.einsum(
+        "k,kbchw->bchw", x[0, 0, 0, :2], torch.stack([m.a(x), m.b(x)])
+    ),
+    "a sum over another axis": lambda m, x: torch.einsum(
+        "k,bkchw->bchw", torch.ones(2).double(), torch.stack([m.a(x), m.b(x)])
+    ),
     "sizes that don't fit": lambda m, x: m.a(x) + m.whole(x),
 }
 
@@ -164,9 +186,9 @@ def test_a_part_of_a_sum_is_seen_from_the_whole_alone() -> None:
     assert len(match.nodes) == len(set(match.nodes))
 
 
-def test_of_two_users_of_one_conv_neither_takes_it() -> None:
-    view = view_of(lambda m, x: (lambda y: m.n(y) + y)(m.a(x)), **convs(), n=nn.BatchNorm2d(4))
-    assert Sum().match(last(view), view) is None
+def test_of_a_conv_that_is_read_outside_the_sum_nothing_is_taken() -> None:
+    view = view_of(lambda m, x: (lambda y: m.n(y) + y + y.sum())(m.a(x)), **convs(), n=nn.BatchNorm2d(4))
+    assert [Sum().match(node, view) for node in view.graph.nodes] == [None] * len(view.graph.nodes)
 
 
 # ---- single maps and sequences

@@ -35,12 +35,26 @@ class Border:
         padding: how wide the border is on each side.
         values: constants that fill it, each of which broadcasts against ``(batch, channels, *axes)``.
         inner: nodes that make it, besides the one whose value is the picture with its border.
+        partial: those of them that hold the picture with a part of its border, each with the padding that is still missing.
     """
 
     source: fx.Node
     padding: Padding
     values: tuple[Tensor, ...]
     inner: tuple[fx.Node, ...] = ()
+    partial: tuple[tuple[fx.Node, Padding], ...] = ()
+
+    def around(self, border: Border | None, picture: fx.Node) -> Border:
+        """Return the two borders as one, if another one has been put around the picture before at the node `picture`."""
+        if border is None or len(border.padding) != len(self.padding):
+            return self
+        partial = *((node, _sum(padding, self.padding)) for node, padding in border.partial), (picture, self.padding)
+        inner = (*self.inner, picture, *border.inner)
+        return Border(border.source, _sum(border.padding, self.padding), border.values + self.values, inner, partial)
+
+
+def _sum(one: Padding, other: Padding) -> Padding:
+    return tuple((before + more, after + more_after) for (before, after), (more, more_after) in zip(one, other))
 
 
 def read_border(node: fx.Node, pad: Op | None, module: nn.Module | None, constants: Constants) -> Border | None:
@@ -75,8 +89,7 @@ def padded_before(conv: Op, border: Border) -> Op | None:
 
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
         kernel = conv.meaning.build(like, channels, dimensions)
-        both = ((p + more, q + more_after) for (p, q), (more, more_after) in zip(kernel.padding, padding))
-        return replace(kernel, padding=tuple(both))
+        return replace(kernel, padding=_sum(kernel.padding, padding))
 
     return replace(conv, meaning=replace(conv.meaning, build=build))
 
@@ -172,8 +185,10 @@ def _concatenated(node: fx.Node, constants: Constants) -> Border | None:
         return None
     padding = [(0, 0)] * (axes.pop() - 2)
     padding[axis] = sum(widths[:place]), sum(widths[place + 1 :])  # type: ignore[arg-type]
-    inner = tuple({part: None for part in parts if part is not parts[place] and [*part.users] == [node]})
-    return Border(parts[place], tuple(padding), tuple(strip.value for strip in known), inner)
+    picture = parts[place]
+    inner = tuple({part: None for part in parts if part is not picture and [*part.users] == [node]})
+    border = Border(picture, tuple(padding), tuple(strip.value for strip in known), inner)
+    return border.around(_concatenated(picture, constants), picture)
 
 
 @dataclass(frozen=True)

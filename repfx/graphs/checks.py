@@ -56,6 +56,13 @@ def require_nothing(value: object, name: str) -> None:
         raise InvalidInput(f"this module was traced without {name!r} and can't be called with further arguments.")
 
 
+@_recorded
+def require_parts(value: Any, count: int) -> None:
+    """Raise InvalidInput for another number of parts than the code that was traced counted on: `chunk` may give fewer than asked for."""
+    if len(value) != count:
+        raise InvalidInput(f"this module was traced with {count} chunks, and its input has {len(value)}.")
+
+
 def with_axes(x: Any, axes: int) -> Any:
     """Return x with so many axes at least; new ones come first and have size 1, as in arithmetic with a constant of so many axes.
 

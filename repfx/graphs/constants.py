@@ -117,7 +117,7 @@ class Constants:
             if node.target in self._changing or any(str(node.target).startswith(f"{path}.") for path in self._own_code):
                 return _Varies(f"the graph changes {node.target}, or may change it")
             return _float64(attribute(self._root, str(node.target)))
-        if not _is_pure(node) or mutated_by(node, self._root) is not None:
+        if not is_pure(node) or mutated_by(node, self._root) is not None:
             return _Varies(f"{node.name} isn't computed from parameters alone")
         try:
             args, kwargs = self.literal(node.args), self.literal(node.kwargs)
@@ -129,7 +129,7 @@ class Constants:
             return _Varies(str(error))
 
 
-def _is_pure(node: fx.Node) -> bool:
+def is_pure(node: fx.Node) -> bool:
     """Whether a node calls a function of torch or Python that neither draws random numbers nor creates uninitialised tensors."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if (any(part in name for part in _BY_CHANCE) and name != "normalize") or not node.all_input_nodes:

@@ -55,6 +55,11 @@ class ValueProxy(fx.Proxy):
             raise TypeError(f"code assigns the attribute {name!r} of a tensor")
         object.__setattr__(self, name, value)
 
+    def __len__(self) -> int:
+        tracer: Any = self.tracer
+        count: int | None = tracer.count_of(self)
+        return fx.Proxy.__len__(self) if count is None else count
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 

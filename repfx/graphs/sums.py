@@ -121,6 +121,6 @@ def _weighted(node: fx.Node, constants: Constants) -> SumOf | None:
     known = constants.tensor(weights)
     if terms is None or known is None or len(set(whole)) != len(whole) or output != whole[:axis] + whole[axis + 1 :]:
         return None
-    if tuple(known.shape) != (len(terms),):
+    if tuple(known.shape) != (len(terms),) or known.is_meta:
         return None
     return SumOf(tuple(zip(known.tolist(), terms)), (stack,), fixed=False)

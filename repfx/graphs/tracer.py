@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 from repfx.algebra.layers import has_call_of_its_own, has_hooks
 from repfx.blocks.block import RepBlock
 from repfx.errors import first_line
-from repfx.graphs.checks import require_default, require_given, require_nothing
+from repfx.graphs.checks import require_default, require_given, require_nothing, require_parts
+from repfx.graphs.counts import count_of, may_be_fewer
 from repfx.graphs.leaves import is_leaf, stays_whole
 from repfx.graphs.modes import Modes, modes_put_back
 from repfx.graphs.proxy import ParameterProxy, ValueProxy
@@ -199,7 +200,18 @@ class Tracer(fx.Tracer):
     def to_bool(self, obj: fx.Proxy) -> bool:
         return bool(self._noting_failure(super().to_bool, obj))
 
+    def count_of(self, obj: fx.Proxy) -> int | None:
+        """Return over how many values code iterates in a proxy, or None. The graph checks the number where the input may change it."""
+        count = count_of(obj.node, self.root)
+        checked = any(user.target is require_parts for user in obj.node.users)
+        if count is not None and may_be_fewer(obj.node) and not checked:
+            self.create_proxy("call_function", require_parts, (obj, count), {})
+        return count
+
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        count = self.count_of(obj)
+        if count is not None:
+            return iter([obj[index] for index in range(count)])
         found: Iterator[Any] = self._noting_failure(super().iter, obj)
         return found
 

@@ -57,8 +57,9 @@ def unmutated(match: Match, view: View) -> str | None:
 def _written_inside(node: fx.Node, written: fx.Node, match: Match, view: View) -> str | None:
     """Refuse a match in which a node writes into what others still read: nodes outside, or other paths of the match itself."""
     inside, memory = set(match.nodes), may_share_memory(written, view.root)
-    if memory - inside:
-        return _relied_on(written, inside, view)
+    reason = _relied_on(written, inside, view) if memory - inside else None
+    if reason is not None:
+        return reason
     for held in memory - {match.root}:
         late = [user for user in held.users if user > node and not reads_only_the_form(user)]
         if late:

@@ -51,9 +51,9 @@ class Match:
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """All nodes that the match replaces, the root first."""
-        others = [*self.inner, *(node for op in reversed(self.ops) for node in op.nodes)]
-        return (self.root, *dict.fromkeys(node for node in others if node is not self.root))
+        """All nodes that the match replaces: the root first, then each node before those that it reads."""
+        others = {*self.inner, *(node for op in self.ops for node in op.nodes)} - {self.root}
+        return (self.root, *sorted(others, reverse=True))
 
     @property
     def keeps_the_form(self) -> bool:

@@ -75,7 +75,7 @@ class BorderedPadding(Pattern):
         conv = None if border is None else view.conv_for(border.source, (node, *border.inner))
         padded = None if border is None or conv is None else padded_before(conv, border)
         if border is not None and conv is not None and padded is not None:
-            cropped = ((conv.node, border.padding),)
+            cropped = ((conv.node, border.padding), *border.partial)
             yield Match(node, conv.source, (Term((padded,)),), inner=border.inner, cropped=cropped)
 
 

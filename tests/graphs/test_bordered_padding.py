@@ -1,4 +1,4 @@
-"""A padding whose border is overwritten counts as padding with a conv's bias only if all of it gets the bias before any read."""
+"""A border counts as padding with a conv's bias only if all of it holds the bias before any read, however code spells it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.algebra.layers import is_conv
+from repfx.graphs.indexing import whole_index
 from repfx.testing import assert_equivalent
+from tests.inline_net import Net, fused_exactly, image, reasons
 
 X = torch.randn(2, 4, 6, 9, dtype=torch.float64)
 
@@ -76,3 +78,216 @@ def test_only_a_border_that_is_the_bias_moves_in_front(name: str) -> None:
     fused = repfx.fuse(model)
     assert_equivalent(fused, model, X)
     assert sum(map(is_conv, fused.modules())) == convs, str(repfx.report(fused))
+
+
+# ---- spellings
+
+
+def index(axis: int, part: slice | int, dimensions: int) -> tuple[slice | int, ...]:
+    """Return an index that is `part` along one spatial axis."""
+    parts: list[slice | int] = [slice(None)] * (dimensions + 2)
+    parts[axis + 2] = part
+    return tuple(parts)
+
+
+def by_strips(y: Any, value: Any, dimensions: int) -> Any:
+    y = F.pad(y, (1,) * 2 * dimensions)
+    for axis in range(dimensions):
+        y[index(axis, slice(0, 1), dimensions)] = value
+        y[index(axis, slice(-1, None), dimensions)] = value
+    return y
+
+
+def by_ellipsis(y: Any, value: Any, dimensions: int) -> Any:
+    y = F.pad(y, (1,) * 2 * dimensions)
+    for axis in range(dimensions):
+        behind = (slice(None),) * (dimensions - axis - 1)
+        y[(..., slice(1), *behind)] = value
+        y[(..., slice(-1, None), *behind)] = value
+    return y
+
+
+def by_number(y: Any, value: Any, dimensions: int) -> Any:
+    y = F.pad(y, (1,) * 2 * dimensions)
+    for axis in range(dimensions):
+        y[index(axis, 0, dimensions)] = value[..., 0]
+        y[index(axis, -1, dimensions)] = value[..., 0]
+    return y
+
+
+def by_expansion(y: Any, value: Any, dimensions: int) -> Any:
+    sizes = [y.size(axis) for axis in range(dimensions + 2)]
+    for axis in range(2, dimensions + 2):
+        shape = [sizes[0], -1, *sizes[2:]]
+        shape[axis] = 1
+        strip = value.expand(*shape)
+        y = torch.cat([strip, y, strip], dim=axis)
+        sizes[axis] = sizes[axis] + 2
+    return y
+
+
+def by_repetition(y: Any, value: Any, dimensions: int) -> Any:
+    for axis in range(2, dimensions + 2):
+        shape = [y.shape[other] for other in range(dimensions + 2)]
+        shape[1], shape[axis] = 1, 1
+        y = torch.concat((value.repeat(shape), y, value.repeat(shape)), axis - dimensions - 2)
+    return y
+
+
+SPELLINGS: dict[str, Callable[[Any, Any, int], Any]] = {
+    "strips": by_strips,
+    "strips by ellipsis": by_ellipsis,
+    "strips by number": by_number,
+    "expanded": by_expansion,
+    "repeated": by_repetition,
+}
+CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+SIZES = {1: (2, 4, 11), 2: (2, 4, 6, 9), 3: (1, 4, 4, 5, 6)}
+
+
+def of_bias(m: Any, x: Any) -> Any:
+    return m.spelling(m.first(x), m.first.bias.view(1, -1, *(1,) * m.dimensions), m.dimensions)
+
+
+def of_norm(m: Any, x: Any) -> Any:
+    norm = m.norm
+    value = norm.bias.data - norm.running_mean * norm.weight.data / torch.sqrt(norm.running_var + norm.eps)
+    return m.spelling(norm(m.first(x)), value.view(1, -1, *(1,) * m.dimensions), m.dimensions)
+
+
+def bordered_net(forward: Callable[[Any, Any], Any], spelling: str, dimensions: int, **options: Any) -> Net:
+    layers = {
+        "first": CONVS[dimensions](4, 6, 1, bias="norm" not in forward.__name__),
+        "norm": NORMS[dimensions](6),
+        "second": CONVS[dimensions](6, 4, 3, **options),
+    }
+    return Net(forward, **layers, spelling=SPELLINGS[spelling], dimensions=dimensions)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("border", [of_bias, of_norm])
+def test_each_spelling_of_a_border_moves_in_front(
+    border: Callable[[Any, Any], Any], spelling: str, dimensions: int
+) -> None:
+    options = {1: {"stride": 2}, 2: {}, 3: {"bias": False}}[dimensions]
+    model = bordered_net(lambda m, x: m.second(border(m, x)), spelling, dimensions, **options)
+    if border is of_norm:
+        model.first = CONVS[dimensions](4, 6, 1, bias=False, groups=2)
+    fused = fused_exactly(model, image(*SIZES[dimensions]))
+    assert sum(map(is_conv, fused.modules())) == 1, reasons(fused)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("spelling", ["strips", "expanded"])
+def test_what_reads_the_picture_without_its_border_still_finds_it(spelling: str, dimensions: int) -> None:
+    """RT4KSR and RepSR add the picture to the output of the conv that reads it with its border."""
+
+    def forward(m: Any, x: Any) -> Any:
+        y = m.first(x)
+        value = m.first.bias.view(1, -1, *(1,) * m.dimensions)
+        return m.third(m.second(m.spelling(y, value, m.dimensions)) + y) + x
+
+    model = bordered_net(forward, spelling, dimensions)
+    model.second, model.third = CONVS[dimensions](6, 6, 3), CONVS[dimensions](6, 4, 1)
+    fused = fused_exactly(model, image(*SIZES[dimensions]))
+    assert sum(map(is_conv, fused.modules())) == 1, reasons(fused)
+
+
+def test_the_size_of_the_picture_is_that_without_its_border() -> None:
+    def forward(m: Any, x: Any) -> Any:
+        y = m.first(x)
+        return m.second(by_strips(y, m.first.bias.view(1, -1, 1, 1), 2)) + y.shape[2] + y.amax()
+
+    fused_exactly(bordered_net(forward, "strips", 2), image(*SIZES[2]))
+
+
+def with_number(m: Any, y: Any) -> Any:
+    return m.second(F.pad(y, (1, 1, 1, 1), value=0.5))
+
+
+def with_layer(m: Any, y: Any) -> Any:
+    return m.second(m.pad(y))
+
+
+@pytest.mark.parametrize("border", [with_number, with_layer])
+@pytest.mark.parametrize(("shift", "left"), [(0.5, 1), (0.25, 2)])
+def test_padding_with_the_number_that_all_channels_have(
+    border: Callable[[Any, Any], Any], shift: float, left: int
+) -> None:
+    model = Net(
+        lambda m, x: border(m, m.first(x) + shift),
+        first=nn.Conv2d(4, 6, 1, bias=False),
+        pad=nn.ConstantPad2d(1, 0.5),
+        second=nn.Conv2d(6, 4, 3, stride=2),
+    )
+    fused = fused_exactly(model, image(*SIZES[2]))
+    assert sum(map(is_conv, fused.modules())) == left, reasons(fused)
+
+
+def bias_read_outside(m: Any, x: Any) -> Any:
+    return m.second(of_bias(m, x)) + m.first.bias.sum()
+
+
+def weight_read_outside(m: Any, x: Any) -> Any:
+    return m.second(of_bias(m, x)) * m.first.weight.mean()
+
+
+def changed_in_place(m: Any, x: Any) -> Any:
+    y = m.first(x)
+    y.add_(1)
+    return m.second(m.spelling(y, m.first.bias.view(1, -1, 1, 1), 2))
+
+
+def changed_behind_its_back(m: Any, x: Any) -> Any:
+    y = m.first(x)
+    y[:, :, 1:3] = 0
+    return m.second(m.spelling(y, m.first.bias.view(1, -1, 1, 1), 2)) + y
+
+
+def of_the_input(m: Any, x: Any) -> Any:
+    return m.second(m.spelling(m.first(x), m.first.bias.view(1, -1, 1, 1) + x[:1, :1, :1, :1], 2))
+
+
+def of_another_conv(m: Any, x: Any) -> Any:
+    return m.second(m.spelling(m.first(x), m.norm.bias.view(1, -1, 1, 1), 2))
+
+
+STAYS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "a bias that is read elsewhere": (bias_read_outside, "its parameters are read elsewhere"),
+    "a weight that is read elsewhere": (weight_read_outside, "its parameters are read elsewhere"),
+    "changed in place": (changed_in_place, "its parameters are read elsewhere"),
+    "changed behind its back": (changed_behind_its_back, ""),
+    "of the input": (of_the_input, "its parameters are read elsewhere"),
+    "of another layer": (of_another_conv, ""),
+}
+
+
+@pytest.mark.parametrize("spelling", ["strips", "expanded"])
+@pytest.mark.parametrize("name", STAYS)
+def test_another_border_stays(name: str, spelling: str) -> None:
+    forward, reason = STAYS[name]
+    model = bordered_net(forward, spelling, 2)
+    model.second = nn.Conv2d(6, 6, 3, padding=0)
+    fused = fused_exactly(model, image(*SIZES[2]))
+    assert sum(map(is_conv, fused.modules())) == 2
+    assert reason in reasons(fused)
+
+
+def test_channels_that_are_repeated_are_no_border_of_each_channel() -> None:
+    def forward(m: Any, x: Any) -> Any:
+        y, v = m.first(x), m.first.bias[:3].view(1, -1, 1, 1)
+        strip = v.repeat(2, 2, 1, 9)
+        return m.second(torch.cat([strip, y, strip], 2))
+
+    fused = fused_exactly(bordered_net(forward, "strips", 2), image(*SIZES[2]))
+    assert sum(map(is_conv, fused.modules())) == 2
+
+
+def test_indices_have_one_entry_for_each_axis() -> None:
+    whole = slice(None)
+    assert whole_index((..., 0), 3) == (whole, whole, 0)
+    assert whole_index((0,), 2) == (0, whole)
+    assert whole_index((0, ..., 1), 2) == (0, 1)
+    assert [whole_index(bad, 2) for bad in (0, (0, 0, 0), (..., ...), (None, 0))] == [None] * 4

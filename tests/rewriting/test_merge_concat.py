@@ -25,6 +25,21 @@ def concat_net(mix: nn.Module, *branches: nn.Module, dim: int = 1, function: Cal
     return Net(forward, branches=nn.ModuleList(branches), mix=mix)
 
 
+def raw_and_normed(dimensions: int, **options: Any) -> Net:
+    """MobileIE's block: each conv is concatenated as it is and behind a BatchNorm."""
+    conv: Any = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d][dimensions]
+    norm: Any = [nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d][dimensions]
+
+    def forward(m: Any, x: Tensor) -> Any:
+        x = x if dimensions else x.flatten(1)
+        a, b = m.a(x), m.b(x)
+        return m.mix(torch.cat([a, b, m.na(a), m.nb(b)], 1))
+
+    a = conv(4, 5, 3, padding=1, **options) if dimensions else conv(4, 5)
+    b, mix = (conv(*sizes, *((1,) if dimensions else ()), **options) for sizes in ((4, 5), (20, 6)))
+    return Net(forward, a=a, b=b, na=norm(5), nb=norm(5), mix=mix)
+
+
 MERGED: dict[str, tuple[Callable[[], Net], tuple[int, ...]]] = {  # with the shape of the input
     "three windows": (lambda: concat_net(nn.Conv2d(12, 3, 1), conv_norm(3, 3), conv_norm(7), conv_norm(2, 5)), ()),
     "the input itself": (lambda: concat_net(nn.Conv2d(9, 6, 1), nn.Identity(), conv_norm(5, 3)), ()),
@@ -59,6 +74,20 @@ MERGED: dict[str, tuple[Callable[[], Net], tuple[int, ...]]] = {  # with the sha
         lambda: Net(lambda m, x: m.mix(torch.cat([m.a(x)] * 2, 1)), a=nn.Conv2d(4, 3, 3), mix=nn.Conv2d(6, 3, 1)),
         (),
     ),
+    "raw and normed": (lambda: raw_and_normed(2), ()),
+    "raw and normed, without bias": (lambda: raw_and_normed(2, bias=False), ()),
+    "raw and normed, one axis": (lambda: raw_and_normed(1), (2, 4, 11)),
+    "raw and normed, three axes": (lambda: raw_and_normed(3), (2, 4, 4, 5, 6)),
+    "raw and normed, linear": (lambda: raw_and_normed(0), (7, 4)),
+    "a part inside another part": (
+        lambda: Net(
+            lambda m, x: (lambda y: m.mix(torch.cat([y, x, m.b(y)], 1)))(m.a(x)),
+            a=nn.Conv2d(4, 4, 1, bias=False),
+            b=nn.Conv2d(4, 3, 3, padding=1),
+            mix=nn.Conv2d(11, 3, 1),
+        ),
+        (),
+    ),
     "groups": (
         lambda: concat_net(nn.Conv2d(12, 6, 1), nn.Conv2d(4, 8, 3, groups=4, padding=1), nn.Conv2d(4, 4, 3, padding=1)),
         (),
@@ -89,6 +118,17 @@ def two_users(m: Any, x: Tensor) -> Any:
     return m.mix(y).sum() + y
 
 
+def read_outside(m: Any, x: Tensor) -> Any:
+    a = m.a(x)
+    return m.mix(torch.cat([a, m.b(x), m.n(a)], 1)) + a.sum()
+
+
+def changed_between(m: Any, x: Tensor) -> Any:
+    a = m.a(x)
+    b = a.add_(1)
+    return m.mix(torch.cat([b, m.n(a)], 1))
+
+
 KEPT: dict[str, tuple[Callable[[], Net], tuple[int, ...], int]] = {  # with how many convs stay
     "along the height": (lambda: concat_net(nn.Conv2d(5, 6, 1), conv_norm(5, 3), conv_norm(5), dim=2), (), 3),
     "along the batch": (lambda: concat_net(nn.Conv2d(5, 6, 1), conv_norm(5, 3), conv_norm(5), dim=0), (), 3),
@@ -106,6 +146,18 @@ KEPT: dict[str, tuple[Callable[[], Net], tuple[int, ...], int]] = {  # with how 
         lambda: Net(two_users, a=nn.Conv2d(4, 3, 1), b=nn.Conv2d(4, 5, 1), mix=nn.Conv2d(8, 6, 1)),
         (),
         3,
+    ),
+    "raw and normed and read": (
+        lambda: Net(
+            read_outside, a=nn.Conv2d(4, 3, 1), b=nn.Conv2d(4, 5, 1), n=nn.BatchNorm2d(3), mix=nn.Conv2d(11, 6, 1)
+        ),
+        (),
+        3,
+    ),
+    "raw and normed, changed in between": (
+        lambda: Net(changed_between, a=nn.Conv2d(4, 3, 1), n=nn.BatchNorm2d(3), mix=nn.Conv2d(6, 6, 1)),
+        (),
+        2,
     ),
     "another input": (
         lambda: Net(

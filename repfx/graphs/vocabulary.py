@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 SUBTRACTIONS = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract"}
@@ -13,3 +15,18 @@ QUOTIENTS = {operator.truediv, operator.itruediv, torch.div, torch.divide, torch
 NEGATIONS = {operator.neg, torch.neg, torch.negative, "neg", "negative"}
 SIZE_METHODS = frozenset({"size", "dim", "numel", "ndimension", "nelement"})  # of tensors
 ARITHMETIC = ADDITIONS | SUBTRACTIONS | PRODUCTS | QUOTIENTS | NEGATIONS
+
+# activations that change each number by itself, as layers, and as functions and methods
+ELEMENTWISE_LAYERS: tuple[type[nn.Module], ...] = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.GELU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.LeakyReLU,
+    nn.ELU,
+)
+_NAMES = ("relu", "relu6", "gelu", "silu", "hardswish", "tanh", "sigmoid", "leaky_relu", "elu")
+ELEMENTWISE = {getattr(room, name) for room in (torch, F) for name in _NAMES if hasattr(room, name)} | {*_NAMES}

@@ -23,7 +23,6 @@ from repfx.graphs.checks import with_axes
 from repfx.graphs.functional_conv import is_functional_conv, path_for, settings_of
 from repfx.graphs.operations import Op
 from repfx.graphs.trace import Island
-from repfx.graphs.vocabulary import ARITHMETIC
 from repfx.records.module_tree import has, outer_paths, set_part, set_submodule
 from repfx.records.provenance import Provenance, attach
 from repfx.records.report import Edit
@@ -92,9 +91,11 @@ class Editor:
         return node
 
     def _remove(self, rule: Rule, match: Match) -> fx.Node:
-        self.edits.append(Edit(rule.name, self.island.full_path(str(match.root.target))))
+        path = str(match.root.target) if match.root.op == "call_module" else match.root.name
+        self.edits.append(Edit(rule.name, self.island.full_path(path)))
         match.root.replace_all_uses_with(match.source)
-        self.view.graph.erase_node(match.root)
+        for node in match.nodes:
+            self.view.graph.erase_node(node)
         return match.source
 
     def _replace_root(self, match: Match, node: fx.Node) -> None:
@@ -180,18 +181,12 @@ class Editor:
         axes = 0
         for op in term.ops:
             known, module = self.merged.get(op.node), self.view.module(op.node)
-            axes = max(axes, self._axes_of_constants(op.node) if known is None else known.axes)
+            axes = max(axes, self.view.axes_of_constants(op.node) if known is None else known.axes)
             if (module is not None and is_batch_norm(module)) or (
                 known is not None and known.spelling.norm is not None
             ):
                 break
         return axes
-
-    def _axes_of_constants(self, node: fx.Node) -> int:
-        if node.target not in ARITHMETIC:
-            return 0
-        found = (self.view.constants.tensor(argument) for argument in node.args)
-        return max((constant.ndim for constant in found if constant is not None), default=0)
 
     def _equals(self, match: Match) -> str | None:
         last = match.terms[0].ops[-1]

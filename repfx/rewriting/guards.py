@@ -10,7 +10,9 @@ from torch import fx, nn
 from repfx.algebra.kernel import NoKernel, is_symmetric
 from repfx.algebra.layers import has_tensors
 from repfx.graphs.aliasing import may_share_memory, mutated_by, reads_only_the_form
+from repfx.graphs.calls_with_tensors import is_norm_call
 from repfx.graphs.functional_conv import is_shared
+from repfx.graphs.vocabulary import ELEMENTWISE_LAYERS
 from repfx.rewriting.match import Match, Term
 from repfx.rewriting.view import META, View
 
@@ -62,6 +64,22 @@ def _halfway(node: fx.Node, written: fx.Node, match: Match, view: View) -> str |
     return None
 
 
+def handed_on_alone(match: Match, view: View) -> str | None:
+    """Require that nobody counts on a tensor of its own where an input is handed on: a layer may copy it, and then others write into one."""
+    if isinstance(view.module(match.root), nn.Identity):
+        return None
+    memory = may_share_memory(match.source, view.root)
+    inside = {*memory, *match.nodes}
+    outside = any(node.op in ("placeholder", "get_attr") or not set(node.users) <= inside for node in memory)
+    node = match.root.next
+    while outside and node.op != "root":
+        written = mutated_by(node, view.root)
+        if written is not None and may_share_memory(written, view.root) & {*memory, match.root}:
+            return f"{node.name!r} changes in place what it hands on"
+        node = node.next
+    return None
+
+
 def weight_of_its_own(match: Match, view: View) -> str | None:
     """Require that no other call reads the weight of a functional conv, or what that weight is computed from."""
     return "its weight is read elsewhere in the model" if is_shared(match.root) else None
@@ -99,16 +117,21 @@ def channels_stay_put(match: Match, view: View) -> str | None:
     """Require ``(batch, channels)`` where a linear layer, which acts on the last axis, meets BatchNorm1d, which acts on the second."""
     if match.sizes()[1] != 0:
         return None
-    norms = [op.node for op in match.ops if isinstance(view.module(op.node), nn.BatchNorm1d | nn.SyncBatchNorm)]
+    norms = [op.node for op in match.ops if _counts_from_the_front(op.node, view)]
     if not norms or _is_flat(match.source, view) or all(view.input_axes(str(node.target)) == 2 for node in norms):
         return None
     return "the input of the linear layer isn't known to be (batch, channels), and BatchNorm1d counts its channels on the second axis"
 
 
+def _counts_from_the_front(node: fx.Node, view: View) -> bool:
+    """Whether a node scales and shifts along the second axis, whatever the number of axes."""
+    return isinstance(view.module(node), nn.BatchNorm1d | nn.SyncBatchNorm) or is_norm_call(node, view.root)
+
+
 def input_is_known(match: Match, view: View) -> str | None:
     """Refuse arithmetic on the model's own input, which may hold integers, or one channel that a constant makes into several."""
     first = match.ops[0]
-    if view.module(first.node) is not None:
+    if view.module(first.node) is not None and view.code(first.node) is None:
         return None
     source = match.source
     while source.op != "placeholder" and len(source.all_input_nodes) == 1 and not _is_layer(source, view):
@@ -136,19 +159,7 @@ def pads_alike(match: Match, view: View) -> str | None:
     return "a conv pads both sides alike, this padding doesn't"
 
 
-_ELEMENTWISE = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.GELU,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.Dropout,
-    nn.Identity,
-)
+_SAME_RANK = (nn.Linear, nn.BatchNorm1d, nn.Dropout, nn.Identity, *ELEMENTWISE_LAYERS)
 
 
 def _is_flat(node: fx.Node, view: View) -> bool:
@@ -160,7 +171,7 @@ def _is_flat(node: fx.Node, view: View) -> bool:
         if node.target in (torch.flatten, "flatten"):
             axes = {"start_dim": 0, "end_dim": -1, **dict(zip(("start_dim", "end_dim"), node.args[1:])), **node.kwargs}
             return (axes["start_dim"], axes["end_dim"]) == (1, -1)
-        same_rank = node in view.kernels or isinstance(module, (nn.Linear, nn.BatchNorm1d, *_ELEMENTWISE))
+        same_rank = node in view.kernels or isinstance(module, _SAME_RANK)
         if not same_rank or not node.all_input_nodes:
             return False
         node = node.all_input_nodes[0]

@@ -8,18 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, fx
 
 from repfx.algebra.kernel import Kernel, NoKernel
 from repfx.graphs.operations import Op
+from repfx.graphs.vocabulary import CONCATENATIONS
 from repfx.rewriting.guards import channels_stay_put, is_convolution, no_dearer, unmutated, used_once
 from repfx.rewriting.match import Match, Term, term_kernel
 from repfx.rewriting.patterns import Pattern, linear_paths
 from repfx.rewriting.rule import Rule
 from repfx.rewriting.view import META, View
-
-_CONCATENATIONS = frozenset({torch.cat, torch.concat, torch.concatenate})
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Concatenation(Pattern):
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
         conv = view.op(node)
-        if conv is None or conv.meaning.kind != "conv" or conv.source.target not in _CONCATENATIONS:
+        if conv is None or conv.meaning.kind != "conv" or conv.source.target not in CONCATENATIONS:
             return
         parts = conv.source.args[0] if conv.source.args else conv.source.kwargs.get("tensors")
         if not isinstance(parts, (list, tuple)) or not all(isinstance(part, fx.Node) for part in parts):

@@ -13,6 +13,7 @@ SUBTRACTIONS = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "
 PRODUCTS = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
 QUOTIENTS = {operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide, "div", "div_", "divide"}
 NEGATIONS = {operator.neg, torch.neg, torch.negative, "neg", "negative"}
+CONCATENATIONS = frozenset({torch.cat, torch.concat, torch.concatenate})
 SIZE_METHODS = frozenset({"size", "dim", "numel", "ndimension", "nelement"})  # of tensors
 ARITHMETIC = ADDITIONS | SUBTRACTIONS | PRODUCTS | QUOTIENTS | NEGATIONS
 

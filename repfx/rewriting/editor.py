@@ -26,6 +26,7 @@ from repfx.graphs.trace import Island
 from repfx.records.module_tree import has, outer_paths, set_part, set_submodule
 from repfx.records.provenance import Provenance, attach
 from repfx.records.report import Edit
+from repfx.rewriting.carried import carriers_at
 from repfx.rewriting.match import Match, Term
 from repfx.rewriting.patterns import is_sum
 from repfx.rewriting.rule import Rule
@@ -62,9 +63,16 @@ class Editor:
     @torch.no_grad()  # otherwise autograd would keep the operands of each product until the model is written
     def apply(self, rule: Rule, match: Match) -> fx.Node:
         """Replace a match by one node. Return that node, or the source of the match if the match was the identity."""
-        node = self._replace(rule, match)
+        nodes = [self._replace(rule, part) for part in (match, *match.others)]
+        if match.carried is not None:
+            self._pass_by(match.carried)
         self.view.graph_changed()
-        return node
+        return nodes[0]
+
+    def _pass_by(self, carried: fx.Node) -> None:
+        """Leave the place of a map, which convs elsewhere have taken over, to its input."""
+        carried.replace_all_uses_with(carried.all_input_nodes[0])
+        self.view.graph.erase_node(carried)
 
     def _replace(self, rule: Rule, match: Match) -> fx.Node:
         if all(op.meaning.kind == "identity" for op in match.ops):
@@ -74,7 +82,7 @@ class Editor:
         # a kernel that an earlier rewrite has made, and that no other term reads
         owned = first in self.view.kernels and sum(op.node is first for op in match.ops) == 1
         kernel = _without_rounded_bias(match, float64_like(self._weight_of(template_op)), owned=owned)
-        before = min(op.node for op in match.ops)
+        before = match.root if match.carried is not None else min(op.node for op in match.ops)
         graph = self.view.graph
         path = self._path(template_op)
         if is_functional_conv(template_op.node) and not has(self.view.root, path):
@@ -117,7 +125,7 @@ class Editor:
         If `node` is not linear, nothing can merge with that kernel any more. If `node` reads a sum, the kernels of its terms are rounded.
         So only a few kernels at a time are in float64. A node that reads several others, such as a concatenation, may yet be merged.
         """
-        if self.view.op(node) is not None or len(node.all_input_nodes) != 1:
+        if self.view.op(node) is not None or len(node.all_input_nodes) != 1 or carriers_at(node, self.view):
             return
         self._settled.add(node)
         pending = node.all_input_nodes
@@ -127,7 +135,7 @@ class Editor:
                 continue
             if source in self.merged:
                 self._round(source)
-            elif is_sum(source, self.view):
+            elif is_sum(source, self.view) or carriers_at(source, self.view):
                 self._settled.add(source)
                 pending += source.all_input_nodes
 
@@ -174,6 +182,8 @@ class Editor:
         axes = max(self._axes_of(term) for term in match.terms)
         spelled = {op.node: self.merged[op.node].spelling for op in match.ops if op.node in self.merged}
         spelling = spell(match, template, path, spelled, self.view, self.island)
+        if match.carried is not None:
+            spelling = replace(spelling, norm=None, reason=f"{match.carriers[-1].name!r} stands between it and its BatchNorm")
         return Merged(self._template_module(template), path, provenance, spelling, axes)
 
     def _axes_of(self, term: Term) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
+from itertools import pairwise
 
 import torch
 from torch import fx, nn
@@ -29,6 +31,45 @@ def used_once(match: Match, view: View) -> str | None:
 
 def _asks_for_the_shape(user: fx.Node, node: fx.Node, match: Match) -> bool:
     return node is match.ops[0].node and match.keeps_the_form and reads_only_the_form(user)
+
+
+def carried_alone(match: Match, view: View) -> str | None:
+    """Require that nothing else reads what lies between a conv and a BatchNorm, or changes it in place."""
+    parts = (match, *match.others)
+    if len({part.root for part in parts}) < len(parts):
+        return f"{match.root.name!r} is read twice"
+    carried = match.carried
+    for part in parts:
+        ends = (part.root, carried) if carried is not None and part.root < carried else (carried, part.root)
+        for node, user in pairwise((ends[0], *part.carriers, ends[1])):
+            others = [other for other in node.users if other is not user] if node is not None else []
+            if others and node is not None:
+                return f"{node.name!r} has a second user, {others[0].name!r}"
+    return _changed_on_the_way(match, view)
+
+
+def _changed_on_the_way(match: Match, view: View) -> str | None:
+    """Refuse a match if a node writes into the input of the BatchNorm while the BatchNorm's output is on its way to the conv."""
+    if match.carried is None or match.root < match.carried:
+        return None  # the conv is in front, and nothing else reads its output
+    memory = may_share_memory(match.carried.all_input_nodes[0], view.root)
+    node = match.carried.next
+    while node is not match.root:
+        written = mutated_by(node, view.root)
+        if written is not None and memory & may_share_memory(written, view.root):
+            return f"{node.name!r} changes {written.name!r} in place between the calls that would be merged"
+        node = node.next
+    return None
+
+
+def each_part(guard: Callable[[Match, View], str | None]) -> Callable[[Match, View], str | None]:
+    """Return a guard that asks another one about all matches that are made together."""
+
+    @wraps(guard)
+    def of_all(match: Match, view: View) -> str | None:
+        return next(filter(None, (guard(part, view) for part in (match, *match.others))), None)
+
+    return of_all
 
 
 def unmutated(match: Match, view: View) -> str | None:

@@ -30,13 +30,21 @@ class Term:
 
 @dataclass(frozen=True)
 class Match:
-    """Nodes that amount to ``root = Σ sign · term(source) + Σ sign · remainder``."""
+    """Nodes that amount to ``root = Σ sign · term(source) + Σ sign · remainder``.
+
+    Args:
+        carried: a scale and shift among the maps that stands elsewhere, before or behind `carriers`. Its place is left to its input.
+        others: further matches that must be made together with this one.
+    """
 
     root: fx.Node
     source: fx.Node
     terms: tuple[Term, ...]
     inner: tuple[fx.Node, ...] = ()
     remainder: tuple[tuple[int, fx.Node], ...] = ()
+    carried: fx.Node | None = None
+    carriers: tuple[fx.Node, ...] = ()
+    others: tuple[Match, ...] = ()
 
     @property
     def ops(self) -> tuple[Op, ...]:
@@ -46,7 +54,7 @@ class Match:
     def nodes(self) -> tuple[fx.Node, ...]:
         """All nodes that the match replaces, the root first."""
         others = [*self.inner, *(node for op in reversed(self.ops) for node in op.nodes)]
-        return (self.root, *dict.fromkeys(node for node in others if node is not self.root))
+        return (self.root, *dict.fromkeys(node for node in others if node not in (self.root, self.carried)))
 
     @property
     def keeps_the_form(self) -> bool:

@@ -6,6 +6,4 @@ from repfx.rewriting.guards import handed_on_alone
 from repfx.rewriting.patterns import Single
 from repfx.rewriting.rule import Rule
 
-REMOVE_IDENTITY = Rule(
-    "remove_identity", "Remove identity layers", Single(frozenset({"identity"})), (handed_on_alone,)
-)
+REMOVE_IDENTITY = Rule("remove_identity", "Remove identity layers", Single(frozenset({"identity"})), (handed_on_alone,))

@@ -113,7 +113,9 @@ def _read_dropout(p: Any = 0.5, training: Any = True, inplace: bool = False, *, 
 
 _FUNCTIONS: dict[Any, Callable[..., Meaning | None]] = {
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _read_leaky_relu),
-    **dict.fromkeys((*MODULES, torch.dropout, torch.dropout_, torch.alpha_dropout, torch.feature_dropout), _read_dropout),
+    **dict.fromkeys(
+        (*MODULES, torch.dropout, torch.dropout_, torch.alpha_dropout, torch.feature_dropout), _read_dropout
+    ),
     F.avg_pool1d: _read_average_pool(1),
     F.avg_pool2d: _read_average_pool(2),
     F.avg_pool3d: _read_average_pool(3),

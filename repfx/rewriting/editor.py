@@ -183,7 +183,9 @@ class Editor:
         spelled = {op.node: self.merged[op.node].spelling for op in match.ops if op.node in self.merged}
         spelling = spell(match, template, path, spelled, self.view, self.island)
         if match.carried is not None:
-            spelling = replace(spelling, norm=None, reason=f"{match.carriers[-1].name!r} stands between it and its BatchNorm")
+            spelling = replace(
+                spelling, norm=None, reason=f"{match.carriers[-1].name!r} stands between it and its BatchNorm"
+            )
         return Merged(self._template_module(template), path, provenance, spelling, axes)
 
     def _axes_of(self, term: Term) -> int:

@@ -106,7 +106,7 @@ def _halfway(node: fx.Node, written: fx.Node, match: Match, view: View) -> str |
 
 
 def handed_on_alone(match: Match, view: View) -> str | None:
-    """Require that nobody counts on a tensor of its own where an input is handed on: a layer may copy it, and then others write into one."""
+    """Require that nobody counts on a tensor of its own where an input is handed on, for a layer may copy it."""
     if isinstance(view.module(match.root), nn.Identity):
         return None
     memory = may_share_memory(match.source, view.root)

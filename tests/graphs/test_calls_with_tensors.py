@@ -85,7 +85,7 @@ STAYS: dict[str, Function] = {
     "slopes from the input": lambda m, x: F.prelu(x, x.mean((0, 2, 3))),
     "lerp on its way": lambda m, x: torch.lerp(F.relu(x), x, 0.999),
     "lerp by what depends on the input": lambda m, x: torch.lerp(F.relu(x), x, x.mean()),
-    "lerp to something larger": lambda m, x: torch.lerp(x.new_zeros(3, 2, 6, 7, 8), x, 1.0),
+    "lerp to something smaller": lambda m, x: torch.lerp(x, x.mean((2, 3), keepdim=True), 1.0),
     "lerp from what is summed": lambda m, x: torch.lerp(x.relu().sum((2, 3), keepdim=True), x, 1.0),
     "mixture that counts": lambda m, x: 1e-9 * F.relu(x) + x,
     "F.dropout": lambda m, x: F.dropout(x, 0.5, training=m.training),
@@ -105,7 +105,7 @@ def copied_then_written(m: Any, x: Any) -> Any:
     y = m.first(x)
     z = F.leaky_relu(y, 1.0)
     z += 1
-    return m.second(y) + z
+    return m.second(y.relu()) + z.relu()
 
 
 def copied_before_it_is_written(m: Any, x: Any) -> Any:

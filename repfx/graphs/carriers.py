@@ -87,7 +87,7 @@ class _Input:
     averaged: int | None
 
     @classmethod
-    def of(cls, source: _Input, root: nn.Module) -> _Input:
+    def of(cls, source: Any, root: nn.Module) -> _Input:
         if not isinstance(source, fx.Node):
             return cls(None)
         if source.op == "call_module":

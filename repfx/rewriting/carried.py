@@ -141,7 +141,7 @@ def _paths_through_parts(node: fx.Node, view: View) -> list[_Path] | None:
     paths: list[_Path] = []
     start = 0
     for part in parts:
-        found = _paths_from_convs(part, view)  # type: ignore[arg-type]
+        found = _paths_from_convs(part, view)
         if found is None or any(path.channels is None for path in found):
             return None
         stop = start + sum(path.channels or 0 for path in found)

@@ -202,7 +202,7 @@ def test_a_call_that_is_not_folded_follows_the_mode() -> None:
     x = image(3, 4, 8, 7)
     assert error_of(fused, model, x) < 1e-9
     outputs = [twin.train()(x) for twin in (fused, model)]
-    assert torch.allclose(*outputs, atol=1e-12)
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-12)
     assert torch.equal(fused.mean, model.mean)  # both have updated their statistics
 
 

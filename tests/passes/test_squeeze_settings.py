@@ -32,8 +32,8 @@ def test_a_squeezed_model_follows_a_setting_that_changes(name: str) -> None:
     make, change = SETTINGS[name]
     x = torch.randn(2, 4, 7, 9, dtype=torch.float64)
     layers = (nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), make(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-    model = randomize_batch_norm(nn.Sequential(*layers)).double().eval()
-    own = copy.deepcopy(model)
+    model: Any = randomize_batch_norm(nn.Sequential(*layers)).double().eval()
+    own: Any = copy.deepcopy(model)
     repfx.squeeze(model, statistics="frozen")
     assert sorted(regions_of(model).values()) == [("0", "1"), ("3", "4")]
     for each in (own, model):
@@ -43,7 +43,7 @@ def test_a_squeezed_model_follows_a_setting_that_changes(name: str) -> None:
     for each in (own, model):
         torch.manual_seed(0)
         outputs.append(each(x))
-    assert torch.allclose(*outputs, atol=1e-10)
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-10)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

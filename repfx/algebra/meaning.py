@@ -50,12 +50,14 @@ class Meaning:
         dimensions: number of spatial axes, 0 for a linear layer; None if any number fits.
         in_channels: number of input channels; None if any number fits.
         build: `build(like, channels, dimensions)` returns the kernel in the dtype and on the device of `like`; a conv's own for None.
+        lasts: whether the module stays such a map while a model trains. A dropout of rate 0 and a slope of 1 may change.
     """
 
     kind: Kind
     dimensions: int | None
     in_channels: int | None
     build: Build
+    lasts: bool = True
 
 
 def reads(*classes: type[nn.Module]) -> Callable[[Reader], Reader]:
@@ -91,6 +93,8 @@ def meaning_of(module: nn.Module) -> Meaning | None:
         return None
     if is_frozen_norm(module):
         return _read_batch_norm(module)
+    if qualified_name(module) in _DROPS_OF_OTHERS and not is_patched(module):
+        return _read_drop(module)
     known = torch_class(module)
     return None if known is None else _READERS[known](module)
 
@@ -166,7 +170,7 @@ def named_padding(name: str, dilation: Ints, window: Ints) -> Padding:
 
 
 def affine_of(norm: Layer, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (scale, shift), each ``(channels,)``, of a BatchNorm in eval mode: s = γ / √(σ² + ε) and β - μ·s."""
+    """Return (scale, shift), each ``(channels,)``, of a norm with running statistics in eval mode: s = γ / √(σ² + ε) and β - μ·s."""
     mean, variance = norm.running_mean.to(like), norm.running_var.to(like)
     scale = torch.rsqrt(variance + norm.eps)
     if norm.weight is not None:
@@ -206,10 +210,13 @@ def _read_linear(linear: Layer) -> Meaning:
 
 @reads(*BATCH_NORMS)
 def _read_batch_norm(norm: Layer) -> Meaning:
+    return _read_affine(norm, 2 if is_frozen_norm(norm) else _BATCH_NORM_DIMENSIONS[torch_class(norm)])
+
+
+def _read_affine(norm: Layer, dimensions: int | None) -> Meaning:
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
         return Kernel.diagonal(*affine_of(norm, like), dimensions)
 
-    dimensions = 2 if is_frozen_norm(norm) else _BATCH_NORM_DIMENSIONS[torch_class(norm)]
     return Meaning("affine", dimensions, norm.running_mean.shape[0], build)
 
 
@@ -222,17 +229,63 @@ _BATCH_NORM_DIMENSIONS: dict[type[nn.Module] | None, int | None] = {
 }
 
 
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
-@reads(nn.Identity, *_DROPOUTS)
-def _read_identity(module: nn.Module) -> Meaning | None:
-    """Read an Identity, or a Dropout that drops nothing. Any other Dropout stays, so that a fused model can be trained with it."""
-    if getattr(module, "p", 0.0) > 0:
+@reads(*_INSTANCE_NORMS)
+def _read_instance_norm(norm: Layer) -> Meaning | None:
+    """Read an InstanceNorm that takes running statistics in eval mode. In training mode it is no fixed map."""
+    if not norm.track_running_stats or norm.running_mean is None or is_lazy(norm.running_mean):
         return None
-    return Meaning(
-        "identity", None, None, lambda like, channels, n: Kernel.identity(like, channels=channels, dimensions=n)
-    )
+    dimensions = next(n for n, kind in enumerate(_INSTANCE_NORMS, 1) if isinstance(norm, kind))
+    return replace(_read_affine(norm, dimensions), lasts=False)
+
+
+def identity_meaning(*, lasts: bool = True) -> Meaning:
+    """Return the map that hands its input on."""
+
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        return Kernel.identity(like, channels=channels, dimensions=dimensions)
+
+    return Meaning("identity", None, None, build, lasts)
+
+
+@reads(nn.Identity)
+def _read_identity(module: nn.Module) -> Meaning:
+    return identity_meaning()
+
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+# classes of other packages that drop, and the attributes that hold their rates
+_DROPS_OF_OTHERS = {
+    "timm.layers.drop.DropPath": "drop_prob",
+    "torchvision.ops.stochastic_depth.StochasticDepth": "p",
+}
+
+
+@reads(*_DROPOUTS)
+def _read_drop(drop: Layer) -> Meaning | None:
+    """Read a layer that drops nothing. Any other one stays, so that a fused model can be trained with it."""
+    rate = getattr(drop, _DROPS_OF_OTHERS.get(qualified_name(drop), "p"))
+    return identity_meaning(lasts=False) if is_exactly(rate, 0) else None
+
+
+@reads(nn.LeakyReLU)
+def _read_leaky_relu(activation: Layer) -> Meaning | None:
+    return identity_meaning(lasts=False) if is_exactly(activation.negative_slope, 1) else None
+
+
+@reads(nn.PReLU)
+def _read_prelu(activation: Layer) -> Meaning | None:
+    """Read a PReLU whose slopes are all 1. Nothing is known of weights without numbers."""
+    slopes = activation.weight
+    return None if slopes.is_meta or bool((slopes != 1).any()) else identity_meaning(lasts=False)
+
+
+def is_exactly(value: object, number: float) -> bool:
+    """Whether a value is a plain number, and this one."""
+    return isinstance(value, (int, float)) and value == number
 
 
 _AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from typing import Any
 
 import torch.nn.functional as F
 from torch import fx, nn
+
+from repfx.graphs.free_names import free_names
 
 MODULES: dict[object, type[nn.Module]] = {
     F.dropout: nn.Dropout,
@@ -15,6 +19,7 @@ MODULES: dict[object, type[nn.Module]] = {
     F.alpha_dropout: nn.AlphaDropout,
     F.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }
+_STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth"
 
 
 def let_dropout_follow_the_mode(training: fx.Graph, evaluation: fx.Graph, taken: set[str]) -> dict[str, nn.Module]:
@@ -23,12 +28,12 @@ def let_dropout_follow_the_mode(training: fx.Graph, evaluation: fx.Graph, taken:
     Return the modules by name. No name is among `taken`.
     """
     made: dict[str, nn.Module] = {}
-    free = (name for index in range(len(taken) + len(training.nodes)) if (name := f"dropout_{index}") not in taken)
+    names = free_names("dropout", taken)
     for nodes in list(zip(training.nodes, evaluation.nodes)):
         modules = [_as_module(node, mode) for node, mode in zip(nodes, (True, False))]
         if modules[0] is None or repr(modules[0]) != repr(modules[1]):
             continue
-        name = next(free)
+        name = next(names)
         made[name] = modules[0]
         for node in nodes:
             with node.graph.inserting_before(node):
@@ -43,10 +48,23 @@ def _as_module(node: fx.Node, training: bool) -> nn.Module | None:
 
     The call's own argument `training` must equal `training`, which is the mode of its graph.
     """
-    if node.op != "call_function" or node.target not in MODULES or len(node.all_input_nodes) != 1:
+    if node.op != "call_function" or len(node.all_input_nodes) != 1:
+        return None
+    kind = _kind_of(node.target)
+    if kind is None:
         return None
     call = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
     call.apply_defaults()
     if call.arguments["training"] is not training:
         return None
-    return MODULES[node.target](call.arguments["p"], call.arguments["inplace"])
+    others = ("mode",) if "mode" in call.arguments else ("inplace",)
+    made: nn.Module = kind(call.arguments["p"], *(call.arguments[name] for name in others))
+    return made
+
+
+def _kind_of(function: Any) -> Any:
+    """Return the class of modules that do what a function does, or None."""
+    if function in MODULES:
+        return MODULES[function]
+    own = getattr(function, "__module__", None) == _STOCHASTIC_DEPTH and function.__name__ == "stochastic_depth"
+    return sys.modules[_STOCHASTIC_DEPTH].StochasticDepth if own else None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -14,6 +15,8 @@ from repfx.algebra.kernel import Kernel, NoKernel
 from repfx.algebra.meaning import (
     Meaning,
     average_pool_meaning,
+    identity_meaning,
+    is_exactly,
     meaning_of,
     pad_meaning,
     pairs_of,
@@ -21,6 +24,7 @@ from repfx.algebra.meaning import (
     wraps_the_rest,
 )
 from repfx.graphs.constants import Constants
+from repfx.graphs.dropout import MODULES
 from repfx.graphs.indexing import crop_meaning
 from repfx.graphs.vocabulary import ARITHMETIC, NEGATIONS, PRODUCTS, QUOTIENTS, SUBTRACTIONS
 
@@ -101,7 +105,19 @@ def _read_pad(pad: Any, mode: str = "constant", value: float | None = None) -> M
     return None if wraps_the_rest(padding, mode) else pad_meaning(padding, "zeros" if mode == "constant" else mode)
 
 
+def _read_leaky_relu(negative_slope: Any = 0.01, inplace: bool = False) -> Meaning | None:
+    return identity_meaning(lasts=False) if is_exactly(negative_slope, 1) else None
+
+
+def _read_dropout(p: Any = 0.5, training: Any = True, inplace: bool = False, *, train: Any = None) -> Meaning | None:
+    return identity_meaning(lasts=False) if is_exactly(p, 0) else None
+
+
 _FUNCTIONS: dict[Any, Callable[..., Meaning | None]] = {
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _read_leaky_relu),
+    **dict.fromkeys(
+        (*MODULES, torch.dropout, torch.dropout_, torch.alpha_dropout, torch.feature_dropout), _read_dropout
+    ),
     F.avg_pool1d: _read_average_pool(1),
     F.avg_pool2d: _read_average_pool(2),
     F.avg_pool3d: _read_average_pool(3),
@@ -116,7 +132,7 @@ _FUNCTIONS: dict[Any, Callable[..., Meaning | None]] = {
 def _read_arithmetic(node: fx.Node, constants: Constants) -> Op | None:
     first, others, keywords = split(node)
     if node.target in NEGATIONS and isinstance(first, fx.Node) and not others and not keywords:
-        return Op(node, first, _affine(lambda like: (like.new_tensor(-1.0), None)))
+        return Op(node, first, affine_meaning(lambda like: (like.new_tensor(-1.0), None)))
     known = node.target in ARITHMETIC - NEGATIONS
     if not known or len(node.args) != 2 or node.kwargs:
         return None
@@ -127,7 +143,7 @@ def _read_arithmetic(node: fx.Node, constants: Constants) -> Op | None:
     if not isinstance(source, fx.Node):
         return None
     maps = _map_with_constant(node.target, left, right)
-    return None if maps is None else Op(node, source, _affine(maps))
+    return None if maps is None else Op(node, source, affine_meaning(maps))
 
 
 _ScaleAndShift = tuple[Tensor, Tensor | None]
@@ -152,7 +168,9 @@ def _tensor(value: Tensor | float | None, like: Tensor) -> Tensor:
     return value.to(like) if isinstance(value, Tensor) else like.new_tensor(value)
 
 
-def _affine(scale_and_shift: Callable[[Tensor], _ScaleAndShift]) -> Meaning:
+def affine_meaning(scale_and_shift: Callable[[Tensor], _ScaleAndShift]) -> Meaning:
+    """Return the map ``scale · x + shift``, of the function that gives both in the dtype and on the device of a tensor."""
+
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
         scale, shift = scale_and_shift(like)
         vectors = (

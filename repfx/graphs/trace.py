@@ -35,6 +35,7 @@ from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.dropout import let_dropout_follow_the_mode
 from repfx.graphs.keepers import attribute_of, kept_by_a_leaf, kept_from_outside, kept_in
 from repfx.graphs.leaves import holds_modules, is_container, is_leaf, stays_whole
+from repfx.graphs.norm_calls import let_norms_follow_the_mode
 from repfx.graphs.tracer import DRAWS, Tracer, sentence
 from repfx.reading.collecting import read_by_code
 from repfx.reading.source_code import Around
@@ -48,7 +49,7 @@ _Traced: TypeAlias = tuple[fx.Graph, dict[str, Tensor | nn.Module]]
 
 @dataclass(frozen=True)
 class Island:
-    """One traced module of a model: its path ("" for the model itself), its graph, and the constants and dropouts that tracing made.
+    """One traced module of a model: its path ("" for the model itself), its graph, and the constants and modules that tracing made.
 
     `used` holds the paths, inside the island, of all modules and tensors that the graph called or read when it was traced.
     """
@@ -151,7 +152,7 @@ def _with_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _graph_of(path: str, module: nn.Module, around: Around, given: Mapping[str, Any] | None) -> _Traced | str:
-    """Return the graph that is the same in both modes, with the constants and dropouts it needs, or the reason why there is none."""
+    """Return the graph that is the same in both modes, with the constants and modules it needs, or the reason why there is none."""
     is_root = not path
     if is_container(module) and not (is_root and is_plain_sequence(module)):
         return "a container: its members are tried"
@@ -229,11 +230,14 @@ def _graph_of_modes(
             return _Untraceable("it changes its own tensors while it runs")
         graphs.append(result[0])
         constants.append(result[1])
-    dropouts = let_dropout_follow_the_mode(graphs[0], graphs[1], taken)
+    following = {
+        **let_dropout_follow_the_mode(graphs[0], graphs[1], taken),
+        **let_norms_follow_the_mode(graphs[0], graphs[1], taken),
+    }
     if _text(graphs[0]) != _text(graphs[1]) or not _same_tensors(*constants):
         reason = "it computes different things in training and in eval mode"
         return _Untraceable(reason, _first_difference(module, *graphs))
-    return graphs[1], {**constants[1], **dropouts}
+    return graphs[1], {**constants[1], **following}
 
 
 def _forget_values(module: nn.Module) -> nn.Module | None:

@@ -6,16 +6,32 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import fx, nn
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 SUBTRACTIONS = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract"}
 PRODUCTS = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
 QUOTIENTS = {operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide, "div", "div_", "divide"}
 NEGATIONS = {operator.neg, torch.neg, torch.negative, "neg", "negative"}
+CONCATENATIONS = frozenset({torch.cat, torch.concat, torch.concatenate})
 SIZE_METHODS = frozenset({"size", "dim", "numel", "ndimension", "nelement"})  # of tensors
 ARITHMETIC = ADDITIONS | SUBTRACTIONS | PRODUCTS | QUOTIENTS | NEGATIONS
-CONCATENATIONS = frozenset({torch.cat, torch.concat, torch.concatenate})
+
+# activations that change each number by itself, as layers, and as functions and methods
+ELEMENTWISE_LAYERS: tuple[type[nn.Module], ...] = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.GELU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.LeakyReLU,
+    nn.ELU,
+)
+_NAMES = ("relu", "relu6", "gelu", "silu", "hardswish", "tanh", "sigmoid", "leaky_relu", "elu")
+ELEMENTWISE = {getattr(room, name) for room in (torch, F) for name in _NAMES if hasattr(room, name)} | {*_NAMES}
 
 
 def listed(node: fx.Node) -> tuple[list[Any], Any]:

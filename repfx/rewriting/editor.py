@@ -24,10 +24,10 @@ from repfx.graphs.operations import Op
 from repfx.graphs.sums import plus
 from repfx.graphs.trace import Island
 from repfx.graphs.unused import erase_unused
-from repfx.graphs.vocabulary import ARITHMETIC
 from repfx.records.module_tree import has, outer_paths, set_part, set_submodule
 from repfx.records.provenance import Provenance, attach
 from repfx.records.report import Edit
+from repfx.rewriting.carried import carriers_at
 from repfx.rewriting.match import Match, Term, shape_before
 from repfx.rewriting.rule import Rule
 from repfx.rewriting.spelling import Spelling, spell
@@ -63,9 +63,16 @@ class Editor:
     @torch.no_grad()  # otherwise autograd would keep the operands of each product until the model is written
     def apply(self, rule: Rule, match: Match) -> fx.Node:
         """Replace a match by one node. Return that node, or the source of the match if the match was the identity."""
-        node = self._replace(rule, match)
+        nodes = [self._replace(rule, part) for part in (match, *match.others)]
+        if match.carried is not None:
+            self._pass_by(match.carried)
         self.view.graph_changed()
-        return node
+        return nodes[0]
+
+    def _pass_by(self, carried: fx.Node) -> None:
+        """Leave the place of a map, which convs elsewhere have taken over, to its input."""
+        carried.replace_all_uses_with(carried.all_input_nodes[0])
+        self.view.graph.erase_node(carried)
 
     def _replace(self, rule: Rule, match: Match) -> fx.Node:
         if all(op.meaning.kind == "identity" for op in match.ops):
@@ -75,7 +82,7 @@ class Editor:
         # a kernel that an earlier rewrite has made, and that no other term reads
         owned = first in self.view.kernels and sum(op.node is first for op in match.ops) == 1
         kernel = _without_rounded_bias(match, float64_like(self._weight_of(template_op)), owned=owned)
-        before = min(op.node for op in match.ops)
+        before = match.root if match.carried is not None else min(op.node for op in match.ops)
         graph = self.view.graph
         path = self._path(template_op)
         if is_functional_conv(template_op.node) and not has(self.view.root, path):
@@ -93,9 +100,11 @@ class Editor:
         return node
 
     def _remove(self, rule: Rule, match: Match) -> fx.Node:
-        self.edits.append(Edit(rule.name, self.island.full_path(str(match.root.target))))
+        path = str(match.root.target) if match.root.op == "call_module" else match.root.name
+        self.edits.append(Edit(rule.name, self.island.full_path(path)))
         match.root.replace_all_uses_with(match.source)
-        self.view.graph.erase_node(match.root)
+        for node in match.nodes:
+            self.view.graph.erase_node(node)
         return match.source
 
     def _replace_root(self, match: Match, node: fx.Node) -> None:
@@ -129,7 +138,7 @@ class Editor:
         If `node` is not linear, nothing can merge with that kernel any more. If `node` reads a sum, the kernels of its terms are rounded.
         So only a few kernels at a time are in float64. A node that reads several others, such as a concatenation, may yet be merged.
         """
-        if self.view.op(node) is not None or len(node.all_input_nodes) != 1:
+        if self.view.op(node) is not None or len(node.all_input_nodes) != 1 or carriers_at(node, self.view):
             return
         self._settled.add(node)
         pending = node.all_input_nodes
@@ -139,7 +148,7 @@ class Editor:
                 continue
             if source in self.merged:
                 self._round(source)
-            elif self.view.sum_of(source) is not None:
+            elif self.view.sum_of(source) is not None or carriers_at(source, self.view):
                 self._settled.add(source)
                 pending += source.all_input_nodes
 
@@ -186,6 +195,10 @@ class Editor:
         axes = max(self._axes_of(term) for term in match.terms)
         spelled = {op.node: self.merged[op.node].spelling for op in match.ops if op.node in self.merged}
         spelling = spell(match, template, path, spelled, self.view, self.island)
+        if match.carried is not None:
+            spelling = replace(
+                spelling, norm=None, reason=f"{match.carriers[-1].name!r} stands between it and its BatchNorm"
+            )
         return Merged(self._template_module(template), path, provenance, spelling, axes)
 
     def _axes_of(self, term: Term) -> int:
@@ -193,18 +206,12 @@ class Editor:
         axes = 0
         for op in term.ops:
             known, module = self.merged.get(op.node), self.view.module(op.node)
-            axes = max(axes, self._axes_of_constants(op.node) if known is None else known.axes)
+            axes = max(axes, self.view.axes_of_constants(op.node) if known is None else known.axes)
             if (module is not None and is_batch_norm(module)) or (
                 known is not None and known.spelling.norm is not None
             ):
                 break
         return axes
-
-    def _axes_of_constants(self, node: fx.Node) -> int:
-        if node.target not in ARITHMETIC:
-            return 0
-        found = (self.view.constants.tensor(argument) for argument in node.args)
-        return max((constant.ndim for constant in found if constant is not None), default=0)
 
     def _equals(self, match: Match) -> str | None:
         last = match.terms[0].ops[-1]

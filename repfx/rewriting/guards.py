@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import wraps
+from itertools import pairwise
 
 import torch
 from torch import fx, nn
@@ -11,8 +13,10 @@ from repfx.algebra.conv_spec import ConvSpec
 from repfx.algebra.kernel import Kernel, NoKernel, is_symmetric
 from repfx.algebra.layers import has_tensors
 from repfx.graphs.aliasing import may_share_memory, mutated_by, reads_only_the_form
+from repfx.graphs.calls_with_tensors import is_norm_call
 from repfx.graphs.functional_conv import is_shared
 from repfx.graphs.operations import Op
+from repfx.graphs.vocabulary import ELEMENTWISE_LAYERS
 from repfx.rewriting.cost import Shape, output_shape, weights
 from repfx.rewriting.match import Match, Term, shape_before
 from repfx.rewriting.view import META, View
@@ -36,6 +40,45 @@ def used_once(match: Match, view: View) -> str | None:
 
 def _asks_for_the_shape(user: fx.Node, node: fx.Node, match: Match) -> bool:
     return node is match.ops[0].node and match.keeps_the_form and reads_only_the_form(user)
+
+
+def carried_alone(match: Match, view: View) -> str | None:
+    """Require that nothing else reads what lies between a conv and a BatchNorm, or changes it in place."""
+    parts = (match, *match.others)
+    if len({part.root for part in parts}) < len(parts):
+        return f"{match.root.name!r} is read twice"
+    carried = match.carried
+    for part in parts:
+        ends = (part.root, carried) if carried is not None and part.root < carried else (carried, part.root)
+        for node, user in pairwise((ends[0], *part.carriers, ends[1])):
+            others = [other for other in node.users if other is not user] if node is not None else []
+            if others and node is not None:
+                return f"{node.name!r} has a second user, {others[0].name!r}"
+    return _changed_on_the_way(match, view)
+
+
+def _changed_on_the_way(match: Match, view: View) -> str | None:
+    """Refuse a match if a node writes into the input of the BatchNorm while the BatchNorm's output is on its way to the conv."""
+    if match.carried is None or match.root < match.carried:
+        return None  # the conv is in front, and nothing else reads its output
+    memory = may_share_memory(match.carried.all_input_nodes[0], view.root)
+    node = match.carried.next
+    while node is not match.root:
+        written = mutated_by(node, view.root)
+        if written is not None and memory & may_share_memory(written, view.root):
+            return f"{node.name!r} changes {written.name!r} in place between the calls that would be merged"
+        node = node.next
+    return None
+
+
+def each_part(guard: Callable[[Match, View], str | None]) -> Callable[[Match, View], str | None]:
+    """Return a guard that asks another one about all matches that are made together."""
+
+    @wraps(guard)
+    def of_all(match: Match, view: View) -> str | None:
+        return next(filter(None, (guard(part, view) for part in (match, *match.others))), None)
+
+    return of_all
 
 
 def unmutated(match: Match, view: View) -> str | None:
@@ -84,6 +127,22 @@ def _halfway(node: fx.Node, written: fx.Node, match: Match, view: View) -> str |
     for source in (match.source, *cropped, *(term for _, term in match.remainder)):
         if source < node and memory & may_share_memory(source, view.root):
             return f"{node.name!r} changes {source.name!r} in place between the calls that would be merged"
+    return None
+
+
+def handed_on_alone(match: Match, view: View) -> str | None:
+    """Require that nobody counts on a tensor of its own where an input is handed on, for a layer may copy it."""
+    if isinstance(view.module(match.root), nn.Identity):
+        return None
+    memory = may_share_memory(match.source, view.root)
+    inside = {*memory, *match.nodes}
+    outside = any(node.op in ("placeholder", "get_attr") or not set(node.users) <= inside for node in memory)
+    node = match.root.next
+    while outside and node.op != "root":
+        written = mutated_by(node, view.root)
+        if written is not None and may_share_memory(written, view.root) & {*memory, match.root}:
+            return f"{node.name!r} changes in place what it hands on"
+        node = node.next
     return None
 
 
@@ -139,16 +198,21 @@ def channels_stay_put(match: Match, view: View) -> str | None:
     """Require ``(batch, channels)`` where a linear layer, which acts on the last axis, meets BatchNorm1d, which acts on the second."""
     if match.sizes()[1] != 0:
         return None
-    norms = [op.node for op in match.ops if isinstance(view.module(op.node), nn.BatchNorm1d | nn.SyncBatchNorm)]
+    norms = [op.node for op in match.ops if _counts_from_the_front(op.node, view)]
     if not norms or _is_flat(match.source, view) or all(view.input_axes(str(node.target)) == 2 for node in norms):
         return None
     return "the input of the linear layer isn't known to be (batch, channels), and BatchNorm1d counts its channels on the second axis"
 
 
+def _counts_from_the_front(node: fx.Node, view: View) -> bool:
+    """Whether a node scales and shifts along the second axis, whatever the number of axes."""
+    return isinstance(view.module(node), nn.BatchNorm1d | nn.SyncBatchNorm) or is_norm_call(node, view.root)
+
+
 def input_is_known(match: Match, view: View) -> str | None:
     """Refuse arithmetic on the model's own input, which may hold integers, or one channel that a constant makes into several."""
     first = match.ops[0]
-    if view.module(first.node) is not None:
+    if view.module(first.node) is not None and view.code(first.node) is None:
         return None
     source = match.source
     while source.op != "placeholder" and len(source.all_input_nodes) == 1 and not _is_layer(source, view):
@@ -176,19 +240,7 @@ def pads_alike(match: Match, view: View) -> str | None:
     return "a conv pads both sides alike, this padding doesn't"
 
 
-_ELEMENTWISE = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.GELU,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.Dropout,
-    nn.Identity,
-)
+_SAME_RANK = (nn.Linear, nn.BatchNorm1d, nn.Dropout, nn.Identity, *ELEMENTWISE_LAYERS)
 
 
 def _is_flat(node: fx.Node, view: View) -> bool:
@@ -200,7 +252,7 @@ def _is_flat(node: fx.Node, view: View) -> bool:
         if node.target in (torch.flatten, "flatten"):
             axes = {"start_dim": 0, "end_dim": -1, **dict(zip(("start_dim", "end_dim"), node.args[1:])), **node.kwargs}
             return (axes["start_dim"], axes["end_dim"]) == (1, -1)
-        same_rank = node in view.kernels or isinstance(module, (nn.Linear, nn.BatchNorm1d, *_ELEMENTWISE))
+        same_rank = node in view.kernels or isinstance(module, _SAME_RANK)
         if not same_rank or not node.all_input_nodes:
             return False
         node = node.all_input_nodes[0]

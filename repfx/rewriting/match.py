@@ -36,6 +36,8 @@ class Match:
     Args:
         inner: nodes of the match that are no maps, such as the additions below the root.
         cropped: nodes of the match that others read, too, each with the padding that was put around it. They are the root's value, cropped.
+        carried: a scale and shift among the maps that stands elsewhere, before or behind `carriers`. Its place is left to its input.
+        others: further matches that must be made together with this one.
     """
 
     root: fx.Node
@@ -44,6 +46,9 @@ class Match:
     inner: tuple[fx.Node, ...] = ()
     remainder: tuple[tuple[float, fx.Node], ...] = ()
     cropped: tuple[tuple[fx.Node, Padding], ...] = ()
+    carried: fx.Node | None = None
+    carriers: tuple[fx.Node, ...] = ()
+    others: tuple[Match, ...] = ()
 
     @property
     def ops(self) -> tuple[Op, ...]:
@@ -52,7 +57,7 @@ class Match:
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """All nodes that the match replaces: the root first, then each node before those that it reads."""
-        others = {*self.inner, *(node for op in self.ops for node in op.nodes)} - {self.root}
+        others = {*self.inner, *(node for op in self.ops for node in op.nodes)} - {self.root, self.carried}
         return (self.root, *sorted(others, reverse=True))
 
     @property

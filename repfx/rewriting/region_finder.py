@@ -164,9 +164,11 @@ class _LinearView(View):
 
     def _is_touchable(self, op: Op) -> bool:
         module = self.module(op.node)
+        if not op.meaning.lasts:
+            return False
         if module is None:  # a constant among the arguments may be trained
             return not op.inner and len(op.node.all_input_nodes) == 1
-        return str(op.node.target) in self.parts or not (has_tensors(module) or isinstance(module, _DropoutNd))
+        return str(op.node.target) in self.parts or not has_tensors(module)
 
 
 @dataclass

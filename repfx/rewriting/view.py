@@ -13,8 +13,10 @@ from repfx.algebra.conv_spec import ConvSpec
 from repfx.algebra.kernel import Kernel
 from repfx.algebra.layers import has_hooks, has_tensors, is_batch_norm, is_conv
 from repfx.algebra.meaning import Meaning, refusal_of
+from repfx.graphs.calls_with_tensors import axes_of_constants, read_call_with_tensors
 from repfx.graphs.constants import Constants
 from repfx.graphs.functional_conv import is_functional_conv
+from repfx.graphs.leaf_code import LeafCode, code_of
 from repfx.graphs.operations import Op, read_op
 from repfx.graphs.sums import SumOf, read_sum
 from repfx.graphs.viewed_norm import read_viewed_norm
@@ -54,6 +56,7 @@ class View:
                 self._readers.setdefault(str(node.target).rpartition(".")[0], []).append(node)
         self._ops: dict[fx.Node, Op | None] = {}
         self._shapes: dict[fx.Node, Shape | None] = {}
+        self._codes: dict[str, LeafCode | None] = {}
         self.constants = Constants(self.graph, self.root)
 
     def op(self, node: fx.Node) -> Op | None:
@@ -116,7 +119,27 @@ class View:
             return Op(node, node.all_input_nodes[0], meaning)
         if self.refusal(node):
             return None
-        return read_op(node, self.root, self.constants) or self._viewed_norm(node)
+        found = read_op(node, self.root, self.constants) or read_call_with_tensors(node, self.root, self.constants)
+        return found or self._leaf(node) or self._viewed_norm(node)
+
+    def _leaf(self, node: fx.Node) -> Op | None:
+        code = self.code(node)
+        meaning = None if code is None else code.meaning
+        return Op(node, node.all_input_nodes[0], meaning) if meaning is not None else None
+
+    def code(self, node: fx.Node) -> LeafCode | None:
+        """Return the code of the module that a node calls with one input, or None if the module isn't read by its code."""
+        module = self.module(node)
+        if module is None or len(node.args) != 1 or node.kwargs or len(node.all_input_nodes) != 1:
+            return None
+        if node.target not in self._codes:
+            self._codes[str(node.target)] = None if node in self.kernels else code_of(module)
+        return self._codes[str(node.target)]
+
+    def axes_of_constants(self, node: fx.Node) -> int:
+        """Return the most axes of the tensors that a node scales and shifts by."""
+        code = self.code(node)
+        return axes_of_constants(node, self.constants) if code is None else code.axes
 
     def _viewed_norm(self, node: fx.Node) -> Op | None:
         normed = node.args[0] if node.op in ("call_method", "call_function") and node.args else None

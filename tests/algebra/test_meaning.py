@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers.cond_conv2d import CondConv2d
 from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.drop import DropPath
 from timm.layers.norm import LayerNorm2d, RmsNorm
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, GroupNormAct
 from timm.layers.pool2d_same import AvgPool2dSame
@@ -16,7 +17,7 @@ from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torchvision.models.video.resnet import Conv3DNoTemporal, Conv3DSimple
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
 import repfx
 from repfx.algebra.layers import Layer, has_hooks, is_batch_norm, is_conv
@@ -271,7 +272,16 @@ def test_a_parametrization_of_ones_own_is_read() -> None:
 NEITHER: dict[str, Make] = {
     "GroupNorm": lambda: nn.GroupNorm(2, 4),
     "InstanceNorm2d": lambda: nn.InstanceNorm2d(4),
-    "InstanceNorm2d, affine, tracked": lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+    "InstanceNorm2d that tracks no more": lambda: _untracked_since(nn.InstanceNorm2d(4, track_running_stats=True)),
+    "lazy InstanceNorm2d": lambda: nn.LazyInstanceNorm2d(track_running_stats=True),
+    "LeakyReLU": nn.LeakyReLU,
+    "LeakyReLU of nearly 1": lambda: nn.LeakyReLU(1 + 1e-9),
+    "PReLU": nn.PReLU,
+    "PReLU of nearly 1": lambda: _slopes(1.0, 1.0, 1.0 + 1e-6, 1.0),
+    "PReLU of one other slope": lambda: _slopes(1.0, 1.0, 0.5, 1.0),
+    "PReLU without numbers": lambda: nn.PReLU(init=1.0, device="meta"),
+    "timm's DropPath": lambda: DropPath(0.1),
+    "torchvision's StochasticDepth": lambda: StochasticDepth(0.1, "row"),
     "LayerNorm": lambda: nn.LayerNorm(4),
     "LocalResponseNorm": lambda: nn.LocalResponseNorm(2),
     "timm's LayerNorm2d": lambda: LayerNorm2d(4),
@@ -305,6 +315,29 @@ def test_a_renamed_class_is_read() -> None:
     conv = renamed(4, 6, 3)
     assert torch_class(conv) is nn.Conv2d
     assert_read(conv, "conv", example(2))
+
+
+def _slopes(*slopes: float) -> nn.Module:
+    activation = nn.PReLU(len(slopes))
+    activation.weight.data = torch.tensor(slopes)
+    return activation
+
+
+INSTANCE_NORMS: dict[str, Make] = {
+    "1d": lambda: nn.InstanceNorm1d(4, affine=True, track_running_stats=True),
+    "2d": lambda: nn.InstanceNorm2d(4, track_running_stats=True, eps=0.1),
+    "3d": lambda: nn.InstanceNorm3d(4, affine=True, track_running_stats=True),
+}
+
+
+@pytest.mark.parametrize("name", INSTANCE_NORMS)
+def test_instance_norms_with_running_statistics(name: str) -> None:
+    norm = INSTANCE_NORMS[name]()
+    for tensor in (*norm.parameters(), *norm.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.uniform_(0.5, 2)
+    assert not is_batch_norm(norm)
+    assert_read(norm, "affine", example_for(norm))
 
 
 POOLS: dict[str, Make] = {
@@ -387,6 +420,32 @@ def test_a_circular_pad_that_crops_and_grows_one_axis_is_no_kernel(sides: tuple[
     assert meaning_of(nn.CircularPad2d(sides)) is None
     model, x = Padded().double().eval(), example(2)
     assert_same_map(repfx.fuse(model), model, x)
+
+
+IDENTITIES: dict[str, Make] = {
+    "LeakyReLU": lambda: nn.LeakyReLU(1.0),
+    "LeakyReLU, a whole number": lambda: nn.LeakyReLU(1),
+    "LeakyReLU in place": lambda: nn.LeakyReLU(1.0, inplace=True),
+    "PReLU": lambda: nn.PReLU(init=1.0),
+    "PReLU per channel": lambda: _slopes(1.0, 1.0, 1.0, 1.0),
+    "Dropout": lambda: nn.Dropout(0.0),
+    "Dropout2d": lambda: nn.Dropout2d(0),
+    "AlphaDropout": lambda: nn.AlphaDropout(0.0),
+    "FeatureAlphaDropout": lambda: nn.FeatureAlphaDropout(0.0),
+    "timm's DropPath": lambda: DropPath(0.0),
+    "torchvision's StochasticDepth": lambda: StochasticDepth(0.0, "batch"),
+}
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_layers_that_are_the_identity_at_one_setting(name: str) -> None:
+    for dimensions in (1, 2, 3):
+        module = IDENTITIES[name]()
+        meaning = meaning_of(module)
+        assert meaning is not None
+        assert not meaning.lasts
+        x = example(dimensions)
+        assert_same_map(kernel_of(module, x, 4, dimensions), module.double(), x.clone())
 
 
 def test_identity() -> None:

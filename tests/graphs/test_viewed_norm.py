@@ -31,13 +31,13 @@ FORMS: dict[str, Callable[[Tensor, nn.Module], Any]] = {
     "view": lambda y, norm: norm(y.view(-1, y.shape[-1])).view_as(y),
     "transpose": lambda y, norm: norm(y.transpose(1, 2)).transpose(-1, -2),
     "permute": lambda y, norm: norm(y.permute(0, 2, 1)).permute((0, 2, 1)),
+    "turned otherwise": lambda y, norm: norm(y.transpose(1, 2)).transpose(0, 1),
+    "turned and left so": lambda y, norm: norm(y.transpose(1, 2)),
 }
 OTHER_FORMS: dict[str, Callable[[Tensor, nn.Module], Any]] = {
     "plain": lambda y, norm: norm(y),
-    "turned and left so": lambda y, norm: norm(y.transpose(1, 2)),
     "flattened and left so": lambda y, norm: norm(y.flatten(0, 1)),
     "all turned and brought back": lambda y, norm: norm(y.permute(2, 1, 0)).permute(2, 1, 0),
-    "turned otherwise": lambda y, norm: norm(y.transpose(1, 2)).transpose(0, 1),
     "used before it is brought back": lambda y, norm: (z := norm(y.flatten(0, 1))).reshape_as(y) + z.mean(),
 }
 

@@ -31,10 +31,10 @@ from repfx.graphs.tracer import Tracer
 from repfx.reading.source_code import Around
 from repfx.rewriting.rule import RULES, Rule
 from repfx.rewriting.view import View
-from tests.graphs import test_arguments, test_further_arguments, test_trace, test_traps
+from tests.graphs import test_arguments, test_calls_with_tensors, test_further_arguments, test_trace, test_traps
 from tests.graphs.traps import TRAPS
 from tests.inline_net import Net, fused_exactly, image
-from tests.rewriting import test_guards, test_legal_graphs
+from tests.rewriting import test_carried, test_guards, test_legal_graphs
 
 Check = Callable[[], object]
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -67,6 +67,20 @@ def expanded_trap(name: str) -> Check:
     return lambda: test_traps.test_it_is_expanded_right_or_left_alone(name, "acb")
 
 
+def copied(function: Callable[..., Any]) -> Check:
+    return lambda: test_calls_with_tensors.test_a_copy_on_which_others_count_stays(function)
+
+
+def carried(name: str) -> Check:
+    return lambda: test_carried.test_a_norm_that_cannot_pass_stays_with_the_reason(name)
+
+
+COPIES = (
+    test_calls_with_tensors.copied_then_written,
+    test_calls_with_tensors.copied_before_it_is_written,
+    test_calls_with_tensors.copied_from_the_input,
+)
+CARRIED = ("a second reader", "a second reader of the norm", "written on the way")
 IN_PLACE = (
     test_guards.foreign_term_changed,
     test_guards.foreign_term_written_into,
@@ -102,6 +116,8 @@ CHECKS: dict[str, Check] = {
     "further arguments": test_further_arguments.test_options_are_refused_by_the_graph,
     "an input left out": test_arguments.test_code_that_asks_whether_it_has_an_input_is_not_answered_for_both,
     **{function.__name__: in_place(function) for function in IN_PLACE},
+    **{function.__name__: copied(function) for function in COPIES},
+    **{name: carried(name) for name in (*CARRIED, "zero padding")},
     "a grey image": test_traps.test_a_grey_image_is_spread_over_the_channels_of_a_constant,
     **{name: trap(name) for name in TRAPS},
     "expanding an alias": lambda: test_traps.test_it_is_expanded_right_or_left_alone("alias in a list", "acb"),
@@ -218,6 +234,13 @@ MUTANTS = [
         "no_dearer",
         without_guard("no_dearer"),
         ("bottleneck of two 1×1", "grouped and dense, dearer when merged"),
+    ),
+    Mutant("handed_on_alone", without_guard("handed_on_alone"), tuple(function.__name__ for function in COPIES)),
+    Mutant("carried_alone", without_guard("carried_alone"), CARRIED),
+    Mutant(
+        "is_convolution, through averages",
+        without_guard("is_convolution", "fold_batch_norm_forward_through"),
+        ("zero padding",),
     ),
     Mutant("channels_stay_put", without_guard("channels_stay_put"), ("linear on a sequence of equal sizes",)),
     Mutant("weight_of_its_own", without_guard("weight_of_its_own"), ("a weight that two calls read",)),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 import repfx
@@ -48,6 +49,31 @@ class QARepVGG(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return F.relu(self.post(self.dense(x) + self.alpha * self.pointwise(x) + x))
+
+
+class DroppedQARepVGG(nn.Module):
+    """QARepVGG with stochastic depth on the convs; the identity has a BatchNorm of its own."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.dense, self.pointwise = conv_norm(3, padding=1), nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False)
+        self.identity, self.post = nn.BatchNorm2d(CHANNELS), nn.BatchNorm2d(CHANNELS)
+        self.drop_path = DropPath(rate)
+
+    def forward(self, x: Tensor) -> Any:
+        return F.relu(self.post(self.drop_path(self.dense(x) + self.pointwise(x)) + self.identity(x)))
+
+
+class VanillaNet(nn.Module):
+    """Two 1×1 convs with BatchNorms, between them an activation that has become the identity (arXiv 2305.12972)."""
+
+    def __init__(self, activation: Callable[[Tensor, Any], Any]) -> None:
+        super().__init__()
+        self.first, self.second = conv_norm(1), conv_norm(1)
+        self.activation, self.learned = activation, 1
+
+    def forward(self, x: Tensor) -> Any:
+        return F.relu(F.max_pool2d(self.second(self.activation(self.first(x), self.learned)), 2))
 
 
 class ACB(nn.Module):
@@ -166,6 +192,45 @@ class UniRepLKNet(nn.Module):
         for branch in self.dilated:
             out = out + branch(x)
         return out
+
+
+class GlobalResponse(nn.Module):
+    """Global response normalisation of channels that come last, as in ConvNeXt V2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.rand(channels)), nn.Parameter(torch.rand(channels))
+
+    def forward(self, x: Tensor) -> Any:
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        return x * self.gamma * (norm / (norm.mean(-1, keepdim=True) + 1e-6)) + self.beta + x
+
+
+class ToChannelsLast(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return x.permute(0, 2, 3, 1)
+
+
+class ToChannelsFirst(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return x.permute(0, 3, 1, 2)
+
+
+class UniRepLKNetBlock(nn.Module):
+    """The whole block: a depthwise conv, a BatchNorm, linear layers on channels that come last, a BatchNorm, a scale, a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = conv_norm(7, padding=3, groups=CHANNELS)
+        self.wide = nn.Sequential(ToChannelsLast(), nn.Linear(CHANNELS, 4 * CHANNELS))
+        self.activation = nn.Sequential(nn.GELU(), GlobalResponse(4 * CHANNELS))
+        narrow = nn.Linear(4 * CHANNELS, CHANNELS, bias=False)
+        self.narrow = nn.Sequential(narrow, ToChannelsFirst(), nn.BatchNorm2d(CHANNELS))
+        self.gamma, self.drop_path = nn.Parameter(torch.rand(CHANNELS)), DropPath(0.0)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.narrow(self.activation(self.wide(self.depthwise(x))))
+        return F.relu(self.drop_path(self.gamma.view(1, -1, 1, 1) * y) + x)
 
 
 class Conv3XC(nn.Module):
@@ -306,6 +371,11 @@ class Concatenated(nn.Module):
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "RepVGG": (RepVGG, 1, 0),
     "QARepVGG": (QARepVGG, 1, 0),
+    "QARepVGG, stochastic depth of rate 0": (lambda: DroppedQARepVGG(0.0), 1, 0),
+    "QARepVGG, stochastic depth": (lambda: DroppedQARepVGG(0.1), 1, 2),
+    "VanillaNet": (lambda: VanillaNet(F.leaky_relu), 1, 0),
+    "VanillaNet, lerp": (lambda: VanillaNet(lambda x, learned: torch.lerp(F.relu(x), x, float(learned))), 1, 0),
+    "VanillaNet, mixture": (lambda: VanillaNet(lambda x, learned: (1 - learned) * F.relu(x) + learned * x), 1, 0),
     "ACB": (ACB, 1, 0),
     "DBB": (lambda: DBB(strips=True), 1, 0),
     "DBB, by difference": (lambda: DBB(strips=False), 1, 0),
@@ -313,6 +383,7 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "RepMixer": (RepMixer, 1, 0),
     "RepViT": (RepViT, 1, 0),
     "UniRepLKNet": (UniRepLKNet, 1, 0),
+    "UniRepLKNet, whole": (UniRepLKNetBlock, 1, 0),
     "Conv3XC": (Conv3XC, 1, 0),
     "ECBSR": (ECBSR, 1, 0),
     "OREPA": (OREPA, 1, 0),

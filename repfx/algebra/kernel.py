@@ -12,6 +12,7 @@ Laws, for every x, borders included:
 ``a.compose(b)``       b(a(x)). Stride ``s·s'``, padding ``p + s·p'``, taps at ``t·d + t'·d'·s``. Where b pads with zeros, a's output
                        there has to be zero too: a has no bias and ``d(k-1) ≤ p + s - 1``, ``d(k-1) ≤ q``.
                        Where b pads otherwise (reflect, …), a must act on each position alone.
+                       A transposed map composes with 1×1 maps alone, and with a bias only in front of the 1×1 map.
 ``a.fold_affine``      scale · a(x) + shift. Always.
 ``widen``, ``densify`` the same map on a larger window, on a finer lattice.
 ``regroup(g)``         the same map with g groups, g a divisor of its groups; ``ungroup`` is ``regroup(1)``.
@@ -38,6 +39,7 @@ from torch import Tensor
 from repfx.algebra.arithmetic import has_room, plus, plus_in_place, times
 from repfx.algebra.product import CONV, CONV_TRANSPOSE, product
 from repfx.algebra.torch_faults import may_corrupt_memory
+from repfx.algebra.transposed_window import TransposedWindow
 from repfx.errors import RepfxError
 
 Ints = tuple[int, ...]
@@ -92,7 +94,7 @@ class Kernel:
         padding: (before, after) per axis; negative crops. For a transposed kernel: the amount cut off its output.
         groups: as in torch.
         padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``; ignored without padding.
-        transposed, output_padding: settings of transposed convolutions, which fold affine maps and no more.
+        transposed, output_padding: settings of transposed convolutions. They add to each other, and compose with 1×1 convs and affine maps.
 
     >>> blur = Kernel.average_pool(torch.ones(1), channels=3, kernel_size=(3, 3), padding=((1, 1), (1, 1)))
     >>> both = blur.add(Kernel.identity(torch.ones(1), channels=3, dimensions=2))
@@ -142,6 +144,12 @@ class Kernel:
     def is_channelwise_affine(self) -> bool:
         """Whether the map is ``x · scale + shift`` per channel and nothing else, such as a BatchNorm in eval mode."""
         return self.is_channelwise and not any(side for pair in self.padding for side in pair)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether the map only mixes the channels of each position."""
+        plain = not self.transposed and not any(side for pair in self.padding for side in pair)
+        return plain and all(size == 1 for size in (*self.kernel_size, *self.stride))
 
     @property
     def is_channelwise(self) -> bool:
@@ -242,14 +250,13 @@ class Kernel:
         """Return the same map with `groups` groups, a divisor of the present number. The weights between former groups are zero."""
         if groups == self.groups:
             return self
-        self._refuse_transposed("regrouped")
         if self.groups % groups:
             raise NoKernel(f"{self.groups} groups can't be written as {groups}")
         inner = self.groups // groups
-        out, channels = self.weight.shape[0] // self.groups, self.weight.shape[1]
-        blocks = self.weight.reshape(groups, inner, out, channels, *self.kernel_size)
+        whole, part = self.weight.shape[:2]  # outputs and the inputs of a group; the other way round if transposed
+        blocks = self.weight.reshape(groups, inner, whole // self.groups, part, *self.kernel_size)
         spread = torch.diag_embed(blocks.movedim(1, -1), dim1=1, dim2=3)
-        weight = spread.reshape(self.out_channels, inner * channels, *self.kernel_size)
+        weight = spread.reshape(whole, inner * part, *self.kernel_size)
         return replace(self, weight=weight, groups=groups)
 
     def ungroup(self) -> Kernel:
@@ -317,9 +324,31 @@ class Kernel:
         return self.regroup(groups), other.regroup(groups), mode
 
     def _add_transposed(self, other: Kernel) -> Kernel:
-        if _transposed_form(self) != _transposed_form(other):
-            raise NoKernel("transposed convolutions add only when all their sizes are equal")
-        return replace(self, weight=self.weight + other.weight, bias=_sum(self.bias, other.bias))
+        if self.transposed != other.transposed:
+            raise NoKernel("a transposed convolution doesn't add to one that isn't")
+        _require_equal_channels(self, other)
+        if self.stride != other.stride:
+            raise NoKernel(f"strides differ: {self.stride} and {other.stride}")
+        windows = list(zip(self._transposed_windows(), other._transposed_windows()))
+        if any(first.extent != second.extent for first, second in windows):
+            raise NoKernel("output sizes of transposed convolutions differ")
+        both, groups = [first.with_taps_of(second) for first, second in windows], math.gcd(self.groups, other.groups)
+        first, second = (kernel.regroup(groups)._over(both) for kernel in (self, other))
+        return replace(first, weight=plus(first.weight, second.weight), bias=_sum(self.bias, other.bias))
+
+    def _transposed_windows(self) -> list[TransposedWindow]:
+        cut = (before for before, _ in self.padding)
+        return [TransposedWindow(*sizes) for sizes in zip(self.kernel_size, cut, self.dilation, self.output_padding)]
+
+    def _over(self, windows: list[TransposedWindow]) -> Kernel:
+        """Return the same transposed map on windows that hold its taps."""
+        weight = self.weight.new_zeros((*self.weight.shape[:2], *(window.size for window in windows)))
+        places = (own.places_in(window) for own, window in zip(self._transposed_windows(), windows))
+        weight[(..., *places)] = self.weight
+        padding = tuple((window.padding, window.padding) for window in windows)
+        dilation = tuple(window.dilation for window in windows)
+        more = tuple(window.output_padding for window in windows)
+        return replace(self, weight=weight, padding=padding, dilation=dilation, output_padding=more)
 
     def scaled(self, factor: float) -> Kernel:
         """Return the kernel of ``factor · self(x)``."""
@@ -372,7 +401,7 @@ class Kernel:
         if self.is_channelwise_affine:
             return second.fold_affine_before(self.weight.flatten(), self.bias)
         if self.transposed or second.transposed:
-            raise NoKernel("a transposed convolution composes with nothing but a scale or a shift")
+            return self._compose_transposed(second)
         _require_same_borders(self, second)
         padding = tuple(
             (p + s * p2, q + s * q2) for (p, q), s, (p2, q2) in zip(self.padding, self.stride, second.padding)
@@ -388,6 +417,24 @@ class Kernel:
         bias = second.bias if self.bias is None else _sum(second.bias, second._response(self.bias))
         stride = tuple(s * s2 for s, s2 in zip(self.stride, second.stride))
         return Kernel(weight, bias, stride, padding, dilation, math.gcd(self.groups, second.groups), mode)
+
+    def _compose_transposed(self, second: Kernel) -> Kernel:
+        """Return the kernel of a transposed conv and a 1×1 conv, in either order."""
+        up, point = (self, second) if self.transposed else (second, self)
+        if not point.is_pointwise:
+            raise NoKernel("a transposed convolution composes with nothing but a 1×1 conv, a scale or a shift")
+        if point is self and point.bias is not None:
+            raise NoKernel("the first map's bias does not reach the border: a transposed convolution stands between")
+        groups = math.gcd(self.groups, second.groups)
+        taps, mix = up.regroup(groups).weight, point.regroup(groups).weight.flatten(1)
+        taps = taps.reshape(groups, -1, *taps.shape[1:])
+        mix = mix.reshape(groups, -1, mix.shape[1])
+        if point is self:
+            weight, bias = torch.einsum("gmo...,gmi->gio...", taps, mix), second.bias
+        else:
+            weight = torch.einsum("gim...,gom->gio...", taps, mix)
+            bias = second.bias if self.bias is None else _sum(second.bias, second._response(self.bias))
+        return replace(up, weight=weight.flatten(0, 1), bias=bias, groups=groups)
 
     @staticmethod
     def concat(kernels: Sequence[Kernel]) -> Kernel:
@@ -423,21 +470,20 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return plus(a, b)
 
 
-def _transposed_form(kernel: Kernel) -> tuple[object, ...]:
-    sizes = (kernel.stride, kernel.padding, kernel.dilation, kernel.output_padding)
-    return (kernel.transposed, kernel.weight.shape, kernel.groups, *sizes)
-
-
 def _require_alike(a: Kernel, b: Kernel, *, same_outputs: bool = True) -> None:
+    _require_equal_channels(a, b, same_outputs=same_outputs)
+    if a.stride != b.stride:
+        raise NoKernel(f"strides differ: {a.stride} and {b.stride}")
+    if a.reach != b.reach:
+        raise NoKernel(f"output sizes differ: padding less window is {a.reach} and {b.reach}")
+
+
+def _require_equal_channels(a: Kernel, b: Kernel, *, same_outputs: bool = True) -> None:
     if a.dimensions != b.dimensions:
         raise NoKernel(f"{a.dimensions} and {b.dimensions} dimensions can't be merged")
     if a.in_channels != b.in_channels or (same_outputs and a.out_channels != b.out_channels):
         have, other = f"{a.in_channels}→{a.out_channels}", f"{b.in_channels}→{b.out_channels}"
         raise NoKernel(f"channels differ: {have} and {other}")
-    if a.stride != b.stride:
-        raise NoKernel(f"strides differ: {a.stride} and {b.stride}")
-    if a.reach != b.reach:
-        raise NoKernel(f"output sizes differ: padding less window is {a.reach} and {b.reach}")
 
 
 def _common_padding_mode(a: Kernel, b: Kernel) -> str:

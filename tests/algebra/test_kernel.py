@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
@@ -365,6 +366,56 @@ def transposed(case: tuple[Kernel, int]) -> None:
         assert_same_map(kernel.slice_channels(middle, middle + 1), lambda x: kernel(x)[:, middle : middle + 1], x)
 
 
+def windows_like(kernel: Kernel, axis: int) -> list[tuple[int, int, int, int]]:
+    """Return taps, padding, dilation and output padding of all small windows whose output is as long."""
+    sizes = itertools.product(range(1, 5), range(3), range(1, 4))
+    extent = kernel.dilation[axis] * (kernel.kernel_size[axis] - 1)
+    extent += kernel.output_padding[axis] - 2 * kernel.padding[axis][0]
+    found = ((taps, cut, apart, extent - apart * (taps - 1) + 2 * cut) for taps, cut, apart in sizes)
+    return [window for window in found if 0 <= window[3] < max(kernel.stride[axis], window[2])]
+
+
+@st.composite
+def transposed_pairs(draw: st.DrawFn) -> tuple[Kernel, Kernel]:
+    """Two transposed convs of one size of input and output, with windows and groups of their own."""
+    kernel = draw(transposed_kernels())
+    windows = [draw(st.sampled_from(windows_like(kernel, axis))) for axis in range(kernel.dimensions)]
+    taps, cut, apart, more = (tuple(sizes) for sizes in zip(*windows))
+    groups = draw(st.sampled_from([1, kernel.groups]))
+    weight = draw(tensors((kernel.in_channels, kernel.out_channels // groups, *taps)))
+    padding = tuple((side, side) for side in cut)
+    return kernel, replace(
+        kernel, weight=weight, bias=None, padding=padding, dilation=apart, groups=groups, output_padding=more
+    )
+
+
+@law(transposed_pairs())
+def add_transposed(pair: tuple[Kernel, Kernel]) -> None:
+    kernel, other = pair
+    x = torch.randn(2, kernel.in_channels, *range(4, 4 + kernel.dimensions), generator=numbers_from(0)).double()
+    assert_same_map(kernel.add(other), lambda x: kernel(x) + other(x), x)
+    assert_same_map(other.add(kernel), lambda x: kernel(x) + other(x), x)
+    assert_same_map(kernel.ungroup(), kernel, x)
+
+
+@law(st.tuples(transposed_kernels(), st.integers(1, 3), st.booleans()))
+def compose_transposed(case: tuple[Kernel, int, bool]) -> None:
+    up, factor, grouped = case
+    groups, numbers = up.groups if grouped else 1, numbers_from(1)
+    axes, ones = (1,) * up.dimensions, ((0, 0),) * up.dimensions
+
+    def point(ins: int, outs: int, *, bias: bool) -> Kernel:
+        weight = torch.randn(outs, ins // groups, *axes, generator=numbers).double()
+        shift = torch.randn(outs, generator=numbers).double() if bias else None
+        return Kernel(weight, shift, axes, ones, axes, groups)
+
+    before = point(factor * groups, up.in_channels, bias=False)
+    behind = point(up.out_channels, factor * groups, bias=True)
+    x = torch.randn(2, factor * groups, *range(4, 4 + up.dimensions), generator=numbers).double()
+    assert_same_map(before.compose(up), lambda x: up(before(x)), x)
+    assert_same_map(before.compose(up).compose(behind), lambda x: behind(up(before(x))), x)
+
+
 # --- Padding, and what a convolution is: by indices -----------------------------------------------------------------
 
 NOWHERE = -1
@@ -509,8 +560,11 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: PLANE.add(conv((4, 2, 3, 3), padding_mode="reflect", **ROOMY)),
         "padding modes differ: zeros and reflect",
     ),
-    "add transposed to plain": (lambda: UP.add(LINE), "only when all their sizes are equal"),
-    "add plain to transposed": (lambda: LINE.add(UP), "only when all their sizes are equal"),
+    "add transposed to plain": (lambda: UP.add(LINE), "doesn't add to one that isn't"),
+    "add plain to transposed": (lambda: LINE.add(UP), "doesn't add to one that isn't"),
+    "add transposed of other strides": (lambda: UP.add(replace(UP, stride=(2,))), "strides differ"),
+    "add transposed of other sizes": (lambda: UP.add(replace(UP, padding=((1, 1),))), "output sizes of transposed"),
+    "add transposed of other channels": (lambda: UP.add(replace(UP, weight=UP.weight[:, :3])), "channels differ"),
     "concat other sizes": (lambda: Kernel.concat([LINE, conv((1, 2, 1))]), "output sizes differ"),
     "concat other inputs": (lambda: Kernel.concat([LINE, conv((4, 3, 3))]), "channels differ"),
     "concat other modes": (
@@ -523,7 +577,6 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "densify transposed": (lambda: UP.densify(), "can't be densified"),
     "densify by no divisor": (lambda: conv((4, 2, 3), dilation=(3,)).densify((2,)), "dilation \\(3,\\) can't be"),
     "regroup to more groups": (lambda: LINE.regroup(2), "1 groups can't be written as 2"),
-    "regroup transposed": (lambda: replace(UP, groups=2).ungroup(), "can't be regrouped"),
     "compose other channels": (lambda: LINE.compose(LINE), "4 channels in 1 dimensions can't enter a map of 2"),
     "compose other dimensions": (lambda: conv((2, 4, 3)).compose(PLANE), "in 1 dimensions can't enter .* in 2"),
     "compose with a scale of other channels": (
@@ -536,6 +589,11 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "compose after transposed": (lambda: UP.compose(conv((2, 4, 3))), "composes with nothing but"),
     "compose before transposed": (lambda: conv((2, 2, 3)).compose(UP), "composes with nothing but"),
+    "compose two transposed": (lambda: UP.compose(replace(UP, weight=UP.weight.mT)), "composes with nothing but|enter"),
+    "compose a bias before transposed": (
+        lambda: conv((2, 2, 1), bias=True).compose(UP),
+        "the first map's bias does not reach the border: a transposed",
+    ),
     "compose a bias into padding": (
         lambda: conv((2, 2, 1, 1), bias=True).compose(PLANE),
         "the first map's bias does not reach the border",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from repfx.algebra.conv_spec import ConvSpec
 from repfx.algebra.kernel import Kernel
-from repfx.algebra.layers import Layer, is_batch_norm
+from repfx.algebra.layers import Layer, is_batch_norm, is_conv
 from repfx.algebra.meaning import kernel_of
 from repfx.blocks.spec import BranchSpec
 from repfx.blocks.stages import Norm, Pad, Stages, Subsample
@@ -108,6 +108,12 @@ class Branch(Chain):
     def spec(self) -> BranchSpec:
         """The spec that asks for a branch like this one."""
         return BranchSpec(self.kind, self.options, scale=self.first_scale)
+
+    @property
+    def free_convs(self) -> list[Layer]:
+        """The convs whose first weights `Spec.weights` may choose: all that are trained. A kind whose convs have to begin as it says
+        leaves them out."""
+        return [module for module in self.modules() if is_conv(module) and module.weight.requires_grad]
 
     @classmethod
     def refusal(cls, site: ConvSpec, *_: Any, **options: Any) -> str | None:

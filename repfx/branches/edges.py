@@ -19,11 +19,12 @@ _SMOOTH = torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64, device="cpu")
 
 
 class SobelX(Branch):
-    """1×1 conv, then the fixed Sobel filter along the last axis of each channel, scaled and shifted by learned numbers (ECBSR).
+    """1×1 conv, then the fixed Sobel filter along the last axis of each channel, scaled by learned numbers (ECBSR).
 
-    With W the weight of the 1×1 conv and D the filter, the branch computes ``s · (D ∗ W ∗ x) + t`` per channel. D is 1, 0, -1 along its own
-    axis and 1, 2, 1 along the others. It has 3 taps along each axis, lies in the middle of the window, and takes its dilation. Its taps sum
-    to zero, so the 1×1 conv needs no bias. If the spec asks for a BatchNorm, its γ and β take the place of s and t.
+    With W the weight of the 1×1 conv and D the filter, the branch computes ``s · (D ∗ W ∗ x) + t`` per channel, where t is there with
+    `bias` alone. D is 1, 0, -1 along its own axis and 1, 2, 1 along the others. It has 3 taps along each axis, lies in the middle of the
+    window, and takes its dilation. Its taps sum to zero, so a bias of the 1×1 conv would do nothing, and there is none. If the spec asks
+    for a BatchNorm, its γ and β take the place of s and t.
 
     >>> import repfx
     >>> net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
@@ -38,16 +39,16 @@ class SobelX(Branch):
     axis: ClassVar[int] = -1
 
     @classmethod
-    def refusal(cls, site: ConvSpec) -> str | None:
+    def refusal(cls, site: ConvSpec, bias: bool = False) -> str | None:
         if site.dimensions < -cls.axis:
             return f"it needs {-cls.axis} axes, the window has {site.dimensions}"
         return _room(site)
 
     @classmethod
-    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor) -> Stages:
+    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor, bias: bool = False) -> Stages:
         lines = [_SMOOTH] * site.dimensions
         lines[cls.axis] = _SLOPE
-        yield from _filtered(site, norm, like, reduce(lambda grid, line: grid.unsqueeze(-1) * line, lines))
+        yield from _filtered(site, norm, like, reduce(lambda grid, line: grid.unsqueeze(-1) * line, lines), bias=bias)
 
 
 class SobelY(SobelX):
@@ -65,7 +66,7 @@ class SobelZ(SobelX):
 
 
 class Laplacian(Branch):
-    """1×1 conv, then the fixed Laplacian filter on each channel, scaled and shifted by learned numbers (ECBSR).
+    """1×1 conv, then the fixed Laplacian filter on each channel, scaled by learned numbers (ECBSR).
 
     The filter is the sum of 1, -2, 1 along each axis. All else is as with ``1x1-sobel-x``.
     """
@@ -73,16 +74,16 @@ class Laplacian(Branch):
     kind = "1x1-laplacian"
 
     @classmethod
-    def refusal(cls, site: ConvSpec) -> str | None:
+    def refusal(cls, site: ConvSpec, bias: bool = False) -> str | None:
         return _room(site)
 
     @classmethod
-    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor) -> Stages:
+    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor, bias: bool = False) -> Stages:
         taps = torch.zeros((3,) * site.dimensions, dtype=torch.float64, device="cpu")
         for axis in range(site.dimensions):
             through_the_centre = tuple(slice(None) if other == axis else 1 for other in range(site.dimensions))
             taps[through_the_centre] += torch.tensor([1.0, -2.0, 1.0], dtype=torch.float64, device="cpu")
-        yield from _filtered(site, norm, like, taps)
+        yield from _filtered(site, norm, like, taps, bias=bias)
 
 
 def _room(site: ConvSpec) -> str | None:
@@ -91,8 +92,8 @@ def _room(site: ConvSpec) -> str | None:
     return f"the window {window} has no 3 taps along each axis" if min(site.kernel_size) < 3 else None
 
 
-def _filtered(site: ConvSpec, norm: Norm, like: Tensor, taps: Tensor) -> Stages:
-    """Yield a 1×1 conv, the fixed filter `taps` in the middle of the window of each channel, and its scale and bias."""
+def _filtered(site: ConvSpec, norm: Norm, like: Tensor, taps: Tensor, *, bias: bool) -> Stages:
+    """Yield a 1×1 conv, the fixed filter `taps` in the middle of the window of each channel, and what scales it."""
     ones, unpadded = (1,) * site.dimensions, ((0, 0),) * site.dimensions
     inner = site.inner(tuple(taps.shape))
     mix = ConvSpec(site.in_channels, site.out_channels, ones, ones, unpadded, ones, site.groups)
@@ -105,4 +106,4 @@ def _filtered(site: ConvSpec, norm: Norm, like: Tensor, taps: Tensor) -> Stages:
     if norm.kind == "batch_norm":
         yield from norm.last(site.out_channels, site.dimensions, like)
     else:
-        yield "scale", Scale(site.out_channels, site.dimensions, bias=True, device=like.device, dtype=like.dtype)
+        yield "scale", Scale(site.out_channels, site.dimensions, bias=bias, device=like.device, dtype=like.dtype)

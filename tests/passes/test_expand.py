@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,58 @@ def test_every_new_branch_learns_and_is_fused_exactly(preset: str) -> None:
             assert "norm1" in name or bool(parameter.grad.any()), name
     randomize_batch_norm(model, seed=5)
     assert_same_map(repfx.fuse(model.eval()), model, batch())
+
+
+SUPER_RESOLUTION = ["1x1-kxk-1x1", "1x1-sobel-x", "1x1-laplacian", "lora"]
+AXES: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORM_OF: dict[int, Callable[..., nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+@pytest.mark.parametrize("normalised", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize("norm", ["batch_norm", "scale", "none"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_branches_with_biases_and_fixed_filters_keep_the_function_learn_and_are_fused(
+    dimensions: int, bias: bool, norm: Any, normalised: bool
+) -> None:
+    torch.manual_seed(dimensions)
+    conv = AXES[dimensions](4, 6, 3, stride=2, padding=1, groups=2, bias=bias)
+    norms = [NORM_OF[dimensions](6)] * normalised
+    model = randomize_batch_norm(nn.Sequential(conv, *norms, nn.ReLU())).double()
+    x = torch.randn(3, 4, *(7, 8, 9)[:dimensions], dtype=torch.float64)
+    spec = repfx.Spec(
+        [repfx.BranchSpec(kind, {} if kind == "lora" else {"bias": True}) for kind in SUPER_RESOLUTION], norm
+    )
+    tuned = repfx.expand(model, spec, strict=True)
+    for training in (True, False):
+        assert_same_map(copy.deepcopy(tuned).train(training), copy.deepcopy(model).train(training), x, 1e-12)
+    optimizer = torch.optim.SGD(tuned.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        tuned.train()(x).square().sum().backward()
+        optimizer.step()
+    assert tuned.get_submodule("0.lora.up").weight.any()  # type: ignore[operator]
+    fused = repfx.fuse(tuned.eval())
+    assert_same_map(fused, tuned, x)
+    assert [type(module) for module in fused.children()] == [type(conv), nn.ReLU]
+
+
+def test_a_conv_without_bias_gains_one_by_a_branch_that_has_one_and_keeps_it_when_saved(tmp_path: Path) -> None:
+    branch = repfx.BranchSpec("1x1-kxk-1x1", {"bias": True})
+    plain = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, bias=False)).double()
+    model = repfx.expand(plain, repfx.Spec([branch, repfx.BranchSpec("1x1-laplacian", {"bias": True})], "none"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    reference, x = copy.deepcopy(model), torch.randn(2, 4, 7, 8, dtype=torch.float64)
+    for step in (None, "1x1-kxk-1x1", "1x1-laplacian"):
+        if step is not None:
+            repfx.drop(model, "0", step)
+        repfx.save(tmp_path / "model.safetensors", model)
+        loaded = repfx.load(tmp_path / "model.safetensors", copy.deepcopy(plain))
+        assert_same_map(model, reference, x)
+        assert_same_map(loaded, model, x, 1e-15)
 
 
 def test_class_attributes_and_input_stay() -> None:

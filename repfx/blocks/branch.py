@@ -86,6 +86,7 @@ class Branch(Chain):
     """
 
     kind: ClassVar[str]
+    serves_transposed: ClassVar[bool] = False  # whether the branch is a transposed conv if the site's own is one
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -139,8 +140,11 @@ def kind_of(branch: BranchSpec) -> type[Branch]:
 
 def refusal_of_branch(branch: BranchSpec, site: ConvSpec) -> str | None:
     """Why a branch can't serve a site, or None."""
+    kind = kind_of(branch)
+    if site.transposed and not kind.serves_transposed:
+        return "to a transposed conv only one of equal sizes can be added"
     try:
-        return kind_of(branch).refusal(site, **branch.options)
+        return kind.refusal(site, **branch.options)
     except TypeError as error:
         raise InvalidInput(
             f"branch kind {branch.kind!r} doesn't take the options {dict(branch.options)}: {error}."

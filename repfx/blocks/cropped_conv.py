@@ -37,7 +37,7 @@ class CroppedConv(nn.Module):
     def fits(source: Layer, conv: Layer) -> bool:
         """Whether the weights of `conv` could be cropped from those of `source`."""
         inner, outer = conv.weight.shape, source.weight.shape
-        alike = inner[:2] == outer[:2] and conv.groups == source.groups
+        alike = inner[:2] == outer[:2] and conv.groups == source.groups and not source.transposed
         steps = zip(inner[2:], outer[2:], conv.dilation, source.dilation)
         return alike and all(small <= large and (small == 1 or step == own) for small, large, step, own in steps)
 

@@ -240,7 +240,9 @@ def conv_stages(name: str, spec: ConvSpec, like: Tensor, *, bias: bool = False) 
     if not padded:
         yield f"{name}_pad", Pad(spec.padding, spec.padding_mode)
         spec = replace(spec, padding=((0, 0),) * spec.dimensions)
-    if may_corrupt_memory(spec.in_channels, spec.kernel_size, spec.stride, chain(*spec.padding)):
+    if not spec.transposed and may_corrupt_memory(
+        spec.in_channels, spec.kernel_size, spec.stride, chain(*spec.padding)
+    ):
         yield f"{name}_subsample", Subsample(spec.stride)
         spec = replace(spec, stride=(1,) * spec.dimensions)
     yield name, conv_module(spec, like, bias=bias)

@@ -59,6 +59,10 @@ SITES: dict[str, Callable[[], Layer]] = {
     "3d": lambda: nn.Conv3d(2, 2, 3, padding=1),
     "3d factored": lambda: nn.Conv3d(2, 4, (3, 1, 1), padding=(1, 0, 0)),
     "3d spatial, stride": lambda: nn.Conv3d(2, 4, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+    "transposed": lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1),
+    "transposed, groups, dilation": lambda: nn.ConvTranspose2d(4, 6, (2, 3), dilation=(1, 2), groups=2),
+    "1d transposed depthwise": lambda: nn.ConvTranspose1d(4, 4, 4, stride=2, padding=1, groups=4),
+    "3d transposed": lambda: nn.ConvTranspose3d(2, 4, (1, 2, 2), stride=(1, 2, 2)),
     "3d even, replicate": lambda: nn.Conv3d(2, 2, 2, padding=1, padding_mode="replicate"),
 }
 SIZES = {name: ConvSpec.of(make()) for name, make in SITES.items()}
@@ -234,6 +238,9 @@ def test_a_refusal_says_why(branch: BranchSpec, name: str) -> None:
         ("1x1-laplacian", "even by odd, same, dilation", "2×3 has no 3 taps"),
         ("1x1-laplacian", "1x1", "1×1 has no 3 taps"),
         ("lora", "depthwise", "rank 1 already"),
+        ("lora", "transposed", "equal sizes"),
+        ("1x1", "1d transposed depthwise", "equal sizes"),
+        ("identity", "3d transposed", "equal sizes"),
     ],
 )
 def test_what_does_not_fit_is_refused(kind: str, name: str, reason: str) -> None:

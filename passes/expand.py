@@ -342,14 +342,13 @@ def _free_name(kind: str, taken: Container[str]) -> str:
 
 
 def _initialise(branch: Branch, spec: Spec, *, quiet: bool) -> None:
-    convs: list[Layer] = [module for module in branch.modules() if is_conv(module)]
-    for conv in convs:
-        if conv.weight.requires_grad:
-            FIRST_WEIGHTS[spec.weights](conv)
+    for conv in branch.free_convs:
+        FIRST_WEIGHTS[spec.weights](conv)
     if branch.last_norm is not None:
         nn.init.constant_(branch.last_norm.weight, 0.0 if quiet else spec.gamma)
-    if spec.norm == "scale":
-        nn.init.constant_(branch.get_submodule("scale").weight, branch.first_scale)  # type: ignore[arg-type]
+    scale: Layer | None = branch._modules.get("scale")
+    if scale is not None:
+        nn.init.constant_(scale.weight, branch.first_scale)
 
 
 def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *, preserve: bool) -> None:

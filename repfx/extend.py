@@ -15,7 +15,7 @@ from repfx.blocks.block import RepBlock
 from repfx.blocks.branch import KINDS, Branch, fitting
 from repfx.blocks.presets import PRESETS, Preset, resolve_spec
 from repfx.blocks.spec import BranchSpec, Spec
-from repfx.blocks.stages import AVERAGE_POOL_OF, BATCH_NORM_OF, Norm, Pad, Scale, Stages, Subsample, conv_stages
+from repfx.blocks.stages import AVERAGE_POOL_OF, BATCH_NORM_OF, Factor, Norm, Pad, Scale, Stages, Subsample, conv_stages
 from repfx.change.saliency import METRICS
 from repfx.change.schedule import SCHEDULES, Candidate, Observation, ObservedBlock, Schedule
 from repfx.passes.calibrate import Calibrate
@@ -47,6 +47,7 @@ __all__ = [
     "Branch",
     "BranchSpec",
     "ConvSpec",
+    "Factor",
     "Norm",
     "Pad",
     "Preset",

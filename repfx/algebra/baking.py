@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from repfx.algebra.conv_spec import ConvSpec
-from repfx.algebra.kernel import Kernel, is_symmetric
+from repfx.algebra.kernel import Ints, Kernel, is_symmetric
 from repfx.algebra.layers import Layer
 from repfx.errors import InvalidInput
 
@@ -68,10 +68,8 @@ def _empty_conv(kernel: Kernel, template: Layer) -> nn.Module:
     bias = kernel.bias is not None
     if kernel.dimensions == 0:
         return nn.Linear(kernel.in_channels, kernel.out_channels, bias, device="meta", dtype=like.dtype)
-    if kernel.transposed:
-        return _empty_transposed_conv(kernel, like)
     spec = ConvSpec.of_kernel(kernel)
-    if isinstance(template.padding, str) and _same_places(spec, ConvSpec.of(template)):
+    if not spec.transposed and isinstance(template.padding, str) and _same_places(spec, ConvSpec.of(template)):
         return CONV_OF[spec.dimensions](  # padding="same" stays as the user wrote it
             spec.in_channels,
             spec.out_channels,
@@ -92,7 +90,7 @@ def _same_places(a: ConvSpec, b: ConvSpec) -> bool:
     return (a.kernel_size, a.padding, a.dilation) == (b.kernel_size, b.padding, b.dilation)
 
 
-_TRANSPOSED_CONV_OF: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+CONV_OF: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 def _empty_transposed_conv(kernel: Kernel, like: Tensor) -> nn.Module:
@@ -112,11 +110,14 @@ def _empty_transposed_conv(kernel: Kernel, like: Tensor) -> nn.Module:
 
 
 CONV_OF: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED_CONV_OF: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 def conv_module(spec: ConvSpec, like: Tensor, *, bias: bool, padded: bool = True) -> nn.Module:
     """Return torch's conv of these sizes. The padding of `spec` has to be symmetric, unless `padded=False` leaves it out."""
     padding = tuple(before if padded else 0 for before, _ in spec.padding)
+    if spec.transposed:
+        return _transposed_conv(spec, padding, like, bias=bias)
     return CONV_OF[spec.dimensions](
         spec.in_channels,
         spec.out_channels,
@@ -127,6 +128,22 @@ def conv_module(spec: ConvSpec, like: Tensor, *, bias: bool, padded: bool = True
         spec.groups,
         bias,
         spec.padding_mode,
+        device=like.device,
+        dtype=like.dtype,
+    )
+
+
+def _transposed_conv(spec: ConvSpec, padding: Ints, like: Tensor, *, bias: bool) -> nn.Module:
+    return _TRANSPOSED_CONV_OF[spec.dimensions](
+        spec.in_channels,
+        spec.out_channels,
+        spec.kernel_size,
+        spec.stride,
+        padding,
+        spec.output_padding,
+        spec.groups,
+        bias,
+        spec.dilation,
         device=like.device,
         dtype=like.dtype,
     )

@@ -12,7 +12,7 @@ from repfx.errors import InvalidInput
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """One conv's sizes, without its weights. Padding is (before, after) per axis; negative crops.
+    """One conv's sizes, without its weights. Padding is (before, after) per axis; negative crops. `Kernel` has the meaning of each.
 
     >>> from torch import nn
     >>> site = ConvSpec.of(nn.Conv2d(8, 16, (3, 5), padding=(1, 2)))
@@ -28,15 +28,16 @@ class ConvSpec:
     dilation: Ints
     groups: int = 1
     padding_mode: str = "zeros"
+    transposed: bool = False
+    output_padding: Ints = ()
 
     @classmethod
     def of(cls, conv: Layer) -> ConvSpec:
         """Return the sizes of a conv module."""
         window, stride, dilation = tuple(conv.kernel_size), tuple(conv.stride), tuple(conv.dilation)
-        padding = padding_of(conv)
-        return cls(
-            conv.in_channels, conv.out_channels, window, stride, padding, dilation, conv.groups, conv.padding_mode
-        )
+        sizes = (window, stride, padding_of(conv), dilation, conv.groups, conv.padding_mode)
+        output_padding = tuple(conv.output_padding) if conv.transposed else ()
+        return cls(conv.in_channels, conv.out_channels, *sizes, conv.transposed, output_padding)
 
     @classmethod
     def of_kernel(cls, kernel: Kernel) -> ConvSpec:
@@ -50,6 +51,8 @@ class ConvSpec:
             kernel.dilation,
             kernel.groups,
             kernel.padding_mode,
+            kernel.transposed,
+            kernel.output_padding,
         )
 
     @property
@@ -68,7 +71,12 @@ class ConvSpec:
         """Return a smaller window in the middle of this one, whose outputs line up with this one's, position by position.
 
         `dilation` counts in taps of this window. The padding of the result may be negative, which crops the input.
+
+        Raises:
+            InvalidInput: the window doesn't fit, or the conv is transposed.
         """
+        if self.transposed:
+            raise InvalidInput(f"no smaller window lies in a transposed conv, such as {self}.")
         dilation = tuple(d * own for d, own in zip(dilation or (1,) * self.dimensions, self.dilation))
         padding = []
         for k, d, inner_k, inner_d, (before, after) in zip(
@@ -89,6 +97,8 @@ class ConvSpec:
             parts.append("dilation " + "×".join(map(str, self.dilation)))
         if self.groups > 1:
             parts.append("depthwise" if self.is_depthwise else f"groups {self.groups}")
+        if self.transposed:
+            parts.append("transposed")
         if self.padding_mode != "zeros" and any(side for pair in self.padding for side in pair):
             parts.append(self.padding_mode)
         return " ".join(parts)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from repfx.algebra.conv_spec import ConvSpec
-from repfx.algebra.layers import CONVS, is_conv
+from repfx.algebra.layers import CONVS, TRANSPOSED_CONVS, is_conv
 from repfx.algebra.meaning import torch_class
 from repfx.blocks.block import ORIGIN, RepBlock
 from repfx.blocks.cropped_conv import is_shared
@@ -206,7 +206,7 @@ class Architecture:
 
 
 def _sizes(conv: nn.Module) -> str:
-    return str(ConvSpec.of(conv)) if torch_class(conv) in CONVS else "?"
+    return str(ConvSpec.of(conv)) if torch_class(conv) in CONVS + TRANSPOSED_CONVS else "?"
 
 
 def _names(code: SiteCode) -> list[str]:

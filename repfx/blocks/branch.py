@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from repfx.algebra.conv_spec import ConvSpec
 from repfx.algebra.kernel import Kernel
-from repfx.algebra.layers import Layer, is_batch_norm
+from repfx.algebra.layers import Layer, is_batch_norm, is_conv
 from repfx.algebra.meaning import kernel_of
 from repfx.blocks.spec import BranchSpec
 from repfx.blocks.stages import Norm, Pad, Stages, Subsample
@@ -86,6 +86,7 @@ class Branch(Chain):
     """
 
     kind: ClassVar[str]
+    serves_transposed: ClassVar[bool] = False  # whether the branch is a transposed conv if the site's own is one
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -108,6 +109,12 @@ class Branch(Chain):
     def spec(self) -> BranchSpec:
         """The spec that asks for a branch like this one."""
         return BranchSpec(self.kind, self.options, scale=self.first_scale)
+
+    @property
+    def free_convs(self) -> list[Layer]:
+        """The convs whose first weights `Spec.weights` may choose: all that are trained. A kind whose convs have to begin as it says
+        leaves them out."""
+        return [module for module in self.modules() if is_conv(module) and module.weight.requires_grad]
 
     @classmethod
     def refusal(cls, site: ConvSpec, *_: Any, **options: Any) -> str | None:
@@ -133,8 +140,11 @@ def kind_of(branch: BranchSpec) -> type[Branch]:
 
 def refusal_of_branch(branch: BranchSpec, site: ConvSpec) -> str | None:
     """Why a branch can't serve a site, or None."""
+    kind = kind_of(branch)
+    if site.transposed and not kind.serves_transposed:
+        return "to a transposed conv only one of equal sizes can be added"
     try:
-        return kind_of(branch).refusal(site, **branch.options)
+        return kind.refusal(site, **branch.options)
     except TypeError as error:
         raise InvalidInput(
             f"branch kind {branch.kind!r} doesn't take the options {dict(branch.options)}: {error}."

@@ -11,6 +11,7 @@ from repfx.algebra.conv_spec import ConvSpec
 from repfx.algebra.kernel import Kernel
 from repfx.algebra.layers import Layer
 from repfx.algebra.meaning import Meaning, reads
+from repfx.blocks.branch import Branch
 from repfx.errors import InvalidInput
 
 
@@ -36,7 +37,7 @@ class CroppedConv(nn.Module):
     def fits(source: Layer, conv: Layer) -> bool:
         """Whether the weights of `conv` could be cropped from those of `source`."""
         inner, outer = conv.weight.shape, source.weight.shape
-        alike = inner[:2] == outer[:2] and conv.groups == source.groups
+        alike = inner[:2] == outer[:2] and conv.groups == source.groups and not source.transposed
         steps = zip(inner[2:], outer[2:], conv.dilation, source.dilation)
         return alike and all(small <= large and (small == 1 or step == own) for small, large, step, own in steps)
 
@@ -83,11 +84,11 @@ def _read_cropped_conv(conv: Layer) -> Meaning:
     )
 
 
-def share(branch: nn.Module, source: Layer) -> None:
-    """Let each conv of a branch take the centre of the weights of `source`, if channels and windows allow it."""
+def share(branch: Branch, source: Layer) -> None:
+    """Let each free conv of a branch take the centre of the weights of `source`, if channels and windows allow it."""
+    free = branch.free_convs
     for name, conv in branch.named_children():
-        layer: Layer = conv
-        if isinstance(conv, nn.modules.conv._ConvNd) and CroppedConv.fits(source, layer):
+        if any(conv is each for each in free) and CroppedConv.fits(source, conv):
             cropped = CroppedConv(source, ConvSpec.of(conv))
             setattr(branch, name, cropped.train(conv.training))
 

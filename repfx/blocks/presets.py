@@ -48,6 +48,15 @@ _OREPA = [
     BranchSpec("separable", scale=0.5),
 ]
 
+_ECBSR = [
+    BranchSpec("1x1-kxk", {"expansion": 2}),
+    *(BranchSpec(kind, scale=1e-3) for kind in ("1x1-sobel-x", "1x1-sobel-y", "1x1-laplacian")),
+]
+
+_SPAN = [BranchSpec("1x1-kxk-1x1", {"expansion": 2}), "1x1"]
+
+_REPSR = ["1x1-kxk-1x1", "1x1-kxk-1x1", "identity"]
+
 _ALL_SIX = [*_DBB, "1xk", "kx1", "identity"]
 
 PRESETS: Registry[Preset] = Registry("repfx.branches")
@@ -84,6 +93,10 @@ PRESETS.update(
             "five scaled branches without BatchNorm, one BatchNorm after the sum; squeezed, it trains at about the price of a conv (OREPA)",
             Spec(_OREPA, norm="scale", origin_scale=0.25),
         ),
+        Preset("ecbsr", "1×1–k×k and three filters of edges without BatchNorm (ECBSR)", Spec(_ECBSR, norm="none")),
+        Preset("span", "1×1–k×k–1×1 and 1×1 without BatchNorm (SPAN)", Spec(_SPAN, norm="none")),
+        Preset("repsr", "two 1×1–k×k–1×1 and identity (RepSR)", Spec(_REPSR)),
+        Preset("lora", "a conv of rank 4 that begins at zero (LoRA)", Spec(["lora"], norm="none")),
     ]
 )
 

@@ -20,7 +20,7 @@ class BranchSpec:
     name: str | None = field(
         default=None, repr=False
     )  # name in the block; by default the kind, with a number from the second on
-    scale: float = field(default=1.0, repr=False)  # first value of the branch's `Scale`, if `Spec.norm` is "scale"
+    scale: float = field(default=1.0, repr=False)  # first value of the branch's `Scale`, if it has one
 
 
 Normalisation = Literal["batch_norm", "scale", "none"]

@@ -72,11 +72,16 @@ def _read_subsample(module: Layer) -> Meaning:
 
 
 class Scale(nn.Module):
-    """One learned factor per channel: ``(batch, channels, *axes)`` times ``(channels,)``."""
+    """One learned factor per channel, and with `bias` one learned summand: ``(batch, channels, *axes)`` times ``(channels,)``.
 
-    def __init__(self, channels: int, dimensions: int, **factory: Any) -> None:
+    >>> Scale(2, 1, bias=True)(torch.ones(1, 2, 3)).shape
+    torch.Size([1, 2, 3])
+    """
+
+    def __init__(self, channels: int, dimensions: int, *, bias: bool = False, **factory: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels, **factory))
+        self.bias = nn.Parameter(torch.zeros(channels, **factory)) if bias else None
         self.dimensions = dimensions
 
     @classmethod
@@ -88,7 +93,9 @@ class Scale(nn.Module):
         return scale.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight.reshape(-1, *(1,) * self.dimensions)
+        ones = (1,) * self.dimensions
+        scaled = x * self.weight.reshape(-1, *ones)
+        return scaled if self.bias is None else scaled + self.bias.reshape(-1, *ones)
 
     def extra_repr(self) -> str:
         return str(self.weight.shape[0])
@@ -97,9 +104,36 @@ class Scale(nn.Module):
 @reads(Scale)
 def _read_scale(scale: Layer) -> Meaning:
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
-        return Kernel.diagonal(scale.weight.to(like), None, dimensions)
+        bias = None if scale.bias is None else scale.bias.to(like)
+        return Kernel.diagonal(scale.weight.to(like), bias, dimensions)
 
     return Meaning("affine", scale.dimensions, scale.weight.shape[0], build)
+
+
+class Factor(nn.Module):
+    """One fixed number that multiplies every channel.
+
+    >>> Factor(0.5)(torch.tensor([2.0]))
+    tensor([1.])
+    """
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.value
+
+    def extra_repr(self) -> str:
+        return f"{self.value:g}"
+
+
+@reads(Factor)
+def _read_factor(factor: Layer) -> Meaning:
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        return Kernel.diagonal(like.new_full((channels,), factor.value), None, dimensions)
+
+    return Meaning("affine", None, None, build)
 
 
 class Residual(nn.Module):
@@ -206,7 +240,9 @@ def conv_stages(name: str, spec: ConvSpec, like: Tensor, *, bias: bool = False) 
     if not padded:
         yield f"{name}_pad", Pad(spec.padding, spec.padding_mode)
         spec = replace(spec, padding=((0, 0),) * spec.dimensions)
-    if may_corrupt_memory(spec.in_channels, spec.kernel_size, spec.stride, chain(*spec.padding)):
+    if not spec.transposed and may_corrupt_memory(
+        spec.in_channels, spec.kernel_size, spec.stride, chain(*spec.padding)
+    ):
         yield f"{name}_subsample", Subsample(spec.stride)
         spec = replace(spec, stride=(1,) * spec.dimensions)
     yield name, conv_module(spec, like, bias=bias)

@@ -10,9 +10,10 @@ from repfx.blocks.stages import Norm, Stages, conv_stages
 
 
 class Full(Branch):
-    """A further conv like the site's own (MobileOne's over-parameterization). It serves 1×1 sites too."""
+    """A further conv like the site's own (MobileOne's over-parameterization). It serves 1×1 sites and transposed convs, too."""
 
     kind = "kxk"
+    serves_transposed = True
 
     @classmethod
     def stages(cls, site: ConvSpec, norm: Norm, like: Tensor) -> Stages:

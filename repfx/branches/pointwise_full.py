@@ -9,27 +9,31 @@ from torch import Tensor, nn
 from repfx.algebra.baking import conv_module
 from repfx.algebra.conv_spec import ConvSpec
 from repfx.algebra.layers import Layer
-from repfx.blocks.branch import Branch
+from repfx.blocks.branch import Branch, require_positive
 from repfx.blocks.stages import Norm, Pad, Residual, Stages
 
 
 class PointwiseFull(Branch):
     """1×1 conv, then k×k conv (DBB transform III). Padding comes before the BatchNorms, so this is one conv in training mode too.
 
-    The 1×1 conv has as many output channels as the site has input channels, or twice as many in depthwise sites. Where it can, it begins
-    as the identity, as DBB's does. With `residual` it is I + P, where P begins as zero, so that weight decay pulls it to the identity
-    (OREPA).
+    The 1×1 conv has `expansion` times as many output channels as the site has input channels; by default once as many, or twice in
+    depthwise sites. Where it can, it begins as the identity, as DBB's does. With `residual` it is I + P, where P begins as zero, so that
+    weight decay pulls it to the identity (OREPA). ECBSR has an expansion of 2.
     """
 
     kind = "1x1-kxk"
 
     @classmethod
-    def refusal(cls, site: ConvSpec, residual: bool = False) -> str | None:
+    def refusal(cls, site: ConvSpec, residual: bool = False, expansion: int | None = None) -> str | None:
+        if expansion is not None:
+            require_positive(cls.kind, expansion=expansion)
         return "the window is 1×1 already" if site.is_pointwise else None
 
     @classmethod
-    def stages(cls, site: ConvSpec, norm: Norm, like: Tensor, residual: bool = False) -> Stages:
-        middle = 2 * site.in_channels if site.is_depthwise else site.in_channels
+    def stages(
+        cls, site: ConvSpec, norm: Norm, like: Tensor, residual: bool = False, expansion: int | None = None
+    ) -> Stages:
+        middle = site.in_channels * (expansion or (2 if site.is_depthwise else 1))
         ones = (1,) * site.dimensions
         unpadded = ((0, 0),) * site.dimensions
         mix = ConvSpec(site.in_channels, middle, ones, ones, unpadded, ones, site.groups)

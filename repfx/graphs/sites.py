@@ -85,10 +85,10 @@ class SiteTable:
 def sites(model: nn.Module, spec: SpecLike | Architecture | None = None) -> SiteTable:
     """List the sites of a model: path, conv, and branches or the reason why a conv was left alone. With `spec`, show what it would add.
 
-    >>> print(sites(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 8, 2)), "repvgg"))
+    >>> print(sites(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)), "repvgg"))
     site  conv     branches
     0     3×3 3→8  (would get 1x1; not identity: 3 channels go in and 8 come out)
-    2     ?        (a transposed conv is folded but not expanded)
+    2     1×1 8→8  (would get identity; not 1x1: the window is 1×1 already)
     """
     require_layers(model)
     model = bare(model)
@@ -208,7 +208,9 @@ def find_sites(model: nn.Module) -> list[Site]:
             refusal = _refusal(module, path, read, registered, owners) or code[path].refusal(
                 module, called=calls[path] > 0
             )
-            conv = ConvSpec.of(module) if torch_class(module) in CONVS else None
+            if refusal is None and torch_class(module) in TRANSPOSED_CONVS:
+                refusal = _size_refusal(path, traces)
+            conv = ConvSpec.of(module) if torch_class(module) in CONVS + TRANSPOSED_CONVS else None
             found.append(Site(path, conv, norms.get(path), (), inside, refusal))
     return found
 
@@ -285,8 +287,6 @@ def _refusal(
 ) -> str | None:
     if not path:
         return "it is the model itself: put it into an nn.Sequential"
-    if torch_class(conv) in TRANSPOSED_CONVS:
-        return "a transposed conv is folded but not expanded"
     if refusal_of(conv) is not None:
         return refusal_of(conv)
     if nn.utils.parametrize.is_parametrized(conv):
@@ -300,6 +300,21 @@ def _refusal(
         return f"its weights are shared with {shared[0].rpartition('.')[0]!r}"
     if not conv.weight.is_floating_point():
         return f"its weights are {conv.weight.dtype}"
+    return None
+
+
+def _size_refusal(path: str, traces: Traces) -> str | None:
+    """Why a transposed conv can't become a block, which takes no `output_size` as the conv does, or None."""
+    nodes = [
+        node
+        for island in traces.islands
+        for node in island.graph.nodes
+        if node.op == "call_module" and island.full_path(str(node.target)) == path
+    ]
+    if not nodes:
+        return "it is a transposed conv, and code around it, which can't be traced, may ask it for an output size"
+    if any(len(node.args) + len(node.kwargs) > 1 for node in nodes):
+        return "code around it asks it for an output size"
     return None
 
 
@@ -355,6 +370,10 @@ def _conv_and_norm(node: fx.Node, island: Island, model: nn.Module) -> tuple[str
         return None
     paths = island.full_path(str(before.target)), island.full_path(str(node.target))
     conv, norm = model.get_submodule(paths[0]), norm_of(model.get_submodule(paths[1]))
-    if torch_class(conv) not in CONVS or torch_class(norm) not in BATCH_NORMS or refusal_of(norm) is not None:
+    if (
+        torch_class(conv) not in CONVS + TRANSPOSED_CONVS
+        or torch_class(norm) not in BATCH_NORMS
+        or refusal_of(norm) is not None
+    ):
         return None
     return paths

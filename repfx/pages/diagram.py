@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from repfx.algebra.conv_spec import ConvSpec
-from repfx.algebra.layers import CONVS, Layer, is_batch_norm, is_conv
+from repfx.algebra.layers import CONVS, TRANSPOSED_CONVS, Layer, is_batch_norm, is_conv
 from repfx.algebra.meaning import torch_class
 from repfx.blocks.block import ORIGIN, RepBlock
 from repfx.blocks.branch import Chain
@@ -176,7 +176,7 @@ def chip_of(module: nn.Module) -> Chip:
 
 
 def _conv(conv: Layer) -> str:
-    if torch_class(conv) in CONVS:
+    if torch_class(conv) in CONVS + TRANSPOSED_CONVS:
         return f"conv {ConvSpec.of(conv)}"
     return f"{type(conv).__name__} {conv.in_channels}→{conv.out_channels}"
 

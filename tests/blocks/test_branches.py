@@ -59,6 +59,10 @@ SITES: dict[str, Callable[[], Layer]] = {
     "3d": lambda: nn.Conv3d(2, 2, 3, padding=1),
     "3d factored": lambda: nn.Conv3d(2, 4, (3, 1, 1), padding=(1, 0, 0)),
     "3d spatial, stride": lambda: nn.Conv3d(2, 4, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+    "transposed": lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1),
+    "transposed, groups, dilation": lambda: nn.ConvTranspose2d(4, 6, (2, 3), dilation=(1, 2), groups=2),
+    "1d transposed depthwise": lambda: nn.ConvTranspose1d(4, 4, 4, stride=2, padding=1, groups=4),
+    "3d transposed": lambda: nn.ConvTranspose3d(2, 4, (1, 2, 2), stride=(1, 2, 2)),
     "3d even, replicate": lambda: nn.Conv3d(2, 2, 2, padding=1, padding_mode="replicate"),
 }
 SIZES = {name: ConvSpec.of(make()) for name, make in SITES.items()}
@@ -68,8 +72,14 @@ VARIANTS = [
     BranchSpec("dilated", {"kernel_size": 3, "dilation": 7}),
     BranchSpec("dilated", {"kernel_size": 2, "dilation": 1}),
     BranchSpec("separable", {"expansion": 1}),
+    BranchSpec("1x1-kxk", {"expansion": 3}),
+    BranchSpec("1x1-kxk-1x1", {"expansion": 1, "bias": True}),
+    BranchSpec("1x1-sobel-y", {"bias": True}),
+    BranchSpec("1x1-laplacian", {"bias": True}),
+    BranchSpec("lora", {"rank": 2, "alpha": 8}),
 ]
 NORMS = ["batch_norm", "scale", "none"]
+EXPANDED = ("1x1-kxk-1x1", "lora", "1x1-sobel-x", "1x1-sobel-y", "1x1-sobel-z", "1x1-laplacian")
 
 
 def label(value: object) -> str | None:
@@ -92,6 +102,8 @@ def build(branch: BranchSpec, name: str, norm: str, dtype: torch.dtype = torch.f
     for module in weights:
         if module.weight.requires_grad:
             module.weight.normal_(0.5, 0.5)
+        if getattr(module, "bias", None) is not None:
+            module.bias.normal_(0.5, 0.5)
     randomize_batch_norm(built)
     return built
 
@@ -219,6 +231,16 @@ def test_a_refusal_says_why(branch: BranchSpec, name: str) -> None:
         ("frequency-prior", "1x1", "1×1"),
         ("separable", "depthwise", "depthwise already"),
         ("separable", "1d 1", "1×1"),
+        ("1x1-kxk-1x1", "1x1", "1×1 already"),
+        ("1x1-sobel-x", "row", "1×7 has no 3 taps"),
+        ("1x1-sobel-y", "1d", "needs 2 axes, the window has 1"),
+        ("1x1-sobel-z", "3x3", "needs 3 axes, the window has 2"),
+        ("1x1-laplacian", "even by odd, same, dilation", "2×3 has no 3 taps"),
+        ("1x1-laplacian", "1x1", "1×1 has no 3 taps"),
+        ("lora", "depthwise", "rank 1 already"),
+        ("lora", "transposed", "equal sizes"),
+        ("1x1", "1d transposed depthwise", "equal sizes"),
+        ("identity", "3d transposed", "equal sizes"),
     ],
 )
 def test_what_does_not_fit_is_refused(kind: str, name: str, reason: str) -> None:
@@ -238,6 +260,11 @@ TAPS = {
     "1x1-avg": EVERYWHERE,
     "separable": EVERYWHERE,
     "frequency-prior": EVERYWHERE,
+    "1x1-kxk-1x1": EVERYWHERE,
+    "lora": EVERYWHERE,
+    "1x1-sobel-x": [".#.#.", ".#.#.", ".#.#."],
+    "1x1-sobel-y": [".###.", ".....", ".###."],
+    "1x1-laplacian": ["..#..", ".###.", "..#.."],
     "dilated": [".#.#.", ".....", ".#.#."],
     "dilated-2x2": ["#.#", "...", "#.#"],
     "dilated-1x2": ["...", "#.#", "..."],
@@ -245,7 +272,7 @@ TAPS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "1x1-sobel-z"])  # it needs a third axis
 def test_a_branch_has_weights_at_the_taps_that_its_kind_names(kind: str) -> None:
     """Origin and branch add to a kernel of the site's window, which is zero where the origin and the branch have no tap."""
     rows = TAPS[kind]
@@ -283,6 +310,92 @@ def test_the_prior_of_frequencies_is_a_row_of_cosines(sizes: tuple[int, int]) ->
                 assert float(branch.prior.weight[channel, 0, row, column]) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("kind", "dimensions", "taps"),
+    [
+        ("1x1-sobel-x", 1, [1, 0, -1]),
+        ("1x1-sobel-x", 2, [[1, 0, -1], [2, 0, -2], [1, 0, -1]]),
+        ("1x1-sobel-y", 2, [[1, 2, 1], [0, 0, 0], [-1, -2, -1]]),
+        ("1x1-laplacian", 1, [1, -2, 1]),
+        ("1x1-laplacian", 2, [[0, 1, 0], [1, -4, 1], [0, 1, 0]]),
+    ],
+)
+def test_the_filters_of_edges_are_those_of_the_books(kind: str, dimensions: int, taps: list[Any]) -> None:
+    site = ConvSpec.of([nn.Conv1d, nn.Conv2d][dimensions - 1](2, 4, 3, padding=1))
+    fixed: Layer = KINDS[kind](site, Norm("none"), torch.empty(())).get_submodule("filter")
+    assert not fixed.weight.requires_grad
+    assert fixed.weight[:, 0].tolist() == [taps] * 4
+
+
+@pytest.mark.parametrize(("kind", "axis"), [("1x1-sobel-x", 2), ("1x1-sobel-y", 1), ("1x1-sobel-z", 0)])
+def test_a_slope_in_space_is_smoothed_along_the_two_other_axes(kind: str, axis: int) -> None:
+    site = ConvSpec.of(nn.Conv3d(1, 1, 3))
+    fixed: Layer = KINDS[kind](site, Norm("none"), torch.empty(())).get_submodule("filter")
+    taps = fixed.weight[0, 0].movedim(axis, 0)
+    smooth = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]])
+    assert torch.equal(taps, torch.stack([smooth, torch.zeros(3, 3), -smooth]))
+
+
+def test_the_laplacian_of_space_weighs_six_neighbours() -> None:
+    fixed: Layer = KINDS["1x1-laplacian"](ConvSpec.of(nn.Conv3d(1, 1, 3)), Norm("none"), torch.empty(())).filter
+    assert float(fixed.weight[0, 0, 1, 1, 1]) == -6
+    assert float(fixed.weight.clamp(min=0).sum()) == 6
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("branch", [each for each in VARIANTS if each.kind in EXPANDED], ids=label)
+def test_every_trained_number_gets_a_gradient(branch: BranchSpec, norm: str) -> None:
+    name = fitting_site(branch)
+    built, x = build(branch, name, norm).train(), example(name)
+    weights = torch.randn_like(built(x))
+    (built(x) * weights).sum().backward()
+    for parameter_name, parameter in built.named_parameters():
+        inside = (
+            "norm1" in parameter_name or "norm2" in parameter_name
+        )  # a BatchNorm takes away what the one before it added
+        assert inside or not parameter.requires_grad or float(parameter.grad.abs().max()) > 1e-6, parameter_name
+
+
+def test_the_filters_of_edges_have_a_scale_where_no_batch_norm_is_one() -> None:
+    kind = KINDS["1x1-laplacian"]
+    for norm in ("none", "scale"):
+        scale: Layer = kind(SIZES["3x3"], Norm(norm), torch.empty(()), bias=True).scale
+        assert (scale.weight.shape, scale.bias.shape) == ((6,), (6,))
+        assert kind(SIZES["3x3"], Norm(norm), torch.empty(())).get_submodule("scale").bias is None
+    assert "scale" not in dict(kind(SIZES["3x3"], Norm(), torch.empty(())).named_children())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("weights", ["default", "fan_out", "small", "shared"])
+@pytest.mark.parametrize(
+    "conv",
+    [nn.Conv2d(3, 4, 3, padding=1, groups=1), nn.Conv1d(4, 4, 5), nn.Conv3d(4, 6, 1, groups=2), nn.Conv2d(4, 4, 1)],
+    ids=str,
+)
+def test_a_low_rank_begins_at_zero_whatever_the_spec_says_of_weights(conv: Layer, weights: Any, norm: Any) -> None:
+    """Nothing subtracts it from a site with a BatchNorm, so the function would change."""
+    if weights == "shared" and norm != "batch_norm":
+        return
+    rank = BranchSpec("lora", {"rank": 4, "alpha": 2})
+    block: Any = repfx.expand(nn.Sequential(conv), repfx.Spec([rank], norm=norm, weights=weights))[0]
+    branch = block.branches["lora"]
+    assert not branch.up.weight.any()
+    assert branch.up.weight.requires_grad
+    assert branch.factor.value == 0.5
+    assert branch.last_norm is None
+
+
+def test_fixed_filters_are_never_shared_with_the_site() -> None:
+    """They have the shape of a depthwise site's own weights."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4))
+    kinds = ["frequency-prior", "1x1-sobel-x"]
+    block: Any = repfx.expand(model, repfx.Spec(kinds, weights="shared"))[0]
+    site = ConvSpec.of(model[0])
+    for kind, name in zip(kinds, ("prior", "filter")):
+        fixed: Layer = KINDS[kind](site, Norm(), torch.empty(())).get_submodule(name)
+        assert torch.equal(block.branches[kind].get_submodule(name).weight, fixed.weight)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_the_pointwise_conv_before_a_window_begins_as_an_identity(groups: int) -> None:
     site = ConvSpec.of(nn.Conv2d(6, 6, (3, 2), groups=groups))
@@ -309,6 +422,13 @@ def test_depthwise_sites_keep_their_groups() -> None:
         ("dilated", {"dilation": 0}),
         ("dilated", {"kernel_size": 2.5}),
         ("separable", {"expansion": 0}),
+        ("1x1-kxk", {"expansion": 0}),
+        ("1x1-kxk-1x1", {"expansion": 1.5}),
+        ("lora", {"rank": 0}),
+        ("lora", {"alpha": 0}),
+        ("lora", {"alpha": math.nan}),
+        ("lora", {"alpha": "8"}),
+        ("1x1-sobel-x", {"axis": 1}),
     ],
 )
 def test_wrong_options_are_invalid(kind: str, options: dict[str, object]) -> None:

@@ -32,7 +32,7 @@ def test_the_table_says_why_a_conv_was_left_alone() -> None:
     model = repfx.expand(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 8, 2)), ["1x1"])
     lines = str(repfx.sites(model)).splitlines()
     assert "the window is 1×1 already" in lines[1]
-    assert "folded but not expanded" in lines[2]
+    assert "to a transposed conv only one of equal sizes can be added" in lines[2]
     assert str(repfx.sites(nn.Sequential(nn.Conv2d(3, 8, 1)))).endswith("(plain)")
 
 

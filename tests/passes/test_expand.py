@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from repfx.blocks.architecture import Architecture
 from repfx.blocks.presets import PRESETS
 from repfx.blocks.stages import AttachRate
 from repfx.errors import InvalidInput, Refused, UnknownName
+from repfx.passes.calibrate import calibrate
 from repfx.testing import assert_same_map, randomize_batch_norm, relative_error
 from tests.small_net import SmallNet, batch, small_net
 
@@ -43,6 +45,137 @@ def test_every_new_branch_learns_and_is_fused_exactly(preset: str) -> None:
             assert "norm1" in name or bool(parameter.grad.any()), name
     randomize_batch_norm(model, seed=5)
     assert_same_map(repfx.fuse(model.eval()), model, batch())
+
+
+SUPER_RESOLUTION = ["1x1-kxk-1x1", "1x1-sobel-x", "1x1-laplacian", "lora"]
+AXES: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORM_OF: dict[int, Callable[..., nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+@pytest.mark.parametrize("normalised", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize("norm", ["batch_norm", "scale", "none"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_branches_with_biases_and_fixed_filters_keep_the_function_learn_and_are_fused(
+    dimensions: int, bias: bool, norm: Any, normalised: bool
+) -> None:
+    torch.manual_seed(dimensions)
+    conv = AXES[dimensions](4, 6, 3, stride=2, padding=1, groups=2, bias=bias)
+    norms = [NORM_OF[dimensions](6)] * normalised
+    model = randomize_batch_norm(nn.Sequential(conv, *norms, nn.ReLU())).double()
+    x = torch.randn(3, 4, *(7, 8, 9)[:dimensions], dtype=torch.float64)
+    spec = repfx.Spec(
+        [repfx.BranchSpec(kind, {} if kind == "lora" else {"bias": True}) for kind in SUPER_RESOLUTION], norm
+    )
+    tuned = repfx.expand(model, spec, strict=True)
+    for training in (True, False):
+        assert_same_map(copy.deepcopy(tuned).train(training), copy.deepcopy(model).train(training), x, 1e-12)
+    optimizer = torch.optim.SGD(tuned.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        tuned.train()(x).square().sum().backward()
+        optimizer.step()
+    assert tuned.get_submodule("0.lora.up").weight.any()  # type: ignore[operator]
+    fused = repfx.fuse(tuned.eval())
+    assert_same_map(fused, tuned, x)
+    assert [type(module) for module in fused.children()] == [type(conv), nn.ReLU]
+
+
+TRANSPOSED: dict[str, Callable[[], nn.Module]] = {
+    "1d": lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1),
+    "2d": lambda: nn.ConvTranspose2d(4, 6, (2, 3), stride=2, padding=(0, 1), groups=2, bias=False),
+    "3d": lambda: nn.ConvTranspose3d(4, 6, 2, dilation=2),
+}
+
+
+def upsampler(name: str, *, normalised: bool) -> tuple[nn.Module, Tensor]:
+    conv = TRANSPOSED[name]()
+    dimensions = int(name[0])
+    norms = [NORM_OF[dimensions](6)] * normalised
+    model = randomize_batch_norm(nn.Sequential(conv, *norms, nn.ReLU())).double()
+    return model, torch.randn(3, 4, *(5, 6, 7)[:dimensions], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("normalised", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize("norm", ["batch_norm", "scale", "none"])
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_convs_get_further_ones(name: str, norm: Any, normalised: bool) -> None:
+    """The kernels of transposed convs of equal sizes add up."""
+    model, x = upsampler(name, normalised=normalised)
+    expanded: Any = repfx.expand(model, repfx.Spec(["kxk", "kxk"], norm), strict=True)
+    for training in (True, False):
+        assert_same_map(copy.deepcopy(expanded).train(training), copy.deepcopy(model).train(training), x, 1e-12)
+    randomize_batch_norm(expanded, seed=5)
+    fused = repfx.fuse(expanded.eval())
+    assert_same_map(fused, expanded, x)
+    assert [type(module) for module in fused.children()] == [type(model[0]), nn.ReLU]  # type: ignore[index]
+    squeezed = repfx.squeeze(copy.deepcopy(expanded))
+    assert squeezed.get_submodule("0").squeezed
+    assert_same_map(squeezed, expanded, x)
+    reference = copy.deepcopy(expanded)
+    for branch in ("kxk", "kxk-2"):
+        assert_same_map(repfx.drop(expanded, "0", branch), reference, x)
+    assert type(expanded[0]) is type(model[0])  # type: ignore[index]
+
+
+def test_a_transposed_conv_begins_gently_and_is_remembered_as_any_other(tmp_path: Path) -> None:
+    model, x = upsampler("2d", normalised=True)
+    calibrate(model, [x])
+    expanded: Any = repfx.expand(model, ["kxk", "1x1"], gamma=0.1, calibrate=[x])
+    assert_same_map(copy.deepcopy(expanded).eval(), model.eval(), x)
+    assert_same_map(copy.deepcopy(expanded).train(), copy.deepcopy(model).train(), x, 1e-2)
+    repfx.save(tmp_path / "model.safetensors", expanded)
+    assert_same_map(repfx.load(tmp_path / "model.safetensors", upsampler("2d", normalised=True)[0]), expanded, x)
+    found = Architecture.of(expanded)
+    assert found.sites["0"].conv == "2×3 4→6 stride 2×2 groups 2 transposed"
+    again: Any = repfx.expand(model, Architecture.from_json(found.to_json()))
+    assert list(again[0].branches) == ["kxk"]
+    shared: Any = repfx.expand(model, repfx.Spec(["kxk"], weights="shared"))
+    assert isinstance(shared[0].branches["kxk"].conv, nn.ConvTranspose2d)
+
+
+class AsksForSize(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(4, 4, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.up(x, output_size=[2 * x.shape[2] + 2, 2 * x.shape[3] + 1])
+        return found
+
+
+class AsksForSizeUntraced(AsksForSize):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else self.up(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"), [(AsksForSize(), "asks it for an output size"), (AsksForSizeUntraced(), "may ask it for")]
+)
+def test_a_transposed_conv_that_is_asked_for_a_size_stays(model: nn.Module, reason: str) -> None:
+    assert reason in str(repfx.sites(model, ["kxk"])["up"].refusal)
+    expanded = repfx.expand(model, ["kxk"])
+    assert [skip.path for skip in repfx.report(expanded).skipped] == ["up"]
+    assert type(expanded.get_submodule("up")) is nn.ConvTranspose2d
+    assert_same_map(expanded, model, torch.randn(2, 4, 5, 6))
+
+
+def test_a_conv_without_bias_gains_one_by_a_branch_that_has_one_and_keeps_it_when_saved(tmp_path: Path) -> None:
+    branch = repfx.BranchSpec("1x1-kxk-1x1", {"bias": True})
+    plain = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, bias=False)).double()
+    model = repfx.expand(plain, repfx.Spec([branch, repfx.BranchSpec("1x1-laplacian", {"bias": True})], "none"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    reference, x = copy.deepcopy(model), torch.randn(2, 4, 7, 8, dtype=torch.float64)
+    for step in (None, "1x1-kxk-1x1", "1x1-laplacian"):
+        if step is not None:
+            repfx.drop(model, "0", step)
+        repfx.save(tmp_path / "model.safetensors", model)
+        loaded = repfx.load(tmp_path / "model.safetensors", copy.deepcopy(plain))
+        assert_same_map(model, reference, x)
+        assert_same_map(loaded, model, x, 1e-15)
 
 
 def test_class_attributes_and_input_stay() -> None:

@@ -141,9 +141,25 @@ def test_a_candidate_is_what_its_branches_compute(name: str, gates: str) -> None
 
 
 @pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("norm", ["batch_norm", "none"])
+def test_so_it_is_with_transposed_convs(norm: Any, gates: str) -> None:
+    def upsampler() -> nn.Module:
+        return nn.Sequential(nn.ConvTranspose2d(3, 4, 3, 2, output_padding=1), nn.BatchNorm2d(4), nn.ReLU())
+
+    assert_candidates_are_right(supernet(upsampler, repfx.Spec(["kxk", "kxk"], norm), gates), images())
+
+
+@pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize(
     "spec",
-    ["ireps", "qarepvgg", repfx.Spec(["1x1", "1xk"], norm="scale"), repfx.Spec(["1x1", "kx1"], weights="shared")],
+    [
+        "ireps",
+        "qarepvgg",
+        "ecbsr",
+        repfx.Spec(["1x1", "1xk"], norm="scale"),
+        repfx.Spec(["1x1", "kx1"], weights="shared"),
+        ["lora", repfx.BranchSpec("1x1-laplacian", {"bias": True})],
+    ],
 )
 def test_so_it_is_with_all_kinds_of_branches(spec: Any, gates: str) -> None:
     assert_candidates_are_right(supernet(two, spec, gates), images())

@@ -168,9 +168,7 @@ class MobileIE(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         wide, windows = 4 * CHANNELS, ((3, 3), (1, 1), (1, 3), (3, 1))
-        self.convs = nn.ModuleList(
-            nn.Conv2d(CHANNELS, wide, (h, w), padding=(h // 2, w // 2)) for h, w in windows
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(CHANNELS, wide, (h, w), padding=(h // 2, w // 2)) for h, w in windows)
         self.norms = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(wide)) for _ in windows)
         self.out = nn.Conv2d(2 * len(windows) * wide, CHANNELS, 1)
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from repfx.graphs.constants import is_pure
+from repfx.graphs.functional_conv import origins_of
 
 _CHUNKS = {torch.chunk, "chunk"}
+_EQUAL_SPLITS = {torch.tensor_split, "tensor_split"}
 _SPLITS = {torch.split, "split", torch.split_with_sizes, "split_with_sizes"}
 
 
@@ -18,14 +20,17 @@ def count_of(node: fx.Node, root: nn.Module) -> int | None:
 
     `chunk` may give fewer parts than it was asked for, so a graph has to check that it doesn't (`may_be_fewer`).
     """
-    value = _value_of(node, root)
-    if isinstance(value, (Tensor, tuple, list)):
-        return len(value) if not isinstance(value, Tensor) or value.ndim else None
     if node.target in _CHUNKS:
         count = _second(node, "chunks")
         return count if isinstance(count, int) and count > 0 else None
+    if node.target in _EQUAL_SPLITS:
+        count = _second(node, "indices_or_sections", "sections")
+        return count if isinstance(count, int) else None
     sizes = _second(node, "split_size_or_sections", "split_size", "split_sizes") if node.target in _SPLITS else None
-    return len(sizes) if isinstance(sizes, (tuple, list)) else None
+    value = sizes if isinstance(sizes, (tuple, list)) else _value_of(node, root)
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return None
+    return len(value) if isinstance(value, (Tensor, tuple, list)) else None
 
 
 def may_be_fewer(node: fx.Node) -> bool:
@@ -42,27 +47,32 @@ def _second(node: fx.Node, *names: str) -> Any:
 
 def _value_of(node: fx.Node, root: nn.Module) -> Any:
     """Return the value of a node without its numbers, or None if it doesn't depend on parameters alone."""
-    if node.op == "get_attr":
-        found = _parameter(str(node.target), root)
-        return None if found is None else found.detach().to("meta")
-    if not is_pure(node):
+    origins = origins_of(node)
+    if not all(origin.op == "get_attr" or is_pure(origin) for origin in origins):
         return None
-    values = {source: _value_of(source, root) for source in node.all_input_nodes}
-    if any(value is None for value in values.values()):
-        return None
-    args, kwargs = (fx.node.map_arg(given, values.__getitem__) for given in (node.args, node.kwargs))
+    known: dict[fx.Node, Any] = {}
     try:
         with torch.no_grad():
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            for origin in sorted(origins):
+                known[origin] = _compute(origin, root, known)
     except Exception:  # what needs the numbers has no value here
         return None
+    return known[node]
 
 
-def _parameter(path: str, root: nn.Module) -> Tensor | None:
+def _compute(node: fx.Node, root: nn.Module, known: dict[fx.Node, Any]) -> Any:
+    if node.op == "get_attr":
+        return _parameter(str(node.target), root).detach().to("meta")
+    args, kwargs = (fx.node.map_arg(given, known.__getitem__) for given in (node.args, node.kwargs))
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _parameter(path: str, root: nn.Module) -> Tensor:
     """Return the parameter or buffer at a path, from the module's tables: its attributes are proxies while code is traced."""
     owner_path, _, name = path.rpartition(".")
     owner = root.get_submodule(owner_path)
-    found = {**owner._parameters, **owner._buffers}.get(name)
-    return found if isinstance(found, Tensor) else None
+    found = {**owner._parameters, **owner._buffers}[name]
+    assert found is not None  # None is no node
+    return found

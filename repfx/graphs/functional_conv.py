@@ -136,14 +136,14 @@ def settings_of(node: fx.Node, root: nn.Module) -> Layer:
 
 def _has_a_dtype_of_its_own(weight: fx.Node, constants: Constants) -> bool:
     """Whether a weight may have another dtype than the parameters that it is computed from."""
-    casts = any(node.op == "call_method" and node.target in _CASTS for node in _origins(weight))
+    casts = any(node.op == "call_method" and node.target in _CASTS for node in origins_of(weight))
     return casts or any(constants.literal(source).is_complex() for source in _parameters(weight))
 
 
 def is_shared(node: fx.Node) -> bool:
     """Whether another node of the graph reads the weight, or a parameter that the weight is computed from."""
     weight = _arguments(node)["weight"]
-    own = set(_origins(weight))
+    own = set(origins_of(weight))
     names = {source.target for source in _parameters(weight)}
     readers = [
         user for other in node.graph.nodes if other.target in names and other.op == "get_attr" for user in other.users
@@ -169,10 +169,10 @@ def reads_saved_weight(node: fx.Node, root: nn.Module) -> bool:
 
 def _parameters(node: fx.Node) -> list[fx.Node]:
     """The parameters and buffers that a node is computed from."""
-    return [source for source in _origins(node) if source.op == "get_attr"]
+    return [source for source in origins_of(node) if source.op == "get_attr"]
 
 
-def _origins(node: fx.Node) -> list[fx.Node]:
+def origins_of(node: fx.Node) -> list[fx.Node]:
     """All nodes that a node is computed from, itself included."""
     found: dict[fx.Node, None] = {}
     pending = [node]

@@ -91,10 +91,10 @@ class Match:
             return self.kernel(META)
 
     def shifts(self, like: Tensor) -> list[Tensor]:
-        """Return what each scale or shift among the maps adds, as it is before the maps that follow."""
+        """Return what each scale or shift among the maps adds, times its term's factor, as it is before the maps that follow."""
         channels, dimensions = self.sizes()
-        shifts = [shift for term in self.terms for shift in _shifts(term, like, channels, dimensions)]
-        return [shift for shift in shifts if shift is not None]
+        found = ((term.factor, shift) for term in self.terms for shift in _shifts(term, like, channels, dimensions))
+        return [shift * factor for factor, shift in found if shift is not None]
 
     def sizes(self) -> tuple[int, int]:
         """Return the channels and the spatial axes of the source.

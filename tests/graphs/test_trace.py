@@ -440,3 +440,83 @@ def test_blocks_are_fused_where_the_code_around_goes_through_children_by_their_o
     fused = repfx.fuse(expanded.eval())
     torch.testing.assert_close(fused(x), expanded(x), rtol=1e-9, atol=1e-9)
     assert type(fused.get_submodule("inner.0")) is nn.Conv2d
+
+
+# ---- values that code iterates over
+
+
+def parts_in_a_list(m: Any, x: Any) -> Any:
+    parts = list(m.a(x).chunk(2, 1))
+    parts.extend(m.b(parts[-1]) for _ in range(1))
+    return torch.cat(parts, 1)
+
+
+def first_and_rest(m: Any, x: Any) -> Any:
+    first, *rest = torch.split(m.a(x), [1, 1, 2], dim=1)
+    return sum(rest, first)
+
+
+def counted(m: Any, x: Any) -> Any:
+    parts = torch.chunk(m.a(x), chunks=4, dim=1)
+    return sum(parts) / len(parts)
+
+
+def in_a_loop(m: Any, x: Any) -> Any:
+    total = m.b(x[:, :2])
+    for part in m.a(x).split((2, 2), 1):
+        total = total + part
+    return total
+
+
+def equal_parts(m: Any, x: Any) -> Any:
+    return torch.cat([part.relu() for part in m.a(x).tensor_split(2, dim=1)], 1)
+
+
+def all_by_star(m: Any, x: Any) -> Any:
+    return torch.add(*m.a(x).chunk(2, 1))
+
+
+ITERATIONS = (parts_in_a_list, first_and_rest, counted, in_a_loop, equal_parts, all_by_star)
+
+
+@pytest.mark.parametrize("function", ITERATIONS)
+def test_code_may_iterate_over_parts_whose_number_it_says(function: Any) -> None:
+    model = Net(function, a=nn.Conv2d(4, 4, 1), b=nn.Conv2d(2, 2, 1))
+    assert islands(ready(model)) == [""]
+    fused_exactly(model, image())
+
+
+def test_code_may_iterate_over_what_is_computed_from_parameters() -> None:
+    model = Net(
+        lambda m, x: sum(w * m.a(x).relu() ** n for n, w in enumerate((m.alpha * 2).softmax(0)[:2])),
+        a=nn.Conv2d(4, 4, 1),
+        alpha=nn.Parameter(torch.randn(3)),
+    )
+    assert islands(ready(model)) == [""]
+    fused_exactly(model, image())
+
+
+def over_the_batch(m: Any, x: Any) -> Any:
+    return torch.stack([m.block(image[None])[0] for image in x.unbind(0)])
+
+
+def over_chunks_of_the_input_s_size(m: Any, x: Any) -> Any:
+    return torch.cat(list(m.block(x).chunk(x.shape[0], 1)))
+
+
+def over_parts_of_a_size(m: Any, x: Any) -> Any:
+    return torch.cat([part.relu() for part in m.block(x).split(2, 1)], 1)
+
+
+@pytest.mark.parametrize("function", [over_the_batch, over_chunks_of_the_input_s_size, over_parts_of_a_size])
+def test_code_that_iterates_over_as_many_parts_as_the_input_has_is_not_traced(function: Any) -> None:
+    model = Net(function, block=Block())
+    assert islands(ready(model)) == ["block"]
+    assert "can't be traced" in reasons(fused_exactly(model, image()))
+
+
+def test_a_graph_counts_the_chunks_that_its_code_counted() -> None:
+    """`chunk` gives fewer parts than it is asked for if there are not enough channels."""
+    fused = repfx.fuse(ready(Net(counted, a=nn.Conv2d(4, 3, 1))))
+    with pytest.raises(InvalidInput, match="traced with 4 chunks, and its input has 3"):
+        fused(image())

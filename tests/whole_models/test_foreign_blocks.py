@@ -130,6 +130,149 @@ class DBB(nn.Module):
         return out + self.average(self.average_norm(self.before_average(x)))
 
 
+class ACBWithLittlePadding(nn.Module):
+    """ACB whose padding is less than half its window: the bars see a picture that is cropped across them."""
+
+    def __init__(self, kernel_size: int, padding: int) -> None:
+        super().__init__()
+        self.crop = kernel_size // 2 - padding
+        self.square = conv_norm(kernel_size, padding=padding)
+        bars = ((1, kernel_size), (0, padding)), ((kernel_size, 1), (padding, 0))
+        self.row, self.column = (
+            nn.Conv2d(CHANNELS, CHANNELS, window, padding=sides, bias=False) for window, sides in bars
+        )
+        self.row_norm, self.column_norm = nn.BatchNorm2d(CHANNELS), nn.BatchNorm2d(CHANNELS)
+
+    def forward(self, x: Tensor) -> Any:
+        out, crop = self.square(x), self.crop
+        columns, rows = x[:, :, :, crop:-crop], x[:, :, crop:-crop, :]
+        return F.relu(out + self.row_norm(self.row(rows)) + self.column_norm(self.column(columns)))
+
+
+class ExpandedBorder(nn.Module):
+    """DyRep's BatchNorm, which concatenates its output for zero around the picture (arXiv 2203.12868)."""
+
+    def __init__(self, pixels: int = 1) -> None:
+        super().__init__()
+        self.norm, self.pixels = nn.BatchNorm2d(CHANNELS), pixels
+
+    def forward(self, x: Tensor) -> Any:
+        norm: Any = self.norm
+        value = -norm.running_mean / torch.sqrt(norm.running_var + norm.eps)
+        value = (norm.bias.data + norm.weight.data * value).view(1, -1, 1, 1)
+        n, _, h, w = x.size()
+        x = norm(x)
+        row = value.expand(n, -1, self.pixels, w)
+        x = torch.cat([row, x, row], dim=2)
+        h = h + self.pixels * 2
+        column = value.expand(n, -1, h, self.pixels)
+        return torch.cat([column, x, column], dim=3)
+
+
+class DyRep(nn.Module):
+    """All branches of DyRep's block, as a sum of a stack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sequence = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False), ExpandedBorder(), conv_norm(3))
+        pooling = nn.Sequential(
+            nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False),
+            ExpandedBorder(),
+            nn.AvgPool2d(3, 1),
+            nn.BatchNorm2d(CHANNELS),
+        )
+        branches = [conv_norm(3, padding=1), conv_norm(1), sequence, pooling, nn.BatchNorm2d(CHANNELS)]
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Any:
+        return F.relu(torch.stack([branch(x) for branch in self.branches]).sum(0))
+
+
+class MobileIE(nn.Module):
+    """Convs with four times the channels, concatenated as they are and behind a BatchNorm, then 1×1 (MobileIE, ICCV 2025)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        wide, windows = 4 * CHANNELS, ((3, 3), (1, 1), (1, 3), (3, 1))
+        self.convs = nn.ModuleList(nn.Conv2d(CHANNELS, wide, (h, w), padding=(h // 2, w // 2)) for h, w in windows)
+        self.norms = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(wide)) for _ in windows)
+        self.out = nn.Conv2d(2 * len(windows) * wide, CHANNELS, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        raw = [conv(x) for conv in self.convs]
+        return F.relu(self.out(torch.cat([*raw, *(norm(y) for norm, y in zip(self.norms, raw))], 1)))
+
+
+class RT4KSR(nn.Module):
+    """1×1, padded with its bias, 3×3 with a skip around it, 1×1, and the skip around all (CVPR workshops 2023)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        wide = 2 * CHANNELS
+        self.expand, self.squeeze = nn.Conv2d(CHANNELS, wide, 1), nn.Conv2d(wide, CHANNELS, 1)
+        self.middle = nn.Conv2d(wide, wide, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.expand(x)
+        bias: Any = self.expand.bias
+        border, padded = bias.view(1, -1, 1, 1), F.pad(y, (1, 1, 1, 1), "constant", 0)
+        padded[:, :, 0:1, :] = border
+        padded[:, :, -1:, :] = border
+        padded[:, :, :, 0:1] = border
+        padded[:, :, :, -1:] = border
+        return F.relu(self.squeeze(self.middle(padded) + y) + x)
+
+
+class RepSR(nn.Module):
+    """Two branches of 3×3 with twice the channels, BatchNorm and 1×1, beside a clean skip (arXiv 2205.05671)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(CHANNELS, 2 * CHANNELS, 3, padding=1, bias=False),
+                nn.BatchNorm2d(2 * CHANNELS),
+                nn.Conv2d(2 * CHANNELS, CHANNELS, 1),
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        return F.relu(sum(branch(x) for branch in self.branches) + x)
+
+
+class Weighted(nn.Module):
+    """Branches weighted by a softmax, as in a supernet of DARTS (arXiv 1806.09055)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList((conv_norm(3, padding=1), conv_norm(1), nn.BatchNorm2d(CHANNELS)))
+        self.alpha = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Any:
+        weights = F.softmax(self.alpha, dim=-1)
+        return F.relu(sum(w * branch(x) for w, branch in zip(weights, self.branches)))
+
+
+class C2f(nn.Module):
+    """A conv whose output is cut in two halves; all halves and what follows the last one are concatenated (YOLOv8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.blocks = conv_norm(1), nn.ModuleList(self._block() for _ in range(2))
+        self.last = nn.Conv2d(2 * CHANNELS, CHANNELS, 1)
+
+    @staticmethod
+    def _block() -> nn.Sequential:
+        conv = nn.Conv2d(CHANNELS // 2, CHANNELS // 2, 3, padding=1, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(CHANNELS // 2), nn.SiLU())
+
+    def forward(self, x: Tensor) -> Any:
+        parts = list(F.silu(self.first(x)).chunk(2, 1))
+        parts.extend(block(parts[-1]) for block in self.blocks)
+        return F.silu(self.last(torch.cat(parts, 1)))
+
+
 class MobileOne(nn.Module):
     """k depthwise 3×3 in parallel, a 1×1 "scale" and the BatchNorm of the skip (arXiv 2206.04040)."""
 
@@ -377,6 +520,14 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "VanillaNet, lerp": (lambda: VanillaNet(lambda x, learned: torch.lerp(F.relu(x), x, float(learned))), 1, 0),
     "VanillaNet, mixture": (lambda: VanillaNet(lambda x, learned: (1 - learned) * F.relu(x) + learned * x), 1, 0),
     "ACB": (ACB, 1, 0),
+    "ACB, 3×3 without padding": (lambda: ACBWithLittlePadding(3, 0), 1, 0),
+    "ACB, 5×5 with little padding": (lambda: ACBWithLittlePadding(5, 1), 1, 0),
+    "DyRep": (DyRep, 1, 0),
+    "MobileIE": (MobileIE, 1, 0),
+    "RT4KSR": (RT4KSR, 1, 0),
+    "RepSR": (RepSR, 1, 0),
+    "Weighted": (Weighted, 1, 0),
+    "C2f": (C2f, 4, 0),
     "DBB": (lambda: DBB(strips=True), 1, 0),
     "DBB, by difference": (lambda: DBB(strips=False), 1, 0),
     "MobileOne": (MobileOne, 1, 0),

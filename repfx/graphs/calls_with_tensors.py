@@ -165,7 +165,8 @@ def _factors(node: fx.Node, constants: Constants) -> tuple[fx.Node, Any] | None:
         return None
     for value, number in (node.args, node.args[::-1]):
         known = constants.number(number)
-        if isinstance(value, fx.Node) and known is not None and torch.as_tensor(known).ndim == 0:
+        is_one = isinstance(known, float) or (isinstance(known, Tensor) and known.ndim == 0)
+        if isinstance(value, fx.Node) and is_one:
             return value, number
     return None
 

@@ -106,12 +106,11 @@ def _averaged_by(dimensions: int | None, size: Any) -> int | None:
 def _averaged_by_mean(node: fx.Node) -> int | None:
     if node.target not in _MEAN or not (node.kwargs.get("keepdim") is True or node.args[2:] == (True,)):
         return None
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    behind = isinstance(dims, (tuple, list)) and sorted(dims) in (
-        [*range(2, 2 + len(dims))],
-        [*range(-len(dims), 0)],
-    )
-    return len(dims) if behind else None  # type: ignore[arg-type]
+    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if not isinstance(dims, (tuple, list)):
+        return None
+    count = len(dims)
+    return count if set(dims) in ({*range(2, 2 + count)}, {*range(-count, 0)}) else None
 
 
 # ---- permutations

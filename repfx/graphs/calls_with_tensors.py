@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +26,32 @@ _ADDCMUL = {torch.addcmul, "addcmul", "addcmul_"}
 _LERP = {torch.lerp, "lerp", "lerp_"}
 _PRELU = {torch.prelu, F.prelu, "prelu"}
 
+Arguments: TypeAlias = dict[str, Any]
+
 
 def read_call_with_tensors(node: fx.Node, root: nn.Module, constants: Constants) -> Op | None:
     """Read a node as a linear map of one of the tensors that it takes, or return None."""
-    if is_norm_call(node, root):
-        return _read_batch_norm(node, constants)
-    if node.op not in ("call_function", "call_method"):
+    if node.target in ADDITIONS:
+        return _read_mixture(node, root, constants)
+    signature, reader = _reader_of(node, root)
+    if signature is None or reader is None:
         return None
-    if node.target in _ADDCMUL:
-        return _read_addcmul(node, constants)
-    if node.target in _PRELU:
-        return _read_prelu(node, constants)
-    if node.target in _LERP:
-        return _read_lerp(node, root, constants)
-    return _read_mixture(node, root, constants) if node.target in ADDITIONS else None
+    try:
+        call = signature(*node.args, **node.kwargs)
+    except TypeError:  # other arguments, such as `out`
+        return None
+    return reader(node, call, root, constants)
+
+
+_Reader: TypeAlias = Callable[[fx.Node, Arguments, nn.Module, Constants], "Op | None"]
+
+
+def _reader_of(node: fx.Node, root: nn.Module) -> tuple[Callable[..., Arguments] | None, _Reader | None]:
+    """Return what the function that a node calls takes, and the reader of its calls."""
+    if is_norm_call(node, root):
+        return _batch_norm, _read_batch_norm
+    known = _CALLS.get(node.target) if node.op in ("call_function", "call_method") else None
+    return known or (None, None)
 
 
 # ---- scales and shifts
@@ -52,8 +64,7 @@ def is_norm_call(node: fx.Node, root: nn.Module) -> bool:
     return node.op == "call_function" and node.target is F.batch_norm
 
 
-def _read_batch_norm(node: fx.Node, constants: Constants) -> Op | None:
-    call = _bound(_batch_norm, node)
+def _read_batch_norm(node: fx.Node, call: Arguments, root: nn.Module, constants: Constants) -> Op | None:
     tensors = [call[name] for name in ("running_mean", "running_var", "weight", "bias")]
     mean, variance, weight, bias = found = [constants.tensor(value) for value in tensors]
     known = all((value is None) is (given is None) for value, given in zip(found, tensors))
@@ -79,13 +90,12 @@ def _batch_norm(
     training: Any = False,
     momentum: Any = 0.1,
     eps: Any = 1e-5,
-) -> dict[str, Any]:
+) -> Arguments:
     return locals()
 
 
-def _read_addcmul(node: fx.Node, constants: Constants) -> Op | None:
+def _read_addcmul(node: fx.Node, call: Arguments, root: nn.Module, constants: Constants) -> Op | None:
     """Read ``shift + value · scale · x``, or ``x + value · a · b``."""
-    call = _bound(_addcmul, node)
     factor = constants.number(call["value"])
     tensors = (call["input"], call["tensor1"], call["tensor2"])
     shift, first, second = (constants.tensor(value) for value in tensors)
@@ -109,28 +119,26 @@ def axes_of_constants(node: fx.Node, constants: Constants) -> int:
     return max((constant.ndim for constant in found if constant is not None), default=0)
 
 
-def _addcmul(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> dict[str, Any]:
+def _addcmul(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Arguments:
     return locals()
 
 
 # ---- maps that hand a value on
 
 
-def _read_prelu(node: fx.Node, constants: Constants) -> Op | None:
-    call = _bound(_prelu, node)
+def _read_prelu(node: fx.Node, call: Arguments, root: nn.Module, constants: Constants) -> Op | None:
     slopes = constants.tensor(call["weight"])
     if slopes is None or slopes.is_meta or bool((slopes != 1).any()) or not isinstance(call["input"], fx.Node):
         return None
     return Op(node, call["input"], identity_meaning(lasts=False))
 
 
-def _prelu(input: Any, weight: Any) -> dict[str, Any]:
+def _prelu(input: Any, weight: Any) -> Arguments:
     return locals()
 
 
-def _read_lerp(node: fx.Node, root: nn.Module, constants: Constants) -> Op | None:
+def _read_lerp(node: fx.Node, call: Arguments, root: nn.Module, constants: Constants) -> Op | None:
     """Read ``start + weight · (end - start)`` with a weight of 0 or 1, where the part that doesn't count is an activation of the other."""
-    call = _bound(_lerp, node)
     start, end = call["input"], call["end"]
     if not isinstance(start, fx.Node) or not isinstance(end, fx.Node):
         return None
@@ -140,7 +148,7 @@ def _read_lerp(node: fx.Node, root: nn.Module, constants: Constants) -> Op | Non
     return None
 
 
-def _lerp(input: Any, end: Any, weight: Any) -> dict[str, Any]:
+def _lerp(input: Any, end: Any, weight: Any) -> Arguments:
     return locals()
 
 
@@ -165,7 +173,8 @@ def _factors(node: fx.Node, constants: Constants) -> tuple[fx.Node, Any] | None:
         return None
     for value, number in (node.args, node.args[::-1]):
         known = constants.number(number)
-        if isinstance(value, fx.Node) and known is not None and torch.as_tensor(known).ndim == 0:
+        is_one = isinstance(known, float) or (isinstance(known, Tensor) and known.ndim == 0)
+        if isinstance(value, fx.Node) and is_one:
             return value, number
     return None
 
@@ -198,6 +207,8 @@ def _is_number(value: Any, number: float, constants: Constants) -> bool:
     return found == number
 
 
-def _bound(signature: Callable[..., dict[str, Any]], node: fx.Node) -> dict[str, Any]:
-    """Return the arguments of a call by name."""
-    return signature(*node.args, **node.kwargs)
+_CALLS: dict[Any, tuple[Callable[..., Arguments], _Reader]] = {
+    **dict.fromkeys(_ADDCMUL, (_addcmul, _read_addcmul)),
+    **dict.fromkeys(_PRELU, (_prelu, _read_prelu)),
+    **dict.fromkeys(_LERP, (_lerp, _read_lerp)),
+}

@@ -106,12 +106,11 @@ def _averaged_by(dimensions: int | None, size: Any) -> int | None:
 def _averaged_by_mean(node: fx.Node) -> int | None:
     if node.target not in _MEAN or not (node.kwargs.get("keepdim") is True or node.args[2:] == (True,)):
         return None
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    behind = isinstance(dims, (tuple, list)) and sorted(dims) in (
-        [*range(2, 2 + len(dims))],
-        [*range(-len(dims), 0)],
-    )
-    return len(dims) if behind else None  # type: ignore[arg-type]
+    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if not isinstance(dims, (tuple, list)):
+        return None
+    count = len(dims)
+    return count if set(dims) in ({*range(2, 2 + count)}, {*range(-count, 0)}) else None
 
 
 # ---- permutations
@@ -211,6 +210,8 @@ _SUM_TO_ONE = ("nearest", "nearest-exact", "linear", "bilinear", "trilinear", "b
 
 def _mean(source: _Input, dim: Any, keepdim: bool = False) -> Carrier | None:
     dims = [dim] if isinstance(dim, int) else list(dim)
+    if not all(isinstance(axis, int) for axis in dims):
+        return None
 
     def move(place: Place) -> Place | None:
         gone = {axis % place.axes for axis in dims}
@@ -232,15 +233,22 @@ def _flatten(source: _Input, start_dim: int = 0, end_dim: int = -1) -> Carrier |
 # ---- channels in another order
 
 
-def _pixel_shuffle(source: _Input, factor: int) -> Carrier:
+def _pixel_shuffle(source: _Input, factor: Any) -> Carrier | None:
+    if not isinstance(factor, int):
+        return None
     return Carrier(_over_the_axes_behind(2).move, lambda numbers: numbers.repeat_interleave(factor**2), None)
 
 
-def _pixel_unshuffle(source: _Input, factor: int) -> Carrier:
+def _pixel_unshuffle(source: _Input, factor: Any) -> Carrier | None:
+    if not isinstance(factor, int):
+        return None
     return Carrier(_over_the_axes_behind(2).move, None, lambda numbers: numbers.repeat_interleave(factor**2))
 
 
-def _channel_shuffle(source: _Input, groups: int) -> Carrier:
+def _channel_shuffle(source: _Input, groups: Any) -> Carrier | None:
+    if not isinstance(groups, int):
+        return None
+
     def before(numbers: Tensor) -> Tensor:
         return numbers.reshape(-1, groups).t().reshape(-1)
 

@@ -15,7 +15,7 @@ from repfx.algebra.kernel import Kernel, NoKernel
 from repfx.algebra.layers import is_batch_norm
 from repfx.algebra.meaning import Meaning
 from repfx.graphs.carriers import Carrier, Numbers, Place, read_carrier, slice_of
-from repfx.graphs.operations import Op
+from repfx.graphs.operations import Op, split
 from repfx.graphs.vocabulary import CONCATENATIONS
 from repfx.rewriting.match import Match, Term
 from repfx.rewriting.patterns import Pattern
@@ -127,7 +127,7 @@ def _paths_from_convs(node: fx.Node, view: View) -> list[_Path] | None:
     if node.target in CONCATENATIONS:
         return _paths_through_parts(node, view)
     carriers = carriers_at(node, view)
-    found = _paths_from_convs(node.all_input_nodes[0], view) if carriers else None
+    found = _paths_from_convs(_input_of(node), view) if carriers else None
     for carrier in carriers or ():
         found = None if found is None else [path.over(carrier, node) for path in found]
     return found
@@ -156,7 +156,7 @@ def _path_from_norm(node: fx.Node, view: View) -> _Path | None:
     if norm is not None:
         return _Path(norm, (), (node,), None)
     carriers = carriers_at(node, view)
-    found = _path_from_norm(node.all_input_nodes[0], view) if carriers else None
+    found = _path_from_norm(_input_of(node), view) if carriers else None
     for carrier in carriers or ():
         found = None if found is None else found.over(carrier, node)
     return found
@@ -164,7 +164,7 @@ def _path_from_norm(node: fx.Node, view: View) -> _Path | None:
 
 def carriers_at(node: fx.Node, view: View) -> tuple[Carrier, ...]:
     """Return what a node does as one carrier, or as several if it calls a module whose code does that; none if it does anything else."""
-    if view.refusal(node) or not node.all_input_nodes:
+    if not isinstance(split(node)[0], fx.Node) or view.refusal(node):
         return ()
     carrier = read_carrier(node, view.root)
     if carrier is not None:
@@ -177,8 +177,14 @@ def carriers_at(node: fx.Node, view: View) -> tuple[Carrier, ...]:
         if carrier is None:
             return ()
         found.insert(0, carrier)
-        inner = inner.all_input_nodes[0]
+        inner = _input_of(inner)
     return tuple(found)
+
+
+def _input_of(carrier: fx.Node) -> fx.Node:
+    """Return the first argument of a node. Others may hold sizes."""
+    source: fx.Node = split(carrier)[0]
+    return source
 
 
 def _match_before(path: _Path, norm: Op) -> Match:

@@ -73,6 +73,9 @@ BEHIND: dict[str, Case] = {
     "F.interpolate to a size of the input": case(
         lambda m, x: m.n(F.interpolate(m.a(x), size=x.shape[2:])), a=conv(), n=norm(6)
     ),
+    "F.interpolate, the size first": case(
+        lambda m, x: m.n(F.interpolate(size=m.b(x).shape[2:], input=m.a(x))), a=conv(), b=conv(), n=norm(6)
+    ),
     "Upsample": case(
         lambda m, x: m.n(m.p(m.a(x))), a=conv(), n=norm(6), p=nn.Upsample(scale_factor=1.5, mode="bilinear")
     ),
@@ -191,6 +194,11 @@ STAYS: dict[str, tuple[Function, dict[str, nn.Module], str]] = {
         lambda m, x: m.n(F.avg_pool2d(m.a(x), 2, divisor_override=3)),
         {"a": conv(), "n": norm(6)},
         "avg_pool2d comes before",
+    ),
+    "a mean that isn't over positions alone": (
+        lambda m, x: m.n(m.a(x).mean((2,), keepdim=True).flatten(1)),
+        {"a": conv(), "n": nn.BatchNorm1d(48)},
+        "flatten comes before",
     ),
     "maximum": (lambda m, x: m.n(F.max_pool2d(m.a(x), 2)), {"a": conv(), "n": norm(6)}, "max_pool2d comes before"),
     "mean over channels": (

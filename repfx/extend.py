@@ -23,10 +23,9 @@ from repfx.passes.drop import Drop
 from repfx.passes.expand import Expand
 from repfx.passes.freeze import Freeze
 from repfx.passes.fuse import Fuse
-from repfx.passes.gate import Gate
+from repfx.passes.gate import Gate, Ungate
 from repfx.passes.restore import Restore
 from repfx.passes.squeeze import Squeeze, Unsqueeze
-from repfx.passes.ungate import Ungate
 from repfx.records.journal import ACTIONS, Action
 from repfx.records.notes import copy_of
 from repfx.records.report import Edit, Report, Skip

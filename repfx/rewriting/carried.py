@@ -51,12 +51,19 @@ class _Path:
 
 
 @dataclass(frozen=True)
-class NormBehind(Pattern):
-    """A BatchNorm behind carriers of a conv's output, or of the concatenated outputs of several convs."""
+class NormApart(Pattern):
+    """A BatchNorm and a conv with carriers between them, whichever of the two comes first. A match is found at the later one.
+
+    The BatchNorm may also come behind the concatenated outputs of several convs.
+    """
 
     holds_in_training: ClassVar[bool] = False
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
+        yield from self._behind(node, view)
+        yield from self._in_front(node, view)
+
+    def _behind(self, node: fx.Node, view: View) -> Iterator[Match]:
         norm = _norm_at(node, view)
         paths = None if norm is None else _paths_from_convs(norm.source, view)
         if norm is None or not paths or not paths[0].carriers or _is_seen_through_a_view(node, view):
@@ -69,14 +76,7 @@ class NormBehind(Pattern):
         matches = [_match_before(path, norm) for path in paths]
         yield replace(matches[0], others=tuple(matches[1:]))
 
-
-@dataclass(frozen=True)
-class NormInFront(Pattern):
-    """A BatchNorm from which carriers lead to a conv."""
-
-    holds_in_training: ClassVar[bool] = False
-
-    def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
+    def _in_front(self, node: fx.Node, view: View) -> Iterator[Match]:
         conv = view.op(node)
         path = None if conv is None or conv.meaning.kind != "conv" else _path_from_norm(conv.source, view)
         if conv is None or path is None or not path.carriers:

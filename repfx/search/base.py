@@ -21,8 +21,7 @@ from repfx.errors import UnknownName
 from repfx.passes.calibrate import Calibrate
 from repfx.passes.drop import Drop
 from repfx.passes.expand import Expand
-from repfx.passes.gate import Gate
-from repfx.passes.ungate import Ungate
+from repfx.passes.gate import Gate, Ungate
 from repfx.records.journal import Action
 from repfx.search.observation import Draw, Gated
 from repfx.search.searcher import Searcher

@@ -15,8 +15,7 @@ from repfx.blocks.cropped_conv import CroppedConv
 from repfx.blocks.gates import GATES
 from repfx.errors import InvalidInput, UnknownName
 from repfx.passes.fuse import Fuse
-from repfx.passes.gate import gate
-from repfx.passes.ungate import ungate
+from repfx.passes.gate import gate, ungate
 from repfx.records.journal import replay
 from repfx.testing import randomize_batch_norm
 

@@ -18,8 +18,7 @@ from repfx.errors import RepfxError
 from repfx.graphs.trace import trace
 from repfx.passes.calibrate import calibrate
 from repfx.passes.freeze import freeze
-from repfx.passes.gate import gate
-from repfx.passes.ungate import ungate
+from repfx.passes.gate import gate, ungate
 from tests.graphs.traps import chance
 from tests.graphs.traps.chance import OF_THIS_FILE, DropsLayersByAGlobal, DropsLayersInside
 from tests.graphs.traps.parts import Block

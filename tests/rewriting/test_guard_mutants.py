@@ -239,7 +239,7 @@ MUTANTS = [
     Mutant("carried_alone", without_guard("carried_alone"), CARRIED),
     Mutant(
         "is_convolution, through averages",
-        without_guard("is_convolution", "fold_batch_norm_forward_through"),
+        without_guard("is_convolution", "fold_batch_norm_through"),
         ("zero padding",),
     ),
     Mutant("channels_stay_put", without_guard("channels_stay_put"), ("linear on a sequence of equal sizes",)),

@@ -20,8 +20,7 @@ from repfx.algebra.layers import Layer, is_batch_norm, is_conv
 from repfx.blocks.block import ORIGIN
 from repfx.blocks.gates import gates_in
 from repfx.errors import InvalidInput, UnknownName
-from repfx.passes.gate import gate
-from repfx.passes.ungate import ungate
+from repfx.passes.gate import gate, ungate
 from repfx.search.scoring import FusedSupernet, SummedConv, scores
 from repfx.search.space import Code, Space
 from repfx.testing import randomize_batch_norm, relative_error

@@ -332,7 +332,8 @@ class Kernel:
         windows = list(zip(self._transposed_windows(), other._transposed_windows()))
         if any(first.extent != second.extent for first, second in windows):
             raise NoKernel("output sizes of transposed convolutions differ")
-        both, groups = [first.with_taps_of(second) for first, second in windows], math.gcd(self.groups, other.groups)
+        both = [first.with_taps_of(second, stride) for (first, second), stride in zip(windows, self.stride)]
+        groups = math.gcd(self.groups, other.groups)
         first, second = (kernel.regroup(groups)._over(both) for kernel in (self, other))
         return replace(first, weight=plus(first.weight, second.weight), bias=_sum(self.bias, other.bias))
 

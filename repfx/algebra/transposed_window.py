@@ -24,13 +24,13 @@ class TransposedWindow:
         """How much longer the output is than what the stride alone gives."""
         return self.dilation * (self.size - 1) - 2 * self.padding + self.output_padding
 
-    def with_taps_of(self, other: TransposedWindow) -> TransposedWindow:
+    def with_taps_of(self, other: TransposedWindow, stride: int) -> TransposedWindow:
         """Return the smallest window of the same extent that holds the taps of both. Their extents are equal.
 
-        Torch takes no negative padding behind the output, and none as large as stride and dilation. More taps of zero in front or behind
-        bring it into that range.
+        Torch takes no negative padding behind the output, and none as large as both stride and dilation. More taps of zero in front or
+        behind bring it into that range.
 
-        >>> TransposedWindow(4, 1, 1, 0).with_taps_of(TransposedWindow(2, 0, 1, 0))
+        >>> TransposedWindow(4, 1, 1, 0).with_taps_of(TransposedWindow(2, 0, 1, 0), stride=2)
         TransposedWindow(size=4, padding=1, dilation=1, output_padding=0)
         """
         gaps = [each.dilation for each in (self, other) if each.size > 1] + [abs(self.padding - other.padding)]
@@ -39,9 +39,10 @@ class TransposedWindow:
         last = max(each.dilation * (each.size - 1) - each.padding for each in (self, other))
         size = (last + padding) // step + 1
         behind = self.extent - step * (size - 1) + 2 * padding
-        more = -(behind // step)  # taps in front, if any are missing, or else behind
-        size, padding = size + abs(more), padding + step * max(more, 0)
-        return TransposedWindow(size, padding, step, behind + step * more)
+        in_front = max(0, -(behind // step))
+        at_the_end = max(0, -((max(stride, step) - 1 - behind) // step))
+        behind += step * (in_front - at_the_end)
+        return TransposedWindow(size + in_front + at_the_end, padding + step * in_front, step, behind)
 
     def places_in(self, whole: TransposedWindow) -> slice:
         """Return where the taps lie in a window that holds them all."""

@@ -394,7 +394,7 @@ PADS: dict[str, Make] = {
 @pytest.mark.parametrize("name", PADS)
 def test_pads(name: str) -> None:
     module = PADS[name]()
-    assert_read(module, "pad", example_for(module))
+    assert_read(module, "crop" if max(module.padding) <= 0 else "pad", example_for(module))
 
 
 def test_a_zero_pad_whose_value_was_changed_is_no_kernel() -> None:

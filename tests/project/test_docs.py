@@ -19,6 +19,7 @@ import typer
 
 import repfx
 from docs.hooks.tables import MARK, TABLES, on_page_markdown
+from repfx import passes
 from repfx.blocks.branch import KINDS
 from repfx.blocks.presets import PRESETS
 from repfx.change.schedule import SCHEDULES
@@ -206,7 +207,7 @@ def test_the_reference_lists_every_public_name() -> None:
     public = {f"repfx.{name}" for name, value in vars(repfx).items() if name[0] != "_" and is_public(value)}
     public |= {f"{cls.__module__}.{cls.__name__}" for cls in (*SCHEDULES.values(), *ACTIONS.values())}
     verbs = {name for name in PASSES.keys() - RULES.keys() if f"repfx.{name}" not in public}
-    public |= {f"repfx.passes.{name}.{name}" for name in verbs} | {
+    public |= {f"{getattr(passes, name).__module__}.{name}" for name in verbs} | {
         "repfx.errors",
         "repfx.testing",
         "repfx.testing.strategies",

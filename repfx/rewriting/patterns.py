@@ -60,7 +60,7 @@ class FunctionalConv(Pattern):
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
         op = read_functional_conv(node, view.constants)
-        if op is not None:
+        if isinstance(op, Op):
             yield Match(node, op.source, (Term((op,)),))
 
 

@@ -1,10 +1,12 @@
 """Constants of a graph: numbers, tensors and sizes that it computes from parameters alone, so they are the same for every input.
 
 For example, a weight that forward standardizes, sums or masks is a constant. Constants are computed in float64 from the current parameters.
+A cast to another floating-point dtype changes nothing there, and neither does a move to another device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +47,9 @@ _BY_CHANCE = (
     "fractional_max_pool",
 )
 _TORCH = ("torch", "_operator", "math", "builtins")
+_MOVES = frozenset({"cpu", "cuda"})
+_NAMED_CASTS = {"half": torch.half, "bfloat16": torch.bfloat16, "float": torch.float, "double": torch.double}
+CASTS = frozenset({"to", "type", "type_as", *_NAMED_CASTS})  # methods that may change a tensor's dtype
 
 
 class Constants:
@@ -58,7 +63,7 @@ class Constants:
     """
 
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
-        self._root = root
+        self.root = root
         written = [tensor for node in graph.nodes if (tensor := mutated_by(node, root)) is not None]
         self._changing = {
             str(node.target) for tensor in written for node in may_share_memory(tensor, root) if node.op == "get_attr"
@@ -113,26 +118,57 @@ class Constants:
 
     def _compute(self, node: fx.Node) -> Any:
         """Compute the value of a node, or return the reason why it is not constant."""
+        reason = self._why_not(node)
+        if reason is not None:
+            return _Varies(reason)
         if node.op == "get_attr":
-            if node.target in self._changing or any(str(node.target).startswith(f"{path}.") for path in self._own_code):
-                return _Varies(f"the graph changes {node.target}, or may change it")
-            return _float64(attribute(self._root, str(node.target)))
-        if not is_pure(node) or mutated_by(node, self._root) is not None:
-            return _Varies(f"{node.name} isn't computed from parameters alone")
+            return self.held(_held_at(self.root, str(node.target)))
         try:
             args, kwargs = self.literal(node.args), self.literal(node.kwargs)
             with torch.no_grad():
-                if node.op == "call_method":
-                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                return node.target(*args, **kwargs)  # type: ignore[operator]
+                return self._called(node.target, *args, **kwargs)
         except Exception as error:  # operands may not fit together once they are float64; then the node is no constant
             return _Varies(str(error))
+
+    def _why_not(self, node: fx.Node) -> str | None:
+        """Return the reason why a node isn't constant even if it depends on no input; None if there is no reason."""
+        if node.op == "get_attr":
+            changed = node.target in self._changing
+            may_change = any(str(node.target).startswith(f"{path}.") for path in self._own_code)
+            return f"the graph changes {node.target}, or may change it" if changed or may_change else None
+        if not is_pure(node):
+            return f"{node.name} isn't computed from parameters alone"
+        return f"{node.name} writes in place" if mutated_by(node, self.root) is not None else None
+
+    def _called(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(target, str):
+            return target(*args, **kwargs)
+        if target in _MOVES:
+            return args[0]
+        dtype = _dtype_of_cast(target, *args, **kwargs)
+        return getattr(args[0], target)(*args[1:], **kwargs) if dtype is None else self.cast(args[0], dtype)
+
+    def held(self, value: Any) -> Any:
+        """Return what the root holds as constants are computed with it: a floating-point tensor in float64, unless it is on mps."""
+        return self.cast(value.detach(), value.dtype) if isinstance(value, Tensor) else value
+
+    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tensor in the dtype in which constants are computed instead of `dtype`."""
+        wide = dtype.is_floating_point and tensor.device.type != "mps"
+        return tensor.to(torch.float64 if wide else dtype)
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether a node calls a function or a method that may draw random numbers, or that creates uninitialised tensors."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return any(part in name for part in _BY_CHANCE) and name != "normalize"
 
 
 def is_pure(node: fx.Node) -> bool:
     """Whether a node calls a function of torch or Python that neither draws random numbers nor creates uninitialised tensors."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if (any(part in name for part in _BY_CHANCE) and name != "normalize") or not node.all_input_nodes:
+    if draws(node) or not node.all_input_nodes:
         return False
     if node.op == "call_method":
         return True
@@ -140,9 +176,38 @@ def is_pure(node: fx.Node) -> bool:
     return node.op == "call_function" and (module.split(".")[0] in _TORCH or module == "")
 
 
-def _float64(value: Any) -> Any:
-    """Detach a tensor and, if it is floating-point and not on mps, convert it to float64. Return any other value as it is."""
-    if not isinstance(value, Tensor):
-        return value
-    wide = value.is_floating_point() and value.device.type != "mps"
-    return value.detach().to(torch.float64) if wide else value.detach()
+def _held_at(root: nn.Module, path: str) -> Any:
+    """Return what a module holds at a path. A parameter is read from its table, because code gets a proxy for it while it is traced."""
+    owner, _, name = path.rpartition(".")
+    for table in (vars(root.get_submodule(owner)).get(kind) for kind in ("_parameters", "_buffers")):
+        if isinstance(table, dict) and name in table:
+            return dict.__getitem__(table, name)
+    return attribute(root, path)
+
+
+def _dtype_of_cast(method: str, tensor: Tensor, *args: Any, **kwargs: Any) -> torch.dtype | None:
+    """Return the dtype that a method gives a tensor; None if it is no cast, or if its target is a text."""
+    if method in _NAMED_CASTS:
+        return _NAMED_CASTS[method]
+    named = [*args, *kwargs.values()]
+    if method not in CASTS or any(isinstance(each, str) for each in named if method == "type") or not named:
+        return None
+    given = [each.dtype if isinstance(each, Tensor) else each for each in named]
+    return next((each for each in given if isinstance(each, torch.dtype)), tensor.dtype)
+
+
+def computed_from_parameters(node: fx.Node) -> bool:
+    """Whether no input and no module's output is among what a node is computed from. It may still be drawn, or written to."""
+    return all(source.op not in ("placeholder", "call_module") for source in origins(node))
+
+
+def origins(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield all nodes that a node is computed from, itself first."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        source = pending.pop()
+        if source not in found:
+            found.add(source)
+            yield source
+            pending += source.all_input_nodes

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -18,7 +19,8 @@ from repfx.algebra.kernel import Ints, Kernel
 from repfx.algebra.layers import Layer, is_conv
 from repfx.algebra.meaning import Meaning, named_padding
 from repfx.graphs.aliasing import reads_only_the_form
-from repfx.graphs.constants import Constants, NotConstant
+from repfx.graphs.constants import CASTS, Constants, NotConstant, computed_from_parameters, origins
+from repfx.graphs.forms import Forms
 from repfx.graphs.operations import Op
 from repfx.records.module_tree import attribute, has
 
@@ -52,38 +54,47 @@ _FUNCTIONS: dict[Any, tuple[int, Callable[..., None]]] = {
 
 
 def is_functional_conv(node: fx.Node) -> bool:
-    """Whether a node calls one of torch's functions for convs."""
-    return node.op == "call_function" and node.target in _FUNCTIONS
+    """Whether a node calls one of torch's functions for convs on something that isn't computed from parameters alone.
 
-
-def read_functional_conv(node: fx.Node, constants: Constants) -> Op | None:
-    """Read a functional conv with its current weight.
-
-    Return None if weight or sizes depend on the input, or if the weight may have a dtype of its own.
+    Such a function may also compute a weight from other weights.
     """
+    if node.op != "call_function" or node.target not in _FUNCTIONS:
+        return False
+    given = _arguments(node)["input"]
+    return isinstance(given, fx.Node) and not computed_from_parameters(given)
+
+
+def read_functional_conv(node: fx.Node, constants: Constants) -> Op | str | None:
+    """Read a functional conv with its current weight. Return the reason if it can't be read, and None for any other node."""
     if not is_functional_conv(node):
         return None
     dimensions, _ = _FUNCTIONS[node.target]
     call = _arguments(node)
     weight, bias = constants.tensor(call["weight"]), constants.tensor(call["bias"])
-    unreadable = weight is None or weight.ndim != dimensions + 2 or (bias is None) is not (call["bias"] is None)
-    if (
-        weight is None
-        or unreadable
-        or not isinstance(call["input"], fx.Node)
-        or _has_a_dtype_of_its_own(call["weight"], constants)
-    ):
-        return None
+    if weight is None or weight.ndim != dimensions + 2 or (bias is None) is not (call["bias"] is None):
+        return _why_unknown(call, constants)
+    reason = _refusal_of_dtype(call["weight"], constants)
+    if reason is not None:
+        return reason
     try:
         sizes = {name: constants.literal(value) for name, value in call.items() if name in _SIZES}
         kernel = _kernel(weight, bias, transposed="output_padding" in call, **sizes)
     except (NotConstant, TypeError):  # a size that is computed from the input
-        return None
+        return _DEPENDS
     meaning = Meaning("conv", dimensions, kernel.in_channels, lambda like, channels, n: kernel.to(like))
     return Op(node, call["input"], meaning)
 
 
-_CASTS = frozenset({"to", "type", "type_as", "half", "bfloat16", "float", "double"})
+def tensors_of(node: fx.Node) -> list[str]:
+    """Return the names of the tensors from which the weight and the bias of a functional conv are computed; none for other nodes."""
+    if node.op != "call_function" or node.target not in _FUNCTIONS:
+        return []
+    call = _arguments(node)
+    given = [call[name] for name in ("weight", "bias") if isinstance(call[name], fx.Node)]
+    return sorted({str(source.target) for each in given for source in _parameters(each)})
+
+
+_DEPENDS = "its weight or sizes depend on the input"
 _SIZES = ("stride", "padding", "dilation", "groups", "output_padding")
 
 
@@ -127,28 +138,73 @@ def settings_of(node: fx.Node, root: nn.Module) -> Layer:
     They are attributes of the result, under the names that they have on a conv.
     """
     call = _arguments(node)
-    found = [attribute(root, str(source.target)) for source in _parameters(call["weight"])]
-    weights = [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.is_floating_point()]
-    like = weights[0].detach().new_empty(0).requires_grad_(any(weight.requires_grad for weight in weights))
     window = (1,) * _FUNCTIONS[node.target][0]
-    return SimpleNamespace(weight=like, bias=call["bias"], padding=(), kernel_size=window)
+    return SimpleNamespace(
+        weight=_settings_like(call["weight"], root), bias=call["bias"], padding=(), kernel_size=window
+    )
 
 
-def _has_a_dtype_of_its_own(weight: fx.Node, constants: Constants) -> bool:
-    """Whether a weight may have another dtype than the parameters that it is computed from."""
-    casts = any(node.op == "call_method" and node.target in _CASTS for node in origins_of(weight))
-    return casts or any(constants.literal(source).is_complex() for source in _parameters(weight))
+def _settings_like(weight: fx.Node, root: nn.Module) -> Tensor:
+    """Return an empty tensor with dtype and device of the parameters that a weight is computed from, and trained if one of them is."""
+    found = [attribute(root, str(source.target)) for source in _parameters(weight)]
+    floating = [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.is_floating_point()]
+    likest = next((tensor for tensor in floating if isinstance(tensor, nn.Parameter)), floating[0])
+    return likest.detach().new_empty(0).requires_grad_(any(tensor.requires_grad for tensor in floating))
+
+
+def _why_unknown(call: dict[str, Any], constants: Constants) -> str:
+    """Return the reason why the weight or the bias of a call isn't known."""
+    for name in ("weight", "bias"):
+        try:
+            constants.literal(call[name])
+        except NotConstant as reason:
+            alone = computed_from_parameters(call[name])
+            return f"its {name} can't be computed from its parameters: {reason}" if alone else _DEPENDS
+    return _DEPENDS
+
+
+def _refusal_of_dtype(weight: fx.Node, constants: Constants) -> str | None:
+    """Why a weight isn't read: it is complex on the way, rounded to fewer bits, or in another dtype than its parameters. Else None."""
+    held = [constants.literal(source) for source in _parameters(weight)]
+    if any(tensor.is_complex() for tensor in held):
+        return "its weight is computed from complex numbers"
+    if not any(tensor.is_floating_point() for tensor in held):
+        return "its weight is computed from whole numbers alone"
+    casts = [node for node in origins(weight) if node.op == "call_method" and node.target in CASTS]
+    if not casts:
+        return None
+    own, forms = _settings_like(weight, constants.root).dtype, Forms(weight.graph, constants.root)
+    for cast in (weight, *casts):
+        form, before = forms.of(cast), forms.of(cast.all_input_nodes[0])
+        if form is None or before is None:
+            return "its weight is cast to a dtype that isn't known"
+        narrower = before.is_floating_point() and not _holds(form.dtype, before.dtype) and cast in casts
+        if form.dtype is not own if cast is weight else narrower and not _holds(form.dtype, own):
+            return f"its weight is cast to {form.dtype}, and its parameters are {own}"
+    return None
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a dtype holds every number of another one."""
+    return torch.promote_types(dtype, other) is dtype
 
 
 def is_shared(node: fx.Node) -> bool:
     """Whether another node of the graph reads the weight, or a parameter that the weight is computed from."""
     weight = _arguments(node)["weight"]
-    own = set(origins_of(weight))
+    own = set(origins(weight))
     names = {source.target for source in _parameters(weight)}
     readers = [
         user for other in node.graph.nodes if other.target in names and other.op == "get_attr" for user in other.users
     ]
-    return any(user not in own and user is not node and not reads_only_the_form(user) for user in readers)
+    others = (user for user in readers if user not in own and user is not node)
+    return not all(reads_only_the_form(user) or _leads_nowhere(user) for user in others)
+
+
+def _leads_nowhere(node: fx.Node) -> bool:
+    """Whether nothing is made of what a node computes, as if code has asked for its size alone."""
+    computes = node.op in ("call_function", "call_method") and not node.is_impure()
+    return computes and all(map(_leads_nowhere, node.users))
 
 
 def reads_its_own_weight(node: fx.Node) -> bool:
@@ -169,19 +225,7 @@ def reads_saved_weight(node: fx.Node, root: nn.Module) -> bool:
 
 def _parameters(node: fx.Node) -> list[fx.Node]:
     """The parameters and buffers that a node is computed from."""
-    return [source for source in origins_of(node) if source.op == "get_attr"]
-
-
-def origins_of(node: fx.Node) -> list[fx.Node]:
-    """All nodes that a node is computed from, itself included."""
-    found: dict[fx.Node, None] = {}
-    pending = [node]
-    while pending:
-        source = pending.pop()
-        if source not in found:
-            found[source] = None
-            pending += source.all_input_nodes
-    return list(found)
+    return [source for source in origins(node) if source.op == "get_attr"]
 
 
 def path_for(node: fx.Node, root: nn.Module, taken: Collection[str]) -> str:

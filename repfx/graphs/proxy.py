@@ -8,15 +8,16 @@ from __future__ import annotations
 import linecache
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from repfx.graphs.aliasing import IN_PLACE_OPERATORS
 from repfx.graphs.checks import require_tensor
+from repfx.graphs.forms import SIZES
 from repfx.graphs.vocabulary import SIZE_METHODS
 
 _INSTANCE_CHECKS = ("abc", "torch.nn.parameter")  # modules whose Python code answers `isinstance` for some classes
@@ -43,22 +44,33 @@ class ValueProxy(fx.Proxy):
         known = _known_type(self.node)
         if known is not None:
             return known
-        if not any(user.target is require_tensor for user in self.node.users):
+        if self._form() is None and not any(user.target is require_tensor for user in self.node.users):
             self.tracer.create_proxy("call_function", require_tensor, (self,), {})
         return Tensor
 
-    def __getattr__(self, name: str) -> _Attribute:
-        return _Attribute(self, name)
+    def __getattr__(self, name: str) -> Any:
+        form = self._form() if name in SIZES else None
+        return _Attribute(self, name) if form is None else getattr(form, name)
+
+    def _form(self) -> Tensor | None:
+        """The tensor without numbers if it is computed from parameters alone, else None. Its sizes are known."""
+        return self.tracer.forms.of(self.node)
+
+    def __len__(self) -> int:
+        tracer: Any = self.tracer
+        count: int | None = tracer.count_of(self)
+        return super().__len__() if count is None else count
+
+    def __float__(self) -> float:
+        raise self.tracer.as_number(self, "float()")
+
+    def __int__(self) -> int:
+        raise self.tracer.as_number(self, "int()")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OWN:
             raise TypeError(f"code assigns the attribute {name!r} of a tensor")
         object.__setattr__(self, name, value)
-
-    def __len__(self) -> int:
-        tracer: Any = self.tracer
-        count: int | None = tracer.count_of(self)
-        return fx.Proxy.__len__(self) if count is None else count
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -136,38 +148,3 @@ def _known_type(node: fx.Node) -> type | None:
 
 class _Attribute(ValueProxy, fx.proxy.Attribute):
     """The value of ``x.name``, as long as it isn't known whether code calls it."""
-
-
-class ParameterProxy(ValueProxy):
-    """A parameter or buffer. Its sizes are known, so code gets them as numbers and can iterate over it."""
-
-    def __iter__(self) -> Iterator[Any]:
-        whole: Any = self
-        return iter([whole[index] for index in range(len(self))])
-
-    def __len__(self) -> int:
-        return len(self._tensor())
-
-    @property
-    def shape(self) -> torch.Size:
-        return self._tensor().shape
-
-    @property
-    def ndim(self) -> int:
-        return self._tensor().ndim
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def dim(self) -> int:
-        return self.ndim
-
-    def numel(self) -> int:
-        return self._tensor().numel()
-
-    def _tensor(self) -> Tensor:
-        tracer: Any = self.tracer
-        path, _, name = str(self.node.target).rpartition(".")
-        # read from the dicts below, because the owner's attributes are proxies while tracing runs
-        owner: nn.Module = tracer.root.get_submodule(path)
-        return {**owner._parameters, **owner._buffers}[name]  # type: ignore[return-value]

@@ -49,6 +49,25 @@ def settings_put_back(before: Settings) -> Iterator[None]:
         _put_back(before)
 
 
+@contextmanager
+def in_eval_mode(module: nn.Module, settings: Settings) -> Iterator[None]:
+    """Put a module into eval mode for a while, also in the settings against which changes are told."""
+    inside = list(module.modules())
+    before = [inner.training for inner in inside]
+    _set_modes(inside, [False] * len(inside), settings)
+    try:
+        yield
+    finally:
+        _set_modes(inside, before, settings)
+
+
+def _set_modes(modules: list[nn.Module], modes: list[bool], settings: Settings) -> None:
+    for module, mode in zip(modules, modes, strict=True):
+        module.training = mode
+        if module in settings:
+            settings[module]["training"] = mode
+
+
 def _put_back(before: Settings) -> None:
     for module, known in before.items():
         if changed_setting(module, before) is not None:

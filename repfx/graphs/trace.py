@@ -8,6 +8,7 @@
 - Conv classes with a forward of their own, and modules that call a function for convs, are traced through, because they may compute a
   plain conv. If they can't be traced, they are leaves.
 - A graph is accepted only if the module traces to the same graph in training and in eval mode; ``F.dropout(…, self.training)`` does.
+  For `fuse`, a module whose eval path is a conv of weights composed of its branches runs that path in both modes.
 - If the code of a part inside a module can't be traced, that part becomes a leaf and the rest is tried again. Then the part is tried
   child by child.
 - The graph of a gated block has the paths that run in eval mode.
@@ -25,7 +26,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.parameter import is_lazy
 
 from repfx.algebra.activated_norm import separate
 from repfx.algebra.layers import code_of_its_own, is_conv, is_plain_sequence, own_classes
@@ -33,9 +33,11 @@ from repfx.blocks.block import RepBlock
 from repfx.blocks.gates import gates_in
 from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.dropout import let_dropout_follow_the_mode
+from repfx.graphs.eval_path import why_not_the_eval_path
 from repfx.graphs.keepers import attribute_of, kept_by_a_leaf, kept_from_outside, kept_in
-from repfx.graphs.leaves import holds_modules, is_container, is_leaf, stays_whole
+from repfx.graphs.leaves import calls_conv, holds_modules, is_container, is_leaf, stays_whole
 from repfx.graphs.norm_calls import let_norms_follow_the_mode
+from repfx.graphs.tensor_state import tensor_state
 from repfx.graphs.tracer import DRAWS, Tracer, sentence
 from repfx.reading.collecting import read_by_code
 from repfx.reading.source_code import Around
@@ -44,7 +46,9 @@ from repfx.records.module_tree import require_module
 from repfx.records.notes import copy_of
 from repfx.records.wrappers import passes_on
 
+DIFFERS = "it computes different things in training and in eval mode"
 _Traced: TypeAlias = tuple[fx.Graph, dict[str, Tensor | nn.Module]]
+_OfOneMode: TypeAlias = tuple[fx.Graph, dict[str, Tensor]]  # a graph, and the constants that tracing made
 
 
 @dataclass(frozen=True)
@@ -66,28 +70,35 @@ class Island:
 
 @dataclass(frozen=True)
 class Traces:
-    """The islands of a model. `untraced` maps the paths of modules outside of them to the reason why they could not be traced."""
+    """The islands of a model. `untraced` maps the paths of modules outside of them to the reason why they could not be traced.
+
+    `in_eval_mode` holds the paths of modules in the islands whose eval path stands for training mode, too.
+    """
 
     islands: tuple[Island, ...]
     untraced: dict[str, str]
+    in_eval_mode: tuple[str, ...] = ()
 
 
-def trace(model: nn.Module, given: Mapping[str, Any] | None = None) -> Traces:
+def trace(model: nn.Module, given: Mapping[str, Any] | None = None, *, composed: bool = False) -> Traces:
     """Trace a model, whole or in islands.
 
     Args:
         given: what a caller gives the model, by the name of the argument. Other arguments keep their defaults. If it is None, so do all
             but the first.
+        composed: let the eval path stand for both modes where it is a conv of weights that are composed of the branches of training mode.
 
     >>> [island.path for island in trace(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU())).islands]
     ['']
     """
     require_module(model)
     with random_state_kept(model):
-        return _traces(copy_of(model), read_by_code(model), given)
+        return _traces(copy_of(model), read_by_code(model), given, composed)
 
 
-def _traces(scratch: nn.Module, closed_to_traces: dict[str, str], given: Mapping[str, Any] | None) -> Traces:
+def _traces(
+    scratch: nn.Module, closed_to_traces: dict[str, str], given: Mapping[str, Any] | None, composed: bool
+) -> Traces:
     """Trace a copy of a model, but not the code at the paths in `closed_to_traces`, which gives the reasons."""
     islands: list[Island] = []
     untraced: dict[str, str] = {}
@@ -95,6 +106,7 @@ def _traces(scratch: nn.Module, closed_to_traces: dict[str, str], given: Mapping
     for gates in gates_in(scratch).values():
         gates.choose(gates.open_in(training=False))
     kept = kept_in(scratch)
+    settled, refused = _composing(scratch) if composed else ({}, {})
     pending = [("", scratch, Around())]
     while pending:
         path, module, around = pending.pop()
@@ -114,10 +126,10 @@ def _traces(scratch: nn.Module, closed_to_traces: dict[str, str], given: Mapping
                     ]
                 continue
         reason = closed_to_traces.get(path) or kept_from_outside(path, kept)
-        result = reason or _graph_of(path, module, around, None if path else given)
+        result = reason or _graph_of(path, module, around, None if path else given, settled.keys())
         if isinstance(result, str):
             if not is_leaf(module) and not is_container(module):
-                untraced[path] = result
+                untraced[path] = f"{result}; {refused[module]}" if result == DIFFERS and module in refused else result
                 around = around.inside(module)
             if path in kept:
                 around = replace(around, closed=around.closed or f"{attribute_of(kept[path][0])} keeps what it lies in")
@@ -141,7 +153,44 @@ def _traces(scratch: nn.Module, closed_to_traces: dict[str, str], given: Mapping
         pending += [
             (island.full_path(name), module.get_submodule(name), around) for name in _opaque_calls(module, graph)
         ]
-    return Traces(tuple(reversed(islands)), untraced)
+    run = {island.full_path(path) for island in islands for path in ("", *_paths_of_code(island.graph))}
+    return Traces(tuple(reversed(islands)), untraced, tuple(path for path in settled.values() if path in run))
+
+
+def _composing(scratch: nn.Module) -> tuple[dict[nn.Module, str], dict[nn.Module, str]]:
+    """Return the modules whose eval path stands for training mode, too, with their paths; and those for which it can't, with the reason."""
+    settled: dict[nn.Module, str] = {}
+    refused: dict[nn.Module, str] = {}
+    for path, module in reversed(list(scratch.named_modules())):  # inner ones first
+        if is_leaf(module) or not calls_conv(module) or stays_whole(module) is not None:
+            continue
+        graphs = _graphs_by_mode(module, set(), None, settled.keys())
+        module.train(False)
+        if isinstance(graphs, _Untraceable) or not _differ(graphs):
+            continue
+        reason = _why_not_composed(module, graphs)
+        if reason is None:
+            settled[module] = path
+        else:
+            refused[module] = reason
+    return settled, refused
+
+
+def _why_not_composed(module: nn.Module, graphs: tuple[_OfOneMode, _OfOneMode]) -> str | None:
+    """Return why the eval path of a module can't stand for training mode; None if it can."""
+    (training, _), (evaluation, constants) = graphs
+    try:
+        for name, value in constants.items():
+            setattr(module, name, value)
+        return why_not_the_eval_path(module, training, evaluation)
+    finally:
+        for name in constants:
+            delattr(module, name)
+
+
+def _paths_of_code(graph: fx.Graph) -> set[str]:
+    """Return the paths of the modules whose code made nodes of a graph."""
+    return {str(path) for node in graph.nodes for path, _ in node.meta.get("nn_module_stack", {}).values()}
 
 
 def _with_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -151,7 +200,9 @@ def _with_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def _graph_of(path: str, module: nn.Module, around: Around, given: Mapping[str, Any] | None) -> _Traced | str:
+def _graph_of(
+    path: str, module: nn.Module, around: Around, given: Mapping[str, Any] | None, settled: Container[nn.Module]
+) -> _Traced | str:
     """Return the graph that is the same in both modes, with the constants and modules it needs, or the reason why there is none."""
     is_root = not path
     if is_container(module) and not (is_root and is_plain_sequence(module)):
@@ -169,11 +220,11 @@ def _graph_of(path: str, module: nn.Module, around: Around, given: Mapping[str, 
     taken = None if isinstance(module, fx.GraphModule) else _name_taken(module)
     if taken is not None:
         return f"it has something named {taken!r}, a name that a traced module needs for itself"
-    opaque = set() if is_root else _convs_that_stay(module)
+    opaque = set() if is_root else _convs_that_stay(module, settled)
     if type(module) in opaque:
         return "a leaf"
     while True:
-        result = _graph_of_both_modes(module, opaque, given)
+        result = _graph_of_both_modes(module, opaque, given, settled)
         if not isinstance(result, _Untraceable):
             return result
         culprit = result.culprit
@@ -202,42 +253,58 @@ def _name_taken(module: nn.Module) -> str | None:
 
 
 def _graph_of_both_modes(
-    module: nn.Module, opaque: Container[type[nn.Module]], given: Mapping[str, Any] | None = None
+    module: nn.Module,
+    opaque: Container[type[nn.Module]],
+    given: Mapping[str, Any] | None = None,
+    settled: Container[nn.Module] = (),
 ) -> _Traced | _Untraceable:
-    """Try once to trace a module in both modes, with modules of the `opaque` classes as leaves. It is in eval mode afterwards."""
+    """Try once to trace a module in both modes, with modules of the `opaque` classes as leaves. It is in eval mode afterwards.
+
+    The code of `settled` modules runs in eval mode, whatever the mode.
+    """
+    taken = set(dir(module))
     try:
-        return _graph_of_modes(module, opaque, given)
+        graphs = _graphs_by_mode(module, opaque, given, settled)
     finally:
         module.train(False)
+    if isinstance(graphs, _Untraceable):
+        return graphs
+    (training, _), (evaluation, constants) = graphs
+    following = {
+        **let_dropout_follow_the_mode(training, evaluation, taken),
+        **let_norms_follow_the_mode(training, evaluation, taken),
+    }
+    if _differ(graphs):
+        return _Untraceable(DIFFERS, _first_difference(module, training, evaluation))
+    return evaluation, {**constants, **following}
 
 
-def _graph_of_modes(
-    module: nn.Module, opaque: Container[type[nn.Module]], given: Mapping[str, Any] | None
-) -> _Traced | _Untraceable:
-    graphs = []
-    constants: list[dict[str, Tensor]] = []
-    taken = set(dir(module))
+def _graphs_by_mode(
+    module: nn.Module,
+    opaque: Container[type[nn.Module]],
+    given: Mapping[str, Any] | None,
+    settled: Container[nn.Module],
+) -> tuple[_OfOneMode, _OfOneMode] | _Untraceable:
+    """Trace a module in training mode, then in eval mode, in which it is left."""
+    results = []
     for training in (True, False):
-        module.train(training)
-        state = _state(module)
-        result = _traced(module, opaque, given)
+        module.train(training and module not in settled)
+        state = tensor_state(module)
+        result = _traced(module, opaque, given, settled)
         keeper = _forget_values(module)
         if isinstance(result, _Untraceable):
             return result
         if keeper is not None:
             return _Untraceable("it keeps a value that is computed from the input as an attribute", keeper)
-        if _state(module) != state:
+        if tensor_state(module) != state:
             return _Untraceable("it changes its own tensors while it runs")
-        graphs.append(result[0])
-        constants.append(result[1])
-    following = {
-        **let_dropout_follow_the_mode(graphs[0], graphs[1], taken),
-        **let_norms_follow_the_mode(graphs[0], graphs[1], taken),
-    }
-    if _text(graphs[0]) != _text(graphs[1]) or not _same_tensors(*constants):
-        reason = "it computes different things in training and in eval mode"
-        return _Untraceable(reason, _first_difference(module, *graphs))
-    return graphs[1], {**constants[1], **following}
+        results.append(result)
+    return results[0], results[1]
+
+
+def _differ(graphs: tuple[_OfOneMode, _OfOneMode]) -> bool:
+    (training, made), (evaluation, made_in_eval) = graphs
+    return _text(training) != _text(evaluation) or not _same_tensors(made, made_in_eval)
 
 
 def _forget_values(module: nn.Module) -> nn.Module | None:
@@ -270,20 +337,27 @@ def _first_difference(root: nn.Module, *graphs: fx.Graph) -> nn.Module | None:
 
 
 def _traced(
-    module: nn.Module, opaque: Container[type[nn.Module]], given: Mapping[str, Any] | None
-) -> tuple[fx.Graph, dict[str, Tensor]] | _Untraceable:
+    module: nn.Module,
+    opaque: Container[type[nn.Module]],
+    given: Mapping[str, Any] | None,
+    settled: Container[nn.Module],
+) -> _OfOneMode | _Untraceable:
     """Trace a module in the mode it is in. Return its graph and the constants that tracing made, or why it can't be traced."""
     generators = Generators(module)
-    result = _traced_once(module, opaque, given, generators)
+    result = _traced_once(module, opaque, given, generators, settled)
     if isinstance(result, _Untraceable) and result.reason == DRAWS:  # or another thread has drawn
         with generators.of_this_thread():
-            result = _traced_once(module, opaque, given, generators)
+            result = _traced_once(module, opaque, given, generators, settled)
     return result
 
 
 def _traced_once(
-    module: nn.Module, opaque: Container[type[nn.Module]], given: Mapping[str, Any] | None, generators: Generators
-) -> tuple[fx.Graph, dict[str, Tensor]] | _Untraceable:
+    module: nn.Module,
+    opaque: Container[type[nn.Module]],
+    given: Mapping[str, Any] | None,
+    generators: Generators,
+    settled: Container[nn.Module],
+) -> _OfOneMode | _Untraceable:
     """Trace a module, and count it as a failure if one of the generators has given a number.
 
     A block that is called more than once stays a leaf and so is an island of its own. Whatever it becomes then serves every call.
@@ -291,7 +365,7 @@ def _traced_once(
     before = set(vars(module))
     shared: set[nn.Module] = set()
     while True:
-        tracer = Tracer(shared, opaque, given, generators)
+        tracer = Tracer(shared, opaque, given, generators, settled)
         try:
             graph = tracer.trace(module)
             tracer.note_draws(None)
@@ -312,7 +386,7 @@ def _traced_once(
         shared |= again
 
 
-def _convs_that_stay(module: nn.Module) -> set[type[nn.Module]]:
+def _convs_that_stay(module: nn.Module, settled: Container[nn.Module]) -> set[type[nn.Module]]:
     """Return conv classes inside `module` whose forward is more than one call (for example: pad, then convolve) or can't be traced.
 
     If `module` is a conv or a plain sequence, it must keep its type, so these stay leaves. For any other module the result is empty.
@@ -320,7 +394,7 @@ def _convs_that_stay(module: nn.Module) -> set[type[nn.Module]]:
     if not (is_conv(module) or is_plain_sequence(module)):
         return set()
     own_code = [inner for inner in module.modules() if is_conv(inner) and not is_leaf(inner)]
-    results = [(type(conv), _graph_of_both_modes(conv, set())) for conv in own_code]
+    results = [(type(conv), _graph_of_both_modes(conv, set(), None, settled)) for conv in own_code]
     return {cls for cls, result in results if isinstance(result, _Untraceable) or not _is_one_call(result[0])}
 
 
@@ -346,41 +420,6 @@ def _text(graph: fx.Graph) -> list[str]:
 
 def _line(node: fx.Node) -> str:
     return f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}"
-
-
-def _state(module: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Return for each tensor of a module, by name: its identity, how often it was written to, and for a parameter the sum of its bits.
-
-    The sum shows writes into ``.data``, which torch doesn't count. It is 0 for other tensors.
-    """
-    weights = dict(module.named_parameters())
-    tensors: dict[str, Tensor] = {**weights, **dict(module.named_buffers())}
-    for path, inner in module.named_modules():
-        tensors.update({f"{path}.{name}": value for name, value in vars(inner).items() if isinstance(value, Tensor)})
-    return {
-        name: (id(tensor), _version_of(tensor), _sum_of_bits(tensor) if name in weights else 0)
-        for name, tensor in tensors.items()
-        if "_tensor_constant" not in name and not is_lazy(tensor)
-    }
-
-
-def _version_of(tensor: Tensor) -> int:
-    """How often a tensor was written to; 0 for an inference tensor, for which torch doesn't count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _sum_of_bits(weight: Tensor) -> int:
-    """Sum the bits of a parameter, read as integers; other values nearly always give another sum. 0 if there are none to read."""
-    if weight.is_meta or weight.layout is not torch.strided:
-        return 0
-    real = torch.view_as_real(weight.detach()) if weight.is_complex() else weight.detach()
-    size, flat = real.element_size(), real.contiguous().reshape(-1)
-    # adding eight bytes at once is several times quicker
-    in_eights = flat.numel() * size % 8 == flat.storage_offset() * size % 8 == 0
-    return int(flat.view(torch.int64 if in_eights else _INTEGERS[size]).sum(dtype=torch.int64))
 
 
 def _same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -8,6 +8,7 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -21,15 +22,17 @@ from repfx.blocks.block import RepBlock
 from repfx.errors import first_line
 from repfx.graphs.checks import require_default, require_given, require_nothing, require_parts
 from repfx.graphs.counts import count_of, may_be_fewer
+from repfx.graphs.forms import GrowingForms
 from repfx.graphs.leaves import is_leaf, stays_whole
 from repfx.graphs.modes import Modes, modes_put_back
-from repfx.graphs.proxy import ParameterProxy, ValueProxy
+from repfx.graphs.proxy import ValueProxy
 from repfx.graphs.recording import calls_recorded, functions_recorded, tensors_recorded
-from repfx.graphs.settings import Settings, changed_setting, settings_in, settings_put_back
+from repfx.graphs.settings import Settings, changed_setting, in_eval_mode, settings_in, settings_put_back
 from repfx.reading.further_arguments import only_passed_on
 from repfx.records.generators import Generators
 
 DRAWS = "it draws random numbers in code"  # a failure
+_KINDS = ("_is_param", "_is_buffer")  # attributes that torch asks for when code keeps a tensor as an attribute
 _GENERATED = "<eval_with_key>"  # the name of the files in which torch.fx writes the code of graphs
 
 
@@ -41,6 +44,7 @@ class Tracer(fx.Tracer):
 
     Args:
         given: what a caller gives the traced module, by the name of the argument; None if that isn't known.
+        settled: modules whose code runs in eval mode, in whatever mode the code is that calls them.
     """
 
     proxy_buffer_attributes = True  # else a value computed from a buffer would stay as it is when others are loaded
@@ -51,9 +55,12 @@ class Tracer(fx.Tracer):
         opaque: Container[type[nn.Module]] = (),
         given: Mapping[str, Any] | None = None,
         generators: Generators | None = None,
+        settled: Container[nn.Module] = (),
     ) -> None:
         super().__init__()
+        self._settled = settled
         self._generators = generators
+        self.forms = GrowingForms(fx.Graph(), nn.Module())
         self._hooked: set[nn.Module] = set()
         self.shared = shared
         self.opaque = opaque
@@ -74,6 +81,8 @@ class Tracer(fx.Tracer):
         self.tensor_attrs = {}
         self._hooked.clear()
         self._settings = {}
+        self._settled = ()
+        self.forms = GrowingForms(fx.Graph(), self.root)
         self.block_calls.clear()
         self.running.clear()
         self.failures.clear()
@@ -111,6 +120,7 @@ class Tracer(fx.Tracer):
             if isinstance(value, _symbolic_trace._constant_attribute_types)
         }
         self.graph = fx.Graph(tracer_cls=type(self))
+        self.forms = GrowingForms(self.graph, root)
         self.graph._co_fields = {name: getattr(code, name) for name in ("co_name", "co_filename", "co_firstlineno")}
 
     def _read(self, proxies: dict[str, fx.Proxy], name: str, tensor: Any) -> Any:
@@ -138,7 +148,8 @@ class Tracer(fx.Tracer):
         self._require_settings(m)
         self.block_calls[m] += isinstance(m, RepBlock)
         self.running.append(m)
-        result = super().call_module(m, self._watched(forward), args, kwargs)
+        with in_eval_mode(m, self._settings) if m in self._settled else nullcontext():
+            result = super().call_module(m, self._watched(forward), args, kwargs)
         self.running.pop()
         return result
 
@@ -179,7 +190,10 @@ class Tracer(fx.Tracer):
             NameError: code of a module runs that isn't inside the root.
         """
         self._require_same_surroundings()
-        return super().create_node(kind, target, args, kwargs, name, None if isinstance(type_expr, str) else type_expr)
+        annotation = None if isinstance(type_expr, str) else type_expr
+        node = super().create_node(kind, target, args, kwargs, name, annotation)
+        self.forms.add(node)
+        return node
 
     def create_arg(self, a: Any) -> Any:
         """Turn numpy's numbers, and other numbers of a class of their own, into plain ones, because the graph is written as text.
@@ -198,15 +212,30 @@ class Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
+        names = self.forms.parameters_of(obj.node)
+        if obj.node.target is getattr and obj.node.args[1] in _KINDS and names:
+            raise self._noted(
+                TypeError(f"code keeps what it computes from {names} as an attribute, or asks for its class")
+            )
+        if names:
+            raise self._noted(TypeError(f"code decides by {names}, and a graph would keep the decision"))
         return bool(self._noting_failure(super().to_bool, obj))
 
     def count_of(self, obj: fx.Proxy) -> int | None:
         """Return over how many values code iterates in a proxy, or None. The graph checks the number where the input may change it."""
-        count = count_of(obj.node, self.root)
+        form = self.forms.of(obj.node)
+        count = count_of(obj.node) if form is None else len(form)
         checked = any(user.target is require_parts for user in obj.node.users)
         if count is not None and may_be_fewer(obj.node) and not checked:
             self.create_proxy("call_function", require_parts, (obj, count), {})
         return count
+
+    def as_number(self, obj: fx.Proxy, asked: str) -> Exception:
+        """Return the error for code that asks for a plain number, by `float()` for example. Note it as a failure."""
+        names = self.forms.parameters_of(obj.node)
+        if names:
+            return self._noted(TypeError(f"code makes {names} a plain number by {asked}, and a graph would keep it"))
+        return self._noted(TypeError(f"{asked} of a value that depends on the input"))
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         count = self.count_of(obj)
@@ -220,11 +249,15 @@ class Tracer(fx.Tracer):
         try:
             return function(obj)
         except Exception as error:
-            self.failures.append((sentence(error), self.running[-1] if self.running else None))
+            self._noted(error)
             raise
 
+    def _noted(self, error: Exception) -> Exception:
+        self.failures.append((sentence(error), self.running[-1] if self.running else None))
+        return error
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return ParameterProxy(node, self) if node.op == "get_attr" else ValueProxy(node, self)
+        return ValueProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m) or stays_whole(m) is not None or m in self.shared or type(m) in self.opaque

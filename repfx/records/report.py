@@ -39,10 +39,21 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Note:
+    """Something that a pass has done with a module and that its users should know: where, and what."""
+
+    path: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"Note {self.path!r}: {self.text}"
+
+
+@dataclass(frozen=True)
 class Report:
     """The changes of a pass (`applied`), what it left alone and why (`skipped`), and optional merges it decided against (`declined`).
 
-    `stays` lists every conv and BatchNorm of a fused model, and why it is there.
+    `stays` lists every conv and BatchNorm of a fused model, and why it is there. `notes` tells what else users should know.
 
     >>> print(Report("expand", (Edit("expand", "conv1"),), (Skip("conv2", "the window is 1×1 already"),)))
     expand: 1 change, 1 left alone
@@ -54,6 +65,7 @@ class Report:
     skipped: tuple[Skip, ...] = ()
     declined: tuple[Skip, ...] = ()
     stays: tuple[Skip, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -72,7 +84,7 @@ class Report:
 
     def __str__(self) -> str:
         changes = f"{len(self.applied)} change{'' if len(self.applied) == 1 else 's'}"
-        lines = [f"{self.name}: {changes}, {len(self.skipped)} left alone", *map(str, self.skipped)]
+        lines = [f"{self.name}: {changes}, {len(self.skipped)} left alone", *map(str, (*self.skipped, *self.notes))]
         return "\n  ".join(lines)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import fx, nn
 
 from repfx.algebra.layers import is_batch_norm, is_conv
-from repfx.graphs.functional_conv import is_functional_conv
+from repfx.graphs.functional_conv import is_functional_conv, read_functional_conv
 from repfx.graphs.trace import Traces
 from repfx.records.report import Skip
 from repfx.rewriting.editor import Editor
@@ -71,9 +71,10 @@ def _reason(node: fx.Node, editor: Editor, near_misses: NearMisses) -> str:
 
 
 def _no_rule(node: fx.Node, view: View) -> str:
-    """Return why no rule applies to a node: what comes before or after it, or that a functional conv depends on the input."""
-    if is_functional_conv(node):
-        return "its weight or sizes depend on the input"
+    """Return why no rule applies to a node: what comes before or after it, or why a functional conv isn't read."""
+    unread = read_functional_conv(node, view.constants)
+    if isinstance(unread, str):
+        return unread
     if not _is_plain_conv(node, view):
         return f"no rule: {_name(node.all_input_nodes[0], view)} comes before it"
     users = list(node.users)

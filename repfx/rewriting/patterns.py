@@ -16,6 +16,7 @@ from repfx.algebra.kernel import Kernel, NoKernel
 from repfx.algebra.meaning import Kind
 from repfx.graphs.bordered_padding import padded_before, read_border
 from repfx.graphs.functional_conv import read_functional_conv
+from repfx.graphs.operations import Op
 from repfx.graphs.sums import adds_up
 from repfx.rewriting.match import Match, Term, term_kernel
 from repfx.rewriting.paths import closed, linear_paths
@@ -60,7 +61,7 @@ class FunctionalConv(Pattern):
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
         op = read_functional_conv(node, view.constants)
-        if op is not None:
+        if isinstance(op, Op):
             yield Match(node, op.source, (Term((op,)),))
 
 

@@ -16,6 +16,7 @@ from repfx.algebra.layers import has_modes_of_its_own, is_batch_norm
 from repfx.blocks.cropped_conv import unshare
 from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.aliases import put_back, set_aside
+from repfx.graphs.eval_path import NOTE
 from repfx.graphs.trace import Island, Traces, call_counts, trace
 from repfx.graphs.unused import erase_unused
 from repfx.records.generators import random_state_kept
@@ -23,7 +24,7 @@ from repfx.records.journal import forget
 from repfx.records.modes import set_modes
 from repfx.records.module_tree import module_paths
 from repfx.records.notes import copy_of
-from repfx.records.report import Edit, Report, Skip
+from repfx.records.report import Edit, Note, Report, Skip
 from repfx.records.wrappers import bare, require_layers
 from repfx.rewriting.computed_weights import fix_weights
 from repfx.rewriting.cost import Cost, weights
@@ -31,6 +32,7 @@ from repfx.rewriting.editor import Editor
 from repfx.rewriting.explanation import UNTRACED, all_that_stays, left_alone, left_outside
 from repfx.rewriting.input_shapes import InputShapes
 from repfx.rewriting.installation import install, prepare
+from repfx.rewriting.patterns import FunctionalConv
 from repfx.rewriting.rule import PASSES as PASSES
 from repfx.rewriting.rule import Pass, Rule
 from repfx.rewriting.view import View
@@ -114,7 +116,7 @@ def _rewrite(
     fix_weights(target)
     for module in list(target.modules()):
         unshare(module)
-    traces = trace(target, given)
+    traces = trace(target, given, composed=any(isinstance(rule.pattern, FunctionalConv) for rule in rules))
     set_aside(target, traces)
     views = Views(target, traces, InputShapes(model, given), cost)
     edits: list[Edit] = []
@@ -139,7 +141,8 @@ def _rewrite(
     skipped = tuple(skip for skip in dict.fromkeys(skips) if skip.rule not in optional)
     take_over_modes(target, model)
     forget(target)
-    return Result(target, Report(name, tuple(edits), skipped, declined, tuple(dict.fromkeys(kept))))
+    notes = tuple(Note(path, NOTE) for path in traces.in_eval_mode)
+    return Result(target, Report(name, tuple(edits), skipped, declined, tuple(dict.fromkeys(kept)), notes))
 
 
 class Views:

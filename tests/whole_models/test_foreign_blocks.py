@@ -466,6 +466,159 @@ class OREPA(nn.Module):
         return F.relu(self.norm(F.conv2d(x, self.weight(), padding=1)))
 
 
+class ResidualPointwise(nn.Conv2d):
+    """DBB's 1×1 beside the identity: its weight plus the identity's, which is a plain attribute that is moved to the weight's device."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__(CHANNELS, CHANNELS, 1, groups=groups, bias=False)
+        per_group = CHANNELS // groups
+        unit = torch.zeros(CHANNELS, per_group, 1, 1)
+        unit[range(CHANNELS), [index % per_group for index in range(CHANNELS)]] = 1
+        self.unit = unit.type_as(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.weight + self.unit.to(self.weight.device).type_as(self.weight)
+        return F.conv2d(x, kernel, None, stride=1, padding=0, dilation=self.dilation, groups=self.groups)
+
+
+class DBBWithResidual(nn.Module):
+    """k×k + 1×1 + (1×1 beside the identity, k×k), in groups (arXiv 2103.13425)."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.dense, self.pointwise = conv_norm(3, padding=1, groups=groups), conv_norm(1, groups=groups)
+        self.chain = nn.Sequential(ResidualPointwise(groups), NormAndPad(1, strips=True), *conv_norm(3, groups=groups))
+
+    def forward(self, x: Tensor) -> Any:
+        return F.relu(self.dense(x) + self.pointwise(x) + self.chain(x))
+
+
+class OREPAInGroups(nn.Module):
+    """OREPA in groups: the weight's parts are viewed group by group, by sizes of what was computed (arXiv 2204.00826)."""
+
+    def __init__(self, groups: int = 2) -> None:
+        super().__init__()
+        self.groups, per_group = groups, CHANNELS // groups
+        self.origin = nn.Parameter(torch.randn(CHANNELS, per_group, 3, 3))
+        self.pointwise = nn.Parameter(torch.randn(CHANNELS, per_group, 1, 1))
+        self.unit: Tensor
+        self.register_buffer("unit", torch.eye(per_group).repeat(groups, 1)[:, :, None, None])
+        self.inner, self.outer = (
+            nn.Parameter(torch.randn(CHANNELS, per_group, 1, 1)),
+            nn.Parameter(self.origin.detach() / 2),
+        )
+        self.prior: Tensor
+        self.register_buffer("prior", torch.rand(per_group, 3, 3))
+        self.scales = nn.Parameter(torch.rand(4, CHANNELS))
+        self.norm = nn.BatchNorm2d(CHANNELS)
+
+    def in_groups(self) -> Tensor:
+        inner = (self.inner + self.unit).squeeze(3).squeeze(2)
+        through, per_group = inner.size()
+        out, between, height, width = self.outer.size()
+        inner = inner.view(self.groups, int(through / self.groups), per_group)
+        outer = self.outer.view(self.groups, int(out / self.groups), between, height, width)
+        return torch.einsum("gti,gothw->goihw", inner, outer).reshape(out, per_group, height, width)
+
+    def weight(self) -> Tensor:
+        padded = F.pad(self.pointwise, (1, 1, 1, 1))
+        filtered = torch.einsum("oi,ihw->oihw", self.pointwise.squeeze(3).squeeze(2), self.prior)
+        parts = (self.origin, padded, filtered, self.in_groups())
+        total: Any = 0
+        for index, part in enumerate(parts):
+            total = total + torch.einsum("oihw,o->oihw", part, self.scales[index, :])
+        return total
+
+    def forward(self, x: Tensor) -> Any:
+        return F.relu(self.norm(F.conv2d(x, self.weight(), padding=1, groups=self.groups)))
+
+
+class OREPALargeConv(nn.Module):
+    """Weights of 3×3 convolved with one another: a chain of convs as one of a larger window (arXiv 2204.00826)."""
+
+    def __init__(self, layers: int = 3) -> None:
+        super().__init__()
+        self.layers = layers
+        for index in range(layers):
+            setattr(self, f"layer{index}", nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False))
+        self.norm = nn.BatchNorm2d(CHANNELS)
+
+    def weight(self) -> Tensor:
+        weight: Any = None
+        for index in range(self.layers):
+            own = getattr(self, f"layer{index}").weight
+            weight = own.transpose(0, 1) if weight is None else F.conv2d(weight, own, padding=2)
+        return weight.transpose(0, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return F.relu(self.norm(F.conv2d(x, self.weight(), stride=2, padding=self.layers)))
+
+
+class EdgeOrChain(nn.Module):
+    """One of ECBSR's branches: a 1×1 and a 3×3 in training mode, in eval mode it only gives its weight."""
+
+    def __init__(self, mask: list[list[float]] | None) -> None:
+        super().__init__()
+        conv = nn.Conv2d(CHANNELS, CHANNELS, 1)
+        self.k0, self.b0 = conv.weight, conv.bias
+        if mask is None:
+            conv = nn.Conv2d(CHANNELS, CHANNELS, 3)
+            self.k1, self.b1 = conv.weight, conv.bias
+        else:
+            self.scale, self.b1 = nn.Parameter(torch.randn(CHANNELS, 1, 1, 1)), nn.Parameter(torch.randn(CHANNELS))
+            self.mask = nn.Parameter(torch.tensor(mask).expand(CHANNELS, 1, 3, 3).clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Any:
+        y = F.pad(F.conv2d(input=x, weight=self.k0, bias=self.b0), (1, 1, 1, 1), "constant", 0)
+        border: Any = self.b0
+        border = border.view(1, -1, 1, 1)
+        y[:, :, 0:1, :] = border
+        y[:, :, -1:, :] = border
+        y[:, :, :, 0:1] = border
+        y[:, :, :, -1:] = border
+        if hasattr(self, "k1"):
+            return F.conv2d(input=y, weight=self.k1, bias=self.b1)
+        return F.conv2d(input=y, weight=self.scale * self.mask, bias=self.b1, groups=CHANNELS)
+
+    def kernel(self) -> tuple[Tensor, Tensor]:
+        full = (
+            self.k1
+            if hasattr(self, "k1")
+            else torch.diag_embed((self.scale * self.mask)[:, 0].permute(1, 2, 0)).permute(2, 3, 0, 1)
+        )
+        weight = F.conv2d(input=full, weight=self.k0.permute(1, 0, 2, 3))
+        bias: Any = self.b0
+        spread = torch.ones(1, CHANNELS, 3, 3, device=self.k0.device) * bias.view(1, -1, 1, 1)
+        return weight, F.conv2d(input=spread.type_as(self.k0), weight=full).view(-1) + self.b1
+
+
+class ECBSRInItsOwnWords(nn.Module):
+    """Branches in training mode, one conv of the weight that they add up to in eval mode (ACM MM 2021)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+        sobel, laplace = (
+            [[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]],
+            [[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]],
+        )
+        self.chain, self.sobel, self.laplace = EdgeOrChain(None), EdgeOrChain(sobel), EdgeOrChain(laplace)
+        self.act = nn.PReLU(num_parameters=CHANNELS)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.training:
+            y = self.dense(x) + self.chain(x) + self.sobel(x) + self.laplace(x)
+        else:
+            weight, bias = self.rep_params()
+            y = F.conv2d(input=x, weight=weight, bias=bias, stride=1, padding=1)
+        return self.act(y)
+
+    def rep_params(self) -> tuple[Tensor, Any]:
+        parts = [branch.kernel() for branch in (self.chain, self.sobel, self.laplace)]
+        weights, biases = zip(*parts)
+        return self.dense.weight + sum(weights), self.dense.bias + sum(biases)
+
+
 class LayerScale(nn.Module):
     """x + γ ⊙ conv(x), γ one number per channel (arXiv 2103.17239)."""
 
@@ -538,6 +691,11 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "Conv3XC": (Conv3XC, 1, 0),
     "ECBSR": (ECBSR, 1, 0),
     "OREPA": (OREPA, 1, 0),
+    "DBB with a residual": (lambda: DBBWithResidual(1), 1, 0),
+    "DBB with a residual, in groups": (lambda: DBBWithResidual(4), 1, 0),
+    "OREPA, in groups": (OREPAInGroups, 1, 0),
+    "OREPA, large": (OREPALargeConv, 1, 0),
+    "ECBSR, in its own words": (ECBSRInItsOwnWords, 1, 0),
     "LayerScale": (LayerScale, 1, 0),
     "PartialConv, split": (lambda: PartialConv(sliced=False), 2, 0),
     "PartialConv, sliced": (lambda: PartialConv(sliced=True), 2, 0),

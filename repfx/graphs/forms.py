@@ -1,0 +1,73 @@
+"""Forms of constants: the shapes and dtypes of tensors that a graph computes from parameters alone, found without computing a number.
+
+Code that asks for such a shape gets plain numbers while it is traced, as it does when it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repfx.graphs.aliasing import mutated_by
+from repfx.graphs.constants import Constants, origins
+from repfx.graphs.vocabulary import SIZE_METHODS
+
+SIZES = SIZE_METHODS | {"shape", "ndim"}  # what a form tells of a tensor
+
+
+class Forms(Constants):
+    """The constants of one graph as tensors without numbers, each in the dtype that it has when the graph runs.
+
+    >>> graph = fx.Graph()
+    >>> weight = graph.get_attr("weight")
+    >>> halved = graph.call_method("half", (graph.call_method("flatten", (weight,)),))
+    >>> form = Forms(graph, nn.Linear(3, 2)).of(halved)
+    >>> form.shape, form.dtype
+    (torch.Size([6]), torch.float16)
+    """
+
+    def of(self, node: fx.Node) -> Tensor | None:
+        """Return the form of a tensor, or None if the node is no tensor, depends on an input, or has a shape that depends on numbers."""
+        return self.tensor(node)
+
+    def held(self, value: Any) -> Any:
+        return value.detach().to("meta") if isinstance(value, Tensor) else value
+
+    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return tensor.to(dtype)
+
+
+class GrowingForms:
+    """The forms of a graph while it is traced. A tensor that code has written to has none, because a write may change its shape."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        self._forms = Forms(graph, root)
+        self._root = root
+        self._computed: set[fx.Node] = set()  # from parameters alone
+
+    def add(self, node: fx.Node) -> None:
+        """Take note of a node that the graph has got."""
+        if node.op == "get_attr":
+            self._computed.add(node)
+            return
+        sources = node.all_input_nodes
+        if not sources or self._computed.isdisjoint(sources):
+            return
+        written = mutated_by(node, self._root)
+        if written is not None and written.op != "get_attr":
+            self._computed.discard(written)
+        elif written is None and node.op != "call_module" and self._computed.issuperset(sources):
+            self._computed.add(node)
+
+    def of(self, node: fx.Node) -> Tensor | None:
+        """Return the form of a tensor, or None as `Forms.of` does."""
+        return self._forms.of(node) if node in self._computed else None
+
+    def parameters_of(self, node: fx.Node) -> str:
+        """Name the tensors that a value is computed from; an empty text if it may depend on an input."""
+        if node not in self._computed:
+            return ""
+        names = {str(source.target) for source in origins(node) if source.op == "get_attr"}
+        return ", ".join(map(repr, sorted(names)))

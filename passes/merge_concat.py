@@ -14,8 +14,7 @@ from repfx.algebra.kernel import Kernel, NoKernel
 from repfx.graphs.operations import Op
 from repfx.graphs.vocabulary import CONCATENATIONS, listed
 from repfx.rewriting.guards import channels_stay_put, is_convolution, no_dearer, unmutated, used_once
-from repfx.rewriting.match import Match, Term, term_kernel
-from repfx.rewriting.paths import closed, linear_paths
+from repfx.rewriting.match import Match, Term, closed, linear_paths, term_kernel
 from repfx.rewriting.patterns import Pattern
 from repfx.rewriting.rule import Rule
 from repfx.rewriting.view import META, View

@@ -19,8 +19,7 @@ from repfx.algebra.kernel import Kernel, NoKernel, Padding
 from repfx.algebra.meaning import pairs_of
 from repfx.graphs.aliasing import reads_only_the_form
 from repfx.graphs.constants import Constants
-from repfx.graphs.indexing import Strip, strip_of
-from repfx.graphs.operations import Op, per_channel
+from repfx.graphs.operations import Op, per_channel, whole_index
 from repfx.graphs.vocabulary import CONCATENATIONS, listed
 
 CLOSE = 1e-12  # largest relative difference that counts as rounding in float64
@@ -110,7 +109,7 @@ def _written(node: fx.Node, pad: Op, constants: Constants) -> Border | None:
     dimensions = zeros.dimensions
     sides = {(axis, side): size for axis, pair in enumerate(zeros.padding) for side, size in enumerate(pair) if size}
     writes = [user for user in node.users if user.target is operator.setitem and user.args[0] is node]
-    strips = [strip_of(write.args[1], dimensions) for write in writes]
+    strips = [_strip(write.args[1], dimensions) for write in writes]
     found = {(strip.axis, strip.side): strip.width for strip in strips if strip is not None}
     if zeros.padding_mode != "zeros" or not sides or found != sides or len(found) != len(writes):
         return None
@@ -124,7 +123,46 @@ def _written(node: fx.Node, pad: Op, constants: Constants) -> Border | None:
     return Border(pad.source, zeros.padding, known, tuple(writes)) if len(known) == len(values) else None
 
 
-def _value(value: Any, strip: Strip, constants: Constants) -> Tensor | None:
+@dataclass(frozen=True)
+class _Strip:
+    """A part of a picture along one of its sides.
+
+    Args:
+        side: 0 for the side before, 1 for the side after.
+        width: number of positions.
+        keeps_axis: whether the index is a slice, not a number.
+        fixes_the_axes: whether the index can't be taken for that of a picture with fewer axes.
+    """
+
+    axis: int
+    side: int
+    width: int
+    keeps_axis: bool
+    fixes_the_axes: bool
+
+
+def _strip(index: Any, dimensions: int) -> _Strip | None:
+    """Read an index into ``(batch, channels, *axes)`` as a strip, or return None."""
+    parts = whole_index(index, dimensions + 2)
+    if parts is None:
+        return None
+    cut = [(axis - 2, part) for axis, part in enumerate(parts) if part != slice(None)]
+    if len(cut) != 1 or cut[0][0] < 0:
+        return None
+    axis, part = cut[0]
+    fixes = len(index) == dimensions + 2 or Ellipsis in index
+    if not isinstance(part, slice):
+        return _Strip(axis, -part, 1, keeps_axis=False, fixes_the_axes=fixes) if part in (0, -1) else None
+    if part.step not in (None, 1):
+        return None
+    if part.start in (None, 0) and isinstance(part.stop, int) and part.stop > 0:
+        return _Strip(axis, 0, part.stop, keeps_axis=True, fixes_the_axes=fixes)
+    if part.stop is None and isinstance(part.start, int) and part.start < 0:
+        return _Strip(axis, 1, -part.start, keeps_axis=True, fixes_the_axes=fixes)
+    return None
+
+
+def _value(value: Any, strip: _Strip, constants: Constants) -> Tensor | None:
     """Return a constant that is written into a strip, with the axis that an index without a slice takes away."""
     known = constants.number(value)
     if known is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from repfx.algebra.kernel import Kernel, NoKernel
+from repfx.algebra.kernel import Kernel, NoKernel, Padding
 from repfx.algebra.meaning import (
     Meaning,
     average_pool_meaning,
@@ -21,7 +21,6 @@ from repfx.algebra.meaning import (
     wraps_the_rest,
 )
 from repfx.graphs.constants import Constants
-from repfx.graphs.indexing import crop_meaning
 from repfx.graphs.vocabulary import ARITHMETIC, NEGATIONS, PRODUCTS, QUOTIENTS, SUBTRACTIONS
 
 
@@ -101,12 +100,67 @@ def _read_pad(pad: Any, mode: str = "constant", value: float | None = None) -> M
     return None if wraps_the_rest(padding, mode) else pad_meaning(padding, "zeros" if mode == "constant" else mode)
 
 
+def _read_crop(index: Any) -> Meaning | None:
+    """Read an index such as ``[:, :, 1:-1, 1:-1]`` or ``[..., 1:-1]`` as the map that crops, or return None.
+
+    Without an ellipsis, an index says how many axes its tensor has at least: two more than it crops.
+    """
+    if not isinstance(index, tuple):
+        return None
+    open_ended = any(part is Ellipsis for part in index)
+    parts = whole_index(index, len(index) - open_ended)
+    cut = None if parts is None else [_crop(part) for part in parts]
+    if cut is None or None in cut or not any(map(any, cut)):  # type: ignore[arg-type]
+        return None
+    sides: list[Any] = [*cut]
+    before = index.index(Ellipsis) if open_ended else 2
+    if any(map(any, sides[:before])) or len(sides) < before:
+        return None
+    if not open_ended:
+        return pad_meaning(tuple(sides[2:]), "zeros")
+    return Meaning("crop", None, None, lambda like, channels, n: _cropping(sides[before:], like, channels, n))
+
+
+def _crop(part: Any) -> tuple[int, int] | None:
+    """Return the padding that a slice amounts to, or None if that depends on the size of the axis."""
+    if not isinstance(part, slice) or part.step not in (None, 1):
+        return None
+    start, stop = part.start or 0, part.stop or 0
+    if not isinstance(start, int) or not isinstance(stop, int) or start < 0 or stop > 0 or part.stop == 0:
+        return None
+    return -start, stop
+
+
+def _cropping(sides: list[tuple[int, int]], like: Tensor, channels: int, dimensions: int) -> Kernel:
+    padding: Padding = tuple([(0, 0)] * dimensions + sides)
+    outer = len(padding) - dimensions
+    if any(map(any, padding[:outer])):
+        raise NoKernel(f"an index cuts {len(sides)} axes, but there are {dimensions}")
+    return pad_meaning(padding[outer:], "zeros").build(like, channels, dimensions)
+
+
+def whole_index(index: Any, axes: int) -> tuple[Any, ...] | None:
+    """Return an index with one entry for each of so many axes, or None if it has another form.
+
+    >>> whole_index((..., slice(1, None)), 3)
+    (slice(None, None, None), slice(None, None, None), slice(1, None, None))
+    """
+    if not isinstance(index, tuple) or not all(isinstance(part, (slice, int)) or part is Ellipsis for part in index):
+        return None
+    dots = [place for place, part in enumerate(index) if part is Ellipsis]
+    if len(dots) > 1 or len(index) - len(dots) > axes:
+        return None
+    place = dots[0] if dots else len(index)
+    missing = axes - len(index) + len(dots)
+    return (*index[:place], *(slice(None),) * missing, *index[place + len(dots) :])
+
+
 _FUNCTIONS: dict[Any, Callable[..., Meaning | None]] = {
     F.avg_pool1d: _read_average_pool(1),
     F.avg_pool2d: _read_average_pool(2),
     F.avg_pool3d: _read_average_pool(3),
     F.pad: _read_pad,
-    operator.getitem: crop_meaning,
+    operator.getitem: _read_crop,
 }
 
 

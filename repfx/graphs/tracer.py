@@ -20,10 +20,9 @@ from repfx.algebra.layers import has_call_of_its_own, has_hooks
 from repfx.blocks.block import RepBlock
 from repfx.errors import first_line
 from repfx.graphs.checks import require_default, require_given, require_nothing, require_parts
-from repfx.graphs.counts import count_of, may_be_fewer
 from repfx.graphs.leaves import is_leaf, stays_whole
 from repfx.graphs.modes import Modes, modes_put_back
-from repfx.graphs.proxy import ParameterProxy, ValueProxy
+from repfx.graphs.proxy import ParameterProxy, ValueProxy, count_of, may_be_fewer
 from repfx.graphs.recording import calls_recorded, functions_recorded, tensors_recorded
 from repfx.graphs.settings import Settings, changed_setting, settings_in, settings_put_back
 from repfx.reading.further_arguments import only_passed_on
@@ -211,7 +210,8 @@ class Tracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         count = self.count_of(obj)
         if count is not None:
-            return iter([obj[index] for index in range(count)])
+            value: Any = obj
+            return iter([value[index] for index in range(count)])
         found: Iterator[Any] = self._noting_failure(super().iter, obj)
         return found
 

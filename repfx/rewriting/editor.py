@@ -21,9 +21,7 @@ from repfx.graphs.bordered_padding import CLOSE
 from repfx.graphs.checks import with_axes
 from repfx.graphs.functional_conv import is_functional_conv, path_for, settings_of
 from repfx.graphs.operations import Op
-from repfx.graphs.sums import plus
 from repfx.graphs.trace import Island
-from repfx.graphs.unused import erase_unused
 from repfx.graphs.vocabulary import ARITHMETIC
 from repfx.records.module_tree import has, outer_paths, set_part, set_submodule
 from repfx.records.provenance import Provenance, attach
@@ -31,7 +29,9 @@ from repfx.records.report import Edit
 from repfx.rewriting.match import Match, Term
 from repfx.rewriting.rule import Rule
 from repfx.rewriting.spelling import Spelling, spell
+from repfx.rewriting.sums import plus
 from repfx.rewriting.surroundings import Surroundings, remember_surroundings, with_steps
+from repfx.rewriting.unused import erase_unused
 from repfx.rewriting.view import META, View
 
 

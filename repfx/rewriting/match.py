@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from repfx.algebra.kernel import Kernel, NoKernel, Padding
 from repfx.graphs.operations import Op
-from repfx.rewriting.view import META
+from repfx.rewriting.view import META, View
 
 
 @dataclass(frozen=True)
@@ -136,3 +136,30 @@ def _kernel_of(op: Op, like: Tensor | None, channels: int, dimensions: int) -> K
     if op.meaning.dimensions not in (None, dimensions):
         raise NoKernel(f"{op.node.name!r} has {op.meaning.dimensions} dimensions, not {dimensions}")
     return op.meaning.build(like, channels, dimensions)
+
+
+def linear_paths(leaf: fx.Node, view: View) -> dict[fx.Node, tuple[Op, ...]]:
+    """Return every node from which linear maps lead to `leaf`, with those maps. `leaf` itself comes first."""
+    paths: dict[fx.Node, tuple[Op, ...]] = {leaf: ()}
+    ops: tuple[Op, ...] = ()
+    while (op := view.op(leaf)) is not None:
+        ops = (op, *ops)
+        leaf = op.source
+        paths[leaf] = ops
+    return paths
+
+
+def closed(terms: Sequence[Term], inside: Collection[fx.Node]) -> list[Term]:
+    """Return the terms on which nothing depends but each other and the nodes `inside`.
+
+    Two terms may share maps: ``cat([conv(x), norm(conv(x))])``.
+    """
+    kept = list(terms)
+    while True:
+        known = {*inside, *(node for term in kept for op in term.ops for node in op.nodes)}
+        still = [
+            term for term in kept if all(user in known for op in term.ops for node in op.nodes for user in node.users)
+        ]
+        if len(still) == len(kept):
+            return kept
+        kept = still

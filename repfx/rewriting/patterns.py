@@ -16,9 +16,8 @@ from repfx.algebra.kernel import Kernel, NoKernel
 from repfx.algebra.meaning import Kind
 from repfx.graphs.bordered_padding import padded_before, read_border
 from repfx.graphs.functional_conv import read_functional_conv
-from repfx.graphs.sums import adds_up
-from repfx.rewriting.match import Match, Term, term_kernel
-from repfx.rewriting.paths import closed, linear_paths
+from repfx.rewriting.match import Match, Term, closed, linear_paths, term_kernel
+from repfx.rewriting.sums import adds_up
 from repfx.rewriting.view import META, View
 
 

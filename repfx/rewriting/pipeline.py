@@ -17,7 +17,6 @@ from repfx.blocks.cropped_conv import unshare
 from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.aliases import put_back, set_aside
 from repfx.graphs.trace import Island, Traces, call_counts, trace
-from repfx.graphs.unused import erase_unused
 from repfx.records.generators import random_state_kept
 from repfx.records.journal import forget
 from repfx.records.modes import set_modes
@@ -32,6 +31,7 @@ from repfx.rewriting.input_axes import InputAxes
 from repfx.rewriting.installation import install, prepare
 from repfx.rewriting.rule import PASSES as PASSES
 from repfx.rewriting.rule import Pass, Rule
+from repfx.rewriting.unused import erase_unused
 from repfx.rewriting.view import View
 
 

@@ -22,7 +22,6 @@ from repfx.graphs.aliases import set_aside
 from repfx.graphs.dropout import MODULES
 from repfx.graphs.leaves import is_leaf
 from repfx.graphs.operations import Op
-from repfx.graphs.sums import SumOf
 from repfx.graphs.trace import Island, trace
 from repfx.reading.source_code import calls
 from repfx.records.module_tree import outer_paths
@@ -34,6 +33,7 @@ from repfx.rewriting.linear_region import LinearRegion
 from repfx.rewriting.match import Match
 from repfx.rewriting.pipeline import Views, run_rules
 from repfx.rewriting.rule import RULES, Rule
+from repfx.rewriting.sums import SumOf
 from repfx.rewriting.view import View
 
 

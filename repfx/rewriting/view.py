@@ -15,8 +15,8 @@ from repfx.algebra.meaning import Meaning, refusal_of
 from repfx.graphs.constants import Constants
 from repfx.graphs.functional_conv import is_functional_conv
 from repfx.graphs.operations import Op, read_op
-from repfx.graphs.sums import SumOf, read_sum
 from repfx.graphs.viewed_norm import read_viewed_norm
+from repfx.rewriting.sums import SumOf, read_sum
 
 META = torch.empty((), device="meta", dtype=torch.float64)
 _READ = "its parameters are read elsewhere in the model"

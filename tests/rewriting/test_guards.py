@@ -205,7 +205,7 @@ def test_a_layer_with_a_hook_of_any_kind_stays(kind: str, layer: int) -> None:
         (lambda m, x: m.n(m.a(m.a(x))), "called 2 times"),
         (lambda m, x: m.n(m.a(x)) + m.n(m.c(x)), "called 2 times"),
         (lambda m, x: m.n(m.a(x)) + F.conv2d(x, m.a.weight, padding=1), "read elsewhere"),
-        (lambda m, x: (lambda y: m.n(y) + y)(m.a(x)), "second user"),
+        (lambda m, x: (lambda y: m.n(y) + y.sin())(m.a(x)), "second user"),
     ],
 )
 def test_what_others_use_stays(function: Any, reason: str) -> None:

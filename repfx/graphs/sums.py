@@ -63,7 +63,8 @@ def plus(graph: fx.Graph, total: fx.Node | None, factor: float, term: fx.Node) -
 
 
 def _of_two(node: fx.Node) -> SumOf | None:
-    both, alpha = node.args, node.kwargs.get("alpha", 1)
+    both = node.args
+    alpha: Any = node.kwargs.get("alpha", 1)
     if len(both) != 2 or node.kwargs.keys() - {"alpha"} or not _is_number(alpha):
         return None
     first, second = both
@@ -83,7 +84,7 @@ def _of_stack(node: fx.Node) -> SumOf | None:
     """Read the sum or the mean of a stack along the axis of the stack."""
     if node.target not in _TOTALS | _MEANS:
         return None
-    call = {"dim": None, **dict(zip(("input", "dim"), node.args)), **node.kwargs}
+    call: dict[str, Any] = {"dim": None, **dict(zip(("input", "dim"), node.args)), **node.kwargs}
     stack, dim = call.pop("input", None), call.pop("dim")
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else call.pop("axis", dim)
     terms = _stacked(stack, dim)
@@ -107,7 +108,8 @@ def _weighted(node: fx.Node, constants: Constants) -> SumOf | None:
     """Read ``einsum("k,kbchw->bchw", weights, stack)``, in any letters and either order of the two."""
     if len(node.args) != 3 or node.kwargs or not isinstance(node.args[0], str):
         return None
-    equation, operands = node.args[0].replace(" ", ""), list(node.args[1:])
+    equation = node.args[0].replace(" ", "")
+    operands: list[Any] = list(node.args[1:])
     inputs, arrow, output = equation.partition("->")
     letters = inputs.split(",")
     if not arrow or len(letters) != 2 or "." in equation:

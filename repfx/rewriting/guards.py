@@ -101,13 +101,13 @@ def _written_inside(node: fx.Node, written: fx.Node, match: Match, view: View) -
     """Refuse a match in which a node writes into what others still read: nodes outside, or other paths of the match itself."""
     inside, memory = set(match.nodes), may_share_memory(written, view.root)
     reason = _relied_on(written, inside, view) if memory - inside else None
-    if reason is not None:
-        return reason
-    for held in memory - {match.root}:
-        late = [user for user in held.users if user > node and not reads_only_the_form(user)]
-        if late:
-            return f"{written.name!r} is changed in place before {late[0].name!r} reads it"
-    return None
+    return reason or _read_late(node, written, memory - {match.root})
+
+
+def _read_late(node: fx.Node, written: fx.Node, memory: set[fx.Node]) -> str | None:
+    """Refuse a match whose merged conv wouldn't see what `node` writes before another node reads it."""
+    users = [user for held in memory for user in held.users if user > node and not reads_only_the_form(user)]
+    return f"{written.name!r} is changed in place before {min(users).name!r} reads it" if users else None
 
 
 def _relied_on(written: fx.Node, inside: set[fx.Node], view: View) -> str | None:

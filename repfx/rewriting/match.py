@@ -55,6 +55,12 @@ class Match:
         return tuple(op for term in self.terms for op in term.ops)
 
     @property
+    def shares_maps(self) -> bool:
+        """Whether a map stands in several terms."""
+        nodes = [op.node for op in self.ops]
+        return len(set(nodes)) < len(nodes)
+
+    @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """All nodes that the match replaces: the root first, then each node before those that it reads."""
         others = {*self.inner, *(node for op in self.ops for node in op.nodes)} - {self.root, self.carried}

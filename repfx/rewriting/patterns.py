@@ -110,12 +110,13 @@ class Sum(Pattern):
         _, inner = _leaves(node, view)
         whole = list(_matches_of_tree(node, view))
         # no other match has more terms, so the parts below may never be asked for
-        yield from (match for match in whole if not match.remainder)
-        found = [match for match in whole if match.remainder]
+        yield from (match for match in whole if not match.remainder and not match.shares_maps)
+        found = [match for match in whole if match.remainder or match.shares_maps]
         parts = [part for part in inner if view.sum_of(part) is not None]
         found += [match for part in parts for match in _matches_of_tree(part, view)]
-        # matches with a remainder come last: they take the tree apart, and other parts of it may be one convolution
-        yield from sorted(found, key=lambda match: (bool(match.remainder), -len(match.terms)))
+        # Matches with a remainder come last: they take the tree apart, and other parts of it may be one convolution. Before them come those
+        # whose terms share maps: where the terms part, a smaller sum may begin.
+        yield from sorted(found, key=lambda match: (bool(match.remainder), match.shares_maps, -len(match.terms)))
 
 
 def _is_inner(node: fx.Node, view: View) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.algebra.layers import is_conv
-from repfx.graphs.indexing import whole_index
+from repfx.graphs.operations import whole_index
 from repfx.testing import assert_equivalent
 from tests.inline_net import Net, fused_exactly, image, reasons
 
@@ -171,8 +171,8 @@ def bordered_net(forward: Callable[[Any, Any], Any], spelling: str, dimensions: 
 def test_each_spelling_of_a_border_moves_in_front(
     border: Callable[[Any, Any], Any], spelling: str, dimensions: int
 ) -> None:
-    options = {1: {"stride": 2}, 2: {}, 3: {"bias": False}}[dimensions]
-    model = bordered_net(lambda m, x: m.second(border(m, x)), spelling, dimensions, **options)
+    more: dict[int, dict[str, Any]] = {1: {"stride": 2}, 2: {}, 3: {"bias": False}}
+    model = bordered_net(lambda m, x: m.second(border(m, x)), spelling, dimensions, **more[dimensions])
     if border is of_norm:
         model.first = CONVS[dimensions](4, 6, 1, bias=False, groups=2)
     fused = fused_exactly(model, image(*SIZES[dimensions]))

@@ -461,7 +461,7 @@ def counted(m: Any, x: Any) -> Any:
     return sum(parts) / len(parts)
 
 
-def in_a_loop(m: Any, x: Any) -> Any:
+def part_by_part(m: Any, x: Any) -> Any:
     total = m.b(x[:, :2])
     for part in m.a(x).split((2, 2), 1):
         total = total + part
@@ -476,7 +476,7 @@ def all_by_star(m: Any, x: Any) -> Any:
     return torch.add(*m.a(x).chunk(2, 1))
 
 
-ITERATIONS = (parts_in_a_list, first_and_rest, counted, in_a_loop, equal_parts, all_by_star)
+ITERATIONS = (parts_in_a_list, first_and_rest, counted, part_by_part, equal_parts, all_by_star)
 
 
 @pytest.mark.parametrize("function", ITERATIONS)

@@ -22,6 +22,7 @@ import repfx.graphs.trace
 import repfx.graphs.tracer
 import repfx.records.module_tree
 import repfx.rewriting.guards
+import repfx.rewriting.patterns
 import repfx.rewriting.pipeline
 import repfx.rewriting.view
 from repfx.algebra.kernel import NoKernel
@@ -34,7 +35,7 @@ from repfx.rewriting.view import View
 from tests.graphs import test_arguments, test_calls_with_tensors, test_further_arguments, test_trace, test_traps
 from tests.graphs.traps import TRAPS
 from tests.inline_net import Net, fused_exactly, image
-from tests.rewriting import test_carried, test_guards, test_legal_graphs
+from tests.rewriting import test_carried, test_guards, test_legal_graphs, test_patterns, test_sums
 
 Check = Callable[[], object]
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -86,6 +87,7 @@ IN_PLACE = (
     test_guards.foreign_term_written_into,
     test_guards.view_changed,
     test_guards.view_used_afterwards,
+    test_guards.another_view_used_afterwards,
     test_guards.changed_inside_a_layer,
 )
 CHECKS: dict[str, Check] = {
@@ -118,6 +120,12 @@ CHECKS: dict[str, Check] = {
     **{function.__name__: in_place(function) for function in IN_PLACE},
     **{function.__name__: copied(function) for function in COPIES},
     **{name: carried(name) for name in (*CARRIED, "zero padding")},
+    "changed before another path reads it": lambda: (
+        test_sums.test_a_shared_conv_that_changes_or_is_read_outside_is_computed_right(
+            test_sums.changed_before_it_is_normed
+        )
+    ),
+    "a term read outside": test_patterns.test_of_a_conv_that_is_read_outside_the_sum_nothing_is_taken,
     "a grey image": test_traps.test_a_grey_image_is_spread_over_the_channels_of_a_constant,
     **{name: trap(name) for name in TRAPS},
     "expanding an alias": lambda: test_traps.test_it_is_expanded_right_or_left_alone("alias in a list", "acb"),
@@ -213,7 +221,17 @@ MUTANTS = [
     Mutant(
         "own changes ignored",
         puts(repfx.rewriting.guards, "_relied_on", never),
-        ("output added into an input that is used again",),
+        ("another_view_used_afterwards",),
+    ),
+    Mutant(
+        "late reads ignored",
+        puts(repfx.rewriting.guards, "_read_late", never),
+        ("changed before another path reads it",),
+    ),
+    Mutant(
+        "paths left open",
+        puts(repfx.rewriting.patterns, "closed", lambda terms, inside: terms),
+        ("a term read outside",),
     ),
     Mutant(
         "views ignored",

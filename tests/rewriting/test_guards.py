@@ -53,6 +53,13 @@ def view_used_afterwards(m: Any, x: Any) -> Any:
     return view.sin() + x
 
 
+def another_view_used_afterwards(m: Any, x: Any) -> Any:
+    x = m.c(x).relu()
+    view = x.view(x.shape)
+    x += m.a(x)
+    return x.sin() + view
+
+
 def changed_inside_a_layer(m: Any, x: Any) -> Any:
     x = m.c(x).tanh()
     first = m.a(x)
@@ -76,6 +83,7 @@ class Layer(nn.Module):
         foreign_term_written_into,
         view_changed,
         view_used_afterwards,
+        another_view_used_afterwards,
         changed_inside_a_layer,
     ],
 )

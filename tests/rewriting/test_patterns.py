@@ -64,7 +64,7 @@ def text(match: Match) -> str:
 
 
 def factor(value: float) -> str:
-    return {1: "+", -1: "-"}.get(value, f"{value:+g}·")
+    return ("+" if value > 0 else "-") if abs(value) == 1 else f"{value:+g}·"
 
 
 SUMS: dict[str, tuple[Any, str]] = {

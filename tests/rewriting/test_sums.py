@@ -94,6 +94,9 @@ def test_a_sum_of_convs_with_strides_and_groups_is_one_conv(name: str, options: 
     assert (len(convs(fused)), norms(fused)) == (1, []), reasons(fused)
 
 
+ops: Any = operator  # the stubs have no types
+
+
 def trained(model: Any) -> None:
     """Change all parameters, as a step of training does."""
     with torch.no_grad():
@@ -116,7 +119,7 @@ def test_a_squeezed_sum_follows_its_parameters(name: str) -> None:
 
 @pytest.mark.parametrize("name", FIXED)
 def test_a_sum_with_a_foreign_term_keeps_that_term(name: str) -> None:
-    model = net(FIXED[name])
+    model: Any = net(FIXED[name])
     model.branches.append(nn.Sequential(nn.ReLU()))
     if name == "factors":
         model.function = lambda m, x: torch.add(m.branches[0](x) + m.branches[1](x), m.branches[3](x), alpha=0.5)
@@ -133,7 +136,7 @@ def called(fused: Any) -> list[str]:
 SHARED: dict[str, Callable[[Any, Any], Any]] = {
     "a conv raw and normed": lambda m, x: (lambda y: y + m.norm(y))(m.a(x)),
     "a conv in two branches": lambda m, x: (lambda y: m.b(y) - m.norm(y) + x)(m.a(x)),
-    "in place": lambda m, x: (lambda y: operator.iadd(m.norm(y), y))(m.a(x)),
+    "in place": lambda m, x: (lambda y: ops.iadd(m.norm(y), y))(m.a(x)),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repfx.graphs.aliasing import mutated_by
-from repfx.graphs.constants import Constants, origins
+from repfx.graphs.constants import Constants, NotConstant, origins
 from repfx.graphs.vocabulary import SIZE_METHODS
 
 SIZES = SIZE_METHODS | {"shape", "ndim"}  # what a form tells of a tensor
@@ -64,6 +64,15 @@ class GrowingForms:
     def of(self, node: fx.Node) -> Tensor | None:
         """Return the form of a tensor, or None as `Forms.of` does."""
         return self._forms.of(node) if node in self._computed else None
+
+    def parts_of(self, node: fx.Node) -> int | None:
+        """Return how many parts a tensor, a tuple or a list has, or None if it has none or `of` doesn't know it."""
+        try:
+            found = self._forms.literal(node) if node in self._computed else None
+        except NotConstant:
+            return None
+        has_parts = isinstance(found, (tuple, list)) or (isinstance(found, Tensor) and found.ndim > 0)
+        return len(found) if has_parts else None
 
     def parameters_of(self, node: fx.Node) -> str:
         """Name the tensors that a value is computed from; an empty text if it may depend on an input."""

@@ -223,8 +223,7 @@ class Tracer(fx.Tracer):
 
     def count_of(self, obj: fx.Proxy) -> int | None:
         """Return over how many values code iterates in a proxy, or None. The graph checks the number where the input may change it."""
-        form = self.forms.of(obj.node)
-        count = count_of(obj.node) if form is None else len(form) if form.ndim else None
+        count = count_of(obj.node) or self.forms.parts_of(obj.node)
         checked = any(user.target is require_parts for user in obj.node.users)
         if count is not None and may_be_fewer(obj.node) and not checked:
             self.create_proxy("call_function", require_parts, (obj, count), {})

@@ -1,13 +1,14 @@
 """Constants of a graph: numbers, tensors and sizes that it computes from parameters alone, so they are the same for every input.
 
 For example, a weight that forward standardizes, sums or masks is a constant. Constants are computed in float64 from the current parameters.
-A cast to another floating-point dtype changes nothing there, and neither does a move to another device.
+A cast that rounds to fewer bits rounds there, too; no other cast changes anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ _BY_CHANCE = (
     "fractional_max_pool",
 )
 _TORCH = ("torch", "_operator", "math", "builtins")
-_MOVES = frozenset({"cpu", "cuda"})
+_MOVES = frozenset({"cpu", "cuda"})  # methods that change a tensor's device alone
 _NAMED_CASTS = {"half": torch.half, "bfloat16": torch.bfloat16, "float": torch.float, "double": torch.double}
 CASTS = frozenset({"to", "type", "type_as", *_NAMED_CASTS})  # methods that may change a tensor's dtype
 
@@ -63,7 +64,7 @@ class Constants:
     """
 
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
-        self.root = root
+        self.graph, self.root = graph, root
         written = [tensor for node in graph.nodes if (tensor := mutated_by(node, root)) is not None]
         self._changing = {
             str(node.target) for tensor in written for node in may_share_memory(tensor, root) if node.op == "get_attr"
@@ -126,7 +127,7 @@ class Constants:
         try:
             args, kwargs = self.literal(node.args), self.literal(node.kwargs)
             with torch.no_grad():
-                return self._called(node.target, *args, **kwargs)
+                return self._called(node, *args, **kwargs)
         except Exception as error:  # operands may not fit together once they are float64; then the node is no constant
             return _Varies(str(error))
 
@@ -140,22 +141,62 @@ class Constants:
             return f"{node.name} isn't computed from parameters alone"
         return f"{node.name} writes in place" if mutated_by(node, self.root) is not None else None
 
-    def _called(self, target: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(target, str):
-            return target(*args, **kwargs)
-        if target in _MOVES:
-            return args[0]
-        dtype = _dtype_of_cast(target, *args, **kwargs)
-        return getattr(args[0], target)(*args[1:], **kwargs) if dtype is None else self.cast(args[0], dtype)
+    def _called(self, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+        if callable(node.target):
+            return node.target(*args, **kwargs)
+        cast = node.target in CASTS | _MOVES and isinstance(args[0], Tensor)
+        return self.cast(node, *args, **kwargs) if cast else getattr(args[0], node.target)(*args[1:], **kwargs)
 
     def held(self, value: Any) -> Any:
         """Return what the root holds as constants are computed with it: a floating-point tensor in float64, unless it is on mps."""
-        return self.cast(value.detach(), value.dtype) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        wide = value.is_floating_point() and value.device.type != "mps"
+        return value.detach().to(torch.float64) if wide else value.detach()
 
-    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a tensor in the dtype in which constants are computed instead of `dtype`."""
-        wide = dtype.is_floating_point and tensor.device.type != "mps"
-        return tensor.to(torch.float64 if wide else dtype)
+    def cast(self, node: fx.Node, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return what a cast makes of a tensor: rounded if the graph's cast rounds, and then as `held` returns it."""
+        moved = getattr(tensor, str(node.target))(*args, **kwargs)
+        form, before = self.forms.of(node), self.forms.of(node.all_input_nodes[0])
+        if form is None or before is None:
+            return self.held(moved)
+        exact = before.is_floating_point() and holds(form.dtype, before.dtype)
+        return self.held((tensor if exact else tensor.to(form.dtype)).to(moved.device))
+
+    @cached_property
+    def forms(self) -> Forms:
+        """The forms of the graph's constants."""
+        return Forms(self.graph, self.root)
+
+
+class Forms(Constants):
+    """The constants of one graph as tensors without numbers, each in the dtype that it has when the graph runs.
+
+    >>> graph = fx.Graph()
+    >>> weight = graph.get_attr("weight")
+    >>> halved = graph.call_method("half", (graph.call_method("flatten", (weight,)),))
+    >>> form = Forms(graph, nn.Linear(3, 2)).of(halved)
+    >>> form.shape, form.dtype
+    (torch.Size([6]), torch.float16)
+    """
+
+    def of(self, node: fx.Node) -> Tensor | None:
+        """Return the form of a tensor, or None if the node is no tensor, depends on an input, or has a shape that depends on numbers."""
+        return self.tensor(node)
+
+    def held(self, value: Any) -> Any:
+        return value.detach().to("meta") if isinstance(value, Tensor) else value
+
+    def cast(self, node: fx.Node, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if node.target in _MOVES:
+            return tensor
+        dtype = _dtype_of_cast(str(node.target), tensor, *args, **kwargs)
+        return tensor.type() if dtype is None else tensor.to(dtype)
+
+
+def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a dtype holds every number of another one."""
+    return torch.promote_types(dtype, other) is dtype
 
 
 def draws(node: fx.Node) -> bool:
@@ -186,11 +227,11 @@ def _held_at(root: nn.Module, path: str) -> Any:
 
 
 def _dtype_of_cast(method: str, tensor: Tensor, *args: Any, **kwargs: Any) -> torch.dtype | None:
-    """Return the dtype that a method gives a tensor; None if it is no cast, or if its target is a text."""
+    """Return the dtype that a cast gives a tensor; None if it is given as a text, or asked for."""
     if method in _NAMED_CASTS:
         return _NAMED_CASTS[method]
     named = [*args, *kwargs.values()]
-    if method not in CASTS or any(isinstance(each, str) for each in named if method == "type") or not named:
+    if not named or (method == "type" and not isinstance(named[0], torch.dtype)):
         return None
     given = [each.dtype if isinstance(each, Tensor) else each for each in named]
     return next((each for each in given if isinstance(each, torch.dtype)), tensor.dtype)

@@ -1,42 +1,17 @@
-"""Forms of constants: the shapes and dtypes of tensors that a graph computes from parameters alone, found without computing a number.
+"""Forms of constants while code is traced: the shapes of tensors that it computes from parameters alone.
 
-Code that asks for such a shape gets plain numbers while it is traced, as it does when it runs.
+Code that asks for such a shape gets plain numbers, as it does when it runs.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, fx, nn
 
 from repfx.graphs.aliasing import mutated_by
-from repfx.graphs.constants import Constants, NotConstant, origins
+from repfx.graphs.constants import Forms, NotConstant, origins
 from repfx.graphs.vocabulary import SIZE_METHODS
 
 SIZES = SIZE_METHODS | {"shape", "ndim"}  # what a form tells of a tensor
-
-
-class Forms(Constants):
-    """The constants of one graph as tensors without numbers, each in the dtype that it has when the graph runs.
-
-    >>> graph = fx.Graph()
-    >>> weight = graph.get_attr("weight")
-    >>> halved = graph.call_method("half", (graph.call_method("flatten", (weight,)),))
-    >>> form = Forms(graph, nn.Linear(3, 2)).of(halved)
-    >>> form.shape, form.dtype
-    (torch.Size([6]), torch.float16)
-    """
-
-    def of(self, node: fx.Node) -> Tensor | None:
-        """Return the form of a tensor, or None if the node is no tensor, depends on an input, or has a shape that depends on numbers."""
-        return self.tensor(node)
-
-    def held(self, value: Any) -> Any:
-        return value.detach().to("meta") if isinstance(value, Tensor) else value
-
-    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        return tensor.to(dtype)
 
 
 class GrowingForms:

@@ -19,8 +19,7 @@ from repfx.algebra.kernel import Ints, Kernel
 from repfx.algebra.layers import Layer, is_conv
 from repfx.algebra.meaning import Meaning, named_padding
 from repfx.graphs.aliasing import reads_only_the_form
-from repfx.graphs.constants import CASTS, Constants, NotConstant, computed_from_parameters, origins
-from repfx.graphs.forms import Forms
+from repfx.graphs.constants import CASTS, Constants, NotConstant, computed_from_parameters, holds, origins
 from repfx.graphs.operations import Op
 from repfx.records.module_tree import attribute, has
 
@@ -173,20 +172,22 @@ def _refusal_of_dtype(weight: fx.Node, constants: Constants) -> str | None:
     casts = [node for node in origins(weight) if node.op == "call_method" and node.target in CASTS]
     if not casts:
         return None
-    own, forms = _settings_like(weight, constants.root).dtype, Forms(weight.graph, constants.root)
-    for cast in (weight, *casts):
-        form, before = forms.of(cast), forms.of(cast.all_input_nodes[0])
-        if form is None or before is None:
+    own, forms = _settings_like(weight, constants.root).dtype, constants.forms
+    for node in (weight, *casts):
+        form, before = forms.of(node), forms.of(node.all_input_nodes[0])
+        if form is None:
             return "its weight is cast to a dtype that isn't known"
-        narrower = before.is_floating_point() and not _holds(form.dtype, before.dtype) and cast in casts
-        if form.dtype is not own if cast is weight else narrower and not _holds(form.dtype, own):
+        kept = form.dtype is own if node is weight else _keeps_numbers(form, before, own)
+        if not kept:
             return f"its weight is cast to {form.dtype}, and its parameters are {own}"
     return None
 
 
-def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether a dtype holds every number of another one."""
-    return torch.promote_types(dtype, other) is dtype
+def _keeps_numbers(after: Tensor, before: Tensor | None, own: torch.dtype) -> bool:
+    """Whether a cast rounds no floating-point number to less than it has, or than parameters of the dtype `own` have."""
+    if before is None or not (before.is_floating_point() and after.is_floating_point()):
+        return before is not None
+    return holds(after.dtype, before.dtype) or holds(after.dtype, own)
 
 
 def is_shared(node: fx.Node) -> bool:

@@ -73,8 +73,8 @@ def _reason(node: fx.Node, editor: Editor, near_misses: NearMisses) -> str:
 def _no_rule(node: fx.Node, view: View) -> str:
     """Return why no rule applies to a node: what comes before or after it, or why a functional conv isn't read."""
     unread = read_functional_conv(node, view.constants)
-    if isinstance(unread, str):
-        return unread
+    if unread is not None:
+        return unread if isinstance(unread, str) else "no rule: its weight is computed in forward"
     if not _is_plain_conv(node, view):
         return f"no rule: {_name(node.all_input_nodes[0], view)} comes before it"
     users = list(node.users)

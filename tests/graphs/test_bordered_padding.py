@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.algebra.layers import is_conv
-from repfx.graphs.operations import whole_index
+from repfx.graphs.indexing import whole_index
 from repfx.testing import assert_equivalent
 from tests.inline_net import Net, fused_exactly, image, reasons
 

@@ -190,6 +190,20 @@ def test_a_weight_of_another_dtype_stays_as_it_is(case: str) -> None:
     assert torch.equal(result(X.float()), model(X.float()))
 
 
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.bias.half(), lambda m: m.bias.to(m.narrow.dtype), lambda m: m.bias.type_as(m.narrow)]
+)
+def test_a_scale_that_is_rounded_is_folded_as_it_is_rounded(cast: Any) -> None:
+    def scaled(x: Tensor, m: Any) -> Tensor:
+        return F.conv2d(x, m.weight) * cast(m).view(-1, 1, 1)
+
+    model: Any = nn.Sequential(Calling(scaled, 6, 4, 3, 3), nn.BatchNorm2d(6)).double().eval()
+    model[0].narrow = torch.zeros(1, dtype=torch.float16)
+    result = repfx.fuse(model)
+    assert counts(result) == (1, 0), str(repfx.report(result))
+    assert torch.allclose(result(X), model(X), rtol=1e-9, atol=1e-9)
+
+
 # ---- sizes of what is computed, and weights made by convs
 
 

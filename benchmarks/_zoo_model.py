@@ -30,10 +30,10 @@ from benchmarks._zoo_libraries import LIBRARIES, net
 from benchmarks._zoo_page import LOADS, STRUCTURE
 from repfx.algebra.layers import is_batch_norm, is_conv
 from repfx.errors import ExportError, InvalidInput, Refused, first_line
-from repfx.graphs.trace import trace
 from repfx.measuring.in_float64 import map_tensors, run_double
 from repfx.rewriting.pipeline import rewrite
 from repfx.testing import randomize_batch_norm, relative_error
+from repfx.tracing.trace import trace
 
 PRESETS = ("dbb", "repvgg")
 STRUCTURE_ONLY = 150e6  # models with more parameters are only examined on the meta device

@@ -30,7 +30,6 @@ from repfx.blocks.selection import Selection
 from repfx.blocks.spec import BranchSpec, Normalisation, Spec, Weights
 from repfx.blocks.stages import FIRST_WEIGHTS, Norm
 from repfx.errors import InvalidInput
-from repfx.graphs.sites import Site, find_sites, sites_at
 from repfx.measuring.calibration import PartialSum, calibrate_norms, measure_sums
 from repfx.measuring.in_float64 import Inputs
 from repfx.measuring.proof import proven
@@ -39,6 +38,7 @@ from repfx.records.module_tree import set_submodule
 from repfx.records.notes import copy_of
 from repfx.records.report import Edit, Report, Skip
 from repfx.rewriting.pipeline import verb
+from repfx.tracing.sites import Site, find_sites, sites_at
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ from repfx.blocks.block import RepBlock
 from repfx.blocks.branch import kernel_of_both
 from repfx.blocks.folded_norm import FoldedNorm, remember_norm
 from repfx.errors import InvalidInput
-from repfx.graphs.leaves import calls_conv
-from repfx.graphs.sites import sites_at
 from repfx.measuring.in_float64 import Inputs, by_name
 from repfx.measuring.proof import prove
 from repfx.passes.drop import absorb
@@ -27,6 +25,8 @@ from repfx.records.wrappers import require_layers
 from repfx.rewriting.cost import Cost, weights
 from repfx.rewriting.pipeline import Result, rewrite, verb
 from repfx.rewriting.rule import RULES
+from repfx.tracing.leaves import calls_conv
+from repfx.tracing.sites import sites_at
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,6 @@ from repfx.algebra.moments import set_kernel
 from repfx.blocks.folded_norm import FoldedNorm, folded_norm, forget_norm
 from repfx.blocks.stages import Norm
 from repfx.errors import InvalidInput
-from repfx.graphs.aliases import put_back, set_aside
-from repfx.graphs.trace import Island, call_counts, trace
 from repfx.measuring.calibration import set_kernels_measured
 from repfx.measuring.in_float64 import Inputs
 from repfx.measuring.proof import prove
@@ -34,6 +32,8 @@ from repfx.records.report import Edit, Report, Skip
 from repfx.rewriting.installation import install, prepare
 from repfx.rewriting.pipeline import take_over_modes, verb
 from repfx.rewriting.surroundings import Steps, Surroundings, forget_surroundings, surroundings_of
+from repfx.tracing.aliases import put_back, set_aside
+from repfx.tracing.trace import Island, call_counts, trace
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from repfx.change.checkpoint import load as load
 from repfx.change.checkpoint import save as save
 from repfx.change.driver import Driver as Driver
 from repfx.change.schedule import Schedule as Schedule
-from repfx.graphs.sites import sites as sites
 from repfx.measuring.equivalence import check_equivalent as check_equivalent
 from repfx.onnx.export import export_onnx as export_onnx
 from repfx.onnx.quantize import quantize_onnx as quantize_onnx
@@ -28,6 +27,7 @@ from repfx.passes.squeeze import unsqueeze as unsqueeze
 from repfx.records.journal import journal as journal
 from repfx.records.report import report as report
 from repfx.records.version import VERSION as _VERSION
+from repfx.tracing.sites import sites as sites
 from repfx.training.distillation import distillation_loss as distillation_loss
 
 __version__ = _VERSION

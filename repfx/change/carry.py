@@ -21,10 +21,10 @@ from repfx.blocks.gates import gates_in
 from repfx.blocks.origin import write_origin
 from repfx.blocks.squeezed_form import forms_in
 from repfx.errors import InvalidInput
-from repfx.graphs.sites import sites_at, sites_known_of
 from repfx.records.journal import Action, journal, replay
 from repfx.records.module_tree import same_class
 from repfx.records.provenance import provenance_of
+from repfx.tracing.sites import sites_at, sites_known_of
 
 
 @contextmanager

@@ -22,11 +22,11 @@ from repfx.change.observed_saliency import ObservedSaliency
 from repfx.change.ranks import take_from_first_rank
 from repfx.change.schedule import Candidate, Observation, ObservedBlock, Schedule, Unchanged
 from repfx.errors import InvalidInput
-from repfx.graphs.sites import Site, find_sites, sites_known
 from repfx.passes.freeze import is_frozen
 from repfx.records.journal import Action, apply, from_json, journal, to_json
 from repfx.records.module_tree import has
 from repfx.records.wrappers import bare, require_layers
+from repfx.tracing.sites import Site, find_sites, sites_known
 
 _CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from repfx.algebra.layers import Layer
 from repfx.change.ranks import is_distributed
 from repfx.change.saliency import METRICS
 from repfx.errors import InvalidInput
-from repfx.graphs.sites import Site
+from repfx.tracing.sites import Site
 
 
 class ObservedSaliency:

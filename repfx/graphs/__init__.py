@@ -1,5 +1,5 @@
-"""Reading models: tracing with torch.fx, islands, the meaning of a node, and the sites of a model.
+"""Reading graphs: the meaning of a node as a linear map, constants, sums, borders, and which nodes share memory.
 
-Imports `blocks` and the wings above it (order: docs/architecture.md). It changes no graph.
-Begin with `trace`.
+Imports `blocks` and the wings above it (order: docs/architecture.md).
+Begin with `operations`.
 """

@@ -22,7 +22,6 @@ from repfx.graphs.checks import with_axes
 from repfx.graphs.functional_conv import is_functional_conv, path_for, settings_of
 from repfx.graphs.operations import Op
 from repfx.graphs.sums import plus
-from repfx.graphs.trace import Island
 from repfx.graphs.unused import erase_unused
 from repfx.records.module_tree import has, outer_paths, set_part, set_submodule
 from repfx.records.provenance import Provenance, attach
@@ -33,6 +32,7 @@ from repfx.rewriting.rule import Rule
 from repfx.rewriting.spelling import Spelling, spell
 from repfx.rewriting.surroundings import Surroundings, remember_surroundings, with_steps
 from repfx.rewriting.view import META, View
+from repfx.tracing.trace import Island
 
 
 @dataclass(frozen=True)

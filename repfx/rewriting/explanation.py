@@ -8,10 +8,10 @@ from torch import fx, nn
 
 from repfx.algebra.layers import is_batch_norm, is_conv
 from repfx.graphs.functional_conv import is_functional_conv, read_functional_conv
-from repfx.graphs.trace import Traces
 from repfx.records.report import Skip
 from repfx.rewriting.editor import Editor
 from repfx.rewriting.view import View
+from repfx.tracing.trace import Traces
 
 UNTRACED = "what calls it can't be traced"
 NearMisses = Mapping[fx.Node, list[Skip]]

@@ -18,9 +18,9 @@ from torch import fx, nn
 from repfx.algebra.activated_norm import bare, join
 from repfx.algebra.layers import is_conv, is_plain_sequence, own_classes
 from repfx.blocks.block import RepBlock
-from repfx.graphs.trace import Island
 from repfx.records.module_tree import has, set_part, set_submodule
 from repfx.records.notes import NotedGraphModule, keep, kept
+from repfx.tracing.trace import Island
 
 _NOT_SAVED = "repfx_not_saved"
 

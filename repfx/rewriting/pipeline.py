@@ -15,9 +15,6 @@ from torch import fx, nn
 from repfx.algebra.layers import has_modes_of_its_own, is_batch_norm
 from repfx.blocks.cropped_conv import unshare
 from repfx.blocks.squeezed_form import release_all
-from repfx.graphs.aliases import put_back, set_aside
-from repfx.graphs.eval_path import NOTE
-from repfx.graphs.trace import Island, Traces, call_counts, trace
 from repfx.graphs.unused import erase_unused
 from repfx.records.generators import random_state_kept
 from repfx.records.journal import forget
@@ -36,6 +33,9 @@ from repfx.rewriting.patterns import FunctionalConv
 from repfx.rewriting.rule import PASSES as PASSES
 from repfx.rewriting.rule import Pass, Rule
 from repfx.rewriting.view import View
+from repfx.tracing.aliases import put_back, set_aside
+from repfx.tracing.eval_path import NOTE
+from repfx.tracing.trace import Island, Traces, call_counts, trace
 
 
 def verb(function: Callable[..., Any]) -> Callable[..., Any]:

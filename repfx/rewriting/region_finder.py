@@ -18,12 +18,9 @@ from repfx.algebra.baking import conv_module
 from repfx.algebra.layers import has_tensors, own_classes
 from repfx.blocks.block import RepBlock
 from repfx.blocks.squeezed_form import NAME, SqueezedForm
-from repfx.graphs.aliases import set_aside
 from repfx.graphs.dropout import MODULES
-from repfx.graphs.leaves import is_leaf
 from repfx.graphs.operations import Op
 from repfx.graphs.sums import SumOf
-from repfx.graphs.trace import Island, trace
 from repfx.reading.source_code import calls
 from repfx.records.module_tree import outer_paths
 from repfx.records.notes import copy_without_numbers
@@ -36,6 +33,9 @@ from repfx.rewriting.match import Match
 from repfx.rewriting.pipeline import Views, run_rules
 from repfx.rewriting.rule import RULES, Rule
 from repfx.rewriting.view import View
+from repfx.tracing.aliases import set_aside
+from repfx.tracing.leaves import is_leaf
+from repfx.tracing.trace import Island, trace
 
 
 def find_forms(model: nn.Module, parts: Collection[str], held: Collection[str]) -> Iterator[SqueezedForm]:

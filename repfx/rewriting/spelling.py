@@ -24,11 +24,11 @@ from repfx.blocks.folded_norm import FoldedNorm
 from repfx.graphs.functional_conv import is_functional_conv, owner_of, reads_its_own_weight, reads_saved_weight
 from repfx.graphs.operations import Op
 from repfx.graphs.sums import plus
-from repfx.graphs.trace import Island
 from repfx.records.module_tree import outer_paths
 from repfx.rewriting.match import Match, Term
 from repfx.rewriting.surroundings import CONV, NORM
 from repfx.rewriting.view import META, View
+from repfx.tracing.trace import Island
 
 _PADS = "pads"  # marks a step that only pads or crops
 

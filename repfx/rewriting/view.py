@@ -16,11 +16,11 @@ from repfx.algebra.meaning import Meaning, refusal_of
 from repfx.graphs.calls_with_tensors import axes_of_constants, read_call_with_tensors
 from repfx.graphs.constants import Constants
 from repfx.graphs.functional_conv import is_functional_conv
-from repfx.graphs.leaf_code import LeafCode, code_of
 from repfx.graphs.operations import Op, read_op
 from repfx.graphs.sums import SumOf, read_sum
 from repfx.graphs.viewed_norm import read_viewed_norm
 from repfx.rewriting.cost import Cost, Shape, weights
+from repfx.tracing.leaf_code import LeafCode, code_of
 
 META = torch.empty((), device="meta", dtype=torch.float64)
 _READ = "its parameters are read elsewhere in the model"

@@ -31,13 +31,13 @@ from repfx.blocks.block import RepBlock
 from repfx.blocks.paths import block_at
 from repfx.change.ranks import is_distributed
 from repfx.errors import InvalidInput, UnknownName, first_line
-from repfx.graphs.sites import find_sites
 from repfx.measuring.calibration import calibrate_norms
 from repfx.records.module_tree import require_module
 from repfx.records.notes import copy_of
 from repfx.rewriting.pipeline import rewrite
 from repfx.rewriting.rule import RULES
 from repfx.search.space import Code, Space
+from repfx.tracing.sites import find_sites
 
 STATISTICS = ("running", "measured")
 

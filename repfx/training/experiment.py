@@ -17,7 +17,6 @@ from repfx.data.dataset import DataSet, DataSource, InputForm
 from repfx.data.load import load_data
 from repfx.data.predictions import Predictions, predict
 from repfx.errors import Interrupted, InvalidInput, UnknownName
-from repfx.graphs.sites import sites
 from repfx.measuring.cost import count_macs, count_parameters, measure_latency
 from repfx.measuring.equivalence import check_equivalent
 from repfx.onnx.export import export_onnx
@@ -27,6 +26,7 @@ from repfx.passes.fuse import fuse
 from repfx.records.notes import copy_of
 from repfx.records.plain_values import flat, to_plain
 from repfx.records.python_code import import_source
+from repfx.tracing.sites import sites
 from repfx.training.engine import accelerator_for
 from repfx.training.history import History
 from repfx.training.loop import Trained, Watcher, train

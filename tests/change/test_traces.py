@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import repfx
-from repfx.graphs import trace as tracing
 from repfx.testing import assert_same_map, randomize_batch_norm
+from repfx.tracing import trace as tracing
 from tests.small_net import batch, small_net
 
 
@@ -87,10 +87,10 @@ def test_an_average_follows_all_the_same(name: str) -> None:
 
 
 def test_what_is_known_of_sites_is_what_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from repfx.graphs.sites import find_sites, sites_at, sites_known
     from repfx.passes.fuse import Fuse
     from repfx.passes.restore import Restore
     from repfx.records.journal import apply
+    from repfx.tracing.sites import find_sites, sites_at, sites_known
 
     model = repfx.expand(small_net(), {"stem": "acb", "depthwise": "repvgg", "plain": "qarepvgg"})
     with sites_known(find_sites(model), model):

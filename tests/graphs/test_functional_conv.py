@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import repfx
 from repfx.algebra.layers import is_batch_norm, is_conv
 from repfx.graphs.constants import _BY_CHANCE
-from repfx.graphs.trace import trace
 from repfx.testing import assert_equivalent, randomize_batch_norm
+from repfx.tracing.trace import trace
 
 X = torch.randn(2, 4, 7, 8, dtype=torch.float64)
 

@@ -16,8 +16,8 @@ from repfx.blocks.stages import Pad, Scale
 from repfx.graphs.aliasing import may_share_memory, mutated_by
 from repfx.graphs.checks import with_axes
 from repfx.graphs.operations import Op, read_op
-from repfx.graphs.trace import trace
 from repfx.testing import assert_same_map
+from repfx.tracing.trace import trace
 from tests.inline_net import Net, convs, fused_exactly, image
 
 Function = Callable[[Any, Any], Any]

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import repfx
-import repfx.graphs.sites
-import repfx.graphs.trace
+import repfx.tracing.sites
+import repfx.tracing.trace
 from repfx.errors import EquivalenceError, RepfxError
 from repfx.reading.source_code import Around
 from repfx.testing import randomize_batch_norm
-from tests.graphs.traps import TRAPS, chance
 from tests.random_numbers import numbers_from
+from tests.tracing.traps import TRAPS, chance
 
 pytestmark = pytest.mark.slow
 
@@ -55,8 +55,8 @@ def _without_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Around, "inside", lambda self, *args, **options: self)
     monkeypatch.setattr(Around, "reason", lambda self, module: None)
     monkeypatch.setattr(Around, "other_arguments", lambda self, module: None)
-    monkeypatch.setattr(repfx.graphs.trace, "kept_in", lambda model: {})
-    monkeypatch.setattr(repfx.graphs.trace, "read_by_code", lambda model: {})
+    monkeypatch.setattr(repfx.tracing.trace, "kept_in", lambda model: {})
+    monkeypatch.setattr(repfx.tracing.trace, "read_by_code", lambda model: {})
 
 
 @pytest.mark.usefixtures("_without_reading")

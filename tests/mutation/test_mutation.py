@@ -19,7 +19,19 @@ from tests.mutation.outcome import Outcome
 
 MUTANTS = read_mutants()
 WINGS = {
-    *("records", "algebra", "reading", "blocks", "branches", "graphs", "rewriting", "measuring", "passes", "change"),
+    *(
+        "records",
+        "algebra",
+        "reading",
+        "blocks",
+        "branches",
+        "graphs",
+        "tracing",
+        "rewriting",
+        "measuring",
+        "passes",
+        "change",
+    ),
     *("search", "schedules", "onnx", "data", "training", "pages", "commands"),
 }
 each_mutant = pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.wing}: {mutant.name}")

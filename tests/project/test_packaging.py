@@ -207,8 +207,8 @@ def test_inside_a_wing_imports_go_in_no_circle(wing: str) -> None:
 
 def test_an_import_of_a_later_wing_and_a_circle_are_seen() -> None:
     order = wings()
-    late = "def late():\n    from repfx.graphs.trace import x"
-    assert imports_below("repfx.algebra.kernel", late, order) == ["repfx.graphs.trace"]
+    late = "def late():\n    from repfx.tracing.trace import x"
+    assert imports_below("repfx.algebra.kernel", late, order) == ["repfx.tracing.trace"]
     assert imports_below("repfx.rewriting.view", late, order) == []
     assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None
     assert circle_in({"a": {"b", "c"}, "b": {"c"}}) is None

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import repfx
-from repfx.graphs.settings import settings_in
-from repfx.graphs.tracer import Tracer
 from repfx.reading.function_source import function_node
 from repfx.reading.module_uses import uses_in
-from tests.graphs.traps.asking import ASKING, Parts, asking
-from tests.graphs.traps.keeping import Keeps
-from tests.graphs.traps.without_source import Decides, Plain
+from repfx.tracing.settings import settings_in
+from repfx.tracing.tracer import Tracer
 from tests.inline_net import Net, convs, error_of, image, norms, ready, reasons
+from tests.tracing.traps.asking import ASKING, Parts, asking
+from tests.tracing.traps.keeping import Keeps
+from tests.tracing.traps.without_source import Decides, Plain
 
 
 def feature_pyramid(self: Any, x: Any) -> Any:

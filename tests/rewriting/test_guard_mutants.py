@@ -16,26 +16,27 @@ from torch import fx, nn
 import repfx.algebra.layers
 import repfx.graphs.aliasing
 import repfx.graphs.constants
-import repfx.graphs.leaves
-import repfx.graphs.sites
-import repfx.graphs.trace
-import repfx.graphs.tracer
 import repfx.records.module_tree
 import repfx.rewriting.guards
 import repfx.rewriting.patterns
 import repfx.rewriting.pipeline
 import repfx.rewriting.view
+import repfx.tracing.leaves
+import repfx.tracing.sites
+import repfx.tracing.trace
+import repfx.tracing.tracer
 from repfx.algebra.kernel import NoKernel
 from repfx.errors import InvalidInput
 from repfx.graphs.aliasing import mutated_by
-from repfx.graphs.tracer import Tracer
 from repfx.reading.source_code import Around
 from repfx.rewriting.rule import RULES, Rule
 from repfx.rewriting.view import View
-from tests.graphs import test_arguments, test_calls_with_tensors, test_further_arguments, test_trace, test_traps
-from tests.graphs.traps import TRAPS
+from repfx.tracing.tracer import Tracer
+from tests.graphs import test_calls_with_tensors
 from tests.inline_net import Net, fused_exactly, image
 from tests.rewriting import test_carried, test_guards, test_legal_graphs, test_patterns, test_sums
+from tests.tracing import test_arguments, test_further_arguments, test_trace, test_traps
+from tests.tracing.traps import TRAPS
 
 Check = Callable[[], object]
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -176,7 +177,7 @@ def without_what_changes(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_own_code(patch: pytest.MonkeyPatch) -> None:
-    for module in (repfx.graphs.trace, repfx.graphs.leaves, repfx.algebra.layers):
+    for module in (repfx.tracing.trace, repfx.tracing.leaves, repfx.algebra.layers):
         patch.setattr(module, "code_of_its_own", never)
 
 
@@ -287,14 +288,14 @@ MUTANTS = [
     Mutant("complex taken for real", without_refusal("complex"), ("complex weights",)),
     Mutant("hooks on layers ignored", puts(repfx.rewriting.view, "has_hooks", never), ("a hook on an identity",)),
     Mutant(
-        "hooks on blocks ignored", puts(repfx.graphs.leaves, "has_hooks", lambda module: False), ("a hook on a block",)
+        "hooks on blocks ignored", puts(repfx.tracing.leaves, "has_hooks", lambda module: False), ("a hook on a block",)
     ),
     Mutant("what moves taken for a constant", without_what_changes, ("a moving parameter", "a moving buffer")),
-    Mutant("moving tensors traced through", puts(repfx.graphs.trace, "_state", never), ("a moving tensor",)),
-    Mutant("one mode for both", puts(repfx.graphs.trace, "_text", never), ("another graph in training mode",)),
+    Mutant("moving tensors traced through", puts(repfx.tracing.trace, "_state", never), ("a moving tensor",)),
+    Mutant("one mode for both", puts(repfx.tracing.trace, "_text", never), ("another graph in training mode",)),
     Mutant(
         "constants of one mode",
-        puts(repfx.graphs.trace, "_same_tensors", lambda *_: True),
+        puts(repfx.tracing.trace, "_same_tensors", lambda *_: True),
         ("another constant in training mode",),
     ),
     Mutant(
@@ -317,7 +318,7 @@ MUTANTS = [
         puts(repfx.records.module_tree, "modules_in", lambda *_: ()),
         ("expanding an alias",),
     ),
-    Mutant("classes not asked for", puts(repfx.graphs.sites, "asked_for", never), ("expanding what is asked for",)),
+    Mutant("classes not asked for", puts(repfx.tracing.sites, "asked_for", never), ("expanding what is asked for",)),
     Mutant(
         "uses not seen",
         puts(Around, "toward", lambda around, child, *_: around),
@@ -325,28 +326,28 @@ MUTANTS = [
     ),
     Mutant(
         "settings not compared",
-        puts(repfx.graphs.tracer, "changed_setting", never),
+        puts(repfx.tracing.tracer, "changed_setting", never),
         ("batch statistics, traced", "other eps, traced", "other eps of a part, traced"),
     ),
     Mutant(
         "exact classes of values ignored",
-        puts(repfx.graphs.leaves, "asks_for_exact_class", never),
+        puts(repfx.tracing.leaves, "asks_for_exact_class", never),
         ("exactly a tensor, traced", "tensor by a helper, traced", "without source: AsksForATensor"),
     ),
     Mutant(
         "what is kept ignored",
-        puts(repfx.graphs.trace, "kept_from_outside", never),
+        puts(repfx.tracing.trace, "kept_from_outside", never),
         ("kept in a list", "methods kept", "a part of a part kept"),
     ),
-    Mutant("keepers in leaves ignored", puts(repfx.graphs.trace, "kept_by_a_leaf", never), ("kept by a part",)),
+    Mutant("keepers in leaves ignored", puts(repfx.tracing.trace, "kept_by_a_leaf", never), ("kept by a part",)),
     Mutant(
         "no question for identities",
-        puts(repfx.graphs.sites, "_asks_for_identities", lambda around: False),
+        puts(repfx.tracing.sites, "_asks_for_identities", lambda around: False),
         ("no identity, expanded",),
     ),
-    Mutant("defaults not kept", puts(repfx.graphs.tracer, "require_default", never), ("a default taken",)),
-    Mutant("inputs not required", puts(repfx.graphs.tracer, "require_given", never), ("an input left out",)),
-    Mutant("options not refused", puts(repfx.graphs.tracer, "require_nothing", never), ("further arguments",)),
+    Mutant("defaults not kept", puts(repfx.tracing.tracer, "require_default", never), ("a default taken",)),
+    Mutant("inputs not required", puts(repfx.tracing.tracer, "require_given", never), ("an input left out",)),
+    Mutant("options not refused", puts(repfx.tracing.tracer, "require_nothing", never), ("further arguments",)),
 ]
 ROWS = [pytest.param(mutant, check, id=f"{mutant.name}-{check}") for mutant in MUTANTS for check in mutant.checks]
 

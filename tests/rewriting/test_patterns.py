@@ -12,11 +12,11 @@ from torch import Tensor, fx, nn
 
 from repfx.algebra.kernel import NoKernel
 from repfx.algebra.meaning import Kind
-from repfx.graphs.trace import trace
 from repfx.rewriting.match import Match, Term
 from repfx.rewriting.patterns import Sequence, Single, Sum
 from repfx.rewriting.view import View
 from repfx.testing import assert_same_map
+from repfx.tracing.trace import trace
 from tests.inline_net import Net, image
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from repfx.algebra.layers import is_conv
 from repfx.change.schedule import Schedule
 from repfx.errors import InvalidInput
-from repfx.graphs.sites import find_sites
+from repfx.tracing.sites import find_sites
 
 
 def require_served(trainer: Any, module: Any, schedule: Schedule, ema: str | None) -> None:

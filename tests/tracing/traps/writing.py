@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.graphs.traps.parts import Block
 from tests.inline_net import Net
+from tests.tracing.traps.parts import Block
 
 
 class Constrained(nn.Conv2d):

@@ -17,8 +17,8 @@ from torch import Tensor, fx
 
 from repfx.graphs.aliasing import IN_PLACE_OPERATORS
 from repfx.graphs.checks import require_tensor
-from repfx.graphs.forms import SIZES
 from repfx.graphs.vocabulary import SIZE_METHODS
+from repfx.tracing.forms import SIZES
 
 _INSTANCE_CHECKS = ("abc", "torch.nn.parameter")  # modules whose Python code answers `isinstance` for some classes
 

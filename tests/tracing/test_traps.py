@@ -15,20 +15,20 @@ from repfx.errors import InvalidInput, RepfxError
 from repfx.passes.fuse import Fuse
 from repfx.records.journal import apply
 from repfx.testing import randomize_batch_norm
-from tests.graphs.traps import TRAPS, chance, inputs, names, own_code, reaching, writing
-from tests.graphs.traps.inputs import IsTensor, Lists, Sizes, Unpacks
-from tests.graphs.traps.names import Annotates, ByKeyword, KeepsAnAttribute, ReadsABuffer
-from tests.graphs.traps.own_code import (
+from tests.inline_net import Net, convs, error_of, image, norms, ready, reasons
+from tests.random_numbers import numbers_from
+from tests.tracing.traps import TRAPS, chance, inputs, names, own_code, reaching, writing
+from tests.tracing.traps.inputs import IsTensor, Lists, Sizes, Unpacks
+from tests.tracing.traps.names import Annotates, ByKeyword, KeepsAnAttribute, ReadsABuffer
+from tests.tracing.traps.own_code import (
     Forgetful,
     FreezesItsNorm,
     IsSimplerInATrace,
     StaysInFloat32,
     SwitchesAutocastOff,
 )
-from tests.graphs.traps.parts import Block, Untraceable
-from tests.graphs.traps.reaching import CallsFeatures, Features, NormalisesWhatItGets, ViewsAndZips
-from tests.inline_net import Net, convs, error_of, image, norms, ready, reasons
-from tests.random_numbers import numbers_from
+from tests.tracing.traps.parts import Block, Untraceable
+from tests.tracing.traps.reaching import CallsFeatures, Features, NormalisesWhatItGets, ViewsAndZips
 
 # traps of which each way to expand is tested by default
 FEW = own_code.TRAPS | inputs.TRAPS | writing.TRAPS | reaching.TRAPS | names.TRAPS

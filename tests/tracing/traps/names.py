@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tests.graphs.traps.parts import Block
 from tests.inline_net import Net
+from tests.tracing.traps.parts import Block
 
 
 class Named(Block):

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 import repfx
 from repfx.errors import InvalidInput
-from repfx.graphs.trace import trace
 from repfx.testing import randomize_batch_norm
+from repfx.tracing.trace import trace
 from tests.inline_net import Net, convs, error_of, fused_exactly, image, norms, ready, reasons, same_state
 
 

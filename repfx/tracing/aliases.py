@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from repfx.graphs.trace import Traces
 from repfx.records.module_tree import module_at, outer_paths, set_submodule
+from repfx.tracing.trace import Traces
 
 
 class Alias(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.graphs.traps.parts import Block
+from tests.tracing.traps.parts import Block
 
 OF_THIS_FILE = np.random.default_rng(5)
 

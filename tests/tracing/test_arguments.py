@@ -12,8 +12,8 @@ from torch import nn
 
 import repfx
 from repfx.errors import InvalidInput
-from repfx.graphs.trace import trace
 from repfx.passes.fuse import fused_for
+from repfx.tracing.trace import trace
 from tests.inline_net import error_of, fused_exactly, image, norms, ready, reasons
 
 

@@ -12,9 +12,9 @@ from torch.nn.utils import prune
 
 import repfx
 from repfx.errors import InvalidInput
-from tests.graphs.traps.hooks import TRAPS, Watcher
-from tests.graphs.traps.parts import Block
 from tests.inline_net import error_of, image, norms, ready, reasons
+from tests.tracing.traps.hooks import TRAPS, Watcher
+from tests.tracing.traps.parts import Block
 
 
 def squeezed_in_place(model: nn.Module) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.graphs.traps.parts import Block, Untraceable
+from tests.tracing.traps.parts import Block, Untraceable
 
 
 def patched() -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tests.graphs.traps.parts import Block, conv_norm_twice
+from tests.tracing.traps.parts import Block, conv_norm_twice
 
 
 class Keeps(nn.Module):

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.graphs.traps.parts import Block, conv_norm_twice
 from tests.inline_net import Net
+from tests.tracing.traps.parts import Block, conv_norm_twice
 
 
 def helper(block: Any, x: Tensor) -> Any:

@@ -23,13 +23,13 @@ from repfx.blocks.branch import fitting
 from repfx.blocks.presets import SpecLike
 from repfx.blocks.selection import Selection
 from repfx.errors import UnknownName
-from repfx.graphs.leaves import is_leaf
-from repfx.graphs.recording import code_recorded
-from repfx.graphs.trace import Island, Traces, call_counts, trace
 from repfx.reading.source_code import Around, asked_for
 from repfx.records.module_tree import module_paths, outer_paths
 from repfx.records.report import report
 from repfx.records.wrappers import bare, require_layers
+from repfx.tracing.leaves import is_leaf
+from repfx.tracing.recording import code_recorded
+from repfx.tracing.trace import Island, Traces, call_counts, trace
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import repfx
-from repfx.graphs.tracer import Tracer
+from repfx.tracing.tracer import Tracer
 from tests.inline_net import Net, error_of, fused_exactly, image, norms, ready, reasons, same_state
 
 ROUNDS = 12

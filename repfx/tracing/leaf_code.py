@@ -19,9 +19,9 @@ from repfx.algebra.meaning import Kind, Meaning
 from repfx.graphs.aliasing import mutated_by
 from repfx.graphs.calls_with_tensors import axes_of_constants, read_call_with_tensors
 from repfx.graphs.constants import Constants
-from repfx.graphs.leaves import is_leaf
 from repfx.graphs.operations import Op, read_op
-from repfx.graphs.trace import trace
+from repfx.tracing.leaves import is_leaf
+from repfx.tracing.trace import trace
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,15 @@ from repfx.algebra.layers import has_call_of_its_own, has_hooks
 from repfx.blocks.block import RepBlock
 from repfx.errors import first_line
 from repfx.graphs.checks import require_default, require_given, require_nothing, require_parts
-from repfx.graphs.counts import count_of, may_be_fewer
-from repfx.graphs.forms import GrowingForms
-from repfx.graphs.leaves import is_leaf, stays_whole
-from repfx.graphs.modes import Modes, modes_put_back
-from repfx.graphs.proxy import ValueProxy
-from repfx.graphs.recording import calls_recorded, functions_recorded, tensors_recorded
-from repfx.graphs.settings import Settings, changed_setting, in_eval_mode, settings_in, settings_put_back
 from repfx.reading.further_arguments import only_passed_on
 from repfx.records.generators import Generators
+from repfx.tracing.counts import count_of, may_be_fewer
+from repfx.tracing.forms import GrowingForms
+from repfx.tracing.leaves import is_leaf, stays_whole
+from repfx.tracing.modes import Modes, modes_put_back
+from repfx.tracing.proxy import ValueProxy
+from repfx.tracing.recording import calls_recorded, functions_recorded, tensors_recorded
+from repfx.tracing.settings import Settings, changed_setting, in_eval_mode, settings_in, settings_put_back
 
 DRAWS = "it draws random numbers in code"  # a failure
 _KINDS = ("_is_param", "_is_buffer")  # attributes that torch asks for when code keeps a tensor as an attribute

@@ -33,18 +33,18 @@ from repfx.blocks.block import RepBlock
 from repfx.blocks.gates import gates_in
 from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.dropout import let_dropout_follow_the_mode
-from repfx.graphs.eval_path import why_not_the_eval_path
-from repfx.graphs.keepers import attribute_of, kept_by_a_leaf, kept_from_outside, kept_in
-from repfx.graphs.leaves import calls_conv, holds_modules, is_container, is_leaf, stays_whole
 from repfx.graphs.norm_calls import let_norms_follow_the_mode
-from repfx.graphs.tensor_state import tensor_state
-from repfx.graphs.tracer import DRAWS, Tracer, sentence
 from repfx.reading.collecting import read_by_code
 from repfx.reading.source_code import Around
 from repfx.records.generators import Generators, random_state_kept
 from repfx.records.module_tree import require_module
 from repfx.records.notes import copy_of
 from repfx.records.wrappers import passes_on
+from repfx.tracing.eval_path import why_not_the_eval_path
+from repfx.tracing.keepers import attribute_of, kept_by_a_leaf, kept_from_outside, kept_in
+from repfx.tracing.leaves import calls_conv, holds_modules, is_container, is_leaf, stays_whole
+from repfx.tracing.tensor_state import tensor_state
+from repfx.tracing.tracer import DRAWS, Tracer, sentence
 
 DIFFERS = "it computes different things in training and in eval mode"
 _Traced: TypeAlias = tuple[fx.Graph, dict[str, Tensor | nn.Module]]

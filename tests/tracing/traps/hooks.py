@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.graphs.traps.parts import Block
+from tests.tracing.traps.parts import Block
 
 OF_THIS_FILE: list[Tensor] = []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.graphs.traps import asking, chance, inputs, keeping, names, own_code, reaching, without_source, writing
+from tests.tracing.traps import asking, chance, inputs, keeping, names, own_code, reaching, without_source, writing
 
 TRAPS = (
     own_code.TRAPS

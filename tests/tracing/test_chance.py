@@ -15,16 +15,16 @@ from torch import Tensor, nn
 import repfx
 from repfx.algebra.layers import is_batch_norm
 from repfx.errors import RepfxError
-from repfx.graphs.trace import trace
 from repfx.passes.calibrate import calibrate
 from repfx.passes.freeze import freeze
 from repfx.passes.gate import gate, ungate
-from tests.graphs.traps import chance
-from tests.graphs.traps.chance import OF_THIS_FILE, DropsLayersByAGlobal, DropsLayersInside
-from tests.graphs.traps.parts import Block
+from repfx.tracing.trace import trace
 from tests.inline_net import Net, norms, ready, reasons
 from tests.random_numbers import numbers_from
 from tests.small_net import small_net
+from tests.tracing.traps import chance
+from tests.tracing.traps.chance import OF_THIS_FILE, DropsLayersByAGlobal, DropsLayersInside
+from tests.tracing.traps.parts import Block
 
 CHANCE = chance.TRAPS
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.errors import InvalidInput
-from repfx.graphs.trace import trace
 from repfx.rewriting.pipeline import rewrite
 from repfx.rewriting.rule import RULES
 from repfx.testing import assert_equivalent
+from repfx.tracing.trace import trace
 from tests.inline_net import Net, convs, error_of, fused_exactly, image, norms, ready, reasons
 
 

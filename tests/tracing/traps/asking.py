@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.graphs.traps.parts import Block, conv_norm_twice
+from tests.tracing.traps.parts import Block, conv_norm_twice
 
 Convolution = nn.Conv2d
 is_a = isinstance

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import repfx
-from repfx.graphs.aliases import Alias
 from repfx.testing import relative_error
+from repfx.tracing.aliases import Alias
 from tests.inline_net import convs, error_of, fused_exactly, image, norms, ready, reasons
 
 

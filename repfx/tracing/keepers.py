@@ -7,8 +7,8 @@ from typing import TypeAlias
 
 from torch import fx, nn
 
-from repfx.graphs.leaves import is_leaf
 from repfx.records.module_tree import keepers
+from repfx.tracing.leaves import is_leaf
 
 # for each part by its path: the paths of the modules that keep it, and the attributes' names
 Kept: TypeAlias = Mapping[str, list[tuple[str, str]]]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.graphs.traps.parts import Block
+from tests.tracing.traps.parts import Block
 
 
 class Unpacks(Block):

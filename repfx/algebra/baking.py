@@ -90,25 +90,6 @@ def _same_places(a: ConvSpec, b: ConvSpec) -> bool:
     return (a.kernel_size, a.padding, a.dilation) == (b.kernel_size, b.padding, b.dilation)
 
 
-CONV_OF: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-
-
-def _empty_transposed_conv(kernel: Kernel, like: Tensor) -> nn.Module:
-    return _TRANSPOSED_CONV_OF[kernel.dimensions](
-        kernel.in_channels,
-        kernel.out_channels,
-        kernel.kernel_size,
-        kernel.stride,
-        tuple(before for before, _ in kernel.padding),
-        kernel.output_padding,
-        kernel.groups,
-        kernel.bias is not None,
-        kernel.dilation,
-        device="meta",
-        dtype=like.dtype,
-    )
-
-
 CONV_OF: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED_CONV_OF: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 

@@ -53,7 +53,7 @@ _ECBSR = [
     *(BranchSpec(kind, scale=1e-3) for kind in ("1x1-sobel-x", "1x1-sobel-y", "1x1-laplacian")),
 ]
 
-_SPAN = [BranchSpec("1x1-kxk-1x1", {"expansion": 2}), "1x1"]
+_SPAN = [BranchSpec("1x1-kxk-1x1", {"expansion": 2}), BranchSpec("1x1")]
 
 _REPSR = ["1x1-kxk-1x1", "1x1-kxk-1x1", "identity"]
 

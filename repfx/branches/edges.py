@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from repfx.algebra.baking import conv_module
 from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.layers import Layer
 from repfx.blocks.branch import Branch
 from repfx.blocks.stages import Norm, Pad, Scale, Stages
 
@@ -98,7 +99,7 @@ def _filtered(site: ConvSpec, norm: Norm, like: Tensor, taps: Tensor, *, bias: b
     inner = site.inner(tuple(taps.shape))
     mix = ConvSpec(site.in_channels, site.out_channels, ones, ones, unpadded, ones, site.groups)
     each = replace(inner, in_channels=site.out_channels, groups=site.out_channels, padding=unpadded)
-    fixed = conv_module(each, like, bias=False)
+    fixed: Layer = conv_module(each, like, bias=False)
     fixed.weight = nn.Parameter(taps.to(like).expand_as(fixed.weight).clone(), requires_grad=False)
     yield "conv", conv_module(mix, like, bias=False)
     yield "pad", Pad(inner.padding, site.padding_mode)  # comes after the 1×1 conv, which maps zero to zero

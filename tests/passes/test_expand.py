@@ -75,7 +75,7 @@ def test_branches_with_biases_and_fixed_filters_keep_the_function_learn_and_are_
         optimizer.zero_grad()
         tuned.train()(x).square().sum().backward()
         optimizer.step()
-    assert tuned.get_submodule("0.lora.up").weight.any()  # type: ignore[operator]
+    assert tuned.get_submodule("0.lora.up").weight.any()
     fused = repfx.fuse(tuned.eval())
     assert_same_map(fused, tuned, x)
     assert [type(module) for module in fused.children()] == [type(conv), nn.ReLU]

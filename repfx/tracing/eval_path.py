@@ -11,15 +11,48 @@ from collections import Counter
 from torch import fx, nn
 
 from repfx.algebra.layers import is_batch_norm, is_conv
-from repfx.algebra.meaning import torch_class
+from repfx.algebra.meaning import meaning_of
 from repfx.graphs.constants import Constants, draws
 from repfx.graphs.functional_conv import read_functional_conv, tensors_of
 from repfx.graphs.operations import Op
+from repfx.tracing.leaves import calls_conv, is_leaf, stays_whole
+from repfx.tracing.traced import OfOneMode, Untraceable, differ, graphs_by_mode
 
 NOTE = "it asks for its mode; fused, it runs its eval path, a conv of composed weights, in training mode, too"
 
 
-def why_not_the_eval_path(root: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> str | None:
+def composing(scratch: nn.Module) -> tuple[dict[nn.Module, str], dict[nn.Module, str]]:
+    """Return the modules whose eval path stands for training mode, too, with their paths; and those for which it can't, with the reason."""
+    settled: dict[nn.Module, str] = {}
+    refused: dict[nn.Module, str] = {}
+    for path, module in reversed(list(scratch.named_modules())):  # inner ones first
+        if is_leaf(module) or not calls_conv(module) or stays_whole(module) is not None:
+            continue
+        graphs = graphs_by_mode(module, set(), None, settled.keys())
+        module.train(False)
+        if isinstance(graphs, Untraceable) or not differ(graphs):
+            continue
+        reason = _why_not_composed(module, graphs)
+        if reason is None:
+            settled[module] = path
+        else:
+            refused[module] = reason
+    return settled, refused
+
+
+def _why_not_composed(module: nn.Module, graphs: tuple[OfOneMode, OfOneMode]) -> str | None:
+    """Return why the eval path of a module can't stand for training mode; None if it can."""
+    (training, _), (evaluation, constants) = graphs
+    try:
+        for name, value in constants.items():
+            setattr(module, name, value)
+        return _why_not_the_eval_path(module, training, evaluation)
+    finally:
+        for name in constants:
+            delattr(module, name)
+
+
+def _why_not_the_eval_path(root: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> str | None:
     """Return why the graph of eval mode can't stand for that of training mode, or None if it can."""
     constants = Constants(evaluation, root)
     composed = [node for node in evaluation.nodes if isinstance(read_functional_conv(node, constants), Op)]
@@ -76,5 +109,4 @@ def _calls(graph: fx.Graph) -> Counter[str]:
 def _is_linear_layer(module: nn.Module) -> bool:
     """Whether a module is a layer of torch that adds up to a conv with others, in eval mode, and draws nothing in training mode."""
     plain = (nn.Identity, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
-    known = torch_class(module)
-    return known is not None and (is_conv(module) or is_batch_norm(module) or known in plain)
+    return meaning_of(module) is not None and (is_conv(module) or is_batch_norm(module) or type(module) in plain)

@@ -18,13 +18,11 @@
 
 from __future__ import annotations
 
-import keyword
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, fx, nn
 
 from repfx.algebra.activated_norm import separate
@@ -36,19 +34,17 @@ from repfx.graphs.dropout import let_dropout_follow_the_mode
 from repfx.graphs.norm_calls import let_norms_follow_the_mode
 from repfx.reading.collecting import read_by_code
 from repfx.reading.source_code import Around
-from repfx.records.generators import Generators, random_state_kept
+from repfx.records.generators import random_state_kept
 from repfx.records.module_tree import require_module
 from repfx.records.notes import copy_of
 from repfx.records.wrappers import passes_on
-from repfx.tracing.eval_path import why_not_the_eval_path
+from repfx.tracing.eval_path import composing
 from repfx.tracing.keepers import attribute_of, kept_by_a_leaf, kept_from_outside, kept_in
-from repfx.tracing.leaves import calls_conv, holds_modules, is_container, is_leaf, stays_whole
-from repfx.tracing.tensor_state import tensor_state
-from repfx.tracing.tracer import DRAWS, Tracer, sentence
+from repfx.tracing.leaves import holds_modules, is_container, is_leaf, stays_whole
+from repfx.tracing.traced import Untraceable, differ, graphs_by_mode, line_of
 
 DIFFERS = "it computes different things in training and in eval mode"
 _Traced: TypeAlias = tuple[fx.Graph, dict[str, Tensor | nn.Module]]
-_OfOneMode: TypeAlias = tuple[fx.Graph, dict[str, Tensor]]  # a graph, and the constants that tracing made
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ def _traces(
     for gates in gates_in(scratch).values():
         gates.choose(gates.open_in(training=False))
     kept = kept_in(scratch)
-    settled, refused = _composing(scratch) if composed else ({}, {})
+    settled, refused = composing(scratch) if composed else ({}, {})
     pending = [("", scratch, Around())]
     while pending:
         path, module, around = pending.pop()
@@ -157,37 +153,6 @@ def _traces(
     return Traces(tuple(reversed(islands)), untraced, tuple(path for path in settled.values() if path in run))
 
 
-def _composing(scratch: nn.Module) -> tuple[dict[nn.Module, str], dict[nn.Module, str]]:
-    """Return the modules whose eval path stands for training mode, too, with their paths; and those for which it can't, with the reason."""
-    settled: dict[nn.Module, str] = {}
-    refused: dict[nn.Module, str] = {}
-    for path, module in reversed(list(scratch.named_modules())):  # inner ones first
-        if is_leaf(module) or not calls_conv(module) or stays_whole(module) is not None:
-            continue
-        graphs = _graphs_by_mode(module, set(), None, settled.keys())
-        module.train(False)
-        if isinstance(graphs, _Untraceable) or not _differ(graphs):
-            continue
-        reason = _why_not_composed(module, graphs)
-        if reason is None:
-            settled[module] = path
-        else:
-            refused[module] = reason
-    return settled, refused
-
-
-def _why_not_composed(module: nn.Module, graphs: tuple[_OfOneMode, _OfOneMode]) -> str | None:
-    """Return why the eval path of a module can't stand for training mode; None if it can."""
-    (training, _), (evaluation, constants) = graphs
-    try:
-        for name, value in constants.items():
-            setattr(module, name, value)
-        return why_not_the_eval_path(module, training, evaluation)
-    finally:
-        for name in constants:
-            delattr(module, name)
-
-
 def _paths_of_code(graph: fx.Graph) -> set[str]:
     """Return the paths of the modules whose code made nodes of a graph."""
     return {str(path) for node in graph.nodes for path, _ in node.meta.get("nn_module_stack", {}).values()}
@@ -225,20 +190,12 @@ def _graph_of(
         return "a leaf"
     while True:
         result = _graph_of_both_modes(module, opaque, given, settled)
-        if not isinstance(result, _Untraceable):
+        if not isinstance(result, Untraceable):
             return result
         culprit = result.culprit
         if culprit is None or culprit is module or type(culprit) in opaque or is_plain_sequence(culprit):
             return result.reason
         opaque.add(type(culprit))
-
-
-@dataclass(frozen=True)
-class _Untraceable:
-    """Why tracing failed, and the innermost module whose code was to blame, if one is known."""
-
-    reason: str
-    culprit: nn.Module | None = None
 
 
 # names that a GraphModule has and other modules don't
@@ -257,133 +214,37 @@ def _graph_of_both_modes(
     opaque: Container[type[nn.Module]],
     given: Mapping[str, Any] | None = None,
     settled: Container[nn.Module] = (),
-) -> _Traced | _Untraceable:
+) -> _Traced | Untraceable:
     """Try once to trace a module in both modes, with modules of the `opaque` classes as leaves. It is in eval mode afterwards.
 
     The code of `settled` modules runs in eval mode, whatever the mode.
     """
     taken = set(dir(module))
     try:
-        graphs = _graphs_by_mode(module, opaque, given, settled)
+        graphs = graphs_by_mode(module, opaque, given, settled)
     finally:
         module.train(False)
-    if isinstance(graphs, _Untraceable):
+    if isinstance(graphs, Untraceable):
         return graphs
     (training, _), (evaluation, constants) = graphs
     following = {
         **let_dropout_follow_the_mode(training, evaluation, taken),
         **let_norms_follow_the_mode(training, evaluation, taken),
     }
-    if _differ(graphs):
-        return _Untraceable(DIFFERS, _first_difference(module, training, evaluation))
+    if differ(graphs):
+        return Untraceable(DIFFERS, _first_difference(module, training, evaluation))
     return evaluation, {**constants, **following}
-
-
-def _graphs_by_mode(
-    module: nn.Module,
-    opaque: Container[type[nn.Module]],
-    given: Mapping[str, Any] | None,
-    settled: Container[nn.Module],
-) -> tuple[_OfOneMode, _OfOneMode] | _Untraceable:
-    """Trace a module in training mode, then in eval mode, in which it is left."""
-    results = []
-    for training in (True, False):
-        module.train(training and module not in settled)
-        state = tensor_state(module)
-        result = _traced(module, opaque, given, settled)
-        keeper = _forget_values(module)
-        if isinstance(result, _Untraceable):
-            return result
-        if keeper is not None:
-            return _Untraceable("it keeps a value that is computed from the input as an attribute", keeper)
-        if tensor_state(module) != state:
-            return _Untraceable("it changes its own tensors while it runs")
-        results.append(result)
-    return results[0], results[1]
-
-
-def _differ(graphs: tuple[_OfOneMode, _OfOneMode]) -> bool:
-    (training, made), (evaluation, made_in_eval) = graphs
-    return _text(training) != _text(evaluation) or not _same_tensors(made, made_in_eval)
-
-
-def _forget_values(module: nn.Module) -> nn.Module | None:
-    """Delete the proxies that code has kept as attributes. Return one of the modules that had any, or None."""
-    keeper = None
-    for inner in module.modules():
-        for name in [name for name, value in vars(inner).items() if issubclass(type(value), fx.Proxy)]:
-            delattr(inner, name)
-            keeper = inner
-    return keeper
-
-
-def _require_names(graph: fx.Graph) -> None:
-    """Raise ValueError if a path can't be written in the code that torch.fx generates."""
-    for node in graph.nodes:
-        word = next((part for part in str(node.target).split(".") if keyword.iskeyword(part)), None)
-        if node.op in ("call_module", "get_attr") and word is not None:
-            raise ValueError(f"{node.target!r} has a Python keyword in it")
 
 
 def _first_difference(root: nn.Module, *graphs: fx.Graph) -> nn.Module | None:
     """The innermost module whose code made the first node in which the graphs differ."""
     for nodes in zip(*(graph.nodes for graph in graphs)):
-        if len({_line(node) for node in nodes}) > 1:
+        if len({line_of(node) for node in nodes}) > 1:
             stacks = [list(node.meta.get("nn_module_stack", {}).values()) for node in nodes]
             # take the longer of two stacks, because the other node may come after the module's end
             path = max(stacks, key=len)[-1][0] if any(stacks) else ""
             return root.get_submodule(path)
     return None
-
-
-def _traced(
-    module: nn.Module,
-    opaque: Container[type[nn.Module]],
-    given: Mapping[str, Any] | None,
-    settled: Container[nn.Module],
-) -> _OfOneMode | _Untraceable:
-    """Trace a module in the mode it is in. Return its graph and the constants that tracing made, or why it can't be traced."""
-    generators = Generators(module)
-    result = _traced_once(module, opaque, given, generators, settled)
-    if isinstance(result, _Untraceable) and result.reason == DRAWS:  # or another thread has drawn
-        with generators.of_this_thread():
-            result = _traced_once(module, opaque, given, generators, settled)
-    return result
-
-
-def _traced_once(
-    module: nn.Module,
-    opaque: Container[type[nn.Module]],
-    given: Mapping[str, Any] | None,
-    generators: Generators,
-    settled: Container[nn.Module],
-) -> _OfOneMode | _Untraceable:
-    """Trace a module, and count it as a failure if one of the generators has given a number.
-
-    A block that is called more than once stays a leaf and so is an island of its own. Whatever it becomes then serves every call.
-    """
-    before = set(vars(module))
-    shared: set[nn.Module] = set()
-    while True:
-        tracer = Tracer(shared, opaque, given, generators, settled)
-        try:
-            graph = tracer.trace(module)
-            tracer.note_draws(None)
-            graph.lint()  # code that keeps the values it was given may mix two graphs
-            _require_names(graph)
-            if tracer.failures:
-                return _Untraceable(*tracer.failures[0])
-        except Exception as error:
-            return _Untraceable(sentence(error), tracer.running[-1] if tracer.running else None)
-        finally:
-            made = {name: value for name, value in vars(module).items() if name not in before}
-            for name in made:
-                delattr(module, name)
-            again = {block for block, calls in tracer.block_calls.items() if calls > 1} - shared
-            tracer.let_go()
-        if not again:
-            return graph, {name: value for name, value in made.items() if isinstance(value, Tensor)}
-        shared |= again
 
 
 def _convs_that_stay(module: nn.Module, settled: Container[nn.Module]) -> set[type[nn.Module]]:
@@ -395,7 +256,7 @@ def _convs_that_stay(module: nn.Module, settled: Container[nn.Module]) -> set[ty
         return set()
     own_code = [inner for inner in module.modules() if is_conv(inner) and not is_leaf(inner)]
     results = [(type(conv), _graph_of_both_modes(conv, set(), None, settled)) for conv in own_code]
-    return {cls for cls, result in results if isinstance(result, _Untraceable) or not _is_one_call(result[0])}
+    return {cls for cls, result in results if isinstance(result, Untraceable) or not _is_one_call(result[0])}
 
 
 def _is_one_call(graph: fx.Graph) -> bool:
@@ -412,25 +273,6 @@ def _opaque_calls(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
         module = root.get_submodule(target)
         if not is_leaf(module):
             yield target
-
-
-def _text(graph: fx.Graph) -> list[str]:
-    return [_line(node) for node in graph.nodes]
-
-
-def _line(node: fx.Node) -> str:
-    return f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}"
-
-
-def _same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(_same_tensor(a[name], b[name]) for name in a)
-
-
-def _same_tensor(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal, as far as they have numbers."""
-    if a.dtype != b.dtype or a.shape != b.shape or a.is_meta != b.is_meta:
-        return False
-    return a.is_meta or torch.equal(a, b)
 
 
 def call_counts(traces: Traces) -> Counter[str]:

@@ -181,6 +181,15 @@ class Activated(Branches):
         return self.together(x) if self.function else F.conv2d(x, self.dense.weight)
 
 
+class Observed(Branches):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense.register_forward_hook(do_nothing)
+
+
+def do_nothing(*arguments: Any) -> None: ...
+
+
 class NothingComposed(Branches):
     def forward(self, x: Tensor) -> Any:
         if self.training:
@@ -196,6 +205,7 @@ LOSSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "another output": (WithAHead, "it returns several values"),
     "another layer": (WithALayerOfItsOwn, "training mode doesn't call after"),
     "an activation": (Activated, "eval mode doesn't call activation"),
+    "a layer with a hook": (Observed, "eval mode doesn't call dense"),
     "nothing composed": (NothingComposed, "its eval path computes no conv of composed weights"),
 }
 

@@ -23,7 +23,7 @@ from repfx.algebra.meaning import (
     wraps_the_rest,
 )
 from repfx.graphs.constants import Constants
-from repfx.graphs.dropout import MODULES
+from repfx.graphs.mode_calls import MODULES
 from repfx.graphs.vocabulary import ARITHMETIC, NEGATIONS, PRODUCTS, QUOTIENTS, SUBTRACTIONS
 
 

@@ -32,10 +32,9 @@ from repfx.algebra.layers import code_of_its_own, is_conv, is_plain_sequence, ow
 from repfx.blocks.block import RepBlock
 from repfx.blocks.gates import gates_in
 from repfx.blocks.squeezed_form import release_all
-from repfx.graphs.dropout import let_dropout_follow_the_mode
 from repfx.graphs.keepers import attribute_of, kept_by_a_leaf, kept_from_outside, kept_in
 from repfx.graphs.leaves import holds_modules, is_container, is_leaf, stays_whole
-from repfx.graphs.norm_calls import let_norms_follow_the_mode
+from repfx.graphs.mode_calls import let_dropout_follow_the_mode, let_norms_follow_the_mode
 from repfx.graphs.tracer import DRAWS, Tracer, sentence
 from repfx.reading.collecting import read_by_code
 from repfx.reading.source_code import Around

@@ -1,4 +1,4 @@
-"""The pattern of a BatchNorm and a conv that only carriers stand between, and concatenations of such.
+"""Matches of a BatchNorm and a conv that only carriers stand between, and concatenations of such.
 
 The BatchNorm leaves the graph: the nodes behind it read its input. The conv takes its scale and shift over, for each of its own channels.
 """
@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from torch import Tensor, fx
 
 from repfx.algebra.kernel import Kernel, NoKernel
 from repfx.algebra.layers import is_batch_norm
 from repfx.algebra.meaning import Meaning
-from repfx.graphs.carriers import Carrier, Numbers, Place, read_carrier, slice_of
+from repfx.calls.carriers import Carrier, Numbers, Place, slice_of
 from repfx.graphs.operations import Op, split
-from repfx.graphs.vocabulary import CONCATENATIONS
+from repfx.graphs.vocabulary import ADDITIONS, CONCATENATIONS, SUBTRACTIONS
 from repfx.rewriting.match import Match, Term
-from repfx.rewriting.patterns import Pattern, is_sum
 from repfx.rewriting.view import META, View
 
 
@@ -50,51 +48,37 @@ class _Path:
         return place == last
 
 
-@dataclass(frozen=True)
-class NormBehind(Pattern):
-    """A BatchNorm behind carriers of a conv's output, or of the concatenated outputs of several convs."""
-
-    holds_in_training: ClassVar[bool] = False
-
-    def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
-        norm = _norm_at(node, view)
-        paths = None if norm is None else _paths_from_convs(norm.source, view)
-        if norm is None or not paths or not paths[0].carriers or _is_seen_through_a_view(node, view):
-            return
-        if all(view.op(each) is not None for path in paths for each in path.nodes) and _enters_a_sum(node, view):
-            return  # the sum takes poolings, too
-        last = _place_of(norm, view)
-        if last is None or not all(_starts_right(path, last, view) for path in paths):
-            return
-        matches = [_match_before(path, norm) for path in paths]
-        yield replace(matches[0], others=tuple(matches[1:]))
+def norm_behind(norm: Op, view: View) -> Iterator[Match]:
+    """Yield the match of a BatchNorm behind carriers of a conv's output, or of the concatenated outputs of several convs."""
+    node = norm.node
+    paths = _paths_from_convs(norm.source, view) if _is_norm(norm, view) else None
+    if not paths or not paths[0].carriers or _is_seen_through_a_view(node, view):
+        return
+    if all(view.op(each) is not None for path in paths for each in path.nodes) and _enters_a_sum(node, view):
+        return  # the sum takes poolings, too
+    last = _place_of(norm, view)
+    if last is None or not all(_starts_right(path, last) for path in paths):
+        return
+    matches = [_match_before(path, norm) for path in paths]
+    yield replace(matches[0], others=tuple(matches[1:]))
 
 
-@dataclass(frozen=True)
-class NormInFront(Pattern):
-    """A BatchNorm from which carriers lead to a conv."""
-
-    holds_in_training: ClassVar[bool] = False
-
-    def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
-        conv = view.op(node)
-        path = None if conv is None or conv.meaning.kind != "conv" else _path_from_norm(conv.source, view)
-        if conv is None or path is None or not path.carriers:
-            return
-        first = _place_of(path.op, view)
-        if first is None or not any(path.leads(first, last) for last in _places(conv, first)):
-            return
-        functions = [carrier.after for carrier in path.carriers]
-        if None in functions:
-            return
-        moved = _moved(path.op, functions, conv.meaning.in_channels)  # type: ignore[arg-type]
-        terms = (Term((moved, conv)),)
-        yield Match(node, conv.source, terms, carried=path.op.node, carriers=path.nodes[1:])
+def norm_in_front(conv: Op, view: View) -> Iterator[Match]:
+    """Yield the match of a BatchNorm from which carriers lead to a conv."""
+    path = _path_from_norm(conv.source, view)
+    first = None if path is None or not path.carriers else _place_of(path.op, view)
+    if path is None or first is None or not any(path.leads(first, last) for last in _places(conv)):
+        return
+    functions = [carrier.after for carrier in path.carriers]
+    if None in functions:
+        return
+    moved = _moved(path.op, functions, conv.meaning.in_channels)  # type: ignore[arg-type]
+    yield Match(conv.node, conv.source, (Term((moved, conv)),), carried=path.op.node, carriers=path.nodes[1:])
 
 
-def _norm_at(node: fx.Node, view: View) -> Op | None:
-    op, module = view.op(node), view.module(node)
-    return op if op is not None and module is not None and is_batch_norm(module) else None
+def _is_norm(op: Op, view: View) -> bool:
+    module = view.module(op.node)
+    return module is not None and is_batch_norm(module)
 
 
 def _place_of(norm: Op, view: View) -> Place | None:
@@ -104,15 +88,15 @@ def _place_of(norm: Op, view: View) -> Place | None:
     return None if axes is None else Place(1, axes)
 
 
-def _places(conv: Op, end: Place) -> list[Place]:
+def _places(conv: Op) -> list[Place]:
     """Return where the input and the output of a conv may have their channels. A linear layer takes any number of axes."""
     dimensions = conv.meaning.dimensions or 0
     return [Place(1, dimensions + 2)] if dimensions else [Place(axes - 1, axes) for axes in range(2, 6)]
 
 
-def _starts_right(path: _Path, last: Place, view: View) -> bool:
+def _starts_right(path: _Path, last: Place) -> bool:
     known = all(carrier.before is not None for carrier in path.carriers)
-    return known and any(path.leads(first, last) for first in _places(path.op, last))
+    return known and any(path.leads(first, last) for first in _places(path.op))
 
 
 def _paths_from_convs(node: fx.Node, view: View) -> list[_Path] | None:
@@ -126,7 +110,7 @@ def _paths_from_convs(node: fx.Node, view: View) -> list[_Path] | None:
         return [_Path(op, (), (node,), kernel.out_channels)]
     if node.target in CONCATENATIONS:
         return _paths_through_parts(node, view)
-    carriers = carriers_at(node, view)
+    carriers = view.carriers(node)
     found = _paths_from_convs(_input_of(node), view) if carriers else None
     for carrier in carriers or ():
         found = None if found is None else [path.over(carrier, node) for path in found]
@@ -152,33 +136,14 @@ def _paths_through_parts(node: fx.Node, view: View) -> list[_Path] | None:
 
 def _path_from_norm(node: fx.Node, view: View) -> _Path | None:
     """Return the way to a node from the BatchNorm at which it starts, or None."""
-    norm = _norm_at(node, view)
-    if norm is not None:
+    norm = view.op(node)
+    if norm is not None and _is_norm(norm, view):
         return _Path(norm, (), (node,), None)
-    carriers = carriers_at(node, view)
+    carriers = view.carriers(node)
     found = _path_from_norm(_input_of(node), view) if carriers else None
     for carrier in carriers or ():
         found = None if found is None else found.over(carrier, node)
     return found
-
-
-def carriers_at(node: fx.Node, view: View) -> tuple[Carrier, ...]:
-    """Return what a node does as one carrier, or as several if it calls a module whose code does that; none if it does anything else."""
-    if not isinstance(split(node)[0], fx.Node) or view.refusal(node):
-        return ()
-    carrier = read_carrier(node, view.root)
-    if carrier is not None:
-        return (carrier,)
-    code = view.code(node)
-    found: list[Carrier] = []
-    inner = None if code is None else code.result
-    while code is not None and inner is not None and inner is not code.source:
-        carrier = read_carrier(inner, code.module)
-        if carrier is None:
-            return ()
-        found.insert(0, carrier)
-        inner = _input_of(inner)
-    return tuple(found)
 
 
 def _input_of(carrier: fx.Node) -> fx.Node:
@@ -216,7 +181,7 @@ def _is_seen_through_a_view(node: fx.Node, view: View) -> bool:
 def _enters_a_sum(node: fx.Node, view: View) -> bool:
     while len(node.users) == 1:
         node = next(iter(node.users))
-        if is_sum(node, view):
+        if node.target in ADDITIONS | SUBTRACTIONS and len(node.all_input_nodes) > 1:
             return True
         if view.op(node) is None:
             return False

@@ -26,7 +26,6 @@ from repfx.graphs.trace import Island
 from repfx.records.module_tree import has, outer_paths, set_part, set_submodule
 from repfx.records.provenance import Provenance, attach
 from repfx.records.report import Edit
-from repfx.rewriting.carried import carriers_at
 from repfx.rewriting.match import Match, Term
 from repfx.rewriting.patterns import is_sum
 from repfx.rewriting.rule import Rule
@@ -125,7 +124,7 @@ class Editor:
         If `node` is not linear, nothing can merge with that kernel any more. If `node` reads a sum, the kernels of its terms are rounded.
         So only a few kernels at a time are in float64. A node that reads several others, such as a concatenation, may yet be merged.
         """
-        if self.view.op(node) is not None or len(node.all_input_nodes) != 1 or carriers_at(node, self.view):
+        if self.view.op(node) is not None or len(node.all_input_nodes) != 1 or self.view.carriers(node):
             return
         self._settled.add(node)
         pending = node.all_input_nodes
@@ -135,7 +134,7 @@ class Editor:
                 continue
             if source in self.merged:
                 self._round(source)
-            elif is_sum(source, self.view) or carriers_at(source, self.view):
+            elif is_sum(source, self.view) or self.view.carriers(source):
                 self._settled.add(source)
                 pending += source.all_input_nodes
 

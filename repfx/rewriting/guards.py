@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -11,8 +10,8 @@ from torch import fx, nn
 
 from repfx.algebra.kernel import NoKernel, is_symmetric
 from repfx.algebra.layers import has_tensors
+from repfx.calls.with_tensors import is_norm_call
 from repfx.graphs.aliasing import may_share_memory, mutated_by, reads_only_the_form
-from repfx.graphs.calls_with_tensors import is_norm_call
 from repfx.graphs.functional_conv import is_shared
 from repfx.graphs.vocabulary import ELEMENTWISE_LAYERS
 from repfx.rewriting.match import Match, Term
@@ -21,6 +20,8 @@ from repfx.rewriting.view import META, View
 
 def used_once(match: Match, view: View) -> str | None:
     """Require that no other node uses what lies inside the match, except for a shape that the merged conv's output has too."""
+    if match.carried is not None:
+        return _used_on_the_way(match)
     inside = set(match.nodes)
     for node in match.nodes[1:]:
         outside = [user for user in node.users if user not in inside and not _asks_for_the_shape(user, node, match)]
@@ -29,32 +30,29 @@ def used_once(match: Match, view: View) -> str | None:
     return None
 
 
+def _used_on_the_way(match: Match) -> str | None:
+    """Refuse a match if anything else reads what lies between the conv and the BatchNorm."""
+    if any(other.root is match.root for other in match.others):
+        return f"{match.root.name!r} is read twice"
+    for node, user in pairwise(match.way):
+        others = [other for other in node.users if other is not user]
+        if others:
+            return f"{node.name!r} has a second user, {others[0].name!r}"
+    return None
+
+
 def _asks_for_the_shape(user: fx.Node, node: fx.Node, match: Match) -> bool:
     return node is match.ops[0].node and match.keeps_the_form and reads_only_the_form(user)
 
 
-def carried_alone(match: Match, view: View) -> str | None:
-    """Require that nothing else reads what lies between a conv and a BatchNorm, or changes it in place."""
-    parts = (match, *match.others)
-    if len({part.root for part in parts}) < len(parts):
-        return f"{match.root.name!r} is read twice"
-    carried = match.carried
-    for part in parts:
-        ends = (part.root, carried) if carried is not None and part.root < carried else (carried, part.root)
-        for node, user in pairwise((ends[0], *part.carriers, ends[1])):
-            others = [other for other in node.users if other is not user] if node is not None else []
-            if others and node is not None:
-                return f"{node.name!r} has a second user, {others[0].name!r}"
-    return _changed_on_the_way(match, view)
-
-
 def _changed_on_the_way(match: Match, view: View) -> str | None:
     """Refuse a match if a node writes into the input of the BatchNorm while the BatchNorm's output is on its way to the conv."""
-    if match.carried is None or match.root < match.carried:
+    first, *_, last = match.way
+    if last is match.carried:
         return None  # the conv is in front, and nothing else reads its output
-    memory = may_share_memory(match.carried.all_input_nodes[0], view.root)
-    node = match.carried.next
-    while node is not match.root:
+    memory = may_share_memory(first.all_input_nodes[0], view.root)
+    node = first.next
+    while node is not last:
         written = mutated_by(node, view.root)
         if written is not None and memory & may_share_memory(written, view.root):
             return f"{node.name!r} changes {written.name!r} in place between the calls that would be merged"
@@ -62,18 +60,10 @@ def _changed_on_the_way(match: Match, view: View) -> str | None:
     return None
 
 
-def each_part(guard: Callable[[Match, View], str | None]) -> Callable[[Match, View], str | None]:
-    """Return a guard that asks another one about all matches that are made together."""
-
-    @wraps(guard)
-    def of_all(match: Match, view: View) -> str | None:
-        return next(filter(None, (guard(part, view) for part in (match, *match.others))), None)
-
-    return of_all
-
-
 def unmutated(match: Match, view: View) -> str | None:
     """Require that no node changes what the match reads before its root is reached, and that none relies on the match to do so."""
+    if match.carried is not None:
+        return _changed_on_the_way(match, view)
     inside = set(match.nodes)
     node = min(inside)
     while node is not match.root.next:
@@ -156,7 +146,7 @@ def _weights(term: Term, match: Match) -> Iterator[int]:
 
 def channels_stay_put(match: Match, view: View) -> str | None:
     """Require ``(batch, channels)`` where a linear layer, which acts on the last axis, meets BatchNorm1d, which acts on the second."""
-    if match.sizes()[1] != 0:
+    if match.sizes()[1] != 0 or match.carried is not None:  # the way of the channels is known
         return None
     norms = [op.node for op in match.ops if _counts_from_the_front(op.node, view)]
     if not norms or _is_flat(match.source, view) or all(view.input_axes(str(node.target)) == 2 for node in norms):

@@ -57,6 +57,14 @@ class Match:
         return (self.root, *dict.fromkeys(node for node in others if node not in (self.root, self.carried)))
 
     @property
+    def way(self) -> tuple[fx.Node, ...]:
+        """The nodes from the conv to the map that is carried, or from this map to the conv."""
+        if self.carried is None:
+            return ()
+        first, last = sorted((self.root, self.carried))
+        return (first, *self.carriers, last)
+
+    @property
     def keeps_the_form(self) -> bool:
         """Whether the output has the shape of the first map's output, because only scales, shifts and identities follow that map."""
         followers = self.terms[0].ops[1:]

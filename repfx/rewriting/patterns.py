@@ -18,6 +18,7 @@ from repfx.graphs.bordered_padding import padded_before, read_border
 from repfx.graphs.functional_conv import read_functional_conv
 from repfx.graphs.operations import Op
 from repfx.graphs.vocabulary import ADDITIONS, SUBTRACTIONS
+from repfx.rewriting.carried import norm_behind, norm_in_front
 from repfx.rewriting.match import Match, Term, signed, term_kernel
 from repfx.rewriting.view import META, View
 
@@ -91,7 +92,10 @@ class BorderedPadding(Pattern):
 
 @dataclass(frozen=True)
 class Sequence(Pattern):
-    """A linear map of one of the `first` kinds whose output enters one of the `second` kinds."""
+    """A linear map of one of the `first` kinds whose output enters one of the `second` kinds.
+
+    Between a conv and a BatchNorm, in either order, there may be nodes that the BatchNorm's scale and shift can pass.
+    """
 
     first: frozenset[Kind]
     second: frozenset[Kind]
@@ -103,6 +107,10 @@ class Sequence(Pattern):
         first = view.op(second.source)
         if first is not None and first.meaning.kind in self.first:
             yield Match(node, first.source, (Term((first, second)),))
+        elif "conv" in self.first and second.meaning.kind == "affine":
+            yield from norm_behind(second, view)
+        elif "affine" in self.first and second.meaning.kind == "conv":
+            yield from norm_in_front(second, view)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from repfx.algebra.baking import conv_module
 from repfx.algebra.layers import has_tensors, own_classes
 from repfx.blocks.block import RepBlock
 from repfx.blocks.squeezed_form import NAME, SqueezedForm
+from repfx.calls.carriers import Carrier
 from repfx.graphs.aliases import set_aside
-from repfx.graphs.dropout import MODULES
 from repfx.graphs.leaves import is_leaf
+from repfx.graphs.mode_calls import MODULES
 from repfx.graphs.operations import Op
 from repfx.graphs.trace import Island, trace
 from repfx.reading.source_code import calls
@@ -155,6 +156,9 @@ class _LinearView(View):
     def op(self, node: fx.Node) -> Op | None:
         found = super().op(node)
         return found if found is not None and (node in self.kernels or self._is_touchable(found)) else None
+
+    def carriers(self, node: fx.Node) -> tuple[Carrier, ...]:
+        return ()  # a region is one piece
 
     def _is_touchable(self, op: Op) -> bool:
         module = self.module(op.node)

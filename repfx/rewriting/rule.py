@@ -59,7 +59,8 @@ class Rule:
         """Return a match at `node`, or the reason why none may be rewritten, or None if the pattern isn't there."""
         refusal: Skip | None = None
         for match in self.pattern.matches(node, view):
-            reason = next(filter(None, (guard(match, view) for guard in self.guards)), None)
+            parts = (match, *match.others)
+            reason = next(filter(None, (guard(part, view) for guard in self.guards for part in parts)), None)
             if reason is None:
                 return match
             refusal = refusal or Skip(node.name, reason, self.name)

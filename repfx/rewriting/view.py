@@ -12,11 +12,12 @@ from torch import fx, nn
 from repfx.algebra.kernel import Kernel
 from repfx.algebra.layers import has_hooks, has_tensors, is_batch_norm, is_conv
 from repfx.algebra.meaning import Meaning, refusal_of
-from repfx.graphs.calls_with_tensors import axes_of_constants, read_call_with_tensors
+from repfx.calls.carriers import Carrier, read_carrier
+from repfx.calls.leaf_code import LeafCode, code_of
+from repfx.calls.with_tensors import axes_of_constants, read_call_with_tensors
 from repfx.graphs.constants import Constants
 from repfx.graphs.functional_conv import is_functional_conv
-from repfx.graphs.leaf_code import LeafCode, code_of
-from repfx.graphs.operations import Op, read_op
+from repfx.graphs.operations import Op, read_op, split
 from repfx.graphs.viewed_norm import read_viewed_norm
 
 META = torch.empty((), device="meta", dtype=torch.float64)
@@ -87,6 +88,16 @@ class View:
         if node.target not in self._codes:
             self._codes[str(node.target)] = None if node in self.kernels else code_of(module)
         return self._codes[str(node.target)]
+
+    def carriers(self, node: fx.Node) -> tuple[Carrier, ...]:
+        """Return what a node does as one carrier, or as several if it calls a module whose code does that, or none."""
+        if not isinstance(split(node)[0], fx.Node) or self.refusal(node):
+            return ()
+        carrier = read_carrier(node, self.root)
+        if carrier is not None:
+            return (carrier,)
+        code = self.code(node)
+        return () if code is None else code.carriers
 
     def axes_of_constants(self, node: fx.Node) -> int:
         """Return the most axes of the tensors that a node scales and shifts by."""

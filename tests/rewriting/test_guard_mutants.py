@@ -31,7 +31,8 @@ from repfx.graphs.tracer import Tracer
 from repfx.reading.source_code import Around
 from repfx.rewriting.rule import RULES, Rule
 from repfx.rewriting.view import View
-from tests.graphs import test_arguments, test_calls_with_tensors, test_further_arguments, test_trace, test_traps
+from tests.calls import test_with_tensors
+from tests.graphs import test_arguments, test_further_arguments, test_trace, test_traps
 from tests.graphs.traps import TRAPS
 from tests.inline_net import Net, fused_exactly, image
 from tests.rewriting import test_carried, test_guards, test_legal_graphs
@@ -68,7 +69,7 @@ def expanded_trap(name: str) -> Check:
 
 
 def copied(function: Callable[..., Any]) -> Check:
-    return lambda: test_calls_with_tensors.test_a_copy_on_which_others_count_stays(function)
+    return lambda: test_with_tensors.test_a_copy_on_which_others_count_stays(function)
 
 
 def carried(name: str) -> Check:
@@ -76,9 +77,9 @@ def carried(name: str) -> Check:
 
 
 COPIES = (
-    test_calls_with_tensors.copied_then_written,
-    test_calls_with_tensors.copied_before_it_is_written,
-    test_calls_with_tensors.copied_from_the_input,
+    test_with_tensors.copied_then_written,
+    test_with_tensors.copied_before_it_is_written,
+    test_with_tensors.copied_from_the_input,
 )
 CARRIED = ("a second reader", "a second reader of the norm", "written on the way")
 IN_PLACE = (
@@ -236,10 +237,11 @@ MUTANTS = [
         ("bottleneck of two 1×1", "grouped and dense, dearer when merged"),
     ),
     Mutant("handed_on_alone", without_guard("handed_on_alone"), tuple(function.__name__ for function in COPIES)),
-    Mutant("carried_alone", without_guard("carried_alone"), CARRIED),
+    Mutant("used_once, on the way", without_guard("used_once"), ("a second reader", "a second reader of the norm")),
+    Mutant("unmutated, on the way", without_guard("unmutated"), ("written on the way",)),
     Mutant(
         "is_convolution, through averages",
-        without_guard("is_convolution", "fold_batch_norm_forward_through"),
+        without_guard("is_convolution", "fold_batch_norm_forward"),
         ("zero padding",),
     ),
     Mutant("channels_stay_put", without_guard("channels_stay_put"), ("linear on a sequence of equal sizes",)),

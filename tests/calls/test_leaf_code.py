@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
 import repfx
-from repfx.graphs.leaf_code import code_of
+from repfx.calls.leaf_code import code_of
 from tests.inline_net import Net, convs, error_of, fused_exactly, image, ready, reasons
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.algebra.layers import is_batch_norm
-from repfx.graphs.dropout import MODULES
+from repfx.graphs.mode_calls import MODULES
 from repfx.graphs.trace import trace
 from repfx.rewriting.pipeline import rewrite
 from repfx.testing import assert_equivalent, randomize_batch_norm

@@ -18,7 +18,7 @@ from repfx.algebra.kernel import Kernel
 from repfx.algebra.meaning import Meaning, affine_of, identity_meaning
 from repfx.graphs.aliasing import mutated_by
 from repfx.graphs.constants import Constants
-from repfx.graphs.norm_calls import NormCall
+from repfx.graphs.mode_calls import NormCall
 from repfx.graphs.operations import Op, affine_meaning
 from repfx.graphs.vocabulary import ADDITIONS, ARITHMETIC, ELEMENTWISE, ELEMENTWISE_LAYERS, PRODUCTS
 

@@ -16,11 +16,12 @@ from torch import Tensor, fx, nn
 from repfx.algebra.kernel import Kernel
 from repfx.algebra.layers import code_of_its_own, has_hooks
 from repfx.algebra.meaning import Kind, Meaning
+from repfx.calls.carriers import Carrier, read_carrier
+from repfx.calls.with_tensors import axes_of_constants, read_call_with_tensors
 from repfx.graphs.aliasing import mutated_by
-from repfx.graphs.calls_with_tensors import axes_of_constants, read_call_with_tensors
 from repfx.graphs.constants import Constants
 from repfx.graphs.leaves import is_leaf
-from repfx.graphs.operations import Op, read_op
+from repfx.graphs.operations import Op, read_op, split
 from repfx.graphs.trace import trace
 
 
@@ -81,6 +82,19 @@ class LeafCode:
         dimensions = {op.meaning.dimensions for op in steps} - {None}
         channels = (op.meaning.in_channels for op in steps if op.meaning.in_channels is not None)
         return Meaning(kind, next(iter(dimensions), None), next(channels, None), build, lasts=False)
+
+    @cached_property
+    def carriers(self) -> tuple[Carrier, ...]:
+        """The carriers that lead from the input to the output, in their order; none if other code does."""
+        found: list[Carrier] = []
+        node: Any = self.result
+        while node is not self.source:
+            carrier = read_carrier(node, self.module) if isinstance(node, fx.Node) else None
+            if carrier is None:
+                return ()
+            found.insert(0, carrier)
+            node = split(node)[0]
+        return tuple(found)
 
     @property
     def axes(self) -> int:

@@ -344,8 +344,9 @@ class Kernel:
     def _over(self, windows: list[TransposedWindow]) -> Kernel:
         """Return the same transposed map on windows that hold its taps."""
         weight = self.weight.new_zeros((*self.weight.shape[:2], *(window.size for window in windows)))
-        places = (own.places_in(window) for own, window in zip(self._transposed_windows(), windows))
-        weight[(..., *places)] = self.weight
+        own = self._transposed_windows()
+        places: list[EllipsisType | slice] = [..., *(one.places_in(window) for one, window in zip(own, windows))]
+        weight[tuple(places)] = self.weight
         padding = tuple((window.padding, window.padding) for window in windows)
         dilation = tuple(window.dilation for window in windows)
         more = tuple(window.output_padding for window in windows)

@@ -46,8 +46,9 @@ class GrowingForms:
             found = self._forms.literal(node) if node in self._computed else None
         except NotConstant:
             return None
-        has_parts = isinstance(found, (tuple, list)) or (isinstance(found, Tensor) and found.ndim > 0)
-        return len(found) if has_parts else None
+        if isinstance(found, Tensor):
+            return len(found) if found.ndim else None
+        return len(found) if isinstance(found, (tuple, list)) else None
 
     def parameters_of(self, node: fx.Node) -> str:
         """Name the tensors that a value is computed from; an empty text if it may depend on an input."""

@@ -195,7 +195,8 @@ def test_a_weight_of_another_dtype_stays_as_it_is(case: str) -> None:
 )
 def test_a_scale_that_is_rounded_is_folded_as_it_is_rounded(cast: Any) -> None:
     def scaled(x: Tensor, m: Any) -> Tensor:
-        return F.conv2d(x, m.weight) * cast(m).view(-1, 1, 1)
+        result: Tensor = F.conv2d(x, m.weight) * cast(m).view(-1, 1, 1)
+        return result
 
     model: Any = nn.Sequential(Calling(scaled, 6, 4, 3, 3), nn.BatchNorm2d(6)).double().eval()
     model[0].narrow = torch.zeros(1, dtype=torch.float16)
@@ -214,7 +215,8 @@ def in_groups(x: Tensor, m: Any) -> Tensor:
     outer = outer.view(2, int(out / 2), between, *window)
     inner = inner.view(2, int(through / 2), per_group)
     weight = torch.einsum("gti,got...->goi...", inner, outer).reshape(len(m.outer.abs()), inner.size(-1), *window)
-    return m.call(x, weight, groups=2, padding=weight.shape[-1] // 2)
+    result: Tensor = m.call(x, weight, groups=2, padding=weight.shape[-1] // 2)
+    return result
 
 
 def row_by_row(x: Tensor, m: Any) -> Tensor:
@@ -225,7 +227,8 @@ def row_by_row(x: Tensor, m: Any) -> Tensor:
     assert inner.ndim == 3
     rows = [row.t().mm(torch.cat([inner[index // (outer.shape[0] // 2)]])) for index, row in enumerate(outer * 1)]
     weight = torch.stack(rows).transpose(1, 2)
-    return m.call(x, weight.reshape(weight.size(0), weight.size(1), *m.outer.shape[2:]), groups=2)
+    result: Tensor = m.call(x, weight.reshape(weight.size(0), weight.size(1), *m.outer.shape[2:]), groups=2)
+    return result
 
 
 class Composed(nn.Module):
@@ -274,13 +277,15 @@ def test_sizes_that_depend_on_the_input_or_on_a_write_are_not_known() -> None:
 
 def convolved(x: Tensor, m: Any) -> Tensor:
     weight = m.conv(m.first.transpose(0, 1), m.second, padding=2).transpose(0, 1)
-    return m.conv(x, weight, m.bias, padding=2, stride=(2, 1, 1)[: m.first.ndim - 2])
+    result: Tensor = m.conv(x, weight, m.bias, padding=2, stride=(2, 1, 1)[: m.first.ndim - 2])
+    return result
 
 
 def convolved_by_transpose(x: Tensor, m: Any) -> Tensor:
     turned = m.first.transpose(0, 1)
     weight = m.transposed(turned, m.second.transpose(0, 1).flip([*range(2, m.first.ndim)]))
-    return m.conv(x, weight.transpose(0, 1))
+    result: Tensor = m.conv(x, weight.transpose(0, 1))
+    return result
 
 
 class ConvOfConvs(nn.Module):

@@ -29,7 +29,7 @@ def picture(channels: int, dimensions: int = 2) -> Tensor:
 def fused(model: nn.Module, x: Tensor, **options: Any) -> nn.Module:
     """Fuse a model, and check that it computes what it did."""
     model = randomize_batch_norm(model.double()).eval()
-    result = repfx.fuse(model, **options)
+    result: nn.Module = repfx.fuse(model, **options)
     assert relative_error(result(x), model(x)) < 1e-10
     return result
 

@@ -30,7 +30,7 @@ class Branches(nn.Module):
         self.function = getattr(F, f"conv{dimensions}d")
 
     def composed(self) -> tuple[Tensor, Tensor]:
-        scale = self.norm.weight / torch.sqrt(self.norm.running_var + self.norm.eps)  # type: ignore[operator]
+        scale = self.norm.weight / torch.sqrt(self.norm.running_var + self.norm.eps)
         shape = [-1, *[1] * (self.dense.weight.ndim - 1)]
         padded = F.pad(self.pointwise.weight, [1] * 2 * (self.dense.weight.dim() - 2))
         bias = 0 if self.dense.bias is None else self.dense.bias
@@ -215,7 +215,7 @@ def test_a_module_that_would_lose_something_keeps_both_modes(case: str) -> None:
     build, reason = LOSSES[case]
     model = ready(nn.Sequential(build()))
     fused = fused_exactly(model, image())
-    assert type(fused.get_submodule("0")).__name__ == build.__name__  # type: ignore[attr-defined]
+    assert type(fused.get_submodule("0")).__name__ == build.__name__
     assert f"different things in training and in eval mode; {reason}" in reasons(fused)
     assert repfx.report(fused).notes == ()
 

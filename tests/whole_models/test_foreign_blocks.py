@@ -527,7 +527,8 @@ class OREPAInGroups(nn.Module):
         total: Any = 0
         for index, part in enumerate(parts):
             total = total + torch.einsum("oihw,o->oihw", part, self.scales[index, :])
-        return total
+        result: Tensor = total
+        return result
 
     def forward(self, x: Tensor) -> Any:
         return F.relu(self.norm(F.conv2d(x, self.weight(), padding=1, groups=self.groups)))
@@ -548,7 +549,8 @@ class OREPALargeConv(nn.Module):
         for index in range(self.layers):
             own = getattr(self, f"layer{index}").weight
             weight = own.transpose(0, 1) if weight is None else F.conv2d(weight, own, padding=2)
-        return weight.transpose(0, 1)
+        result: Tensor = weight.transpose(0, 1)
+        return result
 
     def forward(self, x: Tensor) -> Any:
         return F.relu(self.norm(F.conv2d(x, self.weight(), stride=2, padding=self.layers)))
@@ -589,7 +591,8 @@ class EdgeOrChain(nn.Module):
         weight = F.conv2d(input=full, weight=self.k0.permute(1, 0, 2, 3))
         bias: Any = self.b0
         spread = torch.ones(1, CHANNELS, 3, 3, device=self.k0.device) * bias.view(1, -1, 1, 1)
-        return weight, F.conv2d(input=spread.type_as(self.k0), weight=full).view(-1) + self.b1
+        last: Any = self.b1
+        return weight, F.conv2d(input=spread.type_as(self.k0), weight=full).view(-1) + last
 
 
 class ECBSRInItsOwnWords(nn.Module):

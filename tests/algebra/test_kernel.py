@@ -180,6 +180,7 @@ def subtract(case: tuple[Kernel, Kernel, Tensor]) -> None:
 def negate(case: tuple[Kernel, Tensor]) -> None:
     kernel, x = case
     assert_same_map(kernel.negate(), lambda x: -kernel(x), x)
+    assert_same_map(kernel.scaled(0.3), lambda x: 0.3 * kernel(x), x)
 
 
 @law(in_turn())

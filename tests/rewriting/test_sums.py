@@ -117,6 +117,14 @@ def test_a_squeezed_sum_follows_its_parameters(name: str) -> None:
     assert error_of(squeezed, reference.eval(), image()) < 1e-9
 
 
+@pytest.mark.parametrize("name", ["sum", "a mean", "factors", "a sum in a mean", "zip", "einsum"])
+def test_a_sum_is_restored(name: str) -> None:
+    model = ready(net({**FIXED, **WEIGHTED}[name]))
+    restored = repfx.restore(repfx.fuse(model))
+    assert norms(restored)
+    assert error_of(restored, model, image()) < 1e-9
+
+
 @pytest.mark.parametrize("name", FIXED)
 def test_a_sum_with_a_foreign_term_keeps_that_term(name: str) -> None:
     model: Any = net(FIXED[name])

@@ -210,21 +210,35 @@ def _counts_from_the_front(node: fx.Node, view: View) -> bool:
 
 
 def input_is_known(match: Match, view: View) -> str | None:
-    """Refuse arithmetic on the model's own input, which may hold integers, or one channel that a constant makes into several."""
+    """Refuse arithmetic on the model's own input, which may hold integers, or one channel that a constant makes into several.
+
+    An example tells what the input is.
+    """
     first = match.ops[0]
     if view.module(first.node) is not None and view.code(first.node) is None:
         return None
-    source = match.source
+    source, between = match.source, []
     while source.op != "placeholder" and len(source.all_input_nodes) == 1 and not _is_layer(source, view):
+        between.append(view.op(source))
         source = source.all_input_nodes[0]
     if source.op == "placeholder":
-        return "the input may hold integers, or have fewer channels than the constant"
+        scaled = all(op is not None and op.meaning.kind == "affine" for op in between)
+        known = scaled and _is_as_given(view.inputs.get(str(source.target)), match, view)
+        return None if known else "the input may hold integers, or have fewer channels than the constant"
     op = view.op(source)
     if op is not None and op.meaning.kind == "conv":
         out_channels = op.meaning.build(META, op.meaning.in_channels or 0, op.meaning.dimensions or 0).out_channels
         if out_channels != match.sizes()[0]:
             return f"the constant makes {out_channels} channels into {match.sizes()[0]}"
     return None
+
+
+def _is_as_given(given: object, match: Match, view: View) -> bool:
+    """Whether an input that was given has the channels of a match's source, and the dtype of the weights."""
+    channels, dimensions = match.sizes()
+    weight = next(view.root.parameters())
+    fits = isinstance(given, torch.Tensor) and given.dtype == weight.dtype and given.ndim == dimensions + 2
+    return fits and given.shape[1] == channels
 
 
 def _is_layer(node: fx.Node, view: View) -> bool:

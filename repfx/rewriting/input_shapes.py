@@ -36,7 +36,7 @@ class InputShapes:
 
     def __init__(self, model: nn.Module, given: Mapping[str, Any] | None = None) -> None:
         self._model = model
-        self._given = given
+        self.given = given or {}
 
     def axes(self, path: str) -> int | None:
         """Return how many axes the input of the module at `path` has, batch included. Return None if that isn't known or calls differ."""
@@ -45,7 +45,7 @@ class InputShapes:
 
     def of(self, path: str) -> Shape | None:
         """Return the shape of the input of the module at `path`. Return None if no input was given, or if calls differ."""
-        shapes = self._seen.get(path, set()) if self._given else set()
+        shapes = self._seen.get(path, set()) if self.given else set()
         return next(iter(shapes)) if len(shapes) == 1 else None
 
     @cached_property
@@ -66,7 +66,7 @@ class InputShapes:
         for path, module in twin.named_modules():
             if is_conv(module) or isinstance(module, (nn.Linear, BATCH_NORMS)):
                 module.register_forward_pre_hook(watch(path))
-        for inputs in [_without_values(self._given)] if self._given else _inputs(twin):
+        for inputs in [_without_values(self.given)] if self.given else _inputs(twin):
             try:
                 with torch.no_grad():
                     twin(**inputs) if isinstance(inputs, dict) else twin(inputs)

@@ -170,6 +170,7 @@ class Views:
             input_axes=lambda path: self._shapes.axes(island.full_path(path)),
             input_shape=lambda path: self._shapes.of(island.full_path(path)),
             cost=self._cost,
+            inputs={} if island.path else self._shapes.given,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +38,7 @@ class View:
         input_axes: function from a path in `root` to the number of axes of that module's input; None if it isn't known.
         input_shape: function from a path in `root` to the shape of that module's input; None if it isn't known.
         cost: the cost of a conv with an input of some shape.
+        inputs: what a caller gives the graph, by the name of the argument.
     """
 
     root: nn.Module
@@ -48,6 +49,7 @@ class View:
     input_axes: Callable[[str], int | None] = lambda path: None
     input_shape: Callable[[str], Shape | None] = lambda path: None
     cost: Cost = weights
+    inputs: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._readers: dict[str, list[fx.Node]] = {}

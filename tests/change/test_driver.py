@@ -159,7 +159,7 @@ def test_blocks_are_seen_with_the_scale_of_their_branches() -> None:
 
 
 def test_what_can_t_be_grown_is_no_candidate() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ConvTranspose2d(4, 4, 3))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Flatten(), nn.Linear(4, 4))
     assert repfx.Driver(model, [], Listed()).observe().candidates == []
 
 

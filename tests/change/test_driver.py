@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import repfx
@@ -159,8 +160,13 @@ def test_blocks_are_seen_with_the_scale_of_their_branches() -> None:
 
 
 def test_what_can_t_be_grown_is_no_candidate() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Flatten(), nn.Linear(4, 4))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), weight_norm(nn.Conv2d(4, 4, 3)))
     assert repfx.Driver(model, [], Listed()).observe().candidates == []
+
+
+def test_a_transposed_conv_is_a_candidate() -> None:
+    candidate = repfx.Driver(nn.Sequential(nn.ConvTranspose2d(4, 4, 3)), [], Listed()).observe().candidates[0]
+    assert (candidate.site, str(candidate.conv)) == ("0", "3×3 4→4 transposed")
 
 
 def test_gradients_that_overflow_count_for_nothing() -> None:

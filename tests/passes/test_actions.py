@@ -45,6 +45,20 @@ def trained() -> Any:
     return randomize_batch_norm(model, seed=3)
 
 
+def test_the_function_of_a_transposed_conv_stays_through_a_cycle() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), nn.BatchNorm2d(6), nn.ReLU()).double()
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    model = randomize_batch_norm(repfx.expand(plain, ["kxk"]), seed=3).eval()
+    reference = copy.deepcopy(model)
+    kxk = (BranchSpec("kxk"),)
+    for action in (Fuse("0"), Restore("0", measured=True), Expand("0", kxk, attach_rate=0.0), Drop("0", "kxk")):
+        apply(model, [action], [x])
+        assert_same_map(model, reference, x)
+    assert str(model) == str(plain)
+    assert_same_map(repfx.restore(repfx.fuse(model)), reference, x)
+
+
 def test_the_function_stays_through_each_of_them() -> None:
     model = trained()
     reference = copy.deepcopy(model).eval()

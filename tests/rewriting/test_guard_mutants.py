@@ -24,6 +24,7 @@ import repfx.rewriting.view
 import repfx.tracing.leaves
 import repfx.tracing.sites
 import repfx.tracing.trace
+import repfx.tracing.traced
 import repfx.tracing.tracer
 from repfx.algebra.kernel import NoKernel
 from repfx.errors import InvalidInput
@@ -291,11 +292,11 @@ MUTANTS = [
         "hooks on blocks ignored", puts(repfx.tracing.leaves, "has_hooks", lambda module: False), ("a hook on a block",)
     ),
     Mutant("what moves taken for a constant", without_what_changes, ("a moving parameter", "a moving buffer")),
-    Mutant("moving tensors traced through", puts(repfx.tracing.trace, "_state", never), ("a moving tensor",)),
-    Mutant("one mode for both", puts(repfx.tracing.trace, "_text", never), ("another graph in training mode",)),
+    Mutant("moving tensors traced through", puts(repfx.tracing.traced, "tensor_state", never), ("a moving tensor",)),
+    Mutant("one mode for both", puts(repfx.tracing.traced, "_text", never), ("another graph in training mode",)),
     Mutant(
         "constants of one mode",
-        puts(repfx.tracing.trace, "_same_tensors", lambda *_: True),
+        puts(repfx.tracing.traced, "_same_tensors", lambda *_: True),
         ("another constant in training mode",),
     ),
     Mutant(

@@ -54,17 +54,21 @@ class ValueProxy(fx.Proxy):
 
     def _form(self) -> Tensor | None:
         """The tensor without numbers if it is computed from parameters alone, else None. Its sizes are known."""
-        return self.tracer.forms.of(self.node)
+        tracer: Any = self.tracer
+        form: Tensor | None = tracer.forms.of(self.node)
+        return form
 
     def __len__(self) -> int:
         form = self._form()
         return super().__len__() if form is None else len(form)
 
     def __float__(self) -> float:
-        raise self.tracer.as_number(self, "float()")
+        tracer: Any = self.tracer
+        raise tracer.as_number(self, "float()")
 
     def __int__(self) -> int:
-        raise self.tracer.as_number(self, "int()")
+        tracer: Any = self.tracer
+        raise tracer.as_number(self, "int()")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OWN:

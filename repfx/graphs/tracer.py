@@ -229,7 +229,8 @@ class Tracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         if self.forms.of(obj.node) is not None:
-            return iter([obj[index] for index in range(len(obj))])
+            whole: Any = obj
+            return iter([whole[index] for index in range(len(whole))])
         found: Iterator[Any] = self._noting_failure(super().iter, obj)
         return found
 

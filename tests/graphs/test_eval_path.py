@@ -30,7 +30,7 @@ class Branches(nn.Module):
         self.function = getattr(F, f"conv{dimensions}d")
 
     def composed(self) -> tuple[Tensor, Tensor]:
-        scale = self.norm.weight / torch.sqrt(self.norm.running_var + self.norm.eps)  # type: ignore[operator]
+        scale = self.norm.weight / torch.sqrt(self.norm.running_var + self.norm.eps)
         shape = [-1, *[1] * (self.dense.weight.ndim - 1)]
         padded = F.pad(self.pointwise.weight, [1] * 2 * (self.dense.weight.dim() - 2))
         bias = 0 if self.dense.bias is None else self.dense.bias

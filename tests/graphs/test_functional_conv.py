@@ -194,7 +194,7 @@ def test_a_weight_of_another_dtype_stays_as_it_is(case: str) -> None:
     "cast", [lambda m: m.bias.half(), lambda m: m.bias.to(m.narrow.dtype), lambda m: m.bias.type_as(m.narrow)]
 )
 def test_a_scale_that_is_rounded_is_folded_as_it_is_rounded(cast: Any) -> None:
-    def scaled(x: Tensor, m: Any) -> Tensor:
+    def scaled(x: Tensor, m: Any) -> Any:
         return F.conv2d(x, m.weight) * cast(m).view(-1, 1, 1)
 
     model: Any = nn.Sequential(Calling(scaled, 6, 4, 3, 3), nn.BatchNorm2d(6)).double().eval()
@@ -207,7 +207,7 @@ def test_a_scale_that_is_rounded_is_folded_as_it_is_rounded(cast: Any) -> None:
 # ---- sizes of what is computed, and weights made by convs
 
 
-def in_groups(x: Tensor, m: Any) -> Tensor:
+def in_groups(x: Tensor, m: Any) -> Any:
     outer, inner = m.outer + 0, m.inner * 1
     out, between, *window = outer.size()
     through, per_group = inner.shape
@@ -217,7 +217,7 @@ def in_groups(x: Tensor, m: Any) -> Tensor:
     return m.call(x, weight, groups=2, padding=weight.shape[-1] // 2)
 
 
-def row_by_row(x: Tensor, m: Any) -> Tensor:
+def row_by_row(x: Tensor, m: Any) -> Any:
     outer = m.outer.flatten(2)
     first, second = (m.inner.data * 2).chunk(2)
     inner = torch.stack([first, second])
@@ -272,12 +272,12 @@ def test_sizes_that_depend_on_the_input_or_on_a_write_are_not_known() -> None:
         assert reason in str(repfx.report(result))
 
 
-def convolved(x: Tensor, m: Any) -> Tensor:
+def convolved(x: Tensor, m: Any) -> Any:
     weight = m.conv(m.first.transpose(0, 1), m.second, padding=2).transpose(0, 1)
     return m.conv(x, weight, m.bias, padding=2, stride=(2, 1, 1)[: m.first.ndim - 2])
 
 
-def convolved_by_transpose(x: Tensor, m: Any) -> Tensor:
+def convolved_by_transpose(x: Tensor, m: Any) -> Any:
     turned = m.first.transpose(0, 1)
     weight = m.transposed(turned, m.second.transpose(0, 1).flip([*range(2, m.first.ndim)]))
     return m.conv(x, weight.transpose(0, 1))

@@ -312,7 +312,7 @@ class OREPAInGroups(nn.Module):
         outer = self.outer.view(self.groups, int(out / self.groups), between, height, width)
         return torch.einsum("gti,gothw->goihw", inner, outer).reshape(out, per_group, height, width)
 
-    def weight(self) -> Tensor:
+    def weight(self) -> Any:
         padded = F.pad(self.pointwise, (1, 1, 1, 1))
         filtered = torch.einsum("oi,ihw->oihw", self.pointwise.squeeze(3).squeeze(2), self.prior)
         parts = (self.origin, padded, filtered, self.in_groups())
@@ -335,7 +335,7 @@ class OREPALargeConv(nn.Module):
             setattr(self, f"layer{index}", nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False))
         self.norm = nn.BatchNorm2d(CHANNELS)
 
-    def weight(self) -> Tensor:
+    def weight(self) -> Any:
         weight: Any = None
         for index in range(self.layers):
             own = getattr(self, f"layer{index}").weight
@@ -380,8 +380,9 @@ class EdgeOrChain(nn.Module):
         )
         weight = F.conv2d(input=full, weight=self.k0.permute(1, 0, 2, 3))
         bias: Any = self.b0
+        own: Any = self.b1
         spread = torch.ones(1, CHANNELS, 3, 3, device=self.k0.device) * bias.view(1, -1, 1, 1)
-        return weight, F.conv2d(input=spread.type_as(self.k0), weight=full).view(-1) + self.b1
+        return weight, F.conv2d(input=spread.type_as(self.k0), weight=full).view(-1) + own
 
 
 class ECBSRInItsOwnWords(nn.Module):

@@ -215,7 +215,7 @@ def test_a_module_that_would_lose_something_keeps_both_modes(case: str) -> None:
     build, reason = LOSSES[case]
     model = ready(nn.Sequential(build()))
     fused = fused_exactly(model, image())
-    assert type(fused.get_submodule("0")).__name__ == build.__name__  # type: ignore[attr-defined]
+    assert type(fused.get_submodule("0")).__name__ == build.__name__
     assert f"different things in training and in eval mode; {reason}" in reasons(fused)
     assert repfx.report(fused).notes == ()
 

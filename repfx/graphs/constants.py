@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from repfx.graphs.aliasing import has_code_of_others, may_share_memory, mutated_by
+from repfx.graphs.vocabulary import SIZE_METHODS
 from repfx.records.module_tree import attribute
 
 
@@ -47,6 +48,7 @@ _BY_CHANCE = (
     "rrelu",
     "fractional_max_pool",
 )
+SIZES = SIZE_METHODS | {"shape", "ndim"}  # what the form of a tensor tells
 _TORCH = ("torch", "_operator", "math", "builtins")
 _MOVES = frozenset({"cpu", "cuda"})  # methods that change a tensor's device alone
 _NAMED_CASTS = {"half": torch.half, "bfloat16": torch.bfloat16, "float": torch.float, "double": torch.double}
@@ -252,3 +254,37 @@ def origins(node: fx.Node) -> Iterator[fx.Node]:
             found.add(source)
             yield source
             pending += source.all_input_nodes
+
+
+class GrowingForms:
+    """The forms of a graph while it is traced. A tensor that code has written to has none, because a write may change its shape."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        self._forms = Forms(graph, root)
+        self._root = root
+        self._computed: set[fx.Node] = set()  # from parameters alone
+
+    def add(self, node: fx.Node) -> None:
+        """Take note of a node that the graph has got."""
+        if node.op == "get_attr":
+            self._computed.add(node)
+            return
+        sources = node.all_input_nodes
+        if not sources or self._computed.isdisjoint(sources):
+            return
+        written = mutated_by(node, self._root)
+        if written is not None and written.op != "get_attr":
+            self._computed.discard(written)
+        elif written is None and node.op != "call_module" and self._computed.issuperset(sources):
+            self._computed.add(node)
+
+    def of(self, node: fx.Node) -> Tensor | None:
+        """Return the form of a tensor, or None as `Forms.of` does."""
+        return self._forms.of(node) if node in self._computed else None
+
+    def parameters_of(self, node: fx.Node) -> str:
+        """Name the tensors that a value is computed from; an empty text if it may depend on an input."""
+        if node not in self._computed:
+            return ""
+        names = {str(source.target) for source in origins(node) if source.op == "get_attr"}
+        return ", ".join(map(repr, sorted(names)))

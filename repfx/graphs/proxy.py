@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from repfx.graphs.aliasing import IN_PLACE_OPERATORS
 from repfx.graphs.checks import require_tensor
-from repfx.graphs.forms import SIZES
+from repfx.graphs.constants import SIZES
 from repfx.graphs.vocabulary import SIZE_METHODS
 
 _INSTANCE_CHECKS = ("abc", "torch.nn.parameter")  # modules whose Python code answers `isinstance` for some classes

@@ -30,11 +30,9 @@ from repfx.algebra.layers import code_of_its_own, is_conv, is_plain_sequence, ow
 from repfx.blocks.block import RepBlock
 from repfx.blocks.gates import gates_in
 from repfx.blocks.squeezed_form import release_all
-from repfx.graphs.dropout import let_dropout_follow_the_mode
-from repfx.graphs.eval_path import composing
 from repfx.graphs.keepers import attribute_of, kept_by_a_leaf, kept_from_outside, kept_in
 from repfx.graphs.leaves import holds_modules, is_container, is_leaf, stays_whole
-from repfx.graphs.traced import Untraceable, differ, graphs_by_mode, line_of
+from repfx.graphs.traced import Untraceable, composing, differ, graphs_by_mode, let_dropout_follow_the_mode, line_of
 from repfx.reading.collecting import read_by_code
 from repfx.reading.source_code import Around
 from repfx.records.generators import random_state_kept

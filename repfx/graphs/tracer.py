@@ -21,7 +21,7 @@ from repfx.algebra.layers import has_call_of_its_own, has_hooks
 from repfx.blocks.block import RepBlock
 from repfx.errors import first_line
 from repfx.graphs.checks import require_default, require_given, require_nothing
-from repfx.graphs.forms import GrowingForms
+from repfx.graphs.constants import GrowingForms
 from repfx.graphs.leaves import is_leaf, stays_whole
 from repfx.graphs.modes import Modes, modes_put_back
 from repfx.graphs.proxy import ValueProxy

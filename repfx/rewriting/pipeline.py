@@ -16,8 +16,8 @@ from repfx.algebra.layers import has_modes_of_its_own, is_batch_norm
 from repfx.blocks.cropped_conv import unshare
 from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.aliases import put_back, set_aside
-from repfx.graphs.eval_path import NOTE
 from repfx.graphs.trace import Island, Traces, call_counts, trace
+from repfx.graphs.traced import NOTE
 from repfx.records.generators import random_state_kept
 from repfx.records.journal import forget
 from repfx.records.modes import set_modes

@@ -19,10 +19,10 @@ from repfx.algebra.layers import has_tensors, own_classes
 from repfx.blocks.block import RepBlock
 from repfx.blocks.squeezed_form import NAME, SqueezedForm
 from repfx.graphs.aliases import set_aside
-from repfx.graphs.dropout import MODULES
 from repfx.graphs.leaves import is_leaf
 from repfx.graphs.operations import Op
 from repfx.graphs.trace import Island, trace
+from repfx.graphs.traced import MODULES
 from repfx.reading.source_code import calls
 from repfx.records.module_tree import outer_paths
 from repfx.records.notes import copy_without_numbers

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.algebra.layers import is_batch_norm
-from repfx.graphs.dropout import MODULES
 from repfx.graphs.trace import trace
+from repfx.graphs.traced import MODULES
 from repfx.rewriting.pipeline import rewrite
 from repfx.testing import assert_equivalent, randomize_batch_norm
 

@@ -108,12 +108,17 @@ class Sum(Pattern):
         _, inner = _leaves(node, view)
         whole = list(_matches_of_tree(node, view))
         # no other match has more terms, so the parts below may never be asked for
-        yield from (match for match in whole if not match.remainder)
-        found = [match for match in whole if match.remainder]
+        yield from (match for match in whole if not match.remainder and not _shares_maps(match))
+        found = [match for match in whole if match.remainder or _shares_maps(match)]
         parts = [part for part in inner if view.sum_of(part) is not None]
         found += [match for part in parts for match in _matches_of_tree(part, view)]
         # matches with a remainder come last: they take the tree apart, and other parts of it may be one convolution
-        yield from sorted(found, key=lambda match: (bool(match.remainder), -len(match.terms)))
+        # a part that is one convolution by itself, such as a block, comes before a whole whose terms share maps in front of it
+        yield from sorted(found, key=lambda match: (bool(match.remainder), _shares_maps(match), -len(match.terms)))
+
+
+def _shares_maps(match: Match) -> bool:
+    return len({id(op) for op in match.ops}) < len(match.ops)
 
 
 def _is_inner(node: fx.Node, view: View) -> bool:

@@ -160,6 +160,7 @@ class _Found:
         return {
             "max_error": self.equivalence.max_error,
             "skipped": [str(skip) for skip in repfx.report(self.fused).skipped],
+            "notes": [str(note) for note in repfx.report(self.fused).notes],
             "export": file,
             "quantization": None if self.quantized is None else self.quantized.as_dict(),
         }
@@ -169,8 +170,9 @@ class _Found:
         console.print(fusion_table({"before": self.before, "fused": self.fused}, self.x))
         error = self.equivalence.max_error
         typer.echo(f"Worst relative difference between the outputs before and after fusing, in float64: {error:.1e}.")
-        for skip in repfx.report(self.fused).skipped[:10]:
-            typer.echo(str(skip))
+        report = repfx.report(self.fused)
+        for line in (*report.notes, *report.skipped[:10]):
+            typer.echo(str(line))
         if self.quantized is None:
             typer.echo(str(self.exported))
         else:

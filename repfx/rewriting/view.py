@@ -20,7 +20,7 @@ from repfx.graphs.operations import Op, read_op
 from repfx.graphs.sums import SumOf, read_sum
 from repfx.graphs.viewed_norm import read_viewed_norm
 from repfx.rewriting.cost import Cost, Shape, weights
-from repfx.tracing.leaf_code import LeafCode, code_of
+from repfx.tracing.leaf_code import Known, LeafCode, code_of
 
 META = torch.empty((), device="meta", dtype=torch.float64)
 _READ = "its parameters are read elsewhere in the model"
@@ -59,6 +59,7 @@ class View:
         self._ops: dict[fx.Node, Op | None] = {}
         self._shapes: dict[fx.Node, Shape | None] = {}
         self._codes: dict[str, LeafCode | None] = {}
+        self._graphs: Known = {}
         self.constants = Constants(self.graph, self.root)
 
     def op(self, node: fx.Node) -> Op | None:
@@ -135,7 +136,7 @@ class View:
         if module is None or len(node.args) != 1 or node.kwargs or len(node.all_input_nodes) != 1:
             return None
         if node.target not in self._codes:
-            self._codes[str(node.target)] = None if node in self.kernels else code_of(module)
+            self._codes[str(node.target)] = None if node in self.kernels else code_of(module, self._graphs)
         return self._codes[str(node.target)]
 
     def axes_of_constants(self, node: fx.Node) -> int:

@@ -7,9 +7,10 @@ calling the module as long as no rule merges it.
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, fx, nn
 
@@ -98,19 +99,54 @@ def _kind_of_all(steps: tuple[Op, ...]) -> Kind | None:
     return None
 
 
-def code_of(module: nn.Module) -> LeafCode | None:
-    """Return the code of a leaf as a graph, or None if it isn't simple enough or can't be traced."""
+Known: TypeAlias = dict[Hashable, "tuple[fx.Node, fx.Node, dict[str, Any]] | None"]
+
+
+def code_of(module: nn.Module, known: Known) -> LeafCode | None:
+    """Return the code of a leaf as a graph, or None if it isn't simple enough or can't be traced.
+
+    Args:
+        known: graphs of leaves that were traced before. Leaves that are alike but for their numbers have one graph.
+    """
     if not _is_simple(module):
         return None
+    form = _form_of(module)
+    found = known[form] if form in known else _traced(module)
+    if form is not None:
+        known[form] = found
+    if found is None:
+        return None
+    source, result, parts = found
+    return LeafCode(_with(module, parts), source, result)
+
+
+def _traced(module: nn.Module) -> tuple[fx.Node, fx.Node, dict[str, Any]] | None:
+    """Return the input and the output of the graph of a module, and the modules and tensors that it needs besides; None if there is none."""
     islands = trace(module).islands
     if len(islands) != 1 or islands[0].path:
         return None
     nodes = list(islands[0].graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder"]
     result = nodes[-1].args[0]
-    if not inputs or not isinstance(result, fx.Node):
+    return (inputs[0], result, islands[0].constants) if inputs and isinstance(result, fx.Node) else None
+
+
+def _form_of(module: nn.Module) -> Hashable | None:
+    """Return all that the graph of a module can depend on: its class, plain values and the shapes of its tensors. None if there is more."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    if not all(map(_is_plain, own.values())):
         return None
-    return LeafCode(_with(module, islands[0].constants), inputs[0], result)
+    tensors = {**module._parameters, **module._buffers}
+    shapes = ((name, None if each is None else (each.shape, each.dtype)) for name, each in tensors.items())
+    return (type(module), module.training, frozenset(own.items()), frozenset(shapes))
+
+
+def _is_plain(value: object) -> bool:
+    plain = isinstance(value, (bool, int, float, str, type(None)))
+    return plain or (isinstance(value, tuple) and all(map(_is_plain, value)))
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _is_simple(module: nn.Module) -> bool:

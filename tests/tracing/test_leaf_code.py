@@ -203,7 +203,7 @@ def test_a_module_that_is_called_twice_stays() -> None:
 def test_a_module_with_a_hook_stays() -> None:
     scale = LayerScale(6, 1, 1)
     scale.register_forward_hook(lambda *_: None)
-    assert code_of(scale) is None
+    assert code_of(scale, {}) is None
     fused = fused_exactly(between_convs(scale), image())
     assert len(convs(fused)) == 2
 
@@ -242,3 +242,35 @@ def test_a_scale_on_the_last_axis_folds_into_a_linear_layer() -> None:
     model = Net(lambda m, x: m.scale(m.linear(x)), linear=nn.Linear(4, 6), scale=LayerScale(6))
     fused = fused_exactly(model, image(2, 3, 5, 4))
     assert [name for name, _ in fused.named_children()] == ["linear"]
+
+
+class Powered(LayerScale):
+    def __init__(self, *shape: int, power: int) -> None:
+        super().__init__(*shape)
+        self.power = power
+
+    def forward(self, x: Tensor) -> Any:
+        return x * self.gamma**self.power
+
+
+def test_leaves_that_are_alike_keep_their_own_numbers() -> None:
+    parts = [Powered(4, 1, 1, power=power) for power in (1, 1, 2)]
+    convs_between = [nn.Conv2d(4, 4, 3) for _ in range(4)]
+    layers = [convs_between[0], parts[0], nn.ReLU(), convs_between[1], parts[1], nn.ReLU(), convs_between[2], parts[2]]
+    fused = fused_exactly(nn.Sequential(*layers, nn.ReLU(), convs_between[3]), image(2, 4, 12, 13))
+    assert not [module for module in fused.modules() if isinstance(module, Powered)]
+
+
+def test_leaves_that_are_alike_are_traced_once() -> None:
+    known: dict[Any, Any] = {}
+    for gamma in (Powered(4, 1, 1, power=2) for _ in range(3)):
+        code = code_of(gamma, known)
+        assert code is not None
+        assert code.module.gamma is gamma.gamma
+    assert len(known) == 1
+    code_of(Powered(4, 1, 1, power=3), known)
+    assert len(known) == 2
+    odd = Powered(4, 1, 1, power=3)
+    odd.table = {"power": 3}
+    code_of(odd, known)
+    assert len(known) == 2

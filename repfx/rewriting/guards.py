@@ -237,8 +237,9 @@ def _is_as_given(given: object, match: Match, view: View) -> bool:
     """Whether an input that was given has the channels of a match's source, and the dtype of the weights."""
     channels, dimensions = match.sizes()
     weight = next(view.root.parameters())
-    fits = isinstance(given, torch.Tensor) and given.dtype == weight.dtype and given.ndim == dimensions + 2
-    return fits and given.shape[1] == channels
+    if not isinstance(given, torch.Tensor) or given.ndim != dimensions + 2:
+        return False
+    return given.dtype == weight.dtype and given.shape[1] == channels
 
 
 def _is_layer(node: fx.Node, view: View) -> bool:

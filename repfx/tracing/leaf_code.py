@@ -121,7 +121,7 @@ def code_of(module: nn.Module, known: Known) -> LeafCode | None:
 
 
 def _traced(module: nn.Module) -> tuple[fx.Node, fx.Node, dict[str, Any]] | None:
-    """Return the input and the output of the graph of a module, and the modules and tensors that it needs besides; None if there is none."""
+    """Return the input and the output of the graph of a module, and what it needs besides. None if there is none."""
     islands = trace(module).islands
     if len(islands) != 1 or islands[0].path:
         return None

@@ -270,7 +270,7 @@ def test_leaves_that_are_alike_are_traced_once() -> None:
     assert len(known) == 1
     code_of(Powered(4, 1, 1, power=3), known)
     assert len(known) == 2
-    odd = Powered(4, 1, 1, power=3)
+    odd: Any = Powered(4, 1, 1, power=3)
     odd.table = {"power": 3}
     code_of(odd, known)
     assert len(known) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 Row = dict[str, Any]
@@ -144,72 +145,45 @@ def _beside(rows: list[Row]) -> str:
     return f"Other ways to fuse, on the models whose outputs were compared:\n\n{_table(head, lines)}"
 
 
-def _models(rows: list[Row]) -> str:
-    head = (
-        "model",
-        "parameters, millions",
-        "input",
-        "convs / BatchNorms",
-        "reached",
-        *(f"`{preset}` sites" for preset in PRESETS),
-        "left by repfx",
-        "by timm",
-        "by torch",
-        "worst error",
-        "ONNX",
-        "fuse, s",
-        "",
-    )
-    lines = [
-        (
-            _short(row["name"]),
-            f"{row['parameters']:.1f}",
-            row["input"],
-            f"{row['convs']} / {row['batch_norms']}",
-            str(row["reached"]),
-            *(str(row["sites"].get(preset, "")) for preset in PRESETS),
-            *(_left(row, library) for library in ("fused", "timm", "torch")),
-            _power(_worst(row)) if row["errors"] else "",
-            _onnx(row["onnx"]),
-            f"{row['seconds']['fuse']:.1f}" if "fuse" in row["seconds"] else "",
-            row["problem"] or ("equal" if row["convs"] else "no convs"),
-        )
-        for row in rows
+Column = tuple[str, Callable[[Row], str]]
+
+
+def _sizes(digits: int) -> list[Column]:
+    """Return the columns of all tables; millions of parameters have so many digits behind the point."""
+    sites: list[Column] = [(f"`{preset}` sites", partial(_sites, preset)) for preset in PRESETS]
+    return [
+        ("model", lambda row: _short(row["name"])),
+        ("parameters, millions", lambda row: f"{row['parameters']:.{digits}f}"),
+        ("input", lambda row: row["input"]),
+        ("convs / BatchNorms", lambda row: f"{row['convs']} / {row['batch_norms']}"),
+        ("reached", lambda row: str(row["reached"])),
+        *sites,
+        ("left by repfx", lambda row: _left(row, "fused")),
     ]
-    return _table(head, lines)
+
+
+_ERROR: Column = ("worst error", lambda row: _power(_worst(row)) if row["errors"] else "")
+_ONNX: Column = ("ONNX", lambda row: _onnx(row["onnx"]))
+_RESULT: Column = ("", lambda row: row["problem"] or ("equal" if row["convs"] else "no convs"))
+
+
+def _models(rows: list[Row]) -> str:
+    others: list[Column] = [("by timm", lambda row: _left(row, "timm")), ("by torch", lambda row: _left(row, "torch"))]
+    seconds: Column = ("fuse, s", lambda row: f"{row['seconds']['fuse']:.1f}" if "fuse" in row["seconds"] else "")
+    return _by_row(rows, [*_sizes(1), *others, _ERROR, _ONNX, seconds, _RESULT])
 
 
 def _nets(rows: list[Row]) -> str:
-    head = (
-        "model",
-        "parameters, millions",
-        "input",
-        "convs / BatchNorms",
-        "reached",
-        *(f"`{preset}` sites" for preset in PRESETS),
-        "left by repfx",
-        "worst error",
-        "ONNX",
-        "restored",
-        "",
-    )
-    lines = [
-        (
-            _short(row["name"]),
-            f"{row['parameters']:.2f}",
-            row["input"],
-            f"{row['convs']} / {row['batch_norms']}",
-            str(row["reached"]),
-            *(str(row["sites"].get(preset, "")) for preset in PRESETS),
-            _left(row, "fused"),
-            _power(_worst(row)) if row["errors"] else "",
-            _onnx(row["onnx"]),
-            _restored(row["restored"]),
-            row["problem"] or "equal",
-        )
-        for row in rows
-    ]
-    return _table(head, lines)
+    restored: Column = ("restored", lambda row: _restored(row["restored"]))
+    return _by_row(rows, [*_sizes(2), _ERROR, _ONNX, restored, _RESULT])
+
+
+def _by_row(rows: list[Row], columns: list[Column]) -> str:
+    return _table(tuple(head for head, _ in columns), [tuple(cell(row) for _, cell in columns) for row in rows])
+
+
+def _sites(preset: str, row: Row) -> str:
+    return str(row["sites"].get(preset, ""))
 
 
 def _restored(found: str) -> str:

@@ -1,4 +1,4 @@
-"""What the processes of `benchmarks/accuracy.py` share: the rows that are done, the time that runs took, and locks."""
+"""Things that the processes of `benchmarks/accuracy.py` share: the rows that are done, the time that runs took, and locks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the long scale is for: the questions, the comparisons that answer them, and when a comparison is an answer.
+"""The purpose of the long scale: the questions, the comparisons that answer them, and when a comparison is an answer.
 
 All of this was fixed in docs/evidence-plan.md before the first result.
 """

@@ -148,7 +148,7 @@ def restore(
 
 @dataclass(frozen=True)
 class _Restored:
-    """What was done at a site, and the conv, the BatchNorm and the kernel of both if there is a BatchNorm."""
+    """The change at a site, and the conv, the BatchNorm and the kernel of both if there is a BatchNorm."""
 
     edit: Edit
     place: tuple[Layer, Layer, Kernel] | None

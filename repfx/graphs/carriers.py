@@ -36,7 +36,7 @@ def _same(numbers: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Carrier:
-    """What a node does with the channels.
+    """A node's effect on the channels.
 
     Args:
         move: function from the place of the channels in the input to that in the output; None if a scale and a shift can't pass.
@@ -82,7 +82,7 @@ def read_carrier(node: fx.Node, root: nn.Module) -> Carrier | None:
 
 @dataclass(frozen=True)
 class _Input:
-    """What is known of the input of a node: how many axes behind the channels were averaged to size 1, or None."""
+    """The input of a node: how many axes behind the channels were averaged to size 1, or None if that isn't known."""
 
     averaged: int | None
 

@@ -1,4 +1,4 @@
-"""What a function does with modules that come from attributes of `self`: attributes that it reads, and calls."""
+"""Uses that a function makes of modules from attributes of `self`: attributes that it reads, and calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What code does with the modules that it holds, read from its text: each use that isn't known to be harmless.
+"""Uses of modules by the code that holds them, read from its text: each one that isn't known to be harmless.
 
 Untraced code runs as it is, on layers that may have changed. It may call them, index them, go through them and ask whether they are there.
 Whatever else it does with a module, such as ``type(layer)``, ``layer.eval()`` or ``measure(layer)``, might have another result afterwards.

@@ -11,7 +11,7 @@ from repfx.tracing.trace import Traces
 
 
 class Alias(nn.Module):
-    """What stands at one more name of a module, while that module is rewritten or after it was merged into another one.
+    """A stand-in at one more name of a module, while that module is rewritten or after it was merged into another one.
 
     Args:
         path: the path in the model at which the module itself is registered.

@@ -40,7 +40,7 @@ class LeafCode:
 
     @cached_property
     def constants(self) -> Constants:
-        """What the code computes from the module's tensors alone."""
+        """The values that the code computes from the module's tensors alone."""
         return Constants(self.source.graph, self.module)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What a file may have called. A run folder and a recipe name models and schedules, and a name is a call of code.
+"""Trust: which calls a file may cause. A run folder and a recipe name models and schedules, and a name is a call of code.
 
 A file may name models of torchvision and timm and the nets of `repfx.recipes.nets`. It may name classes of modules that this process has
 imported already, if they are subclasses of `nn.Module` or `Schedule`. Whatever else it names is called only if the user has named it, too,

@@ -185,7 +185,7 @@ print("as exact")
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's kernels for x86")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_stem_trains_in_channels_last_in_a_process_of_its_own(threads: int) -> None:
-    """On older CPUs a strided 1×1 conv of 5 channels aborts or hangs here. The variable makes newer CPUs run their kernels."""
+    """A strided 1×1 conv of 5 channels aborts or hangs here on older CPUs. The variable makes newer CPUs run their kernels."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "ONEDNN_MAX_CPU_ISA": "AVX2"}
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""What several commands take and tell: shapes, options, models, and the changes of a run."""
+"""Things that several commands take and tell: shapes, options, models, and the changes of a run."""
 
 from __future__ import annotations
 

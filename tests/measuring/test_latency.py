@@ -58,7 +58,7 @@ def test_what_isn_t_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_quick_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With seconds for each conv made up, a pair that has more weights as one conv becomes one."""
+    """The seconds for each conv are made up. A pair that has more weights as one conv becomes one."""
     monkeypatch.setattr(file, "measure_times", lambda *_, **__: {"conv": [3.0, 2.0, 4.0]})
     model = nn.Sequential(nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)).double().eval()
     x = torch.randn(2, 8, 5, 7, dtype=torch.float64)

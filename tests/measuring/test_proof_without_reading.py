@@ -34,7 +34,7 @@ def drop_all(model: nn.Module, example: Any) -> nn.Module:
 
 
 class Pair(nn.Module):
-    """What a verb made, and what it should compute instead of what the plain model does."""
+    """The result of a verb, and a model that computes what it should."""
 
     def __init__(self, made: nn.Module, expected: nn.Module) -> None:
         super().__init__()

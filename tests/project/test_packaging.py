@@ -236,7 +236,7 @@ def test_a_wing_says_what_it_holds_what_it_may_import_and_where_to_begin(wing: s
 
 
 def files_that_the_page_lists() -> dict[str, list[str]]:
-    """By folder of a wing, the files that docs/architecture.md lists for it."""
+    """The files that docs/architecture.md lists for each wing, by folder."""
     text = (ROOT / "docs" / "architecture.md").read_text().split("## What lies in each wing")[1].split("\n## ")[0]
     sections = re.findall(r"^### `([\w/]+)`\n(.*?)(?=^### |\Z)", text, re.MULTILINE | re.DOTALL)
     cells = {folder: re.findall(r"^\| (`.*?) \|", body, re.MULTILINE) for folder, body in sections}

@@ -1,4 +1,4 @@
-"""What code is read to do with its layers: what is harmless costs no fusion, and everything else is named in the reason."""
+"""Uses that code makes of its layers: harmless ones cost no fusion, and all others are named in the reason."""
 
 from __future__ import annotations
 

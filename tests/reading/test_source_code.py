@@ -1,4 +1,4 @@
-"""What is read out of the source of modules: which of them write in place, and what code around a module asks of it."""
+"""Reading the source of modules: which of them write in place, and what code around a module asks of it."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def layers(model: nn.Module) -> dict[str, str]:
 
 
 def differences(a: nn.Module, b: nn.Module) -> list[str]:
-    """What two fused models differ in: layers by path, and numbers by more than what another order of additions explains."""
+    """The differences of two fused models: layers by path, and numbers by more than what another order of additions explains."""
     found = [f"{path}: {layers(a).get(path)}, {layers(b).get(path)}" for path in {*layers(a)} ^ {*layers(b)}]
     found += [path for path, layer in layers(a).items() if layers(b).get(path, layer) != layer]
     tensors, others = dict(a.state_dict()), dict(b.state_dict())

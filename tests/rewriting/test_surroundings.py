@@ -1,4 +1,4 @@
-"""What is computed around a site is taken out of a merged kernel, or the reason is given why it can't be."""
+"""Steps around a site are taken out of a merged kernel, or the reason is given why they can't be."""
 
 from __future__ import annotations
 

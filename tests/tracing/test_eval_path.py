@@ -130,7 +130,7 @@ class DroppingInCode(Branches):
 
 
 class Averaged(Branches):
-    """In eval mode, it has an average of the weights."""
+    """A conv that has an average of the weights in eval mode."""
 
     def __init__(self) -> None:
         super().__init__()

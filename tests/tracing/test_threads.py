@@ -42,7 +42,7 @@ def scaled() -> nn.Module:
 
 
 def in_place() -> dict[str, object]:
-    """What a tracer might replace where other threads find it."""
+    """Everything that a tracer might replace where other threads find it."""
     return {
         "call": nn.Module.__call__,
         "getattr": nn.Module.__getattr__,

@@ -73,7 +73,7 @@ class StaysInFloat32(Block):
 
 
 class SetsAutocast(Decorated):
-    """The same product in bfloat16, by a switch that the code throws itself."""
+    """A product in bfloat16, by a switch that the code throws itself."""
 
     def forward(self, x: Tensor) -> Any:
         before = torch.is_autocast_enabled("cpu")

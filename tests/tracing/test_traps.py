@@ -65,7 +65,7 @@ def test_it_is_expanded_right_or_left_alone(name: str, spec: str) -> None:
         assert len(called) == 1, "branches that nobody calls"
 
 
-@pytest.mark.slow_one_in(2)
+@pytest.mark.slow_one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAPS)
 def test_it_is_restored_right_or_left_alone(name: str) -> None:

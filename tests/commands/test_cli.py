@@ -202,6 +202,7 @@ def test_a_finished_run_is_not_run_again_and_not_changed(finished: Path, repfx_c
     assert (finished / METRICS).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_options_of_a_schedule_are_its_own(tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     options = ("--schedule", "dyrep", "--schedule-option", "metric=snip", "--schedule-option", "drop=false")
     assert repfx_command(*TRAIN, *options, "--epochs", 2, "--out", tmp_path).code == 0

@@ -21,6 +21,7 @@ from repfx.testing import assert_same_map, randomize_batch_norm
 from tests.small_net import SmallNet, batch, small_net
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_branch_in_turn_until_the_plain_model_is_back(preset: str) -> None:
     model = small_net()

@@ -31,6 +31,7 @@ def test_function_is_kept_in_both_modes(preset: str, training: bool) -> None:
     assert_same_map(expanded.train(training), copy.deepcopy(model).train(training), batch(), 1e-12)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_new_branch_learns_and_is_fused_exactly(preset: str) -> None:
     model = repfx.expand(small_net(), preset)
@@ -52,6 +53,7 @@ AXES: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.C
 NORM_OF: dict[int, Callable[..., nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("normalised", [True, False], ids=["norm", "no norm"])
 @pytest.mark.parametrize("norm", ["batch_norm", "scale", "none"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])

@@ -183,6 +183,7 @@ def test_seconds_add_up_over_processes(tmp_path: Path) -> None:
 # ---- what a row holds
 
 
+@pytest.mark.slow
 def test_a_row_holds_the_options_in_effect(done: Done) -> None:
     row = done[1]["DyRep"]
     config = row["config"]
@@ -197,10 +198,12 @@ def test_a_row_holds_the_options_in_effect(done: Done) -> None:
     assert row["actions"][0].startswith("1: expand ")
 
 
+@pytest.mark.slow
 def test_no_row_names_a_folder_of_this_machine(done: Done) -> None:
     assert str(done[0].folder.parent) not in done[0].record.file.read_text()
 
 
+@pytest.mark.slow
 def test_a_found_architecture_is_trained_from_the_beginning_and_its_search_counts(done: Done) -> None:
     work, found = done[0], done[1]["found"]
     assert (found["config"]["schedule"], found["config"]["spec"]) == (None, "architecture.json")
@@ -218,6 +221,7 @@ def test_a_found_architecture_is_trained_from_the_beginning_and_its_search_count
     assert all(isinstance(value, float) for value in importance.values())
 
 
+@pytest.mark.slow
 def test_full_blocks_get_as_many_multiply_adds_as_the_method_that_is_named(done: Done) -> None:
     """DyRep comes later in the list, and was done on the way."""
     work, rows_of = done
@@ -227,6 +231,7 @@ def test_full_blocks_get_as_many_multiply_adds_as_the_method_that_is_named(done:
     assert set(rows_of) == {"odbb, at DyRep's cost", "DyRep", "found"}
 
 
+@pytest.mark.slow
 def test_a_drawn_architecture_keeps_the_budget_and_depends_on_the_seed_alone(done: Done) -> None:
     one, same, other = (draw(NET, 0.5, seed) for seed in (3, 3, 4))
     assert one == same != other

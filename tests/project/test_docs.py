@@ -90,8 +90,10 @@ SLOW_PAGES = [
     "docs/how-to/deploy.md",
     "docs/how-to/detectors.md",
     "docs/how-to/lightning.md",
+    "docs/how-to/quantize.md",
     "docs/how-to/timm.md",
     "docs/how-to/torchvision.md",
+    "docs/tutorial.md",
 ]
 
 

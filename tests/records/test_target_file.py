@@ -182,6 +182,7 @@ def test_each_call_of_the_system_may_fail(
     assert refusals >= 3  # the folder, a sync, the move
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_permissions_follow_the_umask(writer: str, mask: int, tmp_path: Path, source: Path) -> None:

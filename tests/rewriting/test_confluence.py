@@ -54,6 +54,7 @@ def test_random_nets_become_the_same_in_any_order(model: RandomNet, order: Seque
     assert not differences(repfx.fuse(model), fused(model, order))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_foreign_blocks_become_the_same_in_any_order(name: str) -> None:
     model = randomize_batch_norm(BLOCKS[name][0]().double().eval())

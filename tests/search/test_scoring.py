@@ -148,6 +148,7 @@ def test_so_it_is_with_transposed_convs(norm: Any, gates: str) -> None:
     assert_candidates_are_right(supernet(upsampler, repfx.Spec(["kxk", "kxk"], norm), gates), images())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize(
     "spec",

@@ -369,6 +369,7 @@ def test_an_average_runs_the_same_paths() -> None:
     torch.testing.assert_close(fused(x), average.module(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", SHORT)
 def test_an_average_is_changed_exactly_by_the_end_of_a_search(name: str) -> None:
     run = Run(SHORT[name], ema=True)

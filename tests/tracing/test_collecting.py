@@ -47,6 +47,7 @@ VERBS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", TRAPS)
 def test_what_hooks_collect_is_found(name: str, verb: str) -> None:

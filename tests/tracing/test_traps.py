@@ -34,6 +34,7 @@ from tests.tracing.traps.reaching import CallsFeatures, Features, NormalisesWhat
 FEW = own_code.TRAPS | inputs.TRAPS | writing.TRAPS | reaching.TRAPS | names.TRAPS
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", TRAPS)
 def test_it_is_fused_right_or_left_alone(name: str) -> None:
     model = in_eval_mode(TRAPS[name]())
@@ -43,6 +44,7 @@ def test_it_is_fused_right_or_left_alone(name: str) -> None:
     assert_same(model, expected)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow_one_in(3)
 @pytest.mark.parametrize("spec", ["acb", pytest.param("qarepvgg", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def test_it_learns_and_tells_each_step() -> None:
     assert not model.training
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_weights() -> None:
     data = bright_or_dark()
     assert torch.equal(weights_after(1, data), weights_after(1, data))
@@ -283,6 +284,7 @@ def test_the_average_is_what_training_ends_with() -> None:
     assert all(entry.ema_accuracy is not None for entry in done.history.epochs[1:])
 
 
+@pytest.mark.slow
 def test_channels_last_changes_only_the_order_of_sums() -> None:
     weights = []
     for channels_last in (False, True):

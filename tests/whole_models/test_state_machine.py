@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -140,4 +141,4 @@ class Verbs(RuleBasedStateMachine):
 
 
 Verbs.TestCase.settings = settings(max_examples=20, stateful_step_count=8)
-TestVerbs = Verbs.TestCase
+TestVerbs = pytest.mark.slow(Verbs.TestCase)

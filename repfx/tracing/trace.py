@@ -147,7 +147,8 @@ def _traces(
         island = Island(path, graph, constants, used)
         islands.append(island)
         pending += [
-            (island.full_path(name), module.get_submodule(name), around) for name in _opaque_calls(module, graph)
+            (island.full_path(name), module.get_submodule(name), _around_leaf(around, name, graph))
+            for name in _opaque_calls(module, graph)
         ]
     run = {island.full_path(path) for island in islands for path in ("", *_paths_of_code(island.graph))}
     return Traces(tuple(reversed(islands)), untraced, tuple(path for path in settled.values() if path in run))
@@ -273,6 +274,16 @@ def _opaque_calls(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
         module = root.get_submodule(target)
         if not is_leaf(module):
             yield target
+
+
+def _around_leaf(around: Around, target: str, graph: fx.Graph) -> Around:
+    """Return the facts for a leaf that a graph calls: as the code around the graph has them, and what the graph gives the leaf."""
+    counts = {len(node.args) + len(node.kwargs) for node in graph.nodes if node.target == target}
+    return replace(
+        around,
+        passes_more=around.passes_more or max(counts, default=1) > 1,
+        passes_nothing=around.passes_nothing or 0 in counts,
+    )
 
 
 def call_counts(traces: Traces) -> Counter[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import repfx
 from repfx.errors import InvalidInput
@@ -249,3 +249,37 @@ class NamedAsATensorMethod(nn.Module):
 def test_children_named_as_a_tensor_s_methods_are_known_for_modules() -> None:
     model = fused_exactly(NamedAsATensorMethod(), image())
     assert "may give it 'mask'" in reasons(model)
+
+
+class DropsAtARate(nn.Module):
+    """A block that is a leaf of graphs, because it draws. Its caller says how much it drops (EfficientNet's blocks)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, rate: float | None = None) -> Tensor:
+        y: Tensor = self.norm(self.conv(x))
+        if rate:
+            y = y * (torch.rand(len(y), 1, 1, 1) >= rate if self.training else 1 - rate)
+        return x + y
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_leaf_that_its_caller_gives_another_value_is_not_traced_without_it(by_name: bool) -> None:
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([DropsAtARate(), DropsAtARate()])
+            self.last, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Any:
+            for index, block in enumerate(self.blocks):
+                x = block(x, rate=0.2 * index) if by_name else block(x, 0.2 * index)
+            return self.norm(self.last(x))
+
+    model = ready(Calls())
+    for result in (repfx.fuse(model), repfx.fuse(repfx.expand(model, "acb"))):
+        assert error_of(result, model, image()) < 1e-9
+    assert norms(repfx.fuse(model)) != ["norm"]
+    assert "norm" not in norms(repfx.fuse(model))

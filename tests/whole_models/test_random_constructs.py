@@ -33,7 +33,8 @@ def bordered(m: Any, x: Tensor, dimensions: int) -> Tensor:
     for axis in range(dimensions):
         for strip in (slice(0, 1), slice(-1, None)):
             y[(slice(None),) * (2 + axis) + (strip,) + (slice(None),) * (dimensions - axis - 1)] = value
-    return m.second(y) + x
+    result: Tensor = m.second(y) + x
+    return result
 
 
 Construct = Callable[[int, bool], nn.Module]

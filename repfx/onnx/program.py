@@ -140,7 +140,10 @@ def _name_axes(graph: Any, free: FreeAxes) -> None:
     for value, own in zip(graph.input, free.names):
         for axis, name in own.items():
             names.setdefault(value.type.tensor_type.shape.dim[axis].dim_param, name)
-    symbol = re.compile(rf"\b({'|'.join(map(re.escape, filter(None, names)))})\b")
+    numbered = list(filter(None, names))
+    if not numbered:  # other axes may have symbols of their own, where a size depends on numbers
+        return
+    symbol = re.compile(rf"\b({'|'.join(map(re.escape, numbered))})\b")
     for value in [*graph.input, *graph.output, *graph.value_info]:
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param:

@@ -181,3 +181,17 @@ def test_an_overflow_inside_is_found_though_the_runtime_of_a_cpu_does_not_see_it
     with pytest.raises(ExportError, match="'2' outputs numbers for x beyond the range of float16, ±65504"):
         export_onnx(model, tmp_path / "net.onnx", X[:, :1] + 2, dtype=torch.float16)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_size_that_depends_on_numbers_beside_fixed_axes(tmp_path: Path) -> None:
+    class Finds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.conv(x)
+            return torch.nonzero(y > 0).float()
+
+    report = export_onnx(Finds().eval(), tmp_path / "net.onnx", torch.randn(2, 3, 8, 9), dynamic_batch=False)
+    assert report.max_error == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -70,19 +72,7 @@ def _empty_conv(kernel: Kernel, template: Layer) -> nn.Module:
         return nn.Linear(kernel.in_channels, kernel.out_channels, bias, device="meta", dtype=like.dtype)
     spec = ConvSpec.of_kernel(kernel)
     if not spec.transposed and isinstance(template.padding, str) and _same_places(spec, ConvSpec.of(template)):
-        return CONV_OF[spec.dimensions](  # padding="same" stays as the user wrote it
-            spec.in_channels,
-            spec.out_channels,
-            spec.kernel_size,
-            spec.stride,
-            template.padding,
-            spec.dilation,
-            spec.groups,
-            bias,
-            spec.padding_mode,
-            device="meta",
-            dtype=like.dtype,
-        )
+        return _conv(spec, template.padding, like, bias=bias)  # padding="same" stays as the user wrote it
     return conv_module(spec, like, bias=bias, padded=is_symmetric(kernel.padding))
 
 
@@ -96,35 +86,22 @@ _TRANSPOSED_CONV_OF: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.
 
 def conv_module(spec: ConvSpec, like: Tensor, *, bias: bool, padded: bool = True) -> nn.Module:
     """Return torch's conv of these sizes. The padding of `spec` has to be symmetric, unless `padded=False` leaves it out."""
-    padding = tuple(before if padded else 0 for before, _ in spec.padding)
+    return _conv(spec, tuple(before if padded else 0 for before, _ in spec.padding), like, bias=bias)
+
+
+def _conv(spec: ConvSpec, padding: str | Ints, like: Tensor, *, bias: bool) -> nn.Module:
+    sizes: dict[str, Any] = {
+        "in_channels": spec.in_channels,
+        "out_channels": spec.out_channels,
+        "kernel_size": spec.kernel_size,
+        "stride": spec.stride,
+        "padding": padding,
+        "dilation": spec.dilation,
+        "groups": spec.groups,
+        "bias": bias,
+        "device": like.device,
+        "dtype": like.dtype,
+    }
     if spec.transposed:
-        return _transposed_conv(spec, padding, like, bias=bias)
-    return CONV_OF[spec.dimensions](
-        spec.in_channels,
-        spec.out_channels,
-        spec.kernel_size,
-        spec.stride,
-        padding,
-        spec.dilation,
-        spec.groups,
-        bias,
-        spec.padding_mode,
-        device=like.device,
-        dtype=like.dtype,
-    )
-
-
-def _transposed_conv(spec: ConvSpec, padding: Ints, like: Tensor, *, bias: bool) -> nn.Module:
-    return _TRANSPOSED_CONV_OF[spec.dimensions](
-        spec.in_channels,
-        spec.out_channels,
-        spec.kernel_size,
-        spec.stride,
-        padding,
-        spec.output_padding,
-        spec.groups,
-        bias,
-        spec.dilation,
-        device=like.device,
-        dtype=like.dtype,
-    )
+        return _TRANSPOSED_CONV_OF[spec.dimensions](**sizes, output_padding=spec.output_padding)
+    return CONV_OF[spec.dimensions](**sizes, padding_mode=spec.padding_mode)

@@ -236,8 +236,8 @@ def input_is_known(match: Match, view: View) -> str | None:
 def _is_as_given(given: object, match: Match, view: View) -> bool:
     """Whether an input that was given has the channels of a match's source, and the dtype of the weights."""
     channels, dimensions = match.sizes()
-    weight = next(view.root.parameters())
-    if not isinstance(given, torch.Tensor) or given.ndim != dimensions + 2:
+    weight = next(view.root.parameters(), None)
+    if weight is None or not isinstance(given, torch.Tensor) or given.ndim != dimensions + 2:
         return False
     return given.dtype == weight.dtype and given.shape[1] == channels
 

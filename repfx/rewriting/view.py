@@ -86,7 +86,9 @@ class View:
         self._shapes[node] = shape
 
     def shape_before(self, node: fx.Node) -> Shape | None:
-        """Return the shape of the input of a node, or None if it isn't known."""
+        """Return the shape of the input of a node, or None if it isn't known, or if no cost depends on it."""
+        if self.cost is weights:  # to find a shape, the model runs once
+            return None
         if node in self._shapes or node.op != "call_module":
             return self._shapes.get(node)
         return self.input_shape(str(node.target))

@@ -49,7 +49,7 @@ class Branches(nn.Module):
 
 
 class LastLine(Branches):
-    """The same, written the other way round, with an activation behind both."""
+    """Branches whose code asks for eval mode first, with an activation behind both paths."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)

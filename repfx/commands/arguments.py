@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from repfx.data.dataset import InputForm
 from repfx.errors import InvalidInput
 from repfx.records.json_text import parse_json
 from repfx.training.models import ModelReference, load_weights
-from repfx.training.run_folder import STRUCTURE, RunFolder
+from repfx.training.run_folder import STRUCTURE, RunFolder, Setup
 
 MODEL_FORMS = "torchvision:NAME, timm:NAME, package.module:callable or file.py:callable"
 _AXES = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}
@@ -57,8 +56,8 @@ InputShape = Annotated[
 
 def load_model(
     name: str, weights: Path | None, num_classes: int | None, option: list[str] | None, *, trust: bool
-) -> tuple[nn.Module, Mapping[str, Any] | None]:
-    """Load a model in eval mode. If it comes from a training run, also return how the run prepared its images."""
+) -> tuple[nn.Module, Setup | None]:
+    """Load a model in eval mode. If it comes from a training run, also return the run's setup."""
     folder = RunFolder(Path(name))
     if not Path(name).is_dir():
         model = ModelReference(name, num_classes, parse_options(option)).build()
@@ -69,13 +68,13 @@ def load_model(
         raise InvalidInput(f"folder {name!r} holds no training run: it has no {STRUCTURE}.")
     if weights is not None or num_classes is not None or option:
         raise InvalidInput(f"{name!r} is a training run, which has its own weights and options: leave them out.")
-    return folder.load(trust=trust), folder.setup.preparation
+    return folder.load(trust=trust), folder.setup
 
 
-def shape_of_input(asked: str | None, preparation: Mapping[str, Any] | None) -> tuple[int, ...] | None:
+def shape_of_input(asked: str | None, setup: Setup | None) -> tuple[int, ...] | None:
     """Return the shape of one input, as the user or the training run gives it; None if neither does."""
     if asked is None:
-        found = (preparation or {}).get("shape")
+        found = None if setup is None else setup.preparation.get("shape")
         return None if found is None else tuple(found)
     parts = asked.replace(",", "x").split("x")
     if not all(part.strip().isdigit() and int(part) for part in parts):

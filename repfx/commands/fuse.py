@@ -99,12 +99,13 @@ def fuse(
     _check(int8=int8, fp16=fp16, data=data)
     with staged(onnx, ".onnx"):
         pass  # fail now, not after the work, if the file can't be written
-    original, preparation = load_model(model, weights, num_classes, option, trust=trust)
-    shape = shape_of_input(input_shape, preparation)
+    original, setup = load_model(model, weights, num_classes, option, trust=trust)
+    shape = shape_of_input(input_shape, setup)
     fused = repfx.fuse(original)
     real = None
     if data is not None:
-        real = samples(fused, DataSource(data, root), calibration_images, shape=shape, preparation=preparation)
+        trained_on = {} if setup is None else {"preparation": setup.preparation, "classes": setup.classes}
+        real = samples(fused, DataSource(data, root), calibration_images, shape=shape, **trained_on)
     x = example_input(original, shape) if real is None else real.example
     equivalence = repfx.check_equivalent(original, fused, x)
     batch = x if batch_size is None else x[torch.arange(batch_size) % len(x)]

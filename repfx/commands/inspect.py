@@ -53,16 +53,16 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """List the convs of a model, with their sizes and branches. With --spec, show what a spec would add to each, or why it can't."""
-    found, preparation = load_model(model, None, num_classes, option, trust=trust)
+    found, setup = load_model(model, None, num_classes, option, trust=trust)
     if fused and spec is not None and html is None:
         raise InvalidInput("--spec asks about expanding and --fused about fusing: give only one of them.")
     if html is not None:
-        x = example_input(found, shape_of_input(input_shape, preparation))
+        x = example_input(found, shape_of_input(input_shape, setup))
         with busy("fusing and comparing"):
-            check = _write_page(found, html, model, spec, x, trained=preparation is not None)
+            check = _write_page(found, html, model, spec, x, trained=setup is not None)
         _show(as_json, {"page": str(html), "not_compared": check.problem}, _told(html, check))
     elif fused:
-        x = example_input(found, shape_of_input(input_shape, preparation))
+        x = example_input(found, shape_of_input(input_shape, setup))
         with busy("fusing and comparing"):
             deployed, problem = _fuse(found, x)
         stays = repfx.report(deployed).stays

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from repfx.data.class_names import matched
 from repfx.data.dataset import DataSource, Images, InputForm
 from repfx.data.load import load_data
 from repfx.data.predictions import check_fit
@@ -40,6 +41,7 @@ def samples(
     *,
     shape: tuple[int, ...] | None = None,
     preparation: Mapping[str, Any] | None = None,
+    classes: Sequence[str] = (),
 ) -> Samples:
     """Load images of a data set in the form that a classifier takes.
 
@@ -47,9 +49,10 @@ def samples(
         count: number of images to measure ranges on, spread over all training images.
         shape: shape of one image; None keeps the data's own size.
         preparation: preparation of the images that the model was trained on, which the data must have, too; None for any.
+        classes: names of the classes that the model was trained on, by which the data's are matched; none leaves the labels as they are.
 
     Raises:
-        InvalidInput: the data doesn't exist, the model doesn't take it, or it is prepared in another way.
+        InvalidInput: the data doesn't exist, the model doesn't take it, or it is prepared in another way or has other classes.
     """
     data = load_data(source, InputForm.of(model, _side(shape)))
     if preparation is not None and dict(preparation) != data.preparation:
@@ -57,6 +60,8 @@ def samples(
             f"the model was trained on images prepared otherwise ({_said(preparation)}) than those of {source.name!r} "
             f"({_said(data.preparation)}): give the data that it was trained on."
         )
+    if classes:
+        data = matched(data, classes, source.name)
     check_fit(model, data, "cpu")
     return Samples(
         DataLoader(_evenly(data.train, count), _AT_ONCE),

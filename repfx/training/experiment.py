@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from repfx.blocks.selection import Selection
 from repfx.change.schedule import SCHEDULES, Schedule
+from repfx.data.class_names import require_same
 from repfx.data.dataset import DataSet, DataSource, InputForm
 from repfx.data.load import load_data
 from repfx.data.predictions import Predictions, predict
@@ -185,8 +186,10 @@ def _train(
         _require_sites(schedule, plain)
         model = copy_of(plain)
     how = None if schedule is None else {"name": schedule.name, **asdict(schedule)}
-    setup = Setup(reference, None if how else spec, how, data.preparation)
+    setup = Setup(reference, None if how else spec, how, data.preparation, data.classes)
     goes_on = experiment.resume and (folder.path / STATE).is_file()
+    if goes_on and (begun := folder.setup.classes):
+        require_same(data, begun, experiment.data.name, str(folder.path))
 
     def on_epoch(history: History) -> None:
         if len(history.epochs) == 1 and not goes_on:

@@ -44,18 +44,20 @@ class Setup:
         spec: spec that the model was expanded with, as text or JSON gives it; None if there was a schedule.
         schedule: `name` and options of the schedule that changed the model in training; None without one.
         preparation: steps that the data's raw values went through; its `shape` is that of one image.
+        classes: names of the classes that the labels count; empty if the run recorded none.
     """
 
     model: ModelReference
     spec: Any
     schedule: Mapping[str, Any] | None
     preparation: Mapping[str, Any]
+    classes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Return the setup as JSON text, with the version of repfx that wrote it."""
         model = {"name": self.model.name, "num_classes": self.model.num_classes, "options": dict(self.model.options)}
         head = {"format": _FORMAT, "repfx": VERSION}
-        how = {"spec": self.spec, "schedule": self.schedule, "preparation": self.preparation}
+        how = {"spec": self.spec, "schedule": self.schedule, "preparation": self.preparation, "classes": self.classes}
         return json.dumps({**head, "model": model, **how}, indent=2)
 
     @classmethod
@@ -75,6 +77,7 @@ class Setup:
         try:
             model = {name: found["model"][name] for name in ("name", "num_classes", "options")}
             how = {name: found[name] for name in ("spec", "schedule", "preparation")}
+            how["classes"] = found.get("classes", ())
             setup = from_plain(cls, {"model": model, **how})
             _require_shape(setup.preparation.get("shape", [1]))
         except (ValueError, KeyError, TypeError) as error:

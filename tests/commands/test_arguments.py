@@ -15,13 +15,16 @@ from repfx.commands.progress import _Teller
 from repfx.errors import InvalidInput
 from repfx.passes.freeze import Freeze
 from repfx.training.history import Epoch, History
+from repfx.training.models import ModelReference
+from repfx.training.run_folder import Setup
 
 
 @pytest.mark.parametrize(
     ("asked", "shape"), [("3x20x30", (3, 20, 30)), ("1,7,5", (1, 7, 5)), (" 2 x 9", (2, 9)), (None, (4, 5, 6))]
 )
 def test_a_shape_keeps_its_order(asked: str | None, shape: tuple[int, ...]) -> None:
-    assert shape_of_input(asked, {"shape": [4, 5, 6]}) == shape
+    setup = Setup(ModelReference("torchvision:resnet18"), "dbb", None, {"shape": [4, 5, 6]})
+    assert shape_of_input(asked, setup) == shape
 
 
 @pytest.mark.parametrize("asked", ["3x0x4", "3x-1", "axb", "", "3xx4"])

@@ -71,7 +71,8 @@ def test_labels_in_another_order_are_matched() -> None:
     found = matched(data, ("a", "b", "c"), "here")
     assert [found.train[place] for place in range(2)] == [(0.0, 0), (0.5, 2)]
     assert [found.test[place] for place in range(2)] == [(0.25, 1), (0.75, 0)]
-    assert labels_of(found.train).tolist() == [0, 2] and isinstance(found.train, RelabelledImages)
+    assert labels_of(found.train).tolist() == [0, 2]
+    assert isinstance(found.train, RelabelledImages)
     assert found.classes == ("a", "b", "c")
 
 
@@ -117,7 +118,7 @@ def test_a_resumed_run_asks_for_the_classes_it_was_begun_with(tmp_path: Path) ->
         run(experiment, Watcher(on_epoch=stop))
     assert RunFolder(experiment.out).setup.classes == RUN
     (tmp_path / "data" / "blue").rename(tmp_path / "blue")
-    with pytest.raises(InvalidInput, match="was begun with 3 classes, and '.*data' now lacks blue"):
+    with pytest.raises(InvalidInput, match=r"was begun with 3 classes, and '.*data' now lacks blue"):
         run(replace(experiment, resume=True))
     (tmp_path / "blue").rename(tmp_path / "data" / "blue")
     assert run(replace(experiment, resume=True)) is not None

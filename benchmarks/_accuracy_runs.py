@@ -24,6 +24,7 @@ from repfx.change.schedule import SCHEDULES
 from repfx.data.dataset import DataSource
 from repfx.measuring.cost import count_macs
 from repfx.passes.gate import gate
+from repfx.records.plain_values import to_plain
 from repfx.records.version import VERSION
 from repfx.search.base import Search
 from repfx.search.space import Space
@@ -81,7 +82,7 @@ class Finished:
         if training["distillation"] is not None:
             training["distillation"]["weights"] = Path(training["distillation"]["weights"]).name
         spec = Path(setup.spec).name if str(setup.spec).endswith(".json") else setup.spec
-        data = {"name": Path(self.experiment.data.name).name, **setup.preparation}
+        data = {"name": Path(self.experiment.data.name).name, **to_plain(setup.preprocessing)}
         config = {"model": asdict(setup.model), "data": data, "spec": spec}
         config |= {"schedule": setup.schedule, "training": training}
         actions = [f"{epoch.epoch}: {action}" for epoch in self.history.epochs for action in epoch.actions]

@@ -121,7 +121,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "schedules": schedules,
     "recipes": recipes,
     "recipe_keys": recipe_keys,
-    **{f"options_of_{command}": partial(options, command) for command in ("train", "fuse", "inspect", "report")},
+    **{
+        f"options_of_{command}": partial(options, command)
+        for command in ("train", "fuse", "predict", "evaluate", "inspect", "report")
+    },
 }
 
 

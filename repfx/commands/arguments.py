@@ -11,8 +11,9 @@ import typer
 from torch import nn
 
 from repfx.data.dataset import InputForm
-from repfx.errors import InvalidInput
+from repfx.errors import InvalidInput, UnknownName
 from repfx.records.json_text import parse_json
+from repfx.training.classifier import RUNTIMES, Classifier
 from repfx.training.models import ModelReference, load_weights
 from repfx.training.run_folder import STRUCTURE, RunFolder, Setup
 
@@ -44,6 +45,11 @@ Trust = Annotated[
     ),
 ]
 
+ClassifierName = Annotated[
+    str, typer.Argument(help="An ONNX file that repfx wrote, or the folder of a training run.", show_default=False)
+]
+RuntimeName = Annotated[str, typer.Option(help=f"What runs an ONNX file: {', '.join(RUNTIMES)}.")]
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for other programs.")]
 
 InputShape = Annotated[
@@ -52,6 +58,17 @@ InputShape = Annotated[
         help="Shape of one input without the batch, such as 3x224x224.", show_default="what the model takes, at 224x224"
     ),
 ]
+
+
+def open_classifier(name: str, runtime: str, *, trust: bool) -> Classifier:
+    """Open a classifier.
+
+    Raises:
+        UnknownName: there is no such runtime.
+    """
+    if runtime not in RUNTIMES:
+        raise UnknownName("runtime", runtime, RUNTIMES)
+    return Classifier.open(name, trust=trust, runtime=runtime)
 
 
 def load_model(
@@ -74,8 +91,7 @@ def load_model(
 def shape_of_input(asked: str | None, setup: Setup | None) -> tuple[int, ...] | None:
     """Return the shape of one input, as the user or the training run gives it; None if neither does."""
     if asked is None:
-        found = None if setup is None else setup.preparation.get("shape")
-        return None if found is None else tuple(found)
+        return None if setup is None or setup.preprocessing is None else setup.preprocessing.shape
     parts = asked.replace(",", "x").split("x")
     if not all(part.strip().isdigit() and int(part) for part in parts):
         raise InvalidInput(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,13 +32,17 @@ from repfx.commands.arguments import (
 from repfx.commands.progress import busy
 from repfx.commands.tables import fusion_table, quantization_table
 from repfx.data.dataset import DataSource
+from repfx.data.predictions import labels_of_logits
 from repfx.data.samples import samples
 from repfx.errors import InvalidInput
 from repfx.measuring.equivalence import EquivalenceReport
 from repfx.onnx.export import ExportReport, export_onnx
 from repfx.onnx.quantization_report import QuantizationReport
 from repfx.onnx.quantize import METHODS, quantize_onnx
+from repfx.records.journal import journal, to_json
 from repfx.records.target_file import staged
+from repfx.training.models import ModelReference
+from repfx.training.run_folder import Setup
 
 
 @command()
@@ -89,6 +94,16 @@ def fuse(
         float,
         typer.Option(help="Report the first layer whose outputs are less than this many decibels above the noise."),
     ] = 15.0,
+    raw_images: Annotated[
+        bool,
+        typer.Option(
+            "--raw-images",
+            help="Let the file of a training run take images of any size as bytes, and prepare them itself.",
+        ),
+    ] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Let the file give probabilities in place of logits.")
+    ] = False,
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -96,7 +111,7 @@ def fuse(
 
     The fused model is compared with the original, and the ONNX file is checked in onnxruntime.
     """
-    _check(int8=int8, fp16=fp16, data=data)
+    _check(int8=int8, fp16=fp16, data=data, raw_images=raw_images)
     with staged(onnx, ".onnx"):
         pass  # fail now, not after the work, if the file can't be written
     original, setup = load_model(model, weights, num_classes, option, trust=trust)
@@ -104,12 +119,23 @@ def fuse(
     fused = repfx.fuse(original)
     real = None
     if data is not None:
-        trained_on = {} if setup is None else {"preparation": setup.preparation, "classes": setup.classes}
+        trained_on: dict[str, Any] = {}
+        if setup is not None:
+            trained_on = {"preprocessing": setup.preprocessing, "classes": setup.classes}
         real = samples(fused, DataSource(data, root), calibration_images, shape=shape, **trained_on)
     x = example_input(original, shape) if real is None else real.example
     equivalence = repfx.check_equivalent(original, fused, x)
     batch = x if batch_size is None else x[torch.arange(batch_size) % len(x)]
-    export = partial(export_onnx, x=batch, dynamic_batch=batch_size is None, dynamic_size=dynamic_size, opset=opset)
+    export: Callable[..., ExportReport] = partial(
+        export_onnx,
+        x=batch,
+        dynamic_batch=batch_size is None,
+        dynamic_size=dynamic_size,
+        opset=opset,
+        inside=raw_images,
+        probabilities=probabilities,
+        **_known(model, original, setup, x),
+    )
     quantized = None
     if real is None:
         exported = export(original, onnx, dtype=torch.float16) if fp16 else export(fused, onnx)
@@ -134,7 +160,18 @@ def fuse(
         found.show()
 
 
-def _check(*, int8: bool, fp16: bool, data: str | None) -> None:
+def _known(name: str, model: nn.Module, setup: Setup | None, x: Tensor) -> dict[str, Any]:
+    """Return what the file shall say about itself, as far as it is known."""
+    if setup is None:
+        return {"about": {"source": ModelReference(name).short_name}}
+    about = {"source": setup.model.short_name, "journal": to_json(journal(model))}
+    labels = labels_of_logits(model, setup.classes, x) if setup.classes else ()
+    return {"labels": labels, "preprocessing": setup.preprocessing, "about": about}
+
+
+def _check(*, int8: bool, fp16: bool, data: str | None, raw_images: bool) -> None:
+    if int8 and raw_images:
+        raise InvalidInput("--int8 quantizes files that take prepared images: leave --raw-images out.")
     if int8 and fp16:
         raise InvalidInput("--int8 and --fp16 exclude each other: give only one of them.")
     if int8 and data is None:

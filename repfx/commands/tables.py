@@ -6,12 +6,14 @@ from collections.abc import Iterable, Mapping
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from repfx.algebra.layers import is_batch_norm, is_conv
 from repfx.measuring.cost import count_macs, count_parameters
 from repfx.onnx.quantization_report import QuantizationReport
 from repfx.records.number_text import engineering
+from repfx.training.evaluation import Evaluation
 from repfx.training.experiment import Metrics
 
 _TITLES = {"plain": "plain", "expanded": "expanded, trained", "fused": "fused", "onnxruntime": "in onnxruntime"}
@@ -57,6 +59,27 @@ def quantization_table(report: QuantizationReport) -> Table:
             f"{layer.output_sqnr:.1f} dB",
             style="bold red" if layer.output_sqnr < report.bound else None,
         )
+    return table
+
+
+def confusion_table(evaluation: Evaluation) -> Table:
+    """Show each class that has images: how many, how many are predicted right, and what it is mistaken for most often."""
+    table = _table("class", "images", "right", "mistaken for")
+    totals = evaluation.confusion.sum(1).tolist()
+    mistaken: dict[str, str] = {}
+    for true, predicted, count in evaluation.confused:
+        mistaken.setdefault(true, f"{predicted} ({count})")
+    for name, total in zip(evaluation.labels, totals):
+        if total:
+            table.add_row(Text(name), str(total), f"{evaluation.by_class[name]:.2%}", Text(mistaken.get(name, "")))
+    return table
+
+
+def plain_table(*columns: str) -> Table:
+    """Return an empty table whose columns begin at the left."""
+    table = Table(box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column)
     return table
 
 

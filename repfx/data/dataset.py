@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from repfx.algebra.layers import is_conv
 from repfx.errors import InvalidInput
+from repfx.onnx.preprocessing import Preprocessing
 
 Images = Dataset[Any]
 
@@ -134,13 +135,13 @@ class DataSet:
     """Images with labels from 0, in a training and a test part. Each image is `(channels, *axes)` in float32.
 
     Args:
-        preparation: values that tell how the raw images were prepared, for those who run the exported model.
+        preprocessing: how the raw images are prepared, for those who run the exported model; None if that isn't known.
     """
 
     train: Images
     test: Images
     classes: tuple[str, ...]
-    preparation: dict[str, Any] = field(default_factory=dict)
+    preprocessing: Preprocessing | None = None
 
     @property
     def example_shape(self) -> tuple[int, ...]:

@@ -11,15 +11,17 @@ from torch.utils.data import Dataset, Subset
 
 from repfx.data.dataset import DataSet, DataSource, InputForm, PreparedImages, Stages, every_fifth, labels_of
 from repfx.errors import InvalidInput, first_line
+from repfx.onnx.preprocessing import Preprocessing
 
 _SIZE = 224
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
 _VALIDATED = ("ImageNet", "Imagenette", "Places365")  # torchvision has no test part of these
 _MEANS = {1: (0.449,), 3: (0.485, 0.456, 0.406)}  # of ImageNet, as torchvision's and timm's weights expect
 _DEVIATIONS = {1: (0.226,), 3: (0.229, 0.224, 0.225)}
+_BYTES = (0.0, 255.0)
 
 
-def folder(source: DataSource, form: InputForm) -> DataSet:
+def folder(source: DataSource, form: InputForm, preprocessing: Preprocessing | None = None) -> DataSet:
     """Load `path/train/CLASS/…` with `path/test/CLASS/…` (or `val`, `valid`, `validation`); or `path/CLASS/…`.
 
     In the second layout, every fifth image of a class belongs to the test part.
@@ -30,7 +32,7 @@ def folder(source: DataSource, form: InputForm) -> DataSet:
     from torchvision.datasets import ImageFolder
 
     path = Path(source.name)
-    stages = _stages(form, form.size or _SIZE, source.crop)
+    prepared = preprocessing or _usual(form, form.size or _SIZE, source.crop)
     test_folder = next((path / name for name in _TEST_FOLDERS if (path / name).is_dir()), None)
     if test_folder is None and any(part.is_dir() for part in (path / "train").glob("*")):
         raise InvalidInput(
@@ -41,7 +43,7 @@ def folder(source: DataSource, form: InputForm) -> DataSet:
             images = ImageFolder(str(path))
             test_mask = every_fifth(torch.tensor(images.targets))
             train, test = (Subset(images, mask.nonzero().flatten().tolist()) for mask in (~test_mask, test_mask))
-            return _checked(source, train, test, images.classes, stages, form)
+            return _checked(source, train, test, images.classes, prepared)
         train_images, test_images = (ImageFolder(str(part)) for part in (path / "train", test_folder))
     except FileNotFoundError as error:
         raise InvalidInput(
@@ -50,11 +52,11 @@ def folder(source: DataSource, form: InputForm) -> DataSet:
     if train_images.classes != test_images.classes:
         differing = sorted(set(train_images.classes) ^ set(test_images.classes))
         raise InvalidInput(f"{str(path)!r} has other classes for training than for testing: {', '.join(differing)}.")
-    return _checked(source, train_images, test_images, train_images.classes, stages, form)
+    return _checked(source, train_images, test_images, train_images.classes, prepared)
 
 
 def _checked(
-    source: DataSource, train: Dataset[Any], test: Dataset[Any], classes: list[str], stages: Stages, form: InputForm
+    source: DataSource, train: Dataset[Any], test: Dataset[Any], classes: list[str], preprocessing: Preprocessing
 ) -> DataSet:
     if len(classes) < 2:
         raise InvalidInput(f"{source.name!r} has one class alone, {classes[0]!r}: a classifier needs at least two.")
@@ -62,11 +64,18 @@ def _checked(
         raise InvalidInput(
             f"{source.name!r} has too few images: a class needs five, because every fifth belongs to the test part."
         )
-    prepared = PreparedImages(train, stages), PreparedImages(test, stages)
-    return DataSet(*prepared, tuple(classes), _preparation(form, stages, source.crop))
+    return _prepared(source, train, test, tuple(classes), preprocessing)
 
 
-def torchvision_data(source: DataSource, form: InputForm) -> DataSet:
+def _prepared(
+    source: DataSource, train: Dataset[Any], test: Dataset[Any], classes: tuple[str, ...], preprocessing: Preprocessing
+) -> DataSet:
+    preprocessing.require_range(*_BYTES, source.name)
+    stages = stages_of(preprocessing)
+    return DataSet(PreparedImages(train, stages), PreparedImages(test, stages), classes, preprocessing)
+
+
+def torchvision_data(source: DataSource, form: InputForm, preprocessing: Preprocessing | None = None) -> DataSet:
     """Load a data set of torchvision that has a training and a test part, from `source.root`.
 
     Raises:
@@ -80,10 +89,9 @@ def torchvision_data(source: DataSource, form: InputForm) -> DataSet:
         forms = "digits, an image folder, an .npz file or a torchvision data set's name"
         raise InvalidInput(f"no data set {source.name!r}: it must be {forms}.")
     train, test = (_part(kind, source, is_train) for is_train in (True, False))
-    stages = _stages(form, form.size or _own_size(train), source.crop)
+    preprocessing = preprocessing or _usual(form, form.size or _own_size(train), source.crop)
     classes = getattr(train, "classes", None) or range(1 + max(int(labels_of(part).max()) for part in (train, test)))
-    train, test = PreparedImages(train, stages), PreparedImages(test, stages)
-    return DataSet(train, test, tuple(map(str, classes)), _preparation(form, stages, source.crop))
+    return _prepared(source, train, test, tuple(map(str, classes)), preprocessing)
 
 
 def _part(kind: type[Any], source: DataSource, train: bool) -> Any:
@@ -113,28 +121,38 @@ def _own_size(images: Any) -> int:
     return int(width) if width == height else _SIZE
 
 
-def _stages(form: InputForm, size: int, crop: float) -> Stages:
-    from torchvision.transforms import v2
-
+def _usual(form: InputForm, size: int, crop: float) -> Preprocessing:
+    """Return how pictures are prepared for a model that is to be trained: as torchvision's and timm's weights expect it."""
     if form.dimensions != 2 or form.channels not in _MEANS:
         raise InvalidInput(
             f"image files have 1 or 3 channels and 2 axes; the model's first conv takes {form.channels} channels and "
             f"{form.dimensions} axes: give --data an .npz file."
         )
-    colour = v2.Grayscale(form.channels) if form.channels == 1 else _to_colour
-    floats = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    normalize = v2.Compose(
-        [*floats, v2.Normalize(_MEANS[form.channels], _DEVIATIONS[form.channels]), v2.ToPureTensor()]
-    )
-    fit = v2.Compose([v2.Resize(round(size / crop)), v2.CenterCrop(size)])
-    return Stages((size, size), fit, normalize, colour)
+    mean, deviation = _MEANS[form.channels], _DEVIATIONS[form.channels]
+    return Preprocessing((form.channels, size, size), mean, deviation, 255.0, "crop", crop, value_range=_BYTES)
+
+
+def stages_of(preprocessing: Preprocessing) -> Stages:
+    """Return the stages from an image file, as PIL opens it, to an input.
+
+    Raises:
+        InvalidInput: an input is no picture of 1 or 3 channels.
+    """
+    from torchvision.transforms import v2
+
+    channels, *axes = preprocessing.shape
+    if len(axes) != 2 or channels not in _MEANS:
+        raise InvalidInput(
+            f"the model takes inputs {preprocessing.shape}; image files have 1 or 3 channels and 2 axes."
+        )
+    colour = v2.Grayscale(1) if channels == 1 else _to_colour
+    normalize = v2.Compose([v2.ToImage(), v2.ToPureTensor(), preprocessing.normalized])
+    if preprocessing.fit == "stretch":
+        fit = v2.Compose([v2.PILToTensor(), preprocessing.fitted])  # PIL itself always antialiases
+        return Stages(tuple(axes), fit, normalize, colour)
+    resize = v2.Resize(preprocessing.resized, v2.InterpolationMode(preprocessing.interpolation))
+    return Stages(tuple(axes), v2.Compose([resize, v2.CenterCrop(axes)]), normalize, colour)
 
 
 def _to_colour(image: Any) -> Any:
     return image.convert("RGB")
-
-
-def _preparation(form: InputForm, stages: Stages, crop: float) -> dict[str, Any]:
-    """Return how pixels from 0 to 1 are normalized, the shape of an image, and which part of an image file is shown."""
-    mean, deviation = list(_MEANS[form.channels]), list(_DEVIATIONS[form.channels])
-    return {"mean": mean, "std": deviation, "shape": [form.channels, *stages.size], "crop": crop}

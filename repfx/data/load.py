@@ -5,43 +5,45 @@ The name is `digits`, an image folder, an `.npz` file, or the name of a torchvis
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from repfx.data import image_files
 from repfx.data.dataset import DataSet, DataSource, InputForm, PreparedImages, Stages, as_it_is, every_fifth
 from repfx.errors import InvalidInput, first_line
+from repfx.onnx.preprocessing import Preprocessing, stretched
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _DIGITS_SIZE = 16
 MOST_CLASSES = 1 << 16  # more only if there are as many labels
 
 
-def load_data(source: DataSource, form: InputForm) -> DataSet:
+def load_data(source: DataSource, form: InputForm, preprocessing: Preprocessing | None = None) -> DataSet:
     """Load the data set of a source, with its images in the form that a model takes.
 
+    Args:
+        preprocessing: how the images are prepared, for a model that has been trained already. None chooses by the form and the data.
+
     Raises:
-        InvalidInput: the data set doesn't exist, is malformed or doesn't fit the model.
+        InvalidInput: the data set doesn't exist, is malformed or doesn't fit the model or the preprocessing.
         OSError: a file can't be read.
     """
     path = Path(source.name)
     if source.name == "digits":
-        return _digits(form)
+        return _digits(form, preprocessing)
     if path.suffix == ".npz":
-        return _arrays(path, form)
+        return _arrays(path, form, preprocessing)
     if path.is_dir():
-        return image_files.folder(source, form)
-    return image_files.torchvision_data(source, form)
+        return image_files.folder(source, form, preprocessing)
+    return image_files.torchvision_data(source, form, preprocessing)
 
 
-def _digits(form: InputForm) -> DataSet:
+def _digits(form: InputForm, preprocessing: Preprocessing | None) -> DataSet:
     """Load scikit-learn's 1797 handwritten digits, 8×8. Every fifth of each class belongs to the test part."""
     from sklearn.datasets import load_digits
 
@@ -54,10 +56,11 @@ def _digits(form: InputForm) -> DataSet:
     test = every_fifth(labels)
     size = form.size or _DIGITS_SIZE
     split = (images[~test], labels[~test], images[test], labels[test])
-    return _in_memory(split, InputForm(form.channels, 2, size), tuple(map(str, range(10))))
+    form = InputForm(form.channels, 2, size)
+    return _in_memory("digits", split, form, tuple(map(str, range(10))), (0.0, 16.0), preprocessing)
 
 
-def _arrays(path: Path, form: InputForm) -> DataSet:
+def _arrays(path: Path, form: InputForm, preprocessing: Preprocessing | None) -> DataSet:
     try:
         with numpy.load(path, allow_pickle=False) as archive:
             missing = [name for name in _ARRAYS if name not in archive]
@@ -76,7 +79,14 @@ def _arrays(path: Path, form: InputForm) -> DataSet:
             raise InvalidInput(f"in {str(path)!r} {shapes}: there must be one label for each of at least one image.")
     classes = int(max(y_train.max(), y_test.max())) + 1
     layout = [_channels_first(x, form, path) for x in (x_train, x_test)]
-    return _in_memory((layout[0], y_train, layout[1], y_test), form, tuple(map(str, range(classes))))
+    split = (layout[0], y_train, layout[1], y_test)
+    return _in_memory(str(path), split, form, tuple(map(str, range(classes))), _range(x_train), preprocessing)
+
+
+def _range(x: Tensor) -> tuple[float, float]:
+    """Return the least and the greatest value that a pixel may have, as far as the images show it."""
+    low, high = (0.0, 255.0) if x.dtype == torch.uint8 else (float(x.min()), float(x.max()))
+    return low, high if high > low else low + 1
 
 
 def _images(found: numpy.ndarray[Any, Any], name: str, path: Path) -> Tensor:
@@ -112,16 +122,28 @@ def _channels_first(x: Tensor, form: InputForm, path: Path) -> Tensor:
     return x
 
 
-def _in_memory(split: tuple[Tensor, ...], form: InputForm, classes: tuple[str, ...]) -> DataSet:
-    """Fit images to the form, and standardize them by each channel's mean and deviation over the training images."""
+def _in_memory(
+    name: str,
+    split: tuple[Tensor, ...],
+    form: InputForm,
+    classes: tuple[str, ...],
+    value_range: tuple[float, float],
+    preprocessing: Preprocessing | None,
+) -> DataSet:
+    """Fit images to the form. Without a preprocessing, standardize by each channel's mean and deviation over the training images."""
     x_train, y_train, x_test, y_test = split
-    images = [fit_to(x, form) for x in (x_train, x_test)]
-    mean, deviation = _moments(images[0])
-    axes = tuple(images[0].shape[2:])
-    stages = Stages(axes, as_it_is, partial(_standardize, mean=mean, deviation=deviation))
-    preparation = {"mean": mean.tolist(), "std": deviation.tolist(), "shape": list(images[0].shape[1:])}
+    if preprocessing is None:
+        images = [fit_to(x, form) for x in (x_train, x_test)]
+        mean, deviation = _moments(images[0])
+        moments = tuple(mean.tolist()), tuple(deviation.tolist())
+        preprocessing = Preprocessing(tuple(images[0].shape[1:]), *moments, value_range=value_range)
+        stages = Stages(preprocessing.shape[1:], as_it_is, preprocessing.normalized)
+    else:
+        preprocessing.require_range(*value_range, name)
+        images = [with_channels(x, preprocessing.shape[0], form.dimensions) for x in (x_train, x_test)]
+        stages = Stages(preprocessing.shape[1:], preprocessing.fitted, preprocessing.normalized)
     train, test = (PreparedImages(TensorDataset(x, y), stages) for x, y in zip(images, (y_train, y_test)))
-    return DataSet(train, test, classes, preparation)
+    return DataSet(train, test, classes, preprocessing)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,27 +154,28 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), deviation.float()
 
 
-def _standardize(image: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    shape = (-1, *[1] * (image.ndim - 1))
-    return (image.float() - mean.view(shape)) / deviation.view(shape)
-
-
 def fit_to(x: Tensor, form: InputForm) -> Tensor:
     """Resize images `(images, channels, *axes)` or `(images, *axes)`, and give them the channels that a model takes.
-
-    One channel is repeated. Several channels become their mean if the model takes one.
 
     >>> fit_to(torch.zeros(2, 8, 8), InputForm(channels=3, dimensions=2, size=32)).shape
     torch.Size([2, 3, 32, 32])
     """
-    x = x[:, None] if x.ndim == form.dimensions + 1 else x
-    fits = form.size is None or set(x.shape[2:]) == {form.size}
-    if x.shape[1] != form.channels and 1 not in (x.shape[1], form.channels):
-        raise InvalidInput(f"the images have {x.shape[1]} channels, the model's first conv takes {form.channels}.")
-    if x.shape[1] != form.channels:
+    x = with_channels(x, form.channels, form.dimensions)
+    return x if form.size is None else stretched(x, (form.size,) * form.dimensions).contiguous()
+
+
+def with_channels(x: Tensor, channels: int, dimensions: int) -> Tensor:
+    """Give images `(images, channels, *axes)` or `(images, *axes)` the channels that a model takes.
+
+    One channel is repeated. Several channels become their mean if the model takes one.
+
+    Raises:
+        InvalidInput: the numbers of channels differ, and none is 1.
+    """
+    x = x[:, None] if x.ndim == dimensions + 1 else x
+    if x.shape[1] != channels and 1 not in (x.shape[1], channels):
+        raise InvalidInput(f"the images have {x.shape[1]} channels, the model's first conv takes {channels}.")
+    if x.shape[1] != channels:
         x = x if x.shape[1] == 1 else x.float().mean(1, keepdim=True)
-        x = x.expand(-1, form.channels, *x.shape[2:])
-    if not fits:
-        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[form.dimensions]
-        x = F.interpolate(x.float(), (form.size or 1,) * form.dimensions, mode=mode, align_corners=False)
+        x = x.expand(-1, channels, *x.shape[2:])
     return x.contiguous()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,13 @@ def logits_of(output: Any) -> Tensor:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise InvalidInput(f"the model is no classifier: its output is {found}, not (images, classes).")
     return output
+
+
+def labels_of_logits(model: nn.Module, classes: Sequence[str], x: Tensor) -> tuple[str, ...]:
+    """Return a name for each number that a classifier gives for an image. It may give more of them than there are classes."""
+    with torch.no_grad():
+        count = logits_of(model(x)).shape[1]
+    return (*classes, *(f"unused {place}" for place in range(len(classes), count)))
 
 
 def check_fit(model: nn.Module, data: DataSet, device: str | torch.device) -> int:

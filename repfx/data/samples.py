@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from repfx.data.dataset import DataSource, Images, InputForm
 from repfx.data.load import load_data
 from repfx.data.predictions import check_fit
 from repfx.errors import InvalidInput
+from repfx.onnx.preprocessing import Preprocessing
 
 _AT_ONCE = 32
 
@@ -40,7 +41,7 @@ def samples(
     count: int,
     *,
     shape: tuple[int, ...] | None = None,
-    preparation: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | None = None,
     classes: Sequence[str] = (),
 ) -> Samples:
     """Load images of a data set in the form that a classifier takes.
@@ -48,18 +49,13 @@ def samples(
     Args:
         count: number of images to measure ranges on, spread over all training images.
         shape: shape of one image; None keeps the data's own size.
-        preparation: preparation of the images that the model was trained on, which the data must have, too; None for any.
+        preprocessing: how the images are prepared that the model was trained on; None chooses by the data.
         classes: names of the classes that the model was trained on, by which the data's are matched; none leaves the labels as they are.
 
     Raises:
-        InvalidInput: the data doesn't exist, the model doesn't take it, or it is prepared in another way or has other classes.
+        InvalidInput: the data doesn't exist, the model doesn't take it, or it has other classes or another range of values.
     """
-    data = load_data(source, InputForm.of(model, _side(shape)))
-    if preparation is not None and dict(preparation) != data.preparation:
-        raise InvalidInput(
-            f"the model was trained on images prepared otherwise ({_said(preparation)}) than those of {source.name!r} "
-            f"({_said(data.preparation)}): give the data that it was trained on."
-        )
+    data = load_data(source, InputForm.of(model, None if preprocessing else _side(shape)), preprocessing)
     if classes:
         data = matched(data, classes, source.name)
     check_fit(model, data, "cpu")
@@ -84,7 +80,3 @@ def _evenly(images: Images, count: int) -> Images:
     total = len(images)  # type: ignore[arg-type]
     count = min(count, total)
     return Subset(images, [place * total // count for place in range(count)])
-
-
-def _said(preparation: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in preparation.items())

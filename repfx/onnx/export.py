@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,16 @@ from repfx.errors import ExportError, InvalidInput
 from repfx.measuring.difference import Difference, differences, worst
 from repfx.measuring.in_float64 import Inputs, describe, map_tensors
 from repfx.onnx.file import OnnxFile, Value, open_session, package, require_packages, runtime_reason
+from repfx.onnx.finishing import finish
 from repfx.onnx.free_axes import AxisNames, FreeAxes, tensors_of
+from repfx.onnx.metadata import Metadata
 from repfx.onnx.opset import LOWEST
+from repfx.onnx.preprocessing import Preprocessing
 from repfx.onnx.program import write_program
+from repfx.onnx.raw_images import IMAGES, LOGITS, NORMALIZED
 from repfx.onnx.reference import CPU, DTYPES, Reference
 from repfx.records.generators import random_state_kept
+from repfx.records.journal import journal, to_json
 from repfx.records.module_tree import require_module
 from repfx.records.target_file import staged
 
@@ -73,6 +78,11 @@ def export_onnx(
     dtype: torch.dtype | None = None,
     opset: int | None = None,
     tolerance: float = 1e-4,
+    labels: Sequence[str] = (),
+    preprocessing: Preprocessing | None = None,
+    inside: bool = False,
+    probabilities: bool = False,
+    about: Mapping[str, str] | None = None,
 ) -> ExportReport:
     """Fuse a model, export it in eval mode to an ONNX file, and keep the file only if onnxruntime agrees with torch on x.
 
@@ -96,6 +106,13 @@ def export_onnx(
             the output in float64, up to a hundred times the tolerance. A model in float16 is allowed at least 1e-1, as in
             `check_equivalent`. With ``dtype=torch.float16``, the file is compared with the same model in float32, and so is torch
             when it rounds each operation to float16, as a GPU does. Both are allowed at least 2e-2.
+        labels: names of the classes, which the file's metadata then hold. With labels or a preprocessing, the file's one input is named
+            ``images`` and its one output ``logits``.
+        preprocessing: how a raw image becomes an input, for the metadata.
+        inside: whether the file prepares images itself. Its input is then `(batch, height, width, channels)` in uint8, of any height
+            and width. Needs `preprocessing`.
+        probabilities: whether the file ends with a softmax over the classes. Its output is then named ``probabilities``.
+        about: further keys and texts for the metadata, such as ``{"source": "timm:repvgg_a0", "license": "mit"}``.
 
     Raises:
         InvalidInput: the path can't be written, or the model can't run on x.
@@ -109,6 +126,9 @@ def export_onnx(
         raise InvalidInput(
             f"dtype is {dtype}: on a CPU onnxruntime runs convs only in {' and '.join(map(str, DTYPES))}."
         )
+    if inside and preprocessing is None:
+        raise InvalidInput("the file can prepare images inside only if it is told how: give preprocessing, too.")
+    metadata = Metadata(tuple(labels), preprocessing, inside, {**_journal(model), **(about or {})})
     with random_state_kept(model), staged(path, ".onnx") as (target, staging):
         require_packages()
         _check_opset(opset)
@@ -122,8 +142,10 @@ def export_onnx(
             free = FreeAxes.named(reference.deployed, x, dynamic_axes)
         # torch.export treats a size of 1 as a constant.
         example = free.resized(x, {name: 2 for name, size in free.sizes(x).items() if size == 1})
-        outputs = _output_names(expected, x)
-        write_program(reference.deployed, example, staging, free=free, opset=opset, outputs=outputs)
+        inputs, outputs = None, _output_names(expected, x)
+        if _is_classifier(x, expected, metadata, needed=inside or probabilities):
+            inputs, outputs = [NORMALIZED if inside else IMAGES], [LOGITS]
+        write_program(reference.deployed, example, staging, free=free, opset=opset, inputs=inputs, outputs=outputs)
         runs = [(x, expected)]
         found = [_difference(staging, reference.deployed, x, expected)]
         if free:
@@ -136,12 +158,41 @@ def export_onnx(
         if half is not None and not half.error <= bound:
             raise ExportError(f"the model's outputs in float16 differ from those in float32: {_mismatch(half, bound)}.")
         error = max(each.error for each in (*found, half) if each is not None)
+        finish(staging, metadata, reference, bound, probabilities=probabilities)
         report = _report(target, staging, error, bound)
         if opset is not None and report.opset != opset:
             raise ExportError(
                 f"torch wrote opset {report.opset} and can't convert it to opset {opset}: leave opset out."
             )
     return report
+
+
+def _journal(model: nn.Module) -> dict[str, str]:
+    """Return what was done to the model's structure, as JSON text, if anything was."""
+    actions = journal(model)
+    return {"journal": to_json(actions)} if actions else {}
+
+
+def _is_classifier(x: Inputs, outputs: Mapping[str, Tensor], metadata: Metadata, *, needed: bool) -> bool:
+    """Whether a model is known to take images, and gives one number for each class.
+
+    Raises:
+        InvalidInput: it isn't, and that is needed; or there are too few or too many labels.
+    """
+    if not isinstance(x, Tensor) or [value.ndim for value in outputs.values()] != [2]:
+        if needed:
+            shapes = ", ".join(str(tuple(value.shape)) for value in outputs.values())
+            raise InvalidInput(
+                "images can be prepared inside, and probabilities given, for a model that takes one tensor and gives (images, classes); "
+                f"for {describe(x)} this one gives {shapes}."
+            )
+        return False
+    count = next(iter(outputs.values())).shape[1]
+    if metadata.labels and len(metadata.labels) != count:
+        raise InvalidInput(
+            f"there are {len(metadata.labels)} labels, and the model gives {count} numbers for an image."
+        )
+    return needed or bool(metadata.labels) or metadata.preprocessing is not None
 
 
 def _check_opset(opset: int | None) -> None:

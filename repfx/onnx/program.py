@@ -23,7 +23,14 @@ SINGLE_FILE_LIMIT = 2_000_000_000  # bytes of weights; protobuf allows 2 GiB for
 
 
 def write_program(
-    model: nn.Module, x: Inputs, path: Path, *, free: FreeAxes, opset: int | None, outputs: Sequence[str]
+    model: nn.Module,
+    x: Inputs,
+    path: Path,
+    *,
+    free: FreeAxes,
+    opset: int | None,
+    outputs: Sequence[str],
+    inputs: Sequence[str] | None = None,
 ) -> None:
     """Export a model in eval mode to `path`. Weights beyond protobuf's limit go to ``<name>.data`` beside it.
 
@@ -31,6 +38,7 @@ def write_program(
         free: axes of x that the file leaves free.
         opset: version of ONNX's operators; None takes torch's default.
         outputs: names of the outputs.
+        inputs: names of the inputs; None takes those of the model's forward.
 
     Raises:
         ExportError: the model can't be exported, or not with these axes free, or not in this opset.
@@ -44,6 +52,7 @@ def write_program(
                 dynamo=True,
                 verbose=False,
                 opset_version=opset and max(opset, LOWEST_OF_TORCH),
+                input_names=inputs,
                 output_names=list(outputs),
             )
             assert converted is not None

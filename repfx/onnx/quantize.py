@@ -21,6 +21,7 @@ from repfx.errors import ExportError, InvalidInput, RepfxError, UnknownName, fir
 from repfx.measuring.calibration import Batches
 from repfx.onnx.file import OnnxFile, Value, open_session, package, require_packages, runtime_reason
 from repfx.onnx.layer_ranges import measure_layers, weighted_layers
+from repfx.onnx.metadata import Metadata, write_metadata
 from repfx.onnx.program import quiet
 from repfx.onnx.quantization_report import Accuracy, QuantizationReport
 from repfx.records.target_file import require_room, staged
@@ -82,6 +83,7 @@ def quantize_onnx(
                     reduce_range=reduce_range,
                     excluded=excluded,
                 )
+                write_metadata(staging, Metadata.read(path))
                 OnnxFile.read(staging)
                 layers = measure_layers(path, staging, inputs)
                 kernel_error = _kernel_error(staging, inputs)

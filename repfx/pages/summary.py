@@ -44,9 +44,8 @@ def facts_of(setup: Setup | None, epochs: Sequence[Epoch]) -> list[Fact]:
             found.append(Fact("Schedule", f"{name} {_options(options)}".strip()))
         elif setup.spec is not None:
             found.append(Fact("Expanded with", str(setup.spec)))
-        shape = setup.preparation.get("shape")
-        if shape:
-            found.append(Fact("Image", "×".join(map(str, shape))))
+        if setup.preprocessing is not None:
+            found.append(Fact("Image", "×".join(map(str, setup.preprocessing.shape))))
     trained = [epoch for epoch in epochs if epoch.epoch]
     if trained:
         seconds = [epoch.seconds for epoch in trained if epoch.seconds is not None]

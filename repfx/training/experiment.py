@@ -16,7 +16,7 @@ from repfx.change.schedule import SCHEDULES, Schedule
 from repfx.data.class_names import require_same
 from repfx.data.dataset import DataSet, DataSource, InputForm
 from repfx.data.load import load_data
-from repfx.data.predictions import Predictions, predict
+from repfx.data.predictions import Predictions, labels_of_logits, predict
 from repfx.errors import Interrupted, InvalidInput, UnknownName
 from repfx.measuring.cost import count_macs, count_parameters, measure_latency
 from repfx.measuring.equivalence import check_equivalent
@@ -24,6 +24,7 @@ from repfx.onnx.export import export_onnx
 from repfx.onnx.file import open_session
 from repfx.passes.expand import expand
 from repfx.passes.fuse import fuse
+from repfx.records.journal import journal, to_json
 from repfx.records.notes import copy_of
 from repfx.records.plain_values import flat, to_plain
 from repfx.records.python_code import import_source
@@ -155,7 +156,15 @@ def _finish(
     fused = fuse(expanded)
     equivalence = check_equivalent(expanded, fused, x)
     watcher.on_stage("export")
-    exported = export_onnx(fused, folder.path / MODEL, x)
+    about = {"source": experiment.model.short_name, "journal": to_json(journal(expanded))}
+    exported = export_onnx(
+        fused,
+        folder.path / MODEL,
+        x,
+        labels=labels_of_logits(fused, data.classes, x),
+        preprocessing=data.preprocessing,
+        about=about,
+    )
     watcher.on_stage("test")
     forms = {"plain": plain.eval(), "expanded": expanded, "fused": fused}
     session = onnx_session(folder.path / MODEL)
@@ -186,7 +195,7 @@ def _train(
         _require_sites(schedule, plain)
         model = copy_of(plain)
     how = None if schedule is None else {"name": schedule.name, **asdict(schedule)}
-    setup = Setup(reference, None if how else spec, how, data.preparation, data.classes)
+    setup = Setup(reference, None if how else spec, how, data.preprocessing, data.classes)
     goes_on = experiment.resume and (folder.path / STATE).is_file()
     if goes_on and (begun := folder.setup.classes):
         require_same(data, begun, experiment.data.name, str(folder.path))

@@ -36,6 +36,11 @@ class ModelReference:
     num_classes: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def short_name(self) -> str:
+        """The name, for those who don't have this machine's folders."""
+        return self.name.replace("\\", "/").rpartition("/")[2]
+
     def build(self) -> nn.Module:
         """Build the model, with fresh weights.
 

@@ -17,6 +17,7 @@ from repfx.blocks.branch import KINDS
 from repfx.blocks.presets import SpecLike
 from repfx.change.checkpoint import load, save
 from repfx.errors import InvalidInput, first_line
+from repfx.onnx.preprocessing import Preprocessing
 from repfx.records.json_text import parse_json
 from repfx.records.plain_values import from_plain
 from repfx.records.target_file import is_locked, staged
@@ -31,8 +32,7 @@ CHECKPOINT, STRUCTURE, MODEL, METRICS = "checkpoint.safetensors", "structure.jso
 ARCHITECTURE, HEAT_MAP = "architecture.json", "architecture.png"
 RECIPE, HISTORY, STATE, REPORT = "recipe.toml", "history.json", "state.safetensors", "report.html"
 _FILES = (METRICS, STATE, STRUCTURE, CHECKPOINT, MODEL, ARCHITECTURE, HEAT_MAP, RECIPE, HISTORY, REPORT)
-_FORMAT = 2
-_LARGEST = 1 << 20  # pixels along an axis of an image
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,22 @@ class Setup:
         model: the plain model.
         spec: spec that the model was expanded with, as text or JSON gives it; None if there was a schedule.
         schedule: `name` and options of the schedule that changed the model in training; None without one.
-        preparation: steps that the data's raw values went through; its `shape` is that of one image.
+        preprocessing: how the data's raw images were prepared; None if that isn't known.
         classes: names of the classes that the labels count; empty if the run recorded none.
     """
 
     model: ModelReference
     spec: Any
     schedule: Mapping[str, Any] | None
-    preparation: Mapping[str, Any]
+    preprocessing: Preprocessing | None = None
     classes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Return the setup as JSON text, with the version of repfx that wrote it."""
         model = {"name": self.model.name, "num_classes": self.model.num_classes, "options": dict(self.model.options)}
         head = {"format": _FORMAT, "repfx": VERSION}
-        how = {"spec": self.spec, "schedule": self.schedule, "preparation": self.preparation, "classes": self.classes}
+        preprocessing = None if self.preprocessing is None else self.preprocessing.as_dict()
+        how = {"spec": self.spec, "schedule": self.schedule, "preprocessing": preprocessing, "classes": self.classes}
         return json.dumps({**head, "model": model, **how}, indent=2)
 
     @classmethod
@@ -76,10 +77,8 @@ class Setup:
             raise InvalidInput(f"{str(path)!r} has format {version!r}; this version of repfx reads {_FORMAT}.")
         try:
             model = {name: found["model"][name] for name in ("name", "num_classes", "options")}
-            how = {name: found[name] for name in ("spec", "schedule", "preparation")}
-            how["classes"] = found.get("classes", ())
+            how = {name: found[name] for name in ("spec", "schedule", "preprocessing", "classes")}
             setup = from_plain(cls, {"model": model, **how})
-            _require_shape(setup.preparation.get("shape", [1]))
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidInput(f"{str(path)!r} is no structure that `repfx train` wrote.") from error
         except InvalidInput as error:
@@ -87,11 +86,6 @@ class Setup:
                 f"{str(path)!r} is no structure that `repfx train` wrote: {first_line(error)}."
             ) from error
         return setup
-
-
-def _require_shape(shape: Any) -> None:
-    if not (isinstance(shape, list) and shape and all(type(size) is int and 0 < size < _LARGEST for size in shape)):
-        raise InvalidInput(f"the shape of an image is {str(shape)[:80]}; it must be a list of whole numbers from 1")
 
 
 def spec_of(text: Any) -> SpecLike:

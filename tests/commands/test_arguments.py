@@ -13,6 +13,7 @@ from torch import nn
 from repfx.commands.arguments import example_input, load_model, parse_options, shape_of_input
 from repfx.commands.progress import _Teller
 from repfx.errors import InvalidInput
+from repfx.onnx.preprocessing import Preprocessing
 from repfx.passes.freeze import Freeze
 from repfx.training.history import Epoch, History
 from repfx.training.models import ModelReference
@@ -23,7 +24,9 @@ from repfx.training.run_folder import Setup
     ("asked", "shape"), [("3x20x30", (3, 20, 30)), ("1,7,5", (1, 7, 5)), (" 2 x 9", (2, 9)), (None, (4, 5, 6))]
 )
 def test_a_shape_keeps_its_order(asked: str | None, shape: tuple[int, ...]) -> None:
-    setup = Setup(ModelReference("torchvision:resnet18"), "dbb", None, {"shape": [4, 5, 6]})
+    setup = Setup(
+        ModelReference("torchvision:resnet18"), "dbb", None, Preprocessing((4, 5, 6), (0.5,) * 4, (0.25,) * 4)
+    )
     assert shape_of_input(asked, setup) == shape
 
 

@@ -23,6 +23,7 @@ import repfx
 from repfx.blocks.architecture import Architecture
 from repfx.errors import RepfxError
 from repfx.onnx.export import export_onnx
+from repfx.onnx.preprocessing import Preprocessing
 from repfx.pages.model_page import write_model_page
 from repfx.records.target_file import staged
 from repfx.search.heat_map import draw
@@ -48,7 +49,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def begin(path: Path) -> None:
-    setup = Setup(ModelReference("torchvision:resnet18"), "dbb", None, {"shape": [3, 9, 7]})
+    setup = Setup(
+        ModelReference("torchvision:resnet18"), "dbb", None, Preprocessing((3, 9, 7), (0.5,) * 3, (0.25,) * 3)
+    )
 
     def fill(staging: Path) -> None:
         staging.write_text(setup.to_json())

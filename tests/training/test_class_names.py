@@ -41,7 +41,8 @@ class ColourNet(nn.Module):
         self.conv.weight.data = torch.eye(3).flip(0).reshape(3, 3, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).mean((2, 3))
+        scores: Tensor = self.conv(x).mean((2, 3))
+        return scores
 
 
 def accuracy(source: DataSource, **options: Any) -> float:

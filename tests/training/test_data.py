@@ -18,12 +18,18 @@ from repfx.data.augmentation import Augmentation
 from repfx.data.dataset import DataSet, DataSource, InputForm
 from repfx.data.load import load_data
 from repfx.errors import InvalidInput
+from repfx.onnx.preprocessing import Preprocessing
 
 GREY = InputForm(channels=1)
 
 
 def stacked(images: Any) -> Tensor:
     return torch.stack([images[index][0] for index in range(len(images))])
+
+
+def preprocessing_of(data: DataSet) -> Preprocessing:
+    assert data.preprocessing is not None
+    return data.preprocessing
 
 
 def test_the_digits_are_all_there_and_split_by_class() -> None:
@@ -38,7 +44,8 @@ def test_the_digits_are_standardized_by_the_training_images() -> None:
     images = stacked(data.train)
     assert images.mean().item() == pytest.approx(0, abs=1e-5)
     assert images.std(correction=0).item() == pytest.approx(1, abs=1e-4)
-    raw = images[0] * data.preparation["std"][0] + data.preparation["mean"][0]
+    prepared = preprocessing_of(data)
+    raw = images[0] * prepared.std[0] + prepared.mean[0]
     assert torch.allclose(raw, raw.round(), atol=1e-4)
     assert raw.max() <= 16.001
 
@@ -142,9 +149,10 @@ def test_the_middle_of_an_image_is_shown_and_a_random_crop_takes_the_whole(tmp_p
             Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
     data = load_data(DataSource(str(tmp_path), crop=0.5), InputForm(3, size=8))
     middle = torch.arange(64).reshape(8, 8) / 255
-    shown = data.test[0][0][0] * data.preparation["std"][0] + data.preparation["mean"][0]
+    prepared = preprocessing_of(data)
+    shown = data.test[0][0][0] * prepared.std[0] + prepared.mean[0]
     assert torch.allclose(shown, middle, atol=1e-6)
-    assert data.preparation["crop"] == 0.5
+    assert prepared.crop == 0.5
     varied = Augmentation(resized_crop=1.0).of_images(data.train, 0)[0][0][0]
     assert varied.shape == shown.shape
     assert varied.max() > 2 > data.test[0][0].max()
@@ -167,8 +175,9 @@ def test_images_are_standardized_as_those_of_imagenet(channels: int, tmp_path: P
         mean, deviation = mean.mean(), deviation.mean()
     expected = ((pixel - mean) / deviation).reshape(-1, 1, 1).expand(channels, 6, 6)
     assert (data.test[0][0] - expected).abs().max() < (1e-6 if channels == 3 else 1e-2)  # grey is rounded to bytes
-    assert data.preparation["mean"] == pytest.approx(mean.reshape(-1).tolist(), abs=1e-3)
-    assert data.preparation["std"] == pytest.approx(deviation.reshape(-1).tolist(), abs=1e-3)
+    prepared = preprocessing_of(data)
+    assert prepared.mean == pytest.approx(mean.reshape(-1).tolist(), abs=1e-3)
+    assert prepared.std == pytest.approx(deviation.reshape(-1).tolist(), abs=1e-3)
 
 
 def test_a_folder_with_parts_keeps_them(tmp_path: Path) -> None:

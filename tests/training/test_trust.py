@@ -19,6 +19,7 @@ from repfx.cli import main
 from repfx.data.dataset import DataSource, InputForm
 from repfx.data.load import load_data
 from repfx.errors import InvalidInput
+from repfx.onnx.preprocessing import Preprocessing
 from repfx.pages.run_page import write_run_page
 from repfx.records.pickled_file import load_pickled
 from repfx.records.python_code import import_source
@@ -125,7 +126,7 @@ def test_a_long_call_is_shown_on_one_line() -> None:
 def run_folder(path: Path, name: str, **options: Any) -> RunFolder:
     """The folder of a finished run of the net in `CODE`, whose structure.json names something."""
     path.mkdir()
-    setup = Setup(ModelReference(name, 3, options), "dbb", None, {"shape": [1, 6, 5]})
+    setup = Setup(ModelReference(name, 3, options), "dbb", None, Preprocessing((1, 6, 5), (0.5,), (0.25,)))
     (path / STRUCTURE).write_text(setup.to_json())
     width = options.get("width", 4)
     layers = [nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3)]
@@ -285,7 +286,8 @@ def test_torch_s_advice_to_unpickle_reaches_nobody(tmp_path: Path) -> None:
 
 
 RESNET = {"name": "torchvision:resnet18", "num_classes": 3, "options": {}}
-WHOLE = {"format": 2, "model": RESNET, "spec": "dbb", "schedule": None, "preparation": {}}
+PREPROCESSING = {"shape": [1, 8, 8], "mean": [0.5], "std": [0.25]}
+WHOLE = {"format": 3, "model": RESNET, "spec": "dbb", "schedule": None, "preprocessing": None, "classes": []}
 STRUCTURES = {
     "deep": "[" * 99999,
     "a list": "[]",
@@ -295,9 +297,11 @@ STRUCTURES = {
     "classes of text": json.dumps({**WHOLE, "model": {**RESNET, "num_classes": "3"}}),
     "options of a list": json.dumps({**WHOLE, "model": {**RESNET, "options": []}}),
     "a schedule of text": json.dumps({**WHOLE, "schedule": "dyrep"}),
-    "preparation of a list": json.dumps({**WHOLE, "preparation": []}),
-    "a huge shape": json.dumps({**WHOLE, "preparation": {"shape": [1, 2**40]}}),
-    "a shape of text": json.dumps({**WHOLE, "preparation": {"shape": "3x8x8"}}),
+    "preprocessing of a list": json.dumps({**WHOLE, "preprocessing": []}),
+    "a huge shape": json.dumps({**WHOLE, "preprocessing": {**PREPROCESSING, "shape": [1, 2**40]}}),
+    "a shape of text": json.dumps({**WHOLE, "preprocessing": {**PREPROCESSING, "shape": "3x8x8"}}),
+    "no mean": json.dumps({**WHOLE, "preprocessing": {**PREPROCESSING, "mean": []}}),
+    "classes of numbers": json.dumps({**WHOLE, "classes": [1, 2]}),
 }
 
 

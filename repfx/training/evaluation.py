@@ -1,0 +1,89 @@
+"""How well a classifier does on labelled images: accuracy, top-5, each class, and where another classifier decides otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repfx.data.dataset import DataSource
+from repfx.errors import InvalidInput
+from repfx.training.classifier import Classifier
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a classifier says about the test images of a data set.
+
+    Args:
+        labels: name of each class.
+        confusion: number of images of each class, by the class that was predicted: `(true classes, predicted classes)`.
+        top5: share of the images whose class is among the five most likely ones.
+        flips: number of images about which the other classifier decides otherwise; None without one.
+    """
+
+    labels: tuple[str, ...]
+    confusion: Tensor
+    top5: float
+    flips: int | None = None
+
+    @property
+    def images(self) -> int:
+        """The number of images."""
+        return int(self.confusion.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """The share of the images whose class is predicted."""
+        return float(self.confusion.diagonal().sum()) / self.images
+
+    @property
+    def by_class(self) -> dict[str, float]:
+        """The share of each class's images that are predicted right, for the classes that have images."""
+        totals = self.confusion.sum(1)
+        return {
+            name: int(self.confusion[place, place]) / int(totals[place])
+            for place, name in enumerate(self.labels)
+            if totals[place]
+        }
+
+    @property
+    def confused(self) -> list[tuple[str, str, int]]:
+        """Pairs of a class and another that was predicted in its place, with their number of images, the most first."""
+        found = [
+            (self.labels[true], self.labels[predicted], int(self.confusion[true, predicted]))
+            for true, predicted in self.confusion.nonzero().tolist()
+            if true != predicted
+        ]
+        return sorted(found, key=lambda row: -row[2])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        found: dict[str, Any] = {"images": self.images, "accuracy": self.accuracy, "top5": self.top5}
+        found |= {"by_class": self.by_class, "classes": list(self.labels), "confusion": self.confusion.tolist()}
+        return found if self.flips is None else {**found, "flips": self.flips}
+
+
+def evaluate(classifier: Classifier, source: DataSource, other: Classifier | None = None) -> Evaluation:
+    """Run a classifier on the test images of a data set, each prepared as in its training.
+
+    Args:
+        other: a classifier of the same classes; the images about which it decides otherwise are counted.
+
+    Raises:
+        InvalidInput: the data doesn't fit a classifier, or the two have different classes.
+    """
+    if other is not None and other.labels != classifier.labels:
+        raise InvalidInput(f"{classifier.name!r} and {other.name!r} have different classes, so they can't be compared.")
+    scores, truth = classifier.scores(classifier.data(source))
+    predicted = scores.argmax(1)
+    count = len(classifier.labels)
+    confusion = torch.bincount(truth * count + predicted, minlength=count * count).view(count, count)
+    best = scores.topk(min(5, count), 1).indices
+    top5 = (best == truth[:, None]).any(1).double().mean().item()
+    flips = None
+    if other is not None:
+        flips = int((other.scores(other.data(source))[0].argmax(1) != predicted).sum())
+    return Evaluation(classifier.labels, confusion, top5, flips)

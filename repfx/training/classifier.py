@@ -18,7 +18,7 @@ from repfx.data.image_files import stages_of
 from repfx.data.load import load_data
 from repfx.data.predictions import logits_of
 from repfx.errors import InvalidInput, first_line
-from repfx.onnx.file import open_session
+from repfx.onnx.file import open_session, package
 from repfx.onnx.metadata import Metadata
 from repfx.onnx.preprocessing import Preprocessing
 from repfx.onnx.raw_images import PROBABILITIES
@@ -169,7 +169,7 @@ def _in_onnxruntime(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
 
 def _in_openvino(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
     try:
-        import openvino
+        openvino = package("openvino")
     except ImportError as error:
         raise InvalidInput(
             "openvino can't be imported: pip install openvino, or run the file in onnxruntime."

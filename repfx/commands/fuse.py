@@ -39,6 +39,7 @@ from repfx.measuring.equivalence import EquivalenceReport
 from repfx.onnx.export import ExportReport, export_onnx
 from repfx.onnx.quantization_report import QuantizationReport
 from repfx.onnx.quantize import METHODS, quantize_onnx
+from repfx.passes.equalize import equalize
 from repfx.records.journal import journal, to_json
 from repfx.records.target_file import staged
 from repfx.training.models import ModelReference
@@ -94,6 +95,10 @@ def fuse(
         float,
         typer.Option(help="Report the first layer whose outputs are less than this many decibels above the noise."),
     ] = 15.0,
+    equalized: Annotated[
+        bool,
+        typer.Option("--equalize", help="With --int8, even out the ranges of weights between layers first."),
+    ] = False,
     raw_images: Annotated[
         bool,
         typer.Option(
@@ -111,12 +116,14 @@ def fuse(
 
     The fused model is compared with the original, and the ONNX file is checked in onnxruntime.
     """
-    _check(int8=int8, fp16=fp16, data=data, raw_images=raw_images)
+    _check(int8=int8, fp16=fp16, data=data, raw_images=raw_images, equalized=equalized)
     with staged(onnx, ".onnx"):
         pass  # fail now, not after the work, if the file can't be written
     original, setup = load_model(model, weights, num_classes, option, trust=trust)
     shape = shape_of_input(input_shape, setup)
     fused = repfx.fuse(original)
+    if equalized:
+        fused = equalize(fused)
     real = None
     if data is not None:
         trained_on: dict[str, Any] = {}
@@ -169,7 +176,9 @@ def _known(name: str, model: nn.Module, setup: Setup | None, x: Tensor) -> dict[
     return {"labels": labels, "preprocessing": setup.preprocessing, "about": about}
 
 
-def _check(*, int8: bool, fp16: bool, data: str | None, raw_images: bool) -> None:
+def _check(*, int8: bool, fp16: bool, data: str | None, raw_images: bool, equalized: bool) -> None:
+    if equalized and not int8:
+        raise InvalidInput("--equalize is for weights in 8 bits: give --int8, too, or leave --equalize out.")
     if int8 and raw_images:
         raise InvalidInput("--int8 quantizes files that take prepared images: leave --raw-images out.")
     if int8 and fp16:

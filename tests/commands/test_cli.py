@@ -300,6 +300,17 @@ def test_fuse_writes_8_bits_and_says_what_that_costs(finished: Path, tmp_path: P
     assert "first layer below 99 dB: 0" in outcome.out
     assert outcome.err == ""
 
+    found = json.loads(repfx_command(*arguments, "--onnx", tmp_path / "m.onnx", "--equalize", "--json").out)[
+        "quantization"
+    ]
+    assert found["accuracy"]["float32"] == accuracy
+
+
+def test_only_weights_in_8_bits_are_evened_out(tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    outcome = repfx_command("fuse", TINY, "--onnx", tmp_path / "m.onnx", "--equalize")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "--equalize is for weights in 8 bits" in outcome.err
+
 
 def test_fuse_writes_float16_for_a_fixed_batch(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     outcome = repfx_command(

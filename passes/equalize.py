@@ -342,15 +342,16 @@ def _is_free(space: _Space) -> bool:
 def _asks_for_sizes(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in SIZE_METHODS
-    return node.target is getattr and str(node.args[1]) in ("shape", "ndim", "dtype", "device")
+    return bool(node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device"))
 
 
 def _pads_places(node: fx.Node, places: int) -> bool:
     """Whether a call pads some of the axes behind the channels, with zeros or what is there."""
     call = {**dict(zip(("input", "pad", "mode", "value"), node.args)), **node.kwargs}
     pad = call.get("pad")
-    known = isinstance(pad, (tuple, list)) and len(pad) <= 2 * places
-    return known and (call.get("mode", "constant") != "constant" or not call.get("value"))
+    if not isinstance(pad, (tuple, list)) or len(pad) > 2 * places:
+        return False
+    return call.get("mode", "constant") != "constant" or call.get("value") in (None, 0)
 
 
 def _is_mean_of_places(node: fx.Node, dimensions: int | None) -> bool:

@@ -347,7 +347,7 @@ def _asks_for_sizes(node: fx.Node) -> bool:
 
 def _pads_places(node: fx.Node, places: int) -> bool:
     """Whether a call pads some of the axes behind the channels, with zeros or what is there."""
-    call = {**dict(zip(("input", "pad", "mode", "value"), node.args)), **node.kwargs}
+    call: dict[str, Any] = {**dict(zip(("input", "pad", "mode", "value"), node.args)), **node.kwargs}
     pad = call.get("pad")
     if not isinstance(pad, (tuple, list)) or len(pad) > 2 * places:
         return False

@@ -7,7 +7,7 @@ from torch import fx, nn
 from repfx.algebra.layers import code_of_its_own, has_hooks, is_batch_norm, is_conv, is_plain_sequence
 from repfx.algebra.meaning import torch_class
 from repfx.blocks.block import RepBlock
-from repfx.reading.source_code import asks_for_exact_class, calls
+from repfx.reading.source_code import asks_for_exact_class, calls, reads_attribute
 
 _AUTOCAST = frozenset(
     {
@@ -62,6 +62,12 @@ def stays_whole(module: nn.Module) -> str | None:
     if _calls(module, _AUTOCAST):
         return "it switches autocast on or off"
     return code_of_its_own(module) or asks_for_exact_class(module)
+
+
+def asks_for_its_mode(module: nn.Module) -> bool:
+    """Whether the code of a module asks for a mode."""
+    own_code = not type(module).__module__.startswith("torch.")
+    return own_code and reads_attribute(type(module), "training")  # type: ignore[arg-type]
 
 
 def calls_conv(module: nn.Module) -> bool:

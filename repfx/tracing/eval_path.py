@@ -16,7 +16,7 @@ from repfx.algebra.meaning import meaning_of
 from repfx.graphs.constants import Constants, draws
 from repfx.graphs.functional_conv import read_functional_conv, tensors_of
 from repfx.graphs.operations import Op
-from repfx.tracing.leaves import asks_for_its_mode, calls_conv, is_leaf, stays_whole
+from repfx.tracing.leaves import calls_conv, is_leaf, may_write_in_one_mode, stays_whole
 from repfx.tracing.traced import OfOneMode, Untraceable, differ, graph_in_mode
 from repfx.tracing.training_path import why_not_the_training_path, writes_into_itself
 
@@ -35,7 +35,9 @@ def settled_modes(scratch: nn.Module) -> tuple[dict[nn.Module, bool], dict[nn.Mo
     settled: dict[nn.Module, bool] = {}
     refused: dict[nn.Module, str] = {}
     for module in reversed(list(scratch.modules())):  # inner ones first
-        if is_leaf(module) or stays_whole(module) is not None or not (calls_conv(module) or asks_for_its_mode(module)):
+        if is_leaf(module) or stays_whole(module) is not None:
+            continue
+        if not (calls_conv(module) or may_write_in_one_mode(module)):
             continue
         found = _path_for_both_modes(module, settled)
         module.train(False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx, nn
 
 from repfx.algebra.layers import code_of_its_own, has_hooks, is_batch_norm, is_conv, is_plain_sequence
@@ -64,10 +66,11 @@ def stays_whole(module: nn.Module) -> str | None:
     return code_of_its_own(module) or asks_for_exact_class(module)
 
 
-def asks_for_its_mode(module: nn.Module) -> bool:
-    """Whether the code of a module asks for a mode."""
-    own_code = not type(module).__module__.startswith("torch.")
-    return own_code and reads_attribute(type(module), "training")  # type: ignore[arg-type]
+def may_write_in_one_mode(module: nn.Module) -> bool:
+    """Whether the code of a module asks for a mode and may write into tensors, by ``.data`` or ``copy_``."""
+    cls: Any = type(module)
+    own_code = not cls.__module__.startswith("torch.")
+    return own_code and reads_attribute(cls, "training") and (reads_attribute(cls, "data") or reads_attribute(cls, "copy_"))
 
 
 def calls_conv(module: nn.Module) -> bool:

@@ -70,7 +70,11 @@ def may_write_in_one_mode(module: nn.Module) -> bool:
     """Whether the code of a module asks for a mode and may write into tensors, by ``.data`` or ``copy_``."""
     cls: Any = type(module)
     own_code = not cls.__module__.startswith("torch.")
-    return own_code and reads_attribute(cls, "training") and (reads_attribute(cls, "data") or reads_attribute(cls, "copy_"))
+    return (
+        own_code
+        and reads_attribute(cls, "training")
+        and (reads_attribute(cls, "data") or reads_attribute(cls, "copy_"))
+    )
 
 
 def calls_conv(module: nn.Module) -> bool:

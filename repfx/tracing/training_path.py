@@ -21,16 +21,19 @@ from repfx.records.notes import copy_of
 from repfx.tracing.traced import OfOneMode
 
 _TOLERANCE = 1e-9  # largest relative difference that counts as rounding
-_MORE = ((2, 5, 3), (7, 2, 4), (3, 4, 8), (12, 9, 5))  # how much longer an input is than the largest window, along each axis
+_MORE = (
+    (2, 5, 3),
+    (7, 2, 4),
+    (3, 4, 8),
+    (12, 9, 5),
+)  # how much longer an input is than the largest window, along each axis
 _MAGNITUDES = (1.0, 1e3, 1e-3, 30.0)
 
 
 def writes_into_itself(graph: fx.Graph, root: nn.Module) -> bool:
     """Whether a graph changes one of its module's own tensors in place."""
     written = (mutated_by(node, root) for node in graph.nodes)
-    return any(
-        node.op == "get_attr" for each in written if each is not None for node in may_share_memory(each, root)
-    )
+    return any(node.op == "get_attr" for each in written if each is not None for node in may_share_memory(each, root))
 
 
 def why_not_the_training_path(module: nn.Module, training: OfOneMode) -> str | None:
@@ -114,7 +117,9 @@ def _first_conv(module: nn.Module, graph: fx.Graph) -> Any:
 
 def _inputs(module: nn.Module, first: Any, generator: torch.Generator) -> Iterator[Tensor]:
     """Yield random inputs of several sizes that the conv `first` can take, each larger than all windows of the module."""
-    windows = (dilation * (size - 1) + 1 for conv in _convs(module) for dilation, size in zip(conv.dilation, conv.kernel_size))
+    windows = (
+        dilation * (size - 1) + 1 for conv in _convs(module) for dilation, size in zip(conv.dilation, conv.kernel_size)
+    )
     largest = max(windows)
     for batch, (more, magnitude) in enumerate(zip(_MORE, _MAGNITUDES), 1):
         sizes = [largest + extra for extra in more[: len(first.kernel_size)]]

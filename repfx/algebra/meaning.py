@@ -33,7 +33,7 @@ from repfx.algebra.layers import (
 )
 from repfx.errors import InvalidInput
 
-Kind: TypeAlias = Literal["conv", "affine", "pool", "pad", "crop", "subsample", "identity"]
+Kind: TypeAlias = Literal["conv", "affine", "pool", "pad", "crop", "subsample", "slice", "identity"]
 Build: TypeAlias = Callable[[Any, int, int], Kernel]
 Reader: TypeAlias = Callable[[nn.Module], "Meaning | None"]
 
@@ -46,7 +46,8 @@ class Meaning:
     """One linear map, before its kernel is built.
 
     Args:
-        kind: ``conv`` (linear layers too), ``affine`` per channel, ``pool``, ``pad``, ``crop``, ``subsample`` or ``identity``.
+        kind: ``conv`` (linear layers too), ``affine`` per channel, ``pool``, ``pad``, ``crop``, ``subsample``, ``slice`` of channels or
+            ``identity``.
         dimensions: number of spatial axes, 0 for a linear layer; None if any number fits.
         in_channels: number of input channels; None if any number fits.
         build: `build(like, channels, dimensions)` returns the kernel in the dtype and on the device of `like`; a conv's own for None.

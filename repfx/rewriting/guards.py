@@ -14,6 +14,7 @@ from repfx.algebra.kernel import Kernel, NoKernel, is_symmetric
 from repfx.algebra.layers import has_tensors
 from repfx.graphs.aliasing import may_share_memory, mutated_by, reads_only_the_form
 from repfx.graphs.calls_with_tensors import is_norm_call
+from repfx.graphs.channel_slices import takes_a_batch
 from repfx.graphs.functional_conv import is_shared
 from repfx.graphs.operations import Op
 from repfx.graphs.vocabulary import ELEMENTWISE_LAYERS
@@ -207,6 +208,23 @@ def channels_stay_put(match: Match, view: View) -> str | None:
 def _counts_from_the_front(node: fx.Node, view: View) -> bool:
     """Whether a node scales and shifts along the second axis, whatever the number of axes."""
     return isinstance(view.module(node), nn.BatchNorm1d | nn.SyncBatchNorm) or is_norm_call(node, view.root)
+
+
+def slices_channels(match: Match, view: View) -> str | None:
+    """Refuse a match in which code may slice another axis than that of the channels, because its input has no batch.
+
+    Where a conv reads a slice, such an input has the wrong number of channels for it.
+    """
+    for term in match.terms:
+        for op, behind in pairwise(term.ops):
+            in_channels = op.meaning.in_channels
+            reads = behind.meaning.kind == "conv" and behind.node is not match.root
+            if op.meaning.kind == "slice" and (
+                takes_a_batch(op) or (reads and behind.meaning.in_channels != in_channels)
+            ):
+                return None
+    sliced = next((op.node.name for op in match.ops if op.meaning.kind == "slice" and op.meaning.dimensions), None)
+    return None if sliced is None else f"{sliced!r} would slice another axis of an input without a batch"
 
 
 def input_is_known(match: Match, view: View) -> str | None:

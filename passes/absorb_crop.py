@@ -1,4 +1,4 @@
-"""Let a conv leave out what is cropped from its output, or pad its input instead of its output."""
+"""Let a conv leave out what is cropped from its output, also where its input is padded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from repfx.rewriting.rule import Rule
 
 ABSORB_CROP = Rule(
     "absorb_crop",
-    "Let a conv do the cropping and the padding of its output, where its own padding can",
+    "Let a conv do by its own padding what is cropped from its output, or padded on both sides of it",
     Cropped(),
     (used_once, is_convolution, pads_alike, unmutated, no_dearer),
     optional=True,

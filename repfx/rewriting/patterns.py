@@ -98,9 +98,10 @@ class Sequence(Pattern):
 
 @dataclass(frozen=True)
 class Cropped(Pattern):
-    """A conv whose output is cropped or padded, also together with the padding in front of it.
+    """A conv whose output is cropped, also together with the padding in front of the conv, or padded on both sides of it.
 
-    A padding that a conv or a sum reads is left to these, because the conv in front would have to compute what is padded.
+    A padding behind the conv alone stays, because the conv would have to compute what is padded. If a conv or a sum reads the padding, it
+    is left to these.
     """
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
@@ -111,7 +112,8 @@ class Cropped(Pattern):
         if behind[-1].meaning.kind == "pad" and any(_pads_by_itself(user, view) for user in node.users):
             return
         front = _row_up_to(conv.source, ("crop", "pad", "subsample"), view)
-        for ops in ((*front, conv, *behind), (conv, *behind))[not front :]:
+        crops = any(op.meaning.kind == "crop" for op in behind)
+        for ops in ((*front, conv, *behind),) * bool(front) + ((conv, *behind),) * crops:
             yield Match(node, ops[0].source, (Term(ops),))
 
 

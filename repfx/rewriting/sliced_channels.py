@@ -1,4 +1,4 @@
-"""Slices of channels as linear maps, where it is known how many channels there are."""
+"""How many channels a node has, and slices of them as linear maps, where that is known."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def paths_over_slices(leaf: fx.Node, dimensions: int, view: View) -> dict[fx.Nod
 
 
 def channels_of(node: fx.Node, dimensions: int, view: View) -> int | None:
-    """Return how many channels a node has, if a conv before it in so many dimensions says so, or None."""
+    """Return how many channels a node has, if a conv or a BatchNorm before it, in so many dimensions, says so; else None."""
     pending = [node]
     for _ in range(_FARTHEST):
         if not pending:
@@ -38,6 +38,8 @@ def channels_of(node: fx.Node, dimensions: int, view: View) -> int | None:
         op, total = view.op(node), view.sum_of(node)
         if op is not None and op.meaning.kind == "conv":
             return _out_channels(op) if op.meaning.dimensions == dimensions else None
+        if op is not None and _is_norm(op) and op.meaning.dimensions in (None, dimensions) and dimensions:
+            return op.meaning.in_channels
         if op is not None:
             pending.append(op.source)
         elif total is not None:
@@ -54,6 +56,11 @@ def _out_channels(op: Op) -> int | None:
     except NoKernel:
         return None
     return found if found > 1 else None
+
+
+def _is_norm(op: Op) -> bool:
+    """Whether a map scales and shifts by so many numbers, one for each channel."""
+    return op.meaning.kind == "affine" and op.meaning.in_channels is not None
 
 
 def _is_elementwise(node: fx.Node, view: View) -> bool:

@@ -56,8 +56,8 @@ ABSORBED: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]
     "two borders, the other side": (pad(2, 1, value=0.0), pad(-1, 0), {}, 1),
     "two borders, both paddings": (pad(0, 1), pad(1, 0), {"size": 1, "bias": False}, 1),
     "two borders of a wide conv": (pad(3, 4), each(slice(1, -2)), {"size": 5, "dilation": 2}, 2),
-    "padding by reflection": (nothing, pad(2, 2, mode="reflect"), {"size": 1}, 2),
-    "padding around a padded conv": (nothing, pad(1, 1), {"padding": 2, "bias": False}, 3),
+    "padding by reflection": (nothing, lambda x, n: pad(-1, -1)(pad(3, 3, mode="reflect")(x, n), n), {"size": 1}, 2),
+    "padding and a crop": (nothing, lambda x, n: pad(-2, -2)(pad(2, 2)(x, n), n), {"size": 1, "bias": False}, 0),
 }
 
 
@@ -121,8 +121,9 @@ def test_restore_puts_the_norm_back() -> None:
 STAYS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "one side": (lambda: around(nothing, each(slice(1, None)), 2, padding=1), "a conv pads both sides alike"),
     "more than is padded": (lambda: around(nothing, each(slice(2, -2)), 2, padding=1), "a conv pads both sides alike"),
+    "padding behind alone": (lambda: around(nothing, pad(1, 1), 2, size=1, bias=False), ""),
     "a bias in front of zeros": (
-        lambda: around(nothing, pad(1, 1), 2, padding=2),
+        lambda: around(pad(0, 1), pad(1, 0), 2, size=1),
         "the first map's bias does not reach the border",
     ),
     "a window that sees the image": (

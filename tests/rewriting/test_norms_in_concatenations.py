@@ -83,7 +83,7 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "no rule",
     ),
     "a write in place": (
-        lambda: net(lambda m, a, b: torch.cat([(y := m.na(a)), a.mul_(2)], 1), channels=12),
+        lambda: net(lambda m, a, b: torch.cat([m.na(a), a.mul_(2)], 1), channels=12),
         "changes",
     ),
 }

@@ -265,11 +265,16 @@ _DROPS_OF_OTHERS = {
 }
 
 
+def drop_rate(module: Layer) -> object | None:
+    """Return the rate of a layer that drops values or paths, or None for any other module."""
+    name = _DROPS_OF_OTHERS.get(qualified_name(module), "p" if isinstance(module, _DROPOUTS) else "")
+    return getattr(module, name) if name else None
+
+
 @reads(*_DROPOUTS)
 def _read_drop(drop: Layer) -> Meaning | None:
     """Read a layer that drops nothing. Any other one stays, so that a fused model can be trained with it."""
-    rate = getattr(drop, _DROPS_OF_OTHERS.get(qualified_name(drop), "p"))
-    return identity_meaning(lasts=False) if is_exactly(rate, 0) else None
+    return identity_meaning(lasts=False) if is_exactly(drop_rate(drop), 0) else None
 
 
 @reads(nn.LeakyReLU)

@@ -30,8 +30,9 @@ from repfx.algebra.layers import code_of_its_own, is_conv, is_plain_sequence, ow
 from repfx.blocks.block import RepBlock
 from repfx.blocks.gates import gates_in
 from repfx.blocks.squeezed_form import release_all
-from repfx.graphs.dropout import let_dropout_follow_the_mode
-from repfx.graphs.norm_calls import let_norms_follow_the_mode
+from repfx.graphs.calls_by_mode import let_follow_the_mode
+from repfx.graphs.dropout import dropout_in_mode
+from repfx.graphs.norm_calls import norm_in_mode
 from repfx.reading.collecting import read_by_code
 from repfx.reading.source_code import Around
 from repfx.records.generators import random_state_kept
@@ -244,8 +245,8 @@ def _graph_of_both_modes(
         return graphs
     (training, _), (evaluation, constants) = graphs
     following = {
-        **let_dropout_follow_the_mode(training, evaluation, taken),
-        **let_norms_follow_the_mode(training, evaluation, taken),
+        **let_follow_the_mode(training, evaluation, dropout_in_mode, "dropout", taken),
+        **let_follow_the_mode(training, evaluation, norm_in_mode, "norm_call", taken),
     }
     if differ(graphs):
         return Untraceable(DIFFERS, _first_difference(module, training, evaluation))

@@ -1,6 +1,7 @@
 """Merge linear maps of one node, whose outputs are concatenated, with the conv that reads them (Inception without activations).
 
-A conv of concatenated channels is the sum of one conv for each part, so the match is that of a sum.
+A conv of concatenated channels is the sum of one conv for each part, so the match is that of a sum. A part may see only some channels of
+the node (FasterNet's partial conv).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from torch import Tensor, fx
 from repfx.algebra.kernel import Kernel, NoKernel
 from repfx.graphs.operations import Op
 from repfx.graphs.vocabulary import CONCATENATIONS, listed
-from repfx.rewriting.guards import channels_stay_put, is_convolution, no_dearer, unmutated, used_once
+from repfx.rewriting.guards import channels_stay_put, is_convolution, no_dearer, slices_channels, unmutated, used_once
 from repfx.rewriting.match import Match, Term, term_kernel
-from repfx.rewriting.paths import closed, linear_paths
+from repfx.rewriting.paths import closed
 from repfx.rewriting.patterns import Pattern
 from repfx.rewriting.rule import Rule
+from repfx.rewriting.sliced_channels import paths_over_slices
 from repfx.rewriting.view import META, View
 
 
@@ -39,7 +41,7 @@ class Concatenation(Pattern):
         if not parts or not all(isinstance(part, fx.Node) for part in parts):
             return
         inside = {node, *conv.nodes, conv.source}
-        paths = [linear_paths(part, view) for part in parts]
+        paths = [paths_over_slices(part, conv.meaning.dimensions or 0, view) for part in parts]
         for source in paths[0]:
             if all(source in path for path in paths):
                 ways = [Term(path[source]) for path in paths]
@@ -51,7 +53,9 @@ class Concatenation(Pattern):
 def _terms(conv: Op, parts: list[Term]) -> tuple[Term, ...] | None:
     """Return each part followed by the conv on that part's channels, or None if the parts are not all that the conv reads."""
     try:
-        channels, dimensions = Match(conv.node, conv.source, tuple(term for term in parts if term.ops)).sizes()
+        behind = replace(conv, meaning=replace(conv.meaning, in_channels=None))
+        terms = tuple(Term((*part.ops, behind)) for part in parts)
+        channels, dimensions = Match(conv.node, conv.source, terms).sizes()
         counts = [term_kernel(part, META, channels, dimensions).out_channels for part in parts]
         groups = conv.meaning.build(META, sum(counts), dimensions).groups
     except NoKernel:
@@ -80,6 +84,6 @@ MERGE_CONCAT = Rule(
     "merge_concat",
     "Merge convs of one input, whose outputs are concatenated, with the conv that follows",
     Concatenation(),
-    (used_once, is_convolution, channels_stay_put, unmutated, no_dearer),
+    (used_once, is_convolution, channels_stay_put, slices_channels, unmutated, no_dearer),
     optional=True,
 )

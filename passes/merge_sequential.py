@@ -14,12 +14,11 @@ from torch import fx
 from repfx.algebra.kernel import NoKernel
 from repfx.graphs.operations import Op
 from repfx.passes.fold_batch_norm import FOLD_BATCH_NORM
-from repfx.rewriting.cost import Shape, output_shape
 from repfx.rewriting.guards import channels_stay_put, is_convolution, no_dearer, unmutated, used_once
-from repfx.rewriting.match import Match, Term
+from repfx.rewriting.match import Match, Term, forms_along
 from repfx.rewriting.patterns import Pattern
 from repfx.rewriting.rule import Rule
-from repfx.rewriting.view import META, View
+from repfx.rewriting.view import View
 
 _LONGEST = 8  # convs that one conv may replace, so that the time for a chain grows with its length alone
 
@@ -71,7 +70,8 @@ def _convs_up_to(last: Op, view: View) -> Convs:
 
 def _cheapest_groups(chain: Convs, view: View) -> list[Convs]:
     """Divide a chain so that the sum of costs is the least and, among equal sums, so that the groups are few."""
-    shapes = _shapes_before(chain, view)
+    whole = _match(chain)
+    shapes = [shape for _, _, shape in forms_along(whole.terms[0], whole, view)]
     best: list[tuple[float, list[Convs]]] = [(0.0, [])]  # for the first 0, 1, 2, … convs
     for stop in range(1, len(chain) + 1):
         options = []
@@ -84,15 +84,6 @@ def _cheapest_groups(chain: Convs, view: View) -> list[Convs]:
             options.append((best[start][0] + cost, [*best[start][1], group]))
         best.append(min(options, key=lambda option: (option[0], len(option[1]))))
     return best[-1][1]
-
-
-def _shapes_before(chain: Convs, view: View) -> list[Shape | None]:
-    """Return the shape of each conv's input."""
-    shapes = [view.shape_before(chain[0].node)]
-    for conv in chain:
-        channels, dimensions = conv.meaning.in_channels or 0, conv.meaning.dimensions or 0
-        shapes.append(output_shape(conv.meaning.build(META, channels, dimensions), shapes[-1]))
-    return shapes
 
 
 MERGE_SEQUENTIAL = Rule(

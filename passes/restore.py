@@ -131,7 +131,7 @@ def restore(
         target = install(target, island)
     put_back(target)
     if not any(chosen.has_norm for chosen in found):
-        raise InvalidInput(_nothing(model, patterns))
+        raise InvalidInput(_nothing(model, patterns, found))
     take_over_modes(target, model)
     forget(target)
     done = [item for item in outcomes if isinstance(item, _Restored)]
@@ -327,7 +327,9 @@ def _rest_at(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     return [] if place is None else list(place.named_children())
 
 
-def _nothing(model: nn.Module, patterns: Sequence[str] | None) -> str:
+def _nothing(model: nn.Module, patterns: Sequence[str] | None, found: list[_Choice]) -> str:
     if patterns is not None:
         return f"no conv of {type(model).__name__} fits {', '.join(map(repr, patterns))}."
-    return f"no conv of {type(model).__name__} has absorbed a BatchNorm; name those to be restored in `sites`."
+    apart = ((each.path, each.around.reason) for each in found if each.around is not None and each.around.reason)
+    why = next((f" that can be put back (at {path!r}, {reason})" for path, reason in apart), "")
+    return f"no conv of {type(model).__name__} has absorbed a BatchNorm{why}; name those to be restored in `sites`."

@@ -33,7 +33,7 @@ from repfx.algebra.layers import (
 )
 from repfx.errors import InvalidInput
 
-Kind: TypeAlias = Literal["conv", "affine", "pool", "pad", "crop", "subsample", "identity"]
+Kind: TypeAlias = Literal["conv", "affine", "pool", "pad", "crop", "subsample", "slice", "identity"]
 Build: TypeAlias = Callable[[Any, int, int], Kernel]
 Reader: TypeAlias = Callable[[nn.Module], "Meaning | None"]
 
@@ -46,7 +46,8 @@ class Meaning:
     """One linear map, before its kernel is built.
 
     Args:
-        kind: ``conv`` (linear layers too), ``affine`` per channel, ``pool``, ``pad``, ``crop``, ``subsample`` or ``identity``.
+        kind: ``conv`` (linear layers too), ``affine`` per channel, ``pool``, ``pad``, ``crop``, ``subsample``, ``slice`` of channels or
+            ``identity``.
         dimensions: number of spatial axes, 0 for a linear layer; None if any number fits.
         in_channels: number of input channels; None if any number fits.
         build: `build(like, channels, dimensions)` returns the kernel in the dtype and on the device of `like`; a conv's own for None.
@@ -264,11 +265,16 @@ _DROPS_OF_OTHERS = {
 }
 
 
+def drop_rate(module: Layer) -> object | None:
+    """Return the rate of a layer that drops values or paths, or None for any other module."""
+    name = _DROPS_OF_OTHERS.get(qualified_name(module), "p" if isinstance(module, _DROPOUTS) else "")
+    return getattr(module, name) if name else None
+
+
 @reads(*_DROPOUTS)
 def _read_drop(drop: Layer) -> Meaning | None:
     """Read a layer that drops nothing. Any other one stays, so that a fused model can be trained with it."""
-    rate = getattr(drop, _DROPS_OF_OTHERS.get(qualified_name(drop), "p"))
-    return identity_meaning(lasts=False) if is_exactly(rate, 0) else None
+    return identity_meaning(lasts=False) if is_exactly(drop_rate(drop), 0) else None
 
 
 @reads(nn.LeakyReLU)

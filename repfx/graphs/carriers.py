@@ -42,11 +42,13 @@ class Carrier:
         move: function from the place of the channels in the input to that in the output; None if a scale and a shift can't pass.
         before: function from numbers per channel of the output to numbers per channel of the input; None if there is none.
         after: function from numbers per channel of the input to numbers per channel of the output; None if there is none.
+        around: how many channels of the output come from elsewhere, before those of the input and behind them. `after` sees them, too.
     """
 
     move: Move
     before: Numbers | None = _same
     after: Numbers | None = _same
+    around: tuple[int, int] = (0, 0)
 
     @property
     def keeps_channels(self) -> bool:
@@ -57,11 +59,20 @@ class Carrier:
 def slice_of(axis: Any, start: int, stop: int) -> Carrier:
     """Return the carrier from one part of a concatenation to the whole, in which the part has the channels from `start` up to `stop`."""
 
+    return Carrier(_along(axis), lambda numbers: numbers[start:stop], None)
+
+
+def part_of(axis: Any, before: int, behind: int) -> Carrier:
+    """Return the carrier from one part of a concatenation to the whole, in which other parts have so many channels before and behind."""
+    return Carrier(_along(axis), None, _same, (before, behind))
+
+
+def _along(axis: Any) -> Move:
     def move(place: Place) -> Place | None:
         along = isinstance(axis, int) and -place.axes <= axis < place.axes and axis % place.axes == place.axis
         return place if along else None
 
-    return Carrier(move, lambda numbers: numbers[start:stop], None)
+    return move
 
 
 def read_carrier(node: fx.Node, root: nn.Module) -> Carrier | None:

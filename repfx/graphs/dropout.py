@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
-from repfx.graphs.free_names import free_names
+from repfx.graphs.calls_by_mode import ModuleCall
 
 MODULES: dict[object, type[nn.Module]] = {
     F.dropout: nn.Dropout,
@@ -22,29 +22,8 @@ MODULES: dict[object, type[nn.Module]] = {
 _STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth"
 
 
-def let_dropout_follow_the_mode(training: fx.Graph, evaluation: fx.Graph, taken: set[str]) -> dict[str, nn.Module]:
-    """Replace each dropout call that is on in training and off in eval mode by the call of a dropout module, in the graphs of both modes.
-
-    Return the modules by name. No name is among `taken`.
-    """
-    made: dict[str, nn.Module] = {}
-    names = free_names("dropout", taken)
-    for nodes in list(zip(training.nodes, evaluation.nodes)):
-        modules = [_as_module(node, mode) for node, mode in zip(nodes, (True, False))]
-        if modules[0] is None or repr(modules[0]) != repr(modules[1]):
-            continue
-        name = next(names)
-        made[name] = modules[0]
-        for node in nodes:
-            with node.graph.inserting_before(node):
-                call = node.graph.call_module(name, (node.all_input_nodes[0],))
-            node.replace_all_uses_with(call)
-            node.graph.erase_node(node)
-    return made
-
-
-def _as_module(node: fx.Node, training: bool) -> nn.Module | None:
-    """Return the dropout module that does what a dropout call does, or None.
+def dropout_in_mode(node: fx.Node, training: bool) -> ModuleCall | None:
+    """Return the call of a dropout module that does what a dropout call does, or None.
 
     The call's own argument `training` must equal `training`, which is the mode of its graph.
     """
@@ -59,7 +38,7 @@ def _as_module(node: fx.Node, training: bool) -> nn.Module | None:
         return None
     others = ("mode",) if "mode" in call.arguments else ("inplace",)
     made: nn.Module = kind(call.arguments["p"], *(call.arguments[name] for name in others))
-    return made
+    return ModuleCall(made, (node.all_input_nodes[0],), {})
 
 
 def _kind_of(function: Any) -> Any:

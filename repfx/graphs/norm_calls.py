@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from repfx.graphs.free_names import free_names
+from repfx.graphs.calls_by_mode import ModuleCall
 
 
 class NormCall(nn.Module):
@@ -31,34 +31,12 @@ class NormCall(nn.Module):
 _PLACE = 5  # of the argument `training`
 
 
-def let_norms_follow_the_mode(training: fx.Graph, evaluation: fx.Graph, taken: set[str]) -> dict[str, nn.Module]:
-    """Replace each call of `F.batch_norm` that takes the mode as its argument by the call of a module, in the graphs of both modes.
-
-    Return the modules by name. No name is among `taken`.
-    """
-    made: dict[str, nn.Module] = {}
-    names = free_names("norm_call", taken)
-    for nodes in list(zip(training.nodes, evaluation.nodes)):
-        if all(_in_mode(node, mode) for node, mode in zip(nodes, (True, False))):
-            name = next(names)
-            made[name] = NormCall()
-            for node in nodes:
-                _call_instead(node, name)
-    return made
-
-
-def _in_mode(node: fx.Node, training: bool) -> bool:
-    """Whether a node calls `F.batch_norm` in this mode."""
+def norm_in_mode(node: fx.Node, training: bool) -> ModuleCall | None:
+    """Return the call of a module that does what a call of `F.batch_norm` does in this mode, or None."""
     if node.op != "call_function" or node.target is not F.batch_norm:
-        return False
+        return None
     given: Any = node.args[_PLACE] if len(node.args) > _PLACE else node.kwargs.get("training", False)
-    return given is training
-
-
-def _call_instead(node: fx.Node, name: str) -> None:
+    if given is not training:
+        return None
     args = (*node.args[:_PLACE], False, *node.args[_PLACE + 1 :]) if len(node.args) > _PLACE else node.args
-    keywords = {key: value for key, value in node.kwargs.items() if key != "training"}
-    with node.graph.inserting_before(node):
-        call = node.graph.call_module(name, args, keywords)
-    node.replace_all_uses_with(call)
-    node.graph.erase_node(node)
+    return ModuleCall(NormCall(), args, {key: value for key, value in node.kwargs.items() if key != "training"})

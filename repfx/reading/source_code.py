@@ -323,6 +323,16 @@ def calls(cls: Any, names: frozenset[str]) -> bool:
     )
 
 
+@cache
+def reads_attribute(cls: Any, name: str) -> bool:
+    """Whether a class's forward, or a method or property of its own that it uses, reads an attribute of this name.
+
+    >>> reads_attribute(nn.BatchNorm2d, "training"), reads_attribute(nn.ReLU, "training")
+    (True, False)
+    """
+    return any(isinstance(node, ast.Attribute) and node.attr == name for node in _forward(cls))
+
+
 def asks_for_exact_class(module: nn.Module) -> str | None:
     """Why a module can't be traced: its code asks for the exact class of a value, and a proxy has one of its own. Else None.
 

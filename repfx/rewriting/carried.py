@@ -5,21 +5,26 @@ The BatchNorm leaves the graph: the nodes behind it read its input. The conv tak
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from repfx.algebra.kernel import Kernel, NoKernel
 from repfx.algebra.layers import is_batch_norm
 from repfx.algebra.meaning import Meaning
-from repfx.graphs.carriers import Carrier, Numbers, Place, read_carrier, slice_of
+from repfx.graphs.carriers import Carrier, Place, part_of, read_carrier, slice_of
 from repfx.graphs.operations import Op, split
-from repfx.graphs.vocabulary import CONCATENATIONS
+from repfx.graphs.vocabulary import CONCATENATIONS, listed
 from repfx.rewriting.match import Match, Term
 from repfx.rewriting.patterns import Pattern
+from repfx.rewriting.sliced_channels import channels_of
 from repfx.rewriting.view import META, View
+
+# what becomes of numbers per channel elsewhere, given the number for channels that come from other nodes
+_Put: TypeAlias = Callable[[Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class _Path:
 class NormApart(Pattern):
     """A BatchNorm and a conv with carriers between them, whichever of the two comes first. A match is found at the later one.
 
-    The BatchNorm may also come behind the concatenated outputs of several convs.
+    The BatchNorm may also come behind the concatenated outputs of several convs, and its own output may be concatenated with others.
     """
 
     holds_in_training: ClassVar[bool] = False
@@ -78,18 +83,15 @@ class NormApart(Pattern):
 
     def _in_front(self, node: fx.Node, view: View) -> Iterator[Match]:
         conv = view.op(node)
-        path = None if conv is None or conv.meaning.kind != "conv" else _path_from_norm(conv.source, view)
-        if conv is None or path is None or not path.carriers:
+        if conv is None or conv.meaning.kind != "conv":
             return
-        first = _place_of(path.op, view)
-        if first is None or not any(path.leads(first, last) for last in _places(conv, first)):
-            return
-        functions = [carrier.after for carrier in path.carriers]
-        if None in functions:
-            return
-        moved = _moved(path.op, functions, conv.meaning.in_channels)  # type: ignore[arg-type]
-        terms = (Term((moved, conv)),)
-        yield Match(node, conv.source, terms, carried=path.op.node, carriers=path.nodes[1:])
+        for path in _paths_from_norms(conv.source, view):
+            first = _place_of(path.op, view)
+            if first is None or not path.carriers or any(carrier.after is None for carrier in path.carriers):
+                continue
+            if any(path.leads(first, last) for last in _places(conv, first)):
+                moved = _moved(path.op, [_put_after(carrier) for carrier in path.carriers], conv.meaning.in_channels)
+                yield Match(node, conv.source, (Term((moved, conv)),), carried=path.op.node, carriers=path.nodes[1:])
 
 
 def _norm_at(node: fx.Node, view: View) -> Op | None:
@@ -134,9 +136,8 @@ def _paths_from_convs(node: fx.Node, view: View) -> list[_Path] | None:
 
 
 def _paths_through_parts(node: fx.Node, view: View) -> list[_Path] | None:
-    parts = node.args[0] if node.args else node.kwargs.get("tensors")
-    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, fx.Node) for part in parts):
+    parts, axis = listed(node)
+    if not parts or not all(isinstance(part, fx.Node) for part in parts):
         return None
     paths: list[_Path] = []
     start = 0
@@ -150,15 +151,34 @@ def _paths_through_parts(node: fx.Node, view: View) -> list[_Path] | None:
     return paths
 
 
-def _path_from_norm(node: fx.Node, view: View) -> _Path | None:
-    """Return the way to a node from the BatchNorm at which it starts, or None."""
+def _paths_from_norms(node: fx.Node, view: View) -> list[_Path]:
+    """Return the ways to a node from BatchNorms."""
     norm = _norm_at(node, view)
     if norm is not None:
-        return _Path(norm, (), (node,), None)
+        return [_Path(norm, (), (node,), None)]
+    if node.target in CONCATENATIONS:
+        return _paths_over_concatenation(node, view)
     carriers = carriers_at(node, view)
-    found = _path_from_norm(_input_of(node), view) if carriers else None
-    for carrier in carriers or ():
-        found = None if found is None else found.over(carrier, node)
+    found = _paths_from_norms(_input_of(node), view) if carriers else []
+    for carrier in carriers:
+        found = [path.over(carrier, node) for path in found]
+    return found
+
+
+def _paths_over_concatenation(node: fx.Node, view: View) -> list[_Path]:
+    """Return the ways to a concatenation from BatchNorms, over one part each, if the channels of all other parts are known."""
+    parts, axis = listed(node)
+    if not all(isinstance(part, fx.Node) for part in parts):
+        return []
+    found: list[_Path] = []
+    for place, part in enumerate(parts):
+        for path in _paths_from_norms(part, view) if parts.count(part) == 1 else ():
+            first = _place_of(path.op, view)
+            dimensions = 0 if first is None else first.axes - 2
+            counts = [channels_of(other, dimensions, view) for other in parts if other is not part]
+            if dimensions and None not in counts:
+                before, behind = sum(counts[:place]), sum(counts[place:])  # type: ignore[arg-type]
+                found.append(path.over(part_of(axis, before, behind), node))
     return found
 
 
@@ -188,20 +208,31 @@ def _input_of(carrier: fx.Node) -> fx.Node:
 
 
 def _match_before(path: _Path, norm: Op) -> Match:
-    functions = [carrier.before for carrier in reversed(path.carriers)]
-    moved = _moved(norm, functions, None)  # type: ignore[arg-type]
+    moved = _moved(norm, [_put_before(carrier) for carrier in reversed(path.carriers)], None)
     terms = (Term((path.op, moved)),)
     return Match(path.op.node, path.op.source, terms, carried=norm.node, carriers=path.nodes[1:])
 
 
-def _moved(norm: Op, functions: list[Numbers], channels: int | None) -> Op:
+def _put_before(carrier: Carrier) -> _Put:
+    return lambda numbers, _: numbers if carrier.before is None else carrier.before(numbers)
+
+
+def _put_after(carrier: Carrier) -> _Put:
+    def put(numbers: Tensor, other: float) -> Tensor:
+        whole = F.pad(numbers, carrier.around, value=other)
+        return whole if carrier.after is None else carrier.after(whole)
+
+    return put
+
+
+def _moved(norm: Op, functions: list[_Put], channels: int | None) -> Op:
     """Return a BatchNorm's map in another place, where its numbers are what these functions make of them, one after another."""
 
     def build(like: Tensor, count: int, dimensions: int) -> Kernel:
         kernel = norm.meaning.build(like, norm.meaning.in_channels or 0, dimensions)
         scale, shift = kernel.weight.reshape(-1), kernel.bias
         for function in functions:
-            scale, shift = function(scale), None if shift is None else function(shift)
+            scale, shift = function(scale, 1.0), None if shift is None else function(shift, 0.0)
         return Kernel.diagonal(scale, shift, dimensions)
 
     return replace(norm, meaning=Meaning("affine", None, channels, build))

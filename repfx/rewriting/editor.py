@@ -230,7 +230,8 @@ class Editor:
 
     def lower(self) -> None:
         """Write every merged kernel into a plain conv. A conv that is all that is left of a block takes the block's path."""
-        self._erase_unused_constants()
+        # scales, shifts, and everything that weights were computed from
+        erase_unused(self.view.graph, self.view.graph.nodes, self.view.constants.depends_on_parameters_alone)
         inside, parts = self._calls_inside(), self._parts_in_use()
         for node, notes in self.merged.items():
             kernel = self.view.kernels[node]
@@ -249,12 +250,6 @@ class Editor:
                 _take_over(self.view.root.get_submodule(path), conv, parts[path])
             set_submodule(self.view.root, str(node.target), conv)
         self._remove_unused_places()
-
-    def _erase_unused_constants(self) -> None:
-        """Erase the nodes that kernels have absorbed: scales, shifts, and everything that weights were computed from."""
-        for node in reversed(list(self.view.graph.nodes)):
-            if not node.users and self.view.constants.depends_on_parameters_alone(node):
-                self.view.graph.erase_node(node)
 
     def _remove_unused_places(self) -> None:
         """Remove the convs that the editor added at new paths and that have been merged into others since."""

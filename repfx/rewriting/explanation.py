@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import fx, nn
 
 from repfx.algebra.layers import is_batch_norm, is_conv
+from repfx.algebra.meaning import drop_rate
 from repfx.graphs.functional_conv import is_functional_conv, read_functional_conv
 from repfx.records.report import Skip
 from repfx.rewriting.editor import Editor
@@ -76,10 +77,25 @@ def _no_rule(node: fx.Node, view: View) -> str:
     if unread is not None:
         return unread if isinstance(unread, str) else "no rule: its weight is computed in forward"
     if not _is_plain_conv(node, view):
+        drop = _drop_in_sum(node.all_input_nodes[0], view)
+        if drop is not None:
+            return f"no rule: {drop.name!r} drops a term of the sum before it while the model trains, so the sum is no conv"
         return f"no rule: {_name(node.all_input_nodes[0], view)} comes before it"
     users = list(node.users)
     names = " and ".join(dict.fromkeys(_name(user, view) for user in users))
     return f"no rule: {names} {'follows' if len(users) == 1 else 'follow'}" if users else "no rule: nothing uses it"
+
+
+def _drop_in_sum(node: fx.Node, view: View) -> fx.Node | None:
+    """Return a term of a sum that a layer drops in training mode, or None."""
+    found = view.sum_of(node)
+    for _, term in () if found is None else found.terms:
+        module = view.module(term)
+        dropped = module is not None and drop_rate(module) is not None
+        drop = term if dropped else _drop_in_sum(term, view) if len(term.users) == 1 else None
+        if drop is not None:
+            return drop
+    return None
 
 
 def _name(node: fx.Node, view: View) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
 from itertools import pairwise
 
@@ -14,11 +14,12 @@ from repfx.algebra.kernel import Kernel, NoKernel, is_symmetric
 from repfx.algebra.layers import has_tensors
 from repfx.graphs.aliasing import may_share_memory, mutated_by, reads_only_the_form
 from repfx.graphs.calls_with_tensors import is_norm_call
+from repfx.graphs.channel_slices import takes_a_batch
 from repfx.graphs.functional_conv import is_shared
 from repfx.graphs.operations import Op
 from repfx.graphs.vocabulary import ELEMENTWISE_LAYERS
-from repfx.rewriting.cost import Shape, output_shape, weights
-from repfx.rewriting.match import Match, Term, shape_before
+from repfx.rewriting.cost import Shape, weights
+from repfx.rewriting.match import Match, forms_along, shape_before
 from repfx.rewriting.view import META, View
 
 
@@ -168,7 +169,8 @@ def no_dearer(match: Match, view: View) -> str | None:
     several = sum(view.is_conv(node) for node in {op.node for op in match.ops}) > 1
     cost = view.cost_of if several else _count_weights
     # a map may be shared
-    before = sum({id(op): spent for term in match.terms for op, spent in _costs(term, match, view, cost)}.values())
+    forms = {id(op): form for term in match.terms for op, *form in forms_along(term, match, view) if _is_conv(op)}
+    before = sum(cost(*form) for form in forms.values())
     after = cost(match.form, shape_before(match, view))
     if after <= before:
         return None
@@ -181,17 +183,8 @@ def _count_weights(kernel: Kernel, shape: Shape | None) -> float:
     return weights(ConvSpec.of_kernel(kernel))
 
 
-def _costs(
-    term: Term, match: Match, view: View, cost: Callable[[Kernel, Shape | None], float]
-) -> Iterator[tuple[Op, float]]:
-    """Yield each conv of a term with its cost."""
-    channels, dimensions = match.sizes()
-    shape = shape_before(match, view)
-    for op in term.ops:
-        kernel = op.meaning.build(META, channels, dimensions)
-        if op.meaning.kind == "conv":
-            yield op, cost(kernel, shape)
-        channels, shape = kernel.out_channels, output_shape(kernel, shape)
+def _is_conv(op: Op) -> bool:
+    return op.meaning.kind == "conv"
 
 
 def channels_stay_put(match: Match, view: View) -> str | None:
@@ -207,6 +200,23 @@ def channels_stay_put(match: Match, view: View) -> str | None:
 def _counts_from_the_front(node: fx.Node, view: View) -> bool:
     """Whether a node scales and shifts along the second axis, whatever the number of axes."""
     return isinstance(view.module(node), nn.BatchNorm1d | nn.SyncBatchNorm) or is_norm_call(node, view.root)
+
+
+def slices_channels(match: Match, view: View) -> str | None:
+    """Refuse a match in which code may slice another axis than that of the channels, because its input has no batch.
+
+    Where a conv reads a slice, such an input has the wrong number of channels for it.
+    """
+    for term in match.terms:
+        for op, behind in pairwise(term.ops):
+            in_channels = op.meaning.in_channels
+            reads = behind.meaning.kind == "conv" and behind.node is not match.root
+            if op.meaning.kind == "slice" and (
+                takes_a_batch(op) or (reads and behind.meaning.in_channels != in_channels)
+            ):
+                return None
+    sliced = next((op.node.name for op in match.ops if op.meaning.kind == "slice" and op.meaning.dimensions), None)
+    return None if sliced is None else f"{sliced!r} would slice another axis of an input without a batch"
 
 
 def input_is_known(match: Match, view: View) -> str | None:

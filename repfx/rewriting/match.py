@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from repfx.algebra.kernel import Kernel, NoKernel, Padding
 from repfx.graphs.operations import Op
-from repfx.rewriting.cost import Shape
+from repfx.rewriting.cost import Shape, output_shape
 from repfx.rewriting.view import META, View
 
 
@@ -121,6 +121,16 @@ def shape_before(match: Match, view: View) -> Shape | None:
     """Return the shape of a match's source, or None if it isn't known."""
     known = (view.shape_before(term.ops[0].node) for term in match.terms if term.ops)
     return next((shape for shape in known if shape is not None), None)
+
+
+def forms_along(term: Term, match: Match, view: View) -> Iterator[tuple[Op, Kernel, Shape | None]]:
+    """Yield each map of a term of a match, with its kernel without numbers and with the shape of its input, if that is known."""
+    channels, dimensions = match.sizes()
+    shape = shape_before(match, view)
+    for op in term.ops:
+        kernel = op.meaning.build(META, channels, dimensions)
+        yield op, kernel, shape
+        channels, shape = kernel.out_channels, output_shape(kernel, shape)
 
 
 def _in_channels(term: Term) -> int | None:

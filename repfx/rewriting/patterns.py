@@ -97,6 +97,42 @@ class Sequence(Pattern):
 
 
 @dataclass(frozen=True)
+class Cropped(Pattern):
+    """A conv whose output is cropped, also together with the padding in front of the conv, or padded on both sides of it.
+
+    A padding behind the conv alone stays, because the conv would have to compute what is padded. If a conv or a sum reads the padding, it
+    is left to these.
+    """
+
+    def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
+        behind = _row_up_to(node, ("crop", "pad"), view)
+        conv = view.op(behind[0].source) if behind else None
+        if conv is None or conv.meaning.kind != "conv":
+            return
+        if behind[-1].meaning.kind == "pad" and any(_pads_by_itself(user, view) for user in node.users):
+            return
+        front = _row_up_to(conv.source, ("crop", "pad", "subsample"), view)
+        crops = any(op.meaning.kind == "crop" for op in behind)
+        for ops in ((*front, conv, *behind),) * bool(front) + ((conv, *behind),) * crops:
+            yield Match(node, ops[0].source, (Term(ops),))
+
+
+def _pads_by_itself(node: fx.Node, view: View) -> bool:
+    """Whether a rule merges a node with the padding in front of it."""
+    op = view.op(node)
+    return view.sum_of(node) is not None or (op is not None and op.meaning.kind not in ("affine", "identity"))
+
+
+def _row_up_to(node: fx.Node, kinds: Collection[Kind], view: View) -> tuple[Op, ...]:
+    """Return the linear maps of these kinds that lead to a node, one after another."""
+    ops: tuple[Op, ...] = ()
+    while (op := view.op(node)) is not None and op.meaning.kind in kinds:
+        ops = (op, *ops)
+        node = op.source
+    return ops
+
+
+@dataclass(frozen=True)
 class Sum(Pattern):
     """A tree of sums in which at least two terms are linear maps of one node, one of them a conv.
 

@@ -34,7 +34,6 @@ from repfx.rewriting.rule import PASSES as PASSES
 from repfx.rewriting.rule import Pass, Rule
 from repfx.rewriting.view import View
 from repfx.tracing.aliases import put_back, set_aside
-from repfx.tracing.eval_path import NOTE
 from repfx.tracing.trace import Island, Traces, call_counts, trace
 
 
@@ -141,7 +140,7 @@ def _rewrite(
     skipped = tuple(skip for skip in dict.fromkeys(skips) if skip.rule not in optional)
     take_over_modes(target, model)
     forget(target)
-    notes = tuple(Note(path, NOTE) for path in traces.in_eval_mode)
+    notes = tuple(Note(path, text) for path, text in traces.notes.items())
     return Result(target, Report(name, tuple(edits), skipped, declined, tuple(dict.fromkeys(kept)), notes))
 
 

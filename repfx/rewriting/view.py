@@ -23,7 +23,6 @@ from repfx.rewriting.cost import Cost, Shape, weights
 from repfx.tracing.leaf_code import Known, LeafCode, code_of
 
 META = torch.empty((), device="meta", dtype=torch.float64)
-_READ = "its parameters are read elsewhere in the model"
 
 
 @dataclass
@@ -100,7 +99,8 @@ class View:
     def conv_for(self, node: fx.Node, readers: Collection[fx.Node]) -> Op | None:
         """Return the node as a conv, or None. Only nodes that go with it may read its parameters besides `readers`."""
         op = self.op(node)
-        if op is None and self.refusal(node) == _READ and not self._is_read_outside(str(node.target), readers):
+        only_read = self._is_read(node) and self._refusal_of_module(node) is None
+        if op is None and only_read and not self._is_read_outside(str(node.target), readers):
             op = read_op(node, self.root, self.constants)
         return op if op is not None and op.meaning.kind == "conv" else None
 
@@ -155,6 +155,17 @@ class View:
 
     def refusal(self, node: fx.Node) -> str | None:
         """Why the module that a node calls must stay as it is, or None."""
+        reason = self._refusal_of_module(node)
+        return "its parameters are read elsewhere in the model" if reason is None and self._is_read(node) else reason
+
+    def _is_read(self, node: fx.Node) -> bool:
+        """Whether the graph reads parameters of the module that a node calls. Those of a BatchNorm don't count: no rewrite changes them."""
+        if node.op != "call_module" or node in self.kernels or str(node.target) not in self._readers:
+            return False
+        module = self.root.get_submodule(str(node.target))
+        return has_tensors(module) and not is_batch_norm(module)
+
+    def _refusal_of_module(self, node: fx.Node) -> str | None:
         if node.op != "call_module" or node in self.kernels:
             return None
         path = str(node.target)
@@ -171,12 +182,7 @@ class View:
             return "its parameters are changed in forward"
         if any(tensor.is_complex() for tensor in module.parameters()):
             return "its weights are complex"
-        reason = refusal_of(module)
-        if (
-            reason is None and path in self._readers and not is_batch_norm(module)
-        ):  # no rewrite changes a BatchNorm's tensors
-            return _READ
-        return reason
+        return refusal_of(module)
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """Return the module that a node calls, or None."""

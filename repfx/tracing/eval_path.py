@@ -1,7 +1,8 @@
 """Modules that ask for their mode: branches in training mode, and in eval mode a conv of a weight composed of the branches' weights.
 
 The fused form of such a module is that conv, in both modes. So its eval path may stand for both, if training mode has nothing that the
-conv would lose, such as dropout, another output, or a weight of its own.
+conv would lose, such as dropout, another output, or a weight of its own. Where no graph can hold the eval path, the training path may
+stand for both (`training_path`).
 """
 
 from __future__ import annotations
@@ -15,29 +16,49 @@ from repfx.algebra.meaning import meaning_of
 from repfx.graphs.constants import Constants, draws
 from repfx.graphs.functional_conv import read_functional_conv, tensors_of
 from repfx.graphs.operations import Op
-from repfx.tracing.leaves import calls_conv, is_leaf, stays_whole
-from repfx.tracing.traced import OfOneMode, Untraceable, differ, graphs_by_mode
+from repfx.tracing.leaves import calls_conv, is_leaf, may_write_in_one_mode, stays_whole
+from repfx.tracing.traced import OfOneMode, Untraceable, differ, graph_in_mode
+from repfx.tracing.training_path import why_not_the_training_path, writes_into_itself
 
-NOTE = "it asks for its mode; fused, it runs its eval path, a conv of composed weights, in training mode, too"
+# what is told of a module, by whether it runs its training path in both modes
+NOTES = {
+    False: "it asks for its mode; fused, it runs its eval path, a conv of composed weights, in training mode, too",
+    True: "it asks for its mode; fused, it runs its training path in eval mode, too: both gave equal numbers when they were compared",
+}
 
 
-def composing(scratch: nn.Module) -> tuple[dict[nn.Module, str], dict[nn.Module, str]]:
-    """Return the modules whose eval path stands for training mode, too, with their paths; and those for which it can't, with the reason."""
-    settled: dict[nn.Module, str] = {}
+def settled_modes(scratch: nn.Module) -> tuple[dict[nn.Module, bool], dict[nn.Module, str]]:
+    """Return the modules of which one path stands for both modes, each with whether that is the path of training mode.
+
+    Also return those of which neither does, with the reason.
+    """
+    settled: dict[nn.Module, bool] = {}
     refused: dict[nn.Module, str] = {}
-    for path, module in reversed(list(scratch.named_modules())):  # inner ones first
-        if is_leaf(module) or not calls_conv(module) or stays_whole(module) is not None:
+    for module in reversed(list(scratch.modules())):  # inner ones first
+        if is_leaf(module) or stays_whole(module) is not None:
             continue
-        graphs = graphs_by_mode(module, set(), None, settled.keys())
+        if not (calls_conv(module) or may_write_in_one_mode(module)):
+            continue
+        found = _path_for_both_modes(module, settled)
         module.train(False)
-        if isinstance(graphs, Untraceable) or not differ(graphs):
-            continue
-        reason = _why_not_composed(module, graphs)
-        if reason is None:
-            settled[module] = path
-        else:
-            refused[module] = reason
+        if isinstance(found, bool):
+            settled[module] = found
+        elif found is not None:
+            refused[module] = found
     return settled, refused
+
+
+def _path_for_both_modes(module: nn.Module, settled: dict[nn.Module, bool]) -> bool | str | None:
+    """Return whether the path that stands for both modes is that of training mode, or why there is none; None if there is one path."""
+    evaluation = graph_in_mode(module, False, (), None, settled)
+    no_graph = isinstance(evaluation, Untraceable) or writes_into_itself(evaluation[0], module)
+    training = graph_in_mode(module, True, (), None, settled) if no_graph or calls_conv(module) else None
+    module.train(False)
+    if training is None or isinstance(training, Untraceable):
+        return None
+    if isinstance(evaluation, Untraceable) or no_graph:
+        return why_not_the_training_path(module, training) or True
+    return (_why_not_composed(module, (training, evaluation)) or False) if differ((training, evaluation)) else None
 
 
 def _why_not_composed(module: nn.Module, graphs: tuple[OfOneMode, OfOneMode]) -> str | None:

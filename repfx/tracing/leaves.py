@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx, nn
 
 from repfx.algebra.layers import code_of_its_own, has_hooks, is_batch_norm, is_conv, is_plain_sequence
 from repfx.algebra.meaning import torch_class
 from repfx.blocks.block import RepBlock
-from repfx.reading.source_code import asks_for_exact_class, calls
+from repfx.reading.source_code import asks_for_exact_class, calls, reads_attribute
 
 _AUTOCAST = frozenset(
     {
@@ -62,6 +64,17 @@ def stays_whole(module: nn.Module) -> str | None:
     if _calls(module, _AUTOCAST):
         return "it switches autocast on or off"
     return code_of_its_own(module) or asks_for_exact_class(module)
+
+
+def may_write_in_one_mode(module: nn.Module) -> bool:
+    """Whether the code of a module asks for a mode and may write into tensors, by ``.data`` or ``copy_``."""
+    cls: Any = type(module)
+    own_code = not cls.__module__.startswith("torch.")
+    return (
+        own_code
+        and reads_attribute(cls, "training")
+        and (reads_attribute(cls, "data") or reads_attribute(cls, "copy_"))
+    )
 
 
 def calls_conv(module: nn.Module) -> bool:

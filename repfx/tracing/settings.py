@@ -50,11 +50,11 @@ def settings_put_back(before: Settings) -> Iterator[None]:
 
 
 @contextmanager
-def in_eval_mode(module: nn.Module, settings: Settings) -> Iterator[None]:
-    """Put a module into eval mode for a while, also in the settings against which changes are told."""
+def in_mode(module: nn.Module, training: bool, settings: Settings) -> Iterator[None]:
+    """Put a module into one mode for a while, also in the settings against which changes are told."""
     inside = list(module.modules())
     before = [inner.training for inner in inside]
-    _set_modes(inside, [False] * len(inside), settings)
+    _set_modes(inside, [training] * len(inside), settings)
     try:
         yield
     finally:

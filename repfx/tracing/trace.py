@@ -8,7 +8,7 @@
 - Conv classes with a forward of their own, and modules that call a function for convs, are traced through, because they may compute a
   plain conv. If they can't be traced, they are leaves.
 - A graph is accepted only if the module traces to the same graph in training and in eval mode; ``F.dropout(…, self.training)`` does.
-  For `fuse`, a module whose eval path is a conv of weights composed of its branches runs that path in both modes.
+  For `fuse`, a module whose eval path is a conv of weights composed of its branches runs one path in both modes.
 - If the code of a part inside a module can't be traced, that part becomes a leaf and the rest is tried again. Then the part is tried
   child by child.
 - The graph of a gated block has the paths that run in eval mode.
@@ -30,15 +30,16 @@ from repfx.algebra.layers import code_of_its_own, is_conv, is_plain_sequence, ow
 from repfx.blocks.block import RepBlock
 from repfx.blocks.gates import gates_in
 from repfx.blocks.squeezed_form import release_all
-from repfx.graphs.dropout import let_dropout_follow_the_mode
-from repfx.graphs.norm_calls import let_norms_follow_the_mode
+from repfx.graphs.calls_by_mode import let_follow_the_mode
+from repfx.graphs.dropout import dropout_in_mode
+from repfx.graphs.norm_calls import norm_in_mode
 from repfx.reading.collecting import read_by_code
 from repfx.reading.source_code import Around
 from repfx.records.generators import random_state_kept
 from repfx.records.module_tree import require_module
 from repfx.records.notes import copy_of
 from repfx.records.wrappers import passes_on
-from repfx.tracing.eval_path import composing
+from repfx.tracing.eval_path import NOTES, settled_modes
 from repfx.tracing.keepers import attribute_of, kept_by_a_leaf, kept_from_outside, kept_in
 from repfx.tracing.leaves import holds_modules, is_container, is_leaf, stays_whole
 from repfx.tracing.traced import Untraceable, differ, graphs_by_mode, line_of
@@ -68,12 +69,12 @@ class Island:
 class Traces:
     """The islands of a model. `untraced` maps the paths of modules outside of them to the reason why they could not be traced.
 
-    `in_eval_mode` holds the paths of modules in the islands whose eval path stands for training mode, too.
+    `notes` tells of the modules in the islands of which one path stands for both modes, by their paths in the model.
     """
 
     islands: tuple[Island, ...]
     untraced: dict[str, str]
-    in_eval_mode: tuple[str, ...] = ()
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def trace(model: nn.Module, given: Mapping[str, Any] | None = None, *, composed: bool = False) -> Traces:
@@ -82,7 +83,8 @@ def trace(model: nn.Module, given: Mapping[str, Any] | None = None, *, composed:
     Args:
         given: what a caller gives the model, by the name of the argument. Other arguments keep their defaults. If it is None, so do all
             but the first.
-        composed: let the eval path stand for both modes where it is a conv of weights that are composed of the branches of training mode.
+        composed: let one path stand for both modes: the eval path where it is a conv of weights that are composed of the branches of
+            training mode, or the training path where both give equal numbers.
 
     >>> [island.path for island in trace(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU())).islands]
     ['']
@@ -102,7 +104,7 @@ def _traces(
     for gates in gates_in(scratch).values():
         gates.choose(gates.open_in(training=False))
     kept = kept_in(scratch)
-    settled, refused = composing(scratch) if composed else ({}, {})
+    settled, refused = settled_modes(scratch) if composed else ({}, {})
     pending = [("", scratch, Around())]
     while pending:
         path, module, around = pending.pop()
@@ -122,10 +124,10 @@ def _traces(
                     ]
                 continue
         reason = closed_to_traces.get(path) or kept_from_outside(path, kept)
-        result = reason or _graph_of(path, module, around, None if path else given, settled.keys())
+        result = reason or _graph_of(path, module, around, None if path else given, settled)
         if isinstance(result, str):
             if not is_leaf(module) and not is_container(module):
-                untraced[path] = f"{result}; {refused[module]}" if result == DIFFERS and module in refused else result
+                untraced[path] = f"{result}; {refused[module]}" if module in refused and reason is None else result
                 around = around.inside(module)
             if path in kept:
                 around = replace(around, closed=around.closed or f"{attribute_of(kept[path][0])} keeps what it lies in")
@@ -143,15 +145,29 @@ def _traces(
         for name, value in constants.items():
             setattr(module, name, value)
         separate(graph, module)
-        used = frozenset(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
-        island = Island(path, graph, constants, used)
+        used = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+        island = Island(path, graph, constants, frozenset(used | _replaced_in(module, graph, settled)))
         islands.append(island)
         pending += [
             (island.full_path(name), module.get_submodule(name), _around_leaf(around, name, graph))
             for name in _opaque_calls(module, graph)
         ]
     run = {island.full_path(path) for island in islands for path in ("", *_paths_of_code(island.graph))}
-    return Traces(tuple(reversed(islands)), untraced, tuple(path for path in settled.values() if path in run))
+    paths = ((path, module) for path, module in scratch.named_modules() if module in settled and path in run)
+    notes = {path: NOTES[settled[module]] for path, module in paths}
+    return Traces(tuple(reversed(islands)), untraced, notes)
+
+
+def _replaced_in(root: nn.Module, graph: fx.Graph, settled: Mapping[nn.Module, bool]) -> set[str]:
+    """Return the paths of the convs that only the eval path of a module has called, where the training path stands for both modes."""
+    run = {"", *_paths_of_code(graph)}
+    return {
+        f"{path}.{name}".lstrip(".")
+        for path, module in root.named_modules()
+        if settled.get(module) and path in run
+        for name, inner in module.named_modules()
+        if is_conv(inner)
+    }
 
 
 def _paths_of_code(graph: fx.Graph) -> set[str]:
@@ -167,7 +183,7 @@ def _with_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _graph_of(
-    path: str, module: nn.Module, around: Around, given: Mapping[str, Any] | None, settled: Container[nn.Module]
+    path: str, module: nn.Module, around: Around, given: Mapping[str, Any] | None, settled: Mapping[nn.Module, bool]
 ) -> _Traced | str:
     """Return the graph that is the same in both modes, with the constants and modules it needs, or the reason why there is none."""
     is_root = not path
@@ -213,12 +229,12 @@ def _name_taken(module: nn.Module) -> str | None:
 def _graph_of_both_modes(
     module: nn.Module,
     opaque: Container[type[nn.Module]],
-    given: Mapping[str, Any] | None = None,
-    settled: Container[nn.Module] = (),
+    given: Mapping[str, Any] | None,
+    settled: Mapping[nn.Module, bool],
 ) -> _Traced | Untraceable:
     """Try once to trace a module in both modes, with modules of the `opaque` classes as leaves. It is in eval mode afterwards.
 
-    The code of `settled` modules runs in eval mode, whatever the mode.
+    The code of `settled` modules runs in the mode that is named there, whatever the mode.
     """
     taken = set(dir(module))
     try:
@@ -229,8 +245,8 @@ def _graph_of_both_modes(
         return graphs
     (training, _), (evaluation, constants) = graphs
     following = {
-        **let_dropout_follow_the_mode(training, evaluation, taken),
-        **let_norms_follow_the_mode(training, evaluation, taken),
+        **let_follow_the_mode(training, evaluation, dropout_in_mode, "dropout", taken),
+        **let_follow_the_mode(training, evaluation, norm_in_mode, "norm_call", taken),
     }
     if differ(graphs):
         return Untraceable(DIFFERS, _first_difference(module, training, evaluation))
@@ -248,7 +264,7 @@ def _first_difference(root: nn.Module, *graphs: fx.Graph) -> nn.Module | None:
     return None
 
 
-def _convs_that_stay(module: nn.Module, settled: Container[nn.Module]) -> set[type[nn.Module]]:
+def _convs_that_stay(module: nn.Module, settled: Mapping[nn.Module, bool]) -> set[type[nn.Module]]:
     """Return conv classes inside `module` whose forward is more than one call (for example: pad, then convolve) or can't be traced.
 
     If `module` is a conv or a plain sequence, it must keep its type, so these stay leaves. For any other module the result is empty.

@@ -29,23 +29,35 @@ def graphs_by_mode(
     module: nn.Module,
     opaque: Container[type[nn.Module]],
     given: Mapping[str, Any] | None,
-    settled: Container[nn.Module],
+    settled: Mapping[nn.Module, bool],
 ) -> tuple[OfOneMode, OfOneMode] | Untraceable:
     """Trace a module in training mode, then in eval mode, in which it is left."""
-    results = []
-    for training in (True, False):
-        module.train(training and module not in settled)
-        state = tensor_state(module)
-        result = _traced(module, opaque, given, settled)
-        keeper = _forget_values(module)
-        if isinstance(result, Untraceable):
-            return result
-        if keeper is not None:
-            return Untraceable("it keeps a value that is computed from the input as an attribute", keeper)
-        if tensor_state(module) != state:
-            return Untraceable("it changes its own tensors while it runs")
-        results.append(result)
-    return results[0], results[1]
+    training = graph_in_mode(module, True, opaque, given, settled)
+    if isinstance(training, Untraceable):
+        return training
+    evaluation = graph_in_mode(module, False, opaque, given, settled)
+    return evaluation if isinstance(evaluation, Untraceable) else (training, evaluation)
+
+
+def graph_in_mode(
+    module: nn.Module,
+    training: bool,
+    opaque: Container[type[nn.Module]],
+    given: Mapping[str, Any] | None,
+    settled: Mapping[nn.Module, bool],
+) -> OfOneMode | Untraceable:
+    """Trace a module in one mode, in which it is left; in the mode that `settled` names, if it names one."""
+    module.train(settled.get(module, training))
+    state = tensor_state(module)
+    result = _traced(module, opaque, given, settled)
+    keeper = _forget_values(module)
+    if isinstance(result, Untraceable):
+        return result
+    if keeper is not None:
+        return Untraceable("it keeps a value that is computed from the input as an attribute", keeper)
+    if tensor_state(module) != state:
+        return Untraceable("it changes its own tensors while it runs")
+    return result
 
 
 def differ(graphs: tuple[OfOneMode, OfOneMode]) -> bool:
@@ -76,7 +88,7 @@ def _traced(
     module: nn.Module,
     opaque: Container[type[nn.Module]],
     given: Mapping[str, Any] | None,
-    settled: Container[nn.Module],
+    settled: Mapping[nn.Module, bool],
 ) -> OfOneMode | Untraceable:
     """Trace a module in the mode it is in. Return its graph and the constants that tracing made, or why it can't be traced."""
     generators = Generators(module)
@@ -92,7 +104,7 @@ def _traced_once(
     opaque: Container[type[nn.Module]],
     given: Mapping[str, Any] | None,
     generators: Generators,
-    settled: Container[nn.Module],
+    settled: Mapping[nn.Module, bool],
 ) -> OfOneMode | Untraceable:
     """Trace a module, and count it as a failure if one of the generators has given a number.
 

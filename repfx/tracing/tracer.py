@@ -29,7 +29,7 @@ from repfx.tracing.leaves import is_leaf, stays_whole
 from repfx.tracing.modes import Modes, modes_put_back
 from repfx.tracing.proxy import ValueProxy
 from repfx.tracing.recording import calls_recorded, functions_recorded, tensors_recorded
-from repfx.tracing.settings import Settings, changed_setting, in_eval_mode, settings_in, settings_put_back
+from repfx.tracing.settings import Settings, changed_setting, in_mode, settings_in, settings_put_back
 
 DRAWS = "it draws random numbers in code"  # a failure
 _KINDS = ("_is_param", "_is_buffer")  # attributes that torch asks for when code keeps a tensor as an attribute
@@ -44,7 +44,7 @@ class Tracer(fx.Tracer):
 
     Args:
         given: what a caller gives the traced module, by the name of the argument; None if that isn't known.
-        settled: modules whose code runs in eval mode, in whatever mode the code is that calls them.
+        settled: modules whose code runs in one mode, in whatever mode the code is that calls them; each with whether it is training mode.
     """
 
     proxy_buffer_attributes = True  # else a value computed from a buffer would stay as it is when others are loaded
@@ -55,10 +55,10 @@ class Tracer(fx.Tracer):
         opaque: Container[type[nn.Module]] = (),
         given: Mapping[str, Any] | None = None,
         generators: Generators | None = None,
-        settled: Container[nn.Module] = (),
+        settled: Mapping[nn.Module, bool] | None = None,
     ) -> None:
         super().__init__()
-        self._settled = settled
+        self._settled = settled or {}
         self._generators = generators
         self.forms = GrowingForms(fx.Graph(), nn.Module())
         self._hooked: set[nn.Module] = set()
@@ -81,7 +81,7 @@ class Tracer(fx.Tracer):
         self.tensor_attrs = {}
         self._hooked.clear()
         self._settings = {}
-        self._settled = ()
+        self._settled = {}
         self.forms = GrowingForms(fx.Graph(), self.root)
         self.block_calls.clear()
         self.running.clear()
@@ -148,7 +148,7 @@ class Tracer(fx.Tracer):
         self._require_settings(m)
         self.block_calls[m] += isinstance(m, RepBlock)
         self.running.append(m)
-        with in_eval_mode(m, self._settings) if m in self._settled else nullcontext():
+        with in_mode(m, self._settled[m], self._settings) if m in self._settled else nullcontext():
             result = super().call_module(m, self._watched(forward), args, kwargs)
         self.running.pop()
         return result

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repfx
+from repfx.errors import InvalidInput
 from tests.inline_net import Net, convs, error_of, fused_exactly, image, norms, reasons
 
 Function = Callable[[Any, Any], Any]
@@ -255,6 +256,16 @@ def test_a_norm_that_was_carried_is_not_put_back_elsewhere() -> None:
     assert "'p' stands between it and its BatchNorm" in reasons(restored)
     assert restored.state_dict().keys() != model.state_dict().keys()
     assert error_of(restored.eval(), model, image()) < 1e-9
+
+
+def test_restore_says_why_the_only_norm_is_not_put_back() -> None:
+    model = Net(lambda m, x: m.n(m.p(m.a(x.permute(0, 2, 3, 1)))), a=linear(4, 6), p=ToNCHW(), n=norm(6))
+    fused = fused_exactly(model, image())
+    reason = (
+        r"can be put back \(at 'a', 'p' stands between it and its BatchNorm\); name those to be restored in `sites`"
+    )
+    with pytest.raises(InvalidInput, match=reason):
+        repfx.restore(fused)
 
 
 def test_a_carried_norm_is_rounded_once() -> None:

@@ -20,9 +20,9 @@ from repfx.rewriting.pipeline import rewrite
 from repfx.rewriting.rule import RULES, Rule
 from repfx.rewriting.view import View
 from repfx.testing import TOLERANCE, randomize_batch_norm, relative_error
+from tests.foreign_blocks.table import BLOCKS
 from tests.random_net import RandomNet, random_nets
 from tests.small_net import small_net
-from tests.whole_models.test_foreign_blocks import BLOCKS
 
 ORDERS = st.permutations(sorted(RULES))
 

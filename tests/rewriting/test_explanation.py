@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import torchvision
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 from typer.testing import CliRunner
 
 import repfx
 from repfx.algebra.layers import is_batch_norm, is_conv
 from repfx.commands import app
+from tests.inline_net import fused_exactly, image, norms, ready
 
 
 def reasons(model: nn.Module) -> dict[str, str]:
@@ -118,3 +122,40 @@ def test_inspect_says_it() -> None:
 def test_two_questions_at_once_are_refused() -> None:
     found = CliRunner().invoke(app, ["inspect", "torchvision:densenet121", "--fused", "--spec", "dbb"])
     assert found.exit_code != 0
+
+
+class Dropping(nn.Module):
+    """A conv and its BatchNorm, dropped in training mode, beside the input; a BatchNorm behind the sum, with another term in it."""
+
+    def __init__(self, drop: nn.Module, dimensions: int = 2) -> None:
+        super().__init__()
+        conv, norm = getattr(nn, f"Conv{dimensions}d"), getattr(nn, f"BatchNorm{dimensions}d")
+        self.conv, self.inner, self.norm, self.drop = conv(4, 4, 3, padding=1), norm(4), norm(4), drop
+
+    def forward(self, x: Tensor) -> Any:
+        return self.norm(x * 2 + self.drop(self.inner(self.conv(x))) - x)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+@pytest.mark.parametrize("drop", [nn.Dropout(0.4), DropPath(0.4), StochasticDepth(0.4, "row")])
+def test_a_drop_in_the_sum_before_a_norm_is_named(drop: nn.Module, dimensions: int) -> None:
+    model = ready(Dropping(drop, dimensions))
+    x = image(3, 4, *(9, 7)[:dimensions])
+    fused = fused_exactly(model, x)
+    assert norms(fused) == ["norm"]
+    reason = "no rule: 'drop' drops a term of the sum before it while the model trains, so the sum is no conv"
+    assert reasons(model)["norm"] == reason
+    # the sum that trains is another map whenever something is dropped, and the map that is fused when nothing is
+    fused.norm.momentum = 0
+    norm, others = fused.norm.eval(), [each for each in fused.modules() if each is not fused.norm]
+    seen = {}
+    for seed in range(40):
+        torch.manual_seed(seed)
+        for each in others:
+            each.training = True
+        dropped = fused.get_submodule("drop")(torch.ones(3, 4, *(9, 7)[:dimensions], dtype=torch.float64))
+        torch.manual_seed(seed)
+        expected = norm(x + dropped * fused.get_submodule("conv")(x))
+        seen[bool((dropped == 0).any())] = float((fused(x) - expected).abs().max())
+    assert all(error < 1e-9 for error in seen.values())
+    assert True in seen

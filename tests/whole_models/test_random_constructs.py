@@ -70,6 +70,30 @@ CONSTRUCTS: dict[str, Construct] = {
     "concatenation": construct(
         lambda m, x, d: m.b(torch.cat([m.n(y := m.a(x)), y], 1)), a=conv(1), n=norm, b=conv(1, ins=2)
     ),
+    "partial": construct(
+        lambda m, x, d: m.b(torch.cat([m.a((y := m.c(x))[:, :1]), y[:, 1:]], 1)) + x,
+        a=lambda d, bias: CONVS[d](1, 2, 1, bias=bias),
+        b=lambda d, bias: CONVS[d](CHANNELS + 1, CHANNELS, 1, bias=bias),
+        c=lambda d, bias: nn.Sequential(conv(3)(d, bias), nn.Tanh()),
+    ),
+    "chunks": construct(
+        lambda m, x, d: m.b(torch.cat([*reversed(y := m.a(x).chunk(2, 1)), m.n(torch.cat(y, 1))], 1)),
+        a=conv(3),
+        b=conv(1, ins=2),
+        n=norm,
+    ),
+    "normed parts": construct(
+        lambda m, x, d: m.b(torch.cat([m.n(torch.tanh(m.a(x))), torch.tanh(m.c(x))], 1)),
+        a=conv(3),
+        b=conv(1, ins=2),
+        c=conv(1),
+        n=norm,
+    ),
+    "cropped": construct(
+        lambda m, x, d: m.n(m.a(F.pad(x, (0, 1) * d))[(slice(None), slice(None), *(slice(None, -1),) * d)]),
+        a=conv(3),
+        n=norm,
+    ),
     "crop": construct(lambda m, x, d: m.a(x) + m.b(x[(..., *(slice(1, -1),) * d)]), a=conv(3, padding=0), b=conv(1)),
     "border": construct(bordered, first=conv(1, bias=True), second=conv(3, padding=0)),
     "triple": construct(

@@ -20,7 +20,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repfx.algebra.layers import is_batch_norm, is_conv, is_plain_sequence, own_classes
+from repfx.algebra.layers import is_batch_norm, is_conv_or_linear, is_plain_sequence, own_classes
 from repfx.reading.function_source import all_names
 from repfx.reading.further_arguments import only_passed_on
 from repfx.reading.module_uses import Uses, uses_in
@@ -140,9 +140,7 @@ class Around:
     def _reads(self, path: str, part: nn.Module) -> bool:
         """Whether the code reads a part of a module by its name, and the part is or holds a layer that may be merged."""
         named = path.rpartition(".")[2] in self.names
-        return named and any(
-            is_conv(inner) or is_batch_norm(inner) or isinstance(inner, nn.Linear) for inner in part.modules()
-        )
+        return named and any(is_conv_or_linear(inner) or is_batch_norm(inner) for inner in part.modules())
 
 
 _LISTS = frozenset({"children", "named_children", "_modules"})

@@ -1,10 +1,13 @@
-"""Sites: where the convs of a model sit. Each has the BatchNorm that only its conv feeds, and its branches or why it has none."""
+"""Sites: where the convs and linear layers of a model sit. Each has its branches, or why it has none.
+
+A conv has the BatchNorm that only it feeds.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -15,7 +18,16 @@ from torch import fx, nn
 
 from repfx.algebra.activated_norm import norm_of
 from repfx.algebra.conv_spec import ConvSpec
-from repfx.algebra.layers import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, Layer, code_of_its_own, is_batch_norm, is_conv
+from repfx.algebra.layers import (
+    BATCH_NORMS,
+    CONVS,
+    KERNEL_LAYERS,
+    TRANSPOSED_CONVS,
+    Layer,
+    code_of_its_own,
+    is_batch_norm,
+    is_conv_or_linear,
+)
 from repfx.algebra.meaning import refusal_of, torch_class
 from repfx.blocks.architecture import Architecture
 from repfx.blocks.block import RepBlock
@@ -34,11 +46,13 @@ from repfx.tracing.trace import Island, Traces, call_counts, trace
 
 @dataclass(frozen=True)
 class Site:
-    """One conv of a model.
+    """One conv or linear layer of a model.
 
     Args:
         path: path of the conv, or of the block that replaces it.
         conv: sizes of the conv; None if they can't be read.
+        linear: whether it is a linear layer. A BatchNorm never belongs to one: it stays behind the block, because a linear layer has its
+            channels on the last axis, and where BatchNorm1d looks for them depends on the input.
         norm: path of the BatchNorm that only this conv feeds, or None.
         branches: names of the branches beside the conv; empty for a plain conv.
         block: path of the block that has this conv inside one of its branches, or None.
@@ -53,6 +67,7 @@ class Site:
     block: str | None = None
     refusal: str | None = None
     note: str = ""
+    linear: bool = False
 
     @property
     def outcome(self) -> str:
@@ -85,6 +100,8 @@ class SiteTable:
 def sites(model: nn.Module, spec: SpecLike | Architecture | None = None) -> SiteTable:
     """List the sites of a model: path, conv, and branches or the reason why a conv was left alone. With `spec`, show what it would add.
 
+    Linear layers are listed where they are blocks, or where a spec for linear layers was or would be asked for them.
+
     >>> print(sites(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)), "repvgg"))
     site  conv     branches
     0     3×3 3→8  (would get 1x1; not identity: 3 channels go in and 8 come out)
@@ -95,9 +112,11 @@ def sites(model: nn.Module, spec: SpecLike | Architecture | None = None) -> Site
     found = [site for site in find_sites(model) if site.block is None]
     if spec is not None:
         selection = Selection.of(spec)
-        return SiteTable(tuple(replace(site, note=_plan(site, selection)) for site in found))
+        planned = [site for site in found if selection.takes(site.path, linear=site.linear)]
+        return SiteTable(tuple(replace(site, note=_plan(site, selection)) for site in planned))
     reasons = {skip.path: skip.reason for skip in report(model).skipped if skip.rule == "expand"}
-    return SiteTable(tuple(replace(site, note=reasons.get(site.path, "")) for site in found))
+    shown = [site for site in found if not site.linear or site.branches or site.path in reasons]
+    return SiteTable(tuple(replace(site, note=reasons.get(site.path, "")) for site in shown))
 
 
 def _plan(site: Site, selection: Selection) -> str:
@@ -191,7 +210,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     registered = module_paths(model)
     calls = call_counts(traces)
     owners = _owners(model)
-    code = _code_around(model, traces.untraced, _Ran(model))
+    code = _code_around(model, traces, _Ran(model))
     norms = {
         conv: norm
         for conv, norm in _own_norms(model, traces, calls, registered, read).items()
@@ -203,24 +222,30 @@ def find_sites(model: nn.Module) -> list[Site]:
     for path, module in model.named_modules():
         inside = next((outer for outer in outer_paths(path)[1:] if outer in blocks), None)
         if isinstance(module, RepBlock):
-            found.append(Site(path, module.site, module.norm_path, tuple(module.branches), inside))
-        elif is_conv(module) and path not in origins:
+            linear = module.site.is_linear
+            found.append(Site(path, module.site, module.norm_path, tuple(module.branches), inside, linear=linear))
+        elif is_conv_or_linear(module) and path not in origins:
             refusal = _refusal(module, path, read, registered, owners) or code[path].refusal(
                 module, called=calls[path] > 0
             )
             if refusal is None and torch_class(module) in TRANSPOSED_CONVS:
                 refusal = _size_refusal(path, traces)
-            conv = ConvSpec.of(module) if torch_class(module) in CONVS + TRANSPOSED_CONVS else None
-            found.append(Site(path, conv, norms.get(path), (), inside, refusal))
+            conv = ConvSpec.of(module) if torch_class(module) in KERNEL_LAYERS else None
+            linear = isinstance(module, nn.Linear)
+            found.append(Site(path, conv, norms.get(path), (), inside, refusal, linear=linear))
     return found
 
 
 @dataclass(frozen=True)
 class _Code:
-    """The code around a layer: what it reads and asks for, and the reason why nothing inside it can be changed (`closed`), or None."""
+    """The code around a layer: what it reads and asks for, and the reason why nothing inside it can be changed (`closed`), or None.
+
+    `leaf` says whether a leaf is around the layer, whose code isn't traced.
+    """
 
     around: Around = field(default_factory=Around)
     closed: str | None = None
+    leaf: bool = False
 
     def refusal(self, conv: nn.Module, *, called: bool) -> str | None:
         """Why a conv can't become a block, or None. `called` says whether a graph calls the conv."""
@@ -266,19 +291,21 @@ class _Ran:
         return codes
 
 
-def _code_around(model: nn.Module, untraced: Container[str], ran: _Ran) -> dict[str, _Code]:
+def _code_around(model: nn.Module, traces: Traces, ran: _Ran) -> dict[str, _Code]:
     """Map the path of each module to the code of all modules that it lies in. `ran` is the code that ran while the model was traced.
 
     The code of blocks is left out, because it works with whatever their parts become.
     """
-    found = {"": _Code()}
+    found, islands = {"": _Code()}, {island.path for island in traces.islands}
     for path, module in model.named_modules():
         code = found.get(path, _Code())
-        if not (is_leaf(module) or isinstance(module, RepBlock)):
-            code = _Code(code.around.inside(module), code.closed or code_of_its_own(module))
+        if not isinstance(module, RepBlock):
+            code = replace(code, leaf=code.leaf or (is_leaf(module) and path not in islands))
+            if any(True for _ in module.children()):
+                code = replace(code, around=code.around.inside(module), closed=code.closed or code_of_its_own(module))
         for name, _ in module.named_children():
-            inner = code.around.toward(name, None if path in untraced else ran)
-            found[f"{path}.{name}".lstrip(".")] = _Code(inner, code.closed)
+            inner = code.around.toward(name, None if code.leaf or path in traces.untraced else ran)
+            found[f"{path}.{name}".lstrip(".")] = replace(code, around=inner)
     return found
 
 

@@ -24,7 +24,9 @@ from repfx.errors import InvalidInput, RepfxError, UnknownName
 
 ORIGIN = "origin"
 _RESERVED = ("attach", "gate")
-_CONV_ATTRIBUTES = {*ConvSpec.__dataclass_fields__, "in_features", "out_features"}
+SIZES = frozenset(
+    {*ConvSpec.__dataclass_fields__, "in_features", "out_features"}
+)  # the attributes of layers that say sizes
 
 
 class RepBlock(nn.Module):
@@ -133,7 +135,10 @@ class RepBlock(nn.Module):
         return tuple(name for name in self.paths if name not in closed)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute the sum of the paths, from ``(batch, in, *axes)`` to ``(batch, out, *axes)``, or ``(…, in)`` to ``(…, out)`` if linear."""
+        """Compute the sum of the paths, from ``(batch, in, *axes)`` to ``(batch, out, *axes)``.
+
+        The block of a linear layer computes ``(…, out)`` from ``(…, in)``.
+        """
         if isinstance(input, fx.Proxy):
             return self._sum_of_paths(input, self.running)
         kernel = _assembled(self) if self.squeezed and self.is_one_map else None
@@ -276,7 +281,7 @@ class RepBlock(nn.Module):
         return rate if self.gates is None else rate * self.gates.factor_of(name).to(rate.device)
 
     def __getattr__(self, name: str) -> Any:
-        if name in _CONV_ATTRIBUTES or name == "bias":  # code may ask whether the conv has a bias
+        if name in SIZES or name == "bias":  # code may ask whether the conv has a bias
             return getattr(self.conv, name)
         return super().__getattr__(name)
 

@@ -324,9 +324,10 @@ def calls(cls: Any, names: frozenset[str]) -> bool:
 def asks_for_exact_class(module: nn.Module) -> str | None:
     """Why a module can't be traced: its code asks for the exact class of a value, and a proxy has one of its own. Else None.
 
-    Questions for the classes of modules don't count, nor whether a value is of a plain class such as `list`.
+    Questions for the classes of modules don't count, nor whether a value is of a plain class such as `list`. repfx's own modules ask for
+    none, and there may be many of them.
     """
-    if not _names_type(type(module)):  # type: ignore[arg-type]
+    if type(module).__module__.startswith("repfx.") or not _names_type(type(module)):  # type: ignore[arg-type]
         return None
     asked = uses_in(module).types
     return f"it asks for the exact class of a value, which tracing can't know: {asked[0]}" if asked else None

@@ -255,7 +255,8 @@ class _Code:
         if self.around.asks_for_bias and conv.bias is None:
             return "code around it asks whether a layer has a bias; it has none now, and would have one later"
         if not called and "weight" in self.around.names:
-            return "code around it, which can't be traced, reads its weights"
+            how = "isn't traced" if self.leaf else "can't be traced"
+            return f"code around it, which {how}, reads its weights"
         return self.closed or self.around.closed
 
     def needs_norm(self, path: str, norm: nn.Module) -> bool:

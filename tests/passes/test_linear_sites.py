@@ -84,6 +84,7 @@ def test_an_unknown_sort_of_layers() -> None:
         repfx.Spec(["kxk"], layers="dense")  # type: ignore[arg-type]
 
 
+@pytest.mark.one_in(5)
 @for_each_shape
 @with_each_norm
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,10 +186,11 @@ def test_a_candidate_of_a_search_is_one_linear_layer() -> None:
     model, x = gate(block_net(), "0"), features()
     supernet = FusedSupernet(model)
     code = tuple(index % 2 == 0 for index in range(len(supernet.space.paths)))
-    supernet.space.choose(gated := {"0": model.get_submodule("0").gates}, code) if False else None
-    model.get_submodule("0").gates.choose([name for (_, name), on in zip(supernet.space.paths, code) if on])
-    assert supernet.net(code).get_submodule("0").in_features == 6
-    assert_same_map(supernet.net(code), model.eval(), x, 1e-6)
+    gates: Any = model.get_submodule("0").gates
+    gates.choose([name for (_, name), is_open in zip(supernet.space.paths, code) if is_open])
+    plain = supernet.net(code)
+    assert plain.get_submodule("0").in_features == 6
+    assert_same_map(plain, model, x)
 
 
 def test_a_checkpoint_rebuilds_the_block(tmp_path: Path) -> None:
@@ -271,10 +273,10 @@ def test_a_batch_norm_behind_the_layer_stays_behind_the_block(shape: str) -> Non
 def test_restore_brings_back_a_norm_of_the_model_but_none_of_a_branch() -> None:
     x = features("rows")
     expanded = randomize_batch_norm(
-        repfx.expand(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)).double(), spec())
+        repfx.expand(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.GELU(), nn.Linear(6, 4)).double(), spec())
     ).eval()
     fused = repfx.fuse(expanded, example=x)
-    restored = repfx.restore(fused, ["0", "2"])
+    restored = repfx.restore(fused, ["0", "3"])
     assert_same_map(restored, expanded, x)
     assert type(restored.get_submodule("1")) is nn.BatchNorm1d
     assert "it is a linear layer that never absorbed a BatchNorm" in reasons(restored)

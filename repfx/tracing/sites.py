@@ -254,7 +254,7 @@ class _Code:
             return f"code around it asks whether it is a {asked}"
         if self.around.asks_for_bias and conv.bias is None:
             return "code around it asks whether a layer has a bias; it has none now, and would have one later"
-        if not called and "weight" in self.around.names:
+        if not called and self.around.reads_weight_of(conv):
             how = "isn't traced" if self.leaf else "can't be traced"
             return f"code around it, which {how}, reads its weights"
         return self.closed or self.around.closed

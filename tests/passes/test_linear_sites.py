@@ -70,7 +70,11 @@ def test_only_a_spec_for_linear_layers_expands_them() -> None:
     [
         (net, "repvgg", 'no convs, so there is nothing to expand; a repfx.Spec with layers="linear" expands'),
         (lambda: nn.Sequential(nn.Conv2d(3, 3, 3)), spec(), "no linear layers, so there is nothing to expand"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 3, 3), net()), {"1.0": "acb"}, "fits linear layers alone: .* layers='linear'"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 3, 3), net()),
+            {"1.0": "acb"},
+            "fits linear layers alone: .* layers='linear'",
+        ),
         (lambda: nn.Sequential(nn.Conv2d(3, 3, 3), net()), {"0": spec()}, "fits convs alone: .* layers='conv'"),
     ],
 )
@@ -351,7 +355,10 @@ STAY: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "tied": (tied, "its weights are shared with 'table'"),
     "hooks": (hooked, "Linear has hooks"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(4)), "LazyLinear is lazy"),
-    "parametrized": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))), "a parametrization"),
+    "parametrized": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))),
+        "a parametrization",
+    ),
     "the root": (lambda: nn.Linear(6, 6), "it is the model itself"),
     "its weights are read": (lambda: nn.Sequential(ReadsWeights(6)), "reads its weights"),
     "its numbers are summed": (lambda: nn.Sequential(Sums(6)), "in a way that repfx doesn't know: self.parameters"),

@@ -27,7 +27,6 @@ def timm_model(name: str, **options: Any) -> nn.Module:
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "vit_tiny": (lambda: timm_model("vit_tiny_patch16_224", img_size=48, depth=2), 48, 0),
     "convnext_atto": (lambda: timm_model("convnext_atto", conv_mlp=False, depths=(1, 1, 1, 1)), 64, 0),
-    "mixer": (lambda: timm_model("mixer_s32_224", img_size=64), 64, 0),
     "vision transformer": (lambda: torchvision.models.VisionTransformer(32, 16, 2, 2, 24, 40, num_classes=5), 32, 2),
 }
 SMALL = ("vit_tiny", "vision transformer")

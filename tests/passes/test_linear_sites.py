@@ -338,12 +338,21 @@ def hooked() -> nn.Module:
 
 class ReadsWeights(Attention):
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.qkv.weight)
+        wide = nn.functional.linear(x, self.qkv.weight)
+        return nn.functional.linear(wide[..., : x.shape[-1]], self.proj.weight)
 
 
 class Sums(Attention):
     def forward(self, x: Tensor) -> Tensor:
         return x * sum(parameter.sum() for parameter in self.parameters())
+
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {"plain": lambda module, x: x * module.qkv.weight.sum()}
+
+
+class GivesAway(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return FUNCTIONS["plain"](self, self.qkv(x))
 
 
 class Asks(Attention):
@@ -362,6 +371,7 @@ STAY: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "the root": (lambda: nn.Linear(6, 6), "it is the model itself"),
     "its weights are read": (lambda: nn.Sequential(ReadsWeights(6)), "reads its weights"),
     "its numbers are summed": (lambda: nn.Sequential(Sums(6)), "in a way that repfx doesn't know: self.parameters"),
+    "given away": (lambda: nn.Sequential(GivesAway(6)), "in a way that repfx doesn't know: FUNCTIONS['plain'](self"),
     "its class is asked for": (lambda: nn.Sequential(Asks(6)), "asks whether it is a Linear"),
     "torch's attention": (lambda: nn.Sequential(nn.MultiheadAttention(6, 2)), "which isn't traced, reads its weights"),
     "torch's transformer": (lambda: nn.TransformerEncoderLayer(6, 2, 8), "reads its weights"),
@@ -374,6 +384,18 @@ def test_what_stays_a_linear_layer(case: str) -> None:
     expanded = repfx.expand(make(), spec())
     assert reason in reasons(expanded)
     assert not any(site.branches for site in repfx.sites(expanded))
+
+
+class ReadsOneWeight(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.qkv(x.to(self.proj.weight.dtype))
+
+
+def test_a_weight_that_is_read_by_its_path_closes_that_layer_alone() -> None:
+    expanded = repfx.expand(nn.Sequential(ReadsOneWeight(6)), spec())
+    assert [site.path for site in repfx.sites(expanded) if site.branches] == ["0.qkv"]
+    assert "Skip '0.proj': code around it, which isn't traced, reads its weights" in reasons(expanded)
+    assert_same_map(expanded.double(), lambda x: expanded.get_submodule("0.qkv")(x), features(), 0)
 
 
 def test_code_around_can_read_the_sizes() -> None:

@@ -72,7 +72,7 @@ class Expand(Action):
     @classmethod
     def by(cls, spec: Spec, site: str, conv: ConvSpec, **options: Any) -> list[Expand]:
         """Return the expansion of a conv by a spec, or an empty list if no branch fits. `options` override fields of the spec."""
-        branches, _ = fitting(spec.branches_for(conv), conv)
+        branches, _ = fitting(spec.branches_for(conv) if spec.takes(conv) else (), conv)
         own = {"norm": spec.norm, "weights": spec.weights, "origin_scale": spec.origin_scale}
         return [cls(site, branches, **{**own, **options})] if branches else []
 
@@ -129,7 +129,13 @@ def _apart(actions: Sequence[Expand]) -> Iterator[list[Expand]]:
 def _specs(actions: list[Expand]) -> dict[str, Spec]:
     return {
         action.site: Spec(
-            action.branches, action.norm, _first_gamma(action), action.weights, action.origin, action.origin_scale
+            action.branches,
+            action.norm,
+            _first_gamma(action),
+            action.weights,
+            action.origin,
+            action.origin_scale,
+            "both",  # the path says which layer it is
         )
         for action in actions
     }
@@ -193,8 +199,7 @@ def expand(
     selection = Selection.of(spec)
     beginning = _Beginning(selection.keeps_origins if preserve is None else preserve, gamma, attach_rate, calibrate)
     beginning.require_possible(selection)
-    if not any(is_conv(module) for module in model.modules()):
-        raise InvalidInput(f"{type(model).__name__} has no convs, so there is nothing to expand.")
+    _require_layers(model, selection)
     if example is not None and not beginning.preserve:
         raise InvalidInput(
             "example proves that the function stays, which preserve=False doesn't let: leave one of them out."
@@ -208,6 +213,21 @@ def expand(
         record(target, [plan.action(target, beginning) for plan in plans])
     _report(plans, skips).attach(target)
     return target
+
+
+def _require_layers(model: nn.Module, selection: Selection) -> None:
+    """Raise `InvalidInput` if a model has none of the layers that the specs are for."""
+    sorts = {spec.layers for _, spec in selection.patterns}
+    if any(is_conv(module) for module in model.modules()) and sorts != {"linear"}:
+        return
+    if any(isinstance(module, nn.Linear) for module in model.modules()):
+        if sorts != {"conv"}:
+            return
+        hint = '; a repfx.Spec with layers="linear" expands its linear layers'
+    else:
+        hint = ""
+    what = "linear layers" if sorts == {"linear"} else "convs"
+    raise InvalidInput(f"{type(model).__name__} has no {what}, so there is nothing to expand{hint}.")
 
 
 @dataclass(frozen=True)
@@ -297,7 +317,9 @@ class _Plan:
 
 def _plan(sites: list[Site], selection: Selection) -> tuple[list[_Plan], list[Skip]]:
     open_sites = [site for site in sites if site.block is None or selection.names(site.path)]
-    selection.require_used({site.path: str(site.conv or "?") for site in open_sites})
+    others = {site.path for site in open_sites if not selection.takes(site.path, linear=site.linear)}
+    open_sites = [site for site in open_sites if site.path not in others]
+    selection.require_used({site.path: str(site.conv or "?") for site in open_sites}, others)
     plans, skips = [], []
     for site in open_sites:
         spec = selection.spec_for(site.path)
@@ -419,10 +441,10 @@ def _norms_of_branches(block: RepBlock) -> list[Layer]:
 def _give_norm(block: RepBlock, kernel: Kernel, moments: Moments | None) -> None:
     """Put a BatchNorm behind an origin that has none. In eval mode, conv and BatchNorm together compute `kernel`."""
     conv = block.conv
-    norm = Norm().batch_norm(kernel.out_channels, kernel.dimensions or 1, conv.weight)
+    norm = Norm().batch_norm(kernel.out_channels, kernel.dimensions, conv.weight)
     norm.requires_grad_(conv.weight.requires_grad)
-    set_kernel(conv, norm, kernel, moments)
     block.origin.add_module("norm", norm.train(conv.training))
+    set_kernel(conv, block.norm, kernel, moments)
 
 
 def _put_back(block: RepBlock, norm: Layer | None, state: dict[str, Tensor]) -> None:

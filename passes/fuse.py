@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from repfx.algebra.activated_norm import norm_of, rest_of
-from repfx.algebra.layers import is_conv
+from repfx.algebra.layers import is_conv_or_linear
 from repfx.algebra.moments import set_kernel
 from repfx.blocks.block import RepBlock
 from repfx.blocks.branch import kernel_of_both
@@ -107,7 +107,7 @@ def fused_for(model: nn.Module, example: Inputs | None, cost: Cost = weights) ->
         InvalidInput: as `fuse`.
     """
     require_layers(model)
-    if not any(is_conv(inner) or isinstance(inner, nn.Linear) or calls_conv(inner) for inner in model.modules()):
+    if not any(is_conv_or_linear(inner) or calls_conv(inner) for inner in model.modules()):
         raise InvalidInput(f"{type(model).__name__} has no conv or linear layer, so there is nothing to fuse.")
     given = None if example is None else by_name(model, example)
     return rewrite(model, RULES.values(), "fuse", given=given, cost=cost)

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from repfx.algebra.layers import Layer, is_batch_norm, is_conv
+from repfx.algebra.layers import Layer, is_conv_or_linear
 from repfx.blocks.block import ORIGIN, RepBlock
 from repfx.blocks.branch import Chain
 from repfx.blocks.gates import Gates, StraightThrough
 from repfx.blocks.paths import block_at
-from repfx.blocks.stages import Scale
+from repfx.blocks.stages import Scale, batch_norm_in
 from repfx.errors import InvalidInput
 from repfx.records.journal import Action, apply
 from repfx.records.report import Edit, Report
@@ -171,10 +171,11 @@ def _multiply(branch: Chain, factor: Tensor, like: Tensor) -> None:
     """Multiply the output of a chain by `factor`."""
     stages: list[Layer] = [stage for stage in branch if not isinstance(stage, nn.Identity)]
     last: Layer = stages[-1] if stages else nn.Identity()
+    last = batch_norm_in(last) or last
     if isinstance(last, RepBlock):
         for path in last.paths.values():
             _multiply(path, factor, like)
-    elif isinstance(last, Scale) or is_conv(last) or _is_affine(last):
+    elif isinstance(last, Scale) or is_conv_or_linear(last) or _is_affine(last):
         for tensor in (last.weight, getattr(last, "bias", None)):
             if tensor is not None:
                 tensor.mul_(factor.to(tensor))
@@ -185,4 +186,4 @@ def _multiply(branch: Chain, factor: Tensor, like: Tensor) -> None:
 
 
 def _is_affine(module: Layer) -> bool:
-    return is_batch_norm(module) and module.weight is not None and module.bias is not None
+    return batch_norm_in(module) is not None and module.weight is not None and module.bias is not None

@@ -15,7 +15,7 @@ from torch import fx, nn
 from repfx.algebra.activated_norm import is_rest, joined
 from repfx.algebra.baking import conv_from_kernel
 from repfx.algebra.kernel import Kernel, NoKernel
-from repfx.algebra.layers import CONVS, TRANSPOSED_CONVS, Layer
+from repfx.algebra.layers import KERNEL_LAYERS, Layer
 from repfx.algebra.meaning import kernel_of, meaning_of, torch_class
 from repfx.algebra.moments import set_kernel
 from repfx.blocks.folded_norm import FoldedNorm, folded_norm, forget_norm
@@ -184,7 +184,7 @@ def _choice(node: fx.Node, island: Island, root: nn.Module, patterns: Sequence[s
     A conv that has absorbed no BatchNorm, but something else around it, is restored whatever is named: no state dict may hide that.
     """
     module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if module is None or torch_class(module) not in (*CONVS, *TRANSPOSED_CONVS, nn.Linear):
+    if module is None or torch_class(module) not in KERNEL_LAYERS:
         return None
     path, folded, around = island.full_path(str(node.target)), folded_norm(module), surroundings_of(module)
     normed = folded is not None or (around is not None and bool(around.norms))

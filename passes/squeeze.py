@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from repfx.algebra.layers import is_batch_norm, is_conv, is_frozen_norm, takes_batch_statistics, template_of
+from repfx.algebra.layers import is_batch_norm, is_conv_or_linear, is_frozen_norm, takes_batch_statistics, template_of
 from repfx.blocks.block import RepBlock
 from repfx.blocks.paths import block_at
 from repfx.errors import InvalidInput, RepfxError, UnknownName
@@ -183,7 +183,7 @@ def _blocks_and_convs(model: nn.Module, sites: str | Sequence[str]) -> tuple[dic
         UnknownName: a pattern fits none of them.
     """
     blocks = {path: module for path, module in model.named_modules() if isinstance(module, RepBlock)}
-    convs = [path for path, module in _outside_blocks(model) if is_conv(module) or isinstance(module, nn.Linear)]
+    convs = [path for path, module in _outside_blocks(model) if is_conv_or_linear(module)]
     found = chosen(sites, [*blocks, *convs], "block or conv at")
     return {path: block for path, block in blocks.items() if path in found}, [path for path in convs if path in found]
 
@@ -204,7 +204,7 @@ def _parts(model: nn.Module, chosen: Collection[str], *, hold: bool) -> Iterator
     this mode.
     """
     for path, module in _outside_blocks(model):
-        main = isinstance(module, (RepBlock, nn.Linear)) or is_conv(module)
+        main = isinstance(module, RepBlock) or is_conv_or_linear(module)
         linear = module.squeezed if isinstance(module, RepBlock) else hold or not takes_batch_statistics(module)
         own = main or any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
         if own and linear and not is_parametrized(module) and (path in chosen or not main):

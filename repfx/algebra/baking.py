@@ -68,10 +68,13 @@ def _memory_format(tensor: Tensor, like: Tensor) -> torch.memory_format:
 def _empty_conv(kernel: Kernel, template: Layer) -> nn.Module:
     like = torch.empty((), device="meta", dtype=template.weight.dtype)
     bias = kernel.bias is not None
-    if kernel.dimensions == 0:
-        return nn.Linear(kernel.in_channels, kernel.out_channels, bias, device="meta", dtype=like.dtype)
     spec = ConvSpec.of_kernel(kernel)
-    if not spec.transposed and isinstance(template.padding, str) and _same_places(spec, ConvSpec.of(template)):
+    if (
+        not spec.is_linear
+        and not spec.transposed
+        and isinstance(template.padding, str)
+        and _same_places(spec, ConvSpec.of(template))
+    ):
         return _conv(spec, template.padding, like, bias=bias)  # padding="same" stays as the user wrote it
     return conv_module(spec, like, bias=bias, padded=is_symmetric(kernel.padding))
 
@@ -85,11 +88,16 @@ _TRANSPOSED_CONV_OF: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.
 
 
 def conv_module(spec: ConvSpec, like: Tensor, *, bias: bool, padded: bool = True) -> nn.Module:
-    """Return torch's conv of these sizes. The padding of `spec` has to be symmetric, unless `padded=False` leaves it out."""
+    """Return torch's conv or linear layer of these sizes.
+
+    The padding of `spec` has to be symmetric, unless `padded=False` leaves it out.
+    """
     return _conv(spec, tuple(before if padded else 0 for before, _ in spec.padding), like, bias=bias)
 
 
 def _conv(spec: ConvSpec, padding: str | Ints, like: Tensor, *, bias: bool) -> nn.Module:
+    if spec.is_linear:
+        return nn.Linear(spec.in_channels, spec.out_channels, bias, device=like.device, dtype=like.dtype)
     sizes: dict[str, Any] = {
         "in_channels": spec.in_channels,
         "out_channels": spec.out_channels,

@@ -1,8 +1,10 @@
-"""`ConvSpec`: the sizes of one conv, without its weights."""
+"""`ConvSpec`: the sizes of one conv or linear layer, without its weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
+from torch import nn
 
 from repfx.algebra.kernel import Ints, Kernel, Padding
 from repfx.algebra.layers import Layer
@@ -14,10 +16,14 @@ from repfx.errors import InvalidInput
 class ConvSpec:
     """One conv's sizes, without its weights. Padding is (before, after) per axis; negative crops. `Kernel` has the meaning of each.
 
-    >>> from torch import nn
+    A linear layer is a conv without axes: its window, stride, padding and dilation are empty.
+
     >>> site = ConvSpec.of(nn.Conv2d(8, 16, (3, 5), padding=(1, 2)))
     >>> str(site), site.inner((1, 1)).padding
     ('3×5 8→16', ((0, 0), (0, 0)))
+    >>> linear = ConvSpec.of(nn.Linear(8, 16))
+    >>> str(linear), linear.kernel_size, linear.is_linear
+    ('linear 8→16', (), True)
     """
 
     in_channels: int
@@ -33,7 +39,9 @@ class ConvSpec:
 
     @classmethod
     def of(cls, conv: Layer) -> ConvSpec:
-        """Return the sizes of a conv module."""
+        """Return the sizes of a conv or linear layer."""
+        if isinstance(conv, nn.Linear):
+            return cls(conv.in_features, conv.out_features, (), (), (), ())
         window, stride, dilation = tuple(conv.kernel_size), tuple(conv.stride), tuple(conv.dilation)
         sizes = (window, stride, padding_of(conv), dilation, conv.groups, conv.padding_mode)
         output_padding = tuple(conv.output_padding) if conv.transposed else ()
@@ -60,8 +68,14 @@ class ConvSpec:
         return len(self.kernel_size)
 
     @property
+    def is_linear(self) -> bool:
+        """Whether this is a linear layer, which acts on the last axis of its input."""
+        return not self.kernel_size
+
+    @property
     def is_pointwise(self) -> bool:
-        return all(k == 1 for k in self.kernel_size)
+        """Whether the window is a single tap. A linear layer has no window."""
+        return not self.is_linear and all(k == 1 for k in self.kernel_size)
 
     @property
     def is_depthwise(self) -> bool:
@@ -90,7 +104,7 @@ class ConvSpec:
         return replace(self, kernel_size=kernel_size, dilation=dilation, padding=tuple(padding))
 
     def __str__(self) -> str:
-        parts = ["×".join(map(str, self.kernel_size)), f"{self.in_channels}→{self.out_channels}"]
+        parts = ["×".join(map(str, self.kernel_size)) or "linear", f"{self.in_channels}→{self.out_channels}"]
         if any(s != 1 for s in self.stride):
             parts.append("stride " + "×".join(map(str, self.stride)))
         if any(d != 1 for d in self.dilation):

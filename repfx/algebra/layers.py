@@ -14,6 +14,9 @@ CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 TRANSPOSED_CONVS: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
+# layers whose weight is a kernel; a linear layer's has no axes
+KERNEL_LAYERS: tuple[type[nn.Module], ...] = (*CONVS, *TRANSPOSED_CONVS, nn.Linear)
+
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 FROZEN_BATCH_NORMS = {"torchvision.ops.misc.FrozenBatchNorm2d", "detectron2.layers.batch_norm.FrozenBatchNorm2d"}
@@ -56,6 +59,11 @@ def qualified_name(module: Layer) -> str:
 def is_conv(module: nn.Module) -> bool:
     """Whether `module` is some kind of convolution, readable or not."""
     return isinstance(module, CONVS + TRANSPOSED_CONVS)
+
+
+def is_conv_or_linear(module: nn.Module) -> bool:
+    """Whether `module` is some kind of convolution or linear layer, readable or not."""
+    return isinstance(module, KERNEL_LAYERS)
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from repfx.algebra.layers import (
     Layer,
     has_hooks,
     is_batch_norm,
-    is_conv,
+    is_conv_or_linear,
     is_frozen_norm,
     is_patched,
     qualified_name,
@@ -129,7 +129,7 @@ def kernel_of(module: nn.Module, like: Tensor, channels: int, dimensions: int) -
 
 def refusal_of(module: Layer) -> str | None:
     """Why a conv, linear layer or BatchNorm can't be read; None if it can be, and for all other modules."""
-    if not (is_conv(module) or is_batch_norm(module) or isinstance(module, nn.Linear)):
+    if not (is_conv_or_linear(module) or is_batch_norm(module)):
         return None
     name = type(module).__name__
     own_tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]

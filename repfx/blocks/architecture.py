@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from repfx.algebra.conv_spec import ConvSpec
-from repfx.algebra.layers import CONVS, TRANSPOSED_CONVS, is_conv
+from repfx.algebra.layers import KERNEL_LAYERS, is_conv
 from repfx.algebra.meaning import torch_class
 from repfx.blocks.block import ORIGIN, RepBlock
 from repfx.blocks.cropped_conv import is_shared
@@ -54,7 +54,8 @@ class SiteCode:
     def spec(self) -> Spec:
         """The spec that `expand` takes to build this site."""
         origin = self.code[0] == "1"
-        return Spec(self.chosen, self.norm, weights=self.weights, origin=origin, origin_scale=self.origin_scale)
+        options: dict[str, Any] = {"weights": self.weights, "origin": origin, "origin_scale": self.origin_scale}
+        return Spec(self.chosen, self.norm, layers="both", **options)  # the path says which layer it is
 
     @classmethod
     def of(cls, block: RepBlock) -> SiteCode:
@@ -206,7 +207,7 @@ class Architecture:
 
 
 def _sizes(conv: nn.Module) -> str:
-    return str(ConvSpec.of(conv)) if torch_class(conv) in CONVS + TRANSPOSED_CONVS else "?"
+    return str(ConvSpec.of(conv)) if torch_class(conv) in KERNEL_LAYERS else "?"
 
 
 def _names(code: SiteCode) -> list[str]:

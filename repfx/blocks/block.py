@@ -1,4 +1,4 @@
-"""`RepBlock`: the training form of one site, at the path where its conv was: that conv and the branches beside it."""
+"""`RepBlock`: the training form of one site, at the path where its conv or linear layer was: that layer and the branches beside it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from repfx.blocks.branch import Branch, Chain
 from repfx.blocks.cropped_conv import is_shared
 from repfx.blocks.gates import Gates
 from repfx.blocks.recompute import recomputed
-from repfx.blocks.stages import AttachRate, Scale
+from repfx.blocks.stages import AttachRate, Scale, batch_norm_in
 from repfx.errors import InvalidInput, RepfxError, UnknownName
 
 ORIGIN = "origin"
 _RESERVED = ("attach", "gate")
-_CONV_ATTRIBUTES = set(ConvSpec.__dataclass_fields__)
+SIZES = frozenset(
+    {*ConvSpec.__dataclass_fields__, "in_features", "out_features"}
+)  # the attributes of layers that say sizes
 
 
 class RepBlock(nn.Module):
@@ -45,7 +47,8 @@ class RepBlock(nn.Module):
         attach_rate: first value of λ; None for a block without λ.
         origin_scale: first value of a `Scale` behind the conv; None for no `Scale`. With a `norm` there is no `Scale`.
 
-    Code around the block can read the sizes of the conv (``kernel_size``, ``stride``, …) from the block.
+    Code around the block can read the sizes of the conv (``kernel_size``, ``stride``, …) or linear layer (``in_features``, …) from the
+    block.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class RepBlock(nn.Module):
     @property
     def norm(self) -> Layer | None:
         """The BatchNorm behind the site's own conv, if it has one."""
-        return self.origin._modules.get("norm")
+        return batch_norm_in(self.origin._modules.get("norm"))
 
     @property
     def scale(self) -> Layer | None:
@@ -132,7 +135,10 @@ class RepBlock(nn.Module):
         return tuple(name for name in self.paths if name not in closed)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute the sum of the paths, from ``(batch, in, *axes)`` to ``(batch, out, *axes)``."""
+        """Compute the sum of the paths, from ``(batch, in, *axes)`` to ``(batch, out, *axes)``.
+
+        The block of a linear layer computes ``(…, out)`` from ``(…, in)``.
+        """
         if isinstance(input, fx.Proxy):
             return self._sum_of_paths(input, self.running)
         kernel = _assembled(self) if self.squeezed and self.is_one_map else None
@@ -275,7 +281,7 @@ class RepBlock(nn.Module):
         return rate if self.gates is None else rate * self.gates.factor_of(name).to(rate.device)
 
     def __getattr__(self, name: str) -> Any:
-        if name in _CONV_ATTRIBUTES or name == "bias":  # code may ask whether the conv has a bias
+        if name in SIZES or name == "bias":  # code may ask whether the conv has a bias
             return getattr(self.conv, name)
         return super().__getattr__(name)
 

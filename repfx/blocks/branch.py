@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from repfx.algebra.conv_spec import ConvSpec
 from repfx.algebra.kernel import Kernel
-from repfx.algebra.layers import Layer, is_batch_norm, is_conv
+from repfx.algebra.layers import Layer, is_conv_or_linear
 from repfx.algebra.meaning import kernel_of
 from repfx.blocks.spec import BranchSpec
-from repfx.blocks.stages import Norm, Pad, Stages, Subsample
+from repfx.blocks.stages import Norm, Pad, Stages, Subsample, batch_norm_in
 from repfx.errors import InvalidInput, UnknownName
 from repfx.records.registry import Registry
 
@@ -69,7 +69,7 @@ class Chain(nn.Sequential):
             return None
         if hasattr(stages[-1], "origin"):
             return stages[-1].origin.last_norm
-        return stages[-1] if is_batch_norm(stages[-1]) else None
+        return batch_norm_in(stages[-1])
 
 
 def kernel_of_both(conv: Layer, norm: Layer) -> Kernel:
@@ -87,6 +87,7 @@ class Branch(Chain):
 
     kind: ClassVar[str]
     serves_transposed: ClassVar[bool] = False  # whether the branch is a transposed conv if the site's own is one
+    serves_linear: ClassVar[bool] = False  # whether the branch can stand beside a linear layer, which has no window
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -114,7 +115,7 @@ class Branch(Chain):
     def free_convs(self) -> list[Layer]:
         """The convs whose first weights `Spec.weights` may choose: all that are trained. A kind whose convs have to begin as it says
         leaves them out."""
-        return [module for module in self.modules() if is_conv(module) and module.weight.requires_grad]
+        return [module for module in self.modules() if is_conv_or_linear(module) and module.weight.requires_grad]
 
     @classmethod
     def refusal(cls, site: ConvSpec, *_: Any, **options: Any) -> str | None:
@@ -143,6 +144,8 @@ def refusal_of_branch(branch: BranchSpec, site: ConvSpec) -> str | None:
     kind = kind_of(branch)
     if site.transposed and not kind.serves_transposed:
         return "to a transposed conv only one of equal sizes can be added"
+    if site.is_linear and not kind.serves_linear:
+        return "a linear layer has no window"
     try:
         return kind.refusal(site, **branch.options)
     except TypeError as error:

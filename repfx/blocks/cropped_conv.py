@@ -36,9 +36,10 @@ class CroppedConv(nn.Module):
     @staticmethod
     def fits(source: Layer, conv: Layer) -> bool:
         """Whether the weights of `conv` could be cropped from those of `source`."""
-        inner, outer = conv.weight.shape, source.weight.shape
-        alike = inner[:2] == outer[:2] and conv.groups == source.groups and not source.transposed
-        steps = zip(inner[2:], outer[2:], conv.dilation, source.dilation)
+        inner, outer = ConvSpec.of(conv), ConvSpec.of(source)
+        alike = conv.weight.shape[:2] == source.weight.shape[:2] and inner.groups == outer.groups
+        alike = alike and not outer.transposed
+        steps = zip(inner.kernel_size, outer.kernel_size, inner.dilation, outer.dilation)
         return alike and all(small <= large and (small == 1 or step == own) for small, large, step, own in steps)
 
     @property

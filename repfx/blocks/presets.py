@@ -32,9 +32,9 @@ _DILATED_SETS: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 
 def _dilated_set(site: ConvSpec) -> tuple[BranchSpec, ...]:
-    sizes, dilations = _DILATED_SETS.get(site.kernel_size[0], ((), ()))
     if not site.is_depthwise or len(set(site.kernel_size)) > 1:
         return ()
+    sizes, dilations = _DILATED_SETS.get(site.kernel_size[0], ((), ()))
     return tuple(BranchSpec("dilated", {"kernel_size": k, "dilation": d}) for k, d in zip(sizes, dilations))
 
 
@@ -96,7 +96,11 @@ PRESETS.update(
         Preset("ecbsr", "1×1–k×k and three filters of edges without BatchNorm (ECBSR)", Spec(_ECBSR, norm="none")),
         Preset("span", "1×1–k×k–1×1 and 1×1 without BatchNorm (SPAN)", Spec(_SPAN, norm="none")),
         Preset("repsr", "two 1×1–k×k–1×1 and identity (RepSR)", Spec(_REPSR)),
-        Preset("lora", "a conv of rank 4 that begins at zero (LoRA)", Spec(["lora"], norm="none")),
+        Preset(
+            "lora",
+            "a conv of rank 4 that begins at zero (LoRA); beside linear layers, too",
+            Spec(["lora"], norm="none", layers="both"),
+        ),
     ]
 )
 

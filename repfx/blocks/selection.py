@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from repfx.blocks.architecture import Architecture
@@ -47,17 +47,32 @@ class Selection:
         """Return the spec of a site, or None."""
         return next((spec for pattern, spec in self.patterns if fits(path, pattern)), None)
 
+    def takes(self, path: str, *, linear: bool) -> bool:
+        """Whether a layer at a path is one of those that the specs are for; one that no pattern names is if it is a conv."""
+        spec = self.spec_for(path)
+        return not linear if spec is None else spec.layers in ("both", "linear" if linear else "conv")
+
     def names(self, path: str) -> bool:
         """Whether a pattern is exactly this path."""
         return any(pattern == path for pattern, _ in self.patterns)
 
-    def require_used(self, convs: Mapping[str, str]) -> None:
-        """Raise `InvalidInput` if a pattern fits no site, or if the architecture is of another net. `convs` gives the sizes by path."""
+    def require_used(self, convs: Mapping[str, str], others: Collection[str] = ()) -> None:
+        """Raise `InvalidInput` if a pattern fits no site, or if the architecture is of another net.
+
+        Args:
+            convs: sizes of the layers that the specs are for, by path.
+            others: the paths of all other layers.
+        """
         known = list(convs)
         if self.architecture is not None:
             self.architecture.require_fits(convs)
-        for pattern, _ in self.patterns:
+        for pattern, spec in self.patterns:
             if not any(fits(path, pattern) for path in known):
+                if any(fits(path, pattern) for path in others):
+                    sort, needed = ("convs", "conv") if spec.layers == "linear" else ("linear layers", "linear")
+                    raise InvalidInput(
+                        f"the spec's pattern {pattern!r} fits {sort} alone: give a repfx.Spec with layers={needed!r} for them."
+                    )
                 near = difflib.get_close_matches(pattern, known, n=1)
                 hint = f" (nearest: {near[0]!r})" if near else ""
                 shown = ", ".join(known[:5]) + (", …" if len(known) > 5 else "")

@@ -25,6 +25,7 @@ class BranchSpec:
 
 Normalisation = Literal["batch_norm", "scale", "none"]
 Weights = Literal["default", "fan_out", "small", "shared"]
+Layers = Literal["conv", "linear", "both"]
 BranchesOf = Callable[[ConvSpec], Sequence[BranchSpec | str]]
 
 
@@ -43,9 +44,13 @@ class Spec:
             own; it takes the centre crop of the site's (RepNAS, eq. 5).
         origin: whether the site's own conv runs. Without it the block is the sum of its branches alone, another function.
         origin_scale: first value of a learned factor per channel behind the site's own conv, with ``scale`` only; None for no factor.
+        layers: the layers that become sites: ``conv``, ``linear``, or ``both``. By default linear layers stay as they are: branches for
+            convs are made for windows, and most nets have linear layers that nobody means when they ask for such branches.
 
     >>> Spec(["1x1", "1xk"], norm="none").branches
     (BranchSpec(kind='1x1', options={}), BranchSpec(kind='1xk', options={}))
+    >>> Spec(["kxk"], layers="linear").takes(ConvSpec.of(nn.Linear(8, 4)))
+    True
     """
 
     branches: Sequence[BranchSpec | str] | BranchesOf
@@ -54,6 +59,7 @@ class Spec:
     weights: Weights = "default"
     origin: bool = True
     origin_scale: float | None = None
+    layers: Layers = "conv"
 
     def __post_init__(self) -> None:
         scale = self.origin_scale
@@ -63,12 +69,18 @@ class Spec:
             raise UnknownName("norm", str(self.norm), get_args(Normalisation))
         if self.weights not in get_args(Weights):
             raise UnknownName("first value of weights", str(self.weights), get_args(Weights))
+        if self.layers not in get_args(Layers):
+            raise UnknownName("sort of layers", str(self.layers), get_args(Layers))
         if self.weights == "shared" and self.norm != "batch_norm":
             raise InvalidInput(
                 f'weights="shared" needs norm="batch_norm": with {self.norm!r} a new branch would be subtracted from the weights it shares.'
             )
         if not callable(self.branches):
             object.__setattr__(self, "branches", _branch_specs(self.branches))
+
+    def takes(self, site: ConvSpec) -> bool:
+        """Return whether the layers that this spec is for include a site of these sizes."""
+        return self.layers in ("both", "linear" if site.is_linear else "conv")
 
     def branches_for(self, site: ConvSpec) -> tuple[BranchSpec, ...]:
         """Return the branches that this spec asks for at a site, whether they fit or not."""

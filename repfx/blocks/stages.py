@@ -14,14 +14,61 @@ from torch import Tensor, nn
 from repfx.algebra.baking import conv_module
 from repfx.algebra.conv_spec import ConvSpec
 from repfx.algebra.kernel import Ints, Kernel, Padding, is_symmetric, pad, subsample
-from repfx.algebra.layers import BATCH_NORMS, Layer
-from repfx.algebra.meaning import Meaning, kernel_of, pad_meaning, reads, subsampling_meaning, torch_class
+from repfx.algebra.layers import BATCH_NORMS, Layer, is_batch_norm
+from repfx.algebra.meaning import (
+    Meaning,
+    affine_of,
+    kernel_of,
+    pad_meaning,
+    reads,
+    refusal_of,
+    subsampling_meaning,
+    torch_class,
+)
 from repfx.algebra.torch_faults import may_corrupt_memory
 
 BATCH_NORM_OF: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 AVERAGE_POOL_OF: dict[int, type[nn.Module]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 Stages = Iterator[tuple[str, nn.Module]]
+
+
+class RowNorm(nn.Module):
+    """A BatchNorm of the last axis: it takes each position of ``(…, channels)`` for a row of a batch ``(rows, channels)``.
+
+    torch's own BatchNorms have the channels on the second axis, and a linear layer has them on the last.
+
+    Args:
+        norm: BatchNorm1d or SyncBatchNorm of the rows.
+
+    >>> RowNorm(nn.BatchNorm1d(4))(torch.randn(2, 3, 5, 4)).shape
+    torch.Size([2, 3, 5, 4])
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(x.reshape(-1, x.shape[-1]))
+        return normed.reshape(x.shape)
+
+
+@reads(RowNorm)
+def _read_row_norm(rows: Layer) -> Meaning | None:
+    if not is_batch_norm(rows.norm) or refusal_of(rows.norm) is not None:
+        return None
+
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        return Kernel.diagonal(*affine_of(rows.norm, like), dimensions)
+
+    return Meaning("affine", 0, rows.norm.running_mean.shape[0], build)
+
+
+def batch_norm_in(stage: Layer | None) -> Layer | None:
+    """Return the BatchNorm that a stage of a branch is, or that normalises rows in it; else None."""
+    norm = stage.norm if isinstance(stage, RowNorm) else stage
+    return norm if norm is not None and is_batch_norm(norm) else None
 
 
 class Pad(nn.Module):
@@ -74,6 +121,8 @@ def _read_subsample(module: Layer) -> Meaning:
 class Scale(nn.Module):
     """One learned factor per channel, and with `bias` one learned summand: ``(batch, channels, *axes)`` times ``(channels,)``.
 
+    With 0 axes the channels are on the last axis, as those of a linear layer are.
+
     >>> Scale(2, 1, bias=True)(torch.ones(1, 2, 3)).shape
     torch.Size([1, 2, 3])
     """
@@ -87,7 +136,8 @@ class Scale(nn.Module):
     @classmethod
     def like(cls, conv: Layer, value: float) -> Scale:
         """Make a `Scale` for the output of a conv, with all factors equal to `value` at first."""
-        scale = cls(conv.out_channels, conv.weight.ndim - 2, device=conv.weight.device, dtype=conv.weight.dtype)
+        site = ConvSpec.of(conv)
+        scale = cls(site.out_channels, site.dimensions, device=conv.weight.device, dtype=conv.weight.dtype)
         nn.init.constant_(scale.weight, value)
         scale.weight.requires_grad_(conv.weight.requires_grad)
         return scale.train(conv.training)
@@ -149,9 +199,9 @@ class Residual(nn.Module):
 
     def equivalent_kernel(self, like: Tensor) -> Kernel:
         """Return the kernel of the sum; differentiable."""
-        dimensions = self.conv.weight.ndim - 2
-        identity = Kernel.identity(like, channels=self.conv.in_channels, dimensions=dimensions)
-        return kernel_of(self.conv, like, self.conv.in_channels, dimensions).add(identity)
+        site = ConvSpec.of(self.conv)
+        identity = Kernel.identity(like, channels=site.in_channels, dimensions=site.dimensions)
+        return kernel_of(self.conv, like, site.in_channels, site.dimensions).add(identity)
 
 
 class AttachRate(nn.Module):
@@ -213,11 +263,12 @@ class Norm:
         return cls(kind, norm.eps, norm.momentum, isinstance(norm, nn.SyncBatchNorm))
 
     def batch_norm(self, channels: int, dimensions: int, like: Tensor) -> nn.Module:
-        """Make a BatchNorm for `channels`, on the device and in the dtype of `like`."""
+        """Make a BatchNorm for `channels`, on the device and in the dtype of `like`; behind a linear layer, one of the last axis."""
         if self.frozen is not None:
             return self.frozen(channels, self.eps).to(like.device, like.dtype)
-        kind = nn.SyncBatchNorm if self.synchronized else BATCH_NORM_OF[dimensions]
-        return kind(channels, self.eps, self.momentum, device=like.device, dtype=like.dtype)
+        kind = nn.SyncBatchNorm if self.synchronized else BATCH_NORM_OF[dimensions or 1]
+        norm = kind(channels, self.eps, self.momentum, device=like.device, dtype=like.dtype)
+        return norm if dimensions else RowNorm(norm)
 
     def inside(self, name: str, channels: int, dimensions: int, like: Tensor) -> Stages:
         """Yield the normalisation between the convs of a branch: a BatchNorm, or nothing."""
@@ -250,12 +301,13 @@ def conv_stages(name: str, spec: ConvSpec, like: Tensor, *, bias: bool = False) 
 
 def _fan_out(conv: Layer) -> None:
     """Draw weights from N(0, √(2 / (window · out))), as DyRep does."""
-    nn.init.normal_(conv.weight, 0.0, math.sqrt(2 / (math.prod(conv.kernel_size) * conv.out_channels)))
+    site = ConvSpec.of(conv)
+    nn.init.normal_(conv.weight, 0.0, math.sqrt(2 / (math.prod(site.kernel_size) * site.out_channels)))
 
 
 def _small(conv: Layer) -> None:
     """Draw weights from U(-0.1 / √out, 0.1 / √out), as RepAn does."""
-    limit = 0.1 / math.sqrt(conv.out_channels)
+    limit = 0.1 / math.sqrt(ConvSpec.of(conv).out_channels)
     nn.init.uniform_(conv.weight, -limit, limit)
 
 

@@ -10,10 +10,14 @@ from repfx.blocks.stages import Norm, Stages, conv_stages
 
 
 class Full(Branch):
-    """A further conv like the site's own (MobileOne's over-parameterization). It serves 1×1 sites and transposed convs, too."""
+    """A further conv like the site's own (MobileOne's over-parameterization).
+
+    It serves 1×1 sites, transposed convs and linear layers, too.
+    """
 
     kind = "kxk"
     serves_transposed = True
+    serves_linear = True
 
     @classmethod
     def stages(cls, site: ConvSpec, norm: Norm, like: Tensor) -> Stages:

@@ -13,6 +13,7 @@ class Identity(Branch):
     """The input itself, then a BatchNorm (RepVGG). It is cropped or padded where the site changes the size."""
 
     kind = "identity"
+    serves_linear = True
 
     @classmethod
     def refusal(cls, site: ConvSpec) -> str | None:

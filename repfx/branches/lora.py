@@ -32,6 +32,7 @@ class LoRA(Branch):
     """
 
     kind = "lora"
+    serves_linear = True
 
     @classmethod
     def refusal(cls, site: ConvSpec, rank: int = 4, alpha: float | None = None) -> str | None:

@@ -10,9 +10,10 @@ from repfx.blocks.stages import Norm, Stages, conv_stages
 
 
 class Pointwise(Branch):
-    """1×1 conv at the centre of the window (RepVGG; DBB transform II)."""
+    """1×1 conv at the centre of the window (RepVGG; DBB transform II). Beside a linear layer, another linear layer."""
 
     kind = "1x1"
+    serves_linear = True
 
     @classmethod
     def refusal(cls, site: ConvSpec) -> str | None:

@@ -22,6 +22,7 @@ class PointwiseFull(Branch):
     """
 
     kind = "1x1-kxk"
+    serves_linear = True
 
     @classmethod
     def refusal(cls, site: ConvSpec, residual: bool = False, expansion: int | None = None) -> str | None:
@@ -42,9 +43,16 @@ class PointwiseFull(Branch):
             nn.init.zeros_(pointwise.weight)
             pointwise = Residual(pointwise)
         elif middle == site.in_channels:
-            nn.init.dirac_(pointwise.weight, site.groups)
+            _begin_as_identity(pointwise, site)
         yield "conv1", pointwise
         yield "pad", Pad(site.padding, site.padding_mode)  # comes after the 1×1 conv, which maps zero to zero
         yield from norm.inside("norm1", middle, site.dimensions, like)
         yield "conv2", conv_module(replace(site, in_channels=middle, padding=unpadded), like, bias=False)
         yield from norm.last(site.out_channels, site.dimensions, like)
+
+
+def _begin_as_identity(pointwise: Layer, site: ConvSpec) -> None:
+    if site.is_linear:
+        nn.init.eye_(pointwise.weight)
+    else:
+        nn.init.dirac_(pointwise.weight, site.groups)

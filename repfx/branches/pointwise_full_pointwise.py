@@ -27,6 +27,7 @@ class PointwiseFullPointwise(Branch):
     """
 
     kind = "1x1-kxk-1x1"
+    serves_linear = True
 
     @classmethod
     def refusal(cls, site: ConvSpec, expansion: int = 2, bias: bool = False) -> str | None:

@@ -237,6 +237,7 @@ class Driver:
             for site in self._sites()
             if site.refusal is None
             and not site.branches
+            and (self.schedule.takes_linear or not site.linear)
             and self.model.get_submodule(site.path).weight.requires_grad
             and _is_affine(self.model, site.norm)
         ]

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from repfx.algebra.conv_spec import ConvSpec
+from repfx.blocks.presets import SpecLike
+from repfx.blocks.selection import Selection
 from repfx.change.companion import Companion, Run
 from repfx.errors import InvalidInput
 from repfx.passes.squeeze import Squeeze
@@ -23,7 +25,7 @@ _Own = TypeVar("_Own", bound="Schedule")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A conv that can become a block.
+    """A conv that can become a block, or a linear layer if the schedule takes them.
 
     Args:
         site: path of the conv.
@@ -92,6 +94,7 @@ class Schedule:
     - `metric`: the saliency that is observed of the candidates, from `repfx.change.saliency.METRICS`; None for none.
     - `batches`: the most batches of data on which new BatchNorms are calibrated; None for all.
     - `needs_data`: whether its actions need data.
+    - `takes_linear`: whether linear layers are candidates, too.
     - `needs_score`: whether it scores candidates, so that the driver needs `score`.
     - `closes_paths`: whether some paths of a block don't run in a step, so that their parameters get no gradient.
     - `nets_per_step`: the number of nets over which a step averages, if the training loop uses `Driver.shares`.
@@ -119,6 +122,10 @@ class Schedule:
     @property
     def metric(self) -> str | None:
         return None
+
+    @property
+    def takes_linear(self) -> bool:
+        return False
 
     @property
     def batches(self) -> int | None:
@@ -206,6 +213,15 @@ def require(condition: bool, message: str) -> None:
     """Raise `InvalidInput` with this message unless the condition holds."""
     if not condition:
         raise InvalidInput(message)
+
+
+def require_conv_spec(spec: SpecLike, schedule: Schedule) -> None:
+    """Raise `InvalidInput` if a schedule that grows branches beside convs alone gets a spec that is for linear layers alone."""
+    if any(each.layers == "linear" for _, each in Selection.of(spec).patterns):
+        name = type(schedule).__name__
+        raise InvalidInput(
+            f"{name} grows branches beside convs, and its spec is for linear layers: give it layers='conv'."
+        )
 
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {

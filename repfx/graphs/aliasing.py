@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from repfx.algebra.layers import is_batch_norm, is_conv
+from repfx.algebra.layers import is_batch_norm, is_conv_or_linear
 from repfx.graphs.checks import require_given, require_tensor
 from repfx.graphs.vocabulary import ARITHMETIC, SIZE_METHODS
 from repfx.reading.source_code import writes_in_place
@@ -83,7 +83,7 @@ def may_share_memory(node: fx.Node, root: nn.Module) -> set[fx.Node]:
 def _makes_new_tensor(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        return is_conv(module) or is_batch_norm(module) or isinstance(module, nn.Linear)
+        return is_conv_or_linear(module) or is_batch_norm(module)
     return node.target in _NEW or (node.target in ARITHMETIC and mutated_by(node, root) is None)
 
 

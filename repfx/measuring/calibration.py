@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from repfx.algebra.kernel import Kernel
 from repfx.algebra.layers import Layer, keeps_statistics
 from repfx.algebra.moments import Moments, set_kernel
+from repfx.blocks.block import RepBlock
 from repfx.errors import InvalidInput, first_line
 from repfx.measuring.in_float64 import device_of, map_tensors
 from repfx.records.modes import in_eval_mode
@@ -136,7 +137,8 @@ class PartialSum:
         """Measure the sum, and return the output of `instead`, if there is one. This is the forward hook of the block."""
         total = sum(self._outputs[part].double() * factor for part, factor in self.parts.items())
         assert isinstance(total, Tensor)
-        channels = total.transpose(0, 1).flatten(1)
+        on_last_axis = isinstance(block, RepBlock) and block.site.is_linear
+        channels = total.reshape(-1, total.shape[-1]).T if on_last_axis else total.transpose(0, 1).flatten(1)
         if channels.shape[1]:
             self._all.append(Moments(channels.mean(1), channels.var(1, correction=0)))
         instead = None if self.instead is None else self._outputs[self.instead]

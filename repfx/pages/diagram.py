@@ -14,7 +14,7 @@ from repfx.algebra.meaning import torch_class
 from repfx.blocks.block import ORIGIN, RepBlock
 from repfx.blocks.branch import Chain
 from repfx.blocks.cropped_conv import CroppedConv
-from repfx.blocks.stages import Pad, Subsample
+from repfx.blocks.stages import Pad, RowNorm, Subsample
 from repfx.passes.merge_parallel import MERGE_PARALLEL
 from repfx.records.provenance import provenance_of
 
@@ -157,6 +157,8 @@ def chip_of(module: nn.Module) -> Chip:
     """Describe a layer in a few words."""
     if isinstance(module, RepBlock):
         return Chip(f"block {module.site}", "block", _lanes(module))
+    if isinstance(module, RowNorm):
+        return chip_of(module.norm)
     if isinstance(module, CroppedConv):
         return Chip(f"{module.site}, shared weights", "conv")
     if is_conv(module):
@@ -164,7 +166,7 @@ def chip_of(module: nn.Module) -> Chip:
     if is_batch_norm(module):
         return Chip("BN", "norm")
     if isinstance(module, nn.Linear):
-        return Chip(f"linear {module.in_features}→{module.out_features}", "conv")
+        return Chip(str(ConvSpec.of(module)), "conv")
     if isinstance(module, Pad):
         return Chip("pad", "other")
     if isinstance(module, Subsample):

@@ -20,10 +20,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repfx.algebra.layers import is_batch_norm, is_conv, is_plain_sequence, own_classes
+from repfx.algebra.layers import is_batch_norm, is_conv_or_linear, is_plain_sequence, own_classes
 from repfx.reading.function_source import all_names
 from repfx.reading.further_arguments import only_passed_on
 from repfx.reading.module_uses import Uses, uses_in
+from repfx.records.module_tree import module_at
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Around:
         uses: what the code does with children of the module around, where that isn't known to be harmless.
         closed: why nothing inside a module may be changed, or None.
         asks_for_bias: whether the code asks if a layer has a bias.
+        reads_weights: whether the code reads a weight, and its text doesn't say of which layer.
+        weights_of: the layers, by id, whose weights the code reads by their paths, as in ``self.embed.proj.weight``.
     """
 
     names: frozenset[str] = frozenset()
@@ -55,6 +58,8 @@ class Around:
     uses: Uses = field(default_factory=Uses)
     closed: str | None = None
     asks_for_bias: bool = False
+    reads_weights: bool = False
+    weights_of: frozenset[int] = frozenset()
 
     def toward(self, child: str, ran: Container[CodeType] | None = None) -> Around:
         """Return the facts for one child of the module whose code was read last. `ran` is the code that ran if it was traced."""
@@ -70,6 +75,9 @@ class Around:
         code = list(_code_of(type(module), ("forward", "train", *self._members(module)), helpers=True))
         calls = [node for node in code if isinstance(node, ast.Call)]
         attributes = [node for node in code if isinstance(node, ast.Attribute)]
+        named = [
+            _named_by(node.value, module) for node in attributes if node.attr == "weight" and not _is_self(node.value)
+        ]
         used_whole = {id(call.func) for call in calls} | {id(node.value) for node in attributes}
         return Around(
             self.names | _names_read(attributes, _results(code, module)) | _names_by_text(calls),
@@ -88,7 +96,13 @@ class Around:
             uses_in(module, ("forward", *self._members(module))),
             self.closed,
             self.asks_for_bias or any(map(_asks_for_bias, code)),
+            self.reads_weights or None in named or "weight" in _names_by_text(calls),
+            self.weights_of | {id(layer) for layer in named if layer is not None},
         )
+
+    def reads_weight_of(self, layer: nn.Module) -> bool:
+        """Whether the code may read the weight of a layer."""
+        return self.reads_weights or id(layer) in self.weights_of
 
     def reason(self, module: nn.Module) -> str | None:
         """Why a module can't become a graph, or None."""
@@ -140,9 +154,7 @@ class Around:
     def _reads(self, path: str, part: nn.Module) -> bool:
         """Whether the code reads a part of a module by its name, and the part is or holds a layer that may be merged."""
         named = path.rpartition(".")[2] in self.names
-        return named and any(
-            is_conv(inner) or is_batch_norm(inner) or isinstance(inner, nn.Linear) for inner in part.modules()
-        )
+        return named and any(is_conv_or_linear(inner) or is_batch_norm(inner) for inner in part.modules())
 
 
 _LISTS = frozenset({"children", "named_children", "_modules"})
@@ -165,6 +177,15 @@ def _names_read(attributes: list[ast.Attribute], results: frozenset[str]) -> fro
         for node in attributes
         if not (_is_self(node.value) or (isinstance(node.value, ast.Name) and node.value.id in results))
     )
+
+
+def _named_by(value: ast.expr, module: nn.Module) -> nn.Module | None:
+    """Return the part of a module that code names by a path from `self`, as in ``self.embed.proj``, or None."""
+    names: list[str] = []
+    while isinstance(value, ast.Attribute):
+        names.append(value.attr)
+        value = value.value
+    return module_at(module, ".".join(reversed(names))) if names and _is_self(value) else None
 
 
 def _results(code: list[ast.AST], module: nn.Module) -> frozenset[str]:
@@ -336,9 +357,10 @@ def reads_attribute(cls: Any, name: str) -> bool:
 def asks_for_exact_class(module: nn.Module) -> str | None:
     """Why a module can't be traced: its code asks for the exact class of a value, and a proxy has one of its own. Else None.
 
-    Questions for the classes of modules don't count, nor whether a value is of a plain class such as `list`.
+    Questions for the classes of modules don't count, nor whether a value is of a plain class such as `list`. repfx's own modules ask for
+    none, and there may be many of them.
     """
-    if not _names_type(type(module)):  # type: ignore[arg-type]
+    if type(module).__module__.startswith("repfx.") or not _names_type(type(module)):  # type: ignore[arg-type]
         return None
     asked = uses_in(module).types
     return f"it asks for the exact class of a value, which tracing can't know: {asked[0]}" if asked else None

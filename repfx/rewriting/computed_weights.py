@@ -8,13 +8,13 @@ from torch.nn.utils.prune import BasePruningMethod, remove
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from repfx.algebra.layers import Layer, is_batch_norm, is_conv
+from repfx.algebra.layers import Layer, is_batch_norm, is_conv_or_linear
 
 
 def fix_weights(model: nn.Module) -> None:
     """Give each conv, linear layer and BatchNorm of a model in eval mode the weights that its hooks compute, in place of the hooks."""
     for module in model.modules():
-        if is_conv(module) or is_batch_norm(module) or isinstance(module, nn.Linear):
+        if is_conv_or_linear(module) or is_batch_norm(module):
             for hook in list(module._forward_pre_hooks.values()):
                 _fix(module, hook)
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx, nn
 
 from repfx.algebra.kernel import Kernel
-from repfx.algebra.layers import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, Layer, is_batch_norm, is_frozen_norm
+from repfx.algebra.layers import BATCH_NORMS, KERNEL_LAYERS, Layer, is_batch_norm, is_frozen_norm
 from repfx.algebra.meaning import torch_class
 from repfx.algebra.moments import Moments
 from repfx.blocks.block import RepBlock
@@ -200,7 +200,7 @@ class _Site:
             same = reads_its_own_weight(node) if inside else reads_saved_weight(node, self.view.root)
             return "" if same else "its weight is computed in forward"
         torch_s = torch_class(self.view.root.get_submodule(str(node.target)))
-        return "" if torch_s in (*CONVS, *TRANSPOSED_CONVS, nn.Linear) else "its class has a meaning of its own"
+        return "" if torch_s in KERNEL_LAYERS else "its class has a meaning of its own"
 
     # -- the BatchNorm
 

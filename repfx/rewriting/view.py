@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from repfx.algebra.conv_spec import ConvSpec
 from repfx.algebra.kernel import Kernel
-from repfx.algebra.layers import has_hooks, has_tensors, is_batch_norm, is_conv
+from repfx.algebra.layers import has_hooks, has_tensors, is_batch_norm, is_conv_or_linear
 from repfx.algebra.meaning import Meaning, refusal_of
 from repfx.graphs.calls_with_tensors import axes_of_constants, read_call_with_tensors
 from repfx.graphs.constants import Constants
@@ -193,4 +193,4 @@ class View:
         module = self.module(node)
         if node in self.kernels or is_functional_conv(node):
             return True
-        return module is not None and (is_conv(module) or isinstance(module, nn.Linear))
+        return module is not None and is_conv_or_linear(module)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from repfx.blocks.presets import SpecLike
 from repfx.blocks.selection import spec_at
 from repfx.change.saliency import METRICS
-from repfx.change.schedule import Candidate, Observation, ObservedBlock, Schedule, require
+from repfx.change.schedule import Candidate, Observation, ObservedBlock, Schedule, require, require_conv_spec
 from repfx.errors import UnknownName
 from repfx.passes.drop import Drop
 from repfx.passes.expand import Expand
@@ -65,6 +65,7 @@ class DyRep(Schedule):
         if self.metric not in METRICS:
             raise UnknownName("saliency", self.metric, METRICS)
         spec_at(self.spec, "")
+        require_conv_spec(self.spec, self)
 
     def due(self, epoch: int) -> bool:
         return 0 < epoch < self.until and epoch % self.interval == 0

@@ -15,7 +15,9 @@ from repfx.records.journal import Action
 
 @dataclass(frozen=True)
 class Fixed(Schedule):
-    """Expand all convs before the first epoch. With `squeeze_from`, the last epochs cost about what the plain model's do.
+    """Expand all convs before the first epoch, or the linear layers, too, if the spec takes them.
+
+    With `squeeze_from`, the last epochs cost about what the plain model's do.
 
     Args:
         spec: the branches that convs get at the beginning. Blocks that are there already stay as they are. None: no conv is expanded.
@@ -34,6 +36,11 @@ class Fixed(Schedule):
         specs = [] if self.spec is None else [spec for _, spec in Selection.of(self.spec).patterns]
         normalised = self.squeeze_from == 0 and any(spec.norm == "batch_norm" for spec in specs)
         require(not normalised, "squeeze_from is 0, but then BatchNorms in branches have measured nothing yet.")
+
+    @property
+    def takes_linear(self) -> bool:
+        specs = [] if self.spec is None else [spec for _, spec in Selection.of(self.spec).patterns]
+        return any(spec.layers != "conv" for spec in specs)
 
     def due(self, epoch: int) -> bool:
         return epoch == 0

@@ -11,7 +11,7 @@ from repfx.algebra.conv_spec import ConvSpec
 from repfx.blocks.presets import SpecLike
 from repfx.blocks.selection import spec_at
 from repfx.blocks.spec import Weights
-from repfx.change.schedule import Observation, ObservedBlock, Schedule, require
+from repfx.change.schedule import Observation, ObservedBlock, Schedule, require, require_conv_spec
 from repfx.errors import InvalidInput, UnknownName
 from repfx.passes.drop import Drop
 from repfx.passes.expand import Expand
@@ -73,6 +73,7 @@ class RepAn(Schedule):
         if self.statistics not in ("inherited", "measured"):
             raise UnknownName("statistics", str(self.statistics), ["inherited", "measured"])
         spec_at(self.spec, "")
+        require_conv_spec(self.spec, self)
 
     @property
     def cycle(self) -> int:

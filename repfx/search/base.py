@@ -16,7 +16,7 @@ from repfx.blocks.presets import SpecLike
 from repfx.blocks.selection import spec_at
 from repfx.blocks.spec import Weights
 from repfx.change.companion import Run
-from repfx.change.schedule import Candidate, Observation, ObservedBlock, Schedule, require
+from repfx.change.schedule import Candidate, Observation, ObservedBlock, Schedule, require, require_conv_spec
 from repfx.errors import UnknownName
 from repfx.passes.calibrate import Calibrate
 from repfx.passes.drop import Drop
@@ -88,6 +88,7 @@ class Search(Schedule):
         require(self.batches >= 1, f"batches is {self.batches}; it must be at least 1.")
         if self.spec is not None:
             spec_at(self.spec, "")
+            require_conv_spec(self.spec, self)
 
     # ---- structure
 

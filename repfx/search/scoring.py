@@ -27,7 +27,7 @@ from repfx.algebra.conv_spec import ConvSpec
 from repfx.algebra.kernel import Kernel
 from repfx.algebra.layers import Layer, has_hooks, keeps_statistics
 from repfx.algebra.meaning import affine_of
-from repfx.blocks.block import RepBlock
+from repfx.blocks.block import SIZES, RepBlock
 from repfx.blocks.paths import block_at
 from repfx.change.ranks import is_distributed
 from repfx.errors import InvalidInput, UnknownName, first_line
@@ -182,8 +182,9 @@ class SummedConv(nn.Module):
 
     def __init__(self, kernel: Kernel, conv: Layer, site: str) -> None:
         super().__init__()
-        for name in ConvSpec.__dataclass_fields__:
-            setattr(self, name, getattr(conv, name))
+        for name in SIZES:
+            if hasattr(conv, name):
+                setattr(self, name, getattr(conv, name))
         self.site = site
         self.open: tuple[str, ...] = ()  # the gated paths that it is filled with
         self._sizes = kernel.to("meta")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -9,6 +10,7 @@ from torch import fx, nn
 from repfx.algebra.layers import code_of_its_own, has_hooks, is_batch_norm, is_conv, is_plain_sequence
 from repfx.algebra.meaning import torch_class
 from repfx.blocks.block import RepBlock
+from repfx.blocks.stages import RowNorm
 from repfx.reading.source_code import asks_for_exact_class, calls, reads_attribute
 
 _AUTOCAST = frozenset(
@@ -47,14 +49,34 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module has nothing inside to trace: it is a layer of torch, or it holds neither a conv nor a BatchNorm."""
+    """Whether a module has nothing inside to trace: it is a layer of torch, or it holds neither a conv nor a BatchNorm.
+
+    A block of a linear layer can be traced, but a module that holds it is a leaf if it was one before the linear layer was expanded.
+    """
     if is_conv(module):
         return torch_class(module) is not None or not calls_conv(module)
-    if is_batch_norm(module):
+    if is_batch_norm(module) or isinstance(module, RowNorm):
         return True
+    if isinstance(module, RepBlock):
+        return False
     if is_plain_sequence(module):
         return False
-    return not any(is_conv(inner) or is_batch_norm(inner) or calls_conv(inner) for inner in module.modules())
+    return not any(
+        is_conv(inner) or is_batch_norm(inner) or calls_conv(inner) for inner in _outside_linear_blocks(module)
+    )
+
+
+def is_linear_block(module: nn.Module) -> bool:
+    """Whether a module is the block of a linear layer."""
+    return isinstance(module, RepBlock) and module.site.is_linear
+
+
+def _outside_linear_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and all modules inside it, but for the blocks of linear layers."""
+    yield module
+    for child in module.children():
+        if not is_linear_block(child):
+            yield from _outside_linear_blocks(child)
 
 
 def stays_whole(module: nn.Module) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from repfx.algebra.layers import is_batch_norm, is_conv
+from repfx.algebra.layers import is_batch_norm, is_conv_or_linear
 
 # for each module: what it holds, by name
 Settings: TypeAlias = dict[nn.Module, dict[str, Any]]
@@ -85,7 +85,7 @@ def _settings_of(module: nn.Module) -> dict[str, Any]:
 
 def _is_read(module: nn.Module) -> bool:
     """Whether rules read a module's plain values."""
-    return is_conv(module) or is_batch_norm(module) or isinstance(module, nn.Linear)
+    return is_conv_or_linear(module) or is_batch_norm(module)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -1,21 +1,30 @@
-"""Sites: where the convs of a model sit. Each has the BatchNorm that only its conv feeds, and its branches or why it has none."""
+"""Sites: where the convs and linear layers of a model sit. Each has its branches, or why it has none.
+
+A conv has the BatchNorm that only it feeds.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from types import CodeType
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
 from repfx.algebra.activated_norm import norm_of
 from repfx.algebra.conv_spec import ConvSpec
-from repfx.algebra.layers import BATCH_NORMS, CONVS, TRANSPOSED_CONVS, Layer, code_of_its_own, is_batch_norm, is_conv
+from repfx.algebra.layers import (
+    BATCH_NORMS,
+    CONVS,
+    KERNEL_LAYERS,
+    TRANSPOSED_CONVS,
+    Layer,
+    is_batch_norm,
+    is_conv_or_linear,
+)
 from repfx.algebra.meaning import refusal_of, torch_class
 from repfx.blocks.architecture import Architecture
 from repfx.blocks.block import RepBlock
@@ -23,22 +32,22 @@ from repfx.blocks.branch import fitting
 from repfx.blocks.presets import SpecLike
 from repfx.blocks.selection import Selection
 from repfx.errors import UnknownName
-from repfx.reading.source_code import Around, asked_for
 from repfx.records.module_tree import module_paths, outer_paths
 from repfx.records.report import report
 from repfx.records.wrappers import bare, require_layers
-from repfx.tracing.leaves import is_leaf
-from repfx.tracing.recording import code_recorded
+from repfx.tracing.code_around import code_around
 from repfx.tracing.trace import Island, Traces, call_counts, trace
 
 
 @dataclass(frozen=True)
 class Site:
-    """One conv of a model.
+    """One conv or linear layer of a model.
 
     Args:
         path: path of the conv, or of the block that replaces it.
         conv: sizes of the conv; None if they can't be read.
+        linear: whether it is a linear layer. A BatchNorm never belongs to one: it stays behind the block, because a linear layer has its
+            channels on the last axis, and where BatchNorm1d looks for them depends on the input.
         norm: path of the BatchNorm that only this conv feeds, or None.
         branches: names of the branches beside the conv; empty for a plain conv.
         block: path of the block that has this conv inside one of its branches, or None.
@@ -53,6 +62,7 @@ class Site:
     block: str | None = None
     refusal: str | None = None
     note: str = ""
+    linear: bool = False
 
     @property
     def outcome(self) -> str:
@@ -85,6 +95,8 @@ class SiteTable:
 def sites(model: nn.Module, spec: SpecLike | Architecture | None = None) -> SiteTable:
     """List the sites of a model: path, conv, and branches or the reason why a conv was left alone. With `spec`, show what it would add.
 
+    Linear layers are listed where they are blocks, or where a spec for linear layers was or would be asked for them.
+
     >>> print(sites(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)), "repvgg"))
     site  conv     branches
     0     3×3 3→8  (would get 1x1; not identity: 3 channels go in and 8 come out)
@@ -95,9 +107,11 @@ def sites(model: nn.Module, spec: SpecLike | Architecture | None = None) -> Site
     found = [site for site in find_sites(model) if site.block is None]
     if spec is not None:
         selection = Selection.of(spec)
-        return SiteTable(tuple(replace(site, note=_plan(site, selection)) for site in found))
+        planned = [site for site in found if selection.takes(site.path, linear=site.linear)]
+        return SiteTable(tuple(replace(site, note=_plan(site, selection)) for site in planned))
     reasons = {skip.path: skip.reason for skip in report(model).skipped if skip.rule == "expand"}
-    return SiteTable(tuple(replace(site, note=reasons.get(site.path, "")) for site in found))
+    shown = [site for site in found if not site.linear or site.branches or site.path in reasons]
+    return SiteTable(tuple(replace(site, note=reasons.get(site.path, "")) for site in shown))
 
 
 def _plan(site: Site, selection: Selection) -> str:
@@ -191,7 +205,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     registered = module_paths(model)
     calls = call_counts(traces)
     owners = _owners(model)
-    code = _code_around(model, traces.untraced, _Ran(model))
+    code = code_around(model, traces)
     norms = {
         conv: norm
         for conv, norm in _own_norms(model, traces, calls, registered, read).items()
@@ -203,82 +217,17 @@ def find_sites(model: nn.Module) -> list[Site]:
     for path, module in model.named_modules():
         inside = next((outer for outer in outer_paths(path)[1:] if outer in blocks), None)
         if isinstance(module, RepBlock):
-            found.append(Site(path, module.site, module.norm_path, tuple(module.branches), inside))
-        elif is_conv(module) and path not in origins:
+            linear = module.site.is_linear
+            found.append(Site(path, module.site, module.norm_path, tuple(module.branches), inside, linear=linear))
+        elif is_conv_or_linear(module) and path not in origins:
             refusal = _refusal(module, path, read, registered, owners) or code[path].refusal(
                 module, called=calls[path] > 0
             )
             if refusal is None and torch_class(module) in TRANSPOSED_CONVS:
                 refusal = _size_refusal(path, traces)
-            conv = ConvSpec.of(module) if torch_class(module) in CONVS + TRANSPOSED_CONVS else None
-            found.append(Site(path, conv, norms.get(path), (), inside, refusal))
-    return found
-
-
-@dataclass(frozen=True)
-class _Code:
-    """The code around a layer: what it reads and asks for, and the reason why nothing inside it can be changed (`closed`), or None."""
-
-    around: Around = field(default_factory=Around)
-    closed: str | None = None
-
-    def refusal(self, conv: nn.Module, *, called: bool) -> str | None:
-        """Why a conv can't become a block, or None. `called` says whether a graph calls the conv."""
-        asked = asked_for(conv, self.around.classes)
-        if asked is not None:
-            return f"code around it asks whether it is a {asked}"
-        if self.around.asks_for_bias and conv.bias is None:
-            return "code around it asks whether a layer has a bias; it has none now, and would have one later"
-        if not called and "weight" in self.around.names:
-            return "code around it, which can't be traced, reads its weights"
-        return self.closed or self.around.closed
-
-    def needs_norm(self, path: str, norm: nn.Module) -> bool:
-        """Whether the code needs a BatchNorm to stay where it is."""
-        if path.rpartition(".")[2] in self.around.sets_modes:
-            return True
-        if _asks_for_identities(self.around) or self.around.closed is not None:
-            return True
-        return asked_for(norm, self.around.classes) is not None or bool(_OF_NORMS & self.around.names)
-
-
-def _asks_for_identities(around: Around) -> bool:
-    """Whether code asks if a module is an identity, which stands where a BatchNorm was once that has moved."""
-    return asked_for(nn.Identity(), around.classes) is not None
-
-
-_OF_NORMS = frozenset({"eps", "momentum", "num_features", "running_mean", "running_var", "affine"})
-
-
-class _Ran:
-    """The code that runs when a model is called, found by tracing the model once more when somebody first asks."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __contains__(self, code: object) -> bool:
-        return self._codes is None or code in self._codes
-
-    @cached_property
-    def _codes(self) -> set[CodeType] | None:
-        with code_recorded() as codes:
-            trace(self._model)
-        return codes
-
-
-def _code_around(model: nn.Module, untraced: Container[str], ran: _Ran) -> dict[str, _Code]:
-    """Map the path of each module to the code of all modules that it lies in. `ran` is the code that ran while the model was traced.
-
-    The code of blocks is left out, because it works with whatever their parts become.
-    """
-    found = {"": _Code()}
-    for path, module in model.named_modules():
-        code = found.get(path, _Code())
-        if not (is_leaf(module) or isinstance(module, RepBlock)):
-            code = _Code(code.around.inside(module), code.closed or code_of_its_own(module))
-        for name, _ in module.named_children():
-            inner = code.around.toward(name, None if path in untraced else ran)
-            found[f"{path}.{name}".lstrip(".")] = _Code(inner, code.closed)
+            conv = ConvSpec.of(module) if torch_class(module) in KERNEL_LAYERS else None
+            linear = isinstance(module, nn.Linear)
+            found.append(Site(path, conv, norms.get(path), (), inside, refusal, linear=linear))
     return found
 
 

@@ -1,7 +1,7 @@
 """Tracing that can't be wrong: torch.fx graphs of a model, or of its largest traceable parts (*islands*).
 
 - A module that holds neither a conv nor a BatchNorm, and is no plain sequence, stays a leaf. So dropout, stochastic depth and attention
-  keep their own behaviour in both modes.
+  keep their own behaviour in both modes. The blocks of linear layers inside it are islands of their own.
 - A module with hooks stays a leaf, too; its children are tried one by one. Code that may read what hooks collect can't be traced.
 - Lists and dicts of modules without a forward, and sequences that hold more than layers, are tried member by member if the code around
   them can't be traced, because that code may index them.
@@ -41,7 +41,7 @@ from repfx.records.notes import copy_of
 from repfx.records.wrappers import passes_on
 from repfx.tracing.eval_path import NOTES, settled_modes
 from repfx.tracing.keepers import attribute_of, kept_by_a_leaf, kept_from_outside, kept_in
-from repfx.tracing.leaves import holds_modules, is_container, is_leaf, stays_whole
+from repfx.tracing.leaves import holds_modules, is_container, is_leaf, is_linear_block, stays_whole
 from repfx.tracing.traced import Untraceable, differ, graphs_by_mode, line_of
 
 DIFFERS = "it computes different things in training and in eval mode"
@@ -128,6 +128,8 @@ def _traces(
         if isinstance(result, str):
             if not is_leaf(module) and not is_container(module):
                 untraced[path] = f"{result}; {refused[module]}" if module in refused and reason is None else result
+                around = around.inside(module)
+            elif _holds_linear_block(module):
                 around = around.inside(module)
             if path in kept:
                 around = replace(around, closed=around.closed or f"{attribute_of(kept[path][0])} keeps what it lies in")
@@ -284,12 +286,16 @@ def _is_one_call(graph: fx.Graph) -> bool:
 
 
 def _opaque_calls(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
-    """The paths of modules that the graph calls as leaves although they hold something to trace."""
+    """The paths of modules that the graph calls as leaves although they hold something to trace, such as the block of a linear layer."""
     targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     for target in sorted(targets):
         module = root.get_submodule(target)
-        if not is_leaf(module):
+        if not is_leaf(module) or _holds_linear_block(module):
             yield target
+
+
+def _holds_linear_block(module: nn.Module) -> bool:
+    return any(is_linear_block(inner) for inner in module.modules())
 
 
 def _around_leaf(around: Around, target: str, graph: fx.Graph) -> Around:

@@ -282,7 +282,7 @@ def _require_sites(schedule: Schedule, plain: nn.Module) -> None:
     """Raise if the schedule's spec has a pattern that fits no conv of the model."""
     spec = getattr(schedule, "spec", None)
     if isinstance(spec, Mapping):
-        Selection.of(spec).require_used({site.path: str(site.conv or "?") for site in sites(plain)})
+        Selection.of(spec).require_used({site.path: str(site.conv or "?") for site in sites(plain, spec)})
 
 
 def _prepare(experiment: Experiment) -> tuple[nn.Module, DataSet, ModelReference]:

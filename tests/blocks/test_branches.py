@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.algebra.conv_spec import ConvSpec
-from repfx.algebra.layers import Layer, is_batch_norm, is_conv
+from repfx.algebra.layers import Layer, is_batch_norm, is_conv, is_conv_or_linear
 from repfx.algebra.meaning import kernel_of
 from repfx.blocks.branch import KINDS, Branch, kind_of, refusal_of_branch
 from repfx.blocks.spec import BranchSpec
@@ -63,6 +63,9 @@ SITES: dict[str, Callable[[], Layer]] = {
     "transposed, groups, dilation": lambda: nn.ConvTranspose2d(4, 6, (2, 3), dilation=(1, 2), groups=2),
     "1d transposed depthwise": lambda: nn.ConvTranspose1d(4, 4, 4, stride=2, padding=1, groups=4),
     "3d transposed": lambda: nn.ConvTranspose3d(2, 4, (1, 2, 2), stride=(1, 2, 2)),
+    "linear": lambda: nn.Linear(4, 4),
+    "linear to more": lambda: nn.Linear(4, 6, bias=False),
+    "linear from one": lambda: nn.Linear(1, 3),
     "3d even, replicate": lambda: nn.Conv3d(2, 2, 2, padding=1, padding_mode="replicate"),
 }
 SIZES = {name: ConvSpec.of(make()) for name, make in SITES.items()}
@@ -79,6 +82,7 @@ VARIANTS = [
     BranchSpec("lora", {"rank": 2, "alpha": 8}),
 ]
 NORMS = ["batch_norm", "scale", "none"]
+OF_LINEAR_LAYERS = ("1x1", "identity", "kxk", "1x1-kxk", "1x1-kxk-1x1", "lora")
 EXPANDED = ("1x1-kxk-1x1", "lora", "1x1-sobel-x", "1x1-sobel-y", "1x1-sobel-z", "1x1-laplacian")
 
 
@@ -98,7 +102,9 @@ def build(branch: BranchSpec, name: str, norm: str, dtype: torch.dtype = torch.f
     """A branch without values, such as zeros or ones, that could hide a mistake."""
     like = torch.empty((), dtype=dtype)
     built = kind_of(branch)(SIZES[name], Norm(norm, eps=1e-3), like, **branch.options)
-    weights: list[Layer] = [module for module in built.modules() if is_conv(module) or isinstance(module, Scale)]
+    weights: list[Layer] = [
+        module for module in built.modules() if is_conv_or_linear(module) or isinstance(module, Scale)
+    ]
     for module in weights:
         if module.weight.requires_grad:
             module.weight.normal_(0.5, 0.5)
@@ -111,6 +117,8 @@ def build(branch: BranchSpec, name: str, norm: str, dtype: torch.dtype = torch.f
 def example(name: str) -> Tensor:
     """An input just large enough, with a different size on each axis so that swapped axes show."""
     site = SIZES[name]
+    if site.is_linear:
+        return torch.randn(2, 5, 3, site.in_channels, dtype=torch.float64)
     extents = [d * (k - 1) + 1 for d, k in zip(site.dilation, site.kernel_size)]
     sizes = [max(extent + 2, 5) + axis for axis, extent in enumerate(extents)]
     return torch.randn(2, site.in_channels, *sizes, dtype=torch.float64)
@@ -241,6 +249,8 @@ def test_a_refusal_says_why(branch: BranchSpec, name: str) -> None:
         ("lora", "transposed", "equal sizes"),
         ("1x1", "1d transposed depthwise", "equal sizes"),
         ("identity", "3d transposed", "equal sizes"),
+        ("identity", "linear to more", "4 channels go in and 6 come out"),
+        *((kind, "linear", "a linear layer has no window") for kind in KINDS if kind not in OF_LINEAR_LAYERS),
     ],
 )
 def test_what_does_not_fit_is_refused(kind: str, name: str, reason: str) -> None:
@@ -402,6 +412,15 @@ def test_the_pointwise_conv_before_a_window_begins_as_an_identity(groups: int) -
     branch: Any = kind_of(BranchSpec("1x1-kxk"))(site, Norm("none"), torch.empty((), dtype=torch.float64))
     x = torch.randn(1, 6, 4, 5, dtype=torch.float64)
     assert torch.equal(branch.conv1(x), x)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_first_of_two_linear_layers_begins_as_an_identity(residual: bool) -> None:
+    site, options = ConvSpec.of(nn.Linear(6, 3)), {"residual": residual}
+    branch: Any = kind_of(BranchSpec("1x1-kxk"))(site, Norm("none"), torch.empty((), dtype=torch.float64), **options)
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    assert torch.equal(branch.conv1(x), x)
+    assert_same_map(branch.equivalent_kernel(x), branch, x)
 
 
 def test_depthwise_sites_keep_their_groups() -> None:

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import repfx
 import repfx.onnx.program
 from repfx.errors import ExportError, InvalidInput
 from repfx.onnx.export import export_onnx
 from repfx.onnx.file import Value
 from repfx.records.target_file import staged
+from repfx.testing import randomize_batch_norm
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -298,3 +300,15 @@ def test_what_is_further_off_than_rounding_is_refused(tmp_path: Path, monkeypatc
     with pytest.raises(ExportError, match="worst relative difference"):
         export_onnx(far_from_zero(), tmp_path / "m.onnx", torch.randn(2, 3, 12, 10))
     assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("axes", [(3,), (), (2, 5)], ids=["sequence", "rows", "picture"])
+def test_blocks_of_linear_layers_are_written_as_linear_layers(tmp_path: Path, axes: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4))
+    expanded = randomize_batch_norm(repfx.expand(model, repfx.Spec(["kxk", "1x1-kxk"], layers="linear"))).eval()
+    report = export_onnx(expanded, tmp_path / "linear.onnx", torch.randn(2, *axes, 6))
+    assert sum(report.nodes.get(name, 0) for name in ("MatMul", "Gemm")) == 2
+    for count in (2, 3):
+        x = torch.randn(count, *axes, 6)
+        assert relative_error(expanded(x), run(report.path, x)[0]) < 1e-5

@@ -21,8 +21,8 @@ import repfx.rewriting.guards
 import repfx.rewriting.patterns
 import repfx.rewriting.pipeline
 import repfx.rewriting.view
+import repfx.tracing.code_around
 import repfx.tracing.leaves
-import repfx.tracing.sites
 import repfx.tracing.trace
 import repfx.tracing.traced
 import repfx.tracing.tracer
@@ -319,7 +319,9 @@ MUTANTS = [
         puts(repfx.records.module_tree, "modules_in", lambda *_: ()),
         ("expanding an alias",),
     ),
-    Mutant("classes not asked for", puts(repfx.tracing.sites, "asked_for", never), ("expanding what is asked for",)),
+    Mutant(
+        "classes not asked for", puts(repfx.tracing.code_around, "asked_for", never), ("expanding what is asked for",)
+    ),
     Mutant(
         "uses not seen",
         puts(Around, "toward", lambda around, child, *_: around),
@@ -343,7 +345,7 @@ MUTANTS = [
     Mutant("keepers in leaves ignored", puts(repfx.tracing.trace, "kept_by_a_leaf", never), ("kept by a part",)),
     Mutant(
         "no question for identities",
-        puts(repfx.tracing.sites, "_asks_for_identities", lambda around: False),
+        puts(repfx.tracing.code_around, "_asks_for_identities", lambda around: False),
         ("no identity, expanded",),
     ),
     Mutant("defaults not kept", puts(repfx.tracing.tracer, "require_default", never), ("a default taken",)),

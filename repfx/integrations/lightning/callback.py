@@ -141,7 +141,7 @@ class RepFXCallback(_callback_class()):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the driver, now that the data, the optimizers and the contents of a checkpoint are there."""
         model = self._model_in(pl_module)
-        require_open_sites(model)
+        require_open_sites(model, self.schedule)
         self._keep_skeleton(model)
         batches = trainer.num_training_batches
         counted = pl_module.automatic_optimization and math.isfinite(batches)
@@ -208,7 +208,7 @@ class RepFXCallback(_callback_class()):  # type: ignore[misc]
     # ---- what they do
 
     def _model_in(self, module: Any) -> nn.Module:
-        path = model_path(module, self._ema) if self._path is None else self._path
+        path = model_path(module, self._ema, self.schedule) if self._path is None else self._path
         model: nn.Module = module.get_submodule(path)
         return model.get_submodule("_orig_mod") if hasattr(model, "_orig_mod") else model
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from repfx.algebra.layers import is_conv
+from repfx.algebra.layers import is_conv, is_conv_or_linear
 from repfx.change.schedule import Schedule
 from repfx.errors import InvalidInput
 from repfx.tracing.sites import find_sites
@@ -85,18 +85,21 @@ def trains(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
     return any(parameter in own for group in optimizer.param_groups for parameter in group["params"])
 
 
-def model_path(module: Any, ema: str | None) -> str:
-    """Return the path of the one child that holds a LightningModule's convs; an empty path, for the module itself, if there is none.
+def model_path(module: Any, ema: str | None, schedule: Schedule) -> str:
+    """Return the path of the one child that holds all layers that a schedule serves.
+
+    If there is no such child, the path is empty, for the LightningModule itself.
 
     Raises:
         InvalidInput: it would be the LightningModule itself, which has no forward of its own.
     """
+    served = is_conv_or_linear if schedule.takes_linear else is_conv
     inside = [
         name
         for name, child in module.named_children()
-        if not is_conv(child) and any(map(is_conv, child.modules())) and name != (ema or "").split(".")[0]
+        if not served(child) and any(map(served, child.modules())) and name != (ema or "").split(".")[0]
     ]
-    if len(inside) == 1 and not any(map(is_conv, module.children())):
+    if len(inside) == 1 and not any(map(served, module.children())):
         return str(inside[0])
     if type(module).forward.__module__.split(".")[0] in ("lightning", "pytorch_lightning"):
         raise InvalidInput(
@@ -106,9 +109,9 @@ def model_path(module: Any, ema: str | None) -> str:
     return ""
 
 
-def require_open_sites(model: nn.Module) -> None:
+def require_open_sites(model: nn.Module, schedule: Schedule) -> None:
     """Raise `InvalidInput` if no conv of a model can be expanded, so that nothing could ever change."""
-    sites = find_sites(model)
+    sites = [site for site in find_sites(model) if schedule.takes_linear or not site.linear]
     if all(site.refusal is not None for site in sites):
         reasons = "; ".join(f"{site.path}: {site.refusal}" for site in sites[:3]) or "it has no conv"
         raise InvalidInput(f"no conv of {type(model).__name__} can be expanded ({reasons}).")

@@ -24,6 +24,7 @@ from repfx.blocks.block import RepBlock
 from repfx.blocks.branch import Branch, fitting, kind_of
 from repfx.blocks.cropped_conv import share
 from repfx.blocks.origin import origin_kernel, require_affine, write_origin
+from repfx.blocks.own_fusing import give_methods_back, put_blocks_first
 from repfx.blocks.paths import block_at
 from repfx.blocks.presets import SpecLike
 from repfx.blocks.selection import Selection
@@ -255,6 +256,7 @@ def _grow(model: nn.Module, plans: list[_Plan], beginning: _Beginning) -> None:
     quiet = preserve and beginning.attach_rate is None  # γ = 0, or subtracted from the origin
     blocks = [_block(model, plan, beginning.attach_rate, quiet=quiet) for plan in plans]
     with ExitStack() as undo:  # nothing is changed before all blocks exist
+        undo.callback(give_methods_back, model)
         for plan, block in zip(plans, blocks):
             _install(model, plan, block, undo, preserve=preserve)
         if calibrate is not None:
@@ -362,6 +364,7 @@ def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *,
         _take_off(block)
     undo.callback(set_submodule, model, plan.site.path, conv)
     set_submodule(model, plan.site.path, block)
+    put_blocks_first(model, plan.site.path)
     if block.norm_path is not None:
         own = model.get_submodule(block.norm_path)
         undo.callback(set_submodule, model, block.norm_path, own)

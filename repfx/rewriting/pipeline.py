@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from repfx.algebra.layers import has_modes_of_its_own, is_batch_norm
 from repfx.blocks.cropped_conv import unshare
+from repfx.blocks.own_fusing import give_methods_back
 from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.unused import erase_unused
 from repfx.records.generators import random_state_kept
@@ -133,6 +134,7 @@ def _rewrite(
         kept += all_that_stays(editor, near_misses)
         target = install(target, island)
     put_back(target)
+    give_methods_back(target)
     outside = list(left_outside(target, traces))
     skips += [s for s in outside if s.reason == UNTRACED and is_batch_norm(target.get_submodule(s.path))]
     kept += outside

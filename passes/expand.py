@@ -34,7 +34,7 @@ from repfx.errors import InvalidInput
 from repfx.measuring.calibration import PartialSum, calibrate_norms, measure_sums
 from repfx.measuring.in_float64 import Inputs
 from repfx.measuring.proof import proven
-from repfx.records.journal import Action, record
+from repfx.records.journal import Action, forget, is_rebuilt, record, require_told
 from repfx.records.module_tree import set_submodule
 from repfx.records.notes import copy_of
 from repfx.records.report import Edit, Report, Skip
@@ -201,11 +201,16 @@ def expand(
             "example proves that the function stays, which preserve=False doesn't let: leave one of them out."
         )
     target = model if inplace else copy_of(model)
+    is_base = not any(isinstance(module, RepBlock) for module in target.modules())
+    if not is_base:
+        require_told(target)
     with proven("expand", target, example, in_training=not gamma):
         plans, skips = _plan(find_sites(target), selection)
         if strict:
             _require_all(skips)
         _grow(target, plans, beginning)
+        if is_base and is_rebuilt(target):
+            forget(target)
         record(target, [plan.action(target, beginning) for plan in plans])
     _report(plans, skips).attach(target)
     return target

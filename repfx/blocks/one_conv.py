@@ -42,9 +42,11 @@ def become_one_conv(block: Layer) -> None:
         return
     what = f"the block {block.site}"
     conv = conv_from_kernel(kernel_in_eval_mode(block, what), block.conv, what).train(block.training)
+    block.wake()
+    conv.requires_grad_(block.conv.weight.requires_grad)
     block._modules.clear()
     block.origin = Chain(iter({"conv": conv}.items()), block.site).train(block.training)
-    block._resting = block.norm_path = block.origin_scale = None
+    block.norm_path = block.origin_scale = None
     block.squeezed = block.holds_statistics = block.recomputes = False
     mark_as_rebuilt(block)
     mark_as_rebuilt(conv)

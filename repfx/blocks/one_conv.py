@@ -22,7 +22,9 @@ def kernel_in_eval_mode(block: Layer, what: str) -> Kernel:
     Raises:
         InvalidInput: a hook listens to something in the block, and would never be called again.
     """
-    listening = next((path for path, module in block.named_modules() if module is not block and has_hooks(module)), None)
+    listening = next(
+        (path for path, module in block.named_modules() if module is not block and has_hooks(module)), None
+    )
     if listening is not None:
         raise InvalidInput(f"{what} can't become a plain conv: {listening!r} in it has hooks. Remove them first.")
     with torch.no_grad():
@@ -50,4 +52,3 @@ def become_one_conv(block: Layer) -> None:
     block.squeezed = block.holds_statistics = block.recomputes = False
     mark_as_rebuilt(block)
     mark_as_rebuilt(conv)
-

@@ -109,7 +109,9 @@ def _blocks_in(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, RepBl
 def _place_of_norm(block: RepBlock, module: nn.Module, path: str) -> str | None:
     """Return the path in a module, which is at `path` in the model, where the BatchNorm of a block stood, or None."""
     inside = (block.norm_path or "").removeprefix(f"{path}.")
-    place = module_at(module, inside) if inside and f"{block.norm_path}".startswith(f"{path}." if path else "") else None
+    place = (
+        module_at(module, inside) if inside and f"{block.norm_path}".startswith(f"{path}." if path else "") else None
+    )
     return inside if place is not None and (type(place) is nn.Identity or is_rest(place)) else None
 
 

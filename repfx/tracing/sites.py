@@ -26,7 +26,7 @@ from repfx.errors import UnknownName
 from repfx.reading.source_code import Around, asked_for
 from repfx.records.module_tree import module_paths, outer_paths
 from repfx.records.report import report
-from repfx.records.wrappers import bare, require_layers
+from repfx.records.wrappers import innermost, require_layers
 from repfx.tracing.leaves import is_leaf
 from repfx.tracing.recording import code_recorded
 from repfx.tracing.trace import Island, Traces, call_counts, trace
@@ -91,7 +91,7 @@ def sites(model: nn.Module, spec: SpecLike | Architecture | None = None) -> Site
     2     1×1 8→8  (would get identity; not 1x1: the window is 1×1 already)
     """
     require_layers(model)
-    model = bare(model)
+    model = innermost(model)
     found = [site for site in find_sites(model) if site.block is None]
     if spec is not None:
         selection = Selection.of(spec)

@@ -193,7 +193,9 @@ def test_blocks_of_every_state_are_fused(state: Callable[[nn.Module], None]) -> 
     [{"attach_rate": 0.5, "preserve": False}, {"preserve": False}],
     ids=["attach rate", "as in the paper"],
 )
-@pytest.mark.parametrize("spec", ["repvgg", repfx.Spec(("1x1", "1xk"), weights="shared"), repfx.Spec(("kxk",), origin=False)])
+@pytest.mark.parametrize(
+    "spec", ["repvgg", repfx.Spec(("1x1", "1xk"), weights="shared"), repfx.Spec(("kxk",), origin=False)]
+)
 def test_blocks_of_every_spec_are_fused(spec: Any, options: dict[str, Any]) -> None:
     model = randomize_batch_norm(repfx.expand(Net().double(), spec, **options)).eval()
     x = image()
@@ -293,7 +295,10 @@ class TestHistory:
         model, x = net(), image()
         model.get_submodule("second").reparameterize()  # type: ignore[operator]
         expected = model(x)
-        for change in (lambda: repfx.drop(model, "plain.conv", "1x1"), lambda: repfx.expand(model, "acb", inplace=True)):
+        for change in (
+            lambda: repfx.drop(model, "plain.conv", "1x1"),
+            lambda: repfx.expand(model, "acb", inplace=True),
+        ):
             with pytest.raises(InvalidInput, match="'second' was fused by its own method"):
                 change()
         assert torch.equal(model(x), expected)

@@ -44,7 +44,9 @@ def has_blocks(model: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "ghostnetv3_050", "repvit_m0_9", "levit_128s", "resnet10t"])
+@pytest.mark.parametrize(
+    "name", ["repvgg_a0", "mobileone_s0", "ghostnetv3_050", "repvit_m0_9", "levit_128s", "resnet10t"]
+)
 @pytest.mark.slow
 def test_timm_fuses_an_expanded_model_as_repfx_does(name: str, preset: str) -> None:
     model = expanded(name, preset)

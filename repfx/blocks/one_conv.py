@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from repfx.algebra.baking import conv_from_kernel
 from repfx.algebra.kernel import Kernel

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -12,8 +10,6 @@ from torch import nn
 
 import repfx
 from repfx.algebra.layers import is_conv
-from repfx.blocks.own_fusing import BlocksFirst
-from repfx.errors import InvalidInput, NotAConv
 from repfx.testing import randomize_batch_norm
 
 timm = pytest.importorskip("timm")

@@ -31,6 +31,7 @@ def kernel_in_eval_mode(block: Layer, what: str) -> Kernel:
     return kernel
 
 
+@torch.inference_mode(False)
 def become_one_conv(block: Layer) -> None:
     """Leave nothing in a block but one plain conv, which computes what the block computes in eval mode.
 

@@ -55,6 +55,7 @@ class BlocksFirst:
             mark_as_rebuilt(result)
         return result
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _make_plain(self, blocks: dict[str, RepBlock]) -> None:
         parts = {site: _Part.of(block, site, self) for site, block in blocks.items()}

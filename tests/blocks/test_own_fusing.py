@@ -123,6 +123,7 @@ def blocks_of(model: nn.Module) -> list[RepBlock]:
     return [module for module in model.modules() if isinstance(module, RepBlock)]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_tool_gives_what_fuse_gives(preset: str, tool: Callable[[nn.Module], None]) -> None:
@@ -151,6 +152,14 @@ def test_a_model_in_training_mode_becomes_what_it_is_in_eval_mode() -> None:
     fuse_as_timm_does(model.train())
     assert all(module.training for module in model.modules())
     assert_same_map(model.eval(), lambda _: expected, x)
+
+
+def test_a_block_that_is_fused_in_inference_mode_can_be_trained() -> None:
+    block, x = net().get_submodule("plain.conv"), image()
+    with torch.inference_mode():
+        conv = block.fuse()  # type: ignore[operator]
+    conv(x).sum().backward()
+    assert conv.weight.grad is not None
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -188,6 +197,7 @@ def test_blocks_of_every_state_are_fused(state: Callable[[nn.Module], None]) -> 
     assert_same_map(model, lambda _: expected, x)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "options",
     [{"attach_rate": 0.5, "preserve": False}, {"preserve": False}],

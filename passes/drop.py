@@ -8,17 +8,15 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from repfx.algebra.activated_norm import joined
-from repfx.algebra.moments import set_kernel
 from repfx.blocks.block import ORIGIN, RepBlock
 from repfx.blocks.origin import absorb_branch, origin_kernel, require_absorbable, write_origin
+from repfx.blocks.own_fusing import collapse
 from repfx.blocks.paths import block_at
 from repfx.errors import InvalidInput
 from repfx.measuring.calibration import PartialSum, measure_sums
 from repfx.measuring.in_float64 import Inputs
 from repfx.measuring.proof import proven
 from repfx.records.journal import Action, apply, record
-from repfx.records.module_tree import set_submodule
 from repfx.records.report import Edit, Report
 from repfx.rewriting.pipeline import verb
 
@@ -150,17 +148,3 @@ def _factors(block: RepBlock, leaving: Sequence[str]) -> dict[nn.Module, float]:
     """Return the paths whose sum the origin must output after it has absorbed `leaving`, with their factors in eval mode (λ, gates)."""
     running = block.running_in(training=False)
     return {block.paths[name]: float(block.factor_of(name)) for name in (ORIGIN, *leaving) if name in running}
-
-
-def collapse(model: nn.Module, site: str, block: RepBlock) -> None:
-    """Replace a block by its own conv, and put its BatchNorm back where it stood.
-
-    A BatchNorm or a `Scale` that was made for the block is folded into the conv.
-    """
-    if block.scale is not None or (block.norm is not None and block.norm_path is None):
-        set_kernel(block.conv, None, origin_kernel(block), None)
-    elif block.norm is not None and block.norm_path is not None:
-        rest = model.get_submodule(block.norm_path)
-        norm = block.norm.train(block.training)  # even if the block held its statistics
-        set_submodule(model, block.norm_path, joined(norm, rest))
-    set_submodule(model, site, block.conv)

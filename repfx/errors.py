@@ -33,6 +33,10 @@ class UnknownName(InvalidInput):
         super().__init__(f"no {what} {name!r}{hint} Known: {', '.join(names)}")
 
 
+class NotAConv(RepfxError, AttributeError):
+    """A block was asked for an attribute that only a conv has, such as its weight."""
+
+
 class Refused(RepfxError):
     """`strict=True` met at least one refusal; the message lists each with its reason."""
 

@@ -18,9 +18,10 @@ from repfx.algebra.layers import Layer, has_hooks, is_batch_norm, takes_batch_st
 from repfx.blocks.branch import Branch, Chain
 from repfx.blocks.cropped_conv import is_shared
 from repfx.blocks.gates import Gates
+from repfx.blocks.one_conv import become_one_conv
 from repfx.blocks.recompute import recomputed
 from repfx.blocks.stages import AttachRate, Scale, batch_norm_in
-from repfx.errors import InvalidInput, RepfxError, UnknownName
+from repfx.errors import InvalidInput, NotAConv, RepfxError, UnknownName
 
 ORIGIN = "origin"
 _RESERVED = ("attach", "gate")
@@ -280,9 +281,27 @@ class RepBlock(nn.Module):
         rate = one if name == ORIGIN or self.attach_rate is None else self.attach_rate.double()
         return rate if self.gates is None else rate * self.gates.factor_of(name).to(rate.device)
 
+    def fuse(self) -> nn.Module:
+        """Become one plain conv, and return it: tools such as timm's `reparameterize_model` put it in the place of the block."""
+        become_one_conv(self)
+        return self.conv  # type: ignore[no-any-return]
+
+    def reparameterize(self) -> None:
+        """Become one plain conv inside this block, which computes what the block computes in eval mode; see `repfx.fuse`."""
+        become_one_conv(self)
+
+    def switch_to_deploy(self) -> None:
+        """Do what `reparameterize` does, under the name that RepVGG's own code uses."""
+        become_one_conv(self)
+
     def __getattr__(self, name: str) -> Any:
         if name in SIZES or name == "bias":  # code may ask whether the conv has a bias
             return getattr(self.conv, name)
+        if "origin" in self.__dict__.get("_modules", {}) and name not in self._modules and hasattr(self.conv, name):
+            raise NotAConv(
+                f"the block {self.site} has no {name!r}, because it is a sum of {len(self.paths)} paths: repfx.fuse(model) makes it a "
+                f"plain conv, which has one."
+            )
         return super().__getattr__(name)
 
 

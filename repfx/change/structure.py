@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from repfx.algebra.moments import Moments
 from repfx.blocks.folded_norm import folded_norm, remember_norm
 from repfx.errors import InvalidInput
-from repfx.records.journal import Action, forget, from_json, journal, record, replay, to_json
+from repfx.records.journal import Action, forget, from_json, journal, record, replay, require_told, to_json
 from repfx.records.module_tree import same_class
 from repfx.records.notes import copy_without_numbers
 
@@ -39,7 +39,12 @@ class Structure:
 
     @classmethod
     def of(cls, module: nn.Module) -> Structure:
-        """Return the structure that a module has now."""
+        """Return the structure that a module has now.
+
+        Raises:
+            InvalidInput: a part of it was fused by a method of its own, which its journal doesn't tell.
+        """
+        require_told(module)
         modules = dict(module.named_modules())
         journals: dict[str, tuple[Action, ...]] = {path: journal(inner) for path, inner in modules.items()}
         notes = {path: folded_norm(inner) for path, inner in modules.items()}

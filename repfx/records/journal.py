@@ -22,6 +22,7 @@ from repfx.records.plain_values import from_plain
 
 ACTIONS: dict[str, type[Action]] = {}
 _ATTRIBUTE = "repfx_journal"
+_REBUILT = "repfx_rebuilt"
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,30 @@ def forget(model: nn.Module) -> None:
     """Empty the journal of a model, so that the model as it is now is a base."""
     if journal(model):
         keep(model, _ATTRIBUTE, ())
+    for module in model.modules():
+        if kept(module, _REBUILT) is not None:
+            keep(module, _REBUILT, None)
+
+
+def mark_as_rebuilt(module: nn.Module) -> None:
+    """Note that a module was fused by a method of its own. The journal of a model that holds it doesn't tell of this."""
+    keep(module, _REBUILT, True)
+
+
+def is_rebuilt(model: nn.Module) -> bool:
+    """Whether a module in a model was fused by a method of its own since the model was a base."""
+    return any(kept(module, _REBUILT) for module in model.modules())
+
+
+def require_told(model: nn.Module) -> None:
+    """Raise `InvalidInput` unless the journal of a model tells all that was done to its blocks."""
+    path = next((path for path, module in model.named_modules() if kept(module, _REBUILT)), None)
+    if path is not None:
+        raise InvalidInput(
+            f"{path or type(model).__name__!r} was fused by its own method (fuse, reparameterize or switch_to_deploy), which the journal "
+            f"doesn't tell, so its structure can't be changed further, or saved with its history. Take repfx.fuse(model), which has no "
+            "history, or the model before it was fused."
+        )
 
 
 def apply(model: nn.Module, actions: Iterable[Action], calibrate: Iterable[Any] | None) -> None:
@@ -112,6 +137,7 @@ def apply(model: nn.Module, actions: Iterable[Action], calibrate: Iterable[Any] 
     Raises:
         RepfxError: an action doesn't fit the model. The actions of other kinds before it have been applied and recorded.
     """
+    require_told(model)
     for kind, group in groupby(actions, lambda action: action.kind):
         ACTIONS[kind].apply(model, list(group), calibrate)
 

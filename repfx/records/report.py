@@ -9,6 +9,7 @@ from torch import nn
 
 from repfx.errors import Refused
 from repfx.records.notes import keep, kept
+from repfx.records.wrappers import innermost
 
 _ATTRIBUTE = "repfx_report"
 
@@ -90,5 +91,5 @@ class Report:
 
 def report(model: nn.Module) -> Report:
     """Return the report of the last verb that made or changed this model, or an empty report if there was none."""
-    found = kept(model, _ATTRIBUTE)
+    found = kept(innermost(model), _ATTRIBUTE)
     return found if isinstance(found, Report) else Report("nothing done yet")

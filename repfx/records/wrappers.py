@@ -10,7 +10,8 @@ from repfx.errors import InvalidInput
 from repfx.records.module_tree import require_module
 
 # wrappers that hold the model as `module`
-_PASSING_ON: tuple[type[nn.Module], ...] = (AveragedModel, nn.DataParallel, nn.parallel.DistributedDataParallel)
+_PARALLEL: tuple[type[nn.Module], ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_PASSING_ON: tuple[type[nn.Module], ...] = (AveragedModel, *_PARALLEL)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -19,19 +20,29 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """Return the module inside its wrappers for several processes and for compilation.
+    """Return the module inside its wrappers for several processes or devices and for compilation.
+
+    A wrapper of a class of its own, or with hooks, stays, because it may do more than the module inside.
 
     >>> linear = nn.Linear(1, 1)
-    >>> bare(torch.compile(linear)) is bare(linear) is linear
+    >>> bare(torch.compile(linear)) is bare(nn.DataParallel(linear)) is bare(linear) is linear
     True
     """
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
+        if isinstance(model, nn.parallel.DistributedDataParallel) or (passes_on(model) and _is_parallel(model)):
+            model = model.get_submodule("module")
         elif is_compiled(model):
             model = model.get_submodule("_orig_mod")
         else:
             return model
+
+
+def _is_parallel(module: nn.Module) -> bool:
+    return isinstance(module, _PARALLEL) and not _has_hooks(module)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def passes_on(module: nn.Module) -> bool:
@@ -47,14 +58,15 @@ def innermost(model: nn.Module) -> nn.Module:
     """Return the module inside all wrappers, averages too."""
     while True:
         model = bare(model)
-        if not passes_on(model):
+        if not passes_on(model) or _has_hooks(model):
             return model
         model = model.get_submodule("module")
 
 
 def require_layers(model: nn.Module) -> None:
-    """Raise `InvalidInput` if `model` is no module, or is in a form without layers that could be changed."""
+    """Raise `InvalidInput` if `model` is no module, or what it wraps is in a form without layers that could be changed."""
     require_module(model)
+    model = innermost(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise InvalidInput(
             "the model is compiled by TorchScript, so its layers can't be changed: give the module that it was made from, and "

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from repfx.algebra.layers import has_modes_of_its_own, is_batch_norm
 from repfx.blocks.cropped_conv import unshare
+from repfx.blocks.own_fusing import give_methods_back
 from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.unused import erase_unused
 from repfx.records.generators import random_state_kept
@@ -22,7 +23,7 @@ from repfx.records.modes import set_modes
 from repfx.records.module_tree import module_paths
 from repfx.records.notes import copy_of
 from repfx.records.report import Edit, Note, Report, Skip
-from repfx.records.wrappers import bare, require_layers
+from repfx.records.wrappers import innermost, require_layers
 from repfx.rewriting.computed_weights import fix_weights
 from repfx.rewriting.cost import Cost, weights
 from repfx.rewriting.editor import Editor
@@ -40,8 +41,8 @@ from repfx.tracing.trace import Island, Traces, call_counts, trace
 def verb(function: Callable[..., Any]) -> Callable[..., Any]:
     """Register a function on models as a pass of its name, described by the first line of its docstring.
 
-    Its results are ordinary tensors, which can be trained, even if the caller is in `torch.inference_mode()`. Of a compiled model or a
-    `DistributedDataParallel`, the module inside is meant; a new model has no such wrapper. Random numbers go on afterwards as if it had
+    Its results are ordinary tensors, which can be trained, even if the caller is in `torch.inference_mode()`. Of a compiled, parallel or
+    averaged model, the module inside is meant; a new model has no such wrapper. Random numbers go on afterwards as if it had
     not been called.
     """
     Pass(function.__name__, (function.__doc__ or "").strip().splitlines()[0].rstrip("."))
@@ -49,7 +50,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def checked(model: nn.Module, *args: Any, **options: Any) -> Any:
         require_layers(model)
-        inner = bare(model)
+        inner = innermost(model)
         with random_state_kept(inner):
             result = function(inner, *args, **options)
         return model if result is inner else result
@@ -132,6 +133,7 @@ def _rewrite(
         kept += all_that_stays(editor, near_misses)
         target = install(target, island)
     put_back(target)
+    give_methods_back(target)
     outside = list(left_outside(target, traces))
     skips += [s for s in outside if s.reason == UNTRACED and is_batch_norm(target.get_submodule(s.path))]
     kept += outside

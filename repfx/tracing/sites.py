@@ -34,7 +34,7 @@ from repfx.blocks.selection import Selection
 from repfx.errors import UnknownName
 from repfx.records.module_tree import module_paths, outer_paths
 from repfx.records.report import report
-from repfx.records.wrappers import bare, require_layers
+from repfx.records.wrappers import innermost, require_layers
 from repfx.tracing.code_around import code_around
 from repfx.tracing.trace import Island, Traces, call_counts, trace
 
@@ -103,7 +103,7 @@ def sites(model: nn.Module, spec: SpecLike | Architecture | None = None) -> Site
     2     1×1 8→8  (would get identity; not 1x1: the window is 1×1 already)
     """
     require_layers(model)
-    model = bare(model)
+    model = innermost(model)
     found = [site for site in find_sites(model) if site.block is None]
     if spec is not None:
         selection = Selection.of(spec)

@@ -52,7 +52,7 @@ USES = {
     "train": f"main(['train', '--model', {TINY!r}, '--image-size', '8', '--epochs', '1', '--out', 'run'])",
     "lightning": "from repfx.integrations.lightning import RepFXCallback\nRepFXCallback(repfx.schedules.DyRep())",
 }
-FOR_CONTRIBUTORS = {"docs", "dev", "zoo"}
+FOR_CONTRIBUTORS = {"docs", "dev", "tools", "zoo"}
 
 
 def installed(*requirements: str) -> dict[str, metadata.Distribution]:

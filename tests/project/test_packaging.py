@@ -89,7 +89,7 @@ def test_import_repfx_needs_torch_alone() -> None:
 
 
 EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
-PINNED = [texts for extra, texts in EXTRAS.items() if extra != "zoo"]  # no CI installs the libraries of a benchmark
+PINNED = [texts for extra, texts in EXTRAS.items() if extra not in ("zoo", "tools")]  # the tools have pins of their own
 ASKED = [Requirement(text) for texts in (PYPROJECT["project"]["dependencies"], *PINNED) for text in texts]
 
 
@@ -111,6 +111,13 @@ def test_every_pin_satisfies_what_pyproject_asks_for(name: str) -> None:
             continue
         assert requirement.name in pinned, f"{name} doesn't pin {requirement.name}"
         assert all(requirement.specifier.contains(version) for version in pinned[requirement.name]), requirement
+
+
+def test_every_tool_is_pinned_in_a_file_of_its_own() -> None:
+    pinned, others = pins("constraints-tools.txt"), pins("constraints.txt")
+    for requirement in map(Requirement, EXTRAS["tools"]):
+        assert all(requirement.specifier.contains(version) for version in pinned[requirement.name]), requirement
+    assert not pinned.keys() & others.keys(), "one package, pinned twice"
 
 
 def test_the_oldest_pins_are_the_lowest_versions_of_what_users_install() -> None:
@@ -282,6 +289,7 @@ FILES = (
     "mkdocs.yml",
     "constraints.txt",
     "constraints-oldest.txt",
+    "constraints-tools.txt",
 )
 FOLDERS = (".ci", "benchmarks", "docs", "passes", "recipes", "repfx", "tests")
 

@@ -61,65 +61,62 @@ def parallel(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
 
-TAKEN_OFF: dict[str, Any] = {
+WRAPPERS: dict[str, Any] = {
     "compiled": compiled,
     "distributed": parallel,
     "compiled and distributed": lambda m: compiled(parallel(m)),
-}
-KEPT: dict[str, Any] = {
-    "averaged": AveragedModel,
     "parallel": nn.DataParallel,
+}
+AVERAGES: dict[str, Any] = {
+    "averaged": AveragedModel,
     "averaged and parallel": lambda m: AveragedModel(nn.DataParallel(m)),
 }
-ALL = {**TAKEN_OFF, **KEPT}
+ALL = {**WRAPPERS, **AVERAGES}
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("name", TAKEN_OFF)
-def test_compiled_and_distributed_models_stand_for_the_model_inside(name: str) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_a_wrapped_model_stands_for_the_model_inside(name: str) -> None:
     plain, x = ready(Plain()), image()
-    model = TAKEN_OFF[name](copy.deepcopy(plain))
-    fused = repfx.fuse(model, strict=True)
+    model = ALL[name](copy.deepcopy(plain)).eval()
+    fused = repfx.fuse(model, strict=True, example=x)
     assert norms(fused) == []
+    assert isinstance(fused, torch.fx.GraphModule)
     assert error_of(fused, plain, x) < 1e-9
-    restored = repfx.restore(fused)
-    copy.deepcopy(plain).load_state_dict(restored.state_dict(), strict=True)
-    expanded = repfx.expand(model, "acb", strict=True)
+    for wrapped in (fused, nn.DataParallel(fused), AveragedModel(fused)):
+        restored = repfx.restore(wrapped)
+        copy.deepcopy(plain).load_state_dict(restored.state_dict(), strict=True)
+    expanded = repfx.expand(model, "acb", strict=True, example=x)
     assert type(expanded) is Plain
     assert error_of(expanded, plain, x) < 1e-9
     assert [site.path for site in repfx.sites(model)] == ["conv", "layers.0"]
-    assert norms(bare(model)) == ["norm", "layers.1"]
+    assert norms(innermost(model)) == ["norm", "layers.1"]
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("name", TAKEN_OFF)
-def test_changed_in_place_they_stay_in_their_wrappers(name: str) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_changed_in_place_it_stays_in_its_wrapper(name: str) -> None:
     plain, x = ready(Plain()), image()
-    model = TAKEN_OFF[name](copy.deepcopy(plain))
+    model = ALL[name](copy.deepcopy(plain)).eval()
     assert error_of(model, plain, x) < 1e-9
     assert repfx.expand(model, "acb", inplace=True) is model
     assert len(repfx.report(model).applied) == 2
-    assert [action.kind for action in repfx.journal(model)] == ["expand", "expand"]
-    assert repfx.drop(model, "conv", "1xk") is model
+    assert [action.kind for action in repfx.journal(innermost(model))] == ["expand", "expand"]
+    assert repfx.drop(model, "conv", "1xk", example=x) is model
     assert repfx.squeeze(model) is model
-    assert error_of(bare(model), plain, x) < 1e-9
+    assert repfx.unsqueeze(model) is model
+    assert len(repfx.report(model).applied) == 2
+    assert error_of(innermost(model), plain, x) < 1e-9
+    assert error_of(repfx.fuse(model), plain, x) < 1e-9
 
 
-@pytest.mark.parametrize("name", KEPT)
-def test_averages_and_parallel_models_are_rewritten_inside(name: str) -> None:
+def test_a_verb_changes_the_average_alone() -> None:
     plain, x = ready(Plain()), image()
-    model = KEPT[name](copy.deepcopy(plain)).eval()
-    fused = repfx.fuse(model, strict=True)
-    assert type(fused) is type(model)
-    assert norms(fused) == []
-    for again in (
-        fused,
-        repfx.restore(fused),
-        repfx.expand(model, "acb", strict=True),
-        repfx.squeeze(copy.deepcopy(model)),
-    ):
-        assert error_of(again, plain, x) < 1e-9
-    assert len(norms(model)) == 2
+    average = AveragedModel(plain).eval()
+    repfx.expand(average, "acb", inplace=True)
+    assert len(convs(average)) > len(convs(plain)) == 2
+    assert error_of(average, plain, x) < 1e-9
+    assert int(average.n_averaged) == 0
 
 
 @pytest.mark.slow
@@ -178,12 +175,13 @@ FORMS: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel], ids=["bare", "wrapped"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("verb", ["fuse", "expand", "restore", "squeeze", "drop", "sites", "export_onnx", "Driver"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_forms_without_layers_are_refused_with_the_reason(verb: str, form: str, tmp_path: Path) -> None:
+def test_forms_without_layers_are_refused_with_the_reason(verb: str, form: str, wrap: Any, tmp_path: Path) -> None:
     make, reason = FORMS[form]
-    model = make(ready(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))))
+    model = wrap(make(ready(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))))
     rest: dict[str, tuple[Any, ...]] = {
         "expand": ("acb",),
         "drop": ("0",),
@@ -209,11 +207,11 @@ def test_a_graph_that_mixes_operators_and_layers_is_served() -> None:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("name", TAKEN_OFF)
+@pytest.mark.parametrize("name", WRAPPERS)
 def test_a_checkpoint_of_one_is_a_checkpoint_of_the_model(name: str, tmp_path: Path) -> None:
-    model = TAKEN_OFF[name](repfx.expand(ready(Plain()), "acb"))
+    model = WRAPPERS[name](repfx.expand(ready(Plain()), "acb"))
     repfx.save(tmp_path / "run.ckpt", model)
-    for again in (ready(Plain(), seed=1), TAKEN_OFF[name](ready(Plain(), seed=2))):
+    for again in (ready(Plain(), seed=1), WRAPPERS[name](ready(Plain(), seed=2))):
         assert repfx.load(tmp_path / "run.ckpt", again) is again
         assert error_of(bare(again), bare(model), image()) < 1e-9
         assert len(convs(again)) == len(convs(model))

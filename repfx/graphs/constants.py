@@ -211,8 +211,12 @@ def is_pure(node: fx.Node) -> bool:
     """Whether a node calls a function of torch or Python that neither draws random numbers nor creates uninitialised tensors."""
     if draws(node) or not node.all_input_nodes:
         return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.namespace == "aten" and torch.Tag.nondeterministic_seeded not in node.target.tags
     if node.op == "call_method":
         return True
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return False
     module = getattr(node.target, "__module__", None) or ""
     return node.op == "call_function" and (module.split(".")[0] in _TORCH or module == "")
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from repfx.errors import InvalidInput
 from repfx.exported.operators import conv_call, name_of
 from repfx.exported.raising import Raised, flat_inputs
 from repfx.exported.source import Source
@@ -74,6 +75,7 @@ class _Lowering:
         self._graph = self._lowered.graph
         self._known: dict[fx.Node, fx.Node] = {}  # nodes of the source, copied
         self._made: dict[fx.Node, Any] = {}  # raised nodes, lowered
+        self._changed: set[fx.Node] = set()  # lowered nodes whose tensor may lie in memory in another way than before
         self._decomposed = any(name_of(node) in _DECOMPOSED for node in source.graph.nodes)
         self._fake_mode = next((m for node in source.graph.nodes if (m := _fake_mode_of(node)) is not None), None)
 
@@ -94,8 +96,9 @@ class _Lowering:
             return self._by_rules(node)
         if node.op == "get_attr":
             return None  # it is copied where it is read
-        before = self._result.inputs[node]
-        return self._copied(origin, {old: self._made[new] for old, new in zip(before, flat_inputs(node), strict=True)})
+        inputs = list(zip(self._result.inputs[node], flat_inputs(node), strict=True))
+        self._changed.update(self._made[new] for old, new in inputs if old is not new)
+        return self._copied(origin, {old: self._made[new] for old, new in inputs})
 
     def _copied(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> fx.Node:
         """Copy a node of the source, and what it is computed from as far as that isn't there yet.
@@ -112,7 +115,40 @@ class _Lowering:
             made = self._graph.node_copy(node, value_of)
             self._lowered.names[made] = node.name
             self._known[node] = made
+            if any(each in self._changed for each in made.all_input_nodes):
+                self._compute_again(made)
         return self._known[node]
+
+    def _compute_again(self, node: fx.Node) -> None:
+        """Note how the tensor of a node lies in memory behind what rules have made. A view that this memory doesn't allow is of a copy."""
+        before = node.meta.get("val")
+        if name_of(node).startswith("as_strided"):
+            raise InvalidInput(
+                f"{node.name!r} reads memory by strides, which a merged conv in front of it may change: fuse the module before it is exported."
+            )
+        if name_of(node) == "view.default" and self._value_of(node) is None:
+            with self._graph.inserting_before(node):
+                contiguous = {"memory_format": torch.contiguous_format}
+                node.update_arg(0, self.call(_ATEN.clone.default, node.args[0], **contiguous))
+        after = self._value_of(node)
+        if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+            self._changed.add(node)
+        elif str(before.stride()) != str(after.stride()) and str(before.shape) == str(after.shape):
+            node.meta["val"] = after
+            self._changed.add(node)
+
+    def _value_of(self, node: fx.Node) -> Any:
+        """Return what a call computes for inputs without numbers, or None if that isn't known or fails."""
+        inputs = flat_inputs(node)
+        known = all("val" in each.meta for each in inputs)
+        if self._fake_mode is None or node.op != "call_function" or not known:
+            return None
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
+        try:
+            with self._fake_mode, torch.no_grad():
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception:  # sizes that depend on numbers, or a view that isn't possible
+            return None
 
     # ---- what rules have made
 
@@ -189,12 +225,11 @@ class _Lowering:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Return a call of an operator with the notes that its inputs allow."""
         made = self._graph.call_function(target, args, kwargs)
-        inputs = flat_inputs(made)
-        if self._fake_mode is not None and all("val" in each.meta for each in inputs):
-            values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
-            with self._fake_mode, torch.no_grad():
-                made.meta["val"] = target(*values[0], **values[1])
-        made.meta.update(_place_of(inputs[0].meta))
+        value = self._value_of(made)
+        if value is not None:
+            made.meta["val"] = value
+        made.meta.update(_place_of(made.all_input_nodes[0].meta))
+        self._changed.add(made)
         return made
 
     def _name_outputs(self) -> None:

@@ -102,6 +102,7 @@ class _Raising:
         self._result = Raised(fx.Graph(), nn.Module())
         self._layers: dict[str, tuple[Any, nn.Module]] = {}  # what identifies the layer at each path, and the layer
         self._varying: set[fx.Node] = set()  # raised nodes that depend on an input
+        self._owners = {"", *(name.rpartition(".")[0] for name in source.tensors)}
         self._constant: set[fx.Node] = set()  # nodes of the source that depend on its tensors alone
 
     def run(self) -> Raised:
@@ -172,6 +173,9 @@ class _Raising:
 
     def _function(self, node: fx.Node) -> fx.Node | None:
         first = node.args[0] if node.args else None
+        stacked = _stacked(node)
+        if stacked is not None:
+            return self._create(node, "call_function", torch.stack, stacked, {})
         shape = shape_of(first) if isinstance(first, fx.Node) else None
         call = torch_call(node, None if shape is None else len(shape))
         if call is None:
@@ -186,10 +190,8 @@ class _Raising:
 
     def _stack(self, node: fx.Node) -> dict[str, Any]:
         """Return the modules whose code made a node, as far as the program has tensors of them."""
-        owners = {"", *(name.rpartition(".")[0] for name in self._source.tensors)}
         stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
-        found = {key: value for key, value in stack.items() if value[0] in owners}
-        return found
+        return {key: value for key, value in stack.items() if value[0] in self._owners}
 
     # ---- layers
 
@@ -412,6 +414,25 @@ def _parameter(tensor: Any) -> Any:
     if tensor is None or isinstance(tensor, nn.Parameter):
         return tensor
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def _stacked(node: fx.Node) -> tuple[list[fx.Node], int] | None:
+    """Return the tensors and the axis of a stack that is written as a view of a concatenation, or None."""
+    cat = node.args[0] if node.args else None
+    if name_of(node) != "view.default" or not isinstance(cat, fx.Node) or name_of(cat) != "cat.default":
+        return None
+    call = arguments_of(cat)
+    shapes = [_sizes_of(part) for part in call["tensors"]]
+    first, whole, axis = shapes[0], _sizes_of(node), call["dim"]
+    if first is None or whole is None or any(shape != first for shape in shapes) or axis < 0:
+        return None
+    return (list(call["tensors"]), axis) if whole == [*first[:axis], str(len(shapes)), *first[axis:]] else None
+
+
+def _sizes_of(node: fx.Node) -> list[str] | None:
+    """Return the sizes of a node's tensor as texts, in which free sizes have names. None if they aren't known."""
+    value = node.meta.get("val")
+    return [str(size) for size in value.shape] if isinstance(value, Tensor) else None
 
 
 def _first_output(node: fx.Node) -> fx.Node | None:

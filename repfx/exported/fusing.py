@@ -45,7 +45,7 @@ def is_exported(model: object) -> bool:
 
 
 def takes_exported(rules: Mapping[str, Rule]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator for `fuse` on modules, by which it takes programs and graphs of ATen operators, too, and runs these rules on them."""
+    """Return a decorator by which `fuse` on modules also takes programs and graphs of ATen operators, and runs these rules on them."""
 
     def decorated(fuse: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(fuse)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from repfx.errors import InvalidInput
+from repfx.exported.nodes import flat_inputs
 from repfx.exported.operators import conv_call, name_of
-from repfx.exported.raising import Raised, flat_inputs
+from repfx.exported.raising import Raised
 from repfx.exported.source import Source
 from repfx.graphs.checks import with_axes
 from repfx.records.provenance import provenance_of
@@ -124,7 +125,7 @@ class _Lowering:
         before = node.meta.get("val")
         if name_of(node).startswith("as_strided"):
             raise InvalidInput(
-                f"{node.name!r} reads memory by strides, which a merged conv in front of it may change: fuse the module before it is exported."
+                f"{node.name!r} reads memory by strides, which a merge in front of it may change: fuse the module before it is exported."
             )
         if name_of(node) == "view.default" and self._value_of(node) is None:
             with self._graph.inserting_before(node):
@@ -162,7 +163,9 @@ class _Lowering:
         x = self._made[node.args[0]]  # type: ignore[index]
         weight = self._tensor(node, conv, "weight")
         bias = None if conv.bias is None else self._tensor(node, conv, "bias")
-        made = self._linear(x, weight, bias) if isinstance(conv, nn.Linear) else self._convolution(x, weight, bias, conv)
+        made = (
+            self._linear(x, weight, bias) if isinstance(conv, nn.Linear) else self._convolution(x, weight, bias, conv)
+        )
         made.meta.update(_notes(template, conv))
         self._lowered.names[made] = made.name if template is None else template.name
         return made
@@ -179,7 +182,13 @@ class _Lowering:
         """Return the name of the weight or bias that a conv of the source has, or None."""
         call = None if template is None else conv_call(template)
         node = None if call is None else getattr(call, kind)
-        while isinstance(node, fx.Node) and kind == "weight" and call is not None and call.turned and node not in self._source.names:
+        while (
+            isinstance(node, fx.Node)
+            and kind == "weight"
+            and call is not None
+            and call.turned
+            and node not in self._source.names
+        ):
             node = node.args[0]
         return self._source.names.get(node) if isinstance(node, fx.Node) else None
 
@@ -188,7 +197,9 @@ class _Lowering:
         if not self._decomposed or not isinstance(value, Tensor) or value.ndim != 2:
             return self.call(_ATEN.linear.default, x, weight, *([] if bias is None else [bias]))
         turned = self.call(_ATEN.permute.default, weight, [1, 0])
-        return self.call(_ATEN.mm.default, x, turned) if bias is None else self.call(_ATEN.addmm.default, bias, x, turned)
+        return (
+            self.call(_ATEN.mm.default, x, turned) if bias is None else self.call(_ATEN.addmm.default, bias, x, turned)
+        )
 
     def _convolution(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None, conv: Any) -> fx.Node:
         dimensions, padding = len(conv.kernel_size), conv.padding
@@ -200,7 +211,9 @@ class _Lowering:
         if self._decomposed and not isinstance(padding, str):
             return self.call(_ATEN.convolution.default, x, weight, bias, *sizes, conv.transposed, more, conv.groups)
         if conv.transposed:
-            target = [_ATEN.conv_transpose1d.default, _ATEN.conv_transpose2d.input, _ATEN.conv_transpose3d.input][dimensions - 1]
+            target = [_ATEN.conv_transpose1d.default, _ATEN.conv_transpose2d.input, _ATEN.conv_transpose3d.input][
+                dimensions - 1
+            ]
             return self.call(target, x, weight, bias, *sizes[:2], more, conv.groups, sizes[2])
         operator = [_ATEN.conv1d, _ATEN.conv2d, _ATEN.conv3d][dimensions - 1]
         target = operator.padding if isinstance(padding, str) else operator.default

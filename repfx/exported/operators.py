@@ -88,7 +88,9 @@ def conv_call(node: fx.Node) -> ConvCall | None:
     if any(call.get(factor, 1) != 1 for factor in ("alpha", "beta")):
         return None
     given = {field: call[field] for field in ConvCall.__dataclass_fields__ if field in call}
-    return ConvCall(**{"bias": None, **given, "dimensions": dimensions, **_LINEAR.get(name, lambda call: {})(call), **fixed})
+    return ConvCall(
+        **{"bias": None, **given, "dimensions": dimensions, **_LINEAR.get(name, lambda call: {})(call), **fixed}
+    )
 
 
 _CONVS: dict[str, tuple[int | None, dict[str, Any]]] = {
@@ -209,7 +211,9 @@ def _upsample(mode: str) -> _Rewrite:
 
 
 _SAME_ARGUMENTS: dict[str, Any] = {
-    **{f"{name}.{kind}": getattr(torch, name) for name in ("add", "sub", "mul", "div") for kind in ("Tensor", "Scalar")},
+    **{
+        f"{name}.{kind}": getattr(torch, name) for name in ("add", "sub", "mul", "div") for kind in ("Tensor", "Scalar")
+    },
     **{f"avg_pool{n}d.default": getattr(F, f"avg_pool{n}d") for n in (1, 2, 3)},
     **{f"adaptive_avg_pool{n}d.default": getattr(F, f"adaptive_avg_pool{n}d") for n in (1, 2, 3)},
     **{f"_adaptive_avg_pool{n}d.default": getattr(F, f"adaptive_avg_pool{n}d") for n in (2, 3)},
@@ -241,10 +245,14 @@ _METHODS: dict[str, str] = {
     "repeat.default": "repeat",
 }
 _REWRITES: dict[str, _Rewrite] = {
-    "constant_pad_nd.default": lambda call, axes: _function(F.pad, call["self"], call["pad"], "constant", call["value"]),
+    "constant_pad_nd.default": lambda call, axes: _function(
+        F.pad, call["self"], call["pad"], "constant", call["value"]
+    ),
     **{f"reflection_pad{n}d.default": _pad("reflect") for n in (1, 2, 3)},
     **{f"replication_pad{n}d.default": _pad("replicate") for n in (1, 2, 3)},
-    "rsub.Scalar": lambda call, axes: _function(operator.sub, call["other"], call["self"]) if call["alpha"] == 1 else None,
+    "rsub.Scalar": lambda call, axes: (
+        _function(operator.sub, call["other"], call["self"]) if call["alpha"] == 1 else None
+    ),
     "t.default": lambda call, axes: _function(torch.transpose, call["self"], 0, 1) if axes == 2 else None,
     "einsum.default": lambda call, axes: _function(torch.einsum, call["equation"], *call["tensors"]),
     "slice.Tensor": _slice,

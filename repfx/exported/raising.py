@@ -7,7 +7,6 @@ statistics. An operator that means a function of torch becomes a call of it. Any
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from repfx.algebra.baking import CONV_OF
+from repfx.exported.layers import NORM_OF, conv_layer, norm_layer, sizes_of
+from repfx.exported.nodes import first_output, flat_inputs, shape_of, stacked, twins_of, unused_nodes
 from repfx.exported.operators import (
     ConvCall,
     NormCall,
@@ -71,26 +72,6 @@ class Raised:
         return [shape_of(self.origins[self.inputs[node][0]]) for node in calls]
 
 
-def flat_inputs(node: fx.Node) -> list[fx.Node]:
-    """Return the nodes among the arguments of a node, in their order, with repetitions."""
-    found: list[fx.Node] = []
-
-    def note(each: fx.Node) -> fx.Node:
-        found.append(each)
-        return each
-
-    fx.node.map_arg((node.args, node.kwargs), note)
-    return found
-
-
-def shape_of(node: fx.Node) -> tuple[int | None, ...] | None:
-    """Return the shape of a node's tensor. A free size is as in the example, or None if it depends on numbers. None if nothing is known."""
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return None
-    return tuple(size if isinstance(size, int) else getattr(size.node, "hint", None) for size in value.shape)
-
-
 def raised(source: Source) -> Raised:
     """Return the graph of a source as rules read it. The source is left as it is."""
     return _Raising(source).run()
@@ -103,10 +84,13 @@ class _Raising:
         self._layers: dict[str, tuple[Any, nn.Module]] = {}  # what identifies the layer at each path, and the layer
         self._varying: set[fx.Node] = set()  # raised nodes that depend on an input
         self._owners = {"", *(name.rpartition(".")[0] for name in source.tensors)}
+        self._unused = unused_nodes(source.graph)
         self._constant: set[fx.Node] = set()  # nodes of the source that depend on its tensors alone
 
     def run(self) -> Raised:
         for node in self._source.graph.nodes:
+            if node in self._unused:
+                continue
             if self._is_constant(node):
                 self._constant.add(node)  # raised where it is needed, if it is
             elif node not in self._result.raised:
@@ -168,14 +152,14 @@ class _Raising:
         for each in node.all_input_nodes if node.op == "call_function" else ():
             graph = attribute(self._source.root, str(each.target)) if each.op == "get_attr" else None
             if isinstance(graph, fx.GraphModule) and any(conv_call(n) or norm_call(n) for n in graph.graph.nodes):
-                operator = getattr(node.target, "__name__", str(node.target))
-                self._result.skips.append(Skip(str(each.target), _CALLED_MORE.format(operator)))
+                name = getattr(node.target, "__name__", str(node.target))
+                self._result.skips.append(Skip(str(each.target), _CALLED_MORE.format(name)))
 
     def _function(self, node: fx.Node) -> fx.Node | None:
         first = node.args[0] if node.args else None
-        stacked = _stacked(node)
-        if stacked is not None:
-            return self._create(node, "call_function", torch.stack, stacked, {})
+        stack = stacked(node)
+        if stack is not None:
+            return self._create(node, "call_function", torch.stack, stack, {})
         shape = shape_of(first) if isinstance(first, fx.Node) else None
         call = torch_call(node, None if shape is None else len(shape))
         if call is None:
@@ -206,7 +190,7 @@ class _Raising:
         weight = self._weight(call)
         held = self._holds(weight) and (call.bias is None or self._holds(call.bias))
         varies = self._raised(call.input) in self._varying
-        layer = _conv_layer(call, self._tensor(weight), self._tensor(call.bias)) if held and varies else None
+        layer = conv_layer(call, self._tensor(weight), self._tensor(call.bias)) if held and varies else None
         if layer is None:
             return self._functional_conv(node, call)
         key = (weight, call.bias, repr(layer))
@@ -228,7 +212,11 @@ class _Raising:
             return None
         given = arguments_of(call.weight)
         order = [given.get("dim0"), given.get("dim1")] if name == "transpose.int" else given.get("dims", [1, 0])
-        swaps = sorted(axis % 2 for axis in order) == [0, 1] if name == "transpose.int" else list(order) in ([1, 0], [-1, 0])
+        swaps = (
+            sorted(axis % 2 for axis in order) == [0, 1]
+            if name == "transpose.int"
+            else list(order) in ([1, 0], [-1, 0])
+        )
         return given["self"] if swaps else None
 
     def _holds(self, node: Any) -> bool:
@@ -245,11 +233,11 @@ class _Raising:
             return self._create(node, "call_function", F.linear, (call.input, call.weight, call.bias), {})
         if dimensions not in CONV_OF or call.turned:
             return None
-        padding = call.padding if isinstance(call.padding, str) else _sizes(call.padding, dimensions)
-        args: tuple[Any, ...] = (call.input, call.weight, call.bias, _sizes(call.stride, dimensions), padding)
-        dilation = _sizes(call.dilation, dimensions)
+        padding = call.padding if isinstance(call.padding, str) else sizes_of(call.padding, dimensions)
+        args: tuple[Any, ...] = (call.input, call.weight, call.bias, sizes_of(call.stride, dimensions), padding)
+        dilation = sizes_of(call.dilation, dimensions)
         if call.transposed:
-            more = (_sizes(call.output_padding, dimensions), call.groups, dilation)
+            more = (sizes_of(call.output_padding, dimensions), call.groups, dilation)
             function = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[dimensions]
         else:
             more = (dilation, call.groups)
@@ -260,7 +248,7 @@ class _Raising:
         call = norm_call(node)
         if call is None or not isinstance(call.input, fx.Node):
             return None
-        result = node if not call.several_outputs else _first_output(node)
+        result = node if not call.several_outputs else first_output(node)
         place = self._name_of_layer(call.running_mean, call.weight, node)
         if call.by_batch:
             statistics = isinstance(call.running_mean, fx.Node)
@@ -271,14 +259,14 @@ class _Raising:
         tensors = (call.running_mean, call.running_var, call.weight, call.bias)
         shape = shape_of(call.input)
         held = all(value is None or self._holds(value) for value in tensors) and call.running_mean is not None
-        cls = _NORM_OF.get(len(shape)) if shape is not None else None
+        cls = NORM_OF.get(len(shape)) if shape is not None else None
         if not held or cls is None or self._raised(call.input) not in self._varying:
             made = self._norm_function(node, call)
         else:
-            layer = _norm_layer(cls, call, *map(self._tensor, tensors))
+            layer = norm_layer(cls, call, *map(self._tensor, tensors))
             key = (*tensors, repr(layer))
             made = self._call(node, self._path(call.running_mean, "running_mean", key, node), layer, key, call.input)
-        for output in [result, *_twins(result)] if result is not node else []:
+        for output in [result, *twins_of(result)] if result is not node else []:
             self._note_output(output, made)
         return made
 
@@ -358,93 +346,6 @@ def _placed(root: nn.Module, path: str, value: Any) -> str:
 def _is_own_name(root: nn.Module, owner: str, name: str) -> bool:
     """Whether a module is a layer that has a tensor of this name, or lacks it on purpose."""
     return has(root, owner) and name in root.get_submodule(owner)._parameters if owner else name in root._parameters
-
-
-_NORM_OF = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-
-
-def _norm_layer(cls: Callable[..., nn.Module], call: NormCall, mean: Tensor, var: Tensor, weight: Any, bias: Any) -> nn.Module:
-    layer = cls(mean.numel(), eps=call.eps, affine=False, device="meta")
-    layer.running_mean, layer.running_var = mean, var
-    layer.weight, layer.bias = _parameter(weight), _parameter(bias)
-    layer.num_batches_tracked = torch.zeros((), dtype=torch.long)
-    return layer
-
-
-def _conv_layer(call: ConvCall, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
-    """Return the conv or linear layer that a call means, or None if its sizes are computed in the graph or it has other axes."""
-    if call.dimensions == 0:
-        if weight.ndim != 2 or (bias is not None and bias.ndim != 1):
-            return None
-        layer: Any = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    else:
-        layer = _plain_conv(call, weight, has_bias=bias is not None)
-        if layer is None:
-            return None
-    layer.weight, layer.bias = _parameter(weight), _parameter(bias)
-    return layer  # type: ignore[no-any-return]
-
-
-def _plain_conv(call: ConvCall, weight: Tensor, *, has_bias: bool) -> nn.Module | None:
-    dimensions = weight.ndim - 2
-    if dimensions not in CONV_OF or call.dimensions not in (None, dimensions) or not isinstance(call.groups, int):
-        return None
-    named = isinstance(call.padding, str)
-    sizes = [_sizes(size, dimensions) for size in (call.stride, call.dilation, call.output_padding)]
-    padding = call.padding if named else _sizes(call.padding, dimensions)
-    if any(size is None for size in (*sizes, padding)):
-        return None
-    stride, dilation, output_padding = sizes
-    others: dict[str, Any] = {"bias": has_bias, "groups": call.groups, "device": "meta", "padding": padding}
-    others |= {"stride": stride, "dilation": dilation, "kernel_size": tuple(weight.shape[2:])}
-    if call.transposed:
-        cls = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dimensions]
-        return cls(weight.shape[0], weight.shape[1] * call.groups, **others, output_padding=output_padding)
-    return CONV_OF[dimensions](weight.shape[1] * call.groups, weight.shape[0], **others)
-
-
-def _sizes(size: Any, dimensions: int) -> Any:
-    """Return one number for each axis, or None if a size is computed in the graph."""
-    sizes = [size] if isinstance(size, (int, fx.Node)) else list(size)
-    sizes = sizes * dimensions if len(sizes) == 1 else sizes
-    return tuple(sizes) if all(isinstance(each, int) for each in sizes) else None
-
-
-def _parameter(tensor: Any) -> Any:
-    if tensor is None or isinstance(tensor, nn.Parameter):
-        return tensor
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-def _stacked(node: fx.Node) -> tuple[list[fx.Node], int] | None:
-    """Return the tensors and the axis of a stack that is written as a view of a concatenation, or None."""
-    cat = node.args[0] if node.args else None
-    if name_of(node) != "view.default" or not isinstance(cat, fx.Node) or name_of(cat) != "cat.default":
-        return None
-    call = arguments_of(cat)
-    shapes = [_sizes_of(part) for part in call["tensors"]]
-    first, whole, axis = shapes[0], _sizes_of(node), call["dim"]
-    if first is None or whole is None or any(shape != first for shape in shapes) or axis < 0:
-        return None
-    return (list(call["tensors"]), axis) if whole == [*first[:axis], str(len(shapes)), *first[axis:]] else None
-
-
-def _sizes_of(node: fx.Node) -> list[str] | None:
-    """Return the sizes of a node's tensor as texts, in which free sizes have names. None if they aren't known."""
-    value = node.meta.get("val")
-    return [str(size) for size in value.shape] if isinstance(value, Tensor) else None
-
-
-def _first_output(node: fx.Node) -> fx.Node | None:
-    """Return the node that reads the first of several outputs, or None if another output is read."""
-    users = list(node.users)
-    if not users or any(user.args[1:] != (0,) for user in users):
-        return None
-    return users[0]
-
-
-def _twins(output: fx.Node) -> list[fx.Node]:
-    return [user for user in output.all_input_nodes[0].users if user is not output]
 
 
 def call_counts(result: Raised) -> Counter[str]:

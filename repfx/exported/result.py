@@ -36,7 +36,9 @@ class _Tensors:
 
 def program_of(program: ExportedProgram, source: Source, lowered: Lowered) -> ExportedProgram:
     """Return a program like another one, with this graph. It shares no memory with the other program."""
-    names = {node: source.names[old] for old, node in _placeholders(program.graph, lowered.graph) if old in source.names}
+    names = {
+        node: source.names[old] for old, node in _placeholders(program.graph, lowered.graph) if old in source.names
+    }
     tensors = _tensors(source, lowered, {name for node, name in names.items() if node.users})
     specs = _input_specs(program, lowered, names, tensors)
     graph, made = _in_order(lowered, [node for node, _ in specs], program.graph)
@@ -127,7 +129,9 @@ def _delete(module: nn.Module, name: str) -> None:
     delattr(module.get_submodule(owner), last)
     while owner:
         inner = module.get_submodule(owner)
-        if type(inner) is not nn.Module or any(True for _ in (*inner.children(), *inner.parameters(), *inner.buffers())):
+        if type(inner) is not nn.Module or any(
+            True for _ in (*inner.children(), *inner.parameters(), *inner.buffers())
+        ):
             return
         owner, _, last = owner.rpartition(".")
         delattr(module.get_submodule(owner), last)
@@ -146,7 +150,9 @@ def _input_specs(
     program: ExportedProgram, lowered: Lowered, names: Mapping[fx.Node, str], tensors: _Tensors
 ) -> list[tuple[fx.Node, InputSpec]]:
     """Return the inputs of the new graph with their specs: first parameters, each new one in the place of that which it replaces."""
-    old = dict(zip((node for _, node in _placeholders(program.graph, lowered.graph)), program.graph_signature.input_specs))
+    old = dict(
+        zip((node for _, node in _placeholders(program.graph, lowered.graph)), program.graph_signature.input_specs)
+    )
     places = {str(spec.target): place for place, spec in enumerate(old.values()) if spec.target is not None}
     ends = [place for place, spec in enumerate(old.values()) if spec.kind in (InputKind.TOKEN, InputKind.PARAMETER)]
     ordered = [
@@ -168,9 +174,14 @@ def _placeholder_name(name: str) -> str:
     return f"p_{name}".replace(".", "_").lower()
 
 
+def _output_of(graph: fx.Graph) -> Any:
+    """Return what a graph gives out."""
+    return next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+
+
 def _output_specs(program: ExportedProgram, graph: fx.Graph) -> list[OutputSpec]:
     """Return the specs of outputs, with the names that the nodes of the new graph have."""
-    outputs: Any = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+    outputs: Any = _output_of(graph)
     specs = []
     for spec, value in zip(program.graph_signature.output_specs, outputs, strict=True):
         named = isinstance(value, fx.Node) and value.name != spec.arg.name
@@ -188,10 +199,10 @@ def _calls(program: ExportedProgram, graph: fx.Graph) -> list[Any]:
             call.signature = None
     if calls and calls[0].signature is not None:
         root = calls[0].signature
-        names = [value for value in graph.output_node().args[0]]  # type: ignore[union-attr]
+        outputs: Any = _output_of(graph)
         user = [
             node.name if isinstance(node, fx.Node) else None
-            for node, spec in zip(names, program.graph_signature.output_specs)
+            for node, spec in zip(outputs, program.graph_signature.output_specs)
             if spec.kind.name == "USER_OUTPUT"
         ]
         for value, name in zip(root.outputs, user):
@@ -208,7 +219,10 @@ def _in_order(lowered: Lowered, placeholders: list[fx.Node], like: fx.Graph) -> 
     graph = fx.Graph(tracer_cls=like._tracer_cls)
     made: dict[fx.Node, fx.Node] = {}
     inputs = set(placeholders)
-    for node in [*placeholders, *(each for each in lowered.graph.nodes if each not in inputs and each.op != "placeholder")]:
+    for node in [
+        *placeholders,
+        *(each for each in lowered.graph.nodes if each not in inputs and each.op != "placeholder"),
+    ]:
         name = lowered.names.get(node, node.name)
         args, kwargs = (fx.node.map_arg(each, made.__getitem__) for each in (node.args, node.kwargs))
         op, target = ("placeholder", name) if node in inputs else (node.op, node.target)
@@ -216,4 +230,3 @@ def _in_order(lowered: Lowered, placeholders: list[fx.Node], like: fx.Graph) -> 
         made[node].meta = dict(node.meta)
     graph.set_codegen(copy.deepcopy(like._codegen))
     return graph, made
-

@@ -91,7 +91,9 @@ def _bases(node: fx.Node) -> Iterator[fx.Node]:
 def _may_be_a_view(node: fx.Node) -> bool:
     """Whether a call may return a tensor that shares memory with one of its arguments."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or "dropout" in str(target):  # dropout hands on what it doesn't drop
+    if not isinstance(target, torch._ops.OpOverload) or "dropout" in str(
+        target
+    ):  # dropout hands on what it doesn't drop
         return True
     returned = target._schema.returns
     return not returned or any(each.alias_info is not None for each in returned)

@@ -65,8 +65,8 @@ def written_by_schema(node: fx.Node) -> list[fx.Node]:
     >>> written_by_schema(graph.call_function(torch.ops.aten.relu_.default, (graph.placeholder("x"),)))
     [x]
     """
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return []
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target is torch.ops.aten.detach_.default:
+        return []  # `detach_` changes no number
     arguments = node.target._schema.arguments
     given = {**{argument.name: value for argument, value in zip(arguments, node.args)}, **node.kwargs}
     marked = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write and a.name in given]

@@ -14,7 +14,9 @@ from repfx.testing import randomize_batch_norm
 Inputs: TypeAlias = tuple[Any, ...]
 Made: TypeAlias = tuple[nn.Module, Inputs]
 
-NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {}  # the net, its input's shape, and how many convs are left
+NETS: dict[
+    str, tuple[Callable[[], nn.Module], tuple[int, ...], int]
+] = {}  # the net, its input's shape, and how many convs are left
 
 
 def net(name: str, shape: tuple[int, ...], convs: int) -> Callable[[type[nn.Module]], type[nn.Module]]:
@@ -52,7 +54,11 @@ def _conv(a: int = 3, b: int = 4, size: Any = 3, **options: Any) -> nn.Conv2d:
 class Branches(Layers):
     def __init__(self) -> None:
         super().__init__(
-            a=_conv(padding=1, bias=False), n=nn.BatchNorm2d(4), b=_conv(size=1), m=nn.BatchNorm2d(4), p=nn.AvgPool2d(3, 1, 1)
+            a=_conv(padding=1, bias=False),
+            n=nn.BatchNorm2d(4),
+            b=_conv(size=1),
+            m=nn.BatchNorm2d(4),
+            p=nn.AvgPool2d(3, 1, 1),
         )
         self.q = _conv(size=1, bias=False)
 
@@ -119,7 +125,9 @@ class Transposed(Layers):
 @net("linear", (2, 3, 9, 7), 1)
 class Linear(Layers):
     def __init__(self) -> None:
-        super().__init__(a=_conv(), l=nn.Linear(4, 5, bias=False), n=nn.BatchNorm1d(5), k=nn.Linear(5, 6), m=nn.BatchNorm1d(6))
+        super().__init__(
+            a=_conv(), l=nn.Linear(4, 5, bias=False), n=nn.BatchNorm1d(5), k=nn.Linear(5, 6), m=nn.BatchNorm1d(6)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = torch.relu(self.a(x)).mean((2, 3)).flatten(1)
@@ -143,7 +151,11 @@ class SequenceNorm(Layers):
 class Pads(Layers):
     def __init__(self) -> None:
         super().__init__(
-            a=_conv(padding=1, padding_mode="reflect"), n=nn.BatchNorm2d(4), b=_conv(4, 4), m=nn.BatchNorm2d(4), c=_conv(4, 5, (2, 4))
+            a=_conv(padding=1, padding_mode="reflect"),
+            n=nn.BatchNorm2d(4),
+            b=_conv(4, 4),
+            m=nn.BatchNorm2d(4),
+            c=_conv(4, 5, (2, 4)),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,7 +168,10 @@ class Pads(Layers):
 class Same(Layers):
     def __init__(self) -> None:
         super().__init__(
-            a=_conv(size=(2, 3), padding="same"), n=nn.BatchNorm2d(4), b=_conv(4, 5, padding=1, padding_mode="circular"), m=nn.BatchNorm2d(5)
+            a=_conv(size=(2, 3), padding="same"),
+            n=nn.BatchNorm2d(4),
+            b=_conv(4, 5, padding=1, padding_mode="circular"),
+            m=nn.BatchNorm2d(5),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -255,7 +270,9 @@ class OwnParameters(nn.Module):
         self.register_buffer("scale", torch.randn(4, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias) * self.scale + torch.tensor([[[0.5]], [[1.0]], [[2.0]], [[3.0]]], dtype=x.dtype)
+        return F.conv2d(x, self.weight, self.bias) * self.scale + torch.tensor(
+            [[[0.5]], [[1.0]], [[2.0]], [[3.0]]], dtype=x.dtype
+        )
 
 
 @net("counts", (2, 3, 9, 7), 1)

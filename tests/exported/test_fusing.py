@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.exported.nets import NETS, Layers, made
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -17,6 +16,7 @@ import repfx
 from repfx.errors import EquivalenceError, InvalidInput, Refused
 from repfx.exported.operators import conv_call, norm_call
 from repfx.testing import TOLERANCE, randomize_batch_norm, relative_error
+from tests.exported.nets import NETS, Layers, made
 
 
 def exported(model: nn.Module, inputs: tuple[Any, ...], form: str = "program", **options: Any) -> Any:
@@ -56,6 +56,7 @@ def skips(program: Any) -> dict[str, str]:
     return {skip.path: skip.reason for skip in repfx.report(program).skipped}
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("form", ["program", "module"])
 @pytest.mark.parametrize("name", NETS)
 def test_convs_are_merged(name: str, form: str) -> None:
@@ -67,6 +68,7 @@ def test_convs_are_merged(name: str, form: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow_one_in(6)
 @pytest.mark.parametrize("form", ["decomposed", "decomposed module"])
 @pytest.mark.parametrize("name", sorted(NETS.keys() - {"sequence_norm"}))  # torch writes a view that fails
 def test_convs_of_core_aten_are_merged(name: str, form: str) -> None:
@@ -83,11 +85,18 @@ def test_core_aten_stays_core_aten() -> None:
     fused = repfx.fuse(program)
     assert_same(program, fused, inputs)
     assert {str(node.target) for node in fused.graph.nodes if node.op == "call_function"} == {
-        *("aten.convolution.default", "aten.relu.default", "aten.mean.dim", "aten.permute.default", "aten.addmm.default")
+        *(
+            "aten.convolution.default",
+            "aten.relu.default",
+            "aten.mean.dim",
+            "aten.permute.default",
+            "aten.addmm.default",
+        )
     }
     assert not norms_of(fused)
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("name", ["branches", "one_dimension", "three_dimensions", "transposed", "cropped", "same"])
 def test_free_sizes_stay_free(name: str) -> None:
     model, (x,) = made(name)
@@ -142,6 +151,7 @@ def test_a_conv_that_is_called_twice_is_named() -> None:
     assert "called 2 times" in skips(repfx.fuse(exported(model, inputs)))["a"]
 
 
+@pytest.mark.slow
 def test_branches_of_cond_are_left_alone_and_named() -> None:
     class Branching(Layers):
         def __init__(self) -> None:

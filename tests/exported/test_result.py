@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.exported.nets import NETS, Layers, made
-from tests.exported.test_fusing import assert_same, call, convs_of, exported
 from torch import Tensor, nn
 from torch.export import Dim
 
 import repfx
 from repfx.testing import randomize_batch_norm
+from tests.exported.nets import NETS, Layers, made
+from tests.exported.test_fusing import assert_same, call, convs_of, exported
 
 
 def test_the_signature_is_that_of_the_program() -> None:
@@ -41,7 +41,8 @@ def test_inputs_by_keyword_and_in_a_nesting_stay() -> None:
     program = torch.export.export(model, args, kwargs)
     fused = repfx.fuse(program, example={"pair": args[0], "factor": factor, "plus": factor})
     a, b = program.module()(*args, **kwargs), fused.module()(*args, **kwargs)
-    assert torch.allclose(a["out"], b["out"], rtol=1e-9) and list(a) == list(b)
+    assert torch.allclose(a["out"], b["out"], rtol=1e-9)
+    assert list(a) == list(b)
     assert len(fused.graph_signature.parameters) == 2
 
 
@@ -79,7 +80,7 @@ def test_the_program_itself_stays_as_it_was() -> None:
         fused = repfx.fuse(program)
         assert str(program.graph) == text
         with torch.no_grad():
-            for tensor in (fused.parameters() if form == "program" else fused.parameters()):
+            for tensor in fused.parameters():
                 tensor.zero_()
         assert torch.equal(call(program)(*inputs), expected)
 
@@ -110,7 +111,8 @@ def test_merged_convs_say_where_they_come_from() -> None:
     (conv,) = convs_of(fused)
     old = {node.name: node for node in program.graph.nodes}
     note = conv.meta["custom"]["repfx"]
-    assert note["sources"][0] == "a" and set(note["sources"]) == {"a", "n", "b", "m", "p", "q"} - {"p"}
+    assert note["sources"][0] == "a"
+    assert set(note["sources"]) == {"a", "n", "b", "m", "q"}
     assert "fold_batch_norm" in note["rules"]
     assert conv.meta["nn_module_stack"] == old["conv2d"].meta["nn_module_stack"]
     assert conv.meta["stack_trace"] == old["conv2d"].meta["stack_trace"]
@@ -155,6 +157,7 @@ def test_a_saved_program_runs_without_repfx(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow_one_in(5)
 @pytest.mark.parametrize("name", sorted(NETS.keys()))
 def test_every_program_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model, inputs = made(name)

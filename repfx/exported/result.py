@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from typing import Any
 
 from torch import fx, nn
@@ -109,12 +110,13 @@ def _counts_for(name: str, gone: set[str]) -> bool:
 
 
 def _free(name: str, taken: set[str]) -> str:
-    """Return a name like this one that is no other tensor's, and neither the beginning of another's path nor the other way round."""
-    found, number = name, 0
-    while any(found == other or other.startswith(f"{found}.") or found.startswith(f"{other}.") for other in taken):
-        number += 1
-        found = f"{name}_{number}"
-    return found
+    """Return a name like this one that no other tensor has, and that stands in no path of another or has another in its own."""
+    candidates = chain([name], (f"{name.replace('.', '_')}_{number}" for number in count(1)))
+    return next(candidate for candidate in candidates if not any(_clash(candidate, other) for other in taken))
+
+
+def _clash(one: str, other: str) -> bool:
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
 def _stays(name: str, tensors: _Tensors, source: Source) -> bool:
@@ -161,12 +163,12 @@ def _input_specs(
         if node not in names or names[node] in tensors.kept
     ]
     last = (max(ends, default=-1), 1)
-    for count, (node, name) in enumerate(tensors.nodes.items()):
+    for place, (node, name) in enumerate(tensors.nodes.items()):
         parameter = places.get(name) if places.get(name) in ends else None
         spec = InputSpec(InputKind.PARAMETER, TensorArgument(_placeholder_name(name)), name)
         lowered.names[node] = _placeholder_name(name)
         last = last if parameter is None else (parameter, 0)
-        ordered.append(((last[0], last[1] + count), node, spec))
+        ordered.append(((last[0], last[1] + place), node, spec))
     return [(node, spec) for _, node, spec in sorted(ordered, key=lambda item: item[0])]
 
 

@@ -33,7 +33,7 @@ def test_executorch_lowers_a_fused_program(name: str) -> None:
     assert edge.to_executorch().buffer
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["branches", "linear"])
 def test_a_fused_program_is_quantized(name: str) -> None:
     pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
     quantizers = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")

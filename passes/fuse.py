@@ -16,6 +16,7 @@ from repfx.blocks.block import RepBlock
 from repfx.blocks.branch import kernel_of_both
 from repfx.blocks.folded_norm import FoldedNorm, remember_norm
 from repfx.errors import InvalidInput
+from repfx.exported.fusing import takes_exported
 from repfx.measuring.in_float64 import Inputs, by_name
 from repfx.measuring.proof import prove
 from repfx.passes.drop import absorb
@@ -67,6 +68,7 @@ def _fold(model: nn.Module, site: str, norm_path: str) -> None:
     set_submodule(model, norm_path, rest_of(whole))
 
 
+@takes_exported(RULES)
 @verb
 def fuse(model: nn.Module, *, example: Inputs | None = None, cost: Cost = weights, strict: bool = False) -> nn.Module:
     """Fuse each linear region of a model into one plain conv, by rules on its graph.

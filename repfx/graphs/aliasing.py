@@ -39,6 +39,8 @@ _NEW = frozenset(
 
 def mutated_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
     """Return the node whose tensor `node` changes in place, or None."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return next(iter(written_by_schema(node)), None)
     given = node.args[0] if node.args else node.kwargs.get("input")
     first = given if isinstance(given, fx.Node) else None
     if node.op == "call_module":
@@ -54,6 +56,23 @@ def mutated_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
         or str(getattr(node.target, "__name__", "")).endswith("_")
     )
     return first if node.op == "call_function" and in_place else None
+
+
+def written_by_schema(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes into whose tensors an operator of torch writes, as its schema says; none for other nodes.
+
+    >>> graph = fx.Graph()
+    >>> written_by_schema(graph.call_function(torch.ops.aten.relu_.default, (graph.placeholder("x"),)))
+    [x]
+    """
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target is torch.ops.aten.detach_.default:
+        return []  # `detach_` changes no number
+    arguments = node.target._schema.arguments
+    given = {**{argument.name: value for argument, value in zip(arguments, node.args)}, **node.kwargs}
+    marked = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write and a.name in given]
+    found: list[fx.Node] = []
+    fx.node.map_arg([given[name] for name in marked], found.append)
+    return found
 
 
 def _works_in_place(layer: nn.Module) -> bool:

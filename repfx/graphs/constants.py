@@ -66,9 +66,8 @@ class Constants:
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         self.graph, self.root = graph, root
         written = [tensor for node in graph.nodes if (tensor := mutated_by(node, root)) is not None]
-        self._changing = {
-            str(node.target) for tensor in written for node in may_share_memory(tensor, root) if node.op == "get_attr"
-        }
+        self._written = {node for tensor in written for node in may_share_memory(tensor, root)}
+        self._changing = {str(node.target) for node in self._written if node.op == "get_attr"}
         self._own_code = {
             str(node.target) for node in graph.nodes if node.op == "call_module" and has_code_of_others(node, root)
         }
@@ -139,6 +138,8 @@ class Constants:
             return f"the graph changes {node.target}, or may change it" if changed or may_change else None
         if not is_pure(node):
             return f"{node.name} isn't computed from parameters alone"
+        if node in self._written:
+            return f"the graph changes {node.name} in place"
         return f"{node.name} writes in place" if mutated_by(node, self.root) is not None else None
 
     def _called(self, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
@@ -211,8 +212,12 @@ def is_pure(node: fx.Node) -> bool:
     """Whether a node calls a function of torch or Python that neither draws random numbers nor creates uninitialised tensors."""
     if draws(node) or not node.all_input_nodes:
         return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.namespace == "aten" and torch.Tag.nondeterministic_seeded not in node.target.tags
     if node.op == "call_method":
         return True
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return False
     module = getattr(node.target, "__module__", None) or ""
     return node.op == "call_function" and (module.split(".")[0] in _TORCH or module == "")
 

@@ -65,6 +65,11 @@ def innermost(model: nn.Module) -> nn.Module:
 
 def require_layers(model: nn.Module) -> None:
     """Raise `InvalidInput` if `model` is no module, or what it wraps is in a form without layers that could be changed."""
+    if isinstance(model, torch.export.ExportedProgram) or (isinstance(model, fx.GraphModule) and is_aten_graph(model)):
+        raise InvalidInput(
+            "the model is the graph of torch.export, which calls torch's operators in place of layers: give the module that it was made "
+            "from, and export the result. `repfx.fuse` alone takes such a graph, too."
+        )
     require_module(model)
     model = innermost(model)
     if isinstance(model, torch.jit.ScriptModule):
@@ -72,14 +77,9 @@ def require_layers(model: nn.Module) -> None:
             "the model is compiled by TorchScript, so its layers can't be changed: give the module that it was made from, and "
             "compile the result."
         )
-    if isinstance(model, fx.GraphModule) and _calls_aten(model):
-        raise InvalidInput(
-            "the model is the graph of torch.export, which calls torch's operators in place of layers: give the module that it was made "
-            "from, and export the result."
-        )
 
 
-def _calls_aten(model: fx.GraphModule) -> bool:
+def is_aten_graph(model: fx.GraphModule) -> bool:
     """Whether a graph calls torch's operators, and no module that holds parameters."""
     calls = any(isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes)
     targets = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]

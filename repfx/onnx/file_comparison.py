@@ -1,0 +1,275 @@
+"""Two ONNX files compared in onnxruntime: on random inputs, on a caller's, and with other sizes along the axes that are free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from repfx.errors import ExportError, InvalidInput
+from repfx.measuring.difference import Difference, differences, worst
+from repfx.measuring.equivalence import TOLERANCES
+from repfx.measuring.in_float64 import Inputs, describe
+from repfx.onnx.file import open_session, package, runtime_reason
+from repfx.onnx.float64_file import run_in_float64
+from repfx.onnx.free_axes import FreeAxes, tensors_of
+
+_SIDES = (64, 224, 32, 16, 8, 512, 1)  # sizes that are tried along free axes
+_MAGNIFIED = 100  # how far a bound may rise for a net that magnifies rounding
+Runs: TypeAlias = Callable[[Mapping[str, Tensor]], list[Any]]
+
+
+@dataclass(frozen=True)
+class _Input:
+    """An input of a file: its name, its dtype, and the size of each axis, or the name of the size."""
+
+    name: str
+    dtype: torch.dtype
+    sizes: tuple[int | str, ...]
+
+    def random(self, sizes: Mapping[str, int]) -> Tensor:
+        shape = [sizes[size] if isinstance(size, str) else size for size in self.sizes]
+        if self.dtype.is_floating_point:
+            return torch.randn(shape, dtype=torch.float64).to(self.dtype)
+        return torch.randint(0, 256 if self.dtype == torch.uint8 else 2, shape).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The comparison of a file with the one that it was made from.
+
+    Args:
+        error: the worst ``max |a - b| / max |a|`` between outputs a of the source and outputs b of the result.
+        bound: the largest error that is allowed.
+    """
+
+    error: float
+    bound: float
+
+
+def compare_files(source: Path, result: Path, example: Inputs | None, tolerance: float) -> Comparison:
+    """Compare two files that should compute the same.
+
+    Raises:
+        ExportError: they don't, or the result can't be run.
+        InvalidInput: the source can't be run on the example, or on inputs that are made up.
+    """
+    pair = _Pair(source, result, tolerance)
+    found = [pair.difference(x) for x in pair.inputs(example)]
+    largest = worst([difference for difference, _ in found])
+    bound = pair.bound(largest, [x for _, x in found])
+    if not largest.error <= bound:
+        what = largest.problem or f"worst relative difference {largest.error:.1e} (allowed {bound:.0e})"
+        raise ExportError(f"the fused file gives something else than {str(source)!r}: {what} at {largest.where}.")
+    return Comparison(largest.error, bound)
+
+
+class _Pair:
+    """Two files with the same inputs."""
+
+    def __init__(self, source: Path, result: Path, tolerance: float) -> None:
+        self._source, self._result, self._tolerance = source, result, tolerance
+        model = package("onnx").load(source, load_external_data=False)
+        defaults = {tensor.name for tensor in model.graph.initializer}
+        self._inputs = [_input(value) for value in model.graph.input if value.name not in defaults]
+        dtypes = [_DTYPES.get(tensor.data_type) for tensor in model.graph.initializer]
+        self._dtypes = {dtype for dtype in (*dtypes, *(each.dtype for each in self._inputs)) if dtype in TOLERANCES}
+        self._random = _draws(model.graph)
+
+    # ---- running
+
+    @cached_property
+    def _runs(self) -> tuple[Runs, Runs]:
+        """The functions that run the source and the result, in onnxruntime if that has the operators, or else in float64."""
+        try:
+            return self._session(self._source), self._session(self._result)
+        except Exception as error:
+            if not self._dtypes & {torch.float64, torch.bfloat16}:
+                raise ExportError(f"onnxruntime can't run the file: {runtime_reason(error)}.") from error
+            return partial(_run_wide, self._source), partial(_run_wide, self._result)
+
+    def _session(self, path: Path) -> Runs:
+        session = open_session(_seeded(path) if self._random else path)
+        return lambda feeds: list(session.run(None, {name: tensor.numpy() for name, tensor in feeds.items()}))
+
+    def _feeds(self, x: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return {each.name: tensor for each, tensor in zip(self._inputs, x)}
+
+    def _expected(self, x: tuple[Tensor, ...]) -> list[Any]:
+        """Return the outputs of the source; an error if they aren't all finite."""
+        outputs = _tensors(self._runs[0](self._feeds(x)))
+        if not all(bool(torch.isfinite(each).all()) for each in outputs if each.is_floating_point()):
+            raise ArithmeticError(f"the file gives numbers that are not finite for {describe(x)}")
+        return outputs
+
+    def difference(self, x: tuple[Tensor, ...]) -> tuple[Difference, tuple[Tensor, ...]]:
+        expected = self._expected(x)
+        try:
+            given = _tensors(self._runs[1](self._feeds(x)))
+        except Exception as error:
+            raise ExportError(
+                f"onnxruntime can't run the fused file on {describe(x)}: {runtime_reason(error)}."
+            ) from error
+        return worst(differences(expected, given)), x
+
+    def bound(self, found: Difference, runs: list[tuple[Tensor, ...]]) -> float:
+        """Return the largest error that `found` may have: the tolerance, or four times the rounding of the source itself."""
+        least = max([self._tolerance, *(TOLERANCES[dtype] for dtype in self._dtypes & {torch.float16, torch.bfloat16})])
+        if found.error <= least or found.problem:
+            return least
+        rounding = max(map(self._rounding, runs))
+        return max(least, min(4 * rounding, _MAGNIFIED * least))
+
+    def _rounding(self, x: tuple[Tensor, ...]) -> float:
+        """Return the relative distance of the source's outputs from those in float64; 0 if it can't be run in float64."""
+        try:
+            exact = _tensors(_run_wide(self._source, self._feeds(x)))
+        except Exception:
+            return 0.0
+        found = worst(differences(exact, self._expected(x)))
+        return 0.0 if found.problem else found.error
+
+    # ---- inputs
+
+    def inputs(self, example: Inputs | None) -> list[tuple[Tensor, ...]]:
+        """Return inputs that the source can run on: the example, a random one, and one that has other sizes."""
+        generator = torch.random.get_rng_state()
+        try:
+            torch.manual_seed(0)
+            first = [self._random_input()] if example is None else self._from_example(example)
+            return [*first, *self._resized(first[-1])]
+        finally:
+            torch.random.set_rng_state(generator)
+
+    def _from_example(self, example: Inputs) -> list[tuple[Tensor, ...]]:
+        x = self._ordered(example)
+        try:
+            self._expected(x)
+        except ExportError:
+            raise
+        except Exception as error:
+            raise InvalidInput(f"the file can't run on the example {describe(x)}: {runtime_reason(error)}.") from error
+        other = tuple(torch.randn_like(tensor) if tensor.is_floating_point() else tensor for tensor in x)
+        return [x, other] if self._takes(other) else [x]
+
+    def _ordered(self, example: Inputs) -> tuple[Tensor, ...]:
+        names = [each.name for each in self._inputs]
+        if isinstance(example, Mapping):
+            if set(example) != set(names):
+                raise InvalidInput(f"the example has the inputs {sorted(example)}, the file has {sorted(names)}.")
+            return tuple(example[name] for name in names)
+        x = tuple(tensors_of(example))
+        if len(x) != len(names):
+            raise InvalidInput(f"the example has {len(x)} tensors, the file has the inputs {', '.join(names)}.")
+        return x
+
+    def _takes(self, x: tuple[Tensor, ...]) -> bool:
+        try:
+            self._expected(x)
+        except ExportError:
+            raise
+        except Exception:
+            return False
+        return True
+
+    def _random_input(self) -> tuple[Tensor, ...]:
+        for sizes in self._sizes():
+            x = tuple(each.random(sizes) for each in self._inputs)
+            if self._takes(x):
+                return x
+        raise InvalidInput("the file can't run on any input that was made up for it: give an example.")
+
+    def _sizes(self) -> Iterator[dict[str, int]]:
+        names = {size: axis for each in self._inputs for axis, size in enumerate(each.sizes) if isinstance(size, str)}
+        for side in _SIDES if set(names.values()) - {0} else _SIDES[:1]:
+            for batch in (2, 1):
+                yield {name: batch if axis == 0 else side for name, axis in names.items()}
+
+    def _resized(self, x: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """Return an input that differs in size along all free axes, if the source takes one."""
+        free = FreeAxes(
+            tuple({axis: size for axis, size in enumerate(each.sizes) if isinstance(size, str)} for each in self._inputs)
+        )
+        if not free:
+            return []
+        others = (tuple(tensors_of(free.resized(x, sizes))) for sizes in free.others(x))
+        return [other for other in others if self._takes(other)][:1]
+
+
+def _run_wide(path: Path, feeds: Mapping[str, Tensor]) -> list[Any]:
+    wide = {
+        name: (tensor.double() if tensor.is_floating_point() else tensor).numpy() for name, tensor in feeds.items()
+    }
+    return run_in_float64(path, wide)
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """Return the arrays of numbers in a file's outputs as tensors; texts are left out."""
+    import numpy as np
+
+    if isinstance(outputs, Mapping):
+        outputs = [*outputs.values()]
+    if isinstance(outputs, (list, tuple)):
+        return [tensor for output in outputs for tensor in _tensors(output)]
+    array = np.asarray(outputs)
+    return [torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))] if array.dtype.kind in "fiub" else []
+
+
+def _input(value: Any) -> _Input:
+    tensor = value.type.tensor_type
+    dtype = _DTYPES.get(tensor.elem_type)
+    if dtype is None:
+        raise ExportError(f"the fused file can't be compared: input {value.name!r} is no tensor of numbers.")
+    sizes = (
+        axis.dim_value if axis.HasField("dim_value") else axis.dim_param or f"{value.name}_{place}"
+        for place, axis in enumerate(tensor.shape.dim)
+    )
+    return _Input(value.name, dtype, tuple(sizes))
+
+
+_DTYPES = {
+    1: torch.float32,
+    2: torch.uint8,
+    3: torch.int8,
+    5: torch.int16,
+    6: torch.int32,
+    7: torch.int64,
+    9: torch.bool,
+    10: torch.float16,
+    11: torch.float64,
+    16: torch.bfloat16,
+}  # by the number of onnx
+
+
+# ---- random numbers
+
+_DRAWS = frozenset(
+    "RandomNormal RandomUniform RandomNormalLike RandomUniformLike Bernoulli Multinomial Dropout".split()
+)
+
+
+def _draws(graph: Any) -> bool:
+    return any(node.op_type in _DRAWS or any(map(_draws, _subgraphs(node))) for node in graph.node)
+
+
+def _subgraphs(node: Any) -> list[Any]:
+    return [graph for attribute in node.attribute for graph in (attribute.g, *attribute.graphs) if graph.node]
+
+
+def _seeded(path: Path) -> bytes:
+    """Return a file in which every operator that draws random numbers has a seed, so that it draws the same in both files."""
+    model = package("onnx").load(path)
+    pending = [model.graph]
+    while pending:
+        for node in pending.pop().node:
+            pending += _subgraphs(node)
+            if node.op_type in _DRAWS and not any(each.name == "seed" for each in node.attribute):
+                made = package("onnx").helper.make_attribute("seed", 0 if node.op_type == "Dropout" else 0.0)
+                node.attribute.append(made)
+    found: bytes = model.SerializeToString()
+    return found

@@ -14,7 +14,7 @@ OWN_DOMAINS = ("", "ai.onnx")
 # operators whose output depends on their inputs alone, without randomness, state or subgraphs
 _FOLDED = frozenset(
     """Abs Add Cast Clip Concat ConstantOfShape Div Exp Expand Flatten Gather Gemm Identity MatMul Max Min Mul Neg Pad Pow Reciprocal
-    ReduceMean ReduceSum ReduceSumSquare ReduceL2 Reshape Shape Slice Split Sqrt Squeeze Sub Sum Tile Transpose Unsqueeze Where""".split()
+    ReduceMean ReduceSum ReduceSumSquare ReduceL2 Reshape Shape Size Slice Split Sqrt Squeeze Sub Sum Tile Transpose Unsqueeze Where""".split()
 )
 
 
@@ -51,7 +51,10 @@ class FoldedValues:
 
     def _sources(self, value: Value | None) -> list[Value]:
         node = None if value is None else value.producer()
-        return [] if node is None or not _may_fold(node) else [source for source in node.inputs if source is not None]
+        if node is None or not _may_fold(node):
+            return []
+        read = node.inputs[:1] if _casts_like(node) else node.inputs
+        return [source for source in read if source is not None]
 
     def _compute(self, value: Value) -> Array | None:
         node = value.producer()
@@ -60,6 +63,9 @@ class FoldedValues:
             return value.const_value.numpy() if constant else None
         if node.domain in OWN_DOMAINS and node.op_type == "Constant":
             return _constant(node)
+        if _casts_like(node):
+            array, dtype = self._known.get(node.inputs[0]), node.inputs[1].dtype
+            return None if array is None or dtype is None else array.astype(dtype.numpy())
         sources = [None if source is None else self._known.get(source) for source in node.inputs]
         unknown = any(array is None and source is not None for array, source in zip(sources, node.inputs))
         if unknown or not sources or not _may_fold(node):
@@ -68,7 +74,12 @@ class FoldedValues:
 
 
 def _may_fold(node: Node) -> bool:
-    return node.domain in OWN_DOMAINS and node.op_type in _FOLDED
+    return node.domain in OWN_DOMAINS and (node.op_type in _FOLDED or _casts_like(node))
+
+
+def _casts_like(node: Node) -> bool:
+    """Whether a node casts its first input to the type of the second, whose numbers don't count."""
+    return bool(node.op_type == "CastLike" and node.domain in OWN_DOMAINS)
 
 
 def _constant(node: Node) -> Array | None:

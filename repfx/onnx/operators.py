@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any, TypeAlias
 
 import torch
@@ -15,9 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from repfx.algebra.kernel import Ints, Padding
+from repfx.blocks.stages import Subsample
 from repfx.onnx.folded_values import Array, FoldedValues, Node, Value
 from repfx.onnx.layers import CONV_DIMENSIONS, batch_norm, conv, hands_on, linear, tensor_of, transposed_conv
 from repfx.onnx.shapes import Shape, Shapes
+
+
+_TO_THE_END = 2**31 - 1  # the least end of a slice that is surely beyond the end of an axis
 
 
 @dataclass(frozen=True)
@@ -367,22 +372,24 @@ def _pad(operator: Operator) -> Form | None:
 
 
 def _slice(operator: Operator) -> Form | None:
-    """Read a slice that crops as an index."""
-    import operator as python
-
+    """Read a slice that crops as an index, and one that keeps every s-th position behind the channels as a subsampling."""
     axes = operator.axes()
     if operator.opset < 10 or axes is None:
         return None
     starts, ends, along, steps = (operator.constant(index) for index in range(1, 5))
     if starts is None or ends is None or (operator.has(3) and along is None) or (operator.has(4) and steps is None):
         return None
-    if steps is not None and any(steps != 1):
-        return None
     index = [slice(None)] * axes
+    stride = [1] * axes
     for place, (start, end) in enumerate(zip(starts.tolist(), ends.tolist())):
         axis = place if along is None else int(along[place]) % axes
-        index[axis] = slice(start, None if end >= 2**31 - 1 else end)
-    return Form(python.getitem, (operator.x, tuple(index)))
+        index[axis] = slice(start or None, None if end >= _TO_THE_END else end)
+        stride[axis] = 1 if steps is None else int(steps[place])
+    if set(stride) == {1}:
+        return Form(getitem, (operator.x, tuple(index)))
+    if any(each != slice(None) for each in index) or stride[:2] != [1, 1] or min(stride) < 1:
+        return None
+    return Form(Subsample(tuple(stride[2:])), (operator.x,))
 
 
 def _concat(operator: Operator) -> Form | None:

@@ -73,7 +73,7 @@ class Raised:
     def view(self) -> View:
         """Return the graph as rules see it."""
         names = Counter(path for path, _ in self.root.named_modules())
-        return View(self.root, self.graph, names, names, input_axes=self._axes, inputs=self.inputs)
+        return View(self.root, self.graph, names, names, input_axes=self._axes, inputs=self.inputs, pads_apart=True)
 
     def _axes(self, path: str) -> int | None:
         layer: Any = self.root.get_submodule(path)

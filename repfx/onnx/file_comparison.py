@@ -94,8 +94,13 @@ class _Pair:
             return partial(_run_wide, self._source), partial(_run_wide, self._result)
 
     def _session(self, path: Path) -> Runs:
-        session = open_session(_seeded(path) if self._random else path)
-        return lambda feeds: list(session.run(None, {name: tensor.numpy() for name, tensor in feeds.items()}))
+        session = None if self._random else open_session(path)
+
+        def run(feeds: Mapping[str, Tensor]) -> list[Any]:
+            opened = session or open_session(_seeded(path))  # a new session draws the same numbers again
+            return list(opened.run(None, {name: tensor.numpy() for name, tensor in feeds.items()}))
+
+        return run
 
     def _feeds(self, x: tuple[Tensor, ...]) -> dict[str, Tensor]:
         return {each.name: tensor for each, tensor in zip(self._inputs, x)}

@@ -22,6 +22,7 @@ from repfx.onnx.layers import CONV_DIMENSIONS, batch_norm, conv, hands_on, linea
 from repfx.onnx.shapes import Shape, Shapes
 
 
+_EPSILON = torch.tensor(1e-5, dtype=torch.float32, device="cpu").item()  # ONNX holds the default of an attribute in float32
 _TO_THE_END = 2**31 - 1  # the least end of a slice that is surely beyond the end of an axis
 
 
@@ -266,7 +267,7 @@ def _batch_norm(operator: Operator) -> Form | str:
     if axes is not None and not 2 <= axes <= 5:
         return f"its input has {axes} axes"
     return Form(
-        batch_norm(*(tensor_of(array) for array in arrays), operator.get("epsilon", 1e-5), axes), (operator.x,)
+        batch_norm(*(tensor_of(array) for array in arrays), operator.get("epsilon", _EPSILON), axes), (operator.x,)
     )
 
 

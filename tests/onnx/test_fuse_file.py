@@ -258,7 +258,7 @@ KEPT: dict[str, tuple[Callable[[], tuple[list[Any], dict[str, Any]]], str]] = {
         "its weight isn't constant",
     ),
     "a second user": (
-        lambda: ([CONV, node("BatchNormalization", "y s t m v", "z"), node("Add", "y z", "out")], conv_and_norm()),
+        lambda: ([CONV, node("BatchNormalization", "y s t m v", "z"), node("Mul", "y z", "out")], conv_and_norm()),
         "'the y' has a second user",
     ),
 }
@@ -320,7 +320,6 @@ def test_nothing_else_in_a_file_changes(tmp_path: Path) -> None:
         node("Relu", "z", "r"),
         node("Conv", "r w2", "q"),
         node("Sigmoid", "q", "out"),
-        helper.make_node("Identity", ["out"], ["copy"]),
     ]
     nodes[2].doc_string = "an activation"
     source = write(tmp_path / "in.onnx", nodes, {**conv_and_norm(), "w2": normal(3, 6, 1, 1), "unused": normal(3)}, out="out r")
@@ -408,7 +407,7 @@ def test_weights_keep_their_dtype_and_are_rounded_once(dtype: str, tmp_path: Pat
     wide = {name: array.astype(np.float64) for name, array in constants.items()}
     exact = wide["w"] * (wide["s"] / np.sqrt(wide["v"] + np.float32(1e-5)))[:, None, None, None]
     assert found["the y_fused_weight"].dtype == np.dtype(kind)
-    eps = {"float16": 2**-11, "bfloat16": 2**-8, "float64": 1e-14}[dtype]
+    eps = {"float16": 2**-11, "bfloat16": 2**-8, "float64": 1e-15}[dtype]
     assert np.abs(found["the y_fused_weight"].astype(np.float64) - exact).max() <= eps * np.abs(exact).max()
 
 

@@ -1,0 +1,51 @@
+"""Random graphs of ONNX, fused and compared in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import repfx
+from repfx.errors import InvalidInput
+from repfx.onnx.float64_file import run_in_float64
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnx_ir")
+pytest.importorskip("onnxruntime")
+from tests.onnx.random_file import RandomFile  # noqa: E402
+
+SIDES = (9, 10, 11)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_random_file_computes_the_same(seed: int, tmp_path: Path) -> None:
+    compare(seed, tmp_path, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.slow_one_in(10)
+@pytest.mark.parametrize("seed", range(100, 300))
+def test_more_random_files_compute_the_same(seed: int, tmp_path: Path) -> None:
+    compare(seed, tmp_path, 25)
+
+
+def compare(seed: int, folder: Path, length: int) -> None:
+    source = RandomFile(seed, dtype=np.float64).write(folder / "in.onnx", length)
+    model = onnx.load(source)
+    size = model.graph.input[0].type.tensor_type.shape.dim
+    feeds = {"x": np.random.default_rng(seed).normal(size=(2, 4, *SIDES[: len(size) - 2]))}
+    x = {name: torch.from_numpy(array) for name, array in feeds.items()}
+    try:
+        report = repfx.fuse_onnx(source, folder / "fused.onnx", x)
+    except InvalidInput as refusal:
+        assert "nothing to fuse" in str(refusal)
+        return
+    given = run_in_float64(report.path, feeds)
+    for expected, output in zip(run_in_float64(source, feeds), given, strict=True):
+        assert expected.shape == output.shape
+        assert np.abs(expected - output).max(initial=0) <= 1e-9 * np.abs(expected).max(initial=1e-30)
+    kept = {node.name: node.op_type for node in model.graph.node}
+    assert all(kept.get(node.name, node.op_type) in (node.op_type, "MatMul", "Add") for node in onnx.load(report.path).graph.node)

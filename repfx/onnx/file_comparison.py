@@ -21,7 +21,8 @@ from repfx.onnx.free_axes import FreeAxes, tensors_of
 
 _SIDES = (64, 224, 32, 16, 8, 512, 1)  # sizes that are tried along free axes
 _MAGNIFIED = 100  # how far a bound may rise for a net that magnifies rounding
-Runs: TypeAlias = Callable[[Mapping[str, Tensor]], list[Any]]
+Call: TypeAlias = Callable[[Mapping[str, Tensor]], list[Any]]
+Run: TypeAlias = "tuple[tuple[Tensor, ...], list[Tensor]]"  # an input, and what the source outputs for it
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ def compare_files(source: Path, result: Path, example: Inputs | None, tolerance:
         InvalidInput: the source can't be run on the example, or on inputs that are made up.
     """
     pair = _Pair(source, result, tolerance)
-    found = [pair.difference(x) for x in pair.inputs(example)]
-    largest = worst([difference for difference, _ in found])
-    bound = pair.bound(largest, [x for _, x in found])
+    runs = pair.runs(example)
+    largest = worst([pair.difference(*run) for run in runs])
+    bound = pair.bound(largest, runs)
     if not largest.error <= bound:
         what = largest.problem or f"worst relative difference {largest.error:.1e} (allowed {bound:.0e})"
         raise ExportError(f"the fused file gives something else than {str(source)!r}: {what} at {largest.where}.")
@@ -84,7 +85,7 @@ class _Pair:
     # ---- running
 
     @cached_property
-    def _runs(self) -> tuple[Runs, Runs]:
+    def _calls(self) -> tuple[Call, Call]:
         """The functions that run the source and the result, in onnxruntime if that has the operators, or else in float64."""
         try:
             return self._session(self._source), self._session(self._result)
@@ -93,7 +94,7 @@ class _Pair:
                 raise ExportError(f"onnxruntime can't run the file: {runtime_reason(error)}.") from error
             return partial(_run_wide, self._source), partial(_run_wide, self._result)
 
-    def _session(self, path: Path) -> Runs:
+    def _session(self, path: Path) -> Call:
         session = None if self._random else open_session(path)
 
         def run(feeds: Mapping[str, Tensor]) -> list[Any]:
@@ -105,62 +106,67 @@ class _Pair:
     def _feeds(self, x: tuple[Tensor, ...]) -> dict[str, Tensor]:
         return {each.name: tensor for each, tensor in zip(self._inputs, x)}
 
-    def _expected(self, x: tuple[Tensor, ...]) -> list[Any]:
+    def _expected(self, x: tuple[Tensor, ...]) -> list[Tensor]:
         """Return the outputs of the source; an error if they aren't all finite."""
-        outputs = _tensors(self._runs[0](self._feeds(x)))
+        outputs = _tensors(self._calls[0](self._feeds(x)))
         if not all(bool(torch.isfinite(each).all()) for each in outputs if each.is_floating_point()):
-            raise ArithmeticError(f"the file gives numbers that are not finite for {describe(x)}")
+            raise ArithmeticError("it outputs numbers that are not finite")
         return outputs
 
-    def difference(self, x: tuple[Tensor, ...]) -> tuple[Difference, tuple[Tensor, ...]]:
-        expected = self._expected(x)
+    def difference(self, x: tuple[Tensor, ...], expected: list[Tensor]) -> Difference:
         try:
-            given = _tensors(self._runs[1](self._feeds(x)))
+            given = _tensors(self._calls[1](self._feeds(x)))
         except Exception as error:
             raise ExportError(
                 f"onnxruntime can't run the fused file on {describe(x)}: {runtime_reason(error)}."
             ) from error
-        return worst(differences(expected, given)), x
+        return worst(differences(expected, given))
 
-    def bound(self, found: Difference, runs: list[tuple[Tensor, ...]]) -> float:
+    def bound(self, found: Difference, runs: list[Run]) -> float:
         """Return the largest error that `found` may have: the tolerance, or four times the rounding of the source itself."""
         least = max([self._tolerance, *(TOLERANCES[dtype] for dtype in self._dtypes & {torch.float16, torch.bfloat16})])
         if found.error <= least or found.problem:
             return least
-        rounding = max(map(self._rounding, runs))
+        rounding = max(self._rounding(*run) for run in runs)
         return max(least, min(4 * rounding, _MAGNIFIED * least))
 
-    def _rounding(self, x: tuple[Tensor, ...]) -> float:
+    def _rounding(self, x: tuple[Tensor, ...], given: list[Tensor]) -> float:
         """Return the relative distance of the source's outputs from those in float64; 0 if it can't be run in float64."""
         try:
             exact = _tensors(_run_wide(self._source, self._feeds(x)))
         except Exception:
             return 0.0
-        found = worst(differences(exact, self._expected(x)))
+        found = worst(differences(exact, given))
         return 0.0 if found.problem else found.error
 
     # ---- inputs
 
-    def inputs(self, example: Inputs | None) -> list[tuple[Tensor, ...]]:
-        """Return inputs that the source can run on: the example, a random one, and one that has other sizes."""
-        generator = torch.random.get_rng_state()
+    def runs(self, example: Inputs | None) -> list[Run]:
+        """Return inputs that the source can run on, with its outputs: the example, a random input, and one that has other sizes."""
+        state = torch.random.get_rng_state()
         try:
             torch.manual_seed(0)
-            first = [self._random_input()] if example is None else self._from_example(example)
-            return [*first, *self._resized(first[-1])]
+            first = [self._made_up()] if example is None else self._given(example)
+            return [*first, *self._resized(first[-1][0])]
         finally:
-            torch.random.set_rng_state(generator)
+            torch.random.set_rng_state(state)
 
-    def _from_example(self, example: Inputs) -> list[tuple[Tensor, ...]]:
-        x = self._ordered(example)
+    def _run(self, x: tuple[Tensor, ...]) -> Run | str:
+        """Return an input with the outputs of the source, or why there are none."""
         try:
-            self._expected(x)
+            return x, self._expected(x)
         except ExportError:
             raise
         except Exception as error:
-            raise InvalidInput(f"the file can't run on the example {describe(x)}: {runtime_reason(error)}.") from error
-        other = tuple(torch.randn_like(tensor) if tensor.is_floating_point() else tensor for tensor in x)
-        return [x, other] if self._takes(other) else [x]
+            return runtime_reason(error)
+
+    def _given(self, example: Inputs) -> list[Run]:
+        x = self._ordered(example)
+        found = self._run(x)
+        if isinstance(found, str):
+            raise InvalidInput(f"the file can't run on the example {describe(x)}: {found}.")
+        other = self._run(tuple(torch.randn_like(each) if each.is_floating_point() else each for each in x))
+        return [found] if isinstance(other, str) else [found, other]
 
     def _ordered(self, example: Inputs) -> tuple[Tensor, ...]:
         names = [each.name for each in self._inputs]
@@ -173,21 +179,14 @@ class _Pair:
             raise InvalidInput(f"the example has {len(x)} tensors, the file has the inputs {', '.join(names)}.")
         return x
 
-    def _takes(self, x: tuple[Tensor, ...]) -> bool:
-        try:
-            self._expected(x)
-        except ExportError:
-            raise
-        except Exception:
-            return False
-        return True
-
-    def _random_input(self) -> tuple[Tensor, ...]:
+    def _made_up(self) -> Run:
+        why = ""
         for sizes in self._sizes():
-            x = tuple(each.random(sizes) for each in self._inputs)
-            if self._takes(x):
-                return x
-        raise InvalidInput("the file can't run on any input that was made up for it: give an example.")
+            found = self._run(tuple(each.random(sizes) for each in self._inputs))
+            if not isinstance(found, str):
+                return found
+            why = why or found
+        raise InvalidInput(f"the file can't run on any input that was made up for it: give an example. ({why})")
 
     def _sizes(self) -> Iterator[dict[str, int]]:
         names = {size: axis for each in self._inputs for axis, size in enumerate(each.sizes) if isinstance(size, str)}
@@ -195,15 +194,18 @@ class _Pair:
             for batch in (2, 1):
                 yield {name: batch if axis == 0 else side for name, axis in names.items()}
 
-    def _resized(self, x: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    def _resized(self, x: tuple[Tensor, ...]) -> list[Run]:
         """Return an input that differs in size along all free axes, if the source takes one."""
         free = FreeAxes(
             tuple({axis: size for axis, size in enumerate(each.sizes) if isinstance(size, str)} for each in self._inputs)
         )
         if not free:
             return []
-        others = (tuple(tensors_of(free.resized(x, sizes))) for sizes in free.others(x))
-        return [other for other in others if self._takes(other)][:1]
+        for sizes in free.others(x):
+            found = self._run(tuple(tensors_of(free.resized(x, sizes))))
+            if not isinstance(found, str):
+                return [found]
+        return []
 
 
 def _run_wide(path: Path, feeds: Mapping[str, Tensor]) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,8 +145,8 @@ def fuse_onnx(
     require_packages("fusing a file", _NEEDS)
     origin = _source(source)
     with staged(path, ".onnx") as (target, staging):
-        model, fusion = _fused(origin)
-        _save(model, staging, origin)
+        model, fusion = fused_model(origin)
+        save_model(model, staging, origin)
         file = OnnxFile.read(staging)
         compared = compare_files(origin, staging, example, tolerance)
         size = sum(each.stat().st_size for each in staging.parent.iterdir())
@@ -170,11 +170,11 @@ def plan_fusion(source: str | os.PathLike[str]) -> FileFusion:
         InvalidInput: as `fuse_onnx`.
     """
     require_packages("fusing a file", _NEEDS)
-    return _fused(_source(source))[1]
+    return fused_model(_source(source))[1]
 
 
 @torch.inference_mode(False)
-def _fused(source: Path) -> tuple[Any, FileFusion]:
+def fused_model(source: Path) -> tuple[Any, FileFusion]:
     """Return a file's model, fused, and what was changed."""
     model = _load(source)
     before = Counter(node.op_type for node in model.graph)
@@ -250,7 +250,7 @@ def _all_nodes(graph: Any) -> Iterator[Any]:
 # ---- writing
 
 
-def _save(model: Any, staging: Path, source: Path) -> None:
+def save_model(model: Any, staging: Path, source: Path) -> None:
     """Write a model. If weights of the source lie beside it, they and large new ones lie beside the new file."""
     ir = package("onnx_ir")
     external = ir.ExternalTensor
@@ -270,7 +270,31 @@ def _save(model: Any, staging: Path, source: Path) -> None:
         )
         for value, tensor in zip(moved, tensors):
             value.const_value = tensor
-    ir.save(model, staging)
+    onnx = package("onnx")
+    proto = ir.to_proto(model)
+    _forget_other_notes(proto.graph, set(_noted(onnx.load(source, load_external_data=False).graph)))
+    onnx.save(proto, staging)
+
+
+def _noted(graph: Any) -> Iterator[str]:
+    """Yield the names of the values whose shape a graph and its subgraphs note."""
+    yield from (value.name for value in graph.value_info)
+    for inner in _subgraphs(graph):
+        yield from _noted(inner)
+
+
+def _forget_other_notes(graph: Any, names: Collection[str]) -> None:
+    """Delete the notes on shapes that the source doesn't have. onnx_ir adds one for each initializer."""
+    kept = [value for value in graph.value_info if value.name in names]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
+    for inner in _subgraphs(graph):
+        _forget_other_notes(inner, names)
+
+
+def _subgraphs(graph: Any) -> list[Any]:
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
+    return [inner for attribute in attributes for inner in (attribute.g, *attribute.graphs) if inner.node]
 
 
 def _is_new(value: Any) -> bool:

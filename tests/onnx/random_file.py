@@ -30,6 +30,7 @@ class RandomFile:
     def write(self, path: Path, length: int = 14) -> Path:
         """Write a graph of so many operators."""
         self._values = [("x", 4, "")]
+        self._conv(*self._values[0])
         for _ in range(length):
             self._step()
         read = {name for node in self._nodes for name in node.input}

@@ -92,7 +92,7 @@ def small(dimensions: int) -> nn.Module:
     pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dimensions - 1]
     block = Net(
         lambda self, x: torch.relu(self.one(self.a(x)) + self.two(self.b(x)) + self.three(x)),
-        a=conv(6, 6, 3, padding=1, bias=False),
+        a=conv(6, 6, 3, padding=1, bias=dimensions == 3),  # of a conv3d without a bias, torch writes a file that nobody can run
         one=norm(6),
         b=conv(6, 6, 1),
         two=norm(6),

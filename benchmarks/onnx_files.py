@@ -46,12 +46,17 @@ SUBJECTS: Mapping[str, Callable[[], nn.Module]] = {
 
 def export(model: nn.Module, x: Tensor, file: Path) -> None:
     """Write a model in its training form."""
-    options: dict[str, Any] = {"dynamo": False, "training": torch.onnx.TrainingMode.PRESERVE, "do_constant_folding": False}
+    options: dict[str, Any] = {
+        "dynamo": False,
+        "training": torch.onnx.TrainingMode.PRESERVE,
+        "do_constant_folding": False,
+    }
     with quiet():
         torch.onnx.export(model, (x,), file, opset_version=17, **options)
 
 
 def fused(source: Path, file: Path) -> None:
+    """Write what repfx makes of a file."""
     repfx.fuse_onnx(source, file)
 
 
@@ -69,6 +74,7 @@ def by_onnxruntime(source: Path, file: Path) -> None:
 
 
 def by_onnxscript(source: Path, file: Path) -> None:
+    """Write what the optimizer of onnxscript makes of a file."""
     import onnxscript.optimizer
 
     onnx.save(onnxscript.optimizer.optimize(onnx.load(source)), file)

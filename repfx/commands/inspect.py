@@ -58,7 +58,13 @@ def inspect(
     Of an ONNX file, show what would merge, and why each conv and BatchNormalization that is left stays.
     """
     if is_onnx_file(model):
-        of_models = {"spec": spec, "html": html, "num_classes": num_classes, "option": option, "input_shape": input_shape}
+        of_models = {
+            "spec": spec,
+            "html": html,
+            "num_classes": num_classes,
+            "option": option,
+            "input_shape": input_shape,
+        }
         inspect_file(model, of_models, as_json=as_json)
         return
     found, preparation = load_model(model, None, num_classes, option, trust=trust)

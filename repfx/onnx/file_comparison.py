@@ -197,7 +197,9 @@ class _Pair:
     def _resized(self, x: tuple[Tensor, ...]) -> list[Run]:
         """Return an input that differs in size along all free axes, if the source takes one."""
         free = FreeAxes(
-            tuple({axis: size for axis, size in enumerate(each.sizes) if isinstance(size, str)} for each in self._inputs)
+            tuple(
+                {axis: size for axis, size in enumerate(each.sizes) if isinstance(size, str)} for each in self._inputs
+            )
         )
         if not free:
             return []
@@ -209,9 +211,7 @@ class _Pair:
 
 
 def _run_wide(path: Path, feeds: Mapping[str, Tensor]) -> list[Any]:
-    wide = {
-        name: (tensor.double() if tensor.is_floating_point() else tensor).numpy() for name, tensor in feeds.items()
-    }
+    wide = {name: (tensor.double() if tensor.is_floating_point() else tensor).numpy() for name, tensor in feeds.items()}
     return run_in_float64(path, wide)
 
 
@@ -256,7 +256,7 @@ _DTYPES = {
 # ---- random numbers
 
 _DRAWS = frozenset(
-    "RandomNormal RandomUniform RandomNormalLike RandomUniformLike Bernoulli Multinomial Dropout".split()
+    ["RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"]
 )
 
 

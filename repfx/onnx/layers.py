@@ -55,7 +55,14 @@ def conv(weight: Tensor, bias: Numbers, *, stride: Ints, pads: Padding, dilation
     channels, window = (weight.shape[1] * groups, weight.shape[0]), tuple(weight.shape[2:])
     kind = _CONVS[len(window)]
     layer = kind(
-        *channels, window, stride, dilation=dilation, groups=groups, bias=bias is not None, device="meta", dtype=weight.dtype
+        *channels,
+        window,
+        stride,
+        dilation=dilation,
+        groups=groups,
+        bias=bias is not None,
+        device="meta",
+        dtype=weight.dtype,
     )
     layer.pads = pads
     return _with(layer, weight, bias)

@@ -17,7 +17,7 @@ from repfx.algebra.baking import rounded
 from repfx.algebra.kernel import Kernel
 from repfx.errors import InvalidInput
 from repfx.onnx.file import package
-from repfx.onnx.folded_values import Node, Value
+from repfx.onnx.known_values import Node, Value
 from repfx.onnx.raising import Group, Raised, graphs_of, title_of
 from repfx.rewriting.editor import Editor
 
@@ -41,8 +41,12 @@ class _Lowering:
         kept = {node for group in self._kept for node in group.inner}
         self._dead = [node for group in raised.groups if group not in self._kept for node in group.nodes]
         self._new = [node for node in raised.graph.nodes if node not in kept and node.op.startswith("call_")]
-        self._values = {node: value for node, value in raised.values.items() if node in kept or node.op == "placeholder"}
-        self._nodes = {str(node.target): group.nodes[0] for group in raised.groups for node in group.inner if group.nodes}
+        self._values = {
+            node: value for node, value in raised.values.items() if node in kept or node.op == "placeholder"
+        }
+        self._nodes = {
+            str(node.target): group.nodes[0] for group in raised.groups for node in group.inner if group.nodes
+        }
         self._taken = set(_names_in(self._graph))
 
     def run(self) -> None:

@@ -7,268 +7,39 @@ can say and torch can't (padding by the input's size, output sizes that are give
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import getitem
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from repfx.algebra.kernel import Ints, Padding
 from repfx.blocks.stages import Subsample
-from repfx.onnx.folded_values import Array, FoldedValues, Node, Value
-from repfx.onnx.layers import CONV_DIMENSIONS, batch_norm, conv, hands_on, linear, tensor_of, transposed_conv
-from repfx.onnx.shapes import Shape, Shapes
+from repfx.onnx.known_values import Array, Shape
+from repfx.onnx.layer_operators import (
+    pads_of,
+    read_batch_norm,
+    read_conv,
+    read_conv_transpose,
+    read_gemm,
+    read_matmul,
+    read_matmul_with_bias,
+)
+from repfx.onnx.layers import hands_on
+from repfx.onnx.node_form import Form, Operator, Reader
 
-
-_EPSILON = torch.tensor(1e-5, dtype=torch.float32, device="cpu").item()  # ONNX holds the default of an attribute in float32
 _TO_THE_END = 2**31 - 1  # the least end of a slice that is surely beyond the end of an axis
-
-
-@dataclass(frozen=True)
-class Form:
-    """A node in words of torch: a layer, a function or the name of a method, and its arguments.
-
-    Args:
-        args: values of the file, arrays, other forms and plain numbers, in any nesting of tuples.
-        covers: further nodes that the form stands for.
-    """
-
-    target: nn.Module | Callable[..., Any] | str
-    args: tuple[Any, ...]
-    covers: tuple[Node, ...] = ()
-
-
-LATER = Form("later", ())  # a node that the form of a later one covers
-
-
-@dataclass(frozen=True)
-class Operator:
-    """A node, and what is known of its inputs."""
-
-    node: Node
-    opset: int
-    constants: FoldedValues
-    shapes: Shapes
-
-    @property
-    def x(self) -> Value:
-        return self.node.inputs[0]
-
-    def has(self, index: int) -> bool:
-        """Whether a node has an input at a place."""
-        return len(self.node.inputs) > index and self.node.inputs[index] is not None
-
-    def constant(self, index: int) -> Array | None:
-        """Return an input as an array, or None if there is none or if it isn't constant."""
-        return self.constants.of(self.node.inputs[index]) if self.has(index) else None
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return an attribute, or its default."""
-        found = self.node.attributes.get(name)
-        return default if found is None else found.value
-
-    def ints(self, name: str, default: Ints) -> Ints:
-        """Return an attribute of several numbers."""
-        return tuple(self.get(name, default))
-
-    def shape(self, index: int = 0) -> Shape | None:
-        return self.shapes.of(self.node.inputs[index]) if self.has(index) else None
-
-    def axes(self, index: int = 0) -> int | None:
-        shape = self.shape(index)
-        return None if shape is None else len(shape)
-
-    def why_not_constant(self, index: int, name: str) -> str:
-        """Return the reason why an input can't be merged with others."""
-        if self.constants.is_default(self.node.inputs[index]):
-            return f"its {name} is also an input of the file, which a caller may replace: remove it from the inputs"
-        return f"its {name} isn't constant"
-
-
-Reader: TypeAlias = Callable[[Operator], "Form | str | None"]
 
 
 def read(operator: Operator) -> Form | str | None:
     """Return a node in words of torch, or the reason why it isn't read, or None."""
     reader = READERS.get(operator.node.op_type)
     names = [name for name in operator.node.outputs if name.name]
-    if reader is None or len(names) != 1 and operator.node.op_type not in _SEVERAL_OUTPUTS:
+    if reader is None or (len(names) != 1 and operator.node.op_type not in _SEVERAL_OUTPUTS):
         return None
     return reader(operator)
 
 
-# ---- convs and linear layers
-
-
-def _pads(operator: Operator, window: Ints, stride: Ints, dilation: Ints) -> Padding | str:
-    """Return the padding of a node with a window, (before, after) per axis, or the reason why it isn't fixed."""
-    mode, count = operator.get("auto_pad", "NOTSET"), len(window)
-    if mode == "VALID":
-        return ((0, 0),) * count
-    if mode == "NOTSET":
-        pads = operator.ints("pads", (0,) * 2 * count)
-        return tuple(zip(pads[:count], pads[count:])) if min(pads, default=0) >= 0 else "it crops its input"
-    shape = operator.shape()
-    sizes = (None,) * count if shape is None else shape[2:]
-    pads = []
-    for size, k, s, d in zip(sizes, window, stride, dilation):
-        if s > 1 and size is None:
-            return f"auto_pad={mode} pads by the input's size, which the file doesn't fix"
-        total = d * (k - 1) if s == 1 else max((-(-(size or 0) // s) - 1) * s + d * (k - 1) + 1 - (size or 0), 0)
-        small, large = total // 2, total - total // 2
-        pads.append((small, large) if mode == "SAME_UPPER" else (large, small))
-    return tuple(pads)
-
-
-def _weight_and_bias(operator: Operator, channels_axis: int, groups: int) -> tuple[Array, Array | None] | str:
-    weight, bias = operator.constant(1), operator.constant(2)
-    if weight is None:
-        return operator.why_not_constant(1, "weight")
-    if operator.has(2) and bias is None:
-        return operator.why_not_constant(2, "bias")
-    if weight.ndim - 2 not in CONV_DIMENSIONS:
-        return f"its window has {weight.ndim - 2} axes"
-    out_channels = weight.shape[channels_axis] * groups
-    if bias is not None and bias.shape != (out_channels,):
-        return "its bias doesn't fit its weight"
-    return weight, bias
-
-
-def _conv(operator: Operator) -> Form | str:
-    found = _weight_and_bias(operator, 0, 1)
-    if isinstance(found, str):
-        return found
-    weight, bias = found
-    window = weight.shape[2:]
-    ones = (1,) * len(window)
-    stride, dilation = operator.ints("strides", ones), operator.ints("dilations", ones)
-    pads = _pads(operator, window, stride, dilation)
-    if isinstance(pads, str):
-        return pads
-    if operator.ints("kernel_shape", window) != window:
-        return "its kernel_shape isn't that of its weight"
-    layer = conv(
-        tensor_of(weight),
-        None if bias is None else tensor_of(bias),
-        stride=stride,
-        pads=pads,
-        dilation=dilation,
-        groups=operator.get("group", 1),
-    )
-    operator.shapes.note(operator.node.outputs[0], (None, weight.shape[0], *(None,) * len(window)))
-    return Form(layer, (operator.x,))
-
-
-def _conv_transpose(operator: Operator) -> Form | str:
-    groups = operator.get("group", 1)
-    found = _weight_and_bias(operator, 1, groups)
-    if isinstance(found, str):
-        return found
-    weight, bias = found
-    window = weight.shape[2:]
-    ones = (1,) * len(window)
-    pads = operator.ints("pads", (0,) * 2 * len(window))
-    padding = pads[: len(window)]
-    if operator.get("output_shape") is not None or operator.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        return "it pads by the size of its output"
-    if padding != pads[len(window) :] or min(pads, default=0) < 0:
-        return "it cuts its two sides differently"
-    if operator.ints("kernel_shape", window) != window:
-        return "its kernel_shape isn't that of its weight"
-    layer = transposed_conv(
-        tensor_of(weight),
-        None if bias is None else tensor_of(bias),
-        stride=operator.ints("strides", ones),
-        padding=padding,
-        output_padding=operator.ints("output_padding", (0,) * len(window)),
-        dilation=operator.ints("dilations", ones),
-        groups=groups,
-    )
-    operator.shapes.note(operator.node.outputs[0], (None, weight.shape[1] * groups, *(None,) * len(window)))
-    return Form(layer, (operator.x,))
-
-
-def _gemm(operator: Operator) -> Form | str:
-    weight, bias = operator.constant(1), operator.constant(2)
-    if weight is None:
-        return operator.why_not_constant(1, "weight")
-    if operator.has(2) and bias is None:
-        return operator.why_not_constant(2, "bias")
-    if operator.get("transA", 0) or operator.get("alpha", 1.0) != 1 or operator.get("beta", 1.0) != 1:
-        return "it scales or transposes its input"
-    rows = weight if operator.get("transB", 0) else weight.T
-    if bias is not None:
-        if bias.ndim > 2 or (bias.ndim == 2 and bias.shape[0] != 1) or bias.shape[-1:] not in ((), (1,), rows.shape[:1]):
-            return "its bias isn't one number for each output"
-        if operator.opset < 7:
-            return f"the Gemm of opset {operator.opset} has other rules for its bias"
-        bias = bias.reshape(-1)[[0] * len(rows)] if bias.size == 1 else bias.reshape(-1)
-    layer = linear("Gemm", tensor_of(rows), None if bias is None else tensor_of(bias), 2)
-    return Form(layer, (operator.x,))
-
-
-def _matmul(operator: Operator) -> Form | None:
-    weight, axes = operator.constant(1), operator.axes()
-    if weight is None or weight.ndim != 2 or axes is None or axes < 2 or weight.dtype.kind in "iu":
-        return None
-    if _bias_behind(operator) is not None:
-        return LATER
-    return Form(linear("MatMul", tensor_of(weight.T), None, axes), (operator.x,))
-
-
-def _bias_behind(matmul: Operator) -> tuple[Node, Array] | None:
-    """Return the Add that is all that reads a MatMul, if it adds one number to each output, and these numbers."""
-    output = matmul.node.outputs[0]
-    uses, weight = list(output.uses()), matmul.constant(1)
-    if len(uses) != 1 or output.is_graph_output() or weight is None or matmul.opset < 7:
-        return None
-    add, place = uses[0].node, uses[0].idx
-    if add.op_type != "Add" or add.graph is not matmul.node.graph or len(add.inputs) != 2:
-        return None
-    bias = matmul.constants.of(add.inputs[1 - place])
-    if bias is None or bias.size != weight.shape[1] or bias.shape[-1:] != weight.shape[1:] or bias.ndim > 2:
-        return None
-    return add, bias.reshape(-1)
-
-
-def _matmul_with_bias(operator: Operator) -> Form | None:
-    """Read an Add behind a MatMul, together with that MatMul, as one layer."""
-    for value in operator.node.inputs:
-        matmul = None if value is None else value.producer()
-        if matmul is None or matmul.op_type != "MatMul" or matmul.graph is not operator.node.graph:
-            continue
-        inner = Operator(matmul, operator.opset, operator.constants, operator.shapes)
-        found = _bias_behind(inner) if _matmul(inner) is LATER else None
-        if found is not None:
-            weight = inner.constant(1)
-            assert weight is not None  # else it wouldn't wait for its bias
-            layer = linear("MatMul", tensor_of(weight.T), tensor_of(found[1]), inner.axes() or 2)
-            return Form(layer, (inner.x,), (matmul,))
-    return None
-
-
-# ---- scales and shifts
-
-
-def _batch_norm(operator: Operator) -> Form | str:
-    arrays = [operator.constant(index) for index in range(1, 5)]
-    outputs = [output for output in operator.node.outputs if output.name]
-    if operator.get("training_mode", 0) or len(outputs) > 1 or (operator.opset < 7 and not operator.get("is_test", 0)):
-        return "it normalises by the batch: export the model in eval mode"
-    if operator.get("spatial", 1) != 1:
-        return "it has other statistics at each position"
-    names = ("scale", "shift", "mean", "variance")
-    for index, (name, array) in enumerate(zip(names, arrays), 1):
-        if array is None:
-            return operator.why_not_constant(index, name)
-    axes = operator.axes()
-    if axes is not None and not 2 <= axes <= 5:
-        return f"its input has {axes} axes"
-    return Form(
-        batch_norm(*(tensor_of(array) for array in arrays), operator.get("epsilon", _EPSILON), axes), (operator.x,)
-    )
+# ---- arithmetic
 
 
 def _arithmetic(function: Callable[..., Any]) -> Reader:
@@ -277,7 +48,7 @@ def _arithmetic(function: Callable[..., Any]) -> Reader:
     def read_two(operator: Operator) -> Form | None:
         if operator.opset < 7 and operator.node.attributes:
             return None  # it broadcasts in a way of its own
-        if function is torch.add and (found := _matmul_with_bias(operator)) is not None:
+        if function is torch.add and (found := read_matmul_with_bias(operator)) is not None:
             return found
         known = [operator.constant(index) for index in (0, 1)]
         count = sum(array is not None for array in known)
@@ -305,7 +76,11 @@ def _neg(operator: Operator) -> Form:
 def _sum(operator: Operator) -> Form | None:
     """Read a sum of several values as additions of two."""
     values = operator.node.inputs
-    if len(values) < 2 or operator.opset < 8 or any(operator.constant(index) is not None for index in range(len(values))):
+    if (
+        len(values) < 2
+        or operator.opset < 8
+        or any(operator.constant(index) is not None for index in range(len(values)))
+    ):
         return None
     total: Any = values[0]
     for value in values[1:]:
@@ -321,7 +96,7 @@ def _average_pool(operator: Operator) -> Form | None:
     window = operator.ints("kernel_shape", ())
     ones = (1,) * len(window)
     stride, dilation = operator.ints("strides", ones), operator.ints("dilations", ones)
-    pads = _pads(operator, window, stride, dilation)
+    pads = pads_of(operator, window, stride, dilation)
     pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}.get(len(window))
     if pool is None or isinstance(pads, str) or operator.get("ceil_mode", 0) or dilation != ones:
         return None
@@ -442,18 +217,18 @@ def _shape(operator: Operator) -> Form:
 READERS: dict[str, Reader] = {
     "Add": _arithmetic(torch.add),
     "AveragePool": _average_pool,
-    "BatchNormalization": _batch_norm,
+    "BatchNormalization": read_batch_norm,
     "Concat": _concat,
-    "Conv": _conv,
-    "ConvTranspose": _conv_transpose,
+    "Conv": read_conv,
+    "ConvTranspose": read_conv_transpose,
     "DepthToSpace": _depth_to_space,
     "Div": _arithmetic(torch.div),
     "Dropout": _dropout,
     "Flatten": _flatten,
-    "Gemm": _gemm,
+    "Gemm": read_gemm,
     "GlobalAveragePool": _global_average_pool,
     "Identity": _identity,
-    "MatMul": _matmul,
+    "MatMul": read_matmul,
     "Mul": _arithmetic(torch.mul),
     "Neg": _neg,
     "Pad": _pad,

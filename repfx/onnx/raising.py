@@ -16,10 +16,10 @@ import torch
 from torch import fx, nn
 
 from repfx.onnx.file import package
-from repfx.onnx.folded_values import OWN_DOMAINS, FoldedValues, Node, Value
+from repfx.onnx.known_values import OWN_DOMAINS, FoldedValues, Node, Shapes, Value
 from repfx.onnx.layers import tensor_of
-from repfx.onnx.operators import LATER, Form, Operator, read
-from repfx.onnx.shapes import Shapes
+from repfx.onnx.node_form import LATER, Form, Operator
+from repfx.onnx.operators import read
 from repfx.rewriting.view import View
 
 _LAYERS = ("Conv", "ConvTranspose", "BatchNormalization", "Gemm")

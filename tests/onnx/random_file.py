@@ -10,7 +10,19 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-LINEAR = ("conv", "conv", "depthwise", "batch_norm", "scale", "shift", "neg", "pool", "identity", "dropout", "transposed")
+LINEAR = (
+    "conv",
+    "conv",
+    "depthwise",
+    "batch_norm",
+    "scale",
+    "shift",
+    "neg",
+    "pool",
+    "identity",
+    "dropout",
+    "transposed",
+)
 SHAPED = ("pad", "crop", "stride", "transpose", "concat", "shape", "split", "minus")
 OTHERS = ("relu", "sigmoid", "if", "global", "leaky")
 
@@ -54,7 +66,9 @@ class RandomFile:
 
     def _step(self) -> None:
         kind = self._random.choice(LINEAR * 3 + SHAPED + OTHERS + ("sum",) * 12)
-        chosen = self._random.choice(self._values[-3:]) if self._random.random() < 0.8 else self._random.choice(self._values)
+        chosen = (
+            self._random.choice(self._values[-3:]) if self._random.random() < 0.8 else self._random.choice(self._values)
+        )
         getattr(self, f"_{kind}")(*chosen)
 
     def _add(self, operator: str, inputs: list[str], channels: int, shape: str, **attributes: Any) -> str:
@@ -88,7 +102,9 @@ class RandomFile:
     # ---- linear maps
 
     def _conv(self, x: str, channels: int, shape: str) -> None:
-        window = self._random.choice([(1,) * self._axes, (3,) * self._axes, *([(3, 1), (1, 2)] if self._axes == 2 else [])])
+        window = self._random.choice(
+            [(1,) * self._axes, (3,) * self._axes, *([(3, 1), (1, 2)] if self._axes == 2 else [])]
+        )
         groups = self._random.choice([g for g in (1, 1, 2) if channels % g == 0])
         out = self._random.choice((channels, channels, 6))
         weight = self._normal(out, channels // groups, *window) / (channels * len(window)) ** 0.5
@@ -102,7 +118,11 @@ class RandomFile:
             attributes["auto_pad"] = self._random.choice(("SAME_UPPER", "SAME_LOWER"))
             after = shape
         else:
-            pads = {"same": [*same, *same], "valid": [0] * 2 * self._axes, "asymmetric": [1] + [0] * (2 * self._axes - 1)}[how]
+            pads = {
+                "same": [*same, *same],
+                "valid": [0] * 2 * self._axes,
+                "asymmetric": [1] + [0] * (2 * self._axes - 1),
+            }[how]
             attributes["pads"] = pads
             total = [pads[axis] + pads[axis + self._axes] - size + 1 for axis, size in enumerate(window)]
             after = _moved(shape, total)
@@ -111,7 +131,13 @@ class RandomFile:
     def _depthwise(self, x: str, channels: int, shape: str) -> None:
         weight = self._normal(channels, 1, *(3,) * self._axes) / 3
         self._add(
-            "Conv", [x, self._constant(weight)], channels, shape, group=channels, pads=[1] * 2 * self._axes, kernel_shape=[3] * self._axes
+            "Conv",
+            [x, self._constant(weight)],
+            channels,
+            shape,
+            group=channels,
+            pads=[1] * 2 * self._axes,
+            kernel_shape=[3] * self._axes,
         )
 
     def _transposed(self, x: str, channels: int, shape: str) -> None:
@@ -120,7 +146,12 @@ class RandomFile:
         self._add("ConvTranspose", inputs, channels, shape, pads=[1] * 2 * self._axes)
 
     def _batch_norm(self, x: str, channels: int, shape: str) -> None:
-        numbers = [self._normal(channels), self._normal(channels), self._normal(channels), 0.5 + self._numbers.random(channels)]
+        numbers = [
+            self._normal(channels),
+            self._normal(channels),
+            self._normal(channels),
+            0.5 + self._numbers.random(channels),
+        ]
         self._add("BatchNormalization", [x, *map(self._constant, numbers)], channels, shape, epsilon=1e-3)
 
     def _scale(self, x: str, channels: int, shape: str) -> None:
@@ -140,7 +171,13 @@ class RandomFile:
     def _pool(self, x: str, channels: int, shape: str) -> None:
         count = self._random.choice((0, 1))
         self._add(
-            "AveragePool", [x], channels, shape, kernel_shape=[3] * self._axes, pads=[1] * 2 * self._axes, count_include_pad=count
+            "AveragePool",
+            [x],
+            channels,
+            shape,
+            kernel_shape=[3] * self._axes,
+            pads=[1] * 2 * self._axes,
+            count_include_pad=count,
         )
 
     def _identity(self, x: str, channels: int, shape: str) -> None:
@@ -216,7 +253,10 @@ class RandomFile:
             self._add("Sum", [x, *chosen], channels, shape)
 
     def _minus(self, x: str, channels: int, shape: str) -> None:
-        self._add("Sub", [self._values[-1][0], x], channels, shape) if self._values[-1][1:] == (channels, shape) else None
+        self._add("Sub", [self._values[-1][0], x], channels, shape) if self._values[-1][1:] == (
+            channels,
+            shape,
+        ) else None
 
     def _relu(self, x: str, channels: int, shape: str) -> None:
         self._add("Relu", [x], channels, shape)
@@ -237,7 +277,9 @@ class RandomFile:
         self._count += 1
         branches = []
         for name, operator in (("then_branch", "Relu"), ("else_branch", "Neg")):
-            output = helper.make_tensor_value_info(f"{name}_{self._count}", helper.np_dtype_to_tensor_dtype(self._dtype), [None] * (self._axes + 2))
+            output = helper.make_tensor_value_info(
+                f"{name}_{self._count}", helper.np_dtype_to_tensor_dtype(self._dtype), [None] * (self._axes + 2)
+            )
             node = helper.make_node(operator, [x], [output.name])
             branches.append(helper.make_graph([node], name, [], [output]))
         condition = numpy_helper.from_array(np.array(self._random.random() < 0.5), f"condition_{self._count}")
@@ -256,4 +298,6 @@ def _moved(shape: str, change: list[int]) -> str:
 
 def kind_of(dtype: Any) -> int:
     """The number by which onnx knows a dtype."""
-    return {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE, "float16": TensorProto.FLOAT16}[np.dtype(dtype).name]
+    return {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE, "float16": TensorProto.FLOAT16}[
+        np.dtype(dtype).name
+    ]

@@ -92,13 +92,17 @@ def small(dimensions: int) -> nn.Module:
     pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dimensions - 1]
     block = Net(
         lambda self, x: torch.relu(self.one(self.a(x)) + self.two(self.b(x)) + self.three(x)),
-        a=conv(6, 6, 3, padding=1, bias=dimensions == 3),  # of a conv3d without a bias, torch writes a file that nobody can run
+        a=conv(
+            6, 6, 3, padding=1, bias=dimensions == 3
+        ),  # of a conv3d without a bias, torch writes a file that nobody can run
         one=norm(6),
         b=conv(6, 6, 1),
         two=norm(6),
         three=norm(6),
     )
-    return nn.Sequential(conv(3, 6, 3, stride=2), norm(6), nn.ReLU(), block, pool(1), nn.Flatten(), nn.Linear(6, 4), nn.BatchNorm1d(4))
+    return nn.Sequential(
+        conv(3, 6, 3, stride=2), norm(6), nn.ReLU(), block, pool(1), nn.Flatten(), nn.Linear(6, 4), nn.BatchNorm1d(4)
+    )
 
 
 SIZES = {1: (19,), 2: (13, 10), 3: (7, 9, 8)}
@@ -150,7 +154,9 @@ def test_nets_in_their_training_form(name: str, opset: int, dynamo: bool, tmp_pa
 @pytest.mark.slow
 def test_the_blocks_of_a_preset(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, padding=1))
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, padding=1)
+    )
     model = randomize_batch_norm(repfx.expand(plain, "dbb")).eval()
     check(model, torch.randn(2, 3, 13, 10), tmp_path / "net.onnx", opset=17, dynamo=False)
 
@@ -159,7 +165,13 @@ def test_the_blocks_of_a_preset(tmp_path: Path) -> None:
 
 
 LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
-OTHERS = {"resnet50": 0, "inception_v2": 0, "shufflenet": 0, "densenet121": 62, "squeezenet": 0}  # BatchNorms behind concatenations stay
+OTHERS = {
+    "resnet50": 0,
+    "inception_v2": 0,
+    "shufflenet": 0,
+    "densenet121": 62,
+    "squeezenet": 0,
+}  # BatchNorms behind concatenations stay
 
 
 @pytest.mark.slow

@@ -33,7 +33,9 @@ def norm(channels: int) -> list[Any]:
 
 def node(operator: str, inputs: str, output: str, **attributes: Any) -> Any:
     names = ["" if name == "-" else name for name in inputs.split()]
-    return helper.make_node(operator, names, output.split(), attributes.pop("name", f"the {output.split()[0]}"), **attributes)
+    return helper.make_node(
+        operator, names, output.split(), attributes.pop("name", f"the {output.split()[0]}"), **attributes
+    )
 
 
 def write(
@@ -84,7 +86,11 @@ Case = tuple[list[Any], dict[str, Any], list[str]]
 
 def affine_as_mul_and_add() -> Case:
     nodes = [CONV, node("Mul", "y scale", "z"), node("Add", "shift z", "out")]
-    return nodes, {"w": normal(6, 4, 3, 3), "b": normal(6), "scale": normal(6, 1, 1), "shift": normal(1, 6, 1, 1)}, ["Conv"]
+    return (
+        nodes,
+        {"w": normal(6, 4, 3, 3), "b": normal(6), "scale": normal(6, 1, 1), "shift": normal(1, 6, 1, 1)},
+        ["Conv"],
+    )
 
 
 def pad_before_conv() -> Case:
@@ -126,7 +132,10 @@ def difference_of_convs() -> Case:
 
 
 def transposed() -> Case:
-    nodes = [node("ConvTranspose", "x w b", "y", strides=[2, 2], group=2, output_padding=[1, 0], pads=[1, 0, 1, 0]), NORM]
+    nodes = [
+        node("ConvTranspose", "x w b", "y", strides=[2, 2], group=2, output_padding=[1, 0], pads=[1, 0, 1, 0]),
+        NORM,
+    ]
     return nodes, {"w": normal(4, 3, 3, 2), "b": normal(6), **dict(zip("stmv", norm(6)))}, ["ConvTranspose"]
 
 
@@ -158,7 +167,13 @@ def cropped() -> Case:
         node("Add", "y y1", "out"),
     ]
     ones = np.array([1, 1])
-    constants = {"one": ones, "minus_one": -ones, "axes": np.array([2, 3]), "w1": normal(4, 4, 1, 1), "w": normal(4, 4, 3, 3)}
+    constants = {
+        "one": ones,
+        "minus_one": -ones,
+        "axes": np.array([2, 3]),
+        "w1": normal(4, 4, 1, 1),
+        "w": normal(4, 4, 3, 3),
+    }
     return nodes, constants, ["Conv"]
 
 
@@ -175,7 +190,12 @@ def every_second_position() -> Case:
 
 
 def identities() -> Case:
-    nodes = [CONV, node("Identity", "y", "z"), node("Dropout", "z", "d mask"), node("BatchNormalization", "d s t m v", "out")]
+    nodes = [
+        CONV,
+        node("Identity", "y", "z"),
+        node("Dropout", "z", "d mask"),
+        node("BatchNormalization", "d s t m v", "out"),
+    ]
     return nodes, conv_and_norm(), ["Conv"]
 
 
@@ -291,10 +311,16 @@ def test_a_constant_that_makes_one_channel_into_several_stays(tmp_path: Path) ->
 
 @pytest.mark.parametrize("operator", ["Gemm", "MatMul"])
 def test_linear_layers(operator: str, tmp_path: Path) -> None:
-    first = [node("Gemm", "x w b", "y", transB=1)] if operator == "Gemm" else [node("MatMul", "x w", "p"), node("Add", "p b", "y")]
+    first = (
+        [node("Gemm", "x w b", "y", transB=1)]
+        if operator == "Gemm"
+        else [node("MatMul", "x w", "p"), node("Add", "p b", "y")]
+    )
     nodes = [*first, node("BatchNormalization", "y s t m v", "out")]
     weight = normal(6, 4) if operator == "Gemm" else normal(4, 6)
-    source = write(tmp_path / "in.onnx", nodes, {"w": weight, "b": normal(6), **dict(zip("stmv", norm(6)))}, x=("batch", 4))
+    source = write(
+        tmp_path / "in.onnx", nodes, {"w": weight, "b": normal(6), **dict(zip("stmv", norm(6)))}, x=("batch", 4)
+    )
     assert fused(source)[1] == ["Gemm"]
 
 
@@ -322,12 +348,16 @@ def test_nothing_else_in_a_file_changes(tmp_path: Path) -> None:
         node("Sigmoid", "q", "out"),
     ]
     nodes[2].doc_string = "an activation"
-    source = write(tmp_path / "in.onnx", nodes, {**conv_and_norm(), "w2": normal(3, 6, 1, 1), "unused": normal(3)}, out="out r")
+    source = write(
+        tmp_path / "in.onnx", nodes, {**conv_and_norm(), "w2": normal(3, 6, 1, 1), "unused": normal(3)}, out="out r"
+    )
     model = onnx.load(source)
     helper.set_model_props(model, {"author": "somebody", "labels": "a,b"})
     model.doc_string, model.producer_name, model.graph.doc_string = "a model", "a tool", "a graph"
     model.opset_import.append(helper.make_opsetid("com.example", 3))
-    model.graph.value_info.append(helper.make_tensor_value_info("q", TensorProto.FLOAT, ["batch", 3, "height", "width"]))
+    model.graph.value_info.append(
+        helper.make_tensor_value_info("q", TensorProto.FLOAT, ["batch", 3, "height", "width"])
+    )
     onnx.save(model, source)
     report, _ = fused(source)
     result = onnx.load(report.path)
@@ -369,7 +399,9 @@ def test_branches_of_an_if_read_what_replaces_the_values_that_they_captured(tmp_
     assert fused(source)[1] == ["Conv", "If"]
     nodes[2] = helper.make_node("If", ["condition"], ["out"], then_branch=branches[0], else_branch=branches[0])
     nodes.insert(2, node("Relu", "y", "unread"))
-    inner = onnx.load(write(tmp_path / "in.onnx", nodes, {**conv_and_norm(), "condition": np.array(True)}, out="out unread"))
+    inner = onnx.load(
+        write(tmp_path / "in.onnx", nodes, {**conv_and_norm(), "condition": np.array(True)}, out="out unread")
+    )
     inner.graph.node[3].attribute[0].g.node[0].input[0] = "y"  # the branch reads the conv itself
     onnx.save(inner, source)
     assert fused(source)[1] == ["Conv", "BatchNormalization", "Relu", "If"]
@@ -390,7 +422,11 @@ def test_initializers_that_are_listed_as_inputs(ir_version: int, tmp_path: Path)
     report, operators = fused(source)
     if ir_version == 3:
         assert operators == ["Conv"]
-        assert [value.name for value in onnx.load(report.path).graph.input] == ["x", "the y_fused_weight", "the y_fused_bias"]
+        assert [value.name for value in onnx.load(report.path).graph.input] == [
+            "x",
+            "the y_fused_weight",
+            "the y_fused_bias",
+        ]
     else:
         assert operators == ["Conv", "BatchNormalization"]
         assert "also an input of the file, which a caller may replace" in str(report.stays[0])
@@ -435,7 +471,8 @@ def test_the_new_file_may_take_the_place_of_the_old_one(tmp_path: Path) -> None:
     source = write(tmp_path / "in.onnx", [CONV, NORM], {**conv_and_norm(), "unused": normal(30, 30)})
     onnx.save(onnx.load(source), source, save_as_external_data=True, location="in.onnx.data", size_threshold=64)
     report = repfx.fuse_onnx(source, source)
-    assert report.convs == 1 and report.nodes == {"Conv": 1}
+    assert report.convs == 1
+    assert report.nodes == {"Conv": 1}
     assert report.path == source.resolve()
     onnx.checker.check_model(str(source))
 
@@ -469,14 +506,21 @@ def test_a_file_that_computes_something_else_never_appears(tmp_path: Path, monke
 
     right = repfx.onnx.lowering.rounded
     monkeypatch.setattr(repfx.onnx.lowering, "rounded", lambda x, dtype: right(x * 1.01, dtype))
-    with pytest.raises(ExportError, match=r"the fused file gives something else than .*in.onnx': worst relative difference"):
+    with pytest.raises(
+        ExportError, match=r"the fused file gives something else than .*in.onnx': worst relative difference"
+    ):
         repfx.fuse_onnx(source, target)
     assert target.read_bytes() == b"older"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fused.onnx", "in.onnx"]
 
 
 def test_random_numbers_are_compared_too(tmp_path: Path) -> None:
-    nodes = [CONV, node("BatchNormalization", "y s t m v", "z"), node("RandomNormalLike", "z", "r"), node("Add", "r z", "out")]
+    nodes = [
+        CONV,
+        node("BatchNormalization", "y s t m v", "z"),
+        node("RandomNormalLike", "z", "r"),
+        node("Add", "r z", "out"),
+    ]
     report, operators = fused(write(tmp_path / "in.onnx", nodes, conv_and_norm()))
     assert operators == ["Conv", "RandomNormalLike", "Add"]
     assert report.max_error < 1e-5
@@ -493,7 +537,11 @@ def refused(tmp_path: Path, name: str) -> Path:
         return write(path, [node("Relu", "x", "out")], {})
     if name == "not finite":
         return write(path, [CONV, NORM], {**conv_and_norm(), "s": np.full(6, np.inf, np.float32)})
-    quantize = [node("QuantizeLinear", "x step", "q"), node("DequantizeLinear", "q step", "d"), node("Conv", "d w", "out")]
+    quantize = [
+        node("QuantizeLinear", "x step", "q"),
+        node("DequantizeLinear", "q step", "d"),
+        node("Conv", "d w", "out"),
+    ]
     return write(path, quantize, {"step": np.float32(0.1), "w": normal(6, 4, 3, 3)})
 
 
@@ -525,4 +573,5 @@ def test_the_plan_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -> 
     assert "2 → 1 Conv" in str(plan)
     assert list(tmp_path.iterdir()) == [source]
     report, _ = fused(source)
-    assert report.nodes == plan.nodes and report.stays == plan.stays
+    assert report.nodes == plan.nodes
+    assert report.stays == plan.stays

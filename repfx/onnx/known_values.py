@@ -1,7 +1,12 @@
-"""The values of an ONNX file that are the same in each run: initializers, and what the file computes from them alone."""
+"""What is known of the values of an ONNX file before it runs: constants, and the shapes that onnx infers.
+
+Constants are initializers, and what the file computes from them alone.
+"""
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from repfx.onnx.file import package
@@ -9,12 +14,57 @@ from repfx.onnx.file import package
 Value: TypeAlias = Any  # of onnx_ir: a value in a graph
 Node: TypeAlias = Any  # of onnx_ir: a node of a graph
 Array: TypeAlias = Any  # of numpy
+Shape: TypeAlias = "tuple[int | None, ...]"
 OWN_DOMAINS = ("", "ai.onnx")
+_SMALL = 1 << 10  # bytes of an initializer that may hold a shape
 
 # operators whose output depends on their inputs alone, without randomness, state or subgraphs
 _FOLDED = frozenset(
-    """Abs Add Cast Clip Concat ConstantOfShape Div Exp Expand Flatten Gather Gemm Identity MatMul Max Min Mul Neg Pad Pow Reciprocal
-    ReduceMean ReduceSum ReduceSumSquare ReduceL2 Reshape Shape Size Slice Split Sqrt Squeeze Sub Sum Tile Transpose Unsqueeze Where""".split()
+    (
+        *(
+            "Abs",
+            "Add",
+            "Cast",
+            "Clip",
+            "Concat",
+            "ConstantOfShape",
+            "Div",
+            "Exp",
+            "Expand",
+            "Flatten",
+            "Gather",
+            "Gemm",
+        ),
+        *(
+            "Identity",
+            "MatMul",
+            "Max",
+            "Min",
+            "Mul",
+            "Neg",
+            "Pad",
+            "Pow",
+            "Reciprocal",
+            "ReduceL2",
+            "ReduceMean",
+            "ReduceSum",
+        ),
+        *(
+            "ReduceSumSquare",
+            "Reshape",
+            "Shape",
+            "Size",
+            "Slice",
+            "Split",
+            "Sqrt",
+            "Squeeze",
+            "Sub",
+            "Sum",
+            "Tile",
+            "Transpose",
+        ),
+        *("Unsqueeze", "Where"),
+    )
 )
 
 
@@ -111,3 +161,43 @@ def _run(node: Node, value: Value, opset: int, sources: list[Array | None]) -> A
         return package("onnx.reference").ReferenceEvaluator(model).run(None, feeds)[0]
     except Exception:  # it doesn't know this version of the operator; then the value isn't known
         return None
+
+
+# ---- shapes
+
+
+class Shapes:
+    """The shapes of the values of a file's main graph. The file's own notes on values inside it aren't trusted."""
+
+    def __init__(self, path: Path) -> None:
+        onnx = package("onnx")
+        model = onnx.load(path, load_external_data=False)
+        del model.graph.value_info[:]
+        for tensor in model.graph.initializer:
+            if tensor.HasField("raw_data") and len(tensor.raw_data) > _SMALL:
+                tensor.raw_data = b""
+        with suppress(Exception):  # what isn't inferred isn't known
+            model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        known = (*model.graph.input, *model.graph.output, *model.graph.value_info)
+        self._known: dict[str, Shape] = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+        self._known |= {each.name: shape for each in known if (shape := _shape(each)) is not None}
+
+    def of(self, value: Value | None) -> Shape | None:
+        """Return the shape of a value, or None if its number of axes isn't known."""
+        return None if value is None else self._known.get(value.name)
+
+    def axes(self, value: Value | None) -> int | None:
+        """Return the number of axes of a value, or None if it isn't known."""
+        shape = self.of(value)
+        return None if shape is None else len(shape)
+
+    def note(self, value: Value, shape: Shape) -> None:
+        """Note the shape of a value, unless it is known already."""
+        self._known.setdefault(value.name, shape)
+
+
+def _shape(value: Any) -> Shape | None:
+    tensor = value.type.tensor_type
+    if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
+        return None
+    return tuple(axis.dim_value if axis.HasField("dim_value") else None for axis in tensor.shape.dim)

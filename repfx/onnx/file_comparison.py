@@ -261,7 +261,13 @@ _DRAWS = frozenset(
 
 
 def _draws(graph: Any) -> bool:
-    return any(node.op_type in _DRAWS or any(map(_draws, _subgraphs(node))) for node in graph.node)
+    return any(_may_draw(node) or any(map(_draws, _subgraphs(node))) for node in graph.node)
+
+
+def _may_draw(node: Any) -> bool:
+    return node.op_type in _DRAWS and (
+        node.op_type != "Dropout" or len(node.input) > 2
+    )  # without a mode, it drops nothing
 
 
 def _subgraphs(node: Any) -> list[Any]:
@@ -275,7 +281,7 @@ def _seeded(path: Path) -> bytes:
     while pending:
         for node in pending.pop().node:
             pending += _subgraphs(node)
-            if node.op_type in _DRAWS and not any(each.name == "seed" for each in node.attribute):
+            if _may_draw(node) and not any(each.name == "seed" for each in node.attribute):
                 made = package("onnx").helper.make_attribute("seed", 0 if node.op_type == "Dropout" else 0.0)
                 node.attribute.append(made)
     found: bytes = model.SerializeToString()

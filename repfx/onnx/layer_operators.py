@@ -20,11 +20,11 @@ def pads_of(operator: Operator, window: Ints, stride: Ints, dilation: Ints) -> P
     if mode == "VALID":
         return ((0, 0),) * count
     if mode == "NOTSET":
-        pads = operator.ints("pads", (0,) * 2 * count)
-        return tuple(zip(pads[:count], pads[count:])) if min(pads, default=0) >= 0 else "it crops its input"
+        sides = operator.ints("pads", (0,) * 2 * count)
+        return tuple(zip(sides[:count], sides[count:])) if min(sides, default=0) >= 0 else "it crops its input"
     shape = operator.shape()
     sizes = (None,) * count if shape is None else shape[2:]
-    pads = []
+    pads: list[tuple[int, int]] = []
     for size, k, s, d in zip(sizes, window, stride, dilation):
         if s > 1 and size is None:
             return f"auto_pad={mode} pads by the input's size, which the file doesn't fix"
@@ -174,19 +174,21 @@ def read_matmul_with_bias(operator: Operator) -> Form | None:
 
 def read_batch_norm(operator: Operator) -> Form | str:
     """Read a BatchNormalization in eval mode."""
-    arrays = [operator.constant(index) for index in range(1, 5)]
     outputs = [output for output in operator.node.outputs if output.name]
     if operator.get("training_mode", 0) or len(outputs) > 1 or (operator.opset < 7 and not operator.get("is_test", 0)):
         return "it normalises by the batch: export the model in eval mode"
     if operator.get("spatial", 1) != 1:
         return "it has other statistics at each position"
     names = ("scale", "shift", "mean", "variance")
-    for index, (name, array) in enumerate(zip(names, arrays), 1):
+    arrays: list[Array] = []
+    for index, name in enumerate(names, 1):
+        array = operator.constant(index)
         if array is None:
             return operator.why_not_constant(index, name)
+        arrays.append(array)
     axes = operator.axes()
     if axes is not None and not 2 <= axes <= 5:
         return f"its input has {axes} axes"
-    return Form(
-        batch_norm(*(tensor_of(array) for array in arrays), operator.get("epsilon", _EPSILON), axes), (operator.x,)
-    )
+    scale, shift, mean, variance = map(tensor_of, arrays)
+    epsilon = operator.get("epsilon", _EPSILON)
+    return Form(batch_norm(scale, shift, mean, variance, epsilon, axes), (operator.x,))

@@ -102,10 +102,11 @@ def hands_on(operator: str) -> nn.Module:
     return layer
 
 
-def _with(layer: nn.Module, weight: Tensor, bias: Numbers) -> nn.Module:
+def _with(layer: Layer, weight: Tensor, bias: Numbers) -> nn.Module:
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    return layer
+    found: nn.Module = layer
+    return found
 
 
 def tensor_of(array: Any) -> Tensor:

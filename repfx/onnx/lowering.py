@@ -58,7 +58,7 @@ class _Lowering:
                 _rewire(group.nodes, before, after)
         for before, after in self._changes(self._kept[-1]):
             self._lead_out(before, after)
-        self._remove(self._dead)
+        self._remove([*self._dead, *self._strays()])
         self._graph.sort()
 
     def _changes(self, group: Group) -> Iterator[tuple[Value, Value]]:
@@ -220,6 +220,40 @@ class _Lowering:
             after.type, after.shape = before.type, before.shape
         outputs[place] = after
 
+    def _strays(self) -> list[Node]:
+        """Return the nodes of known values that read what is removed, to ask for its type. What is needed of them is an initializer now."""
+        dead = set(self._dead)
+        kept = {node for group in self._kept for node in group.nodes}
+        read = {id(output): output.uses() for node in dead for output in node.outputs}
+        strays = list(dict.fromkeys(use.node for uses in read.values() for use in uses if use.node not in dead))
+
+        def needed(value: Value) -> bool:
+            users = {use.node for use in value.uses()} - dead
+            return bool(value.is_graph_output()) or any(
+                user in kept or user.graph is not self._graph or any(map(needed, user.outputs)) for user in users
+            )
+
+        for value in [output for stray in strays for output in stray.outputs if needed(output)]:
+            self._freeze(value)
+        for stray in strays:  # the list grows: what reads a value that isn't needed isn't needed either
+            users = (use.node for output in stray.outputs for use in output.uses())
+            strays += [user for user in dict.fromkeys(users) if user not in dead and user not in strays]
+        return strays
+
+    def _freeze(self, value: Value) -> None:
+        """Put an initializer in the place of a value that is known before the file runs."""
+        name, value.name = value.name, f"{value.name} (replaced)"
+        tensor = self._ir.tensor(self._raised.constants.of(value), name=name)
+        frozen = self._ir.Value(
+            name=name, shape=tensor.shape, type=self._ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        self._register(frozen)
+        for use in list(value.uses()):
+            use.node.replace_input_with(use.idx, frozen)
+        for place, output in enumerate(self._graph.outputs):
+            if output is value:
+                self._graph.outputs[place] = frozen
+
     def _remove(self, nodes: Iterable[Node]) -> None:
         """Remove nodes, and then what only they have read: initializers, and nodes that compute constants."""
         pending = [*nodes]
@@ -245,7 +279,12 @@ _OPERATORS: dict[Any, str] = {torch.add: "Add", torch.sub: "Sub", torch.neg: "Ne
 def arguments_of(node: fx.Node) -> list[fx.Node]:
     """Return the nodes among the arguments of a node, in their order, without constants."""
     found: list[fx.Node] = []
-    fx.node.map_arg(node.args, lambda each: found.append(each) or each)
+
+    def note(each: fx.Node) -> fx.Node:
+        found.append(each)
+        return each
+
+    fx.node.map_arg(node.args, note)
     return [each for each in found if each.op != "get_attr"]
 
 

@@ -54,6 +54,7 @@ class Raised:
 
     Args:
         values: the value of the file that each node of the graph stands for.
+        constants: the values of the file that are known before it runs.
         groups: which nodes stand for which, in the order of the file.
         titles: names of nodes in the file, by names and paths in the graph.
         opaque: convs, linear layers and BatchNorms that can't be read, by title, with the reason.
@@ -62,6 +63,7 @@ class Raised:
 
     model: Any
     shapes: Shapes
+    constants: FoldedValues
     root: nn.Module = field(default_factory=nn.Module)
     graph: fx.Graph = field(default_factory=fx.Graph)
     values: dict[fx.Node, Value] = field(default_factory=dict)
@@ -129,7 +131,7 @@ class _Raiser:
     def __init__(self, model: Any, shapes: Shapes) -> None:
         self._constants = FoldedValues(model)
         self._opset = next((model.opset_imports[name] for name in OWN_DOMAINS if name in model.opset_imports), 1)
-        self._raised = Raised(model, shapes)
+        self._raised = Raised(model, shapes, self._constants)
         self._nodes: dict[Value, fx.Node] = {}
         self._count = 0
 

@@ -336,6 +336,30 @@ def test_a_scale_behind_a_linear_layer_on_more_axes(tmp_path: Path) -> None:
     assert fused(write(tmp_path / "in.onnx", nodes, constants, x=("batch", 5, 4)))[1] == ["MatMul", "Add"]
 
 
+def test_constants_that_take_their_type_from_a_value_that_is_merged(tmp_path: Path) -> None:
+    nodes = [
+        node("CastLike", "zeros x", "b"),
+        CONV,
+        node("CastLike", "half y", "h"),
+        node("CastLike", "zeros y", "b2"),
+        node("BatchNormalization", "y s t m v", "z"),
+        node("Relu", "z", "r"),
+        node("Conv", "r w2 b2", "q"),
+        node("Sub", "q h", "n"),
+        node("PRelu", "n h", "out"),
+    ]
+    constants = {name: array for name, array in conv_and_norm().items() if name != "b"}
+    constants |= {"zeros": np.zeros(6), "half": np.array([0.5]), "w2": normal(6, 6, 1, 1)}
+    source = write(tmp_path / "in.onnx", nodes, constants)
+    model = onnx.load(source)
+    for name in ("y", "h"):
+        model.graph.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    onnx.save(model, source)
+    report, operators = fused(source)
+    assert operators == ["Conv", "Relu", "Conv", "PRelu"]
+    assert {"h", "zeros"} & {tensor.name for tensor in onnx.load(report.path).graph.initializer} == {"h"}
+
+
 # ---- what else is in a file
 
 

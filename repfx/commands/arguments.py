@@ -21,7 +21,10 @@ MODEL_FORMS = "torchvision:NAME, timm:NAME, package.module:callable or file.py:c
 _AXES = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}
 
 # typer reads these annotations at run time; its options work with `X | None` on Python 3.10 and typer 0.15, too.
-Model = Annotated[str, typer.Argument(help=f"{MODEL_FORMS}; or the folder of a training run.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(help=f"{MODEL_FORMS}; or the folder of a training run; or an ONNX file.", show_default=False),
+]
 Weights = Annotated[
     Path | None,
     typer.Option(

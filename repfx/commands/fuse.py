@@ -29,6 +29,7 @@ from repfx.commands.arguments import (
     print_json,
     shape_of_input,
 )
+from repfx.commands.onnx_file import fuse_file, is_onnx_file
 from repfx.commands.progress import busy
 from repfx.commands.tables import fusion_table, quantization_table
 from repfx.data.dataset import DataSource
@@ -112,10 +113,28 @@ def fuse(
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Fuse a model into plain convs and export it to ONNX.
+    """Fuse a model into plain convs and export it to ONNX, or fuse an ONNX file.
 
     The fused model is compared with the original, and the ONNX file is checked in onnxruntime.
     """
+    if is_onnx_file(model):
+        of_models = {
+            "weights": weights,
+            "num_classes": num_classes,
+            "option": option,
+            "input_shape": input_shape,
+            "opset": opset,
+            "batch_size": batch_size,
+            "dynamic_size": dynamic_size,
+            "fp16": fp16,
+            "int8": int8,
+            "data": data,
+            "equalize": equalized,
+            "raw_images": raw_images,
+            "probabilities": probabilities,
+        }
+        fuse_file(model, onnx, of_models, as_json=as_json)
+        return
     _check(int8=int8, fp16=fp16, data=data, raw_images=raw_images, equalized=equalized)
     with staged(onnx, ".onnx"):
         pass  # fail now, not after the work, if the file can't be written

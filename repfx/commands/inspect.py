@@ -23,6 +23,7 @@ from repfx.commands.arguments import (
     print_json,
     shape_of_input,
 )
+from repfx.commands.onnx_file import inspect_file, is_onnx_file
 from repfx.commands.progress import busy
 from repfx.errors import EquivalenceError, InvalidInput
 from repfx.pages.model_page import Check, write_model_page
@@ -52,7 +53,20 @@ def inspect(
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """List the convs of a model, with their sizes and branches. With --spec, show what a spec would add to each, or why it can't."""
+    """List the convs of a model, with their sizes and branches. With --spec, show what a spec would add to each, or why it can't.
+
+    Of an ONNX file, show what would merge, and why each conv and BatchNormalization that is left stays.
+    """
+    if is_onnx_file(model):
+        of_models = {
+            "spec": spec,
+            "html": html,
+            "num_classes": num_classes,
+            "option": option,
+            "input_shape": input_shape,
+        }
+        inspect_file(model, of_models, as_json=as_json)
+        return
     found, setup = load_model(model, None, num_classes, option, trust=trust)
     if fused and spec is not None and html is None:
         raise InvalidInput("--spec asks about expanding and --fused about fusing: give only one of them.")

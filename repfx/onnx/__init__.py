@@ -1,5 +1,5 @@
-"""ONNX files: exported, checked in onnxruntime, and quantized.
+"""ONNX files: exported, fused, checked in onnxruntime, and quantized.
 
 Imports `passes` and the wings above it (order: docs/architecture.md), and, inside functions, the packages of the `onnx` extra.
-Begin with `export`.
+Begin with `export`, or with `fuse_file`.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -65,17 +66,17 @@ class OnnxFile:
         )
 
 
-def require_packages() -> None:
-    """Import the packages that write and run ONNX files.
+def require_packages(purpose: str = "exporting", names: Iterable[str] = PACKAGES) -> None:
+    """Import the packages that read, write and run ONNX files.
 
     Raises:
         ExportError: a package is missing.
     """
-    for name in PACKAGES:
+    for name in names:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ExportError(f"exporting needs {name}, which can't be imported: pip install 'repfx[onnx]'.") from error
+            raise ExportError(f"{purpose} needs {name}, which can't be imported: pip install 'repfx[onnx]'.") from error
 
 
 def package(name: str) -> ModuleType:

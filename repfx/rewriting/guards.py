@@ -259,8 +259,9 @@ def _is_layer(node: fx.Node, view: View) -> bool:
 
 
 def pads_alike(match: Match, view: View) -> str | None:
-    """Require that torch's conv can pad as the merged kernel needs. Otherwise one padding layer would only replace another."""
-    if is_symmetric(match.form.padding):
+    """Require that a conv can pad as the merged kernel needs. Otherwise one padding layer would only replace another."""
+    padding = match.form.padding
+    if is_symmetric(padding) or (view.pads_apart and all(side >= 0 for pair in padding for side in pair)):
         return None
     return "a conv pads both sides alike, this padding doesn't"
 

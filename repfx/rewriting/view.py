@@ -38,6 +38,7 @@ class View:
         input_shape: function from a path in `root` to the shape of that module's input; None if it isn't known.
         cost: the cost of a conv with an input of some shape.
         inputs: what a caller gives the graph, by the name of the argument.
+        pads_apart: whether a conv can pad its two sides differently, as ONNX's can and torch's can't.
     """
 
     root: nn.Module
@@ -49,6 +50,7 @@ class View:
     input_shape: Callable[[str], Shape | None] = lambda path: None
     cost: Cost = weights
     inputs: Mapping[str, object] = field(default_factory=dict)
+    pads_apart: bool = False
 
     def __post_init__(self) -> None:
         self._readers: dict[str, list[fx.Node]] = {}

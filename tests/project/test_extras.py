@@ -45,7 +45,7 @@ driver.after_epoch()
 # Code that each extra must make work.
 USES = {
     "checkpoint": "repfx.save('run.ckpt', model)\nrepfx.load('run.ckpt', plain)",
-    "onnx": "repfx.export_onnx(model, 'model.onnx', x)",
+    "onnx": "repfx.export_onnx(model, 'model.onnx', x)\nrepfx.fuse_onnx('model.onnx', 'fused.onnx')",
     "plot": "draw(Architecture.of(model), 'architecture.png')",
     "report": "from repfx.pages.model_page import write_model_page\nwrite_model_page(model, 'page.html', x, name='tiny')",
     "cli": f"main(['inspect', {TINY!r}])",

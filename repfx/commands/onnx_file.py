@@ -1,0 +1,55 @@
+"""What `repfx fuse` and `repfx inspect` do with the path of an ONNX file in place of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from repfx.commands.arguments import print_json
+from repfx.commands.progress import busy
+from repfx.errors import InvalidInput
+from repfx.onnx.fuse_file import FileFusion, fuse_onnx, plan_fusion
+
+
+def is_onnx_file(model: str) -> bool:
+    """Whether the argument that names a model is the path of an ONNX file."""
+    return model.endswith(".onnx")
+
+
+def fuse_file(source: str, path: Path, options: Mapping[str, Any], *, as_json: bool) -> None:
+    """Fuse an ONNX file and print the report.
+
+    Args:
+        options: the values of options that are about models and exports alone.
+    """
+    _refuse(options)
+    with busy("fusing and comparing"):
+        report = fuse_onnx(source, path)
+    _print(report, str(report), as_json=as_json)
+
+
+def inspect_file(source: str, options: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what would merge in an ONNX file, and why each conv and BatchNormalization that is left stays."""
+    _refuse(options)
+    with busy("reading"):
+        plan = plan_fusion(source)
+    told = "\n".join([str(plan), *(f"  {skip.path}: {skip.reason}" for skip in plan.stays)])
+    _print(plan, f"{source}, fused:\n{told}", as_json=as_json)
+
+
+def _refuse(options: Mapping[str, Any]) -> None:
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    if given:
+        raise InvalidInput(f"an ONNX file has its own weights, sizes and types: leave {' and '.join(given)} out.")
+
+
+def _print(found: FileFusion, text: str, *, as_json: bool) -> None:
+    if as_json:
+        plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(found).items()}
+        print_json({**plain, "convs_before": found.convs_before, "convs": found.convs})
+    else:
+        typer.echo(text)

@@ -1,7 +1,7 @@
-"""The passes, verbs and rules, one file each. Importing this package registers all of them.
+"""The passes: verbs here and rules in `rules`, one file each. Importing this package registers all of them.
 
 Imports `measuring` and the wings above it (order: docs/architecture.md).
-Begin with `fold_batch_norm` (a rule) or `fuse` (a verb).
+Begin with `fuse` (a verb) or `rules/fold_batch_norm` (a rule).
 """
 
 from __future__ import annotations

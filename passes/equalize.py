@@ -74,7 +74,11 @@ def equalize(model: nn.Module, *, example: Inputs | None = None) -> nn.Module:
         found = found or bool(spaces)
         changed = _evened_out(spaces)
         edits += [
-            Edit("equalize", island.full_path(space.makers[0].path), tuple(island.full_path(end.path) for end in space.readers))
+            Edit(
+                "equalize",
+                island.full_path(space.makers[0].path),
+                tuple(island.full_path(end.path) for end in space.readers),
+            )
             for space in spaces
             if id(space) in changed
         ]
@@ -192,16 +196,31 @@ def _centred(logarithms: Tensor) -> Tensor:
 # ---- which tensors share their factors
 
 # what factors pass, and on how many axes behind the channels it works; None for any number
-_OVER_PLACES = ("Dropout", "ZeroPad", "ReflectionPad", "ReplicationPad", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool")
+_OVER_PLACES = (
+    "Dropout",
+    "ZeroPad",
+    "ReflectionPad",
+    "ReplicationPad",
+    "MaxPool",
+    "AvgPool",
+    "AdaptiveAvgPool",
+    "AdaptiveMaxPool",
+)
 _LAYERS: dict[type[nn.Module], int | None] = {
     **dict.fromkeys((nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Dropout), None),
     **dict.fromkeys((nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), 2),
     **{getattr(nn, f"{name}{n}d"): n for name in _OVER_PLACES for n in (1, 2, 3)},
 }
 _FUNCTIONS: dict[Any, int | None] = {
-    **dict.fromkeys((torch.relu, torch.relu_, F.relu, F.relu_, F.leaky_relu, F.leaky_relu_, torch.clone, *MODULES), None),
+    **dict.fromkeys(
+        (torch.relu, torch.relu_, F.relu, F.relu_, F.leaky_relu, F.leaky_relu_, torch.clone, *MODULES), None
+    ),
     **dict.fromkeys(("relu", "relu_", "contiguous", "clone"), None),
-    **{getattr(F, f"{name}{n}d"): n for name in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool") for n in (1, 2, 3)},
+    **{
+        getattr(F, f"{name}{n}d"): n
+        for name in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
+        for n in (1, 2, 3)
+    },
 }
 _MEANS = (torch.mean, "mean")
 
@@ -291,7 +310,9 @@ class _Spaces:
             return False
         layer: Any = view.module(node)
         mine = isinstance(layer.weight, nn.Parameter) and not self._shared & {id(layer.weight), id(layer.bias)}
-        return mine and layer.weight.is_contiguous() and not layer.weight.is_meta and isinstance(split(node)[0], fx.Node)
+        return (
+            mine and layer.weight.is_contiguous() and not layer.weight.is_meta and isinstance(split(node)[0], fx.Node)
+        )
 
     def _hands_factors_on(self, node: fx.Node) -> bool:
         source = split(node)[0]
@@ -307,7 +328,9 @@ class _Spaces:
         layer: Any = self._view.module(node)
         if is_patched(layer) or has_hooks(layer) or getattr(layer, "return_indices", False):
             return False
-        return (type(layer) is nn.Upsample and bool(places)) or (type(layer) in _LAYERS and _LAYERS[type(layer)] in (None, places))
+        return (type(layer) is nn.Upsample and bool(places)) or (
+            type(layer) in _LAYERS and _LAYERS[type(layer)] in (None, places)
+        )
 
     def _keeps_one_place(self, node: fx.Node) -> bool:
         """Whether a node is the mean over all places, or leaves out the axes of the one place that there is."""
@@ -361,7 +384,11 @@ def _is_mean_of_places(node: fx.Node, dimensions: int | None) -> bool:
     call = {**dict(zip(("input", "dim", "keepdim"), node.args)), **node.kwargs}
     axes = call.get("dim")
     axes = [axes] if isinstance(axes, int) else axes
-    if not isinstance(axes, (tuple, list)) or not all(isinstance(axis, int) for axis in axes) or call.get("dtype") is not None:
+    if (
+        not isinstance(axes, (tuple, list))
+        or not all(isinstance(axis, int) for axis in axes)
+        or call.get("dtype") is not None
+    ):
         return False
     count = dimensions + 2
     return sorted(axis % count for axis in axes) == list(range(2, count))

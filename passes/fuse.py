@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from repfx.algebra.activated_norm import norm_of, rest_of
+from repfx.algebra.cost import Cost, weights
 from repfx.algebra.layers import is_conv_or_linear
 from repfx.algebra.moments import set_kernel
 from repfx.blocks.block import RepBlock
@@ -23,7 +24,6 @@ from repfx.passes.drop import absorb
 from repfx.records.journal import Action, record
 from repfx.records.module_tree import set_submodule
 from repfx.records.wrappers import require_layers
-from repfx.rewriting.cost import Cost, weights
 from repfx.rewriting.pipeline import Result, rewrite, verb
 from repfx.rewriting.rule import RULES
 from repfx.tracing.leaves import calls_conv

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from repfx.algebra.cost import Cost, weights
 from repfx.errors import InvalidInput
 from repfx.exported.lowering import lowered
 from repfx.exported.operators import conv_call
@@ -24,7 +25,6 @@ from repfx.measuring.in_float64 import Inputs
 from repfx.measuring.proof import prove
 from repfx.records.report import Report
 from repfx.records.wrappers import is_aten_graph
-from repfx.rewriting.cost import Cost, weights
 from repfx.rewriting.editor import Editor, Merged
 from repfx.rewriting.explanation import all_that_stays, left_alone
 from repfx.rewriting.pipeline import run_rules

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.cost import Shape, weights
 from repfx.algebra.kernel import Kernel
 from repfx.errors import InvalidInput
 from repfx.measuring.cost import measure_times
-from repfx.rewriting.cost import Shape, weights
 
 Runtime = Literal["torch", "onnxruntime"]
 

@@ -15,7 +15,7 @@ from repfx.blocks.block import ORIGIN, RepBlock
 from repfx.blocks.branch import Chain
 from repfx.blocks.cropped_conv import CroppedConv
 from repfx.blocks.stages import Pad, RowNorm, Subsample
-from repfx.passes.merge_parallel import MERGE_PARALLEL
+from repfx.passes.rules.merge_parallel import MERGE_PARALLEL
 from repfx.records.provenance import provenance_of
 
 _FEW_PARTS = 2

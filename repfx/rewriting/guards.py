@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.cost import Shape, weights
 from repfx.algebra.kernel import Kernel, NoKernel, is_symmetric
 from repfx.algebra.layers import has_tensors
 from repfx.graphs.aliasing import may_share_memory, mutated_by, reads_only_the_form
@@ -18,7 +19,6 @@ from repfx.graphs.channel_slices import takes_a_batch
 from repfx.graphs.functional_conv import is_shared
 from repfx.graphs.operations import Op
 from repfx.graphs.vocabulary import ELEMENTWISE_LAYERS
-from repfx.rewriting.cost import Shape, weights
 from repfx.rewriting.match import Match, forms_along, shape_before
 from repfx.rewriting.view import META, View
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from repfx.algebra.cost import Shape
 from repfx.algebra.layers import BATCH_NORMS, is_conv
 from repfx.records.notes import copy_without_numbers
-from repfx.rewriting.cost import Shape
 
 _SIDES = (224, 64, 32)  # side lengths of the inputs that are tried
 

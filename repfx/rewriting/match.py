@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx
 
+from repfx.algebra.cost import Shape, output_shape
 from repfx.algebra.kernel import Kernel, NoKernel, Padding
 from repfx.graphs.operations import Op
-from repfx.rewriting.cost import Shape, output_shape
 from repfx.rewriting.view import META, View
 
 

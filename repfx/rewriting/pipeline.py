@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from repfx.algebra.cost import Cost, weights
 from repfx.algebra.layers import has_modes_of_its_own, is_batch_norm
 from repfx.blocks.cropped_conv import unshare
 from repfx.blocks.own_fusing import give_methods_back
@@ -25,7 +26,6 @@ from repfx.records.notes import copy_of
 from repfx.records.report import Edit, Note, Report, Skip
 from repfx.records.wrappers import innermost, require_layers
 from repfx.rewriting.computed_weights import fix_weights
-from repfx.rewriting.cost import Cost, weights
 from repfx.rewriting.editor import Editor
 from repfx.rewriting.explanation import UNTRACED, all_that_stays, left_alone, left_outside
 from repfx.rewriting.input_shapes import InputShapes

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.cost import Cost, Shape, weights
 from repfx.algebra.kernel import Kernel
 from repfx.algebra.layers import has_hooks, has_tensors, is_batch_norm, is_conv_or_linear
 from repfx.algebra.meaning import Meaning, refusal_of
@@ -19,7 +20,6 @@ from repfx.graphs.functional_conv import is_functional_conv
 from repfx.graphs.operations import Op, read_op
 from repfx.graphs.sums import SumOf, read_sum
 from repfx.graphs.viewed_norm import read_viewed_norm
-from repfx.rewriting.cost import Cost, Shape, weights
 from repfx.tracing.leaf_code import Known, LeafCode, code_of
 
 META = torch.empty((), device="meta", dtype=torch.float64)

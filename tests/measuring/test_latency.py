@@ -10,10 +10,10 @@ from torch import nn
 
 import repfx
 from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.cost import weights
 from repfx.errors import InvalidInput
 from repfx.measuring import latency as file
 from repfx.measuring.latency import Latency
-from repfx.rewriting.cost import weights
 from repfx.testing import relative_error
 
 CONVS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

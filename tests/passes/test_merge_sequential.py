@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import repfx
 from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.cost import weights
 from repfx.algebra.layers import is_conv
-from repfx.rewriting.cost import weights
 from repfx.testing import randomize_batch_norm, relative_error
 from tests.random_numbers import numbers_from
 

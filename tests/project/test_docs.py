@@ -162,7 +162,7 @@ def test_the_recipes_that_a_page_shows_can_be_read(page: Path, tmp_path: Path) -
 
 def test_a_file_that_a_page_shows_is_shown_as_it_is() -> None:
     shown = [block for page in PAGES for block in blocks_of(page) if block.file is not None]
-    assert [block.file for block in shown] == ["passes/fold_batch_norm.py"]
+    assert [block.file for block in shown] == ["passes/rules/fold_batch_norm.py"]
     for block in shown:
         assert block.code == (ROOT / str(block.file)).read_text()
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from repfx.algebra.kernel import NoKernel
 from repfx.graphs.operations import Op
-from repfx.passes.fold_batch_norm import FOLD_BATCH_NORM
+from repfx.passes.rules.fold_batch_norm import FOLD_BATCH_NORM
 from repfx.rewriting.guards import channels_stay_put, is_convolution, no_dearer, unmutated, used_once
 from repfx.rewriting.match import Match, Term, forms_along
 from repfx.rewriting.patterns import Pattern

@@ -5,7 +5,7 @@ The conv may stand before the BatchNorm, or behind it if no zero padding comes b
 
 from __future__ import annotations
 
-from repfx.passes.merge_concat import MERGE_CONCAT
+from repfx.passes.rules.merge_concat import MERGE_CONCAT
 from repfx.rewriting.carried import NormApart
 from repfx.rewriting.guards import carried_alone, each_part, is_convolution, unmutated
 from repfx.rewriting.match import Match

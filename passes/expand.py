@@ -44,7 +44,7 @@ from repfx.tracing.sites import Site, find_sites, sites_at
 
 @dataclass(frozen=True)
 class Expand(Action):
-    """Turn a conv into a block. The function stays, unless `preserve` is False.
+    """Turn a conv or linear layer into a block. The function stays, unless `preserve` is False.
 
     Args:
         branches: the branches beside the site's own conv, in order. In the journal, each has the name that it has in the block.
@@ -159,11 +159,11 @@ def expand(
     inplace: bool = False,
     strict: bool = False,
 ) -> nn.Module:
-    """Put trainable branches beside the convs of a model, without changing what it computes.
+    """Put trainable branches beside the convs or linear layers of a model, without changing what it computes.
 
     At each site, the conv and the BatchNorm that only it feeds become one `RepBlock` at the conv's path. The model's class, its
     attributes and all its other modules stay as they are. A site that is already a block is left alone. So are the convs inside a
-    block, unless `spec` names them by their exact path.
+    block, unless `spec` names them by their exact path. Linear layers are sites only where `Spec.layers` says so; see `repfx.Spec`.
 
     Args:
         spec: a preset's name, a list of branch kinds, a `Spec`, a dict from patterns of site paths to any of these, or an
@@ -188,7 +188,7 @@ def expand(
         The model. `repfx.sites` shows what became of each site, and `repfx.report` shows what was left alone and why.
 
     Raises:
-        InvalidInput: the model has no conv, the spec can't be used, `gamma` is given without `preserve` and `calibrate`, or
+        InvalidInput: the model has no conv, or no linear layer for a spec that is for those; the spec can't be used, `gamma` is given without `preserve` and `calibrate`, or
             `attach_rate` doesn't preserve the function; UnknownName: a preset or branch kind is unknown.
         Refused: with `strict`, something was left alone; EquivalenceError: the output on `example` would change. The model is
             unchanged.

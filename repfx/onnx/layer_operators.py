@@ -45,7 +45,7 @@ def _weight_and_bias(operator: Operator, channels_axis: int, groups: int) -> tup
     out_channels = weight.shape[channels_axis] * groups
     if bias is not None and bias.shape != (out_channels,):
         return "its bias doesn't fit its weight"
-    return weight, bias
+    return weight, bias if bias is None or bias.any() else None  # exporters write zeros where there is no bias
 
 
 def read_conv(operator: Operator) -> Form | str:

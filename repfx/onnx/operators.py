@@ -116,7 +116,13 @@ def _reduce_mean(operator: Operator) -> Form | None:
     axes = operator.constant(1) if operator.has(1) else operator.get("axes")
     if axes is None or len(axes) == 0:
         return None
-    return Form(torch.mean, (operator.x, tuple(int(axis) for axis in axes), bool(operator.get("keepdims", 1))))
+    dims, keeps = tuple(int(axis) for axis in axes), bool(operator.get("keepdims", 1))
+    shape = operator.shape()
+    if shape is not None:  # onnx infers no shape where the axes are computed
+        gone = {axis % len(shape) for axis in dims}
+        sizes = (1 if axis in gone else size for axis, size in enumerate(shape) if keeps or axis not in gone)
+        operator.shapes.note(operator.node.outputs[0], tuple(sizes))
+    return Form(torch.mean, (operator.x, dims, keeps))
 
 
 def _pad(operator: Operator) -> Form | None:

@@ -218,7 +218,14 @@ def computed_weight() -> Case:
     return nodes, {**conv_and_norm(), "factor": normal(6, 1, 1, 1)}, ["Conv"]
 
 
-def mixture_of_zero_pads_and_asymmetry() -> Case:
+def zeros_for_a_bias() -> Case:
+    """A padding between two convs is merged, because a conv without a bias gives zero for zero."""
+    nodes = [node("Conv", "x w1 zeros", "y"), node("Pad", "y pads", "p"), node("Conv", "p w", "out")]
+    constants = {"zeros": np.zeros(4, np.float32), "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1])}
+    return nodes, {**constants, "w1": normal(4, 4, 1, 1), "w": normal(6, 4, 3, 3)}, ["Conv"]
+
+
+def padding_of_different_sides() -> Case:
     nodes = [node("Conv", "x w", "y", pads=[1, 0, 0, 2]), NORM]
     return nodes, {"w": normal(6, 4, 3, 3), **dict(zip("stmv", norm(6)))}, ["Conv"]
 
@@ -238,7 +245,8 @@ CASES: list[Callable[[], Case]] = [
     identities,
     norm_apart,
     computed_weight,
-    mixture_of_zero_pads_and_asymmetry,
+    zeros_for_a_bias,
+    padding_of_different_sides,
 ]
 
 

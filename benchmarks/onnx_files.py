@@ -10,6 +10,7 @@ All files run in turns, batch 1. onnxruntime applies all its optimizations to ea
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -100,7 +101,7 @@ def in_onnxruntime(file: Path, x: Tensor) -> Callable[[], Any]:
 
 def in_openvino(file: Path, x: Tensor) -> Callable[[], Any]:
     """Return a call of a file in OpenVINO, which computes in float32 here."""
-    import openvino
+    openvino = importlib.import_module("openvino")
 
     compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     request = compiled.create_infer_request()

@@ -15,7 +15,7 @@ NORM_OF = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchN
 
 def norm_layer(cls: Any, call: NormCall, mean: Tensor, var: Tensor, weight: Any, bias: Any) -> nn.Module:
     """Return the BatchNorm of a class that a call means."""
-    layer = cls(mean.numel(), eps=call.eps, affine=False, device="meta")
+    layer: nn.Module = cls(mean.numel(), eps=call.eps, affine=False, device="meta")
     layer.running_mean, layer.running_var = mean, var
     layer.weight, layer.bias = _parameter(weight), _parameter(bias)
     layer.num_batches_tracked = torch.zeros((), dtype=torch.long)

@@ -169,8 +169,13 @@ def no_dearer(match: Match, view: View) -> str | None:
     several = sum(view.is_conv(node) for node in {op.node for op in match.ops}) > 1
     cost = view.cost_of if several else _count_weights
     # a map may be shared
-    forms = {id(op): form for term in match.terms for op, *form in forms_along(term, match, view) if _is_conv(op)}
-    before = sum(cost(*form) for form in forms.values())
+    forms = {
+        id(op): (kernel, shape)
+        for term in match.terms
+        for op, kernel, shape in forms_along(term, match, view)
+        if _is_conv(op)
+    }
+    before = sum(cost(kernel, shape) for kernel, shape in forms.values())
     after = cost(match.form, shape_before(match, view))
     if after <= before:
         return None

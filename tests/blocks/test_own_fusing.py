@@ -46,7 +46,8 @@ class ConvNorm(nn.Module):
         made = made.to(conv.weight)
         made.weight.copy_(conv.weight * factor.reshape(-1, *[1] * (conv.weight.ndim - 1)))
         made.bias.copy_(norm.bias - norm.running_mean * factor)
-        return made
+        folded: nn.Module = made
+        return folded
 
 
 class Returns(ConvNorm):
@@ -94,6 +95,7 @@ def image(dimensions: int = 2) -> Tensor:
 
 def fuse_as_timm_does(model: nn.Module) -> None:
     """Ask each child, from the outside in, by the first of the methods that it has."""
+    child: Any
     for name, child in model.named_children():
         if hasattr(child, "fuse"):
             setattr(model, name, child.fuse())
@@ -105,12 +107,14 @@ def fuse_as_timm_does(model: nn.Module) -> None:
 
 
 def deploy_all(model: nn.Module) -> None:
+    module: Any
     for module in model.modules():
         if hasattr(module, "switch_to_deploy"):
             module.switch_to_deploy()
 
 
 def reparameterize_all(model: nn.Module) -> None:
+    module: Any
     for module in model.modules():
         if hasattr(module, "reparameterize"):
             module.reparameterize()
@@ -217,7 +221,7 @@ def test_blocks_of_every_spec_are_fused(spec: Any, options: dict[str, Any]) -> N
 
 def test_a_block_without_other_code_around_it_takes_the_form_of_a_conv() -> None:
     model = randomize_batch_norm(repfx.expand(nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.BatchNorm2d(5)), "acb"))
-    block: Any = model.double().eval()[0]
+    block: Any = model.double().eval().get_submodule("0")
     x = torch.randn(2, 3, 9, 6, dtype=torch.float64)
     expected = model(x)
     conv = block.fuse()
@@ -228,7 +232,7 @@ def test_a_block_without_other_code_around_it_takes_the_form_of_a_conv() -> None
 
 
 def test_a_block_names_fuse_where_a_conv_would_have_weights() -> None:
-    block: Any = repfx.expand(nn.Sequential(nn.Conv2d(3, 4, 3)), "acb")[0]  # type: ignore[index]
+    block: Any = repfx.expand(nn.Sequential(nn.Conv2d(3, 4, 3)), "acb")[0]
     assert not hasattr(block, "weight")
     assert (block.in_channels, block.out_channels, block.kernel_size, block.stride) == (3, 4, (3, 3), (1, 1))
     with pytest.raises(NotAConv, match=r"the block 3×3 3→4 has no 'weight', because .* repfx\.fuse\(model\)"):
@@ -305,10 +309,11 @@ class TestHistory:
         model, x = net(), image()
         model.get_submodule("second").reparameterize()  # type: ignore[operator]
         expected = model(x)
-        for change in (
+        changes: tuple[Callable[[], object], ...] = (
             lambda: repfx.drop(model, "plain.conv", "1x1"),
             lambda: repfx.expand(model, "acb", inplace=True),
-        ):
+        )
+        for change in changes:
             with pytest.raises(InvalidInput, match="'second' was fused by its own method"):
                 change()
         assert torch.equal(model(x), expected)

@@ -98,7 +98,7 @@ def test_blocks_of_linear_layers_can_be_searched(name: str) -> None:
     kinds: dict[str, Any] = {"repnas": repfx.schedules.RepNAS, "des": repfx.schedules.DES}
     small = {"population": 3, "generation": 1, "nets": 1} if name == "des" else {}
     schedule = kinds[name](budget=3, warm_up=1, epochs=3, spec=None, **small)
-    score = {"score": lambda net: -float(net(DATA[0]).square().mean())} if name == "des" else {}
+    score: dict[str, Any] = {"score": lambda net: -float(net(DATA[0]).square().mean())} if name == "des" else {}
     driver = repfx.Driver(model, optimizer, schedule, calibrate=DATA, **score)
     train(model, driver, optimizer, 3)
     left = sum(len(site.branches) for site in repfx.sites(model))

@@ -1,9 +1,11 @@
 """Small nets of many constructs, each with inputs, for programs of torch.export. No two axes have the same size."""
 
+# mypy: disable-error-code="no-any-return"
+
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,10 @@ def made(name: str, dtype: torch.dtype = torch.float64) -> Made:
 
 class Layers(nn.Module):
     """A net with layers by name."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, **layers: Any) -> None:
         super().__init__()
@@ -270,7 +276,7 @@ class OwnParameters(nn.Module):
         self.register_buffer("scale", torch.randn(4, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias) * self.scale + torch.tensor(
+        return F.conv2d(x, self.weight, self.bias) * self.scale + torch.tensor(  # type: ignore[operator]
             [[[0.5]], [[1.0]], [[2.0]], [[3.0]]], dtype=x.dtype
         )
 

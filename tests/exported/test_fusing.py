@@ -28,7 +28,7 @@ def exported(model: nn.Module, inputs: tuple[Any, ...], form: str = "program", *
 
 def call(program: Any) -> Callable[..., Any]:
     """Return a program as a function."""
-    return program.module() if isinstance(program, ExportedProgram) else program  # type: ignore[no-any-return]
+    return program.module() if isinstance(program, ExportedProgram) else program
 
 
 def convs_of(program: Any) -> list[fx.Node]:
@@ -190,7 +190,8 @@ def test_a_program_without_convs_is_refused() -> None:
 def test_other_verbs_refuse_programs_in_words(form: str) -> None:
     model, inputs = made("branches")
     program = exported(model, inputs, form)
-    for verb in (lambda m: repfx.expand(m, "dbb"), repfx.squeeze, repfx.restore):
+    verbs: tuple[Callable[[Any], Any], ...] = (lambda m: repfx.expand(m, "dbb"), repfx.squeeze, repfx.restore)
+    for verb in verbs:
         with pytest.raises(InvalidInput, match="give the module that it was made from"):
             verb(program)
 

@@ -14,7 +14,7 @@ from repfx.blocks.block import RepBlock
 from repfx.testing import assert_same_map, randomize_batch_norm
 
 timm = pytest.importorskip("timm")
-from timm.utils import reparameterize_model  # noqa: E402
+from timm.utils.model import reparameterize_model  # noqa: E402
 
 MODELS = ["repvgg_a0", "mobileone_s0", "ghostnetv3_050", "repvit_m0_9", "levit_128s", "resnet10t"]
 

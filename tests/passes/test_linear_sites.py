@@ -56,7 +56,7 @@ def block_net(norm: Any = "batch_norm", **options: Any) -> Any:
 def test_only_a_spec_for_linear_layers_expands_them() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 4))
     expanded = repfx.expand(model, ["1x1", "identity"])
-    assert type(expanded[2]) is nn.Linear  # type: ignore[index]
+    assert type(expanded[2]) is nn.Linear
     assert [site.path for site in repfx.sites(expanded)] == ["0"]
     assert [site.path for site in repfx.sites(model, "lora")] == ["0", "2"]
     assert [site.path for site in repfx.sites(repfx.expand(model, "lora"))] == ["0", "2"]
@@ -126,10 +126,11 @@ def test_a_linear_layer_begins_as_a_1x1_conv_does(options: dict[str, Any]) -> No
     """What `expand` measures at a conv of one tap, it measures at a linear layer."""
     x, branches = features(), ["kxk", "lora"]
     data = {"calibrate": [x]} if "gamma" in options else {}
-    linear, conv = nn.Sequential(nn.Linear(6, 4)).double(), nn.Sequential(nn.Conv1d(6, 4, 1)).double()
+    linear: Any = nn.Sequential(nn.Linear(6, 4)).double()
+    conv: Any = nn.Sequential(nn.Conv1d(6, 4, 1)).double()
     with torch.no_grad():
-        conv[0].weight.copy_(linear[0].weight[..., None])  # type: ignore[union-attr]
-        conv[0].bias.copy_(linear[0].bias)  # type: ignore[union-attr]
+        conv[0].weight.copy_(linear[0].weight[..., None])
+        conv[0].bias.copy_(linear[0].bias)
     torch.manual_seed(1)
     first = repfx.expand(linear, spec("batch_norm", branches), **options, **data)
     torch.manual_seed(1)
@@ -357,7 +358,7 @@ class GivesAway(Attention):
 
 class Asks(Attention):
     def forward(self, x: Tensor) -> Tensor:
-        return self.qkv(x) if isinstance(self.qkv, nn.Linear) else x
+        return self.qkv(x) if isinstance(self.qkv, nn.Linear) else x  # type: ignore[no-any-return]
 
 
 STAY: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -388,7 +389,7 @@ def test_what_stays_a_linear_layer(case: str) -> None:
 
 class ReadsOneWeight(Attention):
     def forward(self, x: Tensor) -> Tensor:
-        return self.qkv(x.to(self.proj.weight.dtype))
+        return self.qkv(x.to(self.proj.weight.dtype))  # type: ignore[no-any-return]
 
 
 def test_a_weight_that_is_read_by_its_path_closes_that_layer_alone() -> None:

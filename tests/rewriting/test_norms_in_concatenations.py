@@ -41,7 +41,7 @@ def called(fused: Any) -> list[str]:
 FOLDED: dict[str, tuple[Join, int]] = {
     "both": (lambda m, a, b: torch.cat([m.na(a), m.nb(b)], 1), 11),
     "the first": (lambda m, a, b: torch.cat((m.na(a), b), dim=1), 11),
-    "the second": (lambda m, a, b: torch.concat(tensors=[a, m.nb(b)], axis=1), 11),
+    "the second": (lambda m, a, b: torch.concat(tensors=[a, m.nb(b)], axis=1), 11),  # type: ignore[call-arg]
     "with the input of one": (lambda m, a, b: torch.concatenate([m.na(a), m.nb(b), a], m.axis), 17),
     "raw and normed": (lambda m, a, b: torch.cat([a, m.na(a), b], 1), 17),
     "in another one": (lambda m, a, b: torch.cat([b, torch.cat([m.na(a), m.nb(b)], 1)], 1), 16),

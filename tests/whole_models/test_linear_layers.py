@@ -47,7 +47,7 @@ def trained(model: nn.Module) -> nn.Module:
     """Give the branches numbers of their own, in place, and put the model into eval mode."""
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter += 0.02 * torch.randn(parameter.shape, dtype=parameter.dtype, generator=numbers_from(1))
+            parameter.add_(0.02 * torch.randn(parameter.shape, dtype=parameter.dtype, generator=numbers_from(1)))
     return randomize_batch_norm(model).eval()
 
 

@@ -16,10 +16,9 @@ from repfx.graphs.operations import Op
 from repfx.graphs.vocabulary import CONCATENATIONS, listed
 from repfx.rewriting.guards import channels_stay_put, is_convolution, no_dearer, slices_channels, unmutated, used_once
 from repfx.rewriting.match import Match, Term, term_kernel
-from repfx.rewriting.paths import closed
+from repfx.rewriting.paths import closed, paths_over_slices
 from repfx.rewriting.patterns import Pattern
 from repfx.rewriting.rule import Rule
-from repfx.rewriting.sliced_channels import paths_over_slices
 from repfx.rewriting.view import META, View
 
 

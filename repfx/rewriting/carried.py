@@ -19,8 +19,8 @@ from repfx.graphs.carriers import Carrier, Place, part_of, read_carrier, slice_o
 from repfx.graphs.operations import Op, split
 from repfx.graphs.vocabulary import CONCATENATIONS, listed
 from repfx.rewriting.match import Match, Term
+from repfx.rewriting.paths import channels_of
 from repfx.rewriting.patterns import Pattern
-from repfx.rewriting.sliced_channels import channels_of
 from repfx.rewriting.view import META, View
 
 # what becomes of numbers per channel elsewhere, given the number for channels that come from other nodes

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from repfx.algebra.kernel import Kernel, NoKernel
+from repfx.algebra.kernel import Kernel, NoKernel, is_symmetric
 from repfx.algebra.meaning import Kind
 from repfx.graphs.bordered_padding import padded_before, read_border
 from repfx.graphs.functional_conv import read_functional_conv
@@ -66,8 +66,13 @@ class FunctionalConv(Pattern):
 
 
 @dataclass(frozen=True)
-class BorderedPadding(Pattern):
-    """A 1×1 conv whose output is padded with what the conv outputs for zero. Other nodes that read the conv get a cropped output."""
+class Bordered(Pattern):
+    """A conv whose output is cropped or padded, where the conv can do that by its own padding.
+
+    A 1×1 conv can be padded with what it outputs for zero. Other nodes that read the conv then get a cropped output. Any conv may be
+    cropped, also together with the padding in front of it, or padded on both sides of it. A padding by zeros behind the conv alone stays,
+    because the conv would have to compute what is padded. If a conv or a sum reads the padding, it is left to these.
+    """
 
     holds_in_training = False
 
@@ -78,6 +83,44 @@ class BorderedPadding(Pattern):
         if border is not None and conv is not None and padded is not None:
             cropped = ((conv.node, border.padding), *border.partial)
             yield Match(node, conv.source, (Term((padded,)),), inner=border.inner, cropped=cropped)
+        yield from (match for match in _around_conv(node, view) if _pads_alike(match))
+
+
+def _around_conv(node: fx.Node, view: View) -> Iterator[Match]:
+    """Yield the matches of a conv, the paddings in front of it, and the crops and paddings behind it up to a node."""
+    behind = _row_up_to(node, ("crop", "pad"), view)
+    conv = view.op(behind[0].source) if behind else None
+    if conv is None or conv.meaning.kind != "conv":
+        return
+    if behind[-1].meaning.kind == "pad" and any(_pads_by_itself(user, view) for user in node.users):
+        return
+    front = _row_up_to(conv.source, ("crop", "pad", "subsample"), view)
+    crops = any(op.meaning.kind == "crop" for op in behind)
+    for ops in ((*front, conv, *behind),) * bool(front) + ((conv, *behind),) * crops:
+        yield Match(node, ops[0].source, (Term(ops),))
+
+
+def _pads_alike(match: Match) -> bool:
+    """Whether a match is a conv that pads both sides alike, as torch's convs do."""
+    try:
+        return is_symmetric(match.form.padding)
+    except NoKernel:
+        return False
+
+
+def _pads_by_itself(node: fx.Node, view: View) -> bool:
+    """Whether a rule merges a node with the padding in front of it."""
+    op = view.op(node)
+    return view.sum_of(node) is not None or (op is not None and op.meaning.kind not in ("affine", "identity"))
+
+
+def _row_up_to(node: fx.Node, kinds: Collection[Kind], view: View) -> tuple[Op, ...]:
+    """Return the linear maps of these kinds that lead to a node, one after another."""
+    ops: tuple[Op, ...] = ()
+    while (op := view.op(node)) is not None and op.meaning.kind in kinds:
+        ops = (op, *ops)
+        node = op.source
+    return ops
 
 
 @dataclass(frozen=True)
@@ -94,42 +137,6 @@ class Sequence(Pattern):
         first = view.op(second.source)
         if first is not None and first.meaning.kind in self.first:
             yield Match(node, first.source, (Term((first, second)),))
-
-
-@dataclass(frozen=True)
-class Cropped(Pattern):
-    """A conv whose output is cropped, also together with the padding in front of the conv, or padded on both sides of it.
-
-    A padding behind the conv alone stays, because the conv would have to compute what is padded. If a conv or a sum reads the padding, it
-    is left to these.
-    """
-
-    def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
-        behind = _row_up_to(node, ("crop", "pad"), view)
-        conv = view.op(behind[0].source) if behind else None
-        if conv is None or conv.meaning.kind != "conv":
-            return
-        if behind[-1].meaning.kind == "pad" and any(_pads_by_itself(user, view) for user in node.users):
-            return
-        front = _row_up_to(conv.source, ("crop", "pad", "subsample"), view)
-        crops = any(op.meaning.kind == "crop" for op in behind)
-        for ops in ((*front, conv, *behind),) * bool(front) + ((conv, *behind),) * crops:
-            yield Match(node, ops[0].source, (Term(ops),))
-
-
-def _pads_by_itself(node: fx.Node, view: View) -> bool:
-    """Whether a rule merges a node with the padding in front of it."""
-    op = view.op(node)
-    return view.sum_of(node) is not None or (op is not None and op.meaning.kind not in ("affine", "identity"))
-
-
-def _row_up_to(node: fx.Node, kinds: Collection[Kind], view: View) -> tuple[Op, ...]:
-    """Return the linear maps of these kinds that lead to a node, one after another."""
-    ops: tuple[Op, ...] = ()
-    while (op := view.op(node)) is not None and op.meaning.kind in kinds:
-        ops = (op, *ops)
-        node = op.source
-    return ops
 
 
 @dataclass(frozen=True)

@@ -187,8 +187,8 @@ def expand(
         The model. `repfx.sites` shows what became of each site, and `repfx.report` shows what was left alone and why.
 
     Raises:
-        InvalidInput: the model has no conv, or no linear layer for a spec that is for those; the spec can't be used, `gamma` is given without `preserve` and `calibrate`, or
-            `attach_rate` doesn't preserve the function; UnknownName: a preset or branch kind is unknown.
+        InvalidInput: the model has no layer that the spec is for, the spec can't be used, `gamma` is given without `preserve` and
+            `calibrate`, or `attach_rate` doesn't preserve the function; UnknownName: a preset or branch kind is unknown.
         Refused: with `strict`, something was left alone; EquivalenceError: the output on `example` would change. The model is
             unchanged.
 

@@ -40,7 +40,7 @@ def boxes_of(model: nn.Module) -> Any:
 
     def call(x: Tensor) -> Any:
         output = model(x)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, (tuple, list)) else output
 
     return call
 

@@ -1,6 +1,6 @@
 """The passes: verbs here and rules in `rules`, one file each. Importing this package registers all of them.
 
-Imports `measuring` and the wings above it (order: docs/architecture.md).
+Imports `exported` and the wings above it (order: docs/architecture.md).
 Begin with `fuse` (a verb) or `rules/fold_batch_norm` (a rule).
 """
 

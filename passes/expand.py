@@ -24,6 +24,7 @@ from repfx.blocks.block import RepBlock
 from repfx.blocks.branch import Branch, fitting, kind_of
 from repfx.blocks.cropped_conv import share
 from repfx.blocks.origin import origin_kernel, require_affine, write_origin
+from repfx.blocks.own_fusing import give_methods_back, put_blocks_first
 from repfx.blocks.paths import block_at
 from repfx.blocks.presets import SpecLike
 from repfx.blocks.selection import Selection
@@ -33,7 +34,7 @@ from repfx.errors import InvalidInput
 from repfx.measuring.calibration import PartialSum, calibrate_norms, measure_sums
 from repfx.measuring.in_float64 import Inputs
 from repfx.measuring.proof import proven
-from repfx.records.journal import Action, record
+from repfx.records.journal import Action, forget, is_rebuilt, record, require_told
 from repfx.records.module_tree import set_submodule
 from repfx.records.notes import copy_of
 from repfx.records.report import Edit, Report, Skip
@@ -205,11 +206,16 @@ def expand(
             "example proves that the function stays, which preserve=False doesn't let: leave one of them out."
         )
     target = model if inplace else copy_of(model)
+    is_base = not any(isinstance(module, RepBlock) for module in target.modules())
+    if not is_base:
+        require_told(target)
     with proven("expand", target, example, in_training=not gamma):
         plans, skips = _plan(find_sites(target), selection)
         if strict:
             _require_all(skips)
         _grow(target, plans, beginning)
+        if is_base and is_rebuilt(target):
+            forget(target)
         record(target, [plan.action(target, beginning) for plan in plans])
     _report(plans, skips).attach(target)
     return target
@@ -275,6 +281,7 @@ def _grow(model: nn.Module, plans: list[_Plan], beginning: _Beginning) -> None:
     quiet = preserve and beginning.attach_rate is None  # γ = 0, or subtracted from the origin
     blocks = [_block(model, plan, beginning.attach_rate, quiet=quiet) for plan in plans]
     with ExitStack() as undo:  # nothing is changed before all blocks exist
+        undo.callback(give_methods_back, model)
         for plan, block in zip(plans, blocks):
             _install(model, plan, block, undo, preserve=preserve)
         if calibrate is not None:
@@ -384,6 +391,7 @@ def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *,
         _take_off(block)
     undo.callback(set_submodule, model, plan.site.path, conv)
     set_submodule(model, plan.site.path, block)
+    put_blocks_first(model, plan.site.path)
     if block.norm_path is not None:
         own = model.get_submodule(block.norm_path)
         undo.callback(set_submodule, model, block.norm_path, own)

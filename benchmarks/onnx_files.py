@@ -10,7 +10,6 @@ All files run in turns, batch 1. onnxruntime applies all its optimizations to ea
 from __future__ import annotations
 
 import argparse
-import importlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from benchmarks._record import Row, machine, write
 from benchmarks.deployment import count_convs, installed, simplified, slimmed
 from repfx.errors import first_line
 from repfx.measuring.cost import measure_times
+from repfx.onnx.file import package
 from repfx.onnx.program import quiet
 from repfx.testing import randomize_batch_norm, relative_error
 
@@ -101,9 +101,7 @@ def in_onnxruntime(file: Path, x: Tensor) -> Callable[[], Any]:
 
 def in_openvino(file: Path, x: Tensor) -> Callable[[], Any]:
     """Return a call of a file in OpenVINO, which computes in float32 here."""
-    openvino = importlib.import_module("openvino")
-
-    compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = package("openvino").Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     request = compiled.create_infer_request()
     return lambda: [*request.infer([x.numpy()]).values()]
 

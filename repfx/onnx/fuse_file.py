@@ -15,7 +15,6 @@ from repfx.errors import ExportError, InvalidInput, first_line
 from repfx.measuring.in_float64 import Inputs
 from repfx.onnx.file import OnnxFile, Value, package, require_packages
 from repfx.onnx.file_comparison import compare_files
-from repfx.onnx.known_values import Shapes
 from repfx.onnx.lowering import lower
 from repfx.onnx.raising import Raised, graphs_of, raise_file
 from repfx.records.report import Edit, Skip
@@ -178,7 +177,7 @@ def fused_model(source: Path) -> tuple[Any, FileFusion]:
     """Return a file's model, fused, and what was changed."""
     model = _load(source)
     before = Counter(node.op_type for node in model.graph)
-    raised = raise_file(model, Shapes(source))
+    raised = raise_file(model, source)
     editor = Editor(raised.view(), Island("", raised.graph))
     near_misses = run_rules(editor, tuple(RULES.values()))
     stays = (*all_that_stays(editor, near_misses), *(Skip(title, why) for title, why in raised.opaque.items()))

@@ -16,6 +16,7 @@ Node: TypeAlias = Any  # of onnx_ir: a node of a graph
 Array: TypeAlias = Any  # of numpy
 Shape: TypeAlias = "tuple[int | None, ...]"
 OWN_DOMAINS = ("", "ai.onnx")
+_FEW = 64
 _SMALL = 1 << 10  # bytes of an initializer that may hold a shape
 
 # operators whose output depends on their inputs alone, without randomness, state or subgraphs
@@ -94,6 +95,12 @@ class FoldedValues:
                 pending += missing
         return None if value is None else self._known[value]
 
+    def of_sizes(self, graph: Any) -> dict[str, Array]:
+        """Return the values of a graph that may be sizes, axes or places, by name: those of a few whole numbers."""
+        outputs = (output for node in graph for output in node.outputs)
+        found = {output.name: array for output in outputs if (array := self.of(output)) is not None}
+        return {name: array for name, array in found.items() if array.dtype == "int64" and array.size <= _FEW}
+
     def is_default(self, value: Value | None) -> bool:
         """Whether a value is an initializer that a caller may replace."""
         given = value is not None and value.is_graph_input() and value.is_initializer()
@@ -169,10 +176,16 @@ def _run(node: Node, value: Value, opset: int, sources: list[Array | None]) -> A
 class Shapes:
     """The shapes of the values of a file's main graph. The file's own notes on values inside it aren't trusted."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, constants: dict[str, Array]) -> None:
+        """Infer the shapes in a file, some of which depend on `constants` that the file computes."""
         onnx = package("onnx")
         model = onnx.load(path, load_external_data=False)
         del model.graph.value_info[:]
+        computed = [node for node in model.graph.node if {*node.output} - {""} <= constants.keys()]
+        for node in computed:  # onnx follows initializers alone
+            model.graph.node.remove(node)
+        names = [name for node in computed for name in node.output if name]
+        model.graph.initializer.extend(onnx.numpy_helper.from_array(constants[name], name) for name in names)
         for tensor in model.graph.initializer:
             if tensor.HasField("raw_data") and len(tensor.raw_data) > _SMALL:
                 tensor.raw_data = b""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,16 +123,17 @@ def graphs_of(node: Node) -> list[Any]:
     return found
 
 
-def raise_file(model: Any, shapes: Shapes) -> Raised:
-    """Return the main graph of a model of onnx_ir as a torch.fx graph."""
-    return _Raiser(model, shapes).run()
+def raise_file(model: Any, path: Path) -> Raised:
+    """Return the main graph of a model of onnx_ir, which was read from a path, as a torch.fx graph."""
+    constants = FoldedValues(model)
+    return _Raiser(Raised(model, Shapes(path, constants.of_sizes(model.graph)), constants)).run()
 
 
 class _Raiser:
-    def __init__(self, model: Any, shapes: Shapes) -> None:
-        self._constants = FoldedValues(model)
-        self._opset = next((model.opset_imports[name] for name in OWN_DOMAINS if name in model.opset_imports), 1)
-        self._raised = Raised(model, shapes, self._constants)
+    def __init__(self, raised: Raised) -> None:
+        self._raised, self._constants = raised, raised.constants
+        opsets = raised.model.graph.opset_imports
+        self._opset = next((opsets[name] for name in OWN_DOMAINS if name in opsets), 1)
         self._nodes: dict[Value, fx.Node] = {}
         self._count = 0
 

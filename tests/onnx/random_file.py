@@ -50,7 +50,7 @@ class RandomFile:
         ends.append(self._random.choice(self._values[1:]))
         names = list(dict.fromkeys(name for name, _, _ in ends))
         kind = helper.np_dtype_to_tensor_dtype(self._dtype)
-        size = ["batch", 4, *(f"side_{axis}" for axis in range(self._axes))]
+        size: list[Any] = ["batch", 4, *(f"side_{axis}" for axis in range(self._axes))]
         graph = helper.make_graph(
             self._nodes,
             "random",

@@ -109,8 +109,14 @@ SIZES = {1: (19,), 2: (13, 10), 3: (7, 9, 8)}
 EXPORTERS = [(opset, False) for opset in range(13, 21)] + [(opset, True) for opset in range(18, 24)]
 
 
-@pytest.mark.parametrize("dimensions", [1, 2, 3])
-@pytest.mark.parametrize(("opset", "dynamo"), [(13, False), (17, False), (18, True)])
+@pytest.mark.parametrize(
+    ("opset", "dynamo", "dimensions"),
+    [
+        *((17, False, dimensions) for dimensions in SIZES),
+        (18, True, 2),
+        *(pytest.param(18, True, dimensions, marks=pytest.mark.slow) for dimensions in (1, 3)),
+    ],
+)
 def test_small_nets(opset: int, dynamo: bool, dimensions: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = randomize_batch_norm(small(dimensions)).eval()

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import repfx
+from repfx.algebra.baking import rounded
 from repfx.errors import ExportError, InvalidInput
+from repfx.onnx import lowering
 from repfx.onnx.fuse_file import FileReport, plan_fusion
 
 onnx = pytest.importorskip("onnx")
@@ -250,7 +252,7 @@ CASES: list[Callable[[], Case]] = [
 ]
 
 
-@pytest.mark.parametrize("as_nodes", [False, True], ids=["initializers", "nodes"])
+@pytest.mark.parametrize("as_nodes", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["initializers", "nodes"])
 @pytest.mark.parametrize("case", CASES, ids=[case.__name__ for case in CASES])
 def test_a_spelling_is_fused(case: Callable[[], Case], as_nodes: bool, tmp_path: Path) -> None:
     nodes, constants, expected = case()
@@ -534,10 +536,7 @@ def test_a_file_that_computes_something_else_never_appears(tmp_path: Path, monke
     source = write(tmp_path / "in.onnx", [CONV, NORM], conv_and_norm())
     target = tmp_path / "fused.onnx"
     target.write_bytes(b"older")
-    import repfx.onnx.lowering
-
-    right = getattr(repfx.onnx.lowering, "rounded")  # noqa: B009
-    monkeypatch.setattr(repfx.onnx.lowering, "rounded", lambda x, dtype: right(x * 1.01, dtype))
+    monkeypatch.setattr(lowering, "rounded", lambda x, dtype: rounded(x * 1.01, dtype))
     with pytest.raises(
         ExportError, match=r"the fused file gives something else than .*in.onnx': worst relative difference"
     ):

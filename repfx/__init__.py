@@ -17,7 +17,7 @@ from repfx.change.driver import Driver as Driver
 from repfx.change.schedule import Schedule as Schedule
 from repfx.measuring.equivalence import check_equivalent as check_equivalent
 from repfx.onnx.export import export_onnx as export_onnx
-from repfx.onnx.fuse_file import fuse_onnx as fuse_onnx
+from repfx.onnx.fusing.fuse_file import fuse_onnx as fuse_onnx
 from repfx.onnx.quantize import quantize_onnx as quantize_onnx
 from repfx.passes.drop import drop as drop
 from repfx.passes.expand import expand as expand

@@ -12,7 +12,7 @@ import typer
 from repfx.commands.arguments import print_json
 from repfx.commands.progress import busy
 from repfx.errors import InvalidInput
-from repfx.onnx.fuse_file import FileFusion, fuse_onnx, plan_fusion
+from repfx.onnx.fusing.fuse_file import FileFusion, fuse_onnx, plan_fusion
 
 
 def is_onnx_file(model: str) -> bool:

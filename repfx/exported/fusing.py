@@ -24,7 +24,7 @@ from repfx.graphs.operations import Op
 from repfx.measuring.in_float64 import Inputs
 from repfx.measuring.proof import prove
 from repfx.records.report import Report
-from repfx.records.wrappers import is_aten_graph
+from repfx.records.wrappers import innermost, is_aten_graph
 from repfx.rewriting.editor import Editor, Merged
 from repfx.rewriting.explanation import all_that_stays, left_alone
 from repfx.rewriting.pipeline import run_rules
@@ -50,10 +50,11 @@ def takes_exported(rules: Mapping[str, Rule]) -> Callable[[Callable[..., Any]], 
     def decorated(fuse: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(fuse)
         def either(model: Any, *args: Any, **options: Any) -> Any:
-            if not is_exported(model):
+            inner = innermost(model) if isinstance(model, nn.Module) else model
+            if not is_exported(inner):
                 return fuse(model, *args, **options)
             with torch.inference_mode(False):
-                return fuse_exported(model, rules.values(), *args, **options)
+                return fuse_exported(inner, rules.values(), *args, **options)
 
         return either
 

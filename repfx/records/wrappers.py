@@ -65,13 +65,15 @@ def innermost(model: nn.Module) -> nn.Module:
 
 def require_layers(model: nn.Module) -> None:
     """Raise `InvalidInput` if `model` is no module, or what it wraps is in a form without layers that could be changed."""
-    if isinstance(model, torch.export.ExportedProgram) or (isinstance(model, fx.GraphModule) and is_aten_graph(model)):
+    is_program = isinstance(model, torch.export.ExportedProgram)
+    if not is_program:
+        require_module(model)
+        model = innermost(model)
+    if is_program or (isinstance(model, fx.GraphModule) and is_aten_graph(model)):
         raise InvalidInput(
             "the model is the graph of torch.export, which calls torch's operators in place of layers: give the module that it was made "
             "from, and export the result. `repfx.fuse` alone takes such a graph, too."
         )
-    require_module(model)
-    model = innermost(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise InvalidInput(
             "the model is compiled by TorchScript, so its layers can't be changed: give the module that it was made from, and "

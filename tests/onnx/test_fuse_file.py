@@ -13,8 +13,8 @@ import torch
 import repfx
 from repfx.algebra.baking import rounded
 from repfx.errors import ExportError, InvalidInput
-from repfx.onnx import lowering
-from repfx.onnx.fuse_file import FileReport, plan_fusion
+from repfx.onnx.fusing import lowering
+from repfx.onnx.fusing.fuse_file import FileReport, plan_fusion
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

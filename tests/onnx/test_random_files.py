@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from repfx.onnx.float64_file import run_in_float64
-from repfx.onnx.fuse_file import fused_model, save_model
+from repfx.onnx.fusing.float64_file import run_in_float64
+from repfx.onnx.fusing.fuse_file import fused_model, save_model
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnx_ir")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from repfx.algebra.kernel import Ints, Padding
-from repfx.onnx.known_values import Array, Node
-from repfx.onnx.layers import CONV_DIMENSIONS, batch_norm, conv, linear, tensor_of, transposed_conv
-from repfx.onnx.node_form import LATER, Form, Operator
+from repfx.onnx.fusing.known_values import Array, Node
+from repfx.onnx.fusing.layers import CONV_DIMENSIONS, batch_norm, conv, linear, tensor_of, transposed_conv
+from repfx.onnx.fusing.node_form import LATER, Form, Operator
 
 _EPSILON = torch.tensor(
     1e-5, dtype=torch.float32, device="cpu"

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from repfx.algebra.kernel import Ints
-from repfx.onnx.known_values import Array, FoldedValues, Node, Shape, Shapes, Value
+from repfx.onnx.fusing.known_values import Array, FoldedValues, Node, Shape, Shapes, Value
 
 
 @dataclass(frozen=True)

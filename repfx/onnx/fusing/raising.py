@@ -17,10 +17,10 @@ import torch
 from torch import fx, nn
 
 from repfx.onnx.file import package
-from repfx.onnx.known_values import OWN_DOMAINS, FoldedValues, Node, Shapes, Value
-from repfx.onnx.layers import tensor_of
-from repfx.onnx.node_form import LATER, Form, Operator
-from repfx.onnx.operators import read
+from repfx.onnx.fusing.known_values import OWN_DOMAINS, FoldedValues, Node, Shapes, Value
+from repfx.onnx.fusing.layers import tensor_of
+from repfx.onnx.fusing.node_form import LATER, Form, Operator
+from repfx.onnx.fusing.operators import read
 from repfx.rewriting.view import View
 
 _LAYERS = ("Conv", "ConvTranspose", "BatchNormalization", "Gemm")

@@ -14,9 +14,9 @@ import torch
 from repfx.errors import ExportError, InvalidInput, first_line
 from repfx.measuring.in_float64 import Inputs
 from repfx.onnx.file import OnnxFile, Value, package, require_packages
-from repfx.onnx.file_comparison import compare_files
-from repfx.onnx.lowering import lower
-from repfx.onnx.raising import Raised, graphs_of, raise_file
+from repfx.onnx.fusing.file_comparison import compare_files
+from repfx.onnx.fusing.lowering import lower
+from repfx.onnx.fusing.raising import Raised, graphs_of, raise_file
 from repfx.records.report import Edit, Skip
 from repfx.records.target_file import staged
 from repfx.rewriting.editor import Editor

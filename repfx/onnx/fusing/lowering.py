@@ -17,8 +17,8 @@ from repfx.algebra.baking import rounded
 from repfx.algebra.kernel import Kernel
 from repfx.errors import InvalidInput
 from repfx.onnx.file import package
-from repfx.onnx.known_values import Node, Value
-from repfx.onnx.raising import Group, Raised, graphs_of, title_of
+from repfx.onnx.fusing.known_values import Node, Value
+from repfx.onnx.fusing.raising import Group, Raised, graphs_of, title_of
 from repfx.rewriting.editor import Editor
 
 

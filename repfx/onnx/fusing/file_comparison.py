@@ -16,8 +16,8 @@ from repfx.measuring.difference import Difference, differences, worst
 from repfx.measuring.equivalence import TOLERANCES
 from repfx.measuring.in_float64 import Inputs, describe
 from repfx.onnx.file import open_session, package, runtime_reason
-from repfx.onnx.float64_file import run_in_float64
 from repfx.onnx.free_axes import FreeAxes, tensors_of
+from repfx.onnx.fusing.float64_file import run_in_float64
 
 _SIDES = (64, 224, 32, 16, 8, 512, 1)  # sizes that are tried along free axes
 _MAGNIFIED = 100  # how far a bound may rise for a net that magnifies rounding

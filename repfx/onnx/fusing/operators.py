@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from repfx.blocks.stages import Subsample
-from repfx.onnx.known_values import Array, Shape
-from repfx.onnx.layer_operators import (
+from repfx.onnx.fusing.known_values import Array, Shape
+from repfx.onnx.fusing.layer_operators import (
     pads_of,
     read_batch_norm,
     read_conv,
@@ -24,8 +24,8 @@ from repfx.onnx.layer_operators import (
     read_matmul,
     read_matmul_with_bias,
 )
-from repfx.onnx.layers import hands_on
-from repfx.onnx.node_form import Form, Operator, Reader
+from repfx.onnx.fusing.layers import hands_on
+from repfx.onnx.fusing.node_form import Form, Operator, Reader
 
 _TO_THE_END = 2**31 - 1  # the least end of a slice that is surely beyond the end of an axis
 

@@ -85,11 +85,9 @@ def _run(node: fx.Node, source: fx.Node, value: Tensor) -> Any:
         if each is source:
             return value
         args, keywords = fx.node.map_arg((each.args, each.kwargs), called)
-        return (
-            getattr(args[0], each.target)(*args[1:], **keywords)
-            if each.op == "call_method"
-            else each.target(*args, **keywords)
-        )
+        if callable(each.target):
+            return each.target(*args, **keywords)
+        return getattr(args[0], each.target)(*args[1:], **keywords)
 
     try:
         parts = node.all_input_nodes[0]

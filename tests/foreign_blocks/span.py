@@ -42,7 +42,7 @@ class Conv3XCInItsOwnWords(nn.Module):
 
     def composed(self) -> tuple[Tensor, Tensor]:
         (first, own), (middle, middle_own), (last, last_own) = [
-            (each.weight.data.clone().detach(), each.bias.data.clone().detach())  # type: ignore[union-attr, operator]
+            (each.weight.data.clone().detach(), each.bias.data.clone().detach())  # type: ignore[operator]
             for each in self.conv
         ]
         middle_own = middle.flatten(2).sum(2) @ own + middle_own

@@ -85,8 +85,9 @@ def _run(node: fx.Node, source: fx.Node, value: Tensor) -> Any:
         if each is source:
             return value
         args, keywords = fx.node.map_arg((each.args, each.kwargs), called)
-        target: Any = getattr(type(args[0]), str(each.target)) if each.op == "call_method" else each.target
-        return target(*args, **keywords)
+        if callable(each.target):
+            return each.target(*args, **keywords)
+        return getattr(args[0], each.target)(*args[1:], **keywords)
 
     try:
         parts = node.all_input_nodes[0]

@@ -17,7 +17,6 @@ from repfx.graphs.aliasing import may_share_memory, mutated_by, reads_only_the_f
 from repfx.graphs.calls_with_tensors import is_norm_call
 from repfx.graphs.channel_slices import takes_a_batch
 from repfx.graphs.functional_conv import is_shared
-from repfx.graphs.operations import Op
 from repfx.graphs.vocabulary import ELEMENTWISE_LAYERS
 from repfx.rewriting.match import Match, forms_along, shape_before
 from repfx.rewriting.view import META, View
@@ -169,13 +168,8 @@ def no_dearer(match: Match, view: View) -> str | None:
     several = sum(view.is_conv(node) for node in {op.node for op in match.ops}) > 1
     cost = view.cost_of if several else _count_weights
     # a map may be shared
-    forms = {
-        id(op): (kernel, shape)
-        for term in match.terms
-        for op, kernel, shape in forms_along(term, match, view)
-        if _is_conv(op)
-    }
-    before = sum(cost(kernel, shape) for kernel, shape in forms.values())
+    steps = (step for term in match.terms for step in forms_along(term, match, view))
+    before = sum({id(op): cost(form, shape) for op, form, shape in steps if op.meaning.kind == "conv"}.values())
     after = cost(match.form, shape_before(match, view))
     if after <= before:
         return None
@@ -186,10 +180,6 @@ def no_dearer(match: Match, view: View) -> str | None:
 
 def _count_weights(kernel: Kernel, shape: Shape | None) -> float:
     return weights(ConvSpec.of_kernel(kernel))
-
-
-def _is_conv(op: Op) -> bool:
-    return op.meaning.kind == "conv"
 
 
 def channels_stay_put(match: Match, view: View) -> str | None:

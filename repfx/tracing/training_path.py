@@ -102,11 +102,11 @@ def _as_module(root: nn.Module, training: OfOneMode) -> nn.Module:
 
 def _randomize(module: nn.Module, generator: torch.Generator) -> None:
     """Give a module random parameters, and random buffers above 0, because these may be variances."""
-    for tensor in filter(Tensor.is_floating_point, module.parameters()):
-        per_output = tensor[:1].numel() if tensor.ndim else 1
-        tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) / max(per_output, 1) ** 0.5)
-    for buffer in filter(Tensor.is_floating_point, module.buffers()):
-        buffer.copy_(torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype) + 0.5)
+    for weight in filter(Tensor.is_floating_point, module.parameters()):
+        per_output = weight[:1].numel() if weight.ndim else 1
+        weight.copy_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype) / max(per_output, 1) ** 0.5)
+    for tensor in filter(Tensor.is_floating_point, module.buffers()):
+        tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) + 0.5)
 
 
 def _first_conv(module: nn.Module, graph: fx.Graph) -> Any:

@@ -178,7 +178,7 @@ def test_a_batch_norm_that_also_activates_is_fused_and_restored() -> None:
 @pytest.mark.parametrize(
     ("action", "error", "message"),
     [
-        (Fuse("head"), UnknownName, "site 'head'"),
+        (Fuse("norm"), UnknownName, "site 'norm'"),
         (Restore("plain"), InvalidInput, "'plain' has absorbed no BatchNorm"),
         (Drop("plain", "1x1"), InvalidInput, "has no blocks"),
         (Freeze("plain"), InvalidInput, "has no blocks"),
@@ -206,7 +206,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(
     [
         [Drop("stem", "1x1-kxk"), Drop("stem.1x1-kxk.conv2", "1xk")],
         [Fuse("stem"), Fuse("stem.1x1-kxk.conv2")],
-        [Fuse("stem"), Fuse("head")],
+        [Fuse("stem"), Fuse("norm")],
     ],
     ids=str,
 )

@@ -155,7 +155,7 @@ class _Lowering:
 
     def _by_rules(self, node: fx.Node) -> fx.Node:
         args = fx.node.map_arg(node.args, self._made.__getitem__)
-        return _FUNCTIONS[node.target](self, *args, **node.kwargs)  # type: ignore[index]
+        return _FUNCTIONS[node.target](self, *args, **node.kwargs)
 
     def _conv(self, node: fx.Node) -> fx.Node:
         conv: Any = self._result.root.get_submodule(str(node.target))

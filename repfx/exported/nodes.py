@@ -58,7 +58,7 @@ def unused_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes that only compute values which nothing uses."""
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        computes = name_of(node) and node.target._schema.returns  # type: ignore[union-attr]
+        computes = name_of(node) and node.target._schema.returns
         reads = node.op == "call_function" and node.target is operator.getitem
         alone = all(user in found for user in node.users) and not tensors_written(node)
         if (computes or reads) and alone and not node.is_impure():

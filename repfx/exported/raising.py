@@ -58,7 +58,7 @@ class Raised:
 
     def axes(self, path: str) -> int | None:
         """Return the number of axes of the input of the module at a path, or None if it isn't known or calls differ."""
-        counts = {shape and len(shape) for shape in self._input_shapes(path)}
+        counts = {None if shape is None else len(shape) for shape in self._input_shapes(path)}
         return counts.pop() if len(counts) == 1 else None
 
     def shape(self, path: str) -> tuple[int, ...] | None:
@@ -211,12 +211,10 @@ class _Raising:
         if name not in ("t.default", "permute.default", "transpose.int"):
             return None
         given = arguments_of(call.weight)
-        order = [given.get("dim0"), given.get("dim1")] if name == "transpose.int" else given.get("dims", [1, 0])
-        swaps = (
-            sorted(axis % 2 for axis in order) == [0, 1]
-            if name == "transpose.int"
-            else list(order) in ([1, 0], [-1, 0])
-        )
+        if name == "transpose.int":
+            swaps = {given["dim0"] % 2, given["dim1"] % 2} == {0, 1}
+        else:
+            swaps = list(given.get("dims", [1, 0])) in ([1, 0], [-1, 0])
         return given["self"] if swaps else None
 
     def _holds(self, node: Any) -> bool:
@@ -236,6 +234,8 @@ class _Raising:
         padding = call.padding if isinstance(call.padding, str) else sizes_of(call.padding, dimensions)
         args: tuple[Any, ...] = (call.input, call.weight, call.bias, sizes_of(call.stride, dimensions), padding)
         dilation = sizes_of(call.dilation, dimensions)
+        more: tuple[Any, ...]
+        function: Any
         if call.transposed:
             more = (sizes_of(call.output_padding, dimensions), call.groups, dilation)
             function = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[dimensions]

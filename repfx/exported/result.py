@@ -194,7 +194,7 @@ def _output_specs(program: ExportedProgram, graph: fx.Graph) -> list[OutputSpec]
 def _calls(program: ExportedProgram, graph: fx.Graph) -> list[Any]:
     """Return the modules' own signatures. One that names nodes which are merged is left out, except that of the program."""
     known = {node.name for node in graph.nodes}
-    calls = copy.deepcopy(program.module_call_graph)
+    calls: list[Any] = copy.deepcopy(program.module_call_graph)
     for call in calls:
         values = [] if call.signature is None or not call.fqn else [*call.signature.inputs, *call.signature.outputs]
         if any(isinstance(value, TensorArgument) and value.name not in known for value in values):

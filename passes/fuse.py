@@ -78,6 +78,8 @@ def fuse(model: nn.Module, *, example: Inputs | None = None, cost: Cost = weight
     Blocks that repfx didn't make are fused, too. New convs keep dtype, device, `requires_grad` and mode. The arithmetic is done in
     float64 and rounded once. `repfx.report` says what was done, and why each remaining BatchNorm stays.
 
+    A program of `torch.export` becomes such a program, and a graph of ATen operators becomes such a graph.
+
     Args:
         example: input of the model, as `check_equivalent` takes it: proves that the model computes what it did, in float64. Without it,
             nothing is compared. The result's inputs are the arguments that it gives a tensor; all other arguments that have a default

@@ -82,7 +82,7 @@ def fuse_exported(
     result = program_of(model, source, low) if isinstance(model, ExportedProgram) else module_of(model, source, low)
     if example is not None:
         prove("fuse", _as_module(model), _as_module(result), example)
-    report.attach(result)  # type: ignore[arg-type]  # a program keeps notes as a module does
+    report.attach(result)  # type: ignore[arg-type]  # a program carries it as a module does
     return result
 
 

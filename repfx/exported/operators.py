@@ -87,9 +87,9 @@ def conv_call(node: fx.Node) -> ConvCall | None:
     call = arguments_of(node)
     if any(call.get(factor, 1) != 1 for factor in ("alpha", "beta")):
         return None
-    linear = _LINEAR[name](call) if name in _LINEAR else {}
     given = {field: call[field] for field in ConvCall.__dataclass_fields__ if field in call}
-    return ConvCall(**{"bias": None, **given, "dimensions": dimensions, **linear, **fixed})
+    renamed = _LINEAR[name](call) if name in _LINEAR else {}
+    return ConvCall(**{"bias": None, **given, "dimensions": dimensions, **renamed, **fixed})
 
 
 _CONVS: dict[str, tuple[int | None, dict[str, Any]]] = {

@@ -211,14 +211,10 @@ class _Raising:
         if name not in ("t.default", "permute.default", "transpose.int"):
             return None
         given = arguments_of(call.weight)
-        order: list[Any] = (
-            [given.get("dim0"), given.get("dim1")] if name == "transpose.int" else given.get("dims", [1, 0])
-        )
-        swaps = (
-            sorted(axis % 2 for axis in order) == [0, 1]
-            if name == "transpose.int"
-            else list(order) in ([1, 0], [-1, 0])
-        )
+        if name == "transpose.int":
+            swaps = {given["dim0"] % 2, given["dim1"] % 2} == {0, 1}
+        else:
+            swaps = list(given.get("dims", [1, 0])) in ([1, 0], [-1, 0])
         return given["self"] if swaps else None
 
     def _holds(self, node: Any) -> bool:
@@ -238,9 +234,11 @@ class _Raising:
         padding = call.padding if isinstance(call.padding, str) else sizes_of(call.padding, dimensions)
         args: tuple[Any, ...] = (call.input, call.weight, call.bias, sizes_of(call.stride, dimensions), padding)
         dilation = sizes_of(call.dilation, dimensions)
+        more: tuple[Any, ...]
+        function: Any
         if call.transposed:
-            more: tuple[Any, ...] = (sizes_of(call.output_padding, dimensions), call.groups, dilation)
-            function: Any = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[dimensions]
+            more = (sizes_of(call.output_padding, dimensions), call.groups, dilation)
+            function = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[dimensions]
         else:
             more = (dilation, call.groups)
             function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dimensions]

@@ -470,3 +470,21 @@ def test_a_model_of_standardized_convs_is_fused_whole() -> None:
     assert [island.path for island in trace(model).islands] == [""]
     result = fused(model, torch.randn(2, 3, 64, 96, dtype=torch.float64))
     assert {type(module) for module in result.modules() if is_conv(module)} == {nn.Conv2d}
+
+
+def test_a_computed_weight_that_is_changed_in_place_stays() -> None:
+    class Changed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight * 2
+            weight.add_(1)
+            return self.norm(F.conv2d(x, weight))  # type: ignore[no-any-return]
+
+    model = randomize_batch_norm(Changed().double()).eval()
+    result = repfx.fuse(model)
+    assert_equivalent(result, model, X)
+    assert any("in place" in skip.reason for skip in repfx.report(result).skipped)

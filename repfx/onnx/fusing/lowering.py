@@ -7,6 +7,7 @@ with new names, so that a name that is in both files has the same numbers in bot
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -301,8 +302,6 @@ def _is_intact(group: Group, alive: set[fx.Node]) -> bool:
 
 
 def _unpadded(kernel: Kernel) -> Kernel:
-    from dataclasses import replace
-
     return replace(kernel, padding=((0, 0),) * kernel.dimensions)
 
 

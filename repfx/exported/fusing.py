@@ -50,7 +50,7 @@ def takes_exported(rules: Mapping[str, Rule]) -> Callable[[Callable[..., Any]], 
     def decorated(fuse: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(fuse)
         def either(model: Any, *args: Any, **options: Any) -> Any:
-            inner = innermost(model) if isinstance(model, nn.Module) else model
+            inner: Any = innermost(model) if isinstance(model, nn.Module) else model
             if not is_exported(inner):
                 return fuse(model, *args, **options)
             with torch.inference_mode(False):

@@ -17,7 +17,7 @@ from repfx.graphs.aliasing import may_share_memory, mutated_by, reads_only_the_f
 from repfx.graphs.calls_with_tensors import is_norm_call
 from repfx.graphs.channel_slices import takes_a_batch
 from repfx.graphs.functional_conv import is_shared
-from repfx.graphs.vocabulary import ELEMENTWISE_LAYERS
+from repfx.graphs.vocabulary import ARITHMETIC, ELEMENTWISE_LAYERS
 from repfx.rewriting.match import Match, forms_along, shape_before
 from repfx.rewriting.view import META, View
 
@@ -222,20 +222,29 @@ def input_is_known(match: Match, view: View) -> str | None:
     first = match.ops[0]
     if view.module(first.node) is not None and view.code(first.node) is None:
         return None
-    source, between = match.source, []
-    while source.op != "placeholder" and len(source.all_input_nodes) == 1 and not _is_layer(source, view):
-        between.append(view.op(source))
-        source = source.all_input_nodes[0]
-    if source.op == "placeholder":
-        scaled = all(op is not None and op.meaning.kind == "affine" for op in between)
-        known = scaled and _is_as_given(view.inputs.get(str(source.target)), match, view)
+    return _why_unknown(match.source, match, view, scaled=True)
+
+
+def _why_unknown(node: fx.Node, match: Match, view: View, *, scaled: bool) -> str | None:
+    """Return why a node may have other channels than the source of a match, or integers.
+
+    Args:
+        scaled: whether only scales and shifts stand between the node and the match.
+    """
+    if node.op == "placeholder":
+        known = scaled and _is_as_given(view.inputs.get(str(node.target)), match, view)
         return None if known else "the input may hold integers, or have fewer channels than the constant"
-    op = view.op(source)
+    op = view.op(node)
     if op is not None and op.meaning.kind == "conv":
         out_channels = op.meaning.build(META, op.meaning.in_channels or 0, op.meaning.dimensions or 0).out_channels
-        if out_channels != match.sizes()[0]:
-            return f"the constant makes {out_channels} channels into {match.sizes()[0]}"
-    return None
+        needed = match.sizes()[0]
+        return None if out_channels == needed else f"the constant makes {out_channels} channels into {needed}"
+    inputs = node.all_input_nodes
+    if _is_layer(node, view) or (len(inputs) != 1 and node.target not in ARITHMETIC):
+        return None
+    scaled = scaled and op is not None and op.meaning.kind == "affine"
+    reasons = [_why_unknown(each, match, view, scaled=scaled) for each in inputs]
+    return None if None in reasons else reasons[0]  # arithmetic gives as many channels as its largest operand has
 
 
 def _is_as_given(given: object, match: Match, view: View) -> bool:
@@ -250,7 +259,7 @@ def _is_as_given(given: object, match: Match, view: View) -> bool:
 def _is_layer(node: fx.Node, view: View) -> bool:
     """Whether a node surely outputs fractional numbers, with as many channels as its module says."""
     module = view.module(node)
-    return view.is_conv(node) or (module is not None and has_tensors(module))
+    return module is not None and has_tensors(module)
 
 
 def pads_alike(match: Match, view: View) -> str | None:

@@ -54,7 +54,7 @@ class RandomFile:
         graph = helper.make_graph(
             self._nodes,
             "random",
-            [helper.make_tensor_value_info("x", kind, size)],  # type: ignore[arg-type]
+            [helper.make_tensor_value_info("x", kind, size)],
             [helper.make_tensor_value_info(name, kind, [None] * len(size)) for name in names],
             self._initializers,
             doc_string="a graph",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -165,6 +166,34 @@ def test_pixels_in_bytes_are_still_made_numbers_with_a_fraction(function: Any) -
     model.register_buffer("std", torch.rand(4, 1, 1) + 1)
     x = torch.randint(0, 255, (1, 4, 9, 10), dtype=torch.uint8)
     assert torch.allclose(repfx.fuse(model)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+OF_ONE_CHANNEL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a sum that isn't linear": lambda a, b: a + b.relu(),
+    "a sum": lambda a, b: a + b,
+    "a product": lambda a, b: a * b,
+    "a quotient of activations": lambda a, b: a.relu() / (b.sigmoid() + 1),
+}
+
+
+@pytest.mark.parametrize("way", OF_ONE_CHANNEL)
+def test_a_constant_spreads_what_two_convs_of_one_channel_make(way: str) -> None:
+    class Spreads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.last = nn.Conv2d(3, 1, 1), nn.Conv2d(3, 1, 1), nn.Conv2d(5, 4, 3)
+            self.norm = nn.BatchNorm2d(4)
+            self.register_buffer("scale", torch.randn(5, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(self.last(OF_ONE_CHANNEL[way](self.a(x), self.b(x)) * self.scale))
+            return y
+
+    model = ready(Spreads())
+    fused = repfx.fuse(model)
+    x = torch.randn(2, 3, 9, 7, dtype=torch.float64)
+    assert (fused(x) - model(x)).abs().max() < 1e-12
+    assert any("makes 1 channels into 5" in skip.reason for skip in repfx.report(fused).skipped)
 
 
 def test_a_grey_image_is_spread_over_the_channels_of_a_constant() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import timm
@@ -19,8 +20,7 @@ from tests.exported.test_fusing import assert_same, convs_of, norms_of
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": torchvision.models.resnet18,
     "mobilenet_v2": torchvision.models.mobilenet_v2,
-    **{name: (lambda name=name: timm.create_model(name)) for name in ("repvgg_a0", "mobileone_s0", "fastvit_t8")},
-    "repvit_m0_9": lambda: timm.create_model("repvit_m0_9"),
+    **{name: partial(timm.create_model, name) for name in ("repvgg_a0", "mobileone_s0", "fastvit_t8", "repvit_m0_9")},
 }
 
 

@@ -179,6 +179,8 @@ OF_ONE_CHANNEL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("way", OF_ONE_CHANNEL)
 def test_a_constant_spreads_what_two_convs_of_one_channel_make(way: str) -> None:
     class Spreads(nn.Module):
+        scale: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b, self.last = nn.Conv2d(3, 1, 1), nn.Conv2d(3, 1, 1), nn.Conv2d(5, 4, 3)

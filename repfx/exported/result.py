@@ -76,8 +76,9 @@ def module_of(module: fx.GraphModule, source: Source, lowered: Lowered) -> fx.Gr
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     graph, _ = _in_order(lowered, placeholders, module.graph)
     result: Any = copy_of(module)
-    if hasattr(module, "validate_inputs"):  # torch.export's hook asks for it
-        result.validate_inputs = module.validate_inputs
+    for name in ("validate_inputs", "range_constraints"):  # torch.export's hook asks for them
+        if name in vars(module):
+            setattr(result, name, getattr(module, name))
     for name in set(source.tensors) - tensors.kept:
         _delete(result, name)
     for name, value in tensors.new.items():

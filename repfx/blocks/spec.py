@@ -49,6 +49,7 @@ class Spec:
 
     >>> Spec(["1x1", "1xk"], norm="none").branches
     (BranchSpec(kind='1x1', options={}), BranchSpec(kind='1xk', options={}))
+    >>> from torch import nn
     >>> Spec(["kxk"], layers="linear").takes(ConvSpec.of(nn.Linear(8, 4)))
     True
     """

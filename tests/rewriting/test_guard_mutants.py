@@ -35,7 +35,15 @@ from repfx.rewriting.view import View
 from repfx.tracing.tracer import Tracer
 from tests.graphs import test_calls_with_tensors
 from tests.inline_net import Net, fused_exactly, image
-from tests.rewriting import test_carried, test_guards, test_legal_graphs, test_patterns, test_sums
+from tests.rewriting import (
+    test_carried,
+    test_channel_slices,
+    test_confluence,
+    test_guards,
+    test_legal_graphs,
+    test_patterns,
+    test_sums,
+)
 from tests.tracing import test_arguments, test_further_arguments, test_trace, test_traps
 from tests.tracing.traps import TRAPS
 
@@ -129,6 +137,10 @@ CHECKS: dict[str, Check] = {
     ),
     "a term read outside": test_patterns.test_of_a_conv_that_is_read_outside_the_sum_nothing_is_taken,
     "a grey image": test_traps.test_a_grey_image_is_spread_over_the_channels_of_a_constant,
+    "channels in another order": lambda: test_channel_slices.test_what_stays("a permutation"),
+    "one rule at a concatenation": lambda: test_confluence.test_at_most_one_rule_matches_at_a_node_of_a_foreign_block(
+        "MobileIE"
+    ),
     **{name: trap(name) for name in TRAPS},
     "expanding an alias": lambda: test_traps.test_it_is_expanded_right_or_left_alone("alias in a list", "acb"),
     **{f"{name}, expanded": expanded_trap(f"{name}, traced") for name in ("by name", "no identity")},
@@ -305,6 +317,8 @@ MUTANTS = [
         ("output added into an input that is used again",),
     ),
     Mutant("input_is_known", without_guard("input_is_known"), ("a grey image",)),
+    Mutant("slices_channels", without_guard("slices_channels"), ("channels in another order",)),
+    Mutant("apart_from_concat", without_guard("apart_from_concat"), ("one rule at a concatenation",)),
     Mutant(
         "writing layers ignored", puts(repfx.graphs.aliasing, "writes_in_place", never), ("in place without saying so",)
     ),

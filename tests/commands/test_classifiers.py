@@ -64,6 +64,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.stem: path for path in folder.iterdir()}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("form", ["plain", "raw", "half"])
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_a_file_is_evaluated_on_a_part_of_its_classes(  # type: ignore[no-untyped-def]

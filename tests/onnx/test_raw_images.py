@@ -109,6 +109,7 @@ def test_a_plain_script_finds_all_it_needs_in_the_metadata(tmp_path: Path) -> No
     assert (read.labels, read.preprocessing, read.inside) == (LABELS, CROP, False)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_a_file_prepares_images_as_torchvision_does(interpolation: str, tmp_path: Path) -> None:
     preprocessing = Preprocessing((3, 32, 32), MEAN, STD, 255.0, "crop", 0.875, interpolation)
@@ -140,6 +141,7 @@ def test_a_stretched_image_is_that_of_training(tmp_path: Path) -> None:
             assert levels(found - expected.numpy(), STRETCH).max() < 1e-3
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_probabilities_of_raw_images(channels: int, dtype: torch.dtype | None, tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_resumed_run_asks_for_the_classes_it_was_begun_with(tmp_path: Path) -> None:
     def stop(history: History) -> None:
         if len(history.epochs) == 3:

@@ -128,6 +128,7 @@ def blocks_of(model: nn.Module) -> list[RepBlock]:
 
 
 @pytest.mark.one_in(4)
+@pytest.mark.slow_one_in(3)
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_tool_gives_what_fuse_gives(preset: str, tool: Callable[[nn.Module], None]) -> None:

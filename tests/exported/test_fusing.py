@@ -57,6 +57,7 @@ def skips(program: Any) -> dict[str, str]:
 
 
 @pytest.mark.one_in(5)
+@pytest.mark.slow_one_in(4)
 @pytest.mark.parametrize("form", ["program", "module"])
 @pytest.mark.parametrize("name", NETS)
 def test_convs_are_merged(name: str, form: str) -> None:

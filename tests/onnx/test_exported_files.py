@@ -124,6 +124,7 @@ def test_small_nets(opset: int, dynamo: bool, dimensions: int, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.slow_one_in(3)
 @pytest.mark.parametrize(("opset", "dynamo"), EXPORTERS, ids=lambda value: str(value))
 def test_every_opset(opset: int, dynamo: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -89,6 +89,7 @@ def test_an_unknown_sort_of_layers() -> None:
 
 
 @pytest.mark.one_in(5)
+@pytest.mark.slow_one_in(3)
 @for_each_shape
 @with_each_norm
 @pytest.mark.parametrize("kind", KINDS)

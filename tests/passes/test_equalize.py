@@ -164,8 +164,8 @@ def test_channels_without_weights_stay() -> None:
 def test_half_precision_loses_no_bit() -> None:
     model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).half()
     with torch.no_grad():
-        model[0].weight[0] = 6e-7  # a step of the smallest numbers: half of it would be rounded
-        model[2].weight[:, 0] = 3e4
+        model[0].weight[0] = torch.tensor([100, 6e-8, 1]).view(3, 1, 1)  # half of the smallest number would be rounded
+        model[2].weight[:, 0] = 1e-3
     even: Any = equalize(model)
     first, last = (even[place].weight.double() for place in (0, 2))
     exact = (first.flatten(1)[None] * last.flatten(1)[:, :, None]).sum(1)

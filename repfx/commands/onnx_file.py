@@ -1,4 +1,4 @@
-"""What `repfx fuse` and `repfx inspect` do with the path of an ONNX file in place of a model."""
+"""`repfx fuse` and `repfx inspect` on the path of an ONNX file in place of a model."""
 
 from __future__ import annotations
 

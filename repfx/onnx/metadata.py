@@ -1,4 +1,4 @@
-"""What an ONNX file says about itself: classes, preprocessing, origin. Keys that other readers know are written beside repfx's own."""
+"""Metadata of an ONNX file: classes, preprocessing, origin. Keys that other readers know are written beside repfx's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PRIVATE = ("pkg.torch.onnx.stack_trace",)  # names files of the machine
 
 @dataclass(frozen=True)
 class Metadata:
-    """What an ONNX file says about itself.
+    """The metadata of an ONNX file.
 
     Args:
         labels: name of each class, in the order of the logits.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -104,9 +105,15 @@ class Preprocessing:
 
     def normalized(self, image: Tensor) -> Tensor:
         """Return `(…, channels, *axes)` of the right size as float32, normalized."""
+        mean, std = self._moments
+        return (image.float() / self.divisor - mean) / std
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation as tensors that broadcast against an image; made once, not for each image."""
         shape = (-1, *[1] * (len(self.shape) - 1))
         mean, std = (torch.tensor(values, dtype=torch.float32).view(shape) for values in (self.mean, self.std))
-        return (image.float() / self.divisor - mean) / std
+        return mean, std
 
     def fitted(self, image: Tensor) -> Tensor:
         """Resize `(channels, *axes)` to the shape of an input, and take the middle if that is the rule."""

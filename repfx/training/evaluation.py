@@ -15,7 +15,7 @@ from repfx.training.classifier import Classifier
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a classifier says about the test images of a data set.
+    """Predictions of a classifier on the test images of a data set, counted by class.
 
     Args:
         labels: name of each class.

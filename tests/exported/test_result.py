@@ -1,4 +1,4 @@
-"""What a fused program holds besides its outputs: signature, tensors, notes on nodes; and that it works where repfx isn't."""
+"""Signature, tensors and notes on nodes of a fused program. It works where repfx isn't."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_statistics_are_those_of_all_positions(shape: str) -> None:
 
 @pytest.mark.parametrize("options", [{"gamma": 0.3}, {"attach_rate": 0.0}, {"preserve": False}], ids=str)
 def test_a_linear_layer_begins_as_a_1x1_conv_does(options: dict[str, Any]) -> None:
-    """What `expand` measures at a conv of one tap, it measures at a linear layer."""
+    """`expand` measures at a linear layer the same as at a conv of one tap."""
     x, branches = features(), ["kxk", "lora"]
     data = {"calibrate": [x]} if "gamma" in options else {}
     linear: Any = nn.Sequential(nn.Linear(6, 4)).double()
@@ -242,7 +242,7 @@ def test_an_average_and_an_optimizer_follow() -> None:
 
 
 def test_synchronized_norms_still_see_rows() -> None:
-    """With as many positions as channels, a norm of the wrong axis wouldn't be noticed."""
+    """The input has as many positions as channels, so that no error tells a norm of the wrong axis."""
     model, x = block_net(), features("as many positions as channels")
     twin = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     assert any(isinstance(module, nn.SyncBatchNorm) for module in twin.modules())

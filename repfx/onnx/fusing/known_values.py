@@ -1,4 +1,4 @@
-"""What is known of the values of an ONNX file before it runs: constants, and the shapes that onnx infers.
+"""Values of an ONNX file that are known before it runs: constants, and the shapes that onnx infers.
 
 Constants are initializers, and what the file computes from them alone.
 """

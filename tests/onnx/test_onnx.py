@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import repfx
+import repfx.onnx.file
 import repfx.onnx.program
 from repfx.errors import ExportError, InvalidInput
 from repfx.onnx.export import export_onnx
@@ -300,6 +301,29 @@ def test_what_is_further_off_than_rounding_is_refused(tmp_path: Path, monkeypatc
     with pytest.raises(ExportError, match="worst relative difference"):
         export_onnx(far_from_zero(), tmp_path / "m.onnx", torch.randn(2, 3, 12, 10))
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_a_wrong_optimization_is_told_from_a_wrong_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        """A session in which onnxruntime has rewritten the graph wrongly. (1.31 moves zero padding into a MaxPool.)"""
+
+        def __init__(self, session: Any) -> None:
+            self.session = session
+
+        def get_inputs(self) -> Any:
+            return self.session.get_inputs()
+
+        def run(self, *arguments: Any) -> list[Any]:
+            return [1.3 * output for output in self.session.run(*arguments)]
+
+    def open_session(path: Path, *, optimized: bool = True) -> Any:
+        session = repfx.onnx.file.open_session(path, optimized=optimized)
+        return Wrong(session) if optimized else session
+
+    monkeypatch.setattr("repfx.onnx.export.open_session", open_session)
+    with pytest.raises(ExportError, match=r"3\.0e-01 .*with its graph optimizations off it agrees .*another version"):
+        export_onnx(Net(), tmp_path / "m.onnx", X)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.one_in(3)

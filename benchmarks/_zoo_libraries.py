@@ -88,7 +88,8 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "swiftformer": (_CLASSIFIER, {"image_size": 64, "depths": [1, 1, 2, 1], "embed_dims": [16, 24, 32, 40]}, IMAGE),
     "textnet": (_CLASSIFIER, {}, IMAGE),
     "timm_wrapper": (_CLASSIFIER, {"architecture": "resnet18"}, IMAGE),
-    "superpoint": ("AutoModelForKeypointDetection", {}, IMAGE),
+    # by the default range all scores are nearly equal, and rounding decides their order
+    "superpoint": ("AutoModelForKeypointDetection", {"initializer_range": 0.1}, IMAGE),
     "encodec": (_BARE, {"num_filters": 4, "hidden_size": 32, "codebook_dim": 32}, SIGNAL),
     "hubert": (_BARE, _SPEECH, (2, 4000)),
     "sew": (_BARE, {"squeeze_factor": 2, **_SPEECH}, (2, 4000)),
@@ -160,7 +161,7 @@ MONAI: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "BasicUNet, 1d": ("BasicUNet", {"spatial_dims": 1, "features": (4, 4, 8, 12, 16, 4), "norm": "batch"}, (2, 1, 96)),
     "BasicUNetPlusPlus": ("BasicUNetPlusPlus", {"features": (4, 4, 8, 12, 16, 4), "norm": "batch"}, (2, 1, 16, 32, 16)),
     "DAF3D": ("DAF3D", {"in_channels": 1, "out_channels": 1}, (1, 1, 16, 32, 16)),
-    "DenseNet121": ("DenseNet121", {"spatial_dims": 3, "in_channels": 1, "out_channels": 3}, (1, 1, 32, 48, 32)),
+    "DenseNet121": ("DenseNet121", {"spatial_dims": 3, "in_channels": 1, "out_channels": 3}, (2, 1, 32, 48, 32)),
     "DenseNet121, 1d": ("DenseNet121", {"spatial_dims": 1, "in_channels": 1, "out_channels": 3}, (2, 1, 96)),
     "DiscriminatorPatch": (
         "PatchDiscriminator",
@@ -177,7 +178,7 @@ MONAI: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "EfficientNet": (
         "EfficientNetBN",
         {"model_name": "efficientnet-b0", "pretrained": False, "spatial_dims": 3, "in_channels": 1, "num_classes": 3},
-        VOLUME,
+        (1, 1, 64, 72, 64),
     ),
     "EfficientNet, 1d": (
         "EfficientNetBN",
@@ -200,7 +201,7 @@ MONAI: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "ResNet18": ("resnet18", {"spatial_dims": 3, **_CLASSES}, VOLUME),
     "ResNet50, shortcut A": ("resnet50", {"spatial_dims": 3, "shortcut_type": "A", **_CLASSES}, (1, 1, 16, 24, 16)),
     "ResNet18, 1d": ("resnet18", {"spatial_dims": 1, **_CLASSES}, (2, 1, 96)),
-    "SEResNet50": ("SEResNet50", {"spatial_dims": 3, "in_channels": 1, "num_classes": 3}, (1, 1, 16, 32, 16)),
+    "SEResNet50": ("SEResNet50", {"spatial_dims": 3, "in_channels": 1, "num_classes": 3}, VOLUME),
     "SegResNet": ("SegResNet", {}, VOLUME),
     "SegResNet, BatchNorm": ("SegResNet", {"norm": ("batch", {}), "upsample_mode": "deconv"}, VOLUME),
     "SegResNetDS": ("SegResNetDS", {"init_filters": 8, "norm": "batch", "dsdepth": 2}, VOLUME),
@@ -330,6 +331,8 @@ def _detector(name: str) -> Net:
             "resnet50": "RTDETRDetectionModel",
         }
         model: nn.Module = getattr(tasks, kinds.get(task, "DetectionModel"))(f"{name}.yaml", verbose=False)
+        if task == "resnet50":  # by its own weights all queries score nearly alike, and rounding decides which are taken
+            nn.init.normal_(model.get_parameter("model.23.enc_score_head.weight"))
         return model
 
     return Net(build, (IMAGE,))

@@ -6,7 +6,6 @@ module around a block gets a `BlocksFirst` in place of each such method of its c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import isfunction
 from typing import Any
@@ -20,6 +19,7 @@ from repfx.algebra.moments import Moments, set_kernel
 from repfx.blocks.block import RepBlock
 from repfx.blocks.one_conv import kernel_in_eval_mode
 from repfx.blocks.origin import origin_kernel, require_affine, write_origin
+from repfx.blocks.paths import outermost_blocks
 from repfx.errors import InvalidInput
 from repfx.records.journal import mark_as_rebuilt
 from repfx.records.module_tree import module_at, outer_paths, set_submodule
@@ -45,7 +45,7 @@ class BlocksFirst:
         Raises:
             InvalidInput: a block can't become a conv and a BatchNorm as the class made them. The model is as it was.
         """
-        found = dict(_blocks_in(self.module))
+        found = dict(outermost_blocks(self.module))
         if found:
             self._make_plain(found)
             mark_as_rebuilt(self.module)
@@ -98,15 +98,6 @@ class _Part:
         return cls(block, kernel, norm_path)
 
 
-def _blocks_in(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, RepBlock]]:
-    """Yield the outermost blocks in a module, with their paths."""
-    for name, child in module.named_children():
-        if isinstance(child, RepBlock):
-            yield f"{prefix}{name}", child
-        else:
-            yield from _blocks_in(child, f"{prefix}{name}.")
-
-
 def _place_of_norm(block: RepBlock, module: nn.Module, path: str) -> str | None:
     """Return the path in a module, which is at `path` in the model, where the BatchNorm of a block stood, or None."""
     inside = (block.norm_path or "").removeprefix(f"{path}.")
@@ -130,7 +121,7 @@ def give_methods_back(model: nn.Module) -> None:
     """Give modules without blocks the methods of their classes again."""
     for module in model.modules():
         for name in [name for name in NAMES if isinstance(vars(module).get(name), BlocksFirst)]:
-            if next(_blocks_in(module), None) is None:
+            if next(outermost_blocks(module), None) is None:
                 delattr(module, name)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -32,6 +32,15 @@ def blocks_at(model: nn.Module, sites: str | Sequence[str]) -> dict[str, RepBloc
     blocks = _all_blocks(model)
     found = chosen(sites, blocks, "block at")
     return {path: block for path, block in blocks.items() if path in found}
+
+
+def outermost_blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, RepBlock]]:
+    """Yield the blocks in a module that lie in no other block, with their paths, which begin with `prefix`."""
+    for name, child in module.named_children():
+        if isinstance(child, RepBlock):
+            yield f"{prefix}{name}", child
+        else:
+            yield from outermost_blocks(child, f"{prefix}{name}.")
 
 
 def _all_blocks(model: nn.Module) -> dict[str, RepBlock]:

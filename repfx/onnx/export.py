@@ -154,9 +154,7 @@ def export_onnx(
         bound = reference.bound(tolerance, worst(found), runs)
         if not worst(found).error <= bound:
             blamed = _blame(staging, reference.deployed, runs, bound)
-            raise ExportError(
-                f"onnxruntime gives something else than torch: {_mismatch(worst(found), bound)}{blamed}."
-            )
+            raise ExportError(f"onnxruntime gives something else than torch: {_mismatch(worst(found), bound)}{blamed}.")
         half = reference.rounding_throughout(x, expected)
         if half is not None and not half.error <= bound:
             raise ExportError(f"the model's outputs in float16 differ from those in float32: {_mismatch(half, bound)}.")

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 from torch import Tensor, fx, nn
@@ -29,6 +30,7 @@ from repfx.algebra.activated_norm import separate
 from repfx.algebra.layers import code_of_its_own, is_conv, is_plain_sequence, own_classes
 from repfx.blocks.block import RepBlock
 from repfx.blocks.gates import gates_in
+from repfx.blocks.paths import outermost_blocks
 from repfx.blocks.squeezed_form import release_all
 from repfx.graphs.calls_by_mode import let_follow_the_mode
 from repfx.graphs.dropout import dropout_in_mode
@@ -154,6 +156,7 @@ def _traces(
             (island.full_path(name), module.get_submodule(name), _around_leaf(around, name, graph))
             for name in _opaque_calls(module, graph)
         ]
+        pending += [(island.full_path(name), block, around) for name, block in _blocks_beside(module, island.used)]
     run = {island.full_path(path) for island in islands for path in ("", *_paths_of_code(island.graph))}
     paths = ((path, module) for path, module in scratch.named_modules() if module in settled and path in run)
     notes = {path: NOTES[settled[module]] for path, module in paths}
@@ -292,6 +295,19 @@ def _opaque_calls(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
         module = root.get_submodule(target)
         if not is_leaf(module) or _holds_linear_block(module):
             yield target
+
+
+def _blocks_beside(root: nn.Module, used: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks that a graph runs neither itself nor in a leaf. Only other code can call them, such as a deeper stage of an encoder."""
+    run = {outer for path in used for outer in _up_to(path)}
+    return (
+        (path, block) for path, block in outermost_blocks(root) if path not in run and used.isdisjoint(_up_to(path))
+    )
+
+
+def _up_to(path: str) -> Iterator[str]:
+    """The paths of the modules around a path, and the path itself."""
+    return accumulate(path.split("."), lambda outer, name: f"{outer}.{name}")
 
 
 def _holds_linear_block(module: nn.Module) -> bool:

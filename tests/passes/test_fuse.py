@@ -163,6 +163,34 @@ def test_a_batch_norm_that_belongs_to_no_conv_is_not_lost() -> None:
 # ---- what comes back
 
 
+class Choosing(nn.Sequential):
+    """A sequence whose code can't be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else super().forward(-x)
+
+
+class Deeper(nn.Module):
+    """An encoder that runs one stage as a leaf, and has another one for other code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.leaf = Choosing(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+        self.stage = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leaf(self.stem(x))
+
+
+def test_blocks_that_a_traced_forward_does_not_run_are_folded_too() -> None:
+    model = ready(nn.Sequential(Deeper()))
+    expanded = ready(repfx.expand(model, "dbb"), seed=1)
+    fused = repfx.fuse(expanded)
+    assert convs(fused) == convs(repfx.fuse(model)) == ["0.stem.0", "0.leaf.0", "0.stage.0"]
+    assert_same_map(fused.get_submodule("0.stage"), expanded.get_submodule("0.stage"), image(2, 4, 7, 9))
+
+
 def test_strict_raises_with_every_reason_and_leaves_the_model() -> None:
     model = ready(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(4)))
     before, text = copy.deepcopy(model.state_dict()), str(model)

@@ -51,6 +51,7 @@ def test_one_parameter_can_be_varied_alone(spec: str, what: Callable[[nn.Module,
         torch.testing.assert_close(what(model, name, each), expected[name], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("squeezed", [True, False])
 def test_a_recorded_function_gives_the_same_each_time(squeezed: bool, trained: bool) -> None:

@@ -525,6 +525,7 @@ def test_both_sides_of_the_border_law_are_drawn() -> None:
     assert 0.05 < sum(seen) / len(seen) < 0.95
 
 
+@pytest.mark.slow
 def test_both_kinds_of_second_map_are_composed() -> None:
     padded: list[bool] = []
 

@@ -403,6 +403,7 @@ def test_a_zero_pad_whose_value_was_changed_is_no_kernel() -> None:
     assert meaning_of(pad) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sides", [(-1, 2, 0, 0), (0, 1, 2, -1)], ids=["crops before, grows after", "grows before, crops after"]
 )

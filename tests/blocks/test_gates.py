@@ -307,6 +307,7 @@ def test_what_is_learned_of_gates_has_float32_at_least(dtype: torch.dtype) -> No
     assert model(images().to(dtype)).dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 def test_fixed_gates_compile_without_a_break(style: str) -> None:
     model = gated(style)

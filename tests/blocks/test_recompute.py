@@ -140,6 +140,7 @@ def test_what_computes_in_other_types_is_summed() -> None:
         assert model(X.float()).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_it_compiles_without_a_break() -> None:
     model = recompute(expanded("acb")).train()
     expected = outputs_and_gradients(copy.deepcopy(model))["output"]

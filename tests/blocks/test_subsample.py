@@ -137,6 +137,7 @@ def test_blocks_fuse_squeeze_and_drop_as_ever(name: str) -> None:
     torch.testing.assert_close(block(x), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_it_is_compiled_and_exported() -> None:
     block = (
         randomize_batch_norm(repfx.expand(nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1)), "dbb"))
@@ -181,6 +182,7 @@ print("as exact")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's kernels for x86")
 @pytest.mark.parametrize("threads", [1, 2])

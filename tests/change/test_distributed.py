@@ -19,9 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-@pytest.mark.parametrize(
-    "schedule", ["dyrep", *(pytest.param(name, marks=pytest.mark.slow) for name in ("repan", "repnas", "des"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["dyrep", "repan", "repnas", "des"])
 def test_both_ranks_end_with_the_same_model(schedule: str) -> None:
     assert "expand" in run_on_two_ranks("on_two_ranks", schedule)
 

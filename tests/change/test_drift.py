@@ -84,6 +84,7 @@ def test_an_action_moves_nothing(name: str, plain_and_grown: Case, drifts: dict[
     assert drift(after, fresh) < 1.5 * drifts[before]
 
 
+@pytest.mark.slow
 def test_a_reset_as_in_dyrep_s_public_code_drifts() -> None:
     model, seen, fresh = subject("dilated", 6)
     before = drift(model, fresh)
@@ -93,6 +94,7 @@ def test_a_reset_as_in_dyrep_s_public_code_drifts() -> None:
     assert drift(reset(model), fresh) > 5 * before
 
 
+@pytest.mark.slow
 def test_statistics_of_the_sum_alone_would_move_it() -> None:
     """Outputs of branches are correlated, so the statistics that `drop` derives without data differ from those it measures."""
     model, seen, fresh = subject("dilated", 6)

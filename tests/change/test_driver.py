@@ -218,6 +218,7 @@ def test_data_are_asked_for_at_once() -> None:
 # ---- what it does
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_the_last_epochs_run_squeezed_and_a_resumed_run_does_too(name: str, tmp_path: Path) -> None:
     def begin() -> Run:
@@ -241,6 +242,7 @@ def test_the_last_epochs_run_squeezed_and_a_resumed_run_does_too(name: str, tmp_
     assert same_state(again.model.state_dict(), whole.model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_the_function_stays_at_every_adjustment(name: str) -> None:
     run = Run(SHORT[name], ema=True)
@@ -376,6 +378,7 @@ def test_thawing_gives_back_what_was_trained_before() -> None:
     assert not model.stem.norm.bias.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_buffers", [True, False])
 def test_an_average_computes_the_same_after_its_next_update(use_buffers: bool) -> None:
     model: Any = repfx.expand(small_net(), {"stem": "dbb", "depthwise": "repvgg"})
@@ -466,6 +469,7 @@ def whole_run(name: str) -> Run:
     return Run(SHORT[name], ema=True).go(21)
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("killed_after", [0, 5, 6, 13])
 @pytest.mark.parametrize("name", SHORT)
@@ -484,6 +488,7 @@ def test_a_run_goes_on_to_the_same_bits(tmp_path: Path, name: str, killed_after:
     assert str(resumed.optimizer.state_dict()) == str(whole.optimizer.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_a_new_driver_takes_over_from_an_old_one(name: str) -> None:
     """Training frameworks need this: they build the model's structure and the optimizer first and restore everything else later."""
@@ -516,6 +521,7 @@ def test_what_conv_remember_of_their_batch_norms_is_saved(tmp_path: Path) -> Non
 # ---- a compiled model
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", SHORT)
 def test_a_compiled_model_follows(name: str) -> None:
@@ -567,6 +573,7 @@ def test_a_model_compiled_in_place_follows() -> None:
 # ---- real data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule",
     [

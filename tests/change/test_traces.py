@@ -75,6 +75,7 @@ def test_an_adjustment_traces_the_model_twice_at_most_and_its_average_once(
     assert len(found) - len(of_average) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_an_average_follows_all_the_same(name: str) -> None:
     run = Run(SCHEDULES[name], small_net())

@@ -98,6 +98,7 @@ def test_equal_seeds_leave_equal_weights(finished: Path, tmp_path: Path, repfx_c
     assert (tmp_path / "again" / CHECKPOINT).read_bytes() == (finished / CHECKPOINT).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_there_is_kept_unless_overwriting_is_asked_for(tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / METRICS).write_text("older")
     (tmp_path / "notes.txt").write_text("mine")
@@ -140,6 +141,7 @@ def test_train_with_a_schedule_tells_each_change_and_verifies_the_end(  # type: 
     assert [(out / name).is_file() for name in (ARCHITECTURE, HEAT_MAP)] == [searches] * 2
 
 
+@pytest.mark.slow
 def test_a_recipe_gives_the_same_run_again(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     assert repfx_command("train", "--recipe", finished / RECIPE, "--trust", "--out", tmp_path / "again").code == 0
     assert (tmp_path / "again" / CHECKPOINT).read_bytes() == (finished / CHECKPOINT).read_bytes()
@@ -244,6 +246,7 @@ def test_an_out_that_is_a_file_is_refused_before_training(tmp_path: Path, repfx_
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_failed_export_keeps_the_trained_weights(  # type: ignore[no-untyped-def]
     tmp_path: Path, repfx_command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +273,7 @@ def test_fuse_exports_a_finished_run(finished: Path, tmp_path: Path, repfx_comma
     assert relative_error(*(torch.from_numpy(output) for output in outputs)) < 1e-5
 
 
+@pytest.mark.slow
 def test_fuse_takes_a_model_with_weights(tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     model = net(4).eval()
     torch.save(model.state_dict(), tmp_path / "w.pt")
@@ -312,6 +316,7 @@ def test_only_weights_in_8_bits_are_evened_out(tmp_path: Path, repfx_command) ->
     assert "--equalize is for weights in 8 bits" in outcome.err
 
 
+@pytest.mark.slow
 def test_fuse_writes_float16_for_a_fixed_batch(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     outcome = repfx_command(
         "fuse", finished, "--trust", "--fp16", "--batch-size", 1, "--onnx", tmp_path / "m.onnx", "--json"
@@ -332,6 +337,7 @@ def test_ranges_are_not_measured_on_pixels_of_another_range(finished: Path, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["d.npz"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

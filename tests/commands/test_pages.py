@@ -112,6 +112,7 @@ def stands_alone(page: Page) -> None:
 # --- A run -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_s_page_is_one_whole_file(page: Page) -> None:
     stands_alone(page)
     assert {"Result", "Training", "Structure", "Cost of training", "Before and after fusing"} <= set(page.words)

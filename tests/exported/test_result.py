@@ -146,6 +146,7 @@ print([str(node.target) for node in program.graph.nodes if "conv" in str(node.ta
 """
 
 
+@pytest.mark.slow
 def test_a_saved_program_runs_without_repfx(tmp_path: Path) -> None:
     model, inputs = made("branches")
     torch.export.save(repfx.fuse(exported(model, inputs)), tmp_path / "fused.pt2")

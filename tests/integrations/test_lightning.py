@@ -156,6 +156,7 @@ def by_hand(schedule: Schedule, accumulate: int = 1, score: Any = None, clip: fl
     return driver
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "accumulate"), [("dyrep", 1), ("repan", 2), ("repnas", 1)])
 def test_it_trains_as_a_loop_by_hand(name: str, accumulate: int) -> None:
     module, callback = Classifier(0.0), lightning.RepFXCallback(SHORT[name])
@@ -193,6 +194,7 @@ class ByHand(Classifier):
         schedulers.step()
 
 
+@pytest.mark.slow
 def test_optimization_by_hand_averages_a_step_over_several_nets() -> None:
     callback = lightning.RepFXCallback(DES, score=score)
     module = ByHand(callback)
@@ -224,6 +226,7 @@ def test_a_run_goes_on_to_the_same_bits(name: str, at_validation: bool, tmp_path
     assert states[0] == states[1]
 
 
+@pytest.mark.slow
 def test_what_was_saved_earlier_is_tested_deployed_and_trained_on(tmp_path: Path) -> None:
     """An earlier checkpoint is loaded in the same process, where the model has grown since, and without a Trainer into a plain model."""
     module, callback = Classifier(), lightning.RepFXCallback(SHORT["dyrep"])
@@ -331,6 +334,7 @@ class Averaged(Classifier):
         self.average.update_parameters(self.net)
 
 
+@pytest.mark.slow
 def test_an_average_inside_the_module_and_a_scaler_go_along(tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     precision = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)

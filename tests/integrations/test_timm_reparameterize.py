@@ -55,6 +55,7 @@ def test_it_keeps_the_function(name: str, preset: str) -> None:
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_float64")
 def test_it_gives_what_fuse_gives() -> None:
     model, x = expanded("test_byobnet", "repvgg"), torch.randn(2, 3, 32, 48)

@@ -94,6 +94,7 @@ def test_the_file_computes_the_model_in_eval_mode_for_any_batch_size(
     assert logging.root.manager.disable == disabled
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < (2, 9), reason="torch 2.8 can't export a model that gives out None")  # type: ignore[operator]
 @pytest.mark.parametrize("as_keywords", [False, True])
 def test_several_inputs_and_nested_outputs(tmp_path: Path, as_keywords: bool) -> None:
@@ -109,18 +110,21 @@ def test_several_inputs_and_nested_outputs(tmp_path: Path, as_keywords: bool) ->
     assert relative_error(expected["aux"][0], aux) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_fixed_batch_an_opset_and_an_input_without_batch(tmp_path: Path) -> None:
     report = export_onnx(Net(), tmp_path / "net.onnx", X[0], dynamic_batch=False, opset=19)
     assert report.opset == 19
     assert report.inputs[0].shape == (3, 8, 8)
 
 
+@pytest.mark.slow
 def test_float16_runs_in_its_own_dtype_at_its_own_tolerance(tmp_path: Path) -> None:
     report = export_onnx(Net().half(), tmp_path / "net.onnx", X.half())
     assert report.inputs[0].dtype == "float16"
     assert report.max_error < 1e-2 < report.tolerance
 
 
+@pytest.mark.slow
 def test_weights_past_the_limit_of_protobuf_go_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repfx.onnx.program, "SINGLE_FILE_LIMIT", 100)
     model = nn.Conv2d(3, 512, 3)
@@ -261,6 +265,7 @@ def test_torchvision_models_are_exported_as_plain_convs(tmp_path: Path, name: st
     assert "BatchNormalization" not in report.nodes
 
 
+@pytest.mark.slow
 def test_a_detection_model_is_refused_with_the_reason(tmp_path: Path) -> None:
     ssd = pytest.importorskip("torchvision.models.detection.ssd")
     backbone: Any = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1))
@@ -282,6 +287,7 @@ def far_from_zero() -> nn.Module:
     return nn.Sequential(conv, nn.ReLU(), shift)
 
 
+@pytest.mark.slow
 def test_a_file_is_held_against_what_torch_itself_rounds(tmp_path: Path) -> None:
     """The image has so many pixels that some sums round to another step, in whatever order this processor adds."""
     torch.manual_seed(0)
@@ -289,6 +295,7 @@ def test_a_file_is_held_against_what_torch_itself_rounds(tmp_path: Path) -> None
     assert 1e-4 < report.max_error <= report.tolerance < 1e-2
 
 
+@pytest.mark.slow
 def test_what_is_further_off_than_rounding_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slightly_wrong(model: Any, *arguments: Any, **options: Any) -> None:
         wrong = copy.deepcopy(model)
@@ -303,6 +310,7 @@ def test_what_is_further_off_than_rounding_is_refused(tmp_path: Path, monkeypatc
     assert not (tmp_path / "m.onnx").exists()
 
 
+@pytest.mark.slow
 def test_a_wrong_optimization_is_told_from_a_wrong_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong:
         """A session in which onnxruntime has rewritten the graph wrongly. (1.31 moves zero padding into a MaxPool.)"""
@@ -326,6 +334,7 @@ def test_a_wrong_optimization_is_told_from_a_wrong_file(tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("axes", [(3,), (), (2, 5)], ids=["sequence", "rows", "picture"])
 def test_blocks_of_linear_layers_are_written_as_linear_layers(tmp_path: Path, axes: tuple[int, ...]) -> None:

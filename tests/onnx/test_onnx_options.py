@@ -71,6 +71,7 @@ def run(path: Path, *inputs: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, feeds)[0])
 
 
+@pytest.mark.slow
 def test_height_and_width_are_free(tmp_path: Path) -> None:
     model = randomize_batch_norm(DownAndUp()).eval()
     report = export_onnx(model, tmp_path / "net.onnx", X, dynamic_size=True)
@@ -80,6 +81,7 @@ def test_height_and_width_are_free(tmp_path: Path) -> None:
     assert relative_error(run(report.path, other), model(other)) < 1e-5
 
 
+@pytest.mark.slow
 def test_axes_are_free_by_the_names_they_are_given(tmp_path: Path) -> None:
     axes = {"image": {0: "images", -1: "columns"}, "scale": {0: "images"}}
     scale = torch.tensor([2.0, 3.0])
@@ -133,6 +135,7 @@ def test_what_can_not_be_is_refused(case: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("opset", [13, 17])
 def test_a_file_for_older_runtimes_gives_the_same(tmp_path: Path, opset: int) -> None:
@@ -158,6 +161,7 @@ def test_float16_is_rounded_once(tmp_path: Path) -> None:
     assert onnx.numpy_helper.to_array(weight).item() == 1 + 2**-10
 
 
+@pytest.mark.slow
 def test_float16_is_held_against_float32(tmp_path: Path) -> None:
     model = randomize_batch_norm(DownAndUp()).eval()
     report = export_onnx(model, tmp_path / "net.onnx", X, dtype=torch.float16)
@@ -174,6 +178,7 @@ def test_what_float16_can_not_hold_is_named(tmp_path: Path) -> None:
         export_onnx(model, tmp_path / "net.onnx", X, dtype=torch.float16)
 
 
+@pytest.mark.slow
 def test_an_overflow_inside_is_found_though_the_runtime_of_a_cpu_does_not_see_it(tmp_path: Path) -> None:
     model: Any = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Conv2d(1, 1, 1, bias=False), nn.ReLU())))
     for place, weight in ((0, 300.0), (2, 400.0), (4, 1e-3)):
@@ -183,6 +188,7 @@ def test_an_overflow_inside_is_found_though_the_runtime_of_a_cpu_does_not_see_it
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_size_that_depends_on_numbers_beside_fixed_axes(tmp_path: Path) -> None:
     class Finds(nn.Module):
         def __init__(self) -> None:

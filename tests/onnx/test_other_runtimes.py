@@ -48,18 +48,21 @@ def run(path: Path, x: Tensor) -> Tensor:
     return torch.from_numpy(compiled([x.numpy()])[0].copy()).float()
 
 
+@pytest.mark.slow
 def test_openvino_gives_the_same_in_float32_at_any_size(tmp_path: Path, model: nn.Module) -> None:
     path = repfx.export_onnx(model, tmp_path / "net.onnx", X, dynamic_size=True, opset=14).path
     for x in (X, OTHER):
         assert relative_error(run(path, x), model(x)) < 1e-5
 
 
+@pytest.mark.slow
 def test_openvino_gives_the_same_in_float16(tmp_path: Path, model: nn.Module) -> None:
     path = repfx.export_onnx(model, tmp_path / "half.onnx", X, dtype=torch.float16).path
     for x in (X, X[:3]):
         assert relative_error(run(path, x.half()), model(x)) < 2e-2
 
 
+@pytest.mark.slow
 def test_openvino_gives_the_same_in_8_bits(tmp_path: Path, model: nn.Module) -> None:
     """Weights have 7 bits, because with 8 the kernels of some processors overflow, in OpenVINO as in onnxruntime."""
     exact = repfx.export_onnx(model, tmp_path / "net.onnx", X).path

@@ -75,6 +75,7 @@ def in_8_bits(weight: Tensor, axis: int | None = None) -> Tensor:
     return (weight / scale).round() * scale
 
 
+@pytest.mark.slow
 def test_the_file_is_smaller_and_almost_the_same(report: QuantizationReport, exported: Path) -> None:
     assert [file.name for file in report.path.parent.iterdir()] == ["net.int8.onnx"]
     assert report.size == report.path.stat().st_size
@@ -141,6 +142,7 @@ def test_a_layer_may_stay_in_float(tmp_path: Path, exported: Path) -> None:
     assert values["accuracy"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
 def test_ranges_are_chosen_as_asked_for(tmp_path: Path, exported: Path, method: str) -> None:
     """A single outlier widens only the range that covers all values."""
@@ -229,6 +231,7 @@ def test_a_quantized_file_is_not_quantized_again(tmp_path: Path, report: Quantiz
         quantize_onnx(report.path, tmp_path / "net.onnx", [X])
 
 
+@pytest.mark.slow
 def test_a_file_of_a_fixed_batch_gets_batches_of_its_size(tmp_path: Path) -> None:
     path = repfx.export_onnx(net(), tmp_path / "net.onnx", X[:5], dynamic_batch=False).path
     found = quantize_onnx(path, tmp_path / "int8.onnx", [X], labelled=[(X, Y)])

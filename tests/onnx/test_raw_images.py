@@ -109,6 +109,7 @@ def test_a_plain_script_finds_all_it_needs_in_the_metadata(tmp_path: Path) -> No
     assert (read.labels, read.preprocessing, read.inside) == (LABELS, CROP, False)
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_a_file_prepares_images_as_torchvision_does(interpolation: str, tmp_path: Path) -> None:
@@ -130,6 +131,7 @@ def test_a_file_prepares_images_as_torchvision_does(interpolation: str, tmp_path
             assert off.mean() < 0.3
 
 
+@pytest.mark.slow
 def test_a_stretched_image_is_that_of_training(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     repfx.export_onnx(Pixels(), path, torch.randn(2, 3, 20, 28), preprocessing=STRETCH, inside=True)
@@ -141,6 +143,7 @@ def test_a_stretched_image_is_that_of_training(tmp_path: Path) -> None:
             assert levels(found - expected.numpy(), STRETCH).max() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 @pytest.mark.parametrize("channels", [1, 3])
@@ -160,6 +163,7 @@ def test_probabilities_of_raw_images(channels: int, dtype: torch.dtype | None, t
     assert Metadata.read(path).inside
 
 
+@pytest.mark.slow
 def test_a_file_holds_no_path_of_the_machine(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     repfx.export_onnx(net(), path, torch.randn(2, 3, 9, 7))
@@ -182,6 +186,7 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str, tmp
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_only_a_classifier_gives_probabilities(tmp_path: Path) -> None:
     conv = nn.Conv2d(3, 4, 3)
     with pytest.raises(InvalidInput, match="this one gives \\(2, 4, 7, 5\\)"):
@@ -190,6 +195,7 @@ def test_only_a_classifier_gives_probabilities(tmp_path: Path) -> None:
     assert Metadata.read(tmp_path / "m.onnx").labels == ("a", "b")
 
 
+@pytest.mark.slow
 def test_an_old_opset_can_not_resize_as_training_did(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="needs opset 18 or newer, and this file has 17"):
         repfx.export_onnx(
@@ -198,6 +204,7 @@ def test_an_old_opset_can_not_resize_as_training_did(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_file_that_prepares_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(self: Preprocessing, images: Tensor) -> Tensor:
         return self.normalized(self.fitted(images[0].movedim(-1, 0).flip(0)))[None].expand(2, -1, -1, -1)

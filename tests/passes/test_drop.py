@@ -77,6 +77,7 @@ def test_a_zero_gamma_of_the_origin_divides_nothing() -> None:
     assert_same_map(repfx.drop(model, "stem", "1x1-avg"), reference, batch())
 
 
+@pytest.mark.slow
 def test_in_training_mode_a_branch_that_adds_nothing_leaves_nothing() -> None:
     """Training mode is kept, too, if the branch has γ = β = 0 and the statistics are those of the data."""
     model: Any = repfx.expand(small_net(), {"stem": "acb"}).train()

@@ -304,6 +304,7 @@ class Attention(nn.Module):
         return output
 
 
+@pytest.mark.slow
 @with_each_norm
 def test_layers_of_code_that_isnt_traced(norm: Any) -> None:
     model, x = nn.Sequential(nn.LayerNorm(6), Attention(6), nn.Linear(6, 3)).double(), features()

@@ -114,6 +114,7 @@ def test_a_long_chain_becomes_few_convs() -> None:
     assert len(windows(fused(nn.Sequential(*convs), picture(4)))) == 1
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 9), min_size=3, max_size=6))
 def test_no_other_division_has_fewer_weights(channels: list[int]) -> None:
     """1×1 convs: any of them in a row make one, so every division can be counted."""

@@ -82,6 +82,7 @@ def test_the_restored_model_trains_and_fuses_again() -> None:
     assert_same_map(repfx.fuse(restored), restored, batch())
 
 
+@pytest.mark.slow
 def test_a_single_batch_norm_keeps_the_training_mode_too() -> None:
     """Conv + BatchNorm is the same function again in both modes if the running statistics are those of the data."""
     model = small_net().train()

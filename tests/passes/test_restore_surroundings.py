@@ -227,6 +227,7 @@ def test_only_a_batch_norm_in_front() -> None:
     assert norms(assert_restored(make, trained(make), data())) == 1
 
 
+@pytest.mark.slow
 def test_several_in_a_row_and_blocks_in_blocks() -> None:
     def make() -> nn.Module:
         bodies = [block(FORMS[form])[3] for form in ("residual", "all of them", "pooling", "factor before")]  # type: ignore[index]

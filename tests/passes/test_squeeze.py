@@ -330,6 +330,7 @@ def test_what_has_no_kernel_is_left_alone_with_the_reason() -> None:
     assert not model[3].squeezed
 
 
+@pytest.mark.slow
 def test_a_part_that_is_exchanged_later_runs_as_it_is() -> None:
     class Doubled(nn.Conv2d):
         def forward(self, input: Tensor) -> Tensor:

@@ -223,6 +223,7 @@ def test_what_cannot_be_part_of_a_region() -> None:
         repfx.squeeze(fx.symbolic_trace(ready()))
 
 
+@pytest.mark.slow
 def test_a_batch_norm_that_activates_too() -> None:
     model = ready(timm.create_model("mobilenetv3_small_050", num_classes=3))
     activated = [path for path, module in model.named_modules() if type(module).__name__ == "BatchNormAct2d"]
@@ -331,6 +332,7 @@ def test_it_moves_to_another_type_and_runs_under_autocast() -> None:
         assert (model(x) - reference(x)).abs().max() < 0.05 * reference(x).abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BREAKS, reason="torch 2.8 breaks the graph")
 def test_it_compiles_without_a_break() -> None:
     model: Any = repfx.squeeze(ready())

@@ -94,12 +94,14 @@ TOOL_PAGES = {
 PAGES_WITH_CODE = [page for page in PAGES if code_of(page) and named(page) not in TOOL_PAGES]
 # These train or export several models of the sizes that their readers have.
 SLOW_PAGES = [
+    "README.md",
     "docs/how-to/deploy.md",
     "docs/how-to/detectors.md",
     "docs/how-to/lightning.md",
     "docs/how-to/quantize.md",
     "docs/how-to/timm.md",
     "docs/how-to/torchvision.md",
+    "docs/search.md",
     "docs/tutorial.md",
 ]
 

@@ -105,6 +105,7 @@ except repfx.errors.RepfxError as error:
 """
 
 
+@pytest.mark.slow
 def test_torch_alone_is_enough_and_each_further_verb_names_its_extra(tmp_path: Path) -> None:
     uses = [*(USES[extra].splitlines()[0] for extra in ("checkpoint", "onnx", "plot")), "repfx.load('x', plain)"]
     ended = run_with("", "".join([WITH_TORCH_ALONE, *map(refusal, uses), USES["cli"]]), tmp_path)

@@ -80,6 +80,7 @@ def test_importing_through_the_link_gives_one_module(name: str) -> None:
     assert Path(str(module.__file__)).resolve().parent == (ROOT / "repfx" / name).resolve()
 
 
+@pytest.mark.slow
 def test_import_repfx_needs_torch_alone() -> None:
     program = (
         f"import torch, sys; had = set(sys.modules); import repfx; print(*({OPTIONAL} & (set(sys.modules) - had)))"
@@ -266,6 +267,7 @@ def test_no_folder_is_a_heap() -> None:
     assert max(counts.values()) <= 20, counts
 
 
+@pytest.mark.slow
 def test_import_repfx_shows_verbs_values_and_wings() -> None:
     program = "import types, repfx; print(*(n for n in dir(repfx) if n[0] != '_'))"
     found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -294,6 +296,7 @@ FILES = (
 FOLDERS = (".ci", "benchmarks", "docs", "passes", "recipes", "repfx", "tests")
 
 
+@pytest.mark.slow
 def test_the_sdist_holds_all_that_tests_need_and_the_wheel_made_from_it_the_modules_alone(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     checkout.mkdir()

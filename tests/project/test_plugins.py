@@ -161,6 +161,7 @@ print(*(action.kind for _, action in driver.history))
 """
 
 
+@pytest.mark.slow
 def test_an_installed_package_adds_kinds_rules_and_schedules(installed: Path) -> None:
     found = run(installed, "-W", "always", "-c", USE)
     assert found.returncode == 0, found.stderr
@@ -183,6 +184,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_the_command_line_lists_what_an_installed_package_adds(installed: Path) -> None:
     done = run(installed, "-c", LISTS)
     assert done.returncode == 0, done.stderr

@@ -242,6 +242,7 @@ def writing(target: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_goes_with_the_next_write_and_not_before_it_is_dead(tmp_path: Path) -> None:
     target = tmp_path / "run.ckpt"
     (tmp_path / ".run.ckpt.backup01").mkdir()  # somebody else's

@@ -49,6 +49,7 @@ def differences(a: nn.Module, b: nn.Module) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @given(random_nets(), ORDERS)
 def test_random_nets_become_the_same_in_any_order(model: RandomNet, order: Sequence[str]) -> None:
     assert not differences(repfx.fuse(model), fused(model, order))
@@ -86,6 +87,7 @@ class Alone:
         return found[self.rule.name]
 
 
+@pytest.mark.slow
 @given(random_nets())
 def test_at_most_one_rule_matches_at_a_node(model: RandomNet) -> None:
     rules: list[Any] = [Alone(rule) for rule in RULES.values()]

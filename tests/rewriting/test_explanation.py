@@ -112,6 +112,7 @@ def test_nothing_that_stays_is_left_out(name: str) -> None:
     assert {skip.path for skip in repfx.report(fused).stays} == layers
 
 
+@pytest.mark.slow
 def test_inspect_says_it() -> None:
     found = CliRunner().invoke(app, ["inspect", "torchvision:densenet121", "--fused"])
     assert found.exit_code == 0

@@ -131,6 +131,7 @@ def assert_candidates_are_right(model: nn.Module, x: Tensor, *, tolerance: float
 # ---- the one net
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(5)
 @pytest.mark.parametrize("gates", ["straight_through, own convs too", "sigmoid"])
 @pytest.mark.parametrize("name", NETS)
@@ -181,6 +182,7 @@ def test_with_nothing_open_nothing_is_left() -> None:
     assert not any(bool(conv.weight.any()) or bool(conv.bias.any()) for conv in summed_convs(net).values())
 
 
+@pytest.mark.slow
 def test_in_float32_a_candidate_is_right_to_six_digits() -> None:
     model = supernet(Residual, "ireps").float()
     assert_candidates_are_right(model, images(dtype=torch.float32), tolerance=1e-6)
@@ -206,6 +208,7 @@ def summed_convs(net: nn.Module) -> dict[str, SummedConv]:
     return {path: module for path, module in net.named_modules() if isinstance(module, SummedConv)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["odbb", "qarepvgg"])
 def test_everything_else_is_fused(spec: Any) -> None:
     """The rest is fused, also a BatchNorm behind a block whose branches have none, even if an activation is part of it."""
@@ -254,6 +257,7 @@ def test_without_any_other_conv_there_is_nothing_to_fuse() -> None:
     assert_candidates_are_right(model, images())
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_traced_whole_is_right_too() -> None:
     class Picky(nn.Module):
         def __init__(self) -> None:
@@ -290,6 +294,7 @@ def test_code_around_can_read_the_sizes_of_a_site() -> None:
 # ---- refilling
 
 
+@pytest.mark.slow
 def test_the_same_code_gives_the_same_bits_whatever_came_between() -> None:
     model = supernet(Residual)
     fast = FusedSupernet(model)
@@ -380,6 +385,7 @@ def test_a_net_is_that_of_the_state_when_it_was_made() -> None:
 # ---- statistics
 
 
+@pytest.mark.slow
 def test_measured_statistics_are_those_of_the_candidate_alone() -> None:
     model = supernet(Residual, gates="straight_through, own convs too")
     data = [images() * 3 + 1 for _ in range(3)]

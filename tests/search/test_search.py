@@ -268,6 +268,7 @@ def test_random_search_learns_nothing_about_branches() -> None:
 # ---- the beginning and the end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_a_search_ends_with_a_net_without_gates_that_fuses_exactly(name: str) -> None:
     run = Run(SHORT[name]).to_the_end()
@@ -284,6 +285,7 @@ def test_a_search_ends_with_a_net_without_gates_that_fuses_exactly(name: str) ->
     torch.testing.assert_close(repfx.fuse(model)(x.double()), model(x.double()), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_the_architecture_file_builds_the_found_net_again(name: str, tmp_path: Path) -> None:
     run = Run(SHORT[name]).to_the_end()
@@ -369,6 +371,7 @@ def test_an_average_runs_the_same_paths() -> None:
     torch.testing.assert_close(fused(x), average.module(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", SHORT)
 def test_an_average_is_changed_exactly_by_the_end_of_a_search(name: str) -> None:
@@ -447,6 +450,7 @@ def test_an_overflow_teaches_gates_nothing() -> None:
 # ---- resuming
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", SHORT)
 @pytest.mark.parametrize("stop", [4, 10])

@@ -93,6 +93,7 @@ def test_code_that_asks_whether_it_has_an_input_is_not_answered_for_both() -> No
         fused()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
 def test_every_verb_serves_it(dimensions: int, tmp_path: Path) -> None:
     model, x = ready(Optional(dimensions)), image(2, 4, *(9, 10, 5)[:dimensions])
@@ -175,6 +176,7 @@ def test_an_example_without_the_first_argument_keeps_its_default() -> None:
         fused(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_an_export_has_the_inputs_of_its_example(dtype: torch.dtype | None, tmp_path: Path) -> None:
     model, x = ready(Asks()).float(), image().float()

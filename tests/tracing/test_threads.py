@@ -87,6 +87,7 @@ VERBS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_thread_that_serves_sees_nothing_of_verbs_in_another_one(verb: str) -> None:
     before = in_place()
@@ -111,6 +112,7 @@ def test_threads_that_fuse_at_once_get_what_one_thread_gets() -> None:
     assert in_place() == before
 
 
+@pytest.mark.slow
 def test_threads_that_fuse_the_same_model_leave_it_as_it_was() -> None:
     model = stack()
     with served(model), ThreadPoolExecutor(4) as pool:

@@ -84,6 +84,7 @@ class Auxiliary(nn.Module):
         return {"tuple": (logits, None), "dict": {"aux": 0, "out": logits}, "map": x}[self.kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tuple", "dict"])
 def test_the_main_output_is_trained(kind: str) -> None:
     data, model = bright_or_dark(), Auxiliary(kind)
@@ -108,6 +109,7 @@ def test_too_few_classes_are_refused() -> None:
         train(net(1), bright_or_dark(), Recipe())
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_training() -> None:
     model = net(2)
     model.get_parameter("0.weight").data.fill_(float("nan"))
@@ -189,6 +191,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
     assert history == whole_history
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_between_epochs_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     recipe = Recipe(epochs=3, batch_size=16, augmentation=PICTURES)
     state = tmp_path / "state.safetensors"
@@ -250,6 +253,7 @@ def test_mixed_labels_are_probabilities() -> None:
     assert not torch.equal(mixed, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["teacher.pt", "checkpoint.safetensors"])
 def test_a_teacher_is_learnt_from(name: str, tmp_path: Path) -> None:
     torch.manual_seed(5)
@@ -323,6 +327,7 @@ def test_a_compiled_training_follows_the_structure() -> None:
     assert worst < 1e-4
 
 
+@pytest.mark.slow
 def test_compiling_has_the_mode_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 

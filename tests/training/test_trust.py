@@ -158,6 +158,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
     return int(stopped.value.code or 0), capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["fuse", "inspect", "inspect --fused"])
 def test_commands_take_a_folder_that_is_trusted(
     verb: str, code: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -182,6 +183,7 @@ def recipe(path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_recipe_calls_what_the_user_names_or_trusts(
     code: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

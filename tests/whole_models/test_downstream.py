@@ -158,6 +158,7 @@ def test_the_backbone_alone_is_a_model_like_any_other() -> None:
     assert repfx.check_equivalent(backbone, repfx.restore(model.backbone), SCENES).equivalent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "part"), [("Mask R-CNN", ""), ("RetinaNet", "backbone")])
 def test_a_driver_changes_a_detector_while_it_trains(name: str, part: str, tmp_path: Path) -> None:
     """The driver has the whole detector and calibrates on a loader of pictures and targets, or has the backbone and its batches."""
@@ -219,6 +220,7 @@ def levels_of(body: Any) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_a_fused_classifier_is_the_backbone_of_a_plain_detector() -> None:
     """The detector's BatchNorms are frozen ones, which take the classifier's numbers."""
     classifier = trained_classifier()
@@ -233,6 +235,7 @@ def test_a_fused_classifier_is_the_backbone_of_a_plain_detector() -> None:
     assert max(relative_error(found[level], expected[level]) for level in expected) < 1e-9
 
 
+@pytest.mark.slow
 def test_a_classifier_goes_on_to_learn_with_its_branches_in_a_detector() -> None:
     classifier = trained_classifier()
     expected = levels_of(classifier)

@@ -82,6 +82,7 @@ def test_a_flow_model_is_fused_in_islands_whose_attributes_are_read() -> None:
         assert report.equivalent
 
 
+@pytest.mark.slow
 def test_a_detector_is_fused_in_islands() -> None:
     """The heads' outputs are compared, because what follows, suppression of overlaps among nearly equal scores, is not continuous."""
     models: Any = torchvision.models.detection

@@ -51,6 +51,7 @@ def trained(model: nn.Module) -> nn.Module:
     return randomize_batch_norm(model).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "spec"), CASES)
 def test_linear_layers_of_whole_models(name: str, spec: str) -> None:
     make, side, staying = MODELS[name]

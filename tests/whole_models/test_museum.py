@@ -211,6 +211,7 @@ def test_repvgg_and_yolov7_accuracy_collapses_after_re_parameterization(preset: 
 # ---- export
 
 
+@pytest.mark.slow
 def test_onnx_optimizer_made_an_invalid_graph_of_a_repvgg_block(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     model = ready(repfx.expand(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()), "repvgg"))

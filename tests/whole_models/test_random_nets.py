@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -65,6 +66,7 @@ def test_fused_nets_compute_the_same_say_what_stays_and_can_be_copied(model: Ran
         assert repfx.report(twin) == repfx.report(fused)
 
 
+@pytest.mark.slow
 @given(NETS)
 def test_a_fused_net_has_nothing_left_to_fuse(model: RandomNet) -> None:
     """A second `fuse` changes nothing, except in nets that write in place: there, with other names, tracing the result may show more."""
@@ -77,6 +79,7 @@ def test_a_fused_net_has_nothing_left_to_fuse(model: RandomNet) -> None:
         assert same_state(again.state_dict(), fused.state_dict())
 
 
+@pytest.mark.slow
 @given(NETS, st.booleans())
 def test_modes_are_kept_and_dropouts_drop_as_before(model: RandomNet, training: bool) -> None:
     for module in model.modules():
@@ -106,6 +109,7 @@ def test_expanding_keeps_the_function_and_trained_blocks_fuse_right(model: Rando
     assert_same(repfx.fuse(expanded), expanded, model.input())
 
 
+@pytest.mark.slow
 @HALF
 @given(random_nets(biases=True, shared=False), SPECS)
 def test_blocks_cost_nothing_in_the_end(model: RandomNet, spec: Any) -> None:
@@ -114,6 +118,7 @@ def test_blocks_cost_nothing_in_the_end(model: RandomNet, spec: Any) -> None:
     assert len(convs(repfx.fuse(expanded))) <= len(convs(repfx.fuse(model)))
 
 
+@pytest.mark.slow
 @HALF
 @given(NETS)
 def test_restored_nets_compute_the_same(model: RandomNet) -> None:
@@ -122,6 +127,7 @@ def test_restored_nets_compute_the_same(model: RandomNet) -> None:
         assert_same(repfx.restore(fused), model, model.input())
 
 
+@pytest.mark.slow
 @HALF
 @given(st.one_of(nets_of_sites(), NETS), st.one_of(st.none(), SPECS))
 def test_what_loads_strictly_into_the_plain_class_computes_the_same(model: RandomNet, spec: Any) -> None:
@@ -142,6 +148,7 @@ def test_what_loads_strictly_into_the_plain_class_computes_the_same(model: Rando
     )  # a small factor behind a conv makes its weight less exact
 
 
+@pytest.mark.slow
 @HALF
 @given(NETS, SPECS)
 def test_a_state_dict_carries_over_to_another_expansion(model: RandomNet, spec: Any) -> None:

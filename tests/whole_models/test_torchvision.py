@@ -42,12 +42,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 # UniRepLKNet's branches are for depthwise windows of 5 and more; none of these models has any
 FITTING = sorted(set(PRESETS) - {"dilated"})
-QUICK = [("resnet18", "dbb"), ("mobilenet_v2", "acb")]
-ALL = [
-    pytest.param(model, preset, marks=() if (model, preset) in QUICK else pytest.mark.slow)
-    for model in MODELS
-    for preset in FITTING
-]
+ALL = [(model, preset) for model in MODELS for preset in FITTING]
 
 
 def build(name: str) -> nn.Module:
@@ -80,8 +75,8 @@ def convs(model: nn.Module) -> dict[str, ConvSpec]:
     return {path: ConvSpec.of(module) for path, module in model.named_modules() if is_conv(module)}
 
 
+@pytest.mark.slow
 @pytest.mark.slow_one_in(5)
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("name", "preset"), ALL)
 def test_expand_train_fuse_is_exact_and_leaves_the_plain_model(name: str, preset: str) -> None:
     model, x = build(name), example(name)

@@ -6,7 +6,7 @@ interruption changes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from repfx.data.dataset import Images, PreparedImages
+from repfx.data.crop_and_flip import CropAndFlip
+from repfx.data.dataset import Images, PreparedImages, Stages, as_it_is
 from repfx.data.seeds import seed_of
 from repfx.errors import InvalidInput, UnknownName
 
@@ -84,7 +85,16 @@ class Augmentation:
             raise InvalidInput(
                 f"{name} needs pictures of bytes, and these hold floats; resizing, too, turns bytes into floats."
             )
-        return AugmentedImages(images.raw, self._transform(images), seed)
+        return AugmentedImages(images.raw, self._transform(images), seed, self._at_once(images.stages))
+
+    def _at_once(self, stages: Stages) -> Callable[[Tensor, Sequence[int]], Tensor] | None:
+        """Return a function that varies many images in memory at once, if they need no other changes than crops and flips."""
+        if self != Augmentation(crop_padding=self.crop_padding, flip=self.flip, mixup=self.mixup, cutmix=self.cutmix):
+            return None
+        if not stages.convert is stages.fit is as_it_is:
+            return None
+        vary = CropAndFlip(self.crop_padding, self.flip)
+        return lambda images, seeds: stages.normalize(vary(images, seeds))
 
     def of_batch(self, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Return a function that mixes the images of a batch. Mixing turns the labels into `(images, classes)`."""
@@ -124,12 +134,24 @@ class Augmentation:
 
 
 class AugmentedImages(Dataset[Any]):
-    """Raw images with labels, varied anew in each `epoch`."""
+    """Raw images with labels, varied anew in each `epoch`.
 
-    def __init__(self, raw: Images, transform: Callable[[Any], Tensor], seed: int) -> None:
+    Args:
+        transform: function that varies one image.
+        at_once: function of many images and their seeds that gives the same, or None.
+    """
+
+    def __init__(
+        self,
+        raw: Images,
+        transform: Callable[[Any], Tensor],
+        seed: int,
+        at_once: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
+    ) -> None:
         self.raw = raw
         self.transform = transform
         self.seed = seed
+        self.at_once = at_once
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -139,8 +161,18 @@ class AugmentedImages(Dataset[Any]):
         image, label = self.raw[index]
         elsewhere = torch.get_default_device().type != "cpu"  # another device would draw other numbers
         with torch.random.fork_rng(devices=[]), torch.device("cpu") if elsewhere else nullcontext():
-            torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
+            torch.default_generator.manual_seed(self._seed_of(index))
             return self.transform(image), label
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Any]]:
+        """Return several images with their labels, as a `DataLoader` asks for a batch."""
+        if self.at_once is None:
+            return [self[index] for index in indices]
+        images, labels = zip(*(self.raw[index] for index in indices))
+        return list(zip(self.at_once(torch.stack(images), [*map(self._seed_of, indices)]), labels))
+
+    def _seed_of(self, index: int) -> int:
+        return seed_of(self.seed, self.epoch, index)
 
 
 @dataclass(frozen=True)

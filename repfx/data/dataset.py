@@ -77,7 +77,8 @@ class Stages:
     Args:
         size: size of an image, `(*axes,)`.
         fit: function that gives an image this size.
-        normalize: function that turns the fitted image into a float tensor `(channels, *axes)`.
+        normalize: function that turns the fitted image into a float tensor `(channels, *axes)`. If nothing is fitted, it takes
+            `(images, channels, *axes)`, too.
         convert: function that gives a raw image the number of channels that the model takes, before the other stages.
     """
 

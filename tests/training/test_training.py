@@ -16,7 +16,7 @@ import repfx
 from repfx.change.schedule import SCHEDULES
 from repfx.data.augmentation import Augmentation, AugmentedImages
 from repfx.data.batches import Batches
-from repfx.data.dataset import DataSet, PreparedImages, Stages
+from repfx.data.dataset import DataSet, PreparedImages, Stages, as_it_is
 from repfx.data.predictions import Predictions, predict
 from repfx.errors import Interrupted, InvalidInput, RepfxError, UnknownName
 from repfx.training.engine import accelerator_for
@@ -137,6 +137,13 @@ def pictures(count: int = 40) -> DataSet:
     return DataSet(part, part, ("dark", "bright"))
 
 
+def in_memory(data: DataSet) -> DataSet:
+    """The same data, whose images need no fitting."""
+    train: Any = data.train
+    part = PreparedImages(train.raw, Stages(train.stages.size, as_it_is, train.stages.normalize))
+    return DataSet(part, part, data.classes)
+
+
 def trained(
     recipe: Recipe,
     schedule: str | None,
@@ -243,6 +250,28 @@ def test_an_augmented_image_is_made_of_the_image() -> None:
     assert all(
         4 <= int((holes[index][0] == 0).sum()) <= 16 + int((data.train[index][0] == 0).sum()) for index in range(40)
     )
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        Augmentation(crop_padding=2, flip=0.5),
+        Augmentation(crop_padding=3),
+        Augmentation(flip=0.3),
+        Augmentation(crop_padding=1, flip=1.0, cutout=2),
+        Augmentation(crop_padding=1, random_erasing=0.5),
+    ],
+)
+def test_a_batch_is_varied_as_its_images_are(augmentation: Augmentation) -> None:
+    images: Any = augmentation.of_images(in_memory(pictures()).train, seed=3)
+    images.epoch = 2
+    chosen = [7, 0, 31, 12, 12]
+    with torch.device("meta"):
+        many = images.__getitems__(chosen)
+    assert (images.at_once is None) == bool(augmentation.cutout or augmentation.random_erasing)
+    for (image, label), index in zip(many, chosen):
+        assert torch.equal(image, images[index][0])
+        assert label == images[index][1]
 
 
 def test_mixed_labels_are_probabilities() -> None:

@@ -161,7 +161,7 @@ MONAI: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "BasicUNet, 1d": ("BasicUNet", {"spatial_dims": 1, "features": (4, 4, 8, 12, 16, 4), "norm": "batch"}, (2, 1, 96)),
     "BasicUNetPlusPlus": ("BasicUNetPlusPlus", {"features": (4, 4, 8, 12, 16, 4), "norm": "batch"}, (2, 1, 16, 32, 16)),
     "DAF3D": ("DAF3D", {"in_channels": 1, "out_channels": 1}, (1, 1, 16, 32, 16)),
-    "DenseNet121": ("DenseNet121", {"spatial_dims": 3, "in_channels": 1, "out_channels": 3}, (2, 1, 32, 48, 32)),
+    "DenseNet121": ("DenseNet121", {"spatial_dims": 3, "in_channels": 1, "out_channels": 3}, (1, 1, 64, 48, 32)),
     "DenseNet121, 1d": ("DenseNet121", {"spatial_dims": 1, "in_channels": 1, "out_channels": 3}, (2, 1, 96)),
     "DiscriminatorPatch": (
         "PatchDiscriminator",

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from repfx.errors import ExportError, InvalidInput
-from repfx.measuring.difference import Difference, differences, worst
-from repfx.measuring.in_float64 import Inputs, describe, map_tensors
+from repfx.measuring.in_float64 import Inputs, describe
 from repfx.onnx.file import OnnxFile, Value, open_session, package, require_packages, runtime_reason
 from repfx.onnx.finishing import finish
-from repfx.onnx.free_axes import AxisNames, FreeAxes, tensors_of
+from repfx.onnx.free_axes import AxisNames, tensors_of
 from repfx.onnx.metadata import Metadata
 from repfx.onnx.opset import LOWEST
+from repfx.onnx.prepared import Prepared, mismatch
 from repfx.onnx.preprocessing import Preprocessing
 from repfx.onnx.program import write_program
 from repfx.onnx.raw_images import IMAGES, LOGITS, NORMALIZED
-from repfx.onnx.reference import CPU, DTYPES, Reference
 from repfx.records.generators import random_state_kept
 from repfx.records.journal import journal, to_json
 from repfx.records.module_tree import require_module
@@ -122,44 +121,29 @@ def export_onnx(
     require_module(model)
     if not tolerance > 0:
         raise InvalidInput(f"tolerance is {tolerance}: it must be a number above 0.")
-    if dtype not in (None, *DTYPES):
-        raise InvalidInput(
-            f"dtype is {dtype}: on a CPU onnxruntime runs convs only in {' and '.join(map(str, DTYPES))}."
-        )
     if inside and preprocessing is None:
         raise InvalidInput("the file can prepare images inside only if it is told how: give preprocessing, too.")
     metadata = Metadata(tuple(labels), preprocessing, inside, {**_journal(model), **(about or {})})
     with random_state_kept(model), staged(path, ".onnx") as (target, staging):
         require_packages()
         _check_opset(opset)
-        x = map_tensors(lambda tensor: tensor.detach().to(CPU, copy=True), x)
-        reference = Reference.of(model, dtype, x)
-        x = reference.rounded(x)
-        expected = reference.run(x)
-        if dynamic_axes is None:
-            free = FreeAxes.usual(x, batch=dynamic_batch, size=dynamic_size)
-        else:
-            free = FreeAxes.named(reference.deployed, x, dynamic_axes)
-        # torch.export treats a size of 1 as a constant.
-        example = free.resized(x, {name: 2 for name, size in free.sizes(x).items() if size == 1})
-        inputs, outputs = None, _output_names(expected, x)
-        if _is_classifier(x, expected, metadata, needed=inside or probabilities):
+        prepared = Prepared.of(model, x, batch=dynamic_batch, size=dynamic_size, axes=dynamic_axes, dtype=dtype)
+        inputs, outputs = None, _output_names(prepared.outputs, x)
+        if _is_classifier(x, prepared.outputs, metadata, needed=inside or probabilities):
             inputs, outputs = [NORMALIZED if inside else IMAGES], [LOGITS]
-        write_program(reference.deployed, example, staging, free=free, opset=opset, inputs=inputs, outputs=outputs)
-        runs = [(x, expected)]
-        found = [_difference(staging, reference.deployed, x, expected)]
-        if free:
-            runs.append(_run_resized(reference, example, free))
-            found.append(_difference_resized(staging, reference.deployed, *runs[1], free=free))
-        bound = reference.bound(tolerance, worst(found), runs)
-        if not worst(found).error <= bound:
-            blamed = _blame(staging, reference.deployed, runs, bound)
-            raise ExportError(f"onnxruntime gives something else than torch: {_mismatch(worst(found), bound)}{blamed}.")
-        half = reference.rounding_throughout(x, expected)
+        write_program(
+            prepared.model, prepared.example, staging, free=prepared.free, opset=opset, inputs=inputs, outputs=outputs
+        )
+        found = prepared.compare(partial(_run, staging, prepared.model))
+        bound = prepared.bound(tolerance, found)
+        if not found.error <= bound:
+            blamed = _blame(staging, prepared, bound)
+            raise ExportError(f"onnxruntime gives something else than torch: {mismatch(found, bound)}{blamed}.")
+        half = prepared.reference.rounding_throughout(*prepared.run)
         if half is not None and not half.error <= bound:
-            raise ExportError(f"the model's outputs in float16 differ from those in float32: {_mismatch(half, bound)}.")
-        error = max(each.error for each in (*found, half) if each is not None)
-        finish(staging, metadata, reference, bound, probabilities=probabilities)
+            raise ExportError(f"the model's outputs in float16 differ from those in float32: {mismatch(half, bound)}.")
+        error = max(each.error for each in (found, half) if each is not None)
+        finish(staging, metadata, prepared.reference, bound, probabilities=probabilities)
         report = _report(target, staging, error, bound)
         if opset is not None and report.opset != opset:
             raise ExportError(
@@ -204,20 +188,6 @@ def _check_opset(opset: int | None) -> None:
         )
 
 
-def _run_resized(reference: Reference, x: Inputs, free: FreeAxes) -> tuple[Any, dict[str, Tensor]]:
-    """Return an input that differs in size from x along each free axis, and the outputs that the file must give for it."""
-    failure = None
-    for sizes in free.others(x):
-        other = free.resized(x, sizes)
-        try:
-            return other, reference.run(other)
-        except InvalidInput as error:
-            failure = failure or error
-    raise ExportError(
-        f"the model takes no other {free} than in x, so these axes can't all be free: {failure}"
-    ) from failure
-
-
 def _output_names(outputs: Mapping[str, Tensor], x: Inputs) -> list[str]:
     """Name the outputs: ``output`` for one tensor, ``output_0`` … for a tuple, and its keys for a dict.
 
@@ -230,14 +200,16 @@ def _output_names(outputs: Mapping[str, Tensor], x: Inputs) -> list[str]:
     return names if plain and not isinstance(x, Mapping) else [f"output_{name}" for name in names]
 
 
-def _difference(
-    path: Path, model: nn.Module, x: Inputs, expected: Mapping[str, Tensor], *, optimized: bool = True
-) -> Difference:
-    """The worst difference between torch's outputs and onnxruntime's."""
+def _run(path: Path, model: nn.Module, x: Inputs, *, optimized: bool = True) -> list[Tensor]:
+    """Return the outputs of onnxruntime for a file.
+
+    Raises:
+        ExportError: it can't run the file.
+    """
     try:
         session = open_session(path, optimized=optimized)
         feeds = {value.name: tensor.numpy() for value, tensor in zip(session.get_inputs(), tensors_of(x), strict=True)}
-        given = session.run(None, feeds)
+        return [torch.from_numpy(output) for output in session.run(None, feeds)]
     except Exception as error:
         dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
         advice = (
@@ -246,35 +218,17 @@ def _difference(
         raise ExportError(
             f"onnxruntime can't run the exported model on {describe(x)}: {runtime_reason(error)}{advice}."
         ) from error
-    return worst(differences(list(expected.values()), [torch.from_numpy(output) for output in given]))
 
 
-def _difference_resized(
-    path: Path, model: nn.Module, x: Inputs, expected: Mapping[str, Tensor], free: FreeAxes
-) -> Difference:
-    try:
-        found = _difference(path, model, x, expected)
-    except ExportError as error:
-        raise ExportError(f"{str(error)[:-1]}; it runs on x itself, so leave fewer axes free than {free}.") from error
-    problem = found.problem and f"{found.problem} for {describe(x)}"
-    return replace(found, where=f"{found.where} for {describe(x)}", problem=problem)
-
-
-def _blame(path: Path, model: nn.Module, runs: Iterable[tuple[Any, Mapping[str, Tensor]]], bound: float) -> str:
+def _blame(path: Path, prepared: Prepared, bound: float) -> str:
     """Say that onnxruntime's own rewriting makes the difference, if there is none without it."""
-    plain = worst([_difference(path, model, *run, optimized=False) for run in runs])
+    plain = prepared.compare(partial(_run, path, prepared.model, optimized=False))
     if not plain.error <= bound:
         return ""
     return (
         f"; with its graph optimizations off it agrees with torch ({plain.error:.1e}), so one of them is wrong for this graph: "
         "try another version of onnxruntime"
     )
-
-
-def _mismatch(found: Difference, bound: float) -> str:
-    if found.problem:
-        return f"{found.problem} (here 'model' means the file)"
-    return f"worst relative difference {found.error:.1e} (allowed {bound:.0e}) at {found.where}"
 
 
 def _report(target: Path, staging: Path, error: float, bound: float) -> ExportReport:

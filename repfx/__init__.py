@@ -18,6 +18,7 @@ from repfx.change.schedule import Schedule as Schedule
 from repfx.measuring.equivalence import check_equivalent as check_equivalent
 from repfx.onnx.export import export_onnx as export_onnx
 from repfx.onnx.fusing.fuse_file import fuse_onnx as fuse_onnx
+from repfx.onnx.program_file import export_program as export_program
 from repfx.onnx.quantize import quantize_onnx as quantize_onnx
 from repfx.passes.drop import drop as drop
 from repfx.passes.expand import expand as expand

@@ -35,9 +35,10 @@ from repfx.commands.tables import fusion_table, quantization_table
 from repfx.data.dataset import DataSource
 from repfx.data.predictions import labels_of_logits
 from repfx.data.samples import samples
-from repfx.errors import InvalidInput
+from repfx.errors import InvalidInput, UnknownName
 from repfx.measuring.equivalence import EquivalenceReport
 from repfx.onnx.export import ExportReport, export_onnx
+from repfx.onnx.program_file import ProgramReport, export_program
 from repfx.onnx.quantization_report import QuantizationReport
 from repfx.onnx.quantize import METHODS, quantize_onnx
 from repfx.passes.equalize import equalize
@@ -45,6 +46,8 @@ from repfx.records.journal import journal, to_json
 from repfx.records.target_file import staged
 from repfx.training.models import ModelReference
 from repfx.training.run_folder import Setup
+
+_ALSO = ("pt2",)
 
 
 @command()
@@ -110,6 +113,13 @@ def fuse(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Let the file give probabilities in place of logits.")
     ] = False,
+    also: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Write a second file beside the ONNX file: {', '.join(_ALSO)}, a program of torch.export that needs no repfx.",
+            show_default=False,
+        ),
+    ] = None,
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -132,12 +142,16 @@ def fuse(
             "equalize": equalized,
             "raw_images": raw_images,
             "probabilities": probabilities,
+            "also": also,
         }
         fuse_file(model, onnx, of_models, as_json=as_json)
         return
-    _check(int8=int8, fp16=fp16, data=data, raw_images=raw_images, equalized=equalized)
-    with staged(onnx, ".onnx"):
-        pass  # fail now, not after the work, if the file can't be written
+    _check(int8=int8, fp16=fp16, data=data, raw_images=raw_images, equalized=equalized, also=also)
+    beside = None if also is None else onnx.with_suffix(f".{also}")
+    for file, suffix in ((onnx, ".onnx"), (beside, "")):
+        if file is not None:
+            with staged(file, suffix):
+                pass  # fail now, not after the work, if the file can't be written
     original, setup = load_model(model, weights, num_classes, option, trust=trust)
     shape = shape_of_input(input_shape, setup)
     fused = repfx.fuse(original)
@@ -152,19 +166,16 @@ def fuse(
     x = example_input(original, shape) if real is None else real.example
     equivalence = repfx.check_equivalent(original, fused, x)
     batch = x if batch_size is None else x[torch.arange(batch_size) % len(x)]
+    given: dict[str, Any] = {"x": batch, "dynamic_batch": batch_size is None, "dynamic_size": dynamic_size}
+    given |= _known(model, original, setup, x)
     export: Callable[..., ExportReport] = partial(
-        export_onnx,
-        x=batch,
-        dynamic_batch=batch_size is None,
-        dynamic_size=dynamic_size,
-        opset=opset,
-        inside=raw_images,
-        probabilities=probabilities,
-        **_known(model, original, setup, x),
+        export_onnx, opset=opset, inside=raw_images, probabilities=probabilities, **given
     )
+    dtype = torch.float16 if fp16 else None
+    program = None if beside is None else export_program(original if fp16 else fused, beside, dtype=dtype, **given)
     quantized = None
     if real is None:
-        exported = export(original, onnx, dtype=torch.float16) if fp16 else export(fused, onnx)
+        exported = export(original if fp16 else fused, onnx, dtype=dtype)
     else:
         quantize = partial(
             quantize_onnx,
@@ -179,7 +190,7 @@ def fuse(
         with TemporaryDirectory() as folder, busy("exporting and quantizing"):
             exported = export(fused, Path(folder) / "float32.onnx")
             quantized = quantize(exported.path, onnx)
-    found = _Found(original, fused, x, equivalence, exported, quantized)
+    found = _Found(original, fused, x, equivalence, exported, quantized, program)
     if as_json:
         print_json(found.as_dict())
     else:
@@ -195,7 +206,11 @@ def _known(name: str, model: nn.Module, setup: Setup | None, x: Tensor) -> dict[
     return {"labels": labels, "preprocessing": setup.preprocessing, "about": about}
 
 
-def _check(*, int8: bool, fp16: bool, data: str | None, raw_images: bool, equalized: bool) -> None:
+def _check(*, int8: bool, fp16: bool, data: str | None, raw_images: bool, equalized: bool, also: str | None) -> None:
+    if also is not None and also not in _ALSO:
+        raise UnknownName("form of --also", also, _ALSO)
+    if also is not None and int8:
+        raise InvalidInput("--also writes the model in floats, and --int8 in 8 bits: give only one of them.")
     if equalized and not int8:
         raise InvalidInput("--equalize is for weights in 8 bits: give --int8, too, or leave --equalize out.")
     if int8 and raw_images:
@@ -218,6 +233,7 @@ class _Found:
     equivalence: EquivalenceReport
     exported: ExportReport
     quantized: QuantizationReport | None
+    program: ProgramReport | None
 
     def as_dict(self) -> dict[str, Any]:
         file = {**asdict(self.exported), "path": str(self.exported.path)}
@@ -229,6 +245,7 @@ class _Found:
             "notes": [str(note) for note in repfx.report(self.fused).notes],
             "export": file,
             "quantization": None if self.quantized is None else self.quantized.as_dict(),
+            "program": None if self.program is None else {**asdict(self.program), "path": str(self.program.path)},
         }
 
     def show(self) -> None:
@@ -241,6 +258,8 @@ class _Found:
             typer.echo(str(line))
         if self.quantized is None:
             typer.echo(str(self.exported))
+            if self.program is not None:
+                typer.echo(str(self.program))
         else:
             console.print(quantization_table(self.quantized))
             typer.echo(str(self.quantized))

@@ -17,14 +17,13 @@ from repfx.measuring.in_float64 import Inputs, describe
 from repfx.onnx.file import OnnxFile, Value, open_session, package, require_packages, runtime_reason
 from repfx.onnx.finishing import finish
 from repfx.onnx.free_axes import AxisNames, tensors_of
-from repfx.onnx.metadata import Metadata
+from repfx.onnx.metadata import Metadata, origin_of
 from repfx.onnx.opset import LOWEST
 from repfx.onnx.prepared import Prepared, mismatch
 from repfx.onnx.preprocessing import Preprocessing
 from repfx.onnx.program import write_program
 from repfx.onnx.raw_images import IMAGES, LOGITS, NORMALIZED
 from repfx.records.generators import random_state_kept
-from repfx.records.journal import journal, to_json
 from repfx.records.module_tree import require_module
 from repfx.records.target_file import staged
 
@@ -123,7 +122,7 @@ def export_onnx(
         raise InvalidInput(f"tolerance is {tolerance}: it must be a number above 0.")
     if inside and preprocessing is None:
         raise InvalidInput("the file can prepare images inside only if it is told how: give preprocessing, too.")
-    metadata = Metadata(tuple(labels), preprocessing, inside, {**_journal(model), **(about or {})})
+    metadata = Metadata(tuple(labels), preprocessing, inside, {**origin_of(model), **(about or {})})
     with random_state_kept(model), staged(path, ".onnx") as (target, staging):
         require_packages()
         _check_opset(opset)
@@ -150,12 +149,6 @@ def export_onnx(
                 f"torch wrote opset {report.opset} and can't convert it to opset {opset}: leave opset out."
             )
     return report
-
-
-def _journal(model: nn.Module) -> dict[str, str]:
-    """Return what was done to the model's structure, as JSON text, if anything was."""
-    actions = journal(model)
-    return {"journal": to_json(actions)} if actions else {}
 
 
 def _is_classifier(x: Inputs, outputs: Mapping[str, Tensor], metadata: Metadata, *, needed: bool) -> bool:

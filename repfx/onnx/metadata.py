@@ -1,4 +1,4 @@
-"""Metadata of an ONNX file: classes, preprocessing, origin. Keys that other readers know are written beside repfx's own."""
+"""Metadata of an exported file: classes, preprocessing, origin. Keys that other readers know are written beside repfx's own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from repfx.errors import InvalidInput
 from repfx.onnx.file import package
 from repfx.onnx.preprocessing import Preprocessing
+from repfx.records.journal import journal, to_json
 from repfx.records.json_text import parse_json
 from repfx.records.version import VERSION
 
@@ -20,7 +23,7 @@ _PRIVATE = ("pkg.torch.onnx.stack_trace",)  # names files of the machine
 
 @dataclass(frozen=True)
 class Metadata:
-    """The metadata of an ONNX file.
+    """The metadata of an ONNX file, or of a program in a ``.pt2`` file.
 
     Args:
         labels: name of each class, in the order of the logits.
@@ -70,6 +73,12 @@ class Metadata:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidInput(f"the metadata of {str(path)!r} isn't as repfx writes it: {error}.") from error
         return cls(names, preprocessing, inside, found)
+
+
+def origin_of(model: nn.Module) -> dict[str, str]:
+    """Return the key that tells what was done to a model's structure, as JSON text, if anything was."""
+    actions = journal(model)
+    return {"journal": to_json(actions)} if actions else {}
 
 
 def _processor(preprocessing: Preprocessing) -> dict[str, Any]:

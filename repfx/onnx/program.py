@@ -1,4 +1,4 @@
-"""Write a torch model as an ONNX file, with the exporter's failures told in one sentence and its other output suppressed."""
+"""A torch model as a program of `torch.export` and as an ONNX file. Failures are told in one sentence, other output is suppressed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_program(
     Raises:
         ExportError: the model can't be exported, or not with these axes free, or not in this opset.
     """
-    program = _export(model, x, free)
+    program = exported(model, x, free)
     large = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()}) > SINGLE_FILE_LIMIT
     with quiet():
         try:
@@ -60,6 +60,25 @@ def write_program(
         except Exception as error:
             raise ExportError(f"the model can't be exported: {reason(error)}.") from error
     _finish(path, free, opset)
+
+
+def exported(model: nn.Module, x: Inputs, free: FreeAxes) -> torch.export.ExportedProgram:
+    """Return a model as a program of `torch.export`.
+
+    Raises:
+        ExportError: the model can't be exported, or not with these axes free.
+    """
+    try:
+        return _exported_once(model, x, free)
+    except Exception as error:
+        if not free:
+            raise ExportError(f"the model can't be exported: {reason(error)}.") from error
+        cause = error
+    try:
+        _exported_once(model, x, FreeAxes())
+    except Exception as error:
+        raise ExportError(f"the model can't be exported: {reason(error)}.") from error
+    raise ExportError(_fixed(free, x)) from cause
 
 
 @contextmanager
@@ -92,20 +111,6 @@ def reason(error: BaseException) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", first_line(chain[-1]))
 
 
-def _export(model: nn.Module, x: Inputs, free: FreeAxes) -> torch.export.ExportedProgram:
-    try:
-        return _exported(model, x, free)
-    except Exception as error:
-        if not free:
-            raise ExportError(f"the model can't be exported: {reason(error)}.") from error
-        cause = error
-    try:
-        _exported(model, x, FreeAxes())
-    except Exception as error:
-        raise ExportError(f"the model can't be exported: {reason(error)}.") from error
-    raise ExportError(_fixed(free, x)) from cause
-
-
 def _fixed(free: FreeAxes, x: Inputs) -> str:
     sizes = free.sizes(x)
     if list(sizes) == [BATCH]:
@@ -119,7 +124,7 @@ def _fixed(free: FreeAxes, x: Inputs) -> str:
     )
 
 
-def _exported(model: nn.Module, x: Inputs, free: FreeAxes) -> torch.export.ExportedProgram:
+def _exported_once(model: nn.Module, x: Inputs, free: FreeAxes) -> torch.export.ExportedProgram:
     x = map_tensors(torch.clone, x)  # copied, because torch.export marks the tensors themselves as free in size
     args, kwargs = as_arguments(x)
     with quiet(), torch.no_grad(), seeded(model):

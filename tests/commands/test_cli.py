@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy
 import onnxruntime
@@ -271,6 +272,30 @@ def test_fuse_exports_a_finished_run(finished: Path, tmp_path: Path, repfx_comma
     sessions = [onnxruntime.InferenceSession(path) for path in (finished / MODEL, tmp_path / "again.onnx")]
     outputs = [session.run(None, {session.get_inputs()[0].name: x.numpy()})[0] for session in sessions]
     assert relative_error(*(torch.from_numpy(output) for output in outputs)) < 1e-5
+
+
+@pytest.mark.slow
+def test_fuse_writes_a_program_beside_the_file(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
+    command = ("fuse", finished, "--trust", "--onnx", tmp_path / "m.onnx", "--also", "pt2")
+    outcome = repfx_command(*command, "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["program"]["path"] == str(tmp_path / "m.pt2")
+    x = torch.randn(3, 1, 8, 8)
+    extra = {"repfx.json": ""}
+    program: Any = torch.export.load(tmp_path / "m.pt2", extra_files=extra).module()
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (found,) = session.run(None, {"images": x.numpy()})
+    assert relative_error(torch.from_numpy(found), program(x)) < 1e-5
+    assert json.loads(json.loads(extra["repfx.json"])["id2label"])["3"] == "3"
+    outcome = repfx_command(*command)
+    assert f"{tmp_path / 'm.pt2'} (" in outcome.out
+    for more, message in (
+        (("--int8", "--data", "digits"), "--also writes the model in floats"),
+        (("--also", "pt"), "pt2"),
+    ):
+        outcome = repfx_command(*command, *more)
+        assert outcome.code == 2
+        assert message in outcome.err
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipe_keys": recipe_keys,
     **{
         f"options_of_{command}": partial(options, command)
-        for command in ("train", "fuse", "predict", "evaluate", "inspect", "report")
+        for command in ("train", "fuse", "predict", "evaluate", "inspect", "profile", "report")
     },
 }
 

@@ -26,7 +26,7 @@ def fuse_file(source: str, path: Path, options: Mapping[str, Any], *, as_json: b
     Args:
         options: the values of options that are about models and exports alone.
     """
-    _refuse(options)
+    refuse_options(options)
     with busy("fusing and comparing"):
         report = fuse_onnx(source, path)
     _print(report, str(report), as_json=as_json)
@@ -34,14 +34,19 @@ def fuse_file(source: str, path: Path, options: Mapping[str, Any], *, as_json: b
 
 def inspect_file(source: str, options: Mapping[str, Any], *, as_json: bool) -> None:
     """Print what would merge in an ONNX file, and why each conv and BatchNormalization that is left stays."""
-    _refuse(options)
+    refuse_options(options)
     with busy("reading"):
         plan = plan_fusion(source)
     told = "\n".join([str(plan), *(f"  {skip.path}: {skip.reason}" for skip in plan.stays)])
     _print(plan, f"{source}, fused:\n{told}", as_json=as_json)
 
 
-def _refuse(options: Mapping[str, Any]) -> None:
+def refuse_options(options: Mapping[str, Any]) -> None:
+    """Refuse options that are about models, where an ONNX file stands in the place of one.
+
+    Raises:
+        InvalidInput: one of them is given.
+    """
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
     if given:
         raise InvalidInput(f"an ONNX file has its own weights, sizes and types: leave {' and '.join(given)} out.")

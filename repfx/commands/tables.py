@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from repfx.algebra.layers import is_batch_norm, is_conv
 from repfx.measuring.cost import count_macs, count_parameters
 from repfx.onnx.quantization_report import QuantizationReport
+from repfx.profiling.profile import Profile
 from repfx.records.number_text import engineering
 from repfx.training.evaluation import Evaluation
 from repfx.training.experiment import Metrics
@@ -72,6 +73,26 @@ def confusion_table(evaluation: Evaluation) -> Table:
     for name, total in zip(evaluation.labels, totals):
         if total:
             table.add_row(Text(name), str(total), f"{evaluation.by_class[name]:.2%}", Text(mistaken.get(name, "")))
+    return table
+
+
+def profile_table(found: Profile, rows: int) -> Table:
+    """Show the layers that take the most time, before and after fusing, and why one is no quicker."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("layer")
+    table.add_column("made\nfrom", justify="right", no_wrap=True)
+    for column in ("before\nms", "after\nms", "MACs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("limited by")
+    for row in found.rows[:rows]:
+        times = ["–" if timing is None else str(timing).removesuffix(" ms") for timing in (row.before, row.after)]
+        macs = "" if row.work is None else engineering(row.work.macs)
+        name = Text(row.path or "(the model)")
+        name.append(f"\n{row.layer}" if row.layer else "", style="dim")
+        merged = str(row.merged) if row.merged > 1 else ""
+        table.add_row(
+            name, merged, *times, macs, Text(row.limit if row.gains or not row.reason else f"{row.limit}; {row.reason}")
+        )
     return table
 
 

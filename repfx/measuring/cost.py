@@ -31,13 +31,13 @@ def count_macs(model: nn.Module, x: Tensor) -> int:
     >>> count_macs(nn.Conv2d(3, 8, 3, groups=1), torch.zeros(1, 3, 5, 5)) == 3 * 8 * 9 * 9
     True
     """
-    counter = _Flops()
+    counter = Flops()
     with in_eval_mode(model), torch.no_grad(), counter:
         model(x)
     return counter.total // 2
 
 
-class _Flops(TorchDispatchMode):
+class Flops(TorchDispatchMode):
     """A counter with torch's formulas but without its counter's hooks: where a hook listens, squeezed blocks run branch by branch."""
 
     def __init__(self) -> None:

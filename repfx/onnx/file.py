@@ -84,17 +84,23 @@ def package(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def open_session(path: Path | str | bytes, *, optimized: bool = True, threads: int = 0) -> Any:
+def open_session(
+    path: Path | str | bytes, *, optimized: bool = True, threads: int = 0, profile: Path | None = None
+) -> Any:
     """Open a file in onnxruntime on the CPU, without its log messages.
 
     Args:
         optimized: whether onnxruntime may replace nodes by faster ones, such as quantized ones by kernels for integers.
         threads: how many threads run a node; 0 leaves that to onnxruntime.
+        profile: beginning of the path of a file in which onnxruntime's profiler notes each run; None leaves the profiler out.
     """
     runtime = package("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     if not optimized:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -29,7 +29,7 @@ def write_program(
     *,
     free: FreeAxes,
     opset: int | None,
-    outputs: Sequence[str],
+    outputs: Sequence[str] | None,
     inputs: Sequence[str] | None = None,
 ) -> None:
     """Export a model in eval mode to `path`. Weights beyond protobuf's limit go to ``<name>.data`` beside it.
@@ -37,7 +37,7 @@ def write_program(
     Args:
         free: axes of x that the file leaves free.
         opset: version of ONNX's operators; None takes torch's default.
-        outputs: names of the outputs.
+        outputs: names of the outputs; None leaves them to the exporter.
         inputs: names of the inputs; None takes those of the model's forward.
 
     Raises:
@@ -53,7 +53,7 @@ def write_program(
                 verbose=False,
                 opset_version=opset and max(opset, LOWEST_OF_TORCH),
                 input_names=inputs,
-                output_names=list(outputs),
+                output_names=None if outputs is None else list(outputs),
             )
             assert converted is not None
             converted.save(path, external_data=large)

@@ -57,3 +57,18 @@ def test_options_of_models_are_refused(
     code, _, err = command("fuse", source, "--onnx", source.with_name("out.onnx"), *option)
     assert code == 2
     assert f"an ONNX file has its own weights, sizes and types: leave {option[0]} out" in " ".join(err.split())
+
+
+@pytest.mark.slow
+def test_profile(source: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = command("profile", source, "--rounds", 2)
+    assert code == 0
+    assert "Conv" in out
+    assert "A run in onnxruntime" in out
+    code, out, _ = command("profile", source, "--rounds", 2, "--json")
+    (row,) = (row for row in json.loads(out)["rows"] if row["layer"].startswith("Conv"))
+    assert row["merged"] >= 2
+    assert 0 < row["after"]["low"] <= row["after"]["high"]
+    code, _, err = command("profile", source, "--input-shape", "3x8x8")
+    assert code == 2
+    assert "leave --input-shape out" in err

@@ -70,6 +70,15 @@ def compare_files(source: Path, result: Path, example: Inputs | None, tolerance:
     return Comparison(largest.error, bound)
 
 
+def input_of(path: Path) -> tuple[Tensor, ...]:
+    """Return random numbers that a file takes as its inputs.
+
+    Raises:
+        InvalidInput: it can't be run on any that were tried.
+    """
+    return _Pair(path, path, 1.0).runs(None)[0][0]
+
+
 class _Pair:
     """Two files with the same inputs."""
 

@@ -38,7 +38,8 @@ class Net(nn.Module):
         x = torch.relu(self.stem(x))
         x = torch.relu(self.twice(torch.relu(self.twice(x))) + x)
         tokens = x.flatten(2).mT
-        return self.head(self.drop(self.attention(tokens, tokens, tokens)[0].mean(1)))
+        found: Tensor = self.head(self.drop(self.attention(tokens, tokens, tokens)[0].mean(1)))
+        return found
 
 
 def net() -> Any:
@@ -165,7 +166,8 @@ def residual() -> Any:
         def forward(self, x: Tensor) -> Tensor:
             x = torch.relu(self.first(x))
             x = torch.relu(self.second(x) + x)
-            return self.head(x.mean((2, 3)))
+            found: Tensor = self.head(x.mean((2, 3)))
+            return found
 
     return ready(repfx.expand(Residual(), "repvgg")).float()
 

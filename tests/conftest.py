@@ -16,7 +16,7 @@ from torch import nn
 SLOW_START = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=SLOW_START)
-settings.register_profile("ci", settings.get_profile("dev"), max_examples=30, derandomize=True, print_blob=True)
+settings.register_profile("ci", settings.get_profile("dev"), max_examples=20, derandomize=True, print_blob=True)
 settings.register_profile(
     "short", settings.get_profile("ci"), max_examples=8
 )  # for tests that run with more examples elsewhere

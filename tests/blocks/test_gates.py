@@ -143,6 +143,7 @@ def test_factors_of_a_whole_block_leave_nothing_behind(rate: float | None) -> No
     )
 
 
+@pytest.mark.slow
 def test_fuse_takes_what_is_open_in_eval_mode() -> None:
     model = gated("straight_through")
     choose(model, "3", "1x1", modes=(True,))
@@ -217,6 +218,7 @@ def test_ungate_keeps_the_function(style: str, spec: Any) -> None:
     assert_close(model(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("style", "origin"), [("sigmoid", False), ("straight_through", False), ("straight_through", True)]
 )

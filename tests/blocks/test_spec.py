@@ -64,6 +64,7 @@ def check_alignment(case: tuple[ConvSpec, tuple[int, ...], tuple[int, ...]]) -> 
     assert whole.padding == site.padding
 
 
+@pytest.mark.slow
 @given(windows())
 def test_a_window_inside_lies_on_the_sites_taps(case: tuple[ConvSpec, tuple[int, ...], tuple[int, ...]]) -> None:
     check_alignment(case)

@@ -111,6 +111,7 @@ def whole_run(name: str) -> Run:
 STOPS = [*(("SGD", step) for step in (0, 1, 3, 4, 5, 6, 8)), *((name, step) for name in OPTIMIZERS for step in (3, 6))]
 
 
+@pytest.mark.slow_one_in(4)
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize(("name", "killed_after"), dict.fromkeys(STOPS))
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path: Path, name: str, killed_after: int) -> None:

@@ -18,6 +18,7 @@ from tests.two_ranks import run_on_two_ranks
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow_one_in(2)
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["dyrep", "repan", "repnas", "des"])

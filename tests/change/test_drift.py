@@ -70,7 +70,7 @@ def drifts(plain_and_grown: Case) -> dict[nn.Module, float]:
     return {model: drift(model, fresh) for model in (plain, grown)}
 
 
-@pytest.mark.slow_one_in(2)
+@pytest.mark.slow_one_in(4)
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", ACTIONS)
 def test_an_action_moves_nothing(name: str, plain_and_grown: Case, drifts: dict[nn.Module, float]) -> None:

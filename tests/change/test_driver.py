@@ -469,6 +469,7 @@ def whole_run(name: str) -> Run:
     return Run(SHORT[name], ema=True).go(21)
 
 
+@pytest.mark.slow_one_in(3)
 @pytest.mark.slow
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("killed_after", [0, 5, 6, 13])

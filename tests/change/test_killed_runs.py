@@ -33,6 +33,7 @@ class Life:
         return went
 
 
+@pytest.mark.slow_one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["dyrep", "repan", "repnas", "des"])
 def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path: Path, schedule: str) -> None:

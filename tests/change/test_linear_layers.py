@@ -91,6 +91,7 @@ def test_schedules_for_convs_leave_linear_layers_alone(name: str) -> None:
     assert {action.site for _, action in driver.history} == {"0"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["repnas", "des"])
 def test_blocks_of_linear_layers_can_be_searched(name: str) -> None:
     model = repfx.expand(net(), LINEAR, inplace=True)

@@ -60,6 +60,7 @@ SCHEDULES: dict[str, repfx.Schedule] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_an_adjustment_traces_the_model_twice_at_most_and_its_average_once(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -123,6 +123,7 @@ def test_what_can_not_be_used_is_named(files: dict[str, Path], tmp_path: Path, r
         assert message in outcome.err
 
 
+@pytest.mark.slow
 def test_classifiers_of_other_classes_are_not_compared(files: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "other.onnx"
     repfx.export_onnx(ColourNet(), path, torch.randn(2, 3, 8, 8), labels=LABELS[::-1], preprocessing=PREPARED)

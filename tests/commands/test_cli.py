@@ -117,6 +117,7 @@ def test_a_run_that_is_there_is_kept_unless_overwriting_is_asked_for(tmp_path: P
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow_one_in(3)
 @pytest.mark.parametrize(
     "schedule", [pytest.param(name, marks=[pytest.mark.slow] * (name != "fixed")) for name in SCHEDULES]
 )
@@ -431,6 +432,7 @@ def test_inspect_tells_programs_the_same(finished: Path, tmp_path: Path, repfx_c
     assert found == {"page": str(page), "not_compared": None}
 
 
+@pytest.mark.slow
 def test_inspect_writes_a_page_in_place_of_the_list(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     outcome = repfx_command("inspect", finished, "--trust", "--html", tmp_path / "model.html")
     assert (outcome.code, outcome.out.count("\n")) == (0, 1), outcome.err
@@ -440,6 +442,7 @@ def test_inspect_writes_a_page_in_place_of_the_list(finished: Path, tmp_path: Pa
     assert "there is no folder" in refused.err
 
 
+@pytest.mark.slow
 def test_report_writes_the_page_of_a_run_into_its_folder(finished: Path, tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     page = tmp_path / "page.html"
     outcome = repfx_command("report", finished, "--trust", "--out", page, "--json")

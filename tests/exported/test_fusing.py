@@ -57,7 +57,7 @@ def skips(program: Any) -> dict[str, str]:
 
 
 @pytest.mark.one_in(5)
-@pytest.mark.slow_one_in(4)
+@pytest.mark.slow_one_in(8)
 @pytest.mark.parametrize("form", ["program", "module"])
 @pytest.mark.parametrize("name", NETS)
 def test_convs_are_merged(name: str, form: str) -> None:
@@ -69,7 +69,7 @@ def test_convs_are_merged(name: str, form: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow_one_in(6)
+@pytest.mark.slow_one_in(10)
 @pytest.mark.parametrize("form", ["decomposed", "decomposed module"])
 @pytest.mark.parametrize("name", sorted(NETS.keys() - {"sequence_norm"}))  # torch writes a view that fails
 def test_convs_of_core_aten_are_merged(name: str, form: str) -> None:

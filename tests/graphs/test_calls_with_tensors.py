@@ -155,6 +155,7 @@ def wide(m: Any, numbers: Any) -> Any:
     return numbers.reshape(-1, *(1,) * m.dimensions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dimensions", DIMENSIONS)
 @pytest.mark.parametrize("way", SCALED)
 def test_calls_that_scale_and_shift_are_folded(way: str, dimensions: int) -> None:

@@ -465,6 +465,7 @@ def test_timm_s_dynamic_same_padding_depends_on_the_input_and_folds_all_the_same
         assert_equivalent(result, model, torch.randn(2, 4, *size, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_a_model_of_standardized_convs_is_fused_whole() -> None:
     model = timm.create_model("test_nfnet")
     assert [island.path for island in trace(model).islands] == [""]

@@ -258,6 +258,7 @@ class SavesTooEarly(pl.Callback):  # type: ignore[misc]
             trainer.save_checkpoint(self.path)
 
 
+@pytest.mark.slow
 def test_an_end_of_an_epoch_that_was_cut_off_is_made_up_for(tmp_path: Path) -> None:
     histories = []
     for resume in (None, tmp_path / "early.ckpt"):
@@ -269,6 +270,7 @@ def test_an_end_of_an_epoch_that_was_cut_off_is_made_up_for(tmp_path: Path) -> N
     assert [{epoch for epoch, _ in history} for history in histories] == [{1, 2}] * 2
 
 
+@pytest.mark.slow
 def test_an_epoch_that_lightning_ends_once_more_is_ended_once(tmp_path: Path) -> None:
     """Lightning ends an epoch again after it loads a checkpoint into a run that counts steps."""
     checkpoints = pl.callbacks.ModelCheckpoint(tmp_path, "run")
@@ -279,6 +281,7 @@ def test_an_epoch_that_lightning_ends_once_more_is_ended_once(tmp_path: Path) ->
     assert (trainer.global_step, callback.driver.epoch) == (10, 2)
 
 
+@pytest.mark.slow
 def test_a_second_fit_goes_on_where_the_first_one_ended() -> None:
     module, callback = Classifier(), lightning.RepFXCallback(SHORT["repan"], verbose=True)
     trainer = trainer_of(1, callback)
@@ -299,6 +302,7 @@ class Loadable(Classifier):
         lightning.rebuild(self, checkpoint)
 
 
+@pytest.mark.slow
 def test_a_module_that_rebuilds_itself_is_loaded_from_a_checkpoint(tmp_path: Path) -> None:
     """A module that rebuilds itself loads checkpoints, also after training, and can still be copied and pickled."""
     module = Loadable()

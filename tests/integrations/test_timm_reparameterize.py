@@ -41,7 +41,7 @@ def convs(model: nn.Module) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.slow_one_in(5)
+@pytest.mark.slow_one_in(10)
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("preset", ["repvgg", "dbb", "orepa"])
 @pytest.mark.parametrize("name", MODELS)

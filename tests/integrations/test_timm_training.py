@@ -26,6 +26,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, driver: repfx.Drive
     optimizer.step()
 
 
+@pytest.mark.slow
 def test_a_model_ema_follows_and_is_saved(tmp_path: Any) -> None:
     model = small_net()
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)

@@ -59,6 +59,7 @@ def _without_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repfx.tracing.trace, "read_by_code", lambda model: {})
 
 
+@pytest.mark.slow_one_in(5)
 @pytest.mark.usefixtures("_without_reading")
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_with_an_example_is_right_or_an_error(verb: str) -> None:

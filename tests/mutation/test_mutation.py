@@ -92,7 +92,7 @@ def outcome() -> Iterator[Callable[[str], Outcome]]:
 
 
 @pytest.mark.slow
-@pytest.mark.slow_one_in(3)
+@pytest.mark.slow_one_in(9)
 @each_mutant
 def test_the_tests_see_the_mistake(mutant: Mutant, outcome: Callable[[str], Outcome]) -> None:
     found = outcome(mutant.name)

@@ -149,7 +149,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.slow_one_in(4)
+@pytest.mark.slow_one_in(6)
 @pytest.mark.parametrize(("opset", "dynamo"), [(13, False), (17, False), (18, True), (23, True)], ids=str)
 @pytest.mark.parametrize("name", NETS)
 def test_nets_in_their_training_form(name: str, opset: int, dynamo: bool, tmp_path: Path) -> None:

@@ -252,6 +252,7 @@ CASES: list[Callable[[], Case]] = [
 ]
 
 
+@pytest.mark.slow_one_in(4)
 @pytest.mark.parametrize("as_nodes", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["initializers", "nodes"])
 @pytest.mark.parametrize("case", CASES, ids=[case.__name__ for case in CASES])
 def test_a_spelling_is_fused(case: Callable[[], Case], as_nodes: bool, tmp_path: Path) -> None:

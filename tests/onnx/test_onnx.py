@@ -177,6 +177,7 @@ FAILURES: dict[str, tuple[nn.Module, Tensor, dict[str, Any], type[Exception], st
 }
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_failure_is_one_sentence_and_leaves_no_file(

@@ -127,6 +127,7 @@ REFUSED: dict[str, tuple[nn.Module, Any, dict[str, Any], type[Exception], str]] 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_can_not_be_is_refused(case: str, tmp_path: Path) -> None:
     model, x, options, kind, message = REFUSED[case]

@@ -59,6 +59,7 @@ def test_the_function_of_a_transposed_conv_stays_through_a_cycle() -> None:
     assert_same_map(repfx.restore(repfx.fuse(model)), reference, x)
 
 
+@pytest.mark.slow
 def test_the_function_stays_through_each_of_them() -> None:
     model = trained()
     reference = copy.deepcopy(model).eval()
@@ -87,6 +88,7 @@ def test_what_grew_is_recorded_with_the_names_that_branches_have() -> None:
     assert [branch.name for branch in recorded.branches] == list(model.stem.branches) == ["kxk", "kxk-2", "own"]
 
 
+@pytest.mark.slow
 def test_a_base_model_gets_the_same_structure_from_their_text() -> None:
     model = trained()
     apply(model, CYCLE, DATA)

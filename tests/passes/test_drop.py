@@ -185,7 +185,7 @@ NOT_WRITABLE: dict[str, Callable[[Any], None]] = {
 }
 
 
-@pytest.mark.slow_one_in(2)
+@pytest.mark.slow_one_in(6)
 @pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     "dimensions", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]

@@ -186,6 +186,7 @@ NETS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow_one_in(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_whole_models_stay_the_same(name: str) -> None:

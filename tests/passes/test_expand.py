@@ -31,6 +31,7 @@ def test_function_is_kept_in_both_modes(preset: str, training: bool) -> None:
     assert_same_map(expanded.train(training), copy.deepcopy(model).train(training), batch(), 1e-12)
 
 
+@pytest.mark.slow_one_in(4)
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_new_branch_learns_and_is_fused_exactly(preset: str) -> None:
@@ -53,6 +54,7 @@ AXES: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.C
 NORM_OF: dict[int, Callable[..., nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
+@pytest.mark.slow_one_in(5)
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize("normalised", [True, False], ids=["norm", "no norm"])
 @pytest.mark.parametrize("norm", ["batch_norm", "scale", "none"])
@@ -256,6 +258,7 @@ def test_expanding_twice_leaves_finished_sites_alone() -> None:
     assert "block already" in str(repfx.report(twice))
 
 
+@pytest.mark.slow
 def test_inside_a_block_only_what_is_named_exactly() -> None:
     model = small_net()
     expanded = repfx.expand(model, "dbb")
@@ -457,6 +460,7 @@ def test_at_rate_zero_the_function_stays_though_branches_begin_as_in_their_paper
     assert all(bool((norm.weight == 1).all()) for norm in norms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
 def test_the_rate_is_part_of_the_kernel(rate: float) -> None:
     model = attached(rate)

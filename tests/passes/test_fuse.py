@@ -302,6 +302,7 @@ def test_fusing_twice_changes_nothing_more() -> None:
 # ---- dtypes and devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_arithmetic_is_float64_and_rounded_once(dtype: torch.dtype) -> None:
     model = ready(repfx.expand(small_net(), "dbb")).to(dtype)

@@ -89,7 +89,7 @@ def test_an_unknown_sort_of_layers() -> None:
 
 
 @pytest.mark.one_in(5)
-@pytest.mark.slow_one_in(3)
+@pytest.mark.slow_one_in(8)
 @for_each_shape
 @with_each_norm
 @pytest.mark.parametrize("kind", KINDS)
@@ -219,6 +219,7 @@ def test_an_architecture_builds_the_block_again(tmp_path: Path) -> None:
         repfx.expand(nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 4)), str(tmp_path / "architecture.json"))
 
 
+@pytest.mark.slow
 def test_an_average_and_an_optimizer_follow() -> None:
     model, x = net(), features()
     average, optimizer = AveragedModel(model), torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -261,6 +262,7 @@ def test_branches_can_share_the_weight_of_the_layer() -> None:
     assert_same_map(repfx.drop(expanded, "0", "1x1"), twin, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["rows", "as many positions as channels"])
 def test_a_batch_norm_behind_the_layer_stays_behind_the_block(shape: str) -> None:
     """Whether BatchNorm1d counts its channels on the axis of the layer depends on the input."""

@@ -102,7 +102,7 @@ FORMS: dict[str, Forward] = {
 }
 
 
-@pytest.mark.slow_one_in(2)
+@pytest.mark.slow_one_in(8)
 @pytest.mark.parametrize(
     "preset", [None, pytest.param("dbb", marks=pytest.mark.slow), pytest.param("acb", marks=pytest.mark.slow)]
 )
@@ -115,6 +115,7 @@ def test_what_has_no_key_is_left_to_the_class(form: str, preset: str | None) -> 
     assert norms(restored) == 3
 
 
+@pytest.mark.slow_one_in(4)
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("groups", [2, CHANNELS])
 @pytest.mark.parametrize("dimensions", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
@@ -263,6 +264,7 @@ def test_a_bias_that_only_held_a_shift_goes() -> None:
     assert restored.get_submodule("3.d").bias is None
 
 
+@pytest.mark.slow
 def test_in_float32() -> None:
     def make() -> nn.Module:
         return block(FORMS["all of them"])
@@ -274,6 +276,7 @@ def test_in_float32() -> None:
     assert_same_map(plain, model, data().float(), 1e-5)  # float32 weights, rounded once by each verb
 
 
+@pytest.mark.slow
 def test_trained_after_fusing() -> None:
     """The residual is taken out of the weights as they are now."""
 

@@ -238,6 +238,7 @@ def test_a_hook_inside_hears_what_it_always_heard() -> None:
     assert len(heard) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [repfx.fuse, lambda m: repfx.drop(m, "3", "1x1")])
 def test_other_verbs_find_a_squeezed_model_as_it_was(change: Callable[[nn.Module], nn.Module]) -> None:
     model = expanded().eval()
@@ -247,6 +248,7 @@ def test_other_verbs_find_a_squeezed_model_as_it_was(change: Callable[[nn.Module
     assert found.state_dict().keys() == expected.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_training_goes_on_as_with_frozen_statistics(tmp_path: Path) -> None:
     """Training goes on with the optimizer's momentum kept; a checkpoint records what is squeezed."""
     model = expanded()
@@ -290,6 +292,7 @@ def test_other_dimensions(dimensions: int) -> None:
     assert relative_error(squeezed(x), model.eval()(x)) < 1e-12
 
 
+@pytest.mark.slow
 def test_mixed_precision_assembles_in_full() -> None:
     model = expanded().float().eval()
     squeezed = repfx.squeeze(copy.deepcopy(model))
@@ -322,6 +325,7 @@ def test_it_compiles_without_a_break(spec: str, training: bool) -> None:
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_what_has_no_kernel_is_left_alone_with_the_reason() -> None:
     model = expanded().eval()
     model[3].branches["1x1"].conv.register_forward_hook(lambda *_: None)

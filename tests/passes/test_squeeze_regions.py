@@ -241,6 +241,7 @@ def assert_same_step(model: nn.Module, reference: nn.Module, x: Tensor) -> None:
         torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9 * (1 + float(value.abs().max())))
 
 
+@pytest.mark.slow_one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["repvgg_a0", "mobileone_s0", "fastvit_t8", "repvit_m0_9", "resnet18", "efficientnet_b0"]
@@ -283,6 +284,7 @@ def test_pickled_it_runs_its_own_forward() -> None:
     assert_alike(torch.load(buffer, weights_only=False), model)
 
 
+@pytest.mark.slow
 def test_other_passes_take_it_as_the_model_that_it_is() -> None:
     model = ready()
     squeezed = repfx.squeeze(copy.deepcopy(model))
@@ -295,6 +297,7 @@ def test_other_passes_take_it_as_the_model_that_it_is() -> None:
     repfx.check_equivalent(grown, model, X)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_builds_it_again(tmp_path: Path) -> None:
     model = repfx.squeeze(
         randomize_batch_norm(repfx.expand(Residual().double(), {"first": "acb"})), statistics="frozen"

@@ -123,6 +123,7 @@ def test_an_extra_is_enough_for_what_it_is_for(extra: str, tmp_path: Path) -> No
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.slow_one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(("extra", "package"), [("checkpoint", "numpy"), ("onnx", "onnxscript"), ("onnx", "onnx")])
 def test_half_an_extra_is_refused_by_its_name(extra: str, package: str, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def refused(model: onnx.ModelProto) -> onnx.ModelProto:
     raise ValueError("no such graph\n  in line 3")
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_fails_or_changes_the_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizers = {"none": lambda model: model, "changed": changed, "refused": refused}
     monkeypatch.setattr(deployment, "OPTIMIZERS", optimizers)

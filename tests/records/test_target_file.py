@@ -95,6 +95,7 @@ def refused(write: Callable[[], object], target: Path) -> None:
     assert target.read_text() == "older"
 
 
+@pytest.mark.slow_one_in(3)
 @pytest.mark.one_in(6)
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_at_any_byte_is_one_error_and_changes_nothing(writer: str, tmp_path: Path, source: Path) -> None:
@@ -158,6 +159,7 @@ def error_of(write: Callable[[], object]) -> str | None:
     return None
 
 
+@pytest.mark.slow_one_in(3)
 @pytest.mark.one_in(6)
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the calls are told apart by /proc")
 @pytest.mark.parametrize("writer", WRITERS)
@@ -185,6 +187,7 @@ def test_each_call_of_the_system_may_fail(
     assert refusals >= 3  # the folder, a sync, the move
 
 
+@pytest.mark.slow_one_in(5)
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
 @pytest.mark.parametrize("writer", WRITERS)
@@ -258,6 +261,7 @@ def test_what_a_killed_process_left_goes_with_the_next_write_and_not_before_it_i
     assert sorted(path.name for path in tmp_path.iterdir()) == [".run.ckpt.backup01", "run.ckpt"]
 
 
+@pytest.mark.slow_one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["state.safetensors", "history.json", "checkpoint.safetensors", "report.html"])
 def test_what_a_killed_run_left_goes_when_it_is_resumed(name: str, tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_in_other_dimensions(dimensions: int) -> None:
     assert norms(fused_exactly(copy.copy(model), image(2, 4, *(9, 10, 7)[:dimensions]))) == []
 
 
+@pytest.mark.slow_one_in(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_the_other_verbs_serve_the_rest_of_the_model(way: str, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_random_nets_become_the_same_in_any_order(model: RandomNet, order: Seque
     assert not differences(repfx.fuse(model), fused(model, order))
 
 
+@pytest.mark.slow_one_in(5)
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_foreign_blocks_become_the_same_in_any_order(name: str) -> None:
@@ -64,6 +65,7 @@ def test_foreign_blocks_become_the_same_in_any_order(name: str) -> None:
         assert not differences(expected, fused(model, order))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["dbb", "ireps", "orepa", "qarepvgg"])
 def test_expanded_nets_become_the_same_in_any_order(preset: str) -> None:
     model = randomize_batch_norm(repfx.expand(small_net(), preset, preserve=False)).eval()

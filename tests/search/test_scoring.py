@@ -131,6 +131,7 @@ def assert_candidates_are_right(model: nn.Module, x: Tensor, *, tolerance: float
 # ---- the one net
 
 
+@pytest.mark.slow_one_in(4)
 @pytest.mark.slow
 @pytest.mark.one_in(5)
 @pytest.mark.parametrize("gates", ["straight_through, own convs too", "sigmoid"])
@@ -149,6 +150,7 @@ def test_so_it_is_with_transposed_convs(norm: Any, gates: str) -> None:
     assert_candidates_are_right(supernet(upsampler, repfx.Spec(["kxk", "kxk"], norm), gates), images())
 
 
+@pytest.mark.slow_one_in(4)
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize(
@@ -271,6 +273,7 @@ def test_a_model_that_cannot_be_traced_whole_is_right_too() -> None:
     assert_candidates_are_right(supernet(Picky), images())
 
 
+@pytest.mark.slow
 def test_a_block_inside_another_ones_branch_can_have_gates() -> None:
     model = supernet(two, "dbb", sites=lambda path: False)
     repfx.expand(model, {"3.1x1-kxk.conv2": "acb"}, preserve=False, inplace=True)
@@ -349,6 +352,7 @@ def test_it_can_be_made_and_used_in_inference_mode() -> None:
     assert relative_error(fast.net(code)(x), choose(model, code)(x)) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistics", ["running", "measured"])
 def test_the_model_is_untouched(statistics: str) -> None:
     model = supernet(Residual, gates="straight_through, own convs too").train()

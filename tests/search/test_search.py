@@ -450,6 +450,7 @@ def test_an_overflow_teaches_gates_nothing() -> None:
 # ---- resuming
 
 
+@pytest.mark.slow_one_in(3)
 @pytest.mark.slow
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", SHORT)
@@ -476,6 +477,7 @@ def test_a_search_goes_on_from_a_checkpoint_to_the_same_bits(name: str, stop: in
 # ---- what goes wrong on the way
 
 
+@pytest.mark.slow
 def test_a_score_that_fails_can_be_asked_again() -> None:
     failures = [OSError("the disk"), OSError("the disk")]
 

@@ -66,7 +66,7 @@ VERBS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.slow_one_in(4)
+@pytest.mark.slow_one_in(14)
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "verb",
@@ -158,6 +158,7 @@ ON_BLOCKS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.slow_one_in(6)
 @pytest.mark.one_in(5)
 @pytest.mark.parametrize("verb", ALL)
 @pytest.mark.parametrize(
@@ -178,6 +179,7 @@ def test_no_verb_on_blocks_moves_the_state(verb: str, states: Callable[[], tuple
     assert states() == before
 
 
+@pytest.mark.slow_one_in(4)
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize("verb", ALL)
 def test_no_verb_moves_a_generator_of_the_code(verb: str, states: Callable[[], tuple[Any, ...]]) -> None:

@@ -47,6 +47,7 @@ VERBS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.slow_one_in(5)
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", TRAPS)

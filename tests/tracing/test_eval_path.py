@@ -245,6 +245,7 @@ class Keeping(Branches):
         return F.conv2d(x, self.kept, padding=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
@@ -266,6 +267,7 @@ def test_a_module_that_writes_into_itself_stays(build: Any, reason: str) -> None
 # ---- the other verbs
 
 
+@pytest.mark.slow
 def test_expand_squeeze_and_other_passes_leave_it_alone() -> None:
     model = ready(nn.Sequential(Branches(), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)))
     assert trace(model).notes == {}

@@ -48,6 +48,7 @@ def islands(model: nn.Module) -> list[str]:
 # ---- whole or in islands
 
 
+@pytest.mark.slow
 def test_dropout_and_the_like_keep_both_modes() -> None:
     model = ready(Net(lambda m, x: m.act(m.block(x)), block=pair(), act=nn.Sequential(nn.ReLU(), nn.Dropout(0.5))))
     fused = repfx.fuse(model)

@@ -63,6 +63,7 @@ def test_the_training_path_is_the_one_conv(kind: Any, dimensions: int, stride: i
     assert bool((fused.train()(x) == 0).any()) == (kind is Normed)
 
 
+@pytest.mark.slow
 def test_a_net_of_such_blocks() -> None:
     model = ready(SPAN())
     x = image(2, 3, 10, 13)

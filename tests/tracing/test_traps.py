@@ -35,6 +35,7 @@ from tests.tracing.traps.reaching import CallsFeatures, Features, NormalisesWhat
 FEW = own_code.TRAPS | inputs.TRAPS | writing.TRAPS | reaching.TRAPS | names.TRAPS
 
 
+@pytest.mark.slow_one_in(8)
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", TRAPS)
 def test_it_is_fused_right_or_left_alone(name: str) -> None:
@@ -46,7 +47,7 @@ def test_it_is_fused_right_or_left_alone(name: str) -> None:
 
 
 @pytest.mark.one_in(2)
-@pytest.mark.slow_one_in(3)
+@pytest.mark.slow_one_in(14)
 @pytest.mark.parametrize("spec", ["acb", pytest.param("qarepvgg", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in TRAPS]
@@ -68,7 +69,7 @@ def test_it_is_expanded_right_or_left_alone(name: str, spec: str) -> None:
         assert len(called) == 1, "branches that nobody calls"
 
 
-@pytest.mark.slow_one_in(3)
+@pytest.mark.slow_one_in(14)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAPS)
 def test_it_is_restored_right_or_left_alone(name: str) -> None:
@@ -81,7 +82,7 @@ def test_it_is_restored_right_or_left_alone(name: str) -> None:
     assert_same(restored, expected)
 
 
-@pytest.mark.slow_one_in(3)
+@pytest.mark.slow_one_in(14)
 @pytest.mark.slow
 @pytest.mark.parametrize("statistics", [None, "frozen"])
 @pytest.mark.parametrize("name", TRAPS)
@@ -93,7 +94,7 @@ def test_it_is_squeezed_right_or_left_alone(name: str, statistics: Any) -> None:
     assert_same(model, expected)
 
 
-@pytest.mark.slow_one_in(3)
+@pytest.mark.slow_one_in(14)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAPS)
 def test_its_branches_are_dropped_right(name: str) -> None:
@@ -110,7 +111,7 @@ def test_its_branches_are_dropped_right(name: str) -> None:
     assert_same(model, expected)
 
 
-@pytest.mark.slow_one_in(3)
+@pytest.mark.slow_one_in(14)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAPS)
 def test_its_convs_are_fused_in_place_right_or_left_alone(name: str) -> None:

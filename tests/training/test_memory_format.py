@@ -226,6 +226,7 @@ def test_a_training_lays_out_weights_and_images_alike(
     assert all(each.is_contiguous(memory_format=torch.channels_last) == expected for each in tensors)
 
 
+@pytest.mark.slow
 def test_a_net_that_views_is_trained_as_ever() -> None:
     labels = torch.arange(16) % 2
     images = torch.utils.data.TensorDataset(torch.randn(16, 3, 6, 7), labels)

@@ -163,6 +163,7 @@ def trained(
     return done.model.state_dict(), entries
 
 
+@pytest.mark.slow_one_in(3)
 @pytest.mark.one_in(2)
 @LOOKS_AT_ALL
 @pytest.mark.parametrize(
@@ -306,6 +307,7 @@ def test_a_teacher_is_learnt_from(name: str, tmp_path: Path) -> None:
     assert distance() < 0.5 * far
 
 
+@pytest.mark.slow
 def test_the_average_is_what_training_ends_with() -> None:
     torch.manual_seed(0)
     model = net(2)

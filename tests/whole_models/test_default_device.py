@@ -66,6 +66,7 @@ def adam_counts_elsewhere() -> bool:
 SEARCHES = pytest.mark.skipif(adam_counts_elsewhere(), reason="torch's Adam doesn't work so")
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("way", [pytest.param(w, marks=SEARCHES) if w in ("repnas", "des") else w for w in WAYS])
 def test_models_are_changed_where_they_stand(way: str) -> None:

@@ -98,7 +98,7 @@ def slow_but_some(names: Any) -> list[Any]:
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.slow_one_in(2)
+@pytest.mark.slow_one_in(5)
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", slow_but_some(DETECTORS))
 def test_a_detector_trains_with_branches_and_finds_the_same_without(name: str) -> None:
@@ -122,7 +122,7 @@ def test_a_detector_trains_with_branches_and_finds_the_same_without(name: str) -
     assert repfx.check_equivalent(expanded, plain, pictures()).equivalent
 
 
-@pytest.mark.slow_one_in(2)
+@pytest.mark.slow_one_in(4)
 @pytest.mark.parametrize("name", slow_but_some(SEGMENTATION))
 def test_a_segmentation_net_trains_with_branches_and_gives_the_same_maps_without(name: str) -> None:
     model = settled(made_sure(SEGMENTATION[name]()), [SCENES])
@@ -143,6 +143,7 @@ def test_a_segmentation_net_trains_with_branches_and_gives_the_same_maps_without
     assert sees_a_difference(expanded)
 
 
+@pytest.mark.slow
 def test_the_backbone_alone_is_a_model_like_any_other() -> None:
     """A backbone, a dict of layers that runs itself, is expanded and fused alone. With it put back, the detector finds the same."""
     model = settled(made_sure(SMALL["SSD"]()), LOADER)

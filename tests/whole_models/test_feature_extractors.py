@@ -120,7 +120,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
         assert float((one - other).abs().max()) <= 1e-9 * float(other.abs().max())
 
 
-@pytest.mark.slow_one_in(2)
+@pytest.mark.slow_one_in(6)
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("verb", VERBS)
@@ -143,6 +143,7 @@ def test_what_can_be_fused_is(name: str) -> None:
     assert {path for path in norms(fused) if path not in hooked} == set()
 
 
+@pytest.mark.slow_one_in(3)
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", EXTRACTORS)

@@ -29,6 +29,7 @@ def test_a_block_becomes_what_it_promises(name: str) -> None:
     assert left in ([convs + 1, norms], [convs, norms]), str(repfx.report(fused))
 
 
+@pytest.mark.slow_one_in(5)
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_is_expanded_and_fused_again(name: str) -> None:

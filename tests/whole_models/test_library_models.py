@@ -51,6 +51,7 @@ def proxies(model: nn.Module) -> Iterator[object]:
             yield from (item for item in inside if isinstance(item, fx.Proxy))
 
 
+@pytest.mark.slow_one_in(3)
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_fused_right_from_training_mode_and_untouched(name: str) -> None:
     model, x = ready(build(name)), image(1, 3, MODELS[name], MODELS[name])

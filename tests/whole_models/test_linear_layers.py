@@ -68,6 +68,7 @@ def test_linear_layers_of_whole_models(name: str, spec: str) -> None:
     assert all(type(fused.get_submodule(path)) is nn.Linear for path in blocks)
 
 
+@pytest.mark.slow
 def test_the_low_ranks_of_attention_are_all_that_is_trained() -> None:
     model, x = timm_model("vit_tiny_patch16_224", img_size=32, depth=2), images(32).float()
     model.requires_grad_(False)

@@ -76,7 +76,7 @@ def convs(model: nn.Module) -> dict[str, ConvSpec]:
 
 
 @pytest.mark.slow
-@pytest.mark.slow_one_in(5)
+@pytest.mark.slow_one_in(20)
 @pytest.mark.parametrize(("name", "preset"), ALL)
 def test_expand_train_fuse_is_exact_and_leaves_the_plain_model(name: str, preset: str) -> None:
     model, x = build(name), example(name)
@@ -96,6 +96,7 @@ def test_expand_train_fuse_is_exact_and_leaves_the_plain_model(name: str, preset
     assert count_macs(fused, x) == count_macs(plain, x) == count_macs(model, x)
 
 
+@pytest.mark.slow_one_in(4)
 @pytest.mark.slow  # for ResNet-18, the README's tests do it
 @pytest.mark.parametrize("name", MODELS)
 def test_fused_model_runs_in_onnxruntime(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:

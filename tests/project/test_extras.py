@@ -50,6 +50,7 @@ USES = {
     "report": "from repfx.pages.model_page import write_model_page\nwrite_model_page(model, 'page.html', x, name='tiny')",
     "cli": f"main(['inspect', {TINY!r}])",
     "train": f"main(['train', '--model', {TINY!r}, '--image-size', '8', '--epochs', '1', '--out', 'run'])",
+    "hub": "import repfx.hub\nfrom repfx.hub.repository import _hub\n_hub().HfApi(endpoint='http://127.0.0.1:9')",
     "lightning": "from repfx.integrations.lightning import RepFXCallback\nRepFXCallback(repfx.schedules.DyRep())",
 }
 FOR_CONTRIBUTORS = {"docs", "dev", "tools", "zoo"}

@@ -122,12 +122,21 @@ def half_width(share: float, count: int) -> float:
 
 def _use(setup: Setup, repository: str) -> str:
     known = all(call.is_of_a_library for call in calls_in({"model": asdict(setup.model)}))
-    shape = (
-        ""
-        if setup.preprocessing is None
-        else f"  # float32, (images, {', '.join(map(str, setup.preprocessing.shape))})"
-    )
-    return f"""## How to use it
+    trust = "" if known else ", trust=True"
+    lines = [_USE.format(repository=repository, model=MODEL, shape=_shape(setup), trust=trust)]
+    if not known:
+        built_by = f"The plain model is built by `{setup.model.short_name}`, which isn't in this repository."
+        lines.append(f"{built_by} Python must find it.\n")
+    return "\n".join(lines)
+
+
+def _shape(setup: Setup) -> str:
+    if setup.preprocessing is None:
+        return ""
+    return f"  # float32, (images, {', '.join(map(str, setup.preprocessing.shape))})"
+
+
+_USE = """## How to use it
 
 Without repfx:
 
@@ -135,7 +144,7 @@ Without repfx:
 import onnxruntime
 from huggingface_hub import hf_hub_download
 
-session = onnxruntime.InferenceSession(hf_hub_download("{repository}", "{MODEL}"))
+session = onnxruntime.InferenceSession(hf_hub_download("{repository}", "{model}"))
 (logits,) = session.run(None, {{"images": images}}){shape}
 ```
 
@@ -144,15 +153,9 @@ With repfx, in the form that can be trained on:
 ```python
 import repfx.hub
 
-model = repfx.hub.load("{repository}"{"" if known else ", trust=True"})
+model = repfx.hub.load("{repository}"{trust})
 ```
-{
-        ""
-        if known
-        else f'''
-The plain model is built by `{setup.model.short_name}`, which isn't in this repository. Python must find it.
-'''
-    }"""
+"""
 
 
 def _images(setup: Setup) -> str:

@@ -101,7 +101,10 @@ def fuse(
     ] = 15.0,
     equalized: Annotated[
         bool,
-        typer.Option("--equalize", help="With --int8, even out the ranges of weights between layers first."),
+        typer.Option(
+            "--equalize",
+            help="With --int8, even out the ranges of weights between layers first, and correct the biases afterwards.",
+        ),
     ] = False,
     raw_images: Annotated[
         bool,
@@ -185,6 +188,7 @@ def fuse(
             per_channel=not per_tensor,
             reduce_range=reduce_range,
             keep_float=keep_float or (),
+            correct=equalized,
             bound=bound,
         )
         with TemporaryDirectory() as folder, busy("exporting and quantizing"):

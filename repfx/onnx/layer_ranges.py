@@ -100,7 +100,7 @@ def measure_layers(path: Path, quantized: Path, inputs: Sequence[Tensor]) -> tup
     twins = _Twins(rounded)
     pairs = [twins.outputs(layer, exact) for layer in layers]
     float_run, int8_run = (
-        _tapped(model, [pair[which] for pair in pairs]) for which, model in enumerate((exact, rounded))
+        tapped(model, [pair[which] for pair in pairs]) for which, model in enumerate((exact, rounded))
     )
     outputs = [_Output() for _ in layers]
     for batch in inputs:
@@ -209,8 +209,12 @@ def _channel_axis(node: Any) -> int:
     return 0 if transposed else 1
 
 
-def _tapped(model: Any, names: Sequence[str]) -> Any:
-    """Return a function that runs a model on a batch and returns its values at `names`, which may lie inside the graph."""
+def tapped(model: Any, names: Sequence[str], *, whole: bool = True) -> Any:
+    """Return a function that runs a model on a batch and returns its values at `names`, which may lie inside the graph.
+
+    Args:
+        whole: whether the nodes run, too, that these values don't depend on.
+    """
     onnx = package("onnx")
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
@@ -222,4 +226,6 @@ def _tapped(model: Any, names: Sequence[str]) -> Any:
     )
     session = open_session(tapped.SerializeToString(), optimized=False)  # as the file says, on every machine
     taken = session.get_inputs()[0].name
-    return lambda x: [torch.from_numpy(each) for each in session.run(list(names), {taken: x.numpy()})]
+    options = package("onnxruntime").RunOptions()
+    options.only_execute_path_to_fetches = not whole
+    return lambda x: [torch.from_numpy(each) for each in session.run(list(names), {taken: x.numpy()}, options)]

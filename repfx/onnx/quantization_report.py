@@ -60,6 +60,7 @@ class QuantizationReport:
         kernel_error: relative distance of outputs b, by onnxruntime's kernels for this machine, from outputs a of the file computed as it
             says, on the inputs of calibrate: the root of Σ (a - b)² / Σ a².
         accuracy: accuracy on labelled data; None if none was given.
+        corrected: names of the layers whose biases were corrected.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class QuantizationReport:
     bound: float
     kernel_error: float
     accuracy: Accuracy | None
+    corrected: tuple[str, ...] = ()
 
     @property
     def weak(self) -> LayerRanges | None:
@@ -98,6 +100,8 @@ class QuantizationReport:
             f"  ranges  {self.method} over {self.images} inputs; weights with {bits}",
             f"  weakest {weakest.name}: outputs {weakest.output_sqnr:.1f} dB above the noise, weights {weakest.weight_sqnr:.1f} dB",
         ]
+        if self.corrected:
+            lines.append(f"  biases  of {len(self.corrected)} layers corrected")
         if self.accuracy:
             lines.append(f"  gives   {self.accuracy}")
         if self.weak:

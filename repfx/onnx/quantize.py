@@ -19,6 +19,7 @@ from torch import Tensor
 
 from repfx.errors import ExportError, InvalidInput, RepfxError, UnknownName, first_line
 from repfx.measuring.calibration import Batches
+from repfx.onnx.bias_correction import correct_biases
 from repfx.onnx.file import OnnxFile, Value, open_session, package, require_packages, runtime_reason
 from repfx.onnx.layer_ranges import measure_layers, weighted_layers
 from repfx.onnx.metadata import Metadata, write_metadata
@@ -41,6 +42,7 @@ def quantize_onnx(
     per_channel: bool = True,
     reduce_range: bool = False,
     keep_float: Sequence[str] = (),
+    correct: bool = False,
     bound: float = 10.0,
 ) -> QuantizationReport:
     """Quantize an ONNX file in float32 to 8 bits, run it in onnxruntime, and report layer by layer what that cost.
@@ -58,6 +60,7 @@ def quantize_onnx(
         per_channel: whether each output channel of a weight gets its own scale.
         reduce_range: whether weights get 7 bits. x86 processors without VNNI add products in 16 bits, which 8-bit weights can overflow.
         keep_float: names of the layers that stay in float32, as the report gives them.
+        correct: whether biases take back what rounding adds to the mean of each channel, measured on `calibrate`.
         bound: decibels that a layer's outputs should be above the noise; the report names the first layer below.
 
     Raises:
@@ -83,6 +86,7 @@ def quantize_onnx(
                     reduce_range=reduce_range,
                     excluded=excluded,
                 )
+                corrected = correct_biases(path, staging, inputs) if correct else ()
                 write_metadata(staging, Metadata.read(path))
                 OnnxFile.read(staging)
                 layers = measure_layers(path, staging, inputs)
@@ -108,6 +112,7 @@ def quantize_onnx(
             bound=bound,
             kernel_error=kernel_error,
             accuracy=accuracy,
+            corrected=corrected,
         )
 
 

@@ -1,8 +1,8 @@
 """Correct the biases of a quantized file, so that rounding moves no channel's mean.
 
 Rounded weights give outputs whose mean over real inputs differs from that of the exact ones, channel by channel. The difference is
-constant, so the bias takes it back (Nagel et al., *Data-Free Quantization Through Weight Equalization and Bias Correction*, 2019, section 4.2).
-It is measured on the calibration inputs, from the first layer to the last, each with the layers before it corrected already.
+constant, so the bias takes it back (Nagel et al., *Data-Free Quantization Through Weight Equalization and Bias Correction*, 2019,
+section 4.2). It is measured on the calibration inputs, from the first layer to the last, each with the layers before it corrected already.
 """
 
 from __future__ import annotations

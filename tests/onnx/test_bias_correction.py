@@ -37,7 +37,7 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    model = randomize_batch_norm(Net()).eval()
+    model: Any = randomize_batch_norm(Net()).eval()
     with torch.no_grad():  # so that one scale for a whole tensor rounds most of it coarsely
         model.depth[0].weight[0] *= 30
     path = tmp_path_factory.mktemp("files") / "float.onnx"

@@ -22,9 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None and sys.argv[1:2] == ["train"]:
         _restart_without_spinning()
     try:
-        from repfx.commands import app
+        from repfx.commands.app import run_app
 
-        app(None if arguments is None else list(arguments), prog_name="repfx")
+        sys.exit(run_app(arguments))
     except ModuleNotFoundError as error:
         needs = f"the command line needs packages that repfx alone does not ({error.name} is missing)"
         extra = "train" if error.name in _FOR_TRAINING else "cli"

@@ -19,18 +19,27 @@ class InvalidInput(RepfxError):
     """An argument can't be used: a model without convs, a malformed spec, a non-finite weight, a wrong shape."""
 
 
+_MANY, _NEAREST = 20, 5  # of more names than the first number, only the nearest are listed
+
+
 class UnknownName(InvalidInput):
-    """A name that is in no registry; the message gives the nearest one and all known ones.
+    """A name that is in no registry; the message gives the nearest one and all known ones, or the nearest of many.
 
     >>> print(UnknownName("branch kind", "1x2", ["1x1", "identity"]))
     no branch kind '1x2'; did you mean '1x1'? Known: 1x1, identity
+    >>> print(UnknownName("layer", "conv7", [f"layer{number}" for number in range(40)] + ["conv1"]))
+    no layer 'conv7'; did you mean 'conv1'? Known: conv1, layer7, layer6, layer9, layer8, … (41 in all)
     """
 
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        super().__init__(f"no {what} {name!r}{hint} Known: {', '.join(names)}")
+        listed = names
+        if len(names) > _MANY:
+            nearest = difflib.get_close_matches(name, names, n=_NEAREST, cutoff=0.0)
+            listed = [*nearest, f"… ({len(names)} in all)"]
+        super().__init__(f"no {what} {name!r}{hint} Known: {', '.join(listed)}")
 
 
 class NotAConv(RepfxError, AttributeError):

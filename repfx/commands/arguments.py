@@ -79,6 +79,8 @@ def load_model(
 ) -> tuple[nn.Module, Setup | None]:
     """Load a model in eval mode. If it comes from a training run, also return the run's setup."""
     folder = RunFolder(Path(name))
+    if not Path(name).exists() and ":" not in name:
+        raise InvalidInput(f"there is no run {name!r}: no such folder. A model has the form {MODEL_FORMS}.")
     if not Path(name).is_dir():
         model = ModelReference(name, num_classes, parse_options(option)).build()
         if weights is not None:

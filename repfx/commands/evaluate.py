@@ -19,7 +19,7 @@ from repfx.training.evaluation import evaluate as evaluated
 _CONFUSED = 5
 
 
-@command()
+@command(short="Measure a classifier on labelled images.")
 def evaluate(
     classifier: ClassifierName,
     data: Annotated[

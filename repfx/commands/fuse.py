@@ -48,12 +48,28 @@ from repfx.training.models import ModelReference
 from repfx.training.run_folder import Setup
 
 _ALSO = ("pt2",)
+_GROUPS = {
+    "Model": ("weights", "num_classes", "option", "input_shape", "trust", "plugin"),
+    "Files": ("onnx", "also", "opset", "batch_size", "dynamic_size", "fp16", "raw_images", "probabilities", "as_json"),
+    "8 bits": (
+        "int8",
+        "data",
+        "root",
+        "calibration",
+        "calibration_images",
+        "per_tensor",
+        "reduce_range",
+        "keep_float",
+        "equalized",
+        "bound",
+    ),
+}
 
 
-@command()
+@command(short="Fuse a model or an ONNX file, and write ONNX.", groups=_GROUPS)
 def fuse(
     model: Model,
-    onnx: Annotated[Path, typer.Option(help="The ONNX file to write.", show_default=False)],
+    onnx: Annotated[Path, typer.Option("--onnx", "-o", help="The ONNX file to write.", show_default=False)],
     weights: Weights = None,
     num_classes: Classes = None,
     option: Options = None,

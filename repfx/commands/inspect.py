@@ -30,7 +30,7 @@ from repfx.pages.model_page import Check, write_model_page
 from repfx.training.run_folder import spec_of
 
 
-@command()
+@command(short="List the convs of a model.")
 def inspect(
     model: Model,
     spec: Annotated[

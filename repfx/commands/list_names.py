@@ -27,7 +27,7 @@ class Registry(str, Enum):
     recipes = "recipes"
 
 
-@command("list")
+@command("list", short="List branch kinds, presets, passes and recipes.")
 def list_names(
     what: Annotated[Registry, typer.Argument(help="The kind of names to list.", show_default=False)],
     as_json: Json = False,

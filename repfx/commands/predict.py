@@ -17,7 +17,7 @@ from repfx.commands.tables import plain_table
 from repfx.training.classifier import Classifier
 
 
-@command()
+@command(short="Say what images show.")
 def predict(
     classifier: ClassifierName,
     images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],

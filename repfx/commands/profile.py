@@ -30,7 +30,7 @@ from repfx.profiling.profile import profile as profiled
 from repfx.records.number_text import engineering, plural
 
 
-@command()
+@command(short="Show where the time goes, by layer.")
 def profile(
     model: Model,
     weights: Weights = None,

@@ -1,4 +1,4 @@
-"""Progress of an experiment on stderr: a bar and the changes of the model's structure. Without a terminal, only the changes."""
+"""Progress of an experiment on stderr: a bar, and the changes of the structure. Without a terminal, a line for each epoch and change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from repfx.records.journal import Action
-from repfx.training.history import History
+from repfx.training.history import Epoch, History
 from repfx.training.loop import Step, Watcher
 
 _STAGES = {
@@ -44,7 +44,7 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
         yield Watcher()
         return
     if not console.is_terminal:
-        yield Watcher(on_epoch=_Teller(partial(print, file=sys.stderr, flush=True)))
+        yield Watcher(on_epoch=_Teller(partial(print, file=sys.stderr, flush=True), results=True))
         return
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("loading", total=None, note="")
@@ -79,10 +79,15 @@ def busy(doing: str) -> AbstractContextManager[object]:
 
 
 class _Teller:
-    """Prints the changes of each epoch once. A resumed run doesn't print again what it printed before the interruption."""
+    """Prints the changes of each epoch once. A resumed run doesn't print again what it printed before the interruption.
 
-    def __init__(self, say: Callable[[str], object]) -> None:
+    Args:
+        results: whether the loss, the accuracy and the learning rate of each epoch are printed, too.
+    """
+
+    def __init__(self, say: Callable[[str], object], *, results: bool = False) -> None:
         self.say = say
+        self.results = results
         self.told: int | None = None
 
     def __call__(self, history: History) -> None:
@@ -90,8 +95,17 @@ class _Teller:
         if self.told is None and len(epochs) > 1:
             self.told = len(epochs)
         for entry in epochs[self.told or 0 :]:
+            if self.results and entry.loss is not None:
+                self.say(_result(entry))
             _tell(entry.epoch, entry.actions, self.say)
         self.told = len(epochs)
+
+
+def _result(entry: Epoch) -> str:
+    accuracy = "" if entry.accuracy is None else f", accuracy {entry.accuracy:.2%}"
+    average = "" if entry.ema_accuracy is None else f" ({entry.ema_accuracy:.2%} by the average)"
+    rate = "" if entry.learning_rate is None else f", learning rate {entry.learning_rate:.3g}"
+    return f"epoch {entry.epoch}: loss {entry.loss:.4f}{accuracy}{average}{rate}"
 
 
 def _tell(epoch: int, actions: Sequence[Action], say: Callable[[str], object]) -> None:

@@ -14,7 +14,7 @@ from repfx.pages.run_page import write_run_page
 from repfx.training.run_folder import RunFolder
 
 
-@command()
+@command(short="Write an HTML page about a run.")
 def report(
     run: Annotated[Path, typer.Argument(help="The folder of a training run, finished or not.", show_default=False)],
     out: Annotated[

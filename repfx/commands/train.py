@@ -24,9 +24,28 @@ from repfx.training.trust import Trust as Trusted
 from repfx.training.trust import require_trusted
 
 _DEFAULT = Experiment()
+_GROUPS = {
+    "Model": ("model", "weights", "num_classes", "option"),
+    "Data": ("data", "root", "download", "image_size"),
+    "Method": ("recipe", "spec", "schedule", "schedule_option", "set_", "trust", "plugin"),
+    "Training": (
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "average",
+        "mixed_precision",
+        "channels_last",
+        "compile",
+        "seed",
+        "deterministic",
+        "device",
+        "workers",
+    ),
+    "Output": ("out", "overwrite", "resume", "log_with", "as_json"),
+}
 
 
-@command()
+@command(short="Expand, train, fuse and export a model.", groups=_GROUPS)
 def train(
     recipe: Annotated[
         str | None,
@@ -36,11 +55,13 @@ def train(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help=f"The model: {MODEL_FORMS}.", show_default=_DEFAULT.model.name)
+        str | None, typer.Option("--model", "-m", help=f"The model: {MODEL_FORMS}.", show_default=_DEFAULT.model.name)
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
+            "--data",
+            "-d",
             help="The data: digits (from scikit-learn); a folder with one folder of images per class, or with such folders in train/ and "
             "test/ (or val/); an .npz file with x_train, y_train, x_test and y_test; or the name of a torchvision data set.",
             show_default=_DEFAULT.data.name,
@@ -49,6 +70,8 @@ def train(
     spec: Annotated[
         str | None,
         typer.Option(
+            "--spec",
+            "-s",
             help='A preset, branch kinds with commas between them, or JSON: \'{"layer1.*": "acb"}\'.',
             show_default="dbb, or the schedule's own",
         ),
@@ -70,9 +93,11 @@ def train(
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of passes over the training images.", show_default=str(Recipe.epochs)),
+        typer.Option(
+            "--epochs", "-e", min=1, help="Number of passes over the training images.", show_default=str(Recipe.epochs)
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the files of the run.")] = _DEFAULT.out,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files of the run.")] = _DEFAULT.out,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that --out already holds.")] = False,
     resume: Annotated[
         bool,

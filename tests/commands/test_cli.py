@@ -127,7 +127,12 @@ def test_train_with_a_schedule_tells_each_change_and_verifies_the_end(  # type: 
     out = tmp_path / "out"
     outcome = repfx_command(*TRAIN, "--schedule", schedule, "--spec", "1x1,1xk", "--epochs", 6, "--out", out)
     assert outcome.code == 0, outcome.err
-    told = outcome.err.splitlines()
+    results = [line for line in outcome.err.splitlines() if re.match(r"epoch \d: loss ", line)]
+    assert [line.split(":")[0] for line in results] == [f"epoch {number}" for number in range(1, 7)]
+    assert all(
+        re.fullmatch(r"epoch \d: loss [\d.]+, accuracy [\d.]+%, learning rate [-\de.]+", line) for line in results
+    )
+    told = [line for line in outcome.err.splitlines() if line not in results]
     assert told
     kinds = "|".join(ACTIONS)
     assert all(re.match(rf"(after epoch \d|at the beginning): ({kinds}) ", line) for line in told)
@@ -299,6 +304,43 @@ def test_fuse_writes_a_program_beside_the_file(finished: Path, tmp_path: Path, r
         assert message in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "no such command 'frobnicate'"),
+        (["train", "--epochs", "x"], "invalid value for '--epochs'"),
+        (["train", "--epoch", "1"], "no such option: --epoch"),
+        (["predict"], "missing argument 'classifier'"),
+        (["fuse", "x", "--onnx"], "option '--onnx' requires an argument"),
+    ],
+)
+def test_wrong_use_is_one_line_like_all_errors(arguments: list[str], message: str, repfx_command: Any) -> None:
+    outcome = repfx_command(*arguments)
+    assert outcome.code == 2
+    assert outcome.err.lower().startswith(f"repfx: {message}")
+    assert outcome.err.count("\n") == 1
+    assert not outcome.out
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_fits_the_terminal_and_lists_all_options_in_groups(
+    columns: int, repfx_command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    help = repfx_command("train", "--help")
+    assert help.code == 0
+    lines = help.out.splitlines()
+    assert max(map(len, lines)) <= columns
+    titles = [line for line in lines if re.fullmatch(r"[A-Z]\w+:", line)]
+    assert titles == ["Model:", "Data:", "Method:", "Training:", "Output:", "Options:"]
+    assert re.search(r"-e, --epochs <?\w+", help.out)
+    assert "…" not in help.out.replace("mps, …", "")
+    assert not re.search(r"\[default: \(", help.out)
+    listed = repfx_command("--help").out
+    assert "..." not in listed.partition("Commands:")[2]
+    assert repfx_command().err.startswith("Usage: repfx")
+
+
 @pytest.mark.slow
 def test_fuse_takes_a_model_with_weights(tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     model = net(4).eval()
@@ -367,7 +409,7 @@ def test_ranges_are_not_measured_on_pixels_of_another_range(finished: Path, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nix"], "has the wrong form"),
+        (["nix"], "there is no run 'nix': no such folder. A model has the form torchvision:NAME"),
         ([TINY, "--int8"], "--int8 measures ranges on real images: give --data"),
         ([TINY, "--data", "digits"], "--data is what --int8 measures ranges on"),
         ([TINY, "--int8", "--fp16", "--data", "digits"], "--int8 and --fp16 exclude each other"),

@@ -28,7 +28,7 @@ class UnknownName(InvalidInput):
     >>> print(UnknownName("branch kind", "1x2", ["1x1", "identity"]))
     no branch kind '1x2'; did you mean '1x1'? Known: 1x1, identity
     >>> print(UnknownName("layer", "conv7", [f"layer{number}" for number in range(40)] + ["conv1"]))
-    no layer 'conv7'; did you mean 'conv1'? Known: conv1, layer7, layer6, layer9, layer8, … (41 in all)
+    no layer 'conv7'; did you mean 'conv1'? Known: conv1, layer7, layer37, layer27, layer17, … (41 in all)
     """
 
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:

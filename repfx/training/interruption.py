@@ -13,13 +13,14 @@ from types import FrameType
 def noticed_signals() -> Iterator[Callable[[], bool]]:
     """Yield a function that tells whether SIGINT or SIGTERM has come since the context began.
 
-    A further Ctrl-C raises `KeyboardInterrupt` at once, as usual. Outside the main thread, Python lets no one handle signals, so the
+    A further Ctrl-C raises `KeyboardInterrupt` at once, as usual, and so does a second SIGTERM. A SIGTERM after Ctrl-C doesn't, because
+    launchers send one after the other. Outside the main thread, Python lets no one handle signals, so the
     function always returns False.
     """
     received: list[int] = []
 
     def notice(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
+        if received and (number == signal.SIGINT or number in received):
             raise KeyboardInterrupt
         received.append(number)
 

@@ -27,7 +27,6 @@ from repfx.passes.restore import restore as restore
 from repfx.passes.squeeze import squeeze as squeeze
 from repfx.passes.squeeze import unsqueeze as unsqueeze
 from repfx.profiling.profile import profile as profile
-from repfx.profiling.profile import profile_onnx as profile_onnx
 from repfx.records.journal import journal as journal
 from repfx.records.report import report as report
 from repfx.records.version import VERSION as _VERSION

@@ -47,6 +47,28 @@ def _deployed(row: dict[str, Any]) -> str:
     return convs if row["form"] == "fused" else f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f}), {convs}"
 
 
+def onnx_files() -> str:
+    """Write the results of `benchmarks/onnx_files.py`: for each machine, the latency of what each tool makes of a file."""
+    parts = []
+    for file in sorted(RESULTS.glob("onnx-files-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        runtimes = list(dict.fromkeys(row["runtime"] for row in result["rows"] if "runtime" in row))
+        cells: dict[tuple[str, str], dict[str, str]] = {}
+        for row in result["rows"]:
+            found = cells.setdefault((row["model"], row["tool"]), {"convs": str(row.get("convs", row.get("problem")))})
+            if "runtime" in row:
+                found[row["runtime"]] = f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f})"
+        rows = [
+            (*key, found["convs"], *(found.get(runtime, "") for runtime in runtimes)) for key, found in cells.items()
+        ]
+        tools = ", ".join(
+            f"{name} {result[name]}"
+            for name in ("torch", "onnxruntime", "onnxsim", "onnxslim", "onnxscript", "openvino")
+        )
+        parts += [f"{result['hardware']}; {tools}:", table(("model", "made by", "convs", *runtimes), rows)]
+    return "\n\n".join(parts)
+
+
 def compiled() -> str:
     """Write the results of `benchmarks/compiled.py`."""
     parts = []
@@ -306,6 +328,7 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 MEASUREMENTS: dict[str, Callable[[], str]] = {
     "latency": latency,
     "deployment": deployment,
+    "onnx_files": onnx_files,
     "compiled": compiled,
     "drift": drift,
     "observation": observation,

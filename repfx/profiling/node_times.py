@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy
 import torch
 
 from repfx.onnx.file import open_session, package
@@ -20,7 +19,7 @@ from repfx.profiling.timing import Timing
 
 _ENDINGS = re.compile(r"(_token_\d+|_bn|_nchwc|_kernel_time|_fence_before|_fence_after)+$")
 _SCOPES = "pkg.torch.onnx.name_scopes"
-Feeds = Mapping[str, "numpy.ndarray[Any, Any]"]
+Feeds = Mapping[str, Any]  # arrays of numpy, by the names of inputs
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,9 @@ paper's gain here doesn't refute the paper, and a method that exceeds it doesn't
 consider this:
 
 - RepNAS continues training with the weights that its search leaves, as in its paper. Here, these are weights of a net whose paths were
-  drawn at random for six of ten epochs. Only four epochs remain, with falling learning rates. The recipe is the cause, not the
-  architecture: the row below shows the same search, retrained. *Random search* was where RepNAS is before it was retrained, too.
+  drawn at random for six of ten epochs, and its gradients weren't clipped, as they are in the authors' code. The recipe is the cause, not
+  the architecture: the row below shows the same search, retrained. [Its page](papers/repnas.md) says more. *Random search* was where
+  RepNAS is before it was retrained, too.
 - DyRep grows blocks one by one: over the ten epochs, it runs less than two thirds of the multiply-adds of full blocks.
 - The teacher isn't a ResNet-101 but a net of the same kind, twice as wide, and its training is as short.
 - A net that is far from what it can reach gains more from longer training than from anything else. So a method that costs a multiple of

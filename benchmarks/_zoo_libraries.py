@@ -331,7 +331,9 @@ def _detector(name: str) -> Net:
             "resnet50": "RTDETRDetectionModel",
         }
         model: nn.Module = getattr(tasks, kinds.get(task, "DetectionModel"))(f"{name}.yaml", verbose=False)
-        if task == "resnet50":  # by its own weights all queries score nearly alike, and rounding decides which are taken
+        if (
+            task == "resnet50"
+        ):  # by its own weights all queries score nearly alike, and rounding decides which are taken
             nn.init.normal_(model.get_parameter("model.23.enc_score_head.weight"))
         return model
 

@@ -199,7 +199,9 @@ def _numbers(model: nn.Module, found: Findings) -> None:
     if fingerprint(model) != before:
         found.problem = "the model was changed"
     if beyond or found.name.startswith("torchvision/"):
-        renewed = model.float().train().eval()  # some nets keep values for eval mode in float64 until they are trained again
+        renewed = (
+            model.float().train().eval()
+        )  # some nets keep values for eval mode in float64 until they are trained again
         found.onnx = _exported(renewed, inputs)
     wrong = {key: value for key, value in found.errors.items() if key not in ("timm", "torch") and not value <= 1e-9}
     if wrong:

@@ -412,7 +412,7 @@ def _begin_with(
 ) -> None:
     """Set the first γ of the branches' last BatchNorms, and subtract from the origins what the branches then add.
 
-    DyRep's own code resets the origins' statistics instead of measuring them, so its output drifts.
+    DyRep's own code resets the statistics of the BatchNorm inside instead of measuring them.
     """
     origins = [block for block in blocks if _norms_of_branches(block)]
     for block in origins:

@@ -22,8 +22,9 @@ class DyRep(Schedule):
     """Dynamic re-parameterization (Huang et al., DyRep: Bootstrapping Training with Dynamic Re-parameterization).
 
     Every `interval` epochs the conv of the highest saliency becomes a block, and every branch whose γ is small leaves its block. Convs
-    inside a block are candidates as well. Neither step changes what the model computes, in training mode or in eval mode: the origin's
-    BatchNorm takes the statistics that are measured, where the authors' code resets it.
+    inside a block are candidates as well. Neither step changes what the model computes in eval mode. In training mode the output moves by
+    what batches differ from the data, because the origin's BatchNorm takes statistics that are measured. The authors' code leaves the
+    net's own BatchNorm behind the sum and resets the new one inside.
 
     Args:
         interval: number of epochs from one adjustment to the next.

@@ -309,8 +309,8 @@ def test_fuse_writes_a_program_beside_the_file(finished: Path, tmp_path: Path, r
     [
         (["frobnicate"], "no such command 'frobnicate'"),
         (["train", "--epochs", "x"], "invalid value for '--epochs'"),
-        (["train", "--epoch", "1"], "no such option: --epoch"),
-        (["predict"], "missing argument 'classifier'"),
+        (["train", "--epoch", "1"], "no such option"),
+        (["predict"], "missing argument"),
         (["fuse", "x", "--onnx"], "option '--onnx' requires an argument"),
     ],
 )

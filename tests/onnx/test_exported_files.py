@@ -73,7 +73,9 @@ def assert_nothing_else_changed(source: Path, result: Path) -> None:
     assert opsets(after) == opsets(before)
     known = {tensor.name: tensor for tensor in before.graph.initializer}
     made_by = {output: node.op_type for node in before.graph.node for output in node.output}
-    for tensor in after.graph.initializer:  # CastLike asks a tensor for its type, and the tensor may be merged into others
+    for (
+        tensor
+    ) in after.graph.initializer:  # CastLike asks a tensor for its type, and the tensor may be merged into others
         assert "_fused_" in tensor.name or tensor == known.get(tensor.name) or made_by[tensor.name] == "CastLike"
     nodes = {node.SerializeToString(): place for place, node in enumerate(before.graph.node)}
     linear = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add")  # a node may read what a rule has passed by

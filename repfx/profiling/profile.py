@@ -146,14 +146,15 @@ def profile(model: nn.Module, x: Inputs, *, runtime: Runtime = "torch", rounds: 
         after = fused.model.eval()
         tensor = next(iter(tensors_of(x)), torch.zeros(()))
         machine = Machine.measured(torch.float32, tensor.device)
-        measured = layer_times({"before": before, "after": after}, x, rounds=rounds)
+        forms = {"before": before, "after": after}
+        measured = layer_times(forms, x, rounds=rounds if runtime == "torch" else 1)
         described = {path: _described(after.get_submodule(path)) for path in measured["after"].work}
         groups = _Groups.of(described, fused.report.applied, fused.report.stays)
         times: dict[str, tuple[Timing, Mapping[str, Timing]]]
         if runtime == "torch":
             times = {name: (found.whole, found.own) for name, found in measured.items()}
         else:
-            times = _in_onnxruntime({"before": before, "after": after}, x, rounds)
+            times = _in_onnxruntime(forms, map_tensors(lambda tensor: tensor.cpu(), x), rounds)
     rows = groups.rows(times["before"][1], times["after"][1], measured["after"].work, machine)
     return Profile(runtime, times["before"][0], times["after"][0], rows, machine)
 
@@ -172,12 +173,13 @@ def profile_onnx(path: str | os.PathLike[str], x: Inputs | None = None, *, round
     """
     with TemporaryDirectory() as folder:
         fused = fuse_onnx(path, Path(folder) / "fused.onnx", x)
-        tensors = input_of(Path(path)) if x is None else x
+        tensors: Any = input_of(Path(path)) if x is None else map_tensors(lambda tensor: tensor.cpu(), x)
         files = {"before": Path(path), "after": fused.path}
         feeds = {name: _feeds(file, tensors) for name, file in files.items()}
         found = node_times(files, feeds, rounds=rounds)
         groups = _Groups.of(operators(fused.path), fused.applied, fused.stays)
-    rows = groups.rows(found["before"].own, found["after"].own, {}, machine := Machine.measured())
+    machine = Machine.measured()
+    rows = groups.rows(found["before"].own, found["after"].own, {}, machine)
     return Profile("onnxruntime", found["before"].whole, found["after"].whole, rows, machine)
 
 
@@ -214,9 +216,9 @@ def _in_onnxruntime(
 
 def _feeds(path: Path, x: Inputs) -> Feeds:
     if isinstance(x, Mapping):
-        return {name: tensor.cpu().numpy() for name, tensor in x.items()}
+        return {name: tensor.numpy() for name, tensor in x.items()}
     names = [value.name for value in OnnxFile.read(path).inputs]
-    return {name: tensor.cpu().numpy() for name, tensor in zip(names, tensors_of(x), strict=True)}
+    return {name: tensor.numpy() for name, tensor in zip(names, tensors_of(x), strict=True)}
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,13 +52,15 @@ class Layers:
 def layer_times(models: Mapping[str, nn.Module], x: Inputs, *, rounds: int, warm_up: int = 3) -> dict[str, Layers]:
     """Measure models on one input in eval mode. They take turns, and each runs with and without hooks in every turn.
 
+    The time that the hooks themselves take is the difference of these two runs. It is taken off each call of a hook alike.
+
     Args:
         models: models without hooks of their own. The modules inside squeezed blocks are run one by one.
         rounds: number of turns that count, after `warm_up` turns that don't.
     """
     args, kwargs = as_arguments(x)
     whole: dict[str, list[float]] = {name: [] for name in models}
-    own: dict[str, dict[str, list[float]]] = {name: {} for name in models}
+    runs: dict[str, list[list[tuple[str, float]]]] = {name: [] for name in models}
     work = {}
     with ExitStack() as stack, torch.no_grad():
         for model in models.values():
@@ -66,18 +70,23 @@ def layer_times(models: Mapping[str, nn.Module], x: Inputs, *, rounds: int, warm
         order = list(models)
         for turn in range(warm_up + rounds):
             for name in order:
-                seconds, layers = _seconds(models[name], args, kwargs), _own_seconds(models[name], args, kwargs)
+                seconds, parts = _seconds(models[name], args, kwargs), _own_seconds(models[name], args, kwargs)
                 if turn >= warm_up:
                     whole[name].append(seconds)
-                    for path, value in layers.items():
-                        own[name].setdefault(path, []).append(value)
+                    runs[name].append(parts)
             order.append(order.pop(0))
-    return {
-        name: Layers(
-            Timing(tuple(whole[name])), {path: Timing(tuple(each)) for path, each in own[name].items()}, work[name]
-        )
-        for name in models
-    }
+    return {name: Layers(Timing(tuple(whole[name])), _summed(runs[name], whole[name]), work[name]) for name in models}
+
+
+def _summed(runs: Sequence[Sequence[tuple[str, float]]], whole: Sequence[float]) -> dict[str, Timing]:
+    """Return the own time of each module, without the time that the hooks take."""
+    watched = statistics.median(sum(seconds for _, seconds in run) for run in runs)
+    hook = max(0.0, watched - statistics.median(whole)) / max(1, len(runs[0]))
+    own: dict[str, list[float]] = {}
+    for number, run in enumerate(runs):
+        for path, seconds in run:
+            own.setdefault(path, [0.0] * len(runs))[number] += max(0.0, seconds - hook)
+    return {path: Timing(tuple(each)) for path, each in own.items()}
 
 
 class _Clock:
@@ -126,17 +135,16 @@ class _Watch:
         self.moments.append((self.running[-1] if self.running else "", self.clock.now()))
 
 
-def _own_seconds(model: nn.Module, args: Any, kwargs: Any) -> dict[str, float]:
+def _own_seconds(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, float]]:
+    """Return which module ran, and for how long, between each two calls of hooks."""
     watch = _Watch(_Clock())
     with ExitStack() as stack:
         for path, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(partial(watch.enter, path)).remove)
             stack.callback(module.register_forward_hook(watch.leave).remove)
         model(*args, **kwargs)
-    found: dict[str, float] = {}
-    for (path, begin), (_, end) in zip(watch.moments, watch.moments[1:]):
-        found[path] = found.get(path, 0.0) + watch.clock.between(begin, end)
-    return found
+    moments = watch.moments
+    return [(path, watch.clock.between(begin, end)) for (path, begin), (_, end) in pairwise(moments)]
 
 
 def _work(model: nn.Module, args: Any, kwargs: Any) -> dict[str, Work]:

@@ -57,6 +57,7 @@ def ticks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(measuring._Clock, "now", now)
     monkeypatch.setattr(measuring._Clock, "between", lambda self, first, second: float(second - first))
+    monkeypatch.setattr(measuring, "_seconds", lambda *_: 1e9)  # so that hooks seem to take no time
     return count
 
 
@@ -77,7 +78,14 @@ def test_all_time_belongs_to_one_module_each(ticks: list[int]) -> None:
     assert found.own["twice.origin.conv"].seconds == (2.0, 2.0, 2.0)
     assert found.own["head"].seconds == (1.0, 1.0, 1.0)
     assert "attention.out_proj" not in found.own
-    assert found.whole.seconds == (1.0, 1.0, 1.0)
+
+
+def test_what_hooks_take_is_taken_off_each_call(ticks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    monkeypatch.setattr(measuring, "_seconds", lambda *_: 3.0)  # with hooks, there are five parts of one tick each
+    found = layer_times({"net": model}, X, rounds=2)["net"]
+    assert total(found.own.values()).seconds == pytest.approx((3.0, 3.0))
+    assert found.own["1"].seconds == pytest.approx((0.6, 0.6))
 
 
 def test_the_work_of_layers_is_that_of_the_model() -> None:

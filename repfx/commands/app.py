@@ -26,9 +26,8 @@ app = typer.Typer(
 
 
 _INTERRUPTED = 130
-_WRONG_USE: Any = typer.BadParameter.__mro__[
-    2
-]  # the error of the package that parses: click's own, or typer's copy of it
+# the error of the package that parses: click's own, or typer's copy of it
+_WRONG_USE: Any = typer.BadParameter.__mro__[2]
 
 
 def _print_version(wanted: bool) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -135,13 +135,20 @@ class _Watch:
         self.moments.append((self.running[-1] if self.running else "", self.clock.now()))
 
 
+@contextmanager
+def _hooked(model: nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+    """Call functions at the beginning and the end of each module, with its path before what a hook gets."""
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(partial(enter, path)).remove)
+            stack.callback(module.register_forward_hook(partial(leave, path)).remove)
+        yield
+
+
 def _own_seconds(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, float]]:
     """Return which module ran, and for how long, between each two calls of hooks."""
     watch = _Watch(_Clock())
-    with ExitStack() as stack:
-        for path, module in model.named_modules():
-            stack.callback(module.register_forward_pre_hook(partial(watch.enter, path)).remove)
-            stack.callback(module.register_forward_hook(watch.leave).remove)
+    with _hooked(model, watch.enter, watch.leave):
         model(*args, **kwargs)
     moments = watch.moments
     return [(path, watch.clock.between(begin, end)) for (path, begin), (_, end) in pairwise(moments)]
@@ -166,10 +173,6 @@ def _work(model: nn.Module, args: Any, kwargs: Any) -> dict[str, Work]:
         before = found.get(path, Work(0, 0))
         found[path] = Work(before.macs + (flops.total - begins.pop()) // 2, before.moved + moved)
 
-    with ExitStack() as stack:
-        for path, module in model.named_modules():
-            stack.callback(module.register_forward_pre_hook(partial(enter, path)).remove)
-            stack.callback(module.register_forward_hook(partial(leave, path)).remove)
-        with flops:
-            model(*args, **kwargs)
+    with _hooked(model, enter, leave), flops:
+        model(*args, **kwargs)
     return {path: work for path, work in found.items() if path not in containers}

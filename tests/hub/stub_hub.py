@@ -18,7 +18,7 @@ TOKEN = "hf_right"
 
 @dataclass
 class StubHub:
-    """What the server holds: for each repository its files."""
+    """The repositories that the server holds, each with its files."""
 
     url: str = ""
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)

@@ -138,7 +138,7 @@ def pictures(count: int = 40) -> DataSet:
 
 
 def in_memory(data: DataSet) -> DataSet:
-    """The same data, whose images need no fitting."""
+    """Return the same data with images that need no fitting."""
     train: Any = data.train
     part = PreparedImages(train.raw, Stages(train.stages.size, as_it_is, train.stages.normalize))
     return DataSet(part, part, data.classes)

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any
 
-from repfx.errors import InvalidInput
 from repfx.records.number_text import duration, engineering, percent
 from repfx.training.run_folder import ARCHITECTURE, CHECKPOINT, METRICS, MODEL, RECIPE, RunFolder, Setup
 from repfx.training.trust import calls_in
@@ -30,9 +29,7 @@ def model_card(folder: RunFolder, *, repository: str, license: str | None = None
     """
     metrics = folder.metrics
     if metrics is None:
-        raise InvalidInput(
-            f"the run in {str(folder.path)!r} isn't finished: `repfx train --resume --out {folder.path}` continues it."
-        )
+        raise folder.unfinished()
     setup = folder.setup
     recipe: Mapping[str, Any] = folder.recipe or {}
     data = PurePath(str(recipe.get("data", {}).get("name", "unknown data"))).name

@@ -237,6 +237,12 @@ class RunFolder:
         path = self.path / STRUCTURE
         return Setup.from_json(path.read_text(encoding="utf-8", errors="replace"), path)
 
+    def unfinished(self) -> InvalidInput:
+        """Return the error that says how a run that isn't finished goes on."""
+        return InvalidInput(
+            f"the run in {str(self.path)!r} isn't finished: `repfx train --resume --out {self.path}` continues it."
+        )
+
     def load(self, *, trust: Trust = False) -> nn.Module:
         """Return the trained model in its training form, in eval mode.
 
@@ -250,9 +256,7 @@ class RunFolder:
         """
         setup = self.setup
         if not (self.path / CHECKPOINT).is_file():
-            raise InvalidInput(
-                f"the run in {str(self.path)!r} isn't finished: `repfx train --resume --out {self.path}` continues it."
-            )
+            raise self.unfinished()
         require_trusted({"model": asdict(setup.model)}, repr(str(self.path / STRUCTURE)), trust)
         model = setup.model.build()
         return load(self.path / CHECKPOINT, model, random_state=False).eval()

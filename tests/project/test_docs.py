@@ -90,6 +90,7 @@ TOOL_PAGES = {
     "docs/how-to/segmentation-models.md": "segmentation_models_pytorch",
     "docs/how-to/transformers.md": "transformers",
     "docs/how-to/ultralytics.md": "ultralytics",
+    "docs/how-to/other-runtimes.md": "litert_torch",  # last, because JAX, which it imports, warns of processes that fork afterwards
 }
 PAGES_WITH_CODE = [page for page in PAGES if code_of(page) and named(page) not in TOOL_PAGES]
 # These train or export several models of the sizes that their readers have.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from repfx.measuring.in_float64 import Inputs, as_arguments
 from repfx.records.modes import in_eval_mode
 
 
@@ -25,15 +26,19 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model: nn.Module, x: Tensor) -> int:
+def count_macs(model: nn.Module, x: Inputs) -> int:
     """Count the multiply-adds of convs and matrix products in one forward pass of `x` in eval mode. The model is not changed.
+
+    Args:
+        x: a tensor, a tuple of positional inputs, a dict of keyword inputs, or a list that is one input.
 
     >>> count_macs(nn.Conv2d(3, 8, 3, groups=1), torch.zeros(1, 3, 5, 5)) == 3 * 8 * 9 * 9
     True
     """
     counter = Flops()
+    args, kwargs = as_arguments(x)
     with in_eval_mode(model), torch.no_grad(), counter:
-        model(x)
+        model(*args, **kwargs)
     return counter.total // 2
 
 

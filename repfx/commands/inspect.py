@@ -47,6 +47,9 @@ def inspect(
             show_default=False,
         ),
     ] = None,
+    timed: Annotated[
+        bool, typer.Option("--timed", help="Measure each layer before and after fusing, for the HTML page.")
+    ] = False,
     input_shape: InputShape = None,
     num_classes: Classes = None,
     option: Options = None,
@@ -61,6 +64,7 @@ def inspect(
         of_models = {
             "spec": spec,
             "html": html,
+            "timed": timed or None,
             "num_classes": num_classes,
             "option": option,
             "input_shape": input_shape,
@@ -70,10 +74,12 @@ def inspect(
     found, setup = load_model(model, None, num_classes, option, trust=trust)
     if fused and spec is not None and html is None:
         raise InvalidInput("--spec asks about expanding and --fused about fusing: give only one of them.")
+    if timed and html is None:
+        raise InvalidInput("--timed is for the page of --html; `repfx profile` shows the same in the terminal.")
     if html is not None:
         x = example_input(found, shape_of_input(input_shape, setup))
-        with busy("fusing and comparing"):
-            check = _write_page(found, html, model, spec, x, trained=setup is not None)
+        with busy("fusing, comparing and measuring" if timed else "fusing and comparing"):
+            check = _write_page(found, html, model, spec, x, trained=setup is not None, timed=timed)
         _show(as_json, {"page": str(html), "not_compared": check.problem}, _told(html, check))
     elif fused:
         x = example_input(found, shape_of_input(input_shape, setup))
@@ -102,9 +108,11 @@ def _show(as_json: bool, rows: object, text: str) -> None:
         typer.echo(text)
 
 
-def _write_page(model: nn.Module, html: Path, name: str, spec: str | None, x: Tensor, *, trained: bool) -> Check:
+def _write_page(
+    model: nn.Module, html: Path, name: str, spec: str | None, x: Tensor, *, trained: bool, timed: bool
+) -> Check:
     wanted = None if spec is None else spec_of(spec)
-    check = write_model_page(model, html, x, name=name, spec=wanted, trained=trained)
+    check = write_model_page(model, html, x, name=name, spec=wanted, trained=trained, timed=timed)
     if check.report is not None and not check.report.equivalent:
         raise EquivalenceError(f"{check.report} The page {str(html)!r} has the details.")
     return check

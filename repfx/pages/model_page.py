@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 import repfx
@@ -43,6 +44,7 @@ def write_model_page(
     name: str,
     spec: SpecLike | None = None,
     trained: bool = False,
+    timed: bool = False,
 ) -> Check:
     """Write the page of a model. The model itself stays as it is.
 
@@ -54,6 +56,7 @@ def write_model_page(
         spec: branches with which the page first expands a copy of the model; None shows the model as it is.
         trained: whether the model has trained weights. If not, the BatchNorms of a copy get random numbers for the comparison,
             because fresh BatchNorms do nothing and would hide a mistake.
+        timed: whether each layer is measured on the first image of x, before and after fusing, in torch on the device of the model.
 
     Returns:
         The result of the comparison.
@@ -81,6 +84,8 @@ def write_model_page(
         parts=parts_of(training, fused),
         forms={**forms, "fused": form_of_model("fused", fused, x)},
         check=check,
+        times=repfx.profile(training, x[:1]) if timed and check.report is not None else None,
+        threads=torch.get_num_threads(),
         stays=repfx.report(fused).stays,
         skipped=repfx.report(fused).skipped,
     )

@@ -62,6 +62,11 @@ class Row:
     reason: str = ""
 
     @property
+    def longest(self) -> float:
+        """The seconds before or after fusing, whichever are more."""
+        return max(timing.median for timing in (self.before, self.after) if timing is not None)
+
+    @property
     def gains(self) -> bool:
         """Whether fusing made it quicker."""
         return (
@@ -270,17 +275,13 @@ class _Groups:
             reason = self.stays.get(path, "") if merged == 1 else ""
             layer = self.layers.get(path, "")
             rows.append(Row(path, layer, merged, old.get(path), new.get(path), work.get(path), limit, reason))
-        return tuple(sorted(rows, key=_time_of, reverse=True))
+        return tuple(sorted(rows, key=lambda row: row.longest, reverse=True))
 
     def _summed(self, times: Mapping[str, Timing]) -> dict[str, Timing]:
         found: dict[str, list[Timing]] = {}
         for path, timing in times.items():
             found.setdefault(self.of_path(path), []).append(timing)
         return {path: total(timings) for path, timings in found.items()}
-
-
-def _time_of(row: Row) -> float:
-    return max(timing.median for timing in (row.before, row.after) if timing is not None)
 
 
 def _described(module: nn.Module) -> str:

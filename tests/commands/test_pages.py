@@ -344,6 +344,20 @@ def test_the_page_of_a_model_says_what_it_becomes_and_that_it_is_equal(tmp_path:
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
 
 
+def test_the_page_of_a_model_says_where_the_time_goes_if_asked(tmp_path: Path) -> None:
+    model = repfx.expand(tiny.net(), "acb")
+    write_model_page(model, tmp_path / "m.html", torch.randn(2, 1, 9, 7), name="tiny", timed=True)
+    page = Page(tmp_path / "m.html")
+    stands_alone(page)
+    layers = {path: page.row(path) for path in ("0 Conv2d 3×3, 1 → 8", "3 Conv2d 3×3, 8 → 16")}
+    for row in layers.values():
+        assert int(row[1]) > 3
+        assert all(time.endswith(" ms") for time in row[2:4])
+    assert "times as quick" in page.text
+    write_model_page(model, tmp_path / "m.html", torch.randn(2, 1, 9, 7), name="tiny")
+    assert "times as quick" not in Page(tmp_path / "m.html").text
+
+
 def test_a_model_that_can_not_run_on_the_input_gets_its_page_all_the_same(tmp_path: Path) -> None:
     model = tiny.net()
     check = write_model_page(model, tmp_path / "m.html", torch.randn(2, 3, 9, 7), name="tiny")

@@ -24,7 +24,8 @@ class Gated(nn.Module):
         self.conv, self.norm, self.drop = nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Dropout(0.5)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return self.drop(self.norm(self.conv(x))) * gate
+        y: Tensor = self.drop(self.norm(self.conv(x)))
+        return y * gate
 
 
 def test_counts_are_those_of_each_form() -> None:

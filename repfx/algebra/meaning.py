@@ -172,6 +172,8 @@ def named_padding(name: str, dilation: Ints, window: Ints) -> Padding:
 
 def affine_of(norm: Layer, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return (scale, shift), each ``(channels,)``, of a norm with running statistics in eval mode: s = γ / √(σ² + ε) and β - μ·s."""
+    if like.is_meta:  # there are no numbers to compute
+        return like.new_empty(norm.running_mean.shape), like.new_empty(norm.running_mean.shape)
     mean, variance = norm.running_mean.to(like), norm.running_var.to(like)
     scale = torch.rsqrt(variance + norm.eps)
     if norm.weight is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dis
 import inspect
 import linecache
 import textwrap
@@ -12,6 +13,8 @@ from types import CodeType
 from typing import Any
 
 from repfx.records.module_tree import enclosed_by
+
+_READS_GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 
 
 @cache
@@ -69,3 +72,15 @@ def all_names(code: CodeType) -> Iterator[str]:
     for each in code.co_consts:
         if isinstance(each, CodeType):
             yield from all_names(each)
+
+
+def reads_global(code: CodeType, name: str) -> bool:
+    """Whether a function's bytecode, or that of the functions inside it, reads a global or a builtin function of this name.
+
+    >>> reads_global((lambda x: type(x)).__code__, "type"), reads_global((lambda x: x.type).__code__, "type")
+    (True, False)
+    """
+    if name not in all_names(code):
+        return False
+    read = any(each.argval == name and each.opname in _READS_GLOBAL for each in dis.get_instructions(code))
+    return read or any(reads_global(each, name) for each in code.co_consts if isinstance(each, CodeType))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repfx.algebra.layers import is_batch_norm, is_conv_or_linear, is_plain_sequence, own_classes
-from repfx.reading.function_source import all_names
+from repfx.reading.function_source import all_names, reads_global
 from repfx.reading.further_arguments import only_passed_on
 from repfx.reading.module_uses import Uses, uses_in
 from repfx.records.module_tree import module_at
@@ -368,12 +368,23 @@ def asks_for_exact_class(module: nn.Module) -> str | None:
 
 @cache
 def _names_type(cls: Any) -> bool:
-    """Whether any function of a class, or beside it, names `type`."""
-    own = (value for base in own_classes(cls) for value in vars(base).values())
-    functions = (getattr(each, "fget", each) for each in (*own, *_functions_beside(cls).values()))
-    return any(
-        "type" in all_names(each.__code__) for each in map(inspect.unwrap, filter(inspect.isfunction, functions))
-    )
+    """Whether a function of a class, or one beside it that it names, names Python's own `type`. An attribute of that name is none.
+
+    What makes the module doesn't count.
+    """
+    own = ((name, value) for base in own_classes(cls) for name, value in vars(base).items())
+    pending = [getattr(value, "fget", value) for name, value in own if name != "__init__"]
+    beside, seen = _functions_beside(cls), set()
+    while pending:
+        function = pending.pop()
+        code = inspect.unwrap(function).__code__ if inspect.isfunction(function) else None
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        if reads_global(code, "type") or reads_global(code, "builtins"):
+            return True
+        pending += [beside[name] for name in all_names(code) if name in beside]
+    return False
 
 
 def _forward(cls: type[nn.Module]) -> Iterator[ast.AST]:

@@ -68,6 +68,7 @@ class Tracer(fx.Tracer):
         self.block_calls: Counter[nn.Module] = Counter()
         self._modes = Modes.now()
         self._settings: Settings = {}
+        self._leaves: dict[nn.Module, bool] = {}
         self.running: list[nn.Module] = []  # modules whose code runs now; after an error, whose code failed
         self.failures: list[tuple[str, nn.Module | None]] = []  # caught by code or not; with the module that failed
 
@@ -82,6 +83,7 @@ class Tracer(fx.Tracer):
         self._hooked.clear()
         self._settings = {}
         self._settled = {}
+        self._leaves.clear()
         self.forms = GrowingForms(fx.Graph(), self.root)
         self.block_calls.clear()
         self.running.clear()
@@ -260,7 +262,9 @@ class Tracer(fx.Tracer):
         return ValueProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m) or stays_whole(m) is not None or m in self.shared or type(m) in self.opaque
+        if m not in self._leaves:
+            self._leaves[m] = is_leaf(m) or stays_whole(m) is not None or m in self.shared or type(m) in self.opaque
+        return self._leaves[m]
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from repfx.reading import source_code
+from repfx.reading.module_uses import Uses, uses_in
 from repfx.reading.source_code import Around, writes_in_place
 
 Forward = Callable[[Any, Any], Any]
@@ -214,3 +216,44 @@ def test_each_use_of_a_part_is_told_apart(forward: Forward, found: list[str]) ->
 
 def test_classes_that_are_asked_for_are_known() -> None:
     assert "Conv2d" in Around().inside(module_with(asking_for_a_class)).classes
+
+
+# --- Questions for an exact class ------------------------------------------------------------------------------------
+
+
+def doubled_unless_a_parameter(x: Tensor) -> Tensor:
+    return x if type(x) is nn.Parameter else 2 * x
+
+
+def through_another(x: Tensor) -> Tensor:
+    return doubled_unless_a_parameter(x)
+
+
+class AsksInAFunction(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return through_another(x)
+
+
+class HasAType(nn.Module):
+    """Has an attribute of that name, is made by code that asks, and stands beside a function that asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.type = type(self).__name__
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.type == "" else 3 * x
+
+
+def test_only_code_that_may_ask_for_an_exact_class_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[nn.Module] = []
+
+    def noting(module: nn.Module) -> Uses:
+        read.append(module)
+        return uses_in(module)
+
+    monkeypatch.setattr(source_code, "uses_in", noting)
+    asks, has_one = AsksInAFunction(), HasAType()
+    assert "it asks for the exact class of a value" in (source_code.asks_for_exact_class(asks) or "")
+    assert source_code.asks_for_exact_class(has_one) is None
+    assert read == [asks]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 
 from repfx.errors import InvalidInput
 from repfx.exported.nodes import flat_inputs
@@ -139,14 +140,17 @@ class _Lowering:
             self._changed.add(node)
 
     def _value_of(self, node: fx.Node) -> Any:
-        """Return what a call computes for inputs without numbers, or None if that isn't known or fails."""
+        """Return what a call computes for inputs without numbers, or None if that isn't known or fails.
+
+        Torch's Python dispatcher is on. Without it, an operator that torch composes of others in C++ fixes free sizes to the example's.
+        """
         inputs = flat_inputs(node)
         known = all("val" in each.meta for each in inputs)
         if self._fake_mode is None or node.op != "call_function" or not known:
             return None
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
         try:
-            with self._fake_mode, torch.no_grad():
+            with self._fake_mode, enable_python_dispatcher(), torch.no_grad():
                 return node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception:  # sizes that depend on numbers, or a view that isn't possible
             return None

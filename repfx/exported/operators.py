@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from repfx.graphs.aliasing import written_by_schema
-
-_END = 2**63 - 1  # the end of a slice that has none
+from repfx.graphs.written_strips import slice_between
 
 
 def name_of(node: fx.Node) -> str:
@@ -165,6 +164,27 @@ def torch_call(node: fx.Node, axes: int | None) -> TorchCall | None:
     return None if rewrite is None else rewrite(arguments_of(node), axes)
 
 
+def replaced_whole(node: fx.Node) -> fx.Node | None:
+    """Return the node that has all numbers of a slice over a whole axis, or of a write over a whole axis of a copy; None for others.
+
+    A slice shares memory with that node. A write takes what it writes, which must be a tensor that nothing else reads.
+    """
+    name = name_of(node)
+    if name not in ("slice.Tensor", "slice_scatter.default"):
+        return None
+    call = arguments_of(node)
+    part = slice_between(call["start"], call["end"], call["step"])
+    if part.start not in (None, 0) or part.stop is not None or part.step is not None:
+        return None
+    found = call["self" if name == "slice.Tensor" else "src"]
+    if name == "slice_scatter.default" and (len(found.users) > 1 or name_of(found) not in _FUNCTIONAL_WRITES):
+        return None
+    return found if isinstance(found, fx.Node) else None
+
+
+_FUNCTIONAL_WRITES = ("slice_scatter.default", "copy.default")
+
+
 def _function(target: Any, *args: Any, **kwargs: Any) -> TorchCall:
     return "call_function", target, args, kwargs
 
@@ -182,11 +202,8 @@ def _slice(call: dict[str, Any], axes: int | None) -> TorchCall | None:
     dim, start, end, step = (call[name] for name in ("dim", "start", "end", "step"))
     if axes is None or not all(isinstance(value, (int, type(None))) for value in (dim, start, end, step)):
         return None
-    end = None if end is None or end >= _END else end
-    if start in (None, 0) and end is None and step == 1:
-        return _handed_on(call)
     index = [slice(None)] * axes
-    index[dim] = slice(start, end, None if step == 1 else step)
+    index[dim] = slice_between(start, end, step)
     return _function(operator.getitem, call["self"], tuple(index))
 
 
@@ -232,6 +249,7 @@ _SAME_ARGUMENTS: dict[str, Any] = {
     "pixel_unshuffle.default": F.pixel_unshuffle,
     "channel_shuffle.default": F.channel_shuffle,
     "pad.default": F.pad,
+    "slice_scatter.default": torch.slice_scatter,
 }
 _METHODS: dict[str, str] = {
     **{f"{name}_.{kind}": f"{name}_" for name in ("add", "sub", "mul", "div") for kind in ("Tensor", "Scalar")},
@@ -242,6 +260,9 @@ _METHODS: dict[str, str] = {
     "contiguous.default": "contiguous",
     "sym_size.int": "size",
     "repeat.default": "repeat",
+    "copy_.default": "copy_",
+    "fill_.Scalar": "fill_",
+    "fill_.Tensor": "fill_",
 }
 _REWRITES: dict[str, _Rewrite] = {
     "constant_pad_nd.default": lambda call, axes: _function(

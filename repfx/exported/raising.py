@@ -24,6 +24,7 @@ from repfx.exported.operators import (
     conv_call,
     name_of,
     norm_call,
+    replaced_whole,
     tensors_written,
     torch_call,
 )
@@ -157,6 +158,9 @@ class _Raising:
 
     def _function(self, node: fx.Node) -> fx.Node | None:
         first = node.args[0] if node.args else None
+        whole = replaced_whole(node)
+        if whole is not None:
+            return self._raised(whole)
         stack = stacked(node)
         if stack is not None:
             return self._create(node, "call_function", torch.stack, stack, {})

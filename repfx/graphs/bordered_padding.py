@@ -1,13 +1,13 @@
 """Padding with known values: a border of one number per channel, which may be what a conv outputs for zeros.
 
 DBB, ECBSR and DyRep pad in this way between a 1×1 and a k×k conv, so that the two equal one conv with padding in front. Code spells it
-in three ways: `F.pad` adds zeros, and the values are written over them, strip by strip; `F.pad` adds one number; or strips of the values
-are concatenated around the picture, axis by axis.
+in three ways: `F.pad` adds zeros, and the values are written over them, strip by strip (in place or into copies); `F.pad` adds one number;
+or strips of the values are concatenated around the picture, axis by axis.
 """
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +20,9 @@ from repfx.algebra.meaning import pairs_of
 from repfx.graphs.aliasing import reads_only_the_form
 from repfx.graphs.constants import Constants
 from repfx.graphs.indexing import Strip, strip_of
-from repfx.graphs.operations import Op, per_channel
+from repfx.graphs.operations import Op, per_channel, read_op
 from repfx.graphs.vocabulary import CONCATENATIONS, listed
+from repfx.graphs.written_strips import EXPANSIONS, Write, writes_in_place, writes_into_copies
 
 CLOSE = 1e-12  # largest relative difference that counts as rounding in float64
 
@@ -66,7 +67,7 @@ def read_border(node: fx.Node, pad: Op | None, module: nn.Module | None, constan
     """
     if pad is not None:
         return _written(node, pad, constants) if pad.meaning.kind == "pad" else None
-    return _filled(node, module) or _concatenated(node, constants)
+    return _filled(node, module) or _concatenated(node, constants) or _written_into_copies(node, constants)
 
 
 def padded_before(conv: Op, border: Border) -> Op | None:
@@ -106,22 +107,42 @@ def _is_pointwise(kernel: Kernel) -> bool:
 
 def _written(node: fx.Node, pad: Op, constants: Constants) -> Border | None:
     """Return the border of a padding by zeros if constants are written over all of it before another node reads it."""
-    zeros = pad.meaning.build(torch.empty((), device="meta"), 1, pad.meaning.dimensions or 0)
-    dimensions = zeros.dimensions
+    writes = writes_in_place(node)
+    inner = tuple(each for write in writes for each in write.nodes)
+    others = [user for user in node.users if user not in inner and not reads_only_the_form(user)]
+    if any(other < write.nodes[0] for other in others for write in writes):
+        return None
+    return _over_zeros(pad, writes, inner, constants)
+
+
+def _written_into_copies(node: fx.Node, constants: Constants) -> Border | None:
+    """Return the border of a padding by zeros if constants are written over all of it, each into a copy of what was there before."""
+    for axes in (3, 4, 5):
+        picture, writes = writes_into_copies(node, axes)
+        pad = read_op(picture, constants.root, constants) if writes else None
+        if pad is not None and pad.meaning.kind == "pad" and _padding_of(pad).dimensions == axes - 2:
+            chain = tuple(each for write in reversed(writes) for each in write.nodes)
+            return _over_zeros(pad, writes, (*chain[1:], picture), constants)
+    return None
+
+
+def _over_zeros(pad: Op, writes: Sequence[Write], inner: tuple[fx.Node, ...], constants: Constants) -> Border | None:
+    """Return the border of a padding by zeros, if the writes put constants over all of it."""
+    zeros = _padding_of(pad)
     sides = {(axis, side): size for axis, pair in enumerate(zeros.padding) for side, size in enumerate(pair) if size}
-    writes = [user for user in node.users if user.target is operator.setitem and user.args[0] is node]
-    strips = [strip_of(write.args[1], dimensions) for write in writes]
+    strips = [strip_of(write.index, zeros.dimensions) for write in writes]
     found = {(strip.axis, strip.side): strip.width for strip in strips if strip is not None}
     if zeros.padding_mode != "zeros" or not sides or found != sides or len(found) != len(writes):
         return None
     if not any(strip is not None and strip.fixes_the_axes for strip in strips):
         return None
-    others = [user for user in node.users if user not in writes and not reads_only_the_form(user)]
-    if any(other < write for other in others for write in writes):
-        return None
-    values = [_value(write.args[2], strip, constants) for write, strip in zip(writes, strips) if strip is not None]
+    values = [_value(write.value, strip, constants) for write, strip in zip(writes, strips) if strip is not None]
     known = tuple(value for value in values if value is not None)
-    return Border(pad.source, zeros.padding, known, tuple(writes)) if len(known) == len(values) else None
+    return Border(pad.source, zeros.padding, known, inner) if len(known) == len(values) else None
+
+
+def _padding_of(pad: Op) -> Kernel:
+    return pad.meaning.build(torch.empty((), device="meta"), 1, pad.meaning.dimensions or 0)
 
 
 def _value(value: Any, strip: Strip, constants: Constants) -> Tensor | None:
@@ -206,13 +227,17 @@ class _Expanded:
         return size if isinstance(size, int) and size > 0 else None
 
 
-_EXPANSIONS = {"expand", "repeat", "broadcast_to", torch.broadcast_to, torch.Tensor.expand, torch.Tensor.repeat}
 _REPETITIONS = {"repeat", torch.Tensor.repeat}
 
 
 def _expanded(node: Any, constants: Constants) -> _Expanded | None:
     """Read a node as an expanded constant with at most one number for each channel, or return None."""
-    if not isinstance(node, fx.Node) or node.target not in _EXPANSIONS or node.kwargs or len(node.args) < 2:
+    if (
+        not isinstance(node, fx.Node)
+        or node.target not in EXPANSIONS | _REPETITIONS
+        or node.kwargs
+        or len(node.args) < 2
+    ):
         return None
     value = constants.tensor(node.args[0])
     sizes: Any = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]

@@ -393,6 +393,40 @@ class Bordered(Layers):
         return self.b(torch.cat([side, y, side], 2))
 
 
+@net("written", (2, 3, 9, 7), 1)
+class Written(Layers):
+    """A 1×1 conv whose output is padded with zeros, over which its bias is written, strip by strip, in front of a conv."""
+
+    def __init__(self) -> None:
+        super().__init__(a=_conv(3, 4, 1), b=_conv(4, 3, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.pad(self.a(x), (1, 2, 2, 1))
+        border = self.a.bias.view(1, -1, 1, 1)
+        y[:, :, :2] = border
+        y[:, :, -1:, :] = border
+        y[..., 0:1] = border
+        y[:, :, :, -2:] = border
+        return self.b(y)
+
+
+@net("half_written", (2, 3, 9, 7), 2)
+class HalfWritten(Layers):
+    """A padding that isn't all written over, or written over with another number, so that nothing can be merged."""
+
+    def __init__(self) -> None:
+        super().__init__(a=_conv(3, 4, 1), b=_conv(4, 3, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.pad(self.a(x), (1, 1, 1, 1))
+        border = self.a.bias.view(1, -1, 1, 1)
+        y[:, :, :1] = border
+        y[:, :, -1:] = border
+        y[..., :1] = border
+        y[..., -1:] = border * 2
+        return self.b(y)
+
+
 @net("unbatched", (3, 9, 7), 2)
 class Unbatched(Layers):
     """Convs without a batch axis."""

@@ -98,7 +98,9 @@ def test_core_aten_stays_core_aten() -> None:
 
 
 @pytest.mark.one_in(6)
-@pytest.mark.parametrize("name", ["branches", "one_dimension", "three_dimensions", "transposed", "cropped", "same"])
+@pytest.mark.parametrize(
+    "name", ["branches", "one_dimension", "three_dimensions", "transposed", "cropped", "same", "written"]
+)
 def test_free_sizes_stay_free(name: str) -> None:
     model, (x,) = made(name)
     free = {axis: Dim.AUTO for axis in range(x.ndim) if axis != 1}
@@ -109,6 +111,15 @@ def test_free_sizes_stay_free(name: str) -> None:
     for more in (0, 3):
         y = torch.randn(x.shape[0] + more, x.shape[1], *(size + more for size in x.shape[2:]), dtype=x.dtype)
         assert_same(program, fused, (y,))
+
+
+@pytest.mark.slow
+def test_free_sizes_stay_free_in_core_aten() -> None:
+    model, (x,) = made("written")
+    program = exported(model, (x,), "decomposed", dynamic_shapes=(dict.fromkeys((0, 2, 3), Dim.AUTO),))
+    fused = repfx.fuse(program)
+    assert len(convs_of(fused)) == 1
+    assert_same(program, fused, (torch.randn(5, 3, 11, 8, dtype=x.dtype),))
 
 
 def test_a_graph_of_make_fx_is_fused() -> None:

@@ -54,6 +54,27 @@ def read_too_early(m: Any, y: Tensor) -> Tensor:
     return y + total
 
 
+def copied(m: Any, y: Tensor, *, read_between: bool = False, kept: bool = False) -> Any:
+    """Write by `copy_` and `fill_` into views; maybe read the picture before the last write, or a view after it."""
+    y = F.pad(y, (1, 1, 1, 1))
+    y[:, :, 0:1].copy_(m.value)
+    y[:, :, -1:].copy_(m.value.expand(y.shape[0], 4, 1, y.shape[3]))
+    y[..., :1].copy_(m.value)
+    total = y.mean() if read_between else 0.0
+    last = y[..., -1:].copy_(m.value)
+    return y + total + (last.mean() if kept else 0.0)
+
+
+def scattered(m: Any, y: Tensor, *, read: bool = False, end: int | None = None) -> Any:
+    """Write each strip into a copy of the picture; maybe read one of the copies, or write another strip than the last."""
+    row, column = (m.value.expand(y.shape[0], -1, *sizes) for sizes in ((1, y.shape[3] + 2), (y.shape[2] + 2, 1)))
+    y = torch.slice_scatter(F.pad(y, (1, 1, 1, 1)), row, 2, 0, 1)
+    y = torch.slice_scatter(y, row, dim=-2, start=-1)
+    half = torch.slice_scatter(y, column, 3, 0, 1)
+    whole = torch.slice_scatter(half, column, 3, -1 if end is None else end - 1, end)
+    return whole + half.mean() if read else whole
+
+
 BORDERS: dict[
     str, tuple[Callable[[Any, Tensor], Any], int, int]
 ] = {  # with the first conv's window, and how many convs are left
@@ -65,6 +86,12 @@ BORDERS: dict[
     "another padding": (lambda m, y: padded(m, y, sides=(1, 2, 1, 1)), 1, 2),
     "read before it is written": (read_too_early, 1, 2),
     "a first conv with a window": (padded, 3, 2),
+    "copied": (copied, 1, 1),
+    "copied after a read": (lambda m, y: copied(m, y, read_between=True), 1, 2),
+    "copied, and read afterwards": (lambda m, y: copied(m, y, kept=True), 1, 2),
+    "scattered": (scattered, 1, 1),
+    "scattered, and a copy read": (lambda m, y: scattered(m, y, read=True), 1, 2),
+    "scattered to another place": (lambda m, y: scattered(m, y, end=-1), 1, 2),
 }
 
 

@@ -8,6 +8,7 @@ other thread the replacement calls the original at once. Only one thread at a ti
 from __future__ import annotations
 
 import builtins
+import inspect
 import math
 import sys
 import threading
@@ -18,6 +19,7 @@ from types import CodeType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import fx, nn
 from torch.fx import _symbolic_trace
 
@@ -26,6 +28,12 @@ _LEAF_FUNCTIONS = {"timm.layers.padding": ("pad_same",)}
 _ONE_AT_A_TIME = threading.RLock()
 _CALL = "_compiled_call_impl"  # `nn.Module.__call__` runs this attribute of a module instead, if it is set
 _TENSORS = ("_parameters", "_buffers")
+_CHECKPOINT: Callable[..., Any] = torch.utils.checkpoint.checkpoint
+_CHECKPOINT_OPTIONS = {
+    parameter.name
+    for parameter in inspect.signature(_CHECKPOINT).parameters.values()
+    if parameter.kind is parameter.KEYWORD_ONLY
+}
 _ORIGINAL = "repfx_original"  # the attribute of a replacement that holds the function
 
 
@@ -128,6 +136,28 @@ def _in_this_thread(function: Callable[..., Any]) -> Callable[..., Any]:
         return recorded(*args, **kwargs)
 
     setattr(call, _ORIGINAL, function)
+    return call
+
+
+@contextmanager
+def checkpoints_passed_through(root: nn.Module) -> Iterator[None]:
+    """Let this thread's calls of torch's `checkpoint` be calls of what they checkpoint. The numbers are the same."""
+    classes = {cls for module in root.modules() for cls in type(module).__mro__}
+    spaces = [vars(sys.modules[name]) for name in sorted({cls.__module__ for cls in classes}) if name in sys.modules]
+    with _ONE_AT_A_TIME, ExitStack() as stack:
+        for space in [vars(torch.utils.checkpoint), *spaces]:
+            for name in [name for name, value in list(space.items()) if value is _CHECKPOINT]:
+                stack.enter_context(_replaced(space, name, _without_checkpoint(threading.get_ident())))
+        yield
+
+
+def _without_checkpoint(thread: int) -> Callable[..., Any]:
+    @wraps(_CHECKPOINT)
+    def call(function: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if function is None or torch.compiler.is_dynamo_compiling() or threading.get_ident() != thread:
+            return _CHECKPOINT(function, *args, **kwargs)
+        return function(*args, **{name: value for name, value in kwargs.items() if name not in _CHECKPOINT_OPTIONS})
+
     return call
 
 

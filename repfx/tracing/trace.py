@@ -12,6 +12,7 @@
 - If the code of a part inside a module can't be traced, that part becomes a leaf and the rest is tried again. Then the part is tried
   child by child.
 - The graph of a gated block has the paths that run in eval mode.
+- Activation checkpointing changes no number. So for `fuse`, graphs have the code that is checkpointed.
 - Code that draws random numbers can't be traced: a graph would repeat what it drew once.
 - Tracing runs on a copy, because code may write into its parameters. Neither the model nor the state of random numbers is changed.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, TypeAlias
@@ -44,6 +46,7 @@ from repfx.records.wrappers import passes_on
 from repfx.tracing.eval_path import NOTES, settled_modes
 from repfx.tracing.keepers import attribute_of, kept_by_a_leaf, kept_from_outside, kept_in
 from repfx.tracing.leaves import holds_modules, is_container, is_leaf, is_linear_block, stays_whole
+from repfx.tracing.recording import checkpoints_passed_through
 from repfx.tracing.traced import Untraceable, differ, graphs_by_mode, line_of
 
 DIFFERS = "it computes different things in training and in eval mode"
@@ -86,13 +89,14 @@ def trace(model: nn.Module, given: Mapping[str, Any] | None = None, *, composed:
         given: what a caller gives the model, by the name of the argument. Other arguments keep their defaults. If it is None, so do all
             but the first.
         composed: let one path stand for both modes: the eval path where it is a conv of weights that are composed of the branches of
-            training mode, or the training path where both give equal numbers.
+            training mode, or the training path where both give equal numbers. The graphs have what code checkpoints, without checkpoints.
 
     >>> [island.path for island in trace(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU())).islands]
     ['']
     """
     require_module(model)
-    with random_state_kept(model):
+    checkpoints = checkpoints_passed_through(model) if composed else nullcontext()
+    with random_state_kept(model), checkpoints:
         return _traces(copy_of(model), read_by_code(model), given, composed)
 
 

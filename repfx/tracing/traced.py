@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from repfx.records.generators import Generators
 from repfx.tracing.tensor_state import tensor_state
-from repfx.tracing.tracer import DRAWS, Tracer, sentence
+from repfx.tracing.tracer import DRAWS, Tracer, asks_for_gradient, sentence
 
 OfOneMode: TypeAlias = tuple[fx.Graph, dict[str, Tensor]]  # a graph, and the constants that tracing made
 
@@ -31,12 +31,22 @@ def graphs_by_mode(
     given: Mapping[str, Any] | None,
     settled: Mapping[nn.Module, bool],
 ) -> tuple[OfOneMode, OfOneMode] | Untraceable:
-    """Trace a module in training mode, then in eval mode, in which it is left."""
+    """Trace a module in training mode, then in eval mode, in which it is left.
+
+    If code asks for gradients, it has to give the same graph for both answers in both modes.
+    """
     training = graph_in_mode(module, True, opaque, given, settled)
     if isinstance(training, Untraceable):
         return training
     evaluation = graph_in_mode(module, False, opaque, given, settled)
-    return evaluation if isinstance(evaluation, Untraceable) else (training, evaluation)
+    if isinstance(evaluation, Untraceable):
+        return evaluation
+    for mode, expected in ((True, training), (False, evaluation)):
+        if any(map(asks_for_gradient, expected[0].nodes)):
+            other = graph_in_mode(module, mode, opaque, given, settled, differentiated=not mode)
+            if isinstance(other, Untraceable) or differ((other, expected)):
+                return Untraceable("it computes different things with and without gradients")
+    return training, evaluation
 
 
 def graph_in_mode(
@@ -45,11 +55,16 @@ def graph_in_mode(
     opaque: Container[type[nn.Module]],
     given: Mapping[str, Any] | None,
     settled: Mapping[nn.Module, bool],
+    *,
+    differentiated: bool | None = None,
 ) -> OfOneMode | Untraceable:
-    """Trace a module in one mode, in which it is left; in the mode that `settled` names, if it names one."""
+    """Trace a module in one mode, in which it is left; in the mode that `settled` names, if it names one.
+
+    Code that asks whether values need gradients is told so in training mode, or as `differentiated` says.
+    """
     module.train(settled.get(module, training))
     state = tensor_state(module)
-    result = _traced(module, opaque, given, settled)
+    result = _traced(module, opaque, given, settled, training if differentiated is None else differentiated)
     keeper = _forget_values(module)
     if isinstance(result, Untraceable):
         return result
@@ -89,13 +104,14 @@ def _traced(
     opaque: Container[type[nn.Module]],
     given: Mapping[str, Any] | None,
     settled: Mapping[nn.Module, bool],
+    differentiated: bool,
 ) -> OfOneMode | Untraceable:
     """Trace a module in the mode it is in. Return its graph and the constants that tracing made, or why it can't be traced."""
     generators = Generators(module)
-    result = _traced_once(module, opaque, given, generators, settled)
+    result = _traced_once(module, opaque, given, generators, settled, differentiated)
     if isinstance(result, Untraceable) and result.reason == DRAWS:  # or another thread has drawn
         with generators.of_this_thread():
-            result = _traced_once(module, opaque, given, generators, settled)
+            result = _traced_once(module, opaque, given, generators, settled, differentiated)
     return result
 
 
@@ -105,6 +121,7 @@ def _traced_once(
     given: Mapping[str, Any] | None,
     generators: Generators,
     settled: Mapping[nn.Module, bool],
+    differentiated: bool,
 ) -> OfOneMode | Untraceable:
     """Trace a module, and count it as a failure if one of the generators has given a number.
 
@@ -113,7 +130,7 @@ def _traced_once(
     before = set(vars(module))
     shared: set[nn.Module] = set()
     while True:
-        tracer = Tracer(shared, opaque, given, generators, settled)
+        tracer = Tracer(shared, opaque, given, generators, settled, differentiated=differentiated)
         try:
             graph = tracer.trace(module)
             tracer.note_draws(None)
@@ -135,7 +152,8 @@ def _traced_once(
 
 
 def _text(graph: fx.Graph) -> list[str]:
-    return [line_of(node) for node in graph.nodes]
+    """Return a line for each node, without questions about gradients that code alone has read."""
+    return [line_of(node) for node in graph.nodes if node.users or not asks_for_gradient(node)]
 
 
 def line_of(node: fx.Node) -> str:

@@ -45,6 +45,7 @@ class Tracer(fx.Tracer):
     Args:
         given: what a caller gives the traced module, by the name of the argument; None if that isn't known.
         settled: modules whose code runs in one mode, in whatever mode the code is that calls them; each with whether it is training mode.
+        differentiated: the answer to code that asks whether a value which depends on the input needs a gradient.
     """
 
     proxy_buffer_attributes = True  # else a value computed from a buffer would stay as it is when others are loaded
@@ -56,8 +57,11 @@ class Tracer(fx.Tracer):
         given: Mapping[str, Any] | None = None,
         generators: Generators | None = None,
         settled: Mapping[nn.Module, bool] | None = None,
+        *,
+        differentiated: bool = False,
     ) -> None:
         super().__init__()
+        self._differentiated = differentiated
         self._settled = settled or {}
         self._generators = generators
         self.forms = GrowingForms(fx.Graph(), nn.Module())
@@ -221,6 +225,8 @@ class Tracer(fx.Tracer):
             )
         if names:
             raise self._noted(TypeError(f"code decides by {names}, and a graph would keep the decision"))
+        if asks_for_gradient(obj.node):
+            return self._differentiated
         return bool(self._noting_failure(super().to_bool, obj))
 
     def count_of(self, obj: fx.Proxy) -> int | None:
@@ -299,6 +305,11 @@ class Tracer(fx.Tracer):
         check = require_default if name in kept else require_given
         self.create_proxy("call_function", check, (argument, name, default), {})
         return kept.get(name, argument)
+
+
+def asks_for_gradient(node: fx.Node) -> bool:
+    """Whether a node asks whether a tensor needs a gradient."""
+    return node.op == "call_function" and node.target is getattr and str(node.args[1]) == "requires_grad"
 
 
 def _values_kept(parameters: list[inspect.Parameter], given: Mapping[str, Any] | None) -> dict[str, Any]:

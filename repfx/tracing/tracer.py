@@ -21,6 +21,7 @@ from repfx.algebra.layers import has_call_of_its_own, has_hooks
 from repfx.blocks.block import RepBlock
 from repfx.errors import first_line
 from repfx.graphs.checks import require_default, require_given, require_nothing, require_parts
+from repfx.graphs.vocabulary import ELEMENTWISE_LAYERS
 from repfx.reading.further_arguments import only_passed_on
 from repfx.records.generators import Generators
 from repfx.tracing.counts import count_of, may_be_fewer
@@ -33,6 +34,9 @@ from repfx.tracing.settings import Settings, changed_setting, in_mode, settings_
 
 DRAWS = "it draws random numbers in code"  # a failure
 _KINDS = ("_is_param", "_is_buffer")  # attributes that torch asks for when code keeps a tensor as an attribute
+_PURE_LAYERS: frozenset[type[nn.Module]] = frozenset(
+    {nn.Linear, *ELEMENTWISE_LAYERS}
+)  # they compute the same in both modes
 _GENERATED = "<eval_with_key>"  # the name of the files in which torch.fx writes the code of graphs
 
 
@@ -155,9 +159,22 @@ class Tracer(fx.Tracer):
         self.block_calls[m] += isinstance(m, RepBlock)
         self.running.append(m)
         with in_mode(m, self._settled[m], self._settings) if m in self._settled else nullcontext():
-            result = super().call_module(m, self._watched(forward), args, kwargs)
+            if self._computes_a_constant(m, args, kwargs):
+                result = forward(*args, **kwargs)
+            else:
+                result = super().call_module(m, self._watched(forward), args, kwargs)
         self.running.pop()
         return result
+
+    def _computes_a_constant(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a layer of torch gets only what is computed from parameters alone. Its own code is traced then.
+
+        So what it returns is known to be such a value, too.
+        """
+        if type(m) not in _PURE_LAYERS or has_hooks(m):
+            return False
+        given = [value for value in pytree.tree_leaves((args, kwargs)) if issubclass(type(value), fx.Proxy)]
+        return bool(given) and all(self.forms.of(value.node) is not None for value in given)
 
     def _watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Return the forward of a module that is traced through, with a look at what the code before it and its own code have drawn."""

@@ -1,4 +1,4 @@
-"""Blocks for super-resolution and image enhancement: RT4KSR, RepSR, MobileIE."""
+"""Blocks for super-resolution and image enhancement: RT4KSR, PlainUSR, RepSR, MobileIE."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ class RT4KSR(nn.Module):
         self.expand, self.squeeze = nn.Conv2d(CHANNELS, wide, 1), nn.Conv2d(wide, CHANNELS, 1)
         self.middle = nn.Conv2d(wide, wide, 3)
 
+    def scaled(self, y: Tensor) -> Tensor:
+        return y
+
     def forward(self, x: Tensor) -> Any:
         y = self.expand(x)
         bias: Any = self.expand.bias
@@ -28,7 +31,23 @@ class RT4KSR(nn.Module):
         padded[:, :, -1:, :] = border
         padded[:, :, :, 0:1] = border
         padded[:, :, :, -1:] = border
-        return F.relu(self.squeeze(self.middle(padded) + y) + x)
+        return F.relu(self.squeeze(self.scaled(self.middle(padded)) + y) + x)
+
+
+class PlainUSR(RT4KSR):
+    """The same with a factor on each channel of the 3×3, which a small net computes from a vector of its own (ACCV 2024)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        wide = 2 * CHANNELS
+        self.vector = nn.Parameter(torch.randn(1, wide))
+        self.attention = nn.Sequential(
+            nn.Linear(wide, 4, bias=False), nn.SiLU(), nn.Linear(4, wide, bias=False), nn.Sigmoid()
+        )
+
+    def scaled(self, y: Tensor) -> Tensor:
+        factors: Tensor = self.attention(self.vector)
+        return factors[..., None, None] * y
 
 
 class RepSR(nn.Module):
@@ -67,5 +86,6 @@ class MobileIE(nn.Module):
 BLOCKS: dict[str, Block] = {
     "MobileIE": (MobileIE, 1, 0),
     "RT4KSR": (RT4KSR, 1, 0),
+    "PlainUSR": (PlainUSR, 1, 0),
     "RepSR": (RepSR, 1, 0),
 }

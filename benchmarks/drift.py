@@ -2,8 +2,8 @@
 
     python -m benchmarks.drift
 
-Every site that DyRep's branches fit is expanded at once, in float64: in repfx's way, and in the way of the public code, which resets the
-BatchNorms of the origins. At first both keep the eval output. Then come five forward passes in training mode without an optimizer's
+Every site that DyRep's branches fit is expanded at once, in float64: in repfx's way, and with the own BatchNorm, which then stands inside
+the block, reset as the public code resets its new one. At first both keep the eval output. Then come five forward passes in training mode without an optimizer's
 step, on other data than those of the statistics.
 """
 
@@ -92,7 +92,7 @@ def settle(model: nn.Module, data: list[Tensor]) -> None:
 
 @torch.no_grad()
 def reset(expanded: nn.Module) -> nn.Module:
-    """A copy as the public code leaves it: origins' BatchNorms have mean 0, variance 1, γ 1 and β 0; the convs hold the rest."""
+    """A copy in which origins' BatchNorms have mean 0, variance 1, γ 1 and β 0; the convs hold the rest."""
     changed = copy.deepcopy(expanded)
     for block in [module for module in changed.modules() if isinstance(module, repfx.RepBlock)]:
         if block.norm is not None:

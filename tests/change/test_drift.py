@@ -85,7 +85,7 @@ def test_an_action_moves_nothing(name: str, plain_and_grown: Case, drifts: dict[
 
 
 @pytest.mark.slow
-def test_a_reset_as_in_dyrep_s_public_code_drifts() -> None:
+def test_a_reset_of_the_own_batch_norm_inside_its_block_drifts() -> None:
     model, seen, fresh = subject("dilated", 6)
     before = drift(model, fresh)
     apply(model, grow(model, gamma=GAMMA), seen)

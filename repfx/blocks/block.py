@@ -47,6 +47,7 @@ class RepBlock(nn.Module):
         norm_path: path in the model at which the site's own BatchNorm stood, or None.
         attach_rate: first value of λ; None for a block without λ.
         origin_scale: first value of a `Scale` behind the conv; None for no `Scale`. With a `norm` there is no `Scale`.
+        norm_behind: path in the model of the site's own BatchNorm if it stays behind the sum; else None.
 
     Code around the block can read the sizes of the conv (``kernel_size``, ``stride``, …) or linear layer (``in_features``, …) from the
     block.
@@ -60,6 +61,7 @@ class RepBlock(nn.Module):
         norm_path: str | None = None,
         attach_rate: float | None = None,
         origin_scale: float | None = None,
+        norm_behind: str | None = None,
     ) -> None:
         super().__init__()
         self._resting: tuple[str, ...] | None = None  # names of the origin's parameters that `rest` froze
@@ -68,6 +70,7 @@ class RepBlock(nn.Module):
         self.recomputes = False
         self.site = ConvSpec.of(conv)
         self.norm_path = norm_path
+        self.norm_behind = norm_behind
         self.origin_scale = origin_scale
         self.origin = Chain(iter({"conv": conv}.items()), self.site)
         if norm is not None:
@@ -88,8 +91,14 @@ class RepBlock(nn.Module):
 
     @property
     def conv(self) -> Layer:
-        """The site's own conv."""
-        return self.origin[0]
+        """The site's own conv; if it has become a block, the own conv of that block."""
+        return self.origin[0] if self.inner is None else self.inner.conv
+
+    @property
+    def inner(self) -> RepBlock | None:
+        """The block that the site's own conv has become, or None."""
+        own = self.origin[0]
+        return own if isinstance(own, RepBlock) else None
 
     @property
     def norm(self) -> Layer | None:

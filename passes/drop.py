@@ -142,8 +142,7 @@ def absorb(model: nn.Module, leaving: Mapping[str, Sequence[str]], calibrate: It
         for branch in leaving[site]:
             absorb_branch(block, branch)
         if site in moments:
-            own, *within = moments[site]
-            write_origin(block, origin_kernel(block), own, within=within)
+            write_origin(block, origin_kernel(block), moments[site][0], within=moments[site][1:])
         if not block.branches:
             collapse(model, site, block)
 
@@ -161,8 +160,9 @@ def _sums(block: RepBlock, leaving: Sequence[str]) -> Iterator[PartialSum]:
     norm, inner = block.norm, block.inner
     while inner is not None and norm is not None:
         size, sign = size * _along_axes(factor_of(norm), inner), sign * _along_axes(signs_of(norm), inner)
-        added = {block.branches[name]: sign * factors[name] for name in leaving if name in factors}
-        yield PartialSum(block, {inner.origin: size, **added})
+        parts: dict[nn.Module, float | Tensor] = {inner.origin: size}
+        parts |= {block.branches[name]: sign * factors[name] for name in leaving if name in factors}
+        yield PartialSum(block, parts)
         norm, inner = inner.norm, inner.inner
 
 

@@ -287,7 +287,9 @@ def _grow(model: nn.Module, plans: list[_Plan], beginning: _Beginning) -> None:
         for plan, block in zip(plans, blocks):
             _install(model, plan, block, undo, preserve=preserve)
         if calibrate is not None:
-            calibrate_norms(model, [norm for block in blocks for norm in _new_norms(block, preserve=preserve)], calibrate)
+            calibrate_norms(
+                model, [norm for block in blocks for norm in _new_norms(block, preserve=preserve)], calibrate
+            )
         if gamma and calibrate is not None:
             _begin_with(gamma, model, blocks, calibrate, undo)
         undo.pop_all()

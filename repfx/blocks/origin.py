@@ -55,9 +55,9 @@ def _write_into(
 ) -> None:
     """Write a kernel into a block and the BatchNorm behind it.
 
-    The factor |γ| / √(σ² + ε) of the BatchNorm moves to the ends of the block's paths, so nothing is divided by γ. The block's own conv gets
-    the rest. In eval mode this is exact. In training mode it is as accurate as the moments; without measured ones, the paths are taken for
-    uncorrelated.
+    The factor |γ| / √(σ² + ε) of the BatchNorm moves to the ends of the block's paths, so nothing is divided by γ. The block's own conv
+    gets the rest. In eval mode this is exact. In training mode it is as accurate as the moments; without measured ones, the paths are
+    taken for uncorrelated.
     """
     sign, factor, before = signs_of(norm), factor_of(norm), Moments.after(norm)
     shift = sign * norm.bias.double() - factor * norm.running_mean.double()

@@ -144,8 +144,8 @@ def give_methods_back(model: nn.Module) -> None:
 def collapse(model: nn.Module, site: str, block: RepBlock) -> None:
     """Replace a block by its own conv, and put its BatchNorm back where it stood.
 
-    A BatchNorm or a `Scale` that was made for the block is folded into the conv; what it adds goes into the mean of the BatchNorm behind the
-    sum, if there is one, so that the conv gets no bias. While the own conv is a block itself, both blocks stay.
+    A BatchNorm or a `Scale` that was made for the block is folded into the conv. What it adds goes into the mean of the BatchNorm behind
+    the sum, if there is one, so that the conv gets no bias. While the own conv is a block itself, both blocks stay.
     """
     if block.inner is not None:
         return

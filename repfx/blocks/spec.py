@@ -44,10 +44,10 @@ class Spec:
             own; it takes the centre crop of the site's (RepNAS, eq. 5).
         origin: whether the site's own conv runs. Without it the block is the sum of its branches alone, another function.
         origin_scale: first value of a learned factor per channel behind the site's own conv, with ``scale`` only; None for no factor.
-        norm_behind: with ``batch_norm``, whether the site's own BatchNorm stays where it is, after the sum, as in DyRep's own code. The site's
-            own conv then gets a new BatchNorm in the block, which begins with the statistics of the site's. So both modes keep their
-            function. Only the own conv of such a block can become a block itself, if a pattern names it by its exact path, such as
-            ``layer1.0.conv1.origin.conv``. A conv without a BatchNorm behind it gets none.
+        norm_behind: with ``batch_norm``, whether the site's own BatchNorm stays where it is, after the sum, as in the code of DyRep's
+            authors. The site's own conv then gets a new BatchNorm in the block. It begins with the running statistics of the site's
+            BatchNorm, so neither mode moves where these have settled. With it, the own conv of a block can become a block itself, if a
+            pattern names it by its exact path, such as ``layer1.0.conv1.origin.conv``. A conv without a BatchNorm behind it gets none.
         layers: the layers that become sites: ``conv``, ``linear``, or ``both``. By default linear layers stay as they are: branches for
             convs are made for windows, and most nets have linear layers that nobody means when they ask for such branches.
 

@@ -111,6 +111,10 @@ def test_what_recipes_leave_to_the_schedules_is_as_in_the_papers() -> None:
     assert [(each.interval, each.until, each.metric) for each in dyrep] == [(15, 500, "synflow"), (5, 101, "synflow")]
     repan = schedule_of(shipped("repan-repvgg-a1-quarter-cifar100"))
     assert (repan.cycles, repan.epochs, repan.warm_up) == (5, 30, 5)
+    for name in ("repnas-vgg16-cifar10", "repnas-repvgg-a0-imagenet"):  # the proportions of the authors' 15, 35 and 100
+        asked, repnas = shipped(name), schedule_of(shipped(name))
+        assert (10 * repnas.warm_up, 3 * repnas.epochs, asked.training.clip) == (*[asked.training.epochs] * 2, 5.0)
+        assert (repnas.learning_rate, repnas.weight_decay) == (1e-4, 5e-4)
     des = schedule_of(shipped("des-vgg16-cifar10"))
     assert (des.population, des.nets, des.spec, des.crossover, des.learning_rate) == (128, 5, "ireps", 0.5, 1e-4)
 

@@ -334,7 +334,7 @@ MEASUREMENTS: dict[str, Callable[[], str]] = {
     "onnx_files": onnx_files,
     "compiled": compiled,
     "drift": drift,
-    "drift-structures": partial(drift, "drift-structures"),
+    "drift_structures": partial(drift, "drift-structures"),
     "observation": observation,
     "scoring": scoring,
     "search": search,

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from repfx.change.schedule import SCHEDULES
 from repfx.commands.app import command
-from repfx.commands.arguments import MODEL_FORMS, Options, Trust, Weights, parse_options
+from repfx.commands.arguments import MODEL_FORMS, Options, Trust, parse_options
 from repfx.commands.progress import shown_progress
 from repfx.commands.tables import metrics_table
 from repfx.errors import InvalidInput
@@ -118,7 +118,13 @@ def train(
             show_default="16 for digits, 224 for a folder, else the data's own",
         ),
     ] = None,
-    weights: Weights = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weights to begin from: a file (.safetensors or .pt), or the folder of a finished run of this model, in training form.",
+            show_default="fresh ones",
+        ),
+    ] = None,
     num_classes: Annotated[
         int | None, typer.Option(min=1, help="Number of classes of the model.", show_default="the data's")
     ] = None,

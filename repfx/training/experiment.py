@@ -29,10 +29,11 @@ from repfx.records.notes import copy_of
 from repfx.records.plain_values import flat, to_plain
 from repfx.records.python_code import import_source
 from repfx.tracing.sites import sites
+from repfx.training.beginning import begin_from
 from repfx.training.engine import accelerator_for
 from repfx.training.history import History
 from repfx.training.loop import Trained, Watcher, train
-from repfx.training.models import ModelReference, load_weights
+from repfx.training.models import ModelReference
 from repfx.training.recipe import Recipe
 from repfx.training.recipe_file import from_root, to_toml
 from repfx.training.run_folder import MODEL, STATE, RunFolder, Setup, spec_of
@@ -55,8 +56,9 @@ class Experiment:
             schedule expands convs with. None takes dbb, or the schedule's own.
         schedule: `name` and options of a schedule. The model then begins plain, and the schedule changes it while it trains.
         training: the recipe of the training.
-        weights: file of weights to begin from. Expanding then preserves the model's function; without such a file, the branches begin as
-            in their papers.
+        weights: file of weights, checkpoint or folder of a run to begin from. Expanding then preserves the model's function; without it,
+            the branches begin as in their papers. A run or a checkpoint gives its training form, which a schedule such as RepAn folds
+            first.
         image_size: height and width of an image; None takes the data's own.
         out: folder of the run.
         overwrite: whether an older run in `out` is replaced.
@@ -186,14 +188,14 @@ def _train(
 ) -> tuple[Trained, nn.Module, DataSet]:
     """Train in every process; return the result, the plain model and the data."""
     with accelerator.main_process_first():  # it may download the data
-        plain, data, reference = _prepare(experiment)
+        plain, first, data, reference = _prepare(experiment)
     watcher.on_stage("expand")
     spec = _SPEC if experiment.spec is None else experiment.spec
     if schedule is None:
-        model = expand(plain, spec_of(spec), preserve=experiment.weights is not None)
+        model = expand(first, spec_of(spec), preserve=experiment.weights is not None)
     else:
         _require_sites(schedule, plain)
-        model = copy_of(plain)
+        model = copy_of(first)
     how = None if schedule is None else {"name": schedule.name, **asdict(schedule)}
     setup = Setup(reference, None if how else spec, how, data.preprocessing, data.classes)
     goes_on = experiment.resume and (folder.path / STATE).is_file()
@@ -285,8 +287,11 @@ def _require_sites(schedule: Schedule, plain: nn.Module) -> None:
         Selection.of(spec).require_used({site.path: str(site.conv or "?") for site in sites(plain, spec)})
 
 
-def _prepare(experiment: Experiment) -> tuple[nn.Module, DataSet, ModelReference]:
-    """Return the plain model, its data and its reference. The model gets as many classes as the data has, unless it names a number."""
+def _prepare(experiment: Experiment) -> tuple[nn.Module, nn.Module, DataSet, ModelReference]:
+    """Return the plain model, the model to begin from, the data, and the model's reference.
+
+    The model gets as many classes as the data has, unless it names a number.
+    """
     torch.manual_seed(experiment.training.seed)
     form = InputForm.of(experiment.model.build(), experiment.image_size)
     data = load_data(experiment.data, form)
@@ -294,9 +299,8 @@ def _prepare(experiment: Experiment) -> tuple[nn.Module, DataSet, ModelReference
     reference = ModelReference(experiment.model.name, classes, experiment.model.options)
     torch.manual_seed(experiment.training.seed)
     plain = reference.build()
-    if experiment.weights is not None:
-        load_weights(plain, experiment.weights)
-    return plain, data, reference
+    first = plain if experiment.weights is None else begin_from(copy_of(plain), experiment.weights)
+    return plain, first, data, reference
 
 
 def onnx_session(path: Path) -> Callable[[Tensor], Tensor]:

@@ -111,6 +111,11 @@ def test_what_recipes_leave_to_the_schedules_is_as_in_the_papers() -> None:
     assert [(each.interval, each.until, each.metric) for each in dyrep] == [(15, 500, "synflow"), (5, 101, "synflow")]
     repan = schedule_of(shipped("repan-repvgg-a1-quarter-cifar100"))
     assert (repan.cycles, repan.epochs, repan.warm_up) == (5, 30, 5)
+    large = schedule_of(shipped("repan-resnet18-imagenet"))
+    assert (large.cycles, large.epochs, large.warm_up) == (3, 125, 40)
+    for name, rate, decay in (("repvgg-a1-quarter-cifar100", 0.75, 2e-4), ("resnet18-imagenet", 0.3, 3e-5)):
+        for asked in (shipped(f"repan-{name}"), shipped(f"repan-{name}-distilled")):
+            assert (asked.training.learning_rate, asked.training.weight_decay) == (rate, decay)
     for name in ("repnas-vgg16-cifar10", "repnas-repvgg-a0-imagenet"):  # the proportions of the authors' 15, 35 and 100
         asked, repnas = shipped(name), schedule_of(shipped(name))
         assert (10 * repnas.warm_up, 3 * repnas.epochs, asked.training.clip) == (*[asked.training.epochs] * 2, 5.0)

@@ -68,6 +68,7 @@ class RepBlock(nn.Module):
         self.squeezed = False
         self.holds_statistics = False  # its BatchNorms stay in eval mode
         self.recomputes = False
+        self.drop_path = 0.0  # probability with which a branch leaves out an image; see `repfx.blocks.drop_path`
         self.site = ConvSpec.of(conv)
         self.norm_path = norm_path
         self.norm_behind = norm_behind
@@ -166,6 +167,8 @@ class RepBlock(nn.Module):
             return nothing
         if len(outputs) == 1 and paths[running[0]].hands_on:
             outputs = {running[0]: outputs[running[0]].clone()}  # code behind the block may write into it
+        if self.drop_path and self.training and not isinstance(input, fx.Proxy):
+            outputs = {name: x if name == ORIGIN else _some_images(x, self.drop_path) for name, x in outputs.items()}
         if gates is not None:
             outputs = {name: gates.of[name](x) if name in gates.of else x for name, x in outputs.items()}
         own = [outputs.pop(ORIGIN)] if ORIGIN in outputs else []
@@ -312,6 +315,12 @@ class RepBlock(nn.Module):
                 f"plain conv, which has one."
             )
         return super().__getattr__(name)
+
+
+def _some_images(x: Tensor, probability: float) -> Tensor:
+    """Set each image of a batch to zero with a probability, and divide the others by that of staying."""
+    kept = x.new_empty(x.shape[0], *(1,) * (x.ndim - 1)).bernoulli_(1 - probability)
+    return x * (kept / (1 - probability))
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
 from repfx.blocks.architecture import Architecture
+from repfx.blocks.drop_path import set_drop_path
 from repfx.blocks.scales import gammas_in
 from repfx.change.checkpoint import load, save
 from repfx.change.driver import Driver
@@ -181,6 +182,8 @@ class _Training:
             self.save(checkpoint)
         if self.place.agree(stopping()):
             raise Interrupted("stopped after the last epoch")
+        if self.recipe.drop_path:
+            set_drop_path(self.model, 0.0)
         search = self.driver.search
         model = self.model if self.average is None else self.average.module
         return Trained(model.eval(), self.history, None if search is None else search.architecture)
@@ -212,6 +215,8 @@ class _Training:
     def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._began = time.perf_counter()
         self.model.train()
+        if self.recipe.drop_path:
+            set_drop_path(self.model, self.recipe.drop_path * self.progress.epoch / self.recipe.epochs)
         yield from self.supply.loader(self.progress.epoch, self.progress.step)
 
     def _step(self, x: Tensor, y: Tensor) -> None:

@@ -68,6 +68,7 @@ class Recipe:
         milestones: epochs after which the learning rate is multiplied by `milestone_factor`, each time.
         milestone_factor: factor on the learning rate after each of the milestones.
         label_smoothing: share of the label that is spread over all classes.
+        drop_path: probability with which the branches of blocks leave out an image. It begins at 0 and rises linearly to this, as in DARTS.
         clip: greatest norm of the gradient; 0 leaves gradients as they are.
         average: decay of an exponential moving average of the model. The average is then the model that is fused. 0 for no average.
         augmentation: augmentation of the training images.
@@ -98,6 +99,7 @@ class Recipe:
     milestones: tuple[int, ...] = ()
     milestone_factor: float = 0.1
     label_smoothing: float = 0.0
+    drop_path: float = 0.0
     clip: float = 0.0
     average: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -121,7 +123,7 @@ class Recipe:
                 raise InvalidInput(f"{name} is {getattr(self, name)}; it must be at most {_GREATEST}.")
         if not 0 < self.learning_rate < math.inf:
             raise InvalidInput(f"learning_rate is {self.learning_rate}; it must be a positive number.")
-        for name in ("label_smoothing", "average"):
+        for name in ("label_smoothing", "average", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidInput(f"{name} is {getattr(self, name)}; it must be from 0 to less than 1.")
         if self.warm_up is not None and not 0 <= self.warm_up <= self.epochs:
@@ -136,6 +138,10 @@ class Recipe:
             raise UnknownName("compile_mode", self.compile_mode, COMPILE_MODES)
         if self.compile_mode != "default" and not self.compile:
             raise InvalidInput(f"compile_mode is {self.compile_mode!r}, but compile is false; set compile = true, too.")
+        if self.drop_path and self.compile:
+            raise InvalidInput(
+                "drop_path changes with each epoch, so torch.compile would recompile each time: set compile = false."
+            )
         if self.mixed_precision not in PRECISIONS:
             raise UnknownName("mixed_precision", self.mixed_precision, PRECISIONS)
         if self.optimizer not in _optimizers():

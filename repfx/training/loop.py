@@ -31,6 +31,7 @@ from repfx.measuring.cost import count_macs_in_batch, count_parameters
 from repfx.records.journal import Action
 from repfx.records.notes import copy_of
 from repfx.records.plain_values import flat, to_plain
+from repfx.training.auxiliary import Auxiliary
 from repfx.training.engine import accelerator_for
 from repfx.training.history import Epoch, History
 from repfx.training.interruption import noticed_signals
@@ -149,6 +150,9 @@ class _Training:
         self._try_loss(logits)
         self.unused_parameters = schedule.closes_paths or (self.place.processes > 1 and self._has_other_outputs())
         self.optimizer = make_optimizer(model, recipe, self.place.device)
+        self.auxiliary = None
+        if recipe.auxiliary is not None:
+            self.auxiliary = Auxiliary(model, recipe, self.place.bring(self._two_images()), logits)
         self.average = _average(model, recipe.average) if recipe.average else None
         self.progress = _Progress()
         before = self._cost(plain)
@@ -190,8 +194,16 @@ class _Training:
 
     def _prepare(self) -> None:
         """Wrap the model and the optimizer for training; to be called again after each change of the structure."""
-        self.net = self.place.wrap(self.model, unused_parameters=self.unused_parameters)
-        self.stepper = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
+        self.net = self.place.wrap(self.model, unused_parameters=self.unused_parameters, auxiliary=self.auxiliary)
+        self.steppers = [self.accelerator.prepare_optimizer(each, device_placement=False) for each in self._optimizers]
+
+    @property
+    def _weight(self) -> float:
+        return 0.0 if self.auxiliary is None else self.auxiliary.weight
+
+    @property
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer, *([] if self.auxiliary is None else [self.auxiliary.optimizer])]
 
     def _has_other_outputs(self) -> bool:
         """Tell whether the model in training mode has heads beside the one that is trained."""
@@ -224,18 +236,22 @@ class _Training:
         torch.manual_seed(seed_of(self.recipe.seed, self.place.process, number))
         x, labels = self.mix(self.place.bring(x), self.place.bring(y))
         self._set_rate(number)
-        self.optimizer.zero_grad()
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
         loss = torch.zeros((), device=self.place.device)
         for share in self.driver.shares():
             with self.accelerator.autocast():
-                logits = self.net(x)
+                logits, *others = self.net(x)
             part = share * self.loss(logits.float(), x, labels)
+            for each in others:
+                part = part + share * self._weight * self.loss(each.float(), x, labels)
             self.accelerator.backward(part)
             loss += part.detach()
         self.driver.after_backward()
         if self.recipe.clip:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-        self.stepper.step()
+            self.accelerator.clip_grad_norm_(self.net.parameters(), self.recipe.clip)
+        for stepper in self.steppers:
+            stepper.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.progress.step += 1
@@ -262,7 +278,7 @@ class _Training:
             steps_down=[epoch * steps for epoch in recipe.milestones],
             factor=recipe.milestone_factor,
         )
-        for group in self.optimizer.param_groups:
+        for group in [group for each in self._optimizers for group in each.param_groups]:
             group["lr"] = recipe.learning_rate * share
 
     def _require_finite(self, loss: float) -> None:
@@ -344,7 +360,8 @@ class _Training:
         self.supply.epoch = self.progress.epoch
 
     def _parts(self) -> dict[str, Any]:
-        return {} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler}
+        parts = {"scaler": self.accelerator.scaler, "auxiliary": self.auxiliary}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 @dataclass

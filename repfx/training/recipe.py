@@ -52,6 +52,23 @@ class Distillation:
 
 
 @dataclass(frozen=True)
+class AuxiliaryHead:
+    """A second classifier in the middle of the net, as DARTS trains one; see `repfx.training.auxiliary`.
+
+    Args:
+        module: path of the module whose output it classifies: maps of at least 8 × 8.
+        weight: factor of its loss.
+    """
+
+    module: str
+    weight: float = 0.4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise InvalidInput(f"in auxiliary, weight is {self.weight}; it must be a positive number.")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The settings of a training.
 
@@ -73,6 +90,7 @@ class Recipe:
         average: decay of an exponential moving average of the model. The average is then the model that is fused. 0 for no average.
         augmentation: augmentation of the training images.
         distillation: teacher to learn from; None for none.
+        auxiliary: second classifier that is trained with the model and then thrown away; None for none.
         mixed_precision: lower precision in which the model runs where autocast allows it: no, bf16 or fp16.
         channels_last: whether images and kernels are laid out channels last. None does so on CPUs and CUDA GPUs if a trial on two images
             shows that it changes nothing but speed.
@@ -104,6 +122,7 @@ class Recipe:
     average: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
     distillation: Distillation | None = None
+    auxiliary: AuxiliaryHead | None = None
     mixed_precision: str = "no"
     channels_last: bool | None = None
     compile: bool = False
@@ -142,6 +161,9 @@ class Recipe:
             raise InvalidInput(
                 "drop_path changes with each epoch, so torch.compile would recompile each time: set compile = false."
             )
+        if self.auxiliary is not None and (self.compile or self.mixed_precision == "fp16"):
+            wrong = "compile is true" if self.compile else "mixed_precision is 'fp16'"
+            raise InvalidInput(f"{wrong}, which an auxiliary head doesn't allow: leave one of them out.")
         if self.mixed_precision not in PRECISIONS:
             raise UnknownName("mixed_precision", self.mixed_precision, PRECISIONS)
         if self.optimizer not in _optimizers():

@@ -29,14 +29,13 @@ from repfx.records.notes import copy_of
 from repfx.records.plain_values import flat, to_plain
 from repfx.records.python_code import import_source
 from repfx.tracing.sites import sites
-from repfx.training.beginning import begin_from
 from repfx.training.engine import accelerator_for
 from repfx.training.history import History
 from repfx.training.loop import Trained, Watcher, train
 from repfx.training.models import ModelReference
 from repfx.training.recipe import Recipe
 from repfx.training.recipe_file import from_root, to_toml
-from repfx.training.run_folder import MODEL, STATE, RunFolder, Setup, spec_of
+from repfx.training.run_folder import MODEL, STATE, RunFolder, Setup, begin_from, spec_of
 from repfx.training.trust import calls_in
 
 OF_A_CALL = ("out", "overwrite", "resume")  # the fields that no recipe holds

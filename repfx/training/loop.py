@@ -31,12 +31,12 @@ from repfx.measuring.cost import count_macs_in_batch, count_parameters
 from repfx.records.journal import Action
 from repfx.records.notes import copy_of
 from repfx.records.plain_values import flat, to_plain
-from repfx.training.auxiliary import Auxiliary
 from repfx.training.engine import accelerator_for
 from repfx.training.history import Epoch, History
 from repfx.training.interruption import noticed_signals
 from repfx.training.learning_rate import share_of_rate
-from repfx.training.loss import loss_of, teacher_of
+from repfx.training.objective.auxiliary import Auxiliary
+from repfx.training.objective.loss import loss_of, teacher_of
 from repfx.training.optimizers import make_optimizer
 from repfx.training.process import Place
 from repfx.training.recipe import Recipe

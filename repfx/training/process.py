@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from repfx.data.predictions import logits_of
-from repfx.training.auxiliary import Auxiliary
 from repfx.training.memory_format import runs_with_channels_last
+from repfx.training.objective.auxiliary import Auxiliary
 from repfx.training.recipe import Recipe
 
 

@@ -35,7 +35,7 @@ class Distillation:
 
     Args:
         teacher: any classifier of the same images.
-        weights: file of the teacher's weights, or the `checkpoint.safetensors` of the run that trained it.
+        weights: file of the teacher's weights, or the folder of the run that trained it.
         alpha: the teacher's share of the loss, from 0 to 1.
         temperature: divisor of the logits of both teacher and model.
     """
@@ -53,7 +53,7 @@ class Distillation:
 
 @dataclass(frozen=True)
 class AuxiliaryHead:
-    """A second classifier in the middle of the net, as DARTS trains one; see `repfx.training.auxiliary`.
+    """A second classifier in the middle of the net, as DARTS trains one; see `repfx.training.objective.auxiliary`.
 
     Args:
         module: path of the module whose output it classifies: maps of at least 8 × 8.

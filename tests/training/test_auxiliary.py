@@ -17,8 +17,8 @@ import repfx
 from repfx.data.dataset import DataSet
 from repfx.errors import Interrupted, InvalidInput, UnknownName
 from repfx.training import loop
-from repfx.training.auxiliary import Auxiliary
 from repfx.training.loop import Watcher, train
+from repfx.training.objective.auxiliary import Auxiliary
 from repfx.training.recipe import AuxiliaryHead, Recipe
 from tests.tiny import net
 

@@ -13,8 +13,7 @@ import repfx
 from repfx.cli import main
 from repfx.errors import InvalidInput
 from repfx.testing import assert_same_map, randomize_batch_norm
-from repfx.training.beginning import begin_from
-from repfx.training.run_folder import CHECKPOINT, STRUCTURE, RunFolder
+from repfx.training.run_folder import CHECKPOINT, STRUCTURE, RunFolder, begin_from
 from tests.tiny import net
 
 TINY = f"{Path(__file__).parents[1] / 'tiny.py'}:net"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,29 @@ def test_a_shipped_schedule_fits_its_net(name: str) -> None:
         assert Space(tuple(paths)).budget(schedule.budget) < len(paths)
 
 
+IMAGENET, SMALL = "repan-resnet18-imagenet", "repan-repvgg-a1-quarter-cifar100"
+RESNET, MOBILENET = ("repfx.recipes.nets:resnet18", {}), ("repfx.recipes.nets:mobilenet", {})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "spec"),
+    [
+        (SMALL, ("repfx.recipes.nets:repvgg", {"size": "B3", "width": 0.25, "small_images": True}), None),
+        *[(SMALL, RESNET, spec) for spec in ("dbb", "acb", "orepa")],
+        *[(IMAGENET, (f"torchvision:{name}", {}), None) for name in ("resnet34", "resnet50", "resnet101")],
+        (IMAGENET, MOBILENET, "dbb"),
+        ("dyrep-resnet18-imagenet", MOBILENET, None),
+        ("dyrep-resnet18-imagenet", ("repfx.recipes.nets:repvgg", {"size": "A2"}), None),
+        ("repnas-repvgg-a0-imagenet", ("repfx.recipes.nets:repvgg", {"size": "B1"}), None),
+    ],
+)
+def test_a_shipped_recipe_fits_the_other_nets_of_its_paper(recipe: str, model: Any, spec: str | None) -> None:
+    asked = shipped(recipe)
+    asked = replace(asked, model=ModelReference(model[0], options=model[1]), spec=spec or asked.spec)
+    expanded = expandable(schedule_of(asked).spec, convs_in(asked.model, asked))
+    assert len(expanded) > 8
+
+
 def expandable(spec: SpecLike, convs: dict[str, ConvSpec]) -> dict[str, list[str]]:
     """Branch kinds that a spec puts beside each conv larger than 1×1; every pattern of the spec must match a conv."""
     if isinstance(spec, dict):
@@ -129,6 +153,7 @@ def test_what_recipes_leave_to_the_schedules_is_as_in_the_papers() -> None:
     [
         (nets.vgg16, 14.72),
         (nets.resnet18, 11.17),
+        (nets.mobilenet, 4.23),
         (lambda: nets.repvgg(size="A0"), 8.3),
         (lambda: nets.repvgg(size="A1"), 12.78),
         (lambda: nets.repvgg(size="A2"), 25.49),

@@ -95,6 +95,19 @@ def test_a_reset_of_the_own_batch_norm_inside_its_block_drifts() -> None:
 
 
 @pytest.mark.slow
+def test_in_the_structure_of_dyrep_s_authors_a_reset_moves_eval_mode_for_a_while() -> None:
+    model, seen, fresh = subject("dilated", 2)
+    plain, before = copy.deepcopy(model), drift(model, fresh)
+    apply(model, grow(model, gamma=GAMMA, norm_behind=True), seen)
+    assert drift(model, fresh) < 1.1 * before
+    changed, x = reset(model), fresh[0]
+    assert relative_error(outputs(changed, x)["eval"], outputs(plain, x)["eval"]) < 1e-9
+    assert relative_error(outputs(changed, x)["train"], outputs(plain, x)["train"]) < 0.01
+    assert drift(changed, fresh) > 0.3
+    assert drift(changed, fresh, 60) < 0.1
+
+
+@pytest.mark.slow
 def test_statistics_of_the_sum_alone_would_move_it() -> None:
     """Outputs of branches are correlated, so the statistics that `drop` derives without data differ from those it measures."""
     model, seen, fresh = subject("dilated", 6)

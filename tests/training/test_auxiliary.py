@@ -65,6 +65,7 @@ def test_one_step_is_that_of_both_losses_together(clip: float, monkeypatch: pyte
         torch.testing.assert_close(after, wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_nothing_of_it_is_left_and_structure_changes_go_on() -> None:
     model = net(2)
     plain = net(2).state_dict()

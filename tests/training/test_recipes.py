@@ -99,7 +99,8 @@ def test_a_shipped_schedule_fits_its_net(name: str) -> None:
 
 
 IMAGENET, SMALL = "repan-resnet18-imagenet", "repan-repvgg-a1-quarter-cifar100"
-RESNET, MOBILENET = ("repfx.recipes.nets:resnet18", {}), ("repfx.recipes.nets:mobilenet", {})
+RESNET: tuple[str, dict[str, Any]] = ("repfx.recipes.nets:resnet18", {})
+MOBILENET: tuple[str, dict[str, Any]] = ("repfx.recipes.nets:mobilenet", {})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from repfx.algebra.layers import is_batch_norm, is_conv_or_linear, is_frozen_norm, takes_batch_statistics, template_of
 from repfx.blocks.block import RepBlock
 from repfx.blocks.paths import block_at
+from repfx.blocks.squeezed_form import lead, stop_leading
 from repfx.errors import InvalidInput, RepfxError, UnknownName
 from repfx.measuring.in_float64 import Inputs
 from repfx.measuring.proof import proven
@@ -41,6 +42,7 @@ class Squeeze(Action):
 
     def do(self, model: nn.Module) -> None:
         block_at(model, self.site).squeeze(hold_statistics=self.frozen)
+        lead(model)
 
     def __str__(self) -> str:
         return f"squeeze {self.site}{': its statistics stay' if self.frozen else ''}"
@@ -160,6 +162,7 @@ def unsqueeze(model: nn.Module, sites: str | Sequence[str] = "*") -> nn.Module:
     if loose:
         SqueezeRegions.among(model, kept, kept & {*held_in(model)})
     apply(model, [Unsqueeze(path) for path in squeezed], None)
+    stop_leading(model)
     edits = dict.fromkeys([*squeezed, *loose])
     Report("unsqueeze", tuple(Edit("unsqueeze", path) for path in edits)).attach(model)
     return model

@@ -42,7 +42,7 @@ def has_room(total: Tensor, term: Tensor) -> bool:
     Under `vmap` the sum may have more elements. A recorded graph would write over its constants. A compiler decides by itself what to
     write over.
     """
-    return total.dtype == term.dtype and not is_transformed()
+    return isinstance(total, Tensor) and total.dtype == term.dtype and not is_transformed()
 
 
 def is_transformed() -> bool:

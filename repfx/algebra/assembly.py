@@ -4,31 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from repfx.algebra.arithmetic import is_transformed
 from repfx.algebra.kernel import Kernel
 
+# what returns the kernel that waits for an owner, or None, while a model runs whose kernels are assembled together
+WAITING: ContextVar[Callable[[object], Kernel | None] | None] = ContextVar("repfx_waiting", default=None)
 
-def assembled(kernel_like: Callable[[Tensor], Kernel], weight: Tensor) -> Kernel:
+
+def assembled(kernel_like: Callable[[Any], Kernel], weight: Tensor, owner: object) -> Kernel:
     """Return the kernel that `kernel_like` makes in the precision and on the device of `weight`, under any autocast; differentiable.
 
-    The gradient of its weight is made contiguous once, for all products behind it. The gradient that comes from a conv in channels last
-    has the taps of a kernel in its middle axes, but the products' own gradients have them last.
+    It is the kernel that waits for the owner, if there is one. Else the gradient of its weight is made contiguous once, for all products
+    behind it. The gradient that comes from a conv in channels last has the taps of a kernel in its middle axes, but the products' own
+    gradients have them last.
+
+    Args:
+        owner: the block or region that the kernel is for.
     """
-    # autocast doesn't know the meta device
-    exact: AbstractContextManager[Any] = nullcontext()
-    if not weight.is_meta:
-        exact = torch.autocast(weight.device.type, enabled=False)
-    with exact:
+    compiling, tracing = torch.compiler.is_compiling(), torch._C._get_tracing_state() is not None
+    if not (compiling or tracing or is_transformed()):
+        take = WAITING.get()
+        kernel = None if take is None else take(owner)
+        if kernel is not None:
+            return kernel
+    with in_full(weight):
         kernel = kernel_like(weight)
-        compiling, tracing = torch.compiler.is_compiling(), torch._C._get_tracing_state() is not None
         if compiling or tracing:  # a compiler lays gradients out by itself, and a trace has none
             return kernel
         return replace(kernel, weight=_OrderedGradient.apply(kernel.weight))
+
+
+def in_full(weight: Tensor) -> AbstractContextManager[Any]:
+    """Return a context without autocast on the device of a weight. Autocast doesn't know the meta device."""
+    return nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False)
 
 
 class _OrderedGradient(torch.autograd.Function):

@@ -37,6 +37,8 @@ _GLOBAL_HOOKS = (
     "_global_backward_pre_hooks",
 )
 
+OWN_CLASS = "repfx_own_class"  # the attribute of a class made here that names the class of the user that it stands for
+
 CODE = ("__call__", "forward", "_conv_forward")  # the methods that say what a layer computes
 
 
@@ -93,7 +95,7 @@ def is_frozen_norm(module: nn.Module) -> bool:
 
 def is_plain_sequence(module: nn.Module) -> bool:
     """Whether a module runs its children one after another and nothing else."""
-    return getattr(type(module), "forward", None) is nn.Sequential.forward and code_of_its_own(module) is None
+    return getattr(own_class(module), "forward", None) is nn.Sequential.forward and code_of_its_own(module) is None
 
 
 def has_tensors(module: nn.Module) -> bool:
@@ -127,13 +129,22 @@ def has_call_of_its_own(module: nn.Module) -> bool:
 
 def has_modes_of_its_own(module: nn.Module) -> bool:
     """Whether a change of training or eval mode runs code from outside torch and repfx, which may write into the module's weights."""
-    classes = [cls for cls in type(module).__mro__ if not cls.__module__.startswith(("torch.", "repfx."))]
+    classes = [cls for cls in own_class(module).__mro__ if not cls.__module__.startswith(("torch.", "repfx."))]
     return any(name in vars(owner) for name in ("train", "eval") for owner in (module, *classes))
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, or the class of the user that it stands for while something in the module is squeezed."""
+    found: type[nn.Module] = vars(type(module)).get(OWN_CLASS, type(module))
+    return found
+
+
 def own_classes(cls: type) -> tuple[type, ...]:
-    """Return the class of a module and its bases, but for `nn.Module` and `object`, in the order of inheritance."""
-    return tuple(base for base in cls.__mro__ if base not in (nn.Module, object))
+    """Return the class of a module and its bases, but for `nn.Module` and `object`, in the order of inheritance.
+
+    A class that stands for the user's while something is squeezed isn't among them.
+    """
+    return tuple(base for base in cls.__mro__ if base not in (nn.Module, object) and OWN_CLASS not in vars(base))
 
 
 def is_patched(module: nn.Module) -> bool:

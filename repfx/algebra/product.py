@@ -36,11 +36,11 @@ def product(
     pieces = common * p * q
     out, channels, middle = second.shape[0] // groups[1], first.shape[1], first.shape[0] // pieces
     window, window2 = first.shape[2:], second.shape[2:]
-    if p == pieces and math.prod(window) == 1 and window2:  # a conv over the second map's weights gives this sum
-        mix = first.reshape(pieces, middle, channels).transpose(1, 2).reshape(-1, middle, *window)
-        return CONV[len(window2)](second, mix, groups=pieces)
     taps = second.reshape(common * q, out, p, middle, -1).transpose(1, 2).flatten(0, 1)
-    if math.prod(window) == 1:
+    if middle == 1 and 1 in (math.prod(window), math.prod(window2)):
+        composed = taps * first.reshape(pieces, 1, channels, -1)
+        window = tuple(map(max, window, window2))
+    elif math.prod(window) == 1:
         composed = torch.einsum("gomt,gmi->goit", taps, first.reshape(pieces, middle, channels))
         window = window2
     elif math.prod(window2) == 1:

@@ -336,6 +336,6 @@ def _assembled(block: RepBlock) -> Kernel | None:
     It is None if a part was exchanged for a module that has no kernel.
     """
     try:
-        return assembled(partial(block.kernel_in, block.training), template_of(block.conv))
+        return assembled(partial(block.kernel_in, block.training), template_of(block.conv), block)
     except RepfxError:
         return None

@@ -16,13 +16,15 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from repfx.algebra.kernel import NoKernel
-from repfx.algebra.layers import has_hooks, is_patched, takes_batch_statistics
+from repfx.algebra.arithmetic import is_transformed
+from repfx.algebra.kernel import Kernel, NoKernel
+from repfx.algebra.layers import OWN_CLASS, code_of_its_own, has_hooks, is_conv_or_linear, is_patched, takes_batch_statistics, template_of
 from repfx.blocks.block import RepBlock
+from repfx.blocks.together import PLAN, Part, together
 from repfx.records.notes import keep, kept
 
 NAME = "repfx_squeezed_form"
-_OWN = "repfx_own_class"
+_LEADS = "repfx_leads"
 
 
 class Region(Protocol):
@@ -35,6 +37,12 @@ class Region(Protocol):
     @property
     def template(self) -> str:
         """The path of the module whose weight gives dtype and device."""
+
+    def kernel(self, root: nn.Module, like: Tensor) -> Kernel:
+        """Return the one kernel of the region; differentiable."""
+
+    def weight_in(self, root: nn.Module) -> Tensor:
+        """Return the tensor that gives dtype and device."""
 
     def __call__(self, root: nn.Module, x: Tensor) -> Tensor:
         """Run the region's conv on ``(batch, channels, *axes)``."""
@@ -97,6 +105,19 @@ class SqueezedForm:
             return False
         return not any(_varies(modules[path]) for region in self.regions.values() for path in region.modules)
 
+    def parts(self) -> list[Part]:
+        """Return the regions that are linear now."""
+        modules = self._modules
+        found = []
+        for region in self.regions.values():
+            own = _at(modules, region.modules)
+            template = modules.get(region.template)
+            if len(own) == len(region.modules) and not any(map(_varies, own)) and _has_weight(template):
+                below = [module for each in own for module in each.modules()]
+                kernel = functools.partial(region.kernel, self.root)
+                found.append(Part(region, kernel, region.weight_in(self.root), below))
+        return found
+
     def stop_norms(self) -> None:
         """Put the BatchNorms whose statistics are held into eval mode."""
         self._stop(self._modules if self.held else {})
@@ -110,6 +131,10 @@ class SqueezedForm:
         """Let held BatchNorms follow the mode of the module again, except those that didn't follow it before."""
         for norm in _at(self._modules, {*self.held} - {*self._apart}):
             norm.train(self.root.training)
+
+
+def _has_weight(template: nn.Module | None) -> bool:
+    return template is not None and (isinstance(template, RepBlock) or is_conv_or_linear(template))
 
 
 def _at(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[nn.Module]:
@@ -202,8 +227,7 @@ def take(forms: Iterable[SqueezedForm]) -> None:
     forms = list(forms)
     for form in forms:
         release(form.root)
-        if not hasattr(type(form.root), _OWN):
-            form.root.__class__ = _squeezed(type(form.root))  # type: ignore[arg-type]
+        _dress(form.root)
         keep(form.root, NAME, form)
         form.stop_norms()
     for form in forms:
@@ -211,17 +235,55 @@ def take(forms: Iterable[SqueezedForm]) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Give a module its own class back. The modes of its BatchNorms stay as they are."""
-    if form_of(module) is not None:
-        if _OWN in vars(type(module)):  # else other code, such as a parametrization, has made a subclass since
-            module.__class__ = vars(type(module))[_OWN]
-        delattr(module, NAME)
+    """Give a module its own class back, unless it leads. The modes of its BatchNorms stay as they are."""
+    _take_off(module, NAME)
 
 
 def release_all(model: nn.Module) -> None:
     """Give all modules of a model their own classes back."""
     for module in model.modules():
         release(module)
+        _take_off(module, _LEADS)
+
+
+def lead(model: nn.Module) -> None:
+    """Let everything that is or will be squeezed in a model assemble its kernels together whenever the model runs."""
+    if kept(model, _LEADS) is None and code_of_its_own(model) is None:
+        _dress(model)
+        keep(model, _LEADS, True)
+
+
+def stop_leading(model: nn.Module) -> None:
+    """Give a model its own class back if nothing is squeezed in it any more."""
+    if not forms_in(model) and not any(isinstance(each, RepBlock) and each.squeezed for each in model.modules()):
+        _take_off(model, _LEADS)
+
+
+def _dress(module: nn.Module) -> None:
+    if not hasattr(type(module), OWN_CLASS):
+        module.__class__ = _squeezed(type(module))  # type: ignore[arg-type]
+
+
+def _take_off(module: nn.Module, note: str) -> None:
+    """Delete a note, and give the module its own class back if no other note needs the other class."""
+    if kept(module, note) is None:
+        return
+    delattr(module, note)
+    if kept(module, NAME) is None and kept(module, _LEADS) is None and OWN_CLASS in vars(type(module)):
+        module.__class__ = vars(type(module))[OWN_CLASS]  # unless other code, such as a parametrization, has made a subclass since
+
+
+def _linear_parts(root: nn.Module) -> list[Part]:
+    """Return the regions and squeezed blocks of a model that are linear now."""
+    forms = [form for form in map(form_of, root.modules()) if form is not None and form.root in {*root.modules()}]
+    parts = [part for form in forms for part in form.parts()]
+    inside = {module for part in parts for module in part.modules}
+    for block in root.modules():
+        if block not in inside and isinstance(block, RepBlock) and block.squeezed and block.is_one_map:
+            inside.update(block.modules())
+            kernel = functools.partial(block.kernel_in, block.training)
+            parts.append(Part(block, kernel, template_of(block.conv), [*block.modules()]))
+    return parts
 
 
 @functools.cache
@@ -230,6 +292,12 @@ def _squeezed(own: Any) -> Any:
 
     @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, **options: Any) -> Any:
+        if is_transformed():
+            return run(self, *args, **options)
+        with together(self, _linear_parts):
+            return run(self, *args, **options)
+
+    def run(self: Any, *args: Any, **options: Any) -> Any:
         form = getattr(self, NAME, None)
         if form is not None and form.takes(self, args, options):
             try:
@@ -253,11 +321,11 @@ def _squeezed(own: Any) -> Any:
 
     def reduce(self: Any, protocol: Any) -> Any:
         """Pickle the module as one of its own class, because a graph with regions can't be pickled."""
-        state = {name: value for name, value in vars(self).items() if name != NAME}
+        state = {name: value for name, value in vars(self).items() if name not in (NAME, _LEADS, PLAN)}
         return nn.Module.__new__, (own,), state
 
     body: dict[str, Any] = {
-        _OWN: own,
+        OWN_CLASS: own,
         "forward": forward,
         "train": train,
         "__deepcopy__": deepcopy,

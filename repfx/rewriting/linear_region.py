@@ -95,6 +95,9 @@ class LinearRegion:
 
     def __call__(self, root: nn.Module, x: Tensor) -> Tensor:
         """Run ``(batch, channels, *axes)`` through the one conv, in the weights' own precision."""
+        return assembled(partial(self.kernel, root), self.weight_in(root), self)(x)
+
+    def weight_in(self, root: nn.Module) -> Tensor:
+        """Return the tensor that gives dtype and device."""
         template: Layer = root.get_submodule(self.template)
-        layer = template.conv if isinstance(template, RepBlock) else template
-        return assembled(partial(self.kernel, root), template_of(layer))(x)
+        return template_of(template.conv if isinstance(template, RepBlock) else template)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from repfx.blocks.squeezed_form import forms_in, release, take
+from repfx.blocks.squeezed_form import forms_in, lead, release, take
 from repfx.records.journal import Action, record
 from repfx.rewriting.region_finder import find_forms
 
@@ -58,6 +58,7 @@ def _set_regions(model: nn.Module, parts: Collection[str], held: Collection[str]
         release(form.root)
     if parts:
         take(find_forms(model, parts, held))
+        lead(model)
 
 
 def regions_of(model: nn.Module) -> dict[str, tuple[str, ...]]:

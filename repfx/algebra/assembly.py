@@ -18,7 +18,7 @@ from repfx.algebra.kernel import Kernel
 WAITING: ContextVar[Callable[[object], Kernel | None] | None] = ContextVar("repfx_waiting", default=None)
 
 
-def assembled(kernel_like: Callable[[Any], Kernel], weight: Tensor, owner: object) -> Kernel:
+def assembled(kernel_like: Callable[[Any], Kernel], weight: Tensor, owner: object | None = None) -> Kernel:
     """Return the kernel that `kernel_like` makes in the precision and on the device of `weight`, under any autocast; differentiable.
 
     It is the kernel that waits for the owner, if there is one. Else the gradient of its weight is made contiguous once, for all products
@@ -26,10 +26,10 @@ def assembled(kernel_like: Callable[[Any], Kernel], weight: Tensor, owner: objec
     gradients have them last.
 
     Args:
-        owner: the block or region that the kernel is for.
+        owner: the block or region that the kernel is for, or None for something that never waits.
     """
     compiling, tracing = torch.compiler.is_compiling(), torch._C._get_tracing_state() is not None
-    if not (compiling or tracing or is_transformed()):
+    if not (owner is None or compiling or tracing or is_transformed()):
         take = WAITING.get()
         kernel = None if take is None else take(owner)
         if kernel is not None:

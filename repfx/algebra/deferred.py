@@ -95,11 +95,11 @@ class Deferred:
         name = function.__name__
         if name == "einsum":
             return _einsum(*args)
+        method = getattr(cls, name, None)
+        if method is None or not isinstance(args[0], (Tensor, Deferred)):
+            raise NotDeferred(name)
         recording = next(each.recording for each in args if isinstance(each, Deferred))
         first = recording.input(args[0]) if isinstance(args[0], Tensor) else args[0]
-        method = getattr(cls, name, None)
-        if method is None or not isinstance(first, Deferred):
-            raise NotDeferred(name)
         return method(first, *args[1:], **(options or {}))
 
     @property

@@ -5,13 +5,16 @@ adding kernels, multiplying one matrix for each group. So operations of several 
 below the other. Only the shape behind the first axis has to be equal. Views need no rows in common, but they, too, run together, so
 that operands need not be put together again.
 
-The number of operations grows with the number of shapes, not with the number of kernels.
+The number of operations grows with the number of shapes, not with the number of kernels. On a CPU only small operands run together:
+there, putting large ones together takes longer than what it saves.
 """
 
 from __future__ import annotations
 
+import math
+
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -21,6 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repfx.algebra.deferred import Deferred
+
+# A CPU works faster on what fits into its cache than it starts operations. On other devices it is the other way round, and only the
+# memory for copies counts.
+_MOST_NUMBERS = {"cpu": 2**18}
+_MOST_NUMBERS_ELSEWHERE = 2**26
 
 _OF_NUMBERS: dict[str, Callable[..., Tensor]] = {
     "mul": torch.mul,
@@ -79,6 +87,11 @@ def _acts_on_rows(node: Deferred) -> bool:
         case "slice":
             return node.options[0] is ... and len(node.options) <= node.ndim
     return all(each.ndim == node.ndim for each in node.sources) if node.name in _OF_NUMBERS else True
+
+
+def _size(node: Deferred) -> int:
+    """Return the numbers that an operation reads or writes."""
+    return max(math.prod(each.shape) for each in (node, *node.sources))
 
 
 def _alike(node: Deferred) -> Hashable:
@@ -247,11 +260,26 @@ def _schedule(outputs: Sequence[Deferred]) -> tuple[dict[Deferred, tuple[_Value,
             ready[_alike(node)].append(node)
     while ready:
         key = min(ready, key=lambda each: sum(node.depth for node in ready[each]) / len(ready[each]))
-        group = tuple(sorted(ready.pop(key), key=ranks.__getitem__))
-        sources = [_parts(places[node.sources[i]] for node in group) for i in range(len(group[0].sources))]
-        order.append(_Value(group, sources))
-        done(order[-1])
+        for group in _chunks(sorted(ready.pop(key), key=ranks.__getitem__)):
+            operands = [_parts(places[node.sources[i]] for node in group) for i in range(len(group[0].sources))]
+            order.append(_Value(group, operands))
+            done(order[-1])
     return places, order
+
+
+def _chunks(group: list[Deferred]) -> Iterator[tuple[Deferred, ...]]:
+    """Cut a group where its numbers become more than a device likes to have in one operation."""
+    limit = _MOST_NUMBERS.get(group[0].device.type, _MOST_NUMBERS_ELSEWHERE)
+    chunk: list[Deferred] = []
+    total = 0
+    for node in group:
+        size = _size(node)
+        if chunk and total + size > limit:
+            yield tuple(chunk)
+            chunk, total = [], 0
+        chunk.append(node)
+        total += size
+    yield tuple(chunk)
 
 
 def _ancestors(outputs: Iterable[Deferred]) -> dict[Deferred, None]:

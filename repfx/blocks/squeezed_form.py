@@ -268,7 +268,8 @@ def _take_off(module: nn.Module, note: str) -> None:
     """Delete a note, and give the module its own class back if no other note needs the other class."""
     if kept(module, note) is None:
         return
-    delattr(module, note)
+    for name in (note, PLAN):
+        vars(module).pop(name, None)
     if kept(module, NAME) is None and kept(module, _LEADS) is None and OWN_CLASS in vars(type(module)):
         module.__class__ = vars(type(module))[OWN_CLASS]  # unless other code, such as a parametrization, has made a subclass since
 

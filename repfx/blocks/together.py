@@ -80,7 +80,7 @@ class _Waiting:
     @property
     def is_current(self) -> bool:
         """Whether the part is as it was."""
-        return _versions(self.part) == self.versions and _same(_surface(self.part.modules), self.surface)
+        return _same(_surface(self.part.modules), self.surface) and _versions(self.part) == self.versions
 
 
 class _Kernels:
@@ -106,7 +106,7 @@ class _Kernels:
         return found.kernel
 
     def _assemble(self) -> dict[int, _Waiting]:
-        parts = self._find(self._root)
+        parts = [part for part in self._find(self._root) if all(map(_is_plain, _tensors(part.modules)))]
         surfaces, versions = [_surface(part.modules) for part in parts], [_versions(part) for part in parts]
         plan = _plan_of(self._root, parts, surfaces)
         if len(plan.kernels) < 2:
@@ -138,11 +138,23 @@ class _Plan:
     program: Program
     tensors: list[Tensor]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_kinds", self._kinds_now())
+
+    def _kinds_now(self) -> list[object]:
+        return [(each.dtype, each.device, each.shape) for each in self.tensors]
+
+    def holds_for(self, seen: list[object]) -> bool:
+        """Whether nothing that the plan was made from has changed, and each tensor still has its dtype, device and shape."""
+        return _same(self.seen, seen) and self._kinds_now() == vars(self)["_kinds"]
+
+    @property
+    def lasts(self) -> bool:
+        """Whether the plan may be kept: it holds no graph of other code, and its constants aren't made for some mode alone."""
+        return all(each.is_leaf for each in self.tensors) and torch._C._len_torch_dispatch_stack() == 0
+
     def __deepcopy__(self, memo: object) -> None:
         """Leave a copied model without a plan: it makes its own."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
 
 
 def _plan_of(root: nn.Module, parts: list[Part], surfaces: list[list[object]]) -> _Plan:
@@ -150,18 +162,19 @@ def _plan_of(root: nn.Module, parts: list[Part], surfaces: list[list[object]]) -
     seen: list[object] = [part.owner for part in parts]
     seen += (each for surface in surfaces for each in surface)
     plan = kept(root, PLAN)
-    if not isinstance(plan, _Plan) or not _same(plan.seen, seen):
-        recording = Recording()
-        kernels = {i: kernel for i, part in enumerate(parts) if (kernel := _recorded(part, recording)) is not None}
-        wanted: list[Any] = [each for made in kernels.values() for each in (made.weight, made.bias) if each is not None]
-        plan = _Plan(seen, kernels, Program(wanted), recording.tensors)
-        keep(root, PLAN, plan)
+    if isinstance(plan, _Plan) and plan.holds_for(seen):
+        return plan
+    recording = Recording()
+    kernels = {i: kernel for i, part in enumerate(parts) if (kernel := _recorded(part, recording)) is not None}
+    wanted: list[Any] = [each for made in kernels.values() for each in (made.weight, made.bias) if each is not None]
+    plan = _Plan(seen, kernels, Program(wanted), recording.tensors)
+    keep(root, PLAN, plan if plan.lasts else None)
     return plan
 
 
 def _recorded(part: Part, recording: Recording) -> Kernel | None:
     """Return the kernel of a part in deferred tensors. None if the part has to assemble its own."""
-    if any(map(is_parametrized, part.modules)) or not all(map(_is_plain, _tensors(part.modules))):
+    if any(map(is_parametrized, part.modules)):
         return None
     known = len(recording.tensors)
     try:
@@ -175,7 +188,7 @@ def _recorded(part: Part, recording: Recording) -> Kernel | None:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:

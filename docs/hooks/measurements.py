@@ -103,6 +103,23 @@ def drift(name: str = "drift") -> str:
     return f"{table(head, rows)}\n\nRelative to the largest output; {setting}."
 
 
+def launches() -> str:
+    """Write the results of `benchmarks/launches.py`: the operations of a step, then its seconds."""
+    result = json.loads((RESULTS / "launches.json").read_text(encoding="utf-8"))
+    columns = ("each block alone", "together, GPU", "together, CPU")
+    counted = [
+        (row["what"], *(row.get(column, "") for column in columns)) for row in result["rows"] if "seconds" not in row
+    ]
+    timed = [
+        (row["what"], f"{row['seconds']:.3f} s", f"{row['relative to plain']:.2f} ({row['low']:.2f}–{row['high']:.2f})")
+        for row in result["rows"]
+        if "seconds" in row
+    ]
+    setting = f"{result['hardware']}; input {result['input']}; torch {result['torch']}:"
+    times = table(("ResNet-18", "seconds", "relative to plain (95 %)"), timed)
+    return "\n\n".join([table(("ResNet-18", *columns), counted), setting, times])
+
+
 def observation() -> str:
     """Write the results of `benchmarks/observation.py`."""
     parts = []
@@ -335,6 +352,7 @@ MEASUREMENTS: dict[str, Callable[[], str]] = {
     "compiled": compiled,
     "drift": drift,
     "drift_structures": partial(drift, "drift-structures"),
+    "launches": launches,
     "observation": observation,
     "scoring": scoring,
     "search": search,

@@ -240,12 +240,19 @@ def _sizes(shape: tuple[Any, ...]) -> Ints:
 def _broadcast(first: Ints, second: Ints) -> Ints:
     if first == second:
         return first
-    return tuple(torch.broadcast_shapes(first, second)) if len(first) != len(second) else tuple(
-        b if a == 1 else a for a, b in zip(first, second)
+    return (
+        tuple(torch.broadcast_shapes(first, second))
+        if len(first) != len(second)
+        else tuple(b if a == 1 else a for a, b in zip(first, second))
     )
 
 
 def _einsum(equation: str, *operands: Any) -> Deferred:
+    if (
+        not all(isinstance(each, (Tensor, Deferred)) for each in operands)
+        or not equation.replace("->", ",").replace(",", "").isalpha()
+    ):
+        raise NotDeferred(f"einsum {equation}")
     recording = next(each.recording for each in operands if isinstance(each, Deferred))
     sources = tuple(recording.input(each) if isinstance(each, Tensor) else each for each in operands)
     terms, result = equation.split("->")

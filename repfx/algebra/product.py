@@ -35,7 +35,7 @@ def product(
     p, q = groups[0] // common, groups[1] // common
     pieces = common * p * q
     out, channels, middle = second.shape[0] // groups[1], first.shape[1], first.shape[0] // pieces
-    window, window2 = first.shape[2:], second.shape[2:]
+    window, window2 = tuple(first.shape[2:]), tuple(second.shape[2:])
     taps = second.reshape(common * q, out, p, middle, -1).transpose(1, 2).flatten(0, 1)
     if middle == 1 and 1 in (math.prod(window), math.prod(window2)):
         composed = taps * first.reshape(pieces, 1, channels, -1)
@@ -49,7 +49,7 @@ def product(
         by_middle = taps.transpose(1, 2).reshape(pieces * middle, out, *window2)
         turned = first.transpose(0, 1)
         spread_out = CONV_TRANSPOSE[len(window)](turned, by_middle, stride=spread, dilation=spread2, groups=pieces)
-        window = spread_out.shape[2:]
+        window = tuple(spread_out.shape[2:])
         composed = spread_out.reshape(channels, pieces, out, -1).permute(1, 2, 0, 3)
     parts = composed.reshape(common * q, p, out, channels, -1).transpose(1, 2)
     return parts.reshape(second.shape[0], p * channels, *window)

@@ -12,7 +12,6 @@ there, putting large ones together takes longer than what it saves.
 from __future__ import annotations
 
 import math
-
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -74,16 +73,16 @@ def _acts_on_rows(node: Deferred) -> bool:
         return False
     match node.name:
         case "sum":
-            return node.options > 0
+            return bool(node.options > 0)
         case "einsum":
             *terms, result = node.options.replace("->", ",").split(",")
             return all(term[0] == result[0] for term in terms)
         case "permute":
-            return node.options[0] == 0
+            return bool(node.options[0] == 0)
         case "pad":
             return len(node.options) < 2 * node.ndim
         case "diag_embed":
-            return min(node.options[1:]) > 0
+            return bool(min(node.options[1:]) > 0)
         case "slice":
             return node.options[0] is ... and len(node.options) <= node.ndim
     return all(each.ndim == node.ndim for each in node.sources) if node.name in _OF_NUMBERS else True
@@ -110,37 +109,38 @@ class _Value:
 
     nodes: tuple[Deferred, ...]
     operands: list[list[_Part]] = field(default_factory=list)
-    splits: list[set[tuple[int, int]]] = field(default_factory=list)  # ranges of nodes, disjoint in each split
+    splits: list[tuple[set[int], set[int]]] = field(default_factory=list)  # what each needs: nodes, and where to cut
 
     def __post_init__(self) -> None:
         self.ends = [0, *accumulate(node.shape[0] if node.shape else 1 for node in self.nodes)]
 
     def parts(self, ranges: Sequence[tuple[int, int]]) -> list[list[_Part]]:
-        """Return for each range of nodes the parts that it consists of, all from one split."""
+        """Return for each range of nodes the parts that it consists of, all from one split.
+
+        A split gives each node to one operand alone. So gradients of the whole are put together once, not added piece by piece.
+        """
         whole = (0, len(self.nodes))
         wanted = {*ranges} - {whole}
-        if any(_overlap(one, other) for one in wanted for other in wanted if one != other):
-            return [[part for node in range(*each) for [part] in self.parts([(node, node + 1)])] for each in ranges]
-        index = 0
-        while index < len(self.splits) and any(_overlap(one, other) for one in wanted for other in self.splits[index]):
-            index += 1
+        nodes = [node for each in wanted for node in range(*each)]
+        if len({*nodes}) < len(nodes):  # ranges overlap
+            units = iter(self.parts([(node, node + 1) for each in ranges for node in range(*each)]))
+            return [[part for _ in range(*each) for part in next(units)] for each in ranges]
+        index = next((i for i, (taken, _) in enumerate(self.splits) if taken.isdisjoint(nodes)), len(self.splits))
         if wanted:
-            self.splits += [set()] * (index == len(self.splits))
-            self.splits[index] |= wanted
+            if index == len(self.splits):
+                self.splits.append((set(), {*whole}))
+            taken, cuts = self.splits[index]
+            taken.update(nodes)
+            cuts.update(end for each in wanted for end in each)
         return [[_Part(self, None, 0) if each == whole else _Part(self, index, each[0])] for each in ranges]
 
     def pieces(self) -> list[tuple[list[_Part], list[int]]]:
         """Return for each split its parts and their numbers of rows."""
         found = []
-        for index, split in enumerate(self.splits):
-            cuts = sorted({0, len(self.nodes), *(end for ends in split for end in ends)})
-            parts = [_Part(self, index, cut) for cut in cuts[:-1]]
-            found.append((parts, [self.ends[last] - self.ends[first] for first, last in pairwise(cuts)]))
+        for index, (_, cuts) in enumerate(self.splits):
+            parts = [_Part(self, index, cut) for cut in sorted(cuts)[:-1]]
+            found.append((parts, [self.ends[last] - self.ends[first] for first, last in pairwise(sorted(cuts))]))
         return found
-
-
-def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    return one[0] < other[1] and other[0] < one[1]
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,7 @@ def _schedule(outputs: Sequence[Deferred]) -> tuple[dict[Deferred, tuple[_Value,
     ranks = _ranks(users)
     waiting = {node: len(set(node.sources)) for node in users}
     ready: dict[Hashable, list[Deferred]] = defaultdict(list)
+    depths: dict[Hashable, int] = defaultdict(int)
     places: dict[Deferred, tuple[_Value, int]] = {}
     order: list[_Value] = []
 
@@ -251,15 +252,22 @@ def _schedule(outputs: Sequence[Deferred]) -> tuple[dict[Deferred, tuple[_Value,
             for user in users[node]:
                 waiting[user] -= 1
                 if not waiting[user]:
-                    ready[_alike(user)].append(user)
+                    add(user)
+
+    def add(node: Deferred) -> None:
+        ready[_alike(node)].append(node)
+        depths[_alike(node)] += node.depth
 
     for node in [node for node, count in waiting.items() if not count]:
         if node.name == "input":
             done(_Value((node,)))
         else:
-            ready[_alike(node)].append(node)
+            add(node)
     while ready:
-        key = min(ready, key=lambda each: sum(node.depth for node in ready[each]) / len(ready[each]))
+        key = min(
+            ready, key=lambda each: depths[each] / len(ready[each])
+        )  # what is behind much else can wait for more like it
+        del depths[key]
         for group in _chunks(sorted(ready.pop(key), key=ranks.__getitem__)):
             operands = [_parts(places[node.sources[i]] for node in group) for i in range(len(group[0].sources))]
             order.append(_Value(group, operands))
@@ -300,7 +308,9 @@ def _inputs_of(output: Deferred) -> Iterable[int]:
 
 def _users(outputs: Sequence[Deferred]) -> dict[Deferred, list[Deferred]]:
     """Return all nodes that the outputs need, each with the nodes that need it, operands first."""
-    users: dict[Deferred, list[Deferred]] = {node: [] for node in sorted(_ancestors(outputs), key=lambda node: node.depth)}
+    users: dict[Deferred, list[Deferred]] = {
+        node: [] for node in sorted(_ancestors(outputs), key=lambda node: node.depth)
+    }
     for node in users:
         for source in dict.fromkeys(node.sources):
             users[source].append(node)

@@ -14,11 +14,19 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from repfx.algebra.arithmetic import is_transformed
 from repfx.algebra.kernel import Kernel, NoKernel
-from repfx.algebra.layers import OWN_CLASS, code_of_its_own, has_hooks, is_conv_or_linear, is_patched, takes_batch_statistics, template_of
+from repfx.algebra.layers import (
+    OWN_CLASS,
+    code_of_its_own,
+    has_hooks,
+    is_conv_or_linear,
+    is_patched,
+    takes_batch_statistics,
+    template_of,
+)
 from repfx.blocks.block import RepBlock
 from repfx.blocks.together import PLAN, Part, together
 from repfx.records.notes import keep, kept
@@ -247,8 +255,11 @@ def release_all(model: nn.Module) -> None:
 
 
 def lead(model: nn.Module) -> None:
-    """Let everything that is or will be squeezed in a model assemble its kernels together whenever the model runs."""
-    if kept(model, _LEADS) is None and code_of_its_own(model) is None:
+    """Let everything that is or will be squeezed in a model assemble its kernels together whenever the model runs.
+
+    A `GraphModule` can't lead, because torch.fx writes its forward into its class.
+    """
+    if kept(model, _LEADS) is None and not isinstance(model, fx.GraphModule) and code_of_its_own(model) is None:
         _dress(model)
         keep(model, _LEADS, True)
 
@@ -271,12 +282,14 @@ def _take_off(module: nn.Module, note: str) -> None:
     for name in (note, PLAN):
         vars(module).pop(name, None)
     if kept(module, NAME) is None and kept(module, _LEADS) is None and OWN_CLASS in vars(type(module)):
-        module.__class__ = vars(type(module))[OWN_CLASS]  # unless other code, such as a parametrization, has made a subclass since
+        module.__class__ = vars(type(module))[
+            OWN_CLASS
+        ]  # unless other code, such as a parametrization, has made a subclass since
 
 
 def _linear_parts(root: nn.Module) -> list[Part]:
     """Return the regions and squeezed blocks of a model that are linear now."""
-    forms = [form for form in map(form_of, root.modules()) if form is not None and form.root in {*root.modules()}]
+    forms = [form for module in root.modules() if (form := form_of(module)) is not None and form.root is module]
     parts = [part for form in forms for part in form.parts()]
     inside = {module for part in parts for module in part.modules}
     for block in root.modules():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,7 +111,7 @@ class _Kernels:
         plan = _plan_of(self._root, parts, surfaces)
         if len(plan.kernels) < 2:
             return {}
-        with in_full(plan.tensors[0]):
+        with _in_full(plan.tensors):
             outputs = iter(_computed(plan.program, plan.tensors))
         found = {}
         for i, kernel in plan.kernels.items():
@@ -226,6 +226,14 @@ def _same(first: list[object], second: list[object]) -> bool:
 # ---- computing it
 
 
+def _in_full(tensors: Sequence[Tensor]) -> ExitStack:
+    """Return a context without autocast on any device of the tensors."""
+    stack = ExitStack()
+    for each in {each.device.type: each for each in tensors}.values():
+        stack.enter_context(in_full(each))
+    return stack
+
+
 def _computed(program: Program, tensors: list[Tensor]) -> Sequence[Tensor]:
     if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
         return _Computed.apply(program, *tensors)  # type: ignore[no-any-return]
@@ -254,7 +262,7 @@ class _Computed(torch.autograd.Function):
         given = {index: each for index, each in enumerate(gradients) if each is not None}
         graph, ctx.graph = ctx.graph, None
         differentiable = torch.is_grad_enabled()
-        with in_full(ctx.tensors[0]):
+        with _in_full(ctx.tensors):
             if differentiable or graph is None:
                 _require_unchanged(ctx.tensors, ctx.versions)
                 graph = (ctx.tensors, ctx.program(ctx.tensors)) if differentiable else _graph(ctx.program, ctx.tensors)
@@ -280,4 +288,6 @@ def _graph(program: Program, tensors: Sequence[Tensor]) -> tuple[list[Tensor], S
 
 def _require_unchanged(tensors: Sequence[Tensor], versions: Sequence[int]) -> None:
     if [each._version for each in tensors] != versions:
-        raise RuntimeError("a parameter of a squeezed model was changed in place between its forward and its backward pass")
+        raise RuntimeError(
+            "a parameter of a squeezed model was changed in place between its forward and its backward pass"
+        )

@@ -59,14 +59,22 @@ OPERATIONS: dict[str, Function] = {
     "diagonal": lambda x: torch.diag_embed(x, dim1=1, dim2=3),
     "expand": lambda x: x[:, :1].expand(*x.shape),
     "constant": lambda x: x * x.new_full(x.shape, 3.0) + x * x.new_ones(x.shape[0], 1, 1),
-    "constants alone": lambda x: x + x.new_zeros(x.shape) + torch.diag_embed(x.new_ones(x.shape[:2]), dim1=1, dim2=2)[..., :1],
+    "constants alone": lambda x: (
+        x + x.new_zeros(x.shape) + torch.diag_embed(x.new_ones(x.shape[:2]), dim1=1, dim2=2)[..., :1]
+    ),
 }
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_together_give_what_each_gives_alone(name: str) -> None:
     """Two operands have equal shapes, two differ in the number of rows, and two in what is behind them."""
-    check(lambda given: [OPERATIONS[name](x) for x in given], (4, 3, 5), (4, 3, 5), (6, 3, 5), (4, 5, 3) if "new" in name else (4, 2, 5))
+    check(
+        lambda given: [OPERATIONS[name](x) for x in given],
+        (4, 3, 5),
+        (4, 3, 5),
+        (6, 3, 5),
+        (4, 5, 3) if "new" in name else (4, 2, 5),
+    )
 
 
 def test_operands_in_another_order_and_twice() -> None:
@@ -106,6 +114,7 @@ def test_only_what_is_needed_is_computed_and_constants_once() -> None:
         lambda x: x[0],
         lambda x: F.pad(x, (1, 1), mode="reflect"),
         lambda x: torch.stack([x, x]),
+        lambda x: torch.einsum("o...,om->m...", x, x),
         lambda x: x + torch.ones(3, 4),
     ],
 )
@@ -118,5 +127,5 @@ def test_another_dtype() -> None:
     narrow, wide = torch.rand(2, 3), torch.rand(2, 3, dtype=torch.float64)
     recording = Recording()
     like = recording.input(wide)
-    (found,) = Program([narrow.to(like) * like])([wide, narrow])  # type: ignore[operator,call-overload]
+    (found,) = Program([narrow.to(like) * like])([wide, narrow])  # type: ignore[call-overload]
     assert torch.equal(found, narrow.double() * wide)

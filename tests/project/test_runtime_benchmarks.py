@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import compiled, deployment
+from benchmarks import compiled, deployment, launches
 from repfx.blocks.block import RepBlock
 
 RESULTS_FOLDER = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -85,3 +85,31 @@ def test_committed_steps_were_compiled_once() -> None:
         assert {row["candidate"] for row in rows} == set(compiled.CANDIDATES)
         assert {row["graphs"] for row in rows} == {1}
         assert all(row["low"] <= row["ratio"] <= row["high"] for row in rows)
+
+
+# ---- operations of a training step
+
+# upper bounds, because versions of torch differ in some operations
+MOST_OPERATIONS = {
+    "plain": 190,
+    "dbb, frozen, squeezed": 400,
+    "dyrep, frozen, squeezed": 520,
+    "orepa, squeezed": 450,
+    "repvgg, frozen, squeezed": 250,
+    "acb, frozen, squeezed": 270,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MOST_OPERATIONS)
+def test_a_training_step_on_a_gpu_starts_few_operations(model: str) -> None:
+    assert launches.operations(launches.Step(model, "meta", 2)) <= MOST_OPERATIONS[model]
+
+
+def test_committed_counts_are_within_the_bounds_and_fewer_than_block_by_block() -> None:
+    rows = {
+        row["what"]: row for row in json.loads((RESULTS_FOLDER / "launches.json").read_text(encoding="utf-8"))["rows"]
+    }
+    for model, most in MOST_OPERATIONS.items():
+        assert rows[model]["together, GPU"] <= most
+        assert rows[model]["together, GPU"] <= rows[model]["together, CPU"] <= rows[model]["each block alone"]

@@ -6,11 +6,12 @@ import copy
 import pickle
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -215,11 +216,9 @@ def test_parts_of_the_outputs_go_back_by_themselves_and_again() -> None:
     second.square().sum().backward(retain_graph=True)
     second.square().sum().backward()
     model.second.zero_grad()
-    second = model(X)[1].square().sum()
-    second.backward(retain_graph=True)
-    once = model.second[0].conv.weight.grad.clone()
-    second.backward()
-    assert torch.allclose(model.second[0].conv.weight.grad, 2 * once)
+    loss, weight = model(X)[1].square().sum(), model.second[0].conv.weight
+    once, twice = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(once, twice)
     found = {name: each.grad for name, each in model.first.named_parameters()}
     assert_close(found, {name: expected[f"first.{name}"] for name in found})
     assert model.stem[0].conv.weight.grad is None
@@ -363,3 +362,38 @@ def test_weights_of_another_dtype_and_gates() -> None:
     for one, other in zip(half(X.bfloat16()), alone(half, X.bfloat16())):
         assert one.dtype == torch.bfloat16
         assert torch.allclose(one, other, rtol=0.1, atol=0.5)
+
+
+@pytest.mark.slow
+def test_the_program_compiles_by_itself_without_a_break() -> None:
+    model = squeezed()
+    model(X)
+    plan = vars(model)[PLAN]
+    compiled = torch.compile(plan.program, backend="aot_eager", fullgraph=True)
+    trained = [each for each in plan.tensors if each.requires_grad]
+    expected, found = plan.program(plan.tensors), compiled(plan.tensors)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12)
+    for one, other in zip(
+        *(torch.autograd.grad([y.square().sum() for y in each], trained) for each in (expected, found))
+    ):
+        assert torch.allclose(one, other, rtol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [1, 2])
+def test_distributed_training_has_the_same_gradients(heads: int, tmp_path: Path) -> None:
+    """With one head, the other one's parameters are unused, and their hooks have to be called all the same."""
+    model = squeezed()
+    model.heads = heads
+    expected = gradients(model, alone)
+    model.zero_grad()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=heads == 1)
+        for _ in range(2):
+            model.zero_grad()
+            squares(parallel(X)).backward()
+    finally:
+        distributed.destroy_process_group()
+    assert_close({name: each.grad for name, each in model.named_parameters()}, expected)

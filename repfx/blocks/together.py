@@ -6,6 +6,7 @@ operations that grows with the number of shapes (`repfx.algebra.program`).
 The kernels belong to one call of the model and are dropped at its end. A part assembles its own kernel, as it does outside of the model,
 in all cases in which it can't be sure of the one that waits for it: its parameters or modules were changed since, something keeps track
 of what its code saves for the backward pass, such as activation checkpointing, or its kernel needs more than parameters and buffers.
+Only a write that torch doesn't count, into the `.data` of a parameter while the model runs, isn't noticed before the next call.
 """
 
 from __future__ import annotations

@@ -369,14 +369,13 @@ def test_the_program_compiles_by_itself_without_a_break() -> None:
     model = squeezed()
     model(X)
     plan = vars(model)[PLAN]
-    compiled = torch.compile(plan.program, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(plan.program, backend="aot_eager", fullgraph=True)
     trained = [each for each in plan.tensors if each.requires_grad]
     expected, found = plan.program(plan.tensors), compiled(plan.tensors)
     for one, other in zip(expected, found, strict=True):
         assert torch.allclose(one, other, rtol=1e-12)
-    for one, other in zip(
-        *(torch.autograd.grad([y.square().sum() for y in each], trained) for each in (expected, found))
-    ):
+    slopes = [torch.autograd.grad(squares(each), trained) for each in (expected, found)]
+    for one, other in zip(*slopes):
         assert torch.allclose(one, other, rtol=1e-11)
 
 

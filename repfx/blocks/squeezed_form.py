@@ -24,6 +24,7 @@ from repfx.algebra.layers import (
     has_hooks,
     is_conv_or_linear,
     is_patched,
+    own_classes,
     takes_batch_statistics,
     template_of,
 )
@@ -257,11 +258,21 @@ def release_all(model: nn.Module) -> None:
 def lead(model: nn.Module) -> None:
     """Let everything that is or will be squeezed in a model assemble its kernels together whenever the model runs.
 
-    A `GraphModule` can't lead, because torch.fx writes its forward into its class.
+    A `GraphModule` can't lead, because torch.fx writes its forward into its class. Nor can a module that `copies_itself`.
     """
-    if kept(model, _LEADS) is None and not isinstance(model, fx.GraphModule) and code_of_its_own(model) is None:
+    if kept(model, _LEADS) is not None or isinstance(model, fx.GraphModule) or copies_itself(model):
+        return
+    if code_of_its_own(model) is None:
         _dress(model)
         keep(model, _LEADS, True)
+
+
+def copies_itself(module: nn.Module) -> bool:
+    """Whether the class of a module has code of its own for copying, pickling or subclassing, which a class made here would pass over."""
+    return any(name in vars(cls) for cls in own_classes(type(module)) for name in _COPYING)
+
+
+_COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__init_subclass__")
 
 
 def stop_leading(model: nn.Module) -> None:

@@ -15,9 +15,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from repfx.algebra.activated_norm import join
 from repfx.algebra.baking import conv_module
-from repfx.algebra.layers import has_tensors, own_classes
+from repfx.algebra.layers import has_tensors
 from repfx.blocks.block import RepBlock
-from repfx.blocks.squeezed_form import NAME, SqueezedForm
+from repfx.blocks.squeezed_form import NAME, SqueezedForm, copies_itself
 from repfx.graphs.dropout import MODULES
 from repfx.graphs.operations import Op
 from repfx.graphs.sums import SumOf
@@ -123,16 +123,14 @@ def _outline(model: nn.Module) -> nn.Module:
     return outline
 
 
-_COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__init_subclass__")
 _ASKS_FOR_GRADIENTS = frozenset({"is_grad_enabled"})
 
 
 def _refusal(root: nn.Module, island: Island) -> str | None:
     """Why a module can't take a form, or None."""
-    own = {name for cls in own_classes(type(root)) for name in vars(cls)}
     if isinstance(root, fx.GraphModule):
         return "it is a graph already"
-    if own & {*_COPYING}:
+    if copies_itself(root):
         return f"{type(root).__name__} is copied or subclassed by code of its own"
     if not all(isinstance(value, _DropoutNd) for value in island.constants.values()):
         return "its code makes tensors that don't depend on the input"

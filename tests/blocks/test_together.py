@@ -19,6 +19,7 @@ import repfx
 from repfx.algebra.assembly import WAITING
 from repfx.algebra.kernel import Kernel
 from repfx.blocks.branch import KINDS, Branch
+from repfx.blocks.squeezed_form import lead
 from repfx.blocks.together import PLAN
 from repfx.passes.drop import drop
 from repfx.passes.gate import gate
@@ -342,6 +343,23 @@ def test_the_class_is_the_user_s_again_once_nothing_is_squeezed() -> None:
     repfx.unsqueeze(model)
     assert type(model) is TwoHeads
     assert PLAN not in vars(model)
+
+
+class CopiesItself(TwoHeads):
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiesItself:
+        copied = CopiesItself()
+        copied.load_state_dict(self.state_dict())
+        return copied.double()
+
+
+def test_classes_with_copying_of_their_own_stay() -> None:
+    model = CopiesItself()
+    lead(model)
+    assert type(model) is CopiesItself
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 3, 3)))
+    before = type(traced)
+    lead(traced)
+    assert type(traced) is before
 
 
 def test_the_state_stays_the_same() -> None:

@@ -61,11 +61,11 @@ def evenly(images: Images, count: int) -> Split:
     return torch.stack([x for x, _ in chosen]), torch.tensor([int(y) for _, y in chosen])
 
 
-def train(model: nn.Module, data: Split, epochs: int, seed: int) -> None:
+def train(model: nn.Module, data: Split, epochs: int, seed: int, rate: float = RATE) -> None:
     """Train by SGD with momentum. The rate rises for a tenth of the steps, then falls to zero by a cosine."""
     x, y = data
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=DECAY)
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=DECAY)
     each = max(1, len(x) // BATCH)
     steps = epochs * each
     rates = torch.optim.lr_scheduler.LambdaLR(

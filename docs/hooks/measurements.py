@@ -339,6 +339,47 @@ def quantization() -> str:
     return f"{table(head, cost)}\n\n{setting}\n\n{table(ranges_head, ranges)}\n\nMedians over the convs, means over the seeds."
 
 
+def qat() -> str:
+    """Write the results of `benchmarks/qat.py`: what each way of rounding costs, and the ranges of the fused nets, by branches."""
+    parts = []
+    for file in sorted(RESULTS.glob("qat-*.jsonl")):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        ways = [way for way in rows[0]["accuracy"] if way != "float32"]
+        cost, ranges = [], []
+        for form in dict.fromkeys(row["form"] for row in rows):
+            own = [row for row in rows if row["form"] == form]
+            exact = sum(row["accuracy"]["float32"] for row in own) / len(own)
+            changes = [
+                ", ".join(f"{100 * (row['accuracy'][way] - row['accuracy']['float32']):+.2f}" for row in own)
+                for way in ways
+            ]
+            cost.append((f"`{form}`", f"{exact:.1%}", *changes))
+            fused = [row["ranges"]["rounded, a scale for each channel"] for row in own]
+            keys = ("median_weight_range", "median_channel_spread", "median_high", "lowest_sqnr")
+            ranges.append((f"`{form}`", *(f"{sum(each[key] for each in fused) / len(fused):.3g}" for key in keys)))
+        first = rows[0]
+        setting = (
+            f"{first['training_images']} images of {first['data']}, {first['epochs']} epochs and {first['more']} more; "
+            f"{first['images']} test images; "
+            f"{first['hardware']}; torch {first['torch']}, onnxruntime {first['onnxruntime']}. Seed by seed, in points."
+        )
+        ranges_head = (
+            "branches",
+            "largest weight of a conv",
+            "that, relative to the median channel's",
+            "largest output of a conv",
+            "lowest SQNR of a conv's outputs, dB",
+        )
+        parts += [
+            table(("branches", "accuracy in float32", *ways), cost),
+            setting,
+            "The fused nets, with one scale for each channel of a weight:",
+            table(ranges_head, ranges),
+            "Medians over the convs, but the lowest SQNR of all; means over the seeds.",
+        ]
+    return "\n\n".join(parts)
+
+
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     """Write a table in Markdown."""
     lines = [head, ("---",) * len(head), *rows]
@@ -360,4 +401,5 @@ MEASUREMENTS: dict[str, Callable[[], str]] = {
     "training": training,
     "transforms": transforms,
     "quantization": quantization,
+    "qat": qat,
 }

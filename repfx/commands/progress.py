@@ -22,6 +22,7 @@ _STAGES = {
     "export": "exporting to ONNX and checking",
     "test": "running the test images",
     "measure": "measuring",
+    "round": "training on with numbers rounded to 8 bits",
 }
 
 

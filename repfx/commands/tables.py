@@ -18,6 +18,7 @@ from repfx.training.evaluation import Evaluation
 from repfx.training.experiment import Metrics
 
 _TITLES = {"plain": "plain", "expanded": "expanded, trained", "fused": "fused", "onnxruntime": "in onnxruntime"}
+_INT8_TITLES = {"ptq": "8 bits, rounded", "qat": "8 bits, trained on"}
 
 
 def metrics_table(metrics: Metrics) -> Table:
@@ -30,6 +31,10 @@ def metrics_table(metrics: Metrics) -> Table:
         parameters, macs = (engineering(cost.parameters), engineering(cost.macs)) if cost else ("", "")
         latency = cost.latency if cost else metrics.onnx_latency
         table.add_row(title, accuracy, flips, parameters, macs, f"{latency * 1e3:.2f} ms")
+    if metrics.int8 is not None:
+        for name, title in _INT8_TITLES.items():
+            flips = f"{metrics.int8.flips[name]} of {metrics.test_images}"
+            table.add_row(title, f"{metrics.int8.accuracy[name]:.2%}", flips)
     return table
 
 

@@ -30,6 +30,7 @@ _GROUPS = {
     "Method": ("recipe", "spec", "schedule", "schedule_option", "set_", "trust", "plugin"),
     "Training": (
         "epochs",
+        "qat",
         "batch_size",
         "learning_rate",
         "average",
@@ -95,6 +96,15 @@ def train(
         int | None,
         typer.Option(
             "--epochs", "-e", min=1, help="Number of passes over the training images.", show_default=str(Recipe.epochs)
+        ),
+    ] = None,
+    qat: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of further passes in which the fused model is trained on with its numbers rounded to 8 bits, and then written as "
+            "model.int8.onnx.",
+            show_default="none",
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files of the run.")] = _DEFAULT.out,
@@ -210,6 +220,7 @@ def train(
         "weights": weights,
         "image_size": image_size,
         "training.epochs": epochs,
+        "training.qat.epochs": qat,
         "training.batch_size": batch_size,
         "training.learning_rate": learning_rate,
         "training.average": average,

@@ -60,7 +60,7 @@ def samples(
         data = matched(data, classes, source.name)
     check_fit(model, data, "cpu")
     return Samples(
-        DataLoader(_evenly(data.train, count), _AT_ONCE),
+        DataLoader(evenly(data.train, count), _AT_ONCE),
         DataLoader(data.test, _AT_ONCE),
         torch.stack([data.test[place][0] for place in range(min(2, len(data.test)))]),  # type: ignore[arg-type]
     )
@@ -76,7 +76,8 @@ def _side(shape: tuple[int, ...] | None) -> int | None:
     return shape[-1]
 
 
-def _evenly(images: Images, count: int) -> Images:
+def evenly(images: Images, count: int) -> Images:
+    """Return `count` images spread evenly over a data set, or all if there are fewer."""
     total = len(images)  # type: ignore[arg-type]
     count = min(count, total)
     return Subset(images, [place * total // count for place in range(count)])

@@ -68,14 +68,16 @@ def rounded(model: nn.Module, x: Tensor, *, quantizer: Any = None) -> Rounded:
 
     Args:
         model: the trained model, in its training form or fused.
-        x: two or more inputs, on the model's device. The size of the batch stays free.
+        x: some dozens of real inputs, on the model's device. The ranges of activations begin with theirs. The size of the batch stays free.
         quantizer: quantizer of torchao that says where numbers are rounded; None rounds where the files of `quantize_onnx` do.
 
     Raises:
-        InvalidInput: torchao is missing (``pip install 'repfx[qat]'``), or a BatchNorm would stay, because no conv can absorb it.
+        InvalidInput: torchao is missing (``pip install 'repfx[qat]'``), or no conv has absorbed a BatchNorm: then give what
+            `restore(model, sites=…, calibrate=…)` returns.
         ExportError: `torch.export` can't follow the model.
     """
     require_torchao()
+    from torchao.quantization.pt2e import enable_observer
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
     from repfx.qat.quantizer import FileQuantizer
@@ -86,7 +88,11 @@ def rounded(model: nn.Module, x: Tensor, *, quantizer: Any = None) -> Rounded:
     program = exported(restored.train(), x, FreeAxes.usual(x, batch=True, size=False))
     with quiet():
         graph = prepare_qat_pt2e(program.module(), FileQuantizer() if quantizer is None else quantizer)
-    return Rounded(graph).train()
+    found = Rounded(graph).eval()
+    graph.apply(enable_observer)
+    with torch.no_grad():
+        found(x)
+    return found.train()
 
 
 def converted(model: Rounded) -> fx.GraphModule:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,13 +18,17 @@ from repfx.data.class_names import require_same
 from repfx.data.dataset import DataSet, DataSource, InputForm
 from repfx.data.load import load_data
 from repfx.data.predictions import Predictions, labels_of_logits, predict
+from repfx.data.samples import evenly
 from repfx.errors import Interrupted, InvalidInput, UnknownName
 from repfx.measuring.cost import count_macs, count_parameters, measure_latency
 from repfx.measuring.equivalence import check_equivalent
 from repfx.onnx.export import export_onnx
 from repfx.onnx.file import open_session
+from repfx.onnx.quantize import quantize_onnx
 from repfx.passes.expand import expand
 from repfx.passes.fuse import fuse
+from repfx.qat.file import export_int8
+from repfx.qat.rounded import require_torchao, rounded
 from repfx.records.journal import journal, to_json
 from repfx.records.notes import copy_of
 from repfx.records.plain_values import flat, to_plain
@@ -35,11 +40,12 @@ from repfx.training.loop import Trained, Watcher, train
 from repfx.training.models import ModelReference
 from repfx.training.recipe import Recipe
 from repfx.training.recipe_file import from_root, to_toml
-from repfx.training.run_folder import MODEL, STATE, RunFolder, Setup, begin_from, spec_of
+from repfx.training.run_folder import INT8, INT8_STATE, MODEL, STATE, RunFolder, Setup, begin_from, spec_of
 from repfx.training.trust import calls_in
 
 OF_A_CALL = ("out", "overwrite", "resume")  # the fields that no recipe holds
 _TEST_BATCH = 64
+_CALIBRATION = 256  # images that ranges are measured on
 _SPEC = "dbb"
 _MAY_DIFFER = {"data.root", "data.download", "training.device", "training.workers", "training.log_with"}
 
@@ -91,8 +97,28 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Int8:
+    """Two files in 8 bits, computed as they say: `ptq` is rounded after the training, and `qat` was trained on with rounding.
+
+    Args:
+        losses: loss in each epoch with rounding.
+        accuracy: accuracy of each file.
+        flips: test images whose predicted class differs from the one of the fused model.
+        file_error: relative distance of what onnxruntime gives for `qat` from what torch gives for it.
+    """
+
+    losses: list[float]
+    accuracy: dict[str, float]
+    flips: dict[str, int]
+    file_error: float
+
+
+@dataclass(frozen=True)
 class Metrics:
-    """The contents of `metrics.json`. Flips are test images whose predicted class differs from the one before fusing."""
+    """The contents of `metrics.json`. Flips are test images whose predicted class differs from the one before fusing.
+
+    `int8` is None if the recipe has no epochs with rounding.
+    """
 
     losses: list[float]
     test_images: int
@@ -101,6 +127,7 @@ class Metrics:
     max_error: dict[str, float]
     cost: dict[str, Cost]
     onnx_latency: float
+    int8: Int8 | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the metrics as plain values, for JSON."""
@@ -109,7 +136,9 @@ class Metrics:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Metrics:
         """Return the metrics whose plain values `as_dict` returned."""
-        return cls(**{**values, "cost": {name: Cost(**cost) for name, cost in values["cost"].items()}})
+        int8 = values.get("int8")
+        cost = {name: Cost(**each) for name, each in values["cost"].items()}
+        return cls(**{**values, "cost": cost, "int8": None if int8 is None else Int8(**int8)})
 
 
 def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | None:
@@ -130,6 +159,7 @@ def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | Non
         _require_same(experiment, folder)
     with ExitStack() as stack:
         with accelerator_for(experiment.training, folder.logs) as accelerator:
+            _require_rounding(experiment.training, accelerator.num_processes)
             is_first: bool = accelerator.is_main_process
             done = folder.metrics if experiment.resume else None
             if done is not None:
@@ -158,14 +188,9 @@ def _finish(
     equivalence = check_equivalent(expanded, fused, x)
     watcher.on_stage("export")
     about = {"source": experiment.model.short_name, "journal": to_json(journal(expanded))}
-    exported = export_onnx(
-        fused,
-        folder.path / MODEL,
-        x,
-        labels=labels_of_logits(fused, data.classes, x),
-        preprocessing=data.preprocessing,
-        about=about,
-    )
+    labels = labels_of_logits(fused, data.classes, x)
+    how: dict[str, Any] = {"labels": labels, "preprocessing": data.preprocessing, "about": about}
+    exported = export_onnx(fused, folder.path / MODEL, x, **how)
     watcher.on_stage("test")
     forms = {"plain": plain.eval(), "expanded": expanded, "fused": fused}
     session = onnx_session(folder.path / MODEL)
@@ -177,9 +202,62 @@ def _finish(
     errors = {"fused": equivalence.max_error, "onnxruntime": exported.max_error}
     losses = [epoch.loss for epoch in trained.history.epochs if epoch.loss is not None]
     metrics = _metrics(losses, tests, errors, forms, session, x[:1])
+    if experiment.training.qat is not None:
+        metrics = replace(metrics, int8=_in_8_bits(experiment, folder, watcher, fused, data, tests["fused"], how))
     folder.write_metrics(metrics.as_dict())
     folder.tidy()
     return metrics
+
+
+def _in_8_bits(
+    experiment: Experiment,
+    folder: RunFolder,
+    watcher: Watcher,
+    fused: nn.Module,
+    data: DataSet,
+    before: Predictions,
+    how: Mapping[str, Any],
+) -> Int8:
+    """Train the fused model on with rounding, write its file, and test it beside the model rounded without any training.
+
+    Args:
+        before: predictions of the fused model.
+        how: what the file's metadata say.
+    """
+    watcher.on_stage("round")
+    recipe, workers = experiment.training.with_rounding(), experiment.training.workers
+    images = evenly(data.train, _CALIBRATION)
+    calibrate = torch.stack([images[place][0] for place in range(len(images))])  # type: ignore[arg-type]
+    with _told_how_to_resume(experiment), accelerator_for(recipe) as accelerator:
+        model = rounded(fused.to(accelerator.device), calibrate.to(accelerator.device))
+        watched = replace(watcher, on_epoch=lambda history: None)
+        state = folder.path / INT8_STATE
+        trained = train(model, data, recipe, watcher=watched, checkpoint=state, resume=True, accelerator=accelerator)
+    file = export_int8(model.cpu().eval(), folder.path / INT8, calibrate[:_TEST_BATCH], **how)
+    with TemporaryDirectory() as temporary:
+        afterwards = Path(temporary) / INT8
+        quantize_onnx(folder.path / MODEL, afterwards, [calibrate])
+        tests = {
+            name: predict(onnx_session(path, optimized=False), data.test, _TEST_BATCH, workers)
+            for name, path in (("ptq", afterwards), ("qat", file.path))
+        }
+    return Int8(
+        losses=[epoch.loss for epoch in trained.history.epochs if epoch.loss is not None],
+        accuracy={name: predictions.accuracy for name, predictions in tests.items()},
+        flips={name: before.flips(predictions) for name, predictions in tests.items()},
+        file_error=file.error,
+    )
+
+
+def _require_rounding(recipe: Recipe, processes: int) -> None:
+    """Raise if a recipe has epochs with rounding that can't be done here."""
+    if recipe.qat is None:
+        return
+    require_torchao()
+    if processes > 1:
+        raise InvalidInput(
+            f"{processes} processes were started, and epochs with rounding run in one: leave qat out, or start one process."
+        )
 
 
 def _train(
@@ -208,7 +286,7 @@ def _train(
         watcher.on_epoch(history)
 
     watcher.on_stage("train")
-    try:
+    with _told_how_to_resume(experiment):
         trained = train(
             model,
             data,
@@ -220,9 +298,16 @@ def _train(
             resume=experiment.resume,
             accelerator=accelerator,
         )
+    return trained, plain, data
+
+
+@contextmanager
+def _told_how_to_resume(experiment: Experiment) -> Iterator[None]:
+    """Add to an interruption the command that resumes the run."""
+    try:
+        yield
     except Interrupted as error:
         raise Interrupted(f"{error}; go on with: {_resuming(experiment)}") from error
-    return trained, plain, data
 
 
 def _resuming(experiment: Experiment) -> str:
@@ -302,12 +387,12 @@ def _prepare(experiment: Experiment) -> tuple[nn.Module, nn.Module, DataSet, Mod
     return plain, first, data, reference
 
 
-def onnx_session(path: Path) -> Callable[[Tensor], Tensor]:
+def onnx_session(path: Path, *, optimized: bool = True) -> Callable[[Tensor], Tensor]:
     """Return a function that runs the model of an ONNX file on a batch, in onnxruntime on the CPU.
 
     It uses as many threads as torch does, so that their latencies can be compared.
     """
-    session = open_session(path, threads=torch.get_num_threads())
+    session = open_session(path, optimized=optimized, threads=torch.get_num_threads())
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 

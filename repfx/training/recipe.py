@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,24 @@ class AuxiliaryHead:
 
 
 @dataclass(frozen=True)
+class QuantizationAware:
+    """Epochs after all others, in which the fused model has its BatchNorms back and its numbers are rounded to 8 bits.
+
+    Args:
+        epochs: passes over the training images with rounding.
+        share: highest learning rate with rounding, as a share of the training's.
+    """
+
+    epochs: int
+    share: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not (self.epochs >= 1 and 0 < self.share <= 1):
+            found = f"epochs is {self.epochs} and share {self.share}"
+            raise InvalidInput(f"in qat, {found}; epochs must be at least 1, and share above 0 and at most 1.")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The settings of a training.
 
@@ -91,6 +109,7 @@ class Recipe:
         augmentation: augmentation of the training images.
         distillation: teacher to learn from; None for none.
         auxiliary: second classifier that is trained with the model and then thrown away; None for none.
+        qat: epochs with numbers rounded to 8 bits, after the training; None for none.
         mixed_precision: lower precision in which the model runs where autocast allows it: no, bf16 or fp16.
         channels_last: whether images and kernels are laid out channels last. None does so on CPUs and CUDA GPUs if a trial on two images
             shows that it changes nothing but speed.
@@ -123,6 +142,7 @@ class Recipe:
     augmentation: Augmentation = field(default_factory=Augmentation)
     distillation: Distillation | None = None
     auxiliary: AuxiliaryHead | None = None
+    qat: QuantizationAware | None = None
     mixed_precision: str = "no"
     channels_last: bool | None = None
     compile: bool = False
@@ -168,6 +188,28 @@ class Recipe:
             raise UnknownName("mixed_precision", self.mixed_precision, PRECISIONS)
         if self.optimizer not in _optimizers():
             raise UnknownName("optimizer", self.optimizer, _optimizers())
+
+    def with_rounding(self) -> Recipe:
+        """Return the recipe of the epochs in which numbers are rounded to 8 bits.
+
+        They are trained in float32, as the kernels round: without an average, `torch.compile` or another precision.
+        """
+        assert self.qat is not None
+        return replace(
+            self,
+            epochs=self.qat.epochs,
+            learning_rate=self.learning_rate * self.qat.share,
+            warm_up=0.0,
+            milestones=(),
+            average=0.0,
+            mixed_precision="no",
+            channels_last=False,
+            compile=False,
+            compile_mode="default",
+            log_with="",
+            qat=None,
+            auxiliary=None,
+        )
 
 
 def _optimizers() -> dict[str, type[torch.optim.Optimizer]]:

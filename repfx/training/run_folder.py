@@ -31,7 +31,21 @@ from repfx.training.trust import Trust, require_trusted
 CHECKPOINT, STRUCTURE, MODEL, METRICS = "checkpoint.safetensors", "structure.json", "model.onnx", "metrics.json"
 ARCHITECTURE, HEAT_MAP = "architecture.json", "architecture.png"
 RECIPE, HISTORY, STATE, REPORT = "recipe.toml", "history.json", "state.safetensors", "report.html"
-_FILES = (METRICS, STATE, STRUCTURE, CHECKPOINT, MODEL, ARCHITECTURE, HEAT_MAP, RECIPE, HISTORY, REPORT)
+INT8, INT8_STATE = "model.int8.onnx", "state.int8.safetensors"
+_FILES = (
+    METRICS,
+    STATE,
+    INT8_STATE,
+    STRUCTURE,
+    CHECKPOINT,
+    MODEL,
+    INT8,
+    ARCHITECTURE,
+    HEAT_MAP,
+    RECIPE,
+    HISTORY,
+    REPORT,
+)
 _FORMAT = 3
 
 
@@ -177,7 +191,8 @@ class RunFolder:
 
     def tidy(self) -> None:
         """Remove what only an unfinished run needs."""
-        (self.path / STATE).unlink(missing_ok=True)
+        for name in (STATE, INT8_STATE):
+            (self.path / name).unlink(missing_ok=True)
         self.remove_leftovers()
 
     def write_architecture(self, architecture: Architecture) -> None:

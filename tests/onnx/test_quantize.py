@@ -6,8 +6,10 @@ import dataclasses
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ import repfx
 from repfx.errors import ExportError, InvalidInput, UnknownName
 from repfx.onnx.quantization_report import QuantizationReport
 from repfx.onnx.quantize import quantize_onnx
+from tests.qat.nets import Joined, trained
+from tests.qat.nets import X as NETS_X
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -265,3 +269,22 @@ def test_a_failure_of_onnxruntime_is_one_sentence(
     with pytest.raises(ExportError, match=r"onnxruntime can't quantize .*, or run what it made: no\.$"):
         quantize_onnx(exported, tmp_path / "net.onnx", [X])
     assert not list(tmp_path.iterdir())
+
+
+def kernels_for(path: Path) -> Counter[str]:
+    """How many nodes of each operator onnxruntime runs for a file on this machine."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    with TemporaryDirectory() as folder:
+        options.optimized_model_filepath = f"{folder}/run.onnx"
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return Counter(node.op_type for node in onnx.load(f"{folder}/run.onnx").graph.node)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"per_channel": False, "reduce_range": True}, {"correct": True}])
+def test_sums_and_concatenations_run_with_kernels_for_integers(options: dict[str, Any], tmp_path: Path) -> None:
+    exact = repfx.export_onnx(trained(Joined(), None), tmp_path / "net.onnx", NETS_X).path
+    found = kernels_for(quantize_onnx(exact, tmp_path / "int8.onnx", [NETS_X], **options).path)
+    assert (found["QLinearConv"], found["QLinearAdd"], found["QLinearConcat"], found["QGemm"]) == (4, 1, 1, 1)
+    assert not found.keys() & {"Conv", "Add", "Concat", "Gemm", "Relu", "MaxPool"}

@@ -30,7 +30,7 @@ from repfx.records.plain_values import flat, from_plain
 from repfx.rewriting.rule import PASSES, RULES
 from repfx.training.experiment import Experiment
 from repfx.training.models import ModelReference
-from repfx.training.recipe import AuxiliaryHead, Distillation, Recipe
+from repfx.training.recipe import AuxiliaryHead, Distillation, QuantizationAware, Recipe
 from repfx.training.recipe_file import read_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +99,7 @@ SLOW_PAGES = [
     "docs/how-to/deploy.md",
     "docs/how-to/detectors.md",
     "docs/how-to/lightning.md",
+    "docs/how-to/quantization-aware-training.md",
     "docs/how-to/quantize.md",
     "docs/how-to/timm.md",
     "docs/how-to/torchvision.md",
@@ -196,6 +197,7 @@ def test_the_table_of_keys_explains_all_that_a_recipe_can_hold() -> None:
         warm_up=0.0,
         distillation=Distillation(model, "t.pt"),
         auxiliary=AuxiliaryHead("layer3"),
+        qat=QuantizationAware(1),
         channels_last=True,
     )
     whole = Experiment(model, DataSource(), "dbb", {"name": "repan"}, training, Path("begin.pt"), image_size=32)

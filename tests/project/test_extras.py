@@ -51,6 +51,7 @@ USES = {
     "cli": f"main(['inspect', {TINY!r}])",
     "train": f"main(['train', '--model', {TINY!r}, '--image-size', '8', '--epochs', '1', '--out', 'run'])",
     "hub": "import repfx.hub\nfrom repfx.hub.repository import _hub\n_hub().HfApi(endpoint='http://127.0.0.1:9')",
+    "qat": "from repfx.qat.file import export_int8\nfrom repfx.qat.rounded import rounded\nexport_int8(rounded(model, x), 'int8.onnx', x)",
     "lightning": "from repfx.integrations.lightning import RepFXCallback\nRepFXCallback(repfx.schedules.DyRep())",
 }
 FOR_CONTRIBUTORS = {"docs", "dev", "tools", "zoo"}

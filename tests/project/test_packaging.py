@@ -52,6 +52,7 @@ OPTIONAL = {
     "safetensors",
     "sklearn",
     "timm",
+    "torchao",
     "torchvision",
     "typer",
 }

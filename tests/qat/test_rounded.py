@@ -2,66 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 import repfx
+from repfx.errors import ExportError, InvalidInput
 from repfx.onnx.free_axes import FreeAxes
 from repfx.onnx.program import exported, quiet
+from repfx.qat.file import export_int8
 from repfx.qat.folding import fold_norms
 from repfx.qat.rounded import Rounded, converted, rounded
 from repfx.records.notes import copy_of
-from repfx.testing import randomize_batch_norm
+from tests.onnx.test_quantize import kernels_for
+from tests.qat.nets import Chain, Joined, X, trained
 
 pt2e = pytest.importorskip("torchao.quantization.pt2e")
 pytestmark = pytest.mark.slow
 
-X = torch.rand(6, 3, 12, 10, generator=torch.Generator().manual_seed(0))
 
-
-class Net(nn.Module):
-    """Two convs with BatchNorm, of which the second can have an identity beside it, and a linear layer."""
-
-    def __init__(self, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.one, self.norm1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8, eps)
-        self.two, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8, eps)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm1(self.one(x)))
-        x = torch.relu(self.norm2(self.two(x)))
-        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
-
-
-class Joined(nn.Module):
-    """A residual around two convs, and a concatenation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm0 = nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8)
-        self.one, self.norm1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.two, self.norm2 = nn.Conv2d(8, 8, (3, 1), padding=(1, 0), bias=False), nn.BatchNorm2d(8)
-        self.three, self.norm3 = nn.Conv2d(8, 5, 1, bias=False), nn.BatchNorm2d(5)
-        self.pool, self.head = nn.MaxPool2d(2), nn.Linear(13, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(torch.relu(self.norm0(self.stem(x))))
-        x = torch.relu(x + self.norm2(self.two(torch.relu(self.norm1(self.one(x))))))
-        x = torch.cat([x, torch.relu(self.norm3(self.three(x)))], 1)
-        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
-
-
-def trained(model: nn.Module, spec: str | None = "repvgg") -> nn.Module:
-    """A model as it is after a training: with branches, and BatchNorms whose numbers are far from those of new ones."""
-    torch.manual_seed(0)
-    model = model if spec is None else repfx.expand(model, spec)
-    randomize_batch_norm(model)
-    return model.eval()
+@pytest.fixture(scope="module")
+def joined() -> Rounded:
+    """The net with a residual and a concatenation, after some steps with rounding."""
+    model = rounded(trained(Joined()), X)
+    train(model)
+    return model
 
 
 def prepared(model: nn.Module) -> Rounded:
@@ -77,16 +47,17 @@ def prepared(model: nn.Module) -> Rounded:
 
 def train(model: nn.Module, steps: int = 3, rate: float = 1e-4) -> None:
     optimizer = torch.optim.SGD(model.parameters(), rate)
+    model.train()
     for _ in range(steps):
         optimizer.zero_grad()
         model(X).square().mean().backward()
         optimizer.step()
 
 
-def counts(model: fx.GraphModule | Rounded) -> Counter[str]:
+def counts(model: fx.GraphModule) -> Counter[str]:
     """How many nodes of each operator a graph has."""
-    graph: Any = model.graph.graph if isinstance(model, Rounded) else model.graph
-    return Counter(node.target.__name__.split(".")[0] for node in graph.nodes if node.op == "call_function")
+    functions = (node.target for node in model.graph.nodes if node.op == "call_function")
+    return Counter(str(target).removeprefix("aten.").split(".")[0] for target in functions)
 
 
 def exactly(model: Rounded) -> Rounded:
@@ -96,53 +67,99 @@ def exactly(model: Rounded) -> Rounded:
     return copied
 
 
+def state_of(model: nn.Module) -> dict[str, Any]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_only_the_restored_net_has_one_norm_for_each_conv_while_it_trains_and_none_in_the_end() -> None:
-    model = trained(Net())
-    expanded, fused = prepared(copy_of(model)), prepared(repfx.fuse(model))
-    restored = rounded(model, X)
-    assert counts(fused)["batch_norm"] == 0
-    assert counts(restored)["batch_norm"] == counts(restored)["conv2d"] == 2
+    model = trained(Chain())
+    expanded, fused, restored = prepared(copy_of(model)), prepared(repfx.fuse(model)), rounded(model, X)
+    assert counts(fused.graph)["batch_norm"] == 0
+    assert counts(restored.graph)["batch_norm"] == counts(restored.graph)["conv2d"] == 2
     found = []
     for each in (expanded, fused, restored):
         train(each)
-        nodes = counts(converted(each))
+        fold_norms(each.eval().graph)
+        nodes = counts(each.graph)
         found.append((nodes["conv2d"], nodes["batch_norm"], nodes["add"]))
     assert found == [(4, 1, 3), (2, 0, 0), (2, 0, 0)]
 
 
-@pytest.mark.parametrize("eps", [1e-5, 1e-3])
-def test_without_rounding_the_prepared_model_computes_the_same(eps: float) -> None:
-    model = trained(Net(eps))
-    found = exactly(rounded(model, X))(X.double())
-    assert float((found - model.double()(X.double())).abs().max()) < 1e-6  # its weights are rounded to float32
+def test_without_rounding_the_prepared_model_computes_the_same_and_the_given_one_stays() -> None:
+    model = trained(Chain(eps=1e-3)).train()
+    before = state_of(model)
+    found = rounded(model, X)
+    exact = exactly(found)(X.double())
+    train(found)
+    assert model.training
+    assert same(before, state_of(model))
+    expected = model.eval().double()(X.double())
+    assert float((exact - expected).abs().max().detach()) < 1e-6  # its weights are rounded to float32
 
 
-def test_folding_changes_nothing() -> None:
-    model = rounded(trained(Joined()), X)
-    train(model)
-    exact = exactly(model)
+def test_folding_changes_nothing(joined: Rounded) -> None:
+    exact = exactly(joined)
     folded = copy_of(exact).graph
     fold_norms(folded)
     assert counts(folded)["batch_norm"] == 0
-    assert float((folded(X.double()) - exact(X.double())).abs().max()) < 1e-9
+    with torch.no_grad():
+        assert float((folded(X.double()) - exact(X.double())).abs().max()) < 1e-9
 
 
-def test_rounding_costs_little_and_the_ranges_move_only_in_training() -> None:
-    model = trained(Joined())
-    found = rounded(model, X)
-    train(found)
-    state = {name: value.clone() for name, value in found.state_dict().items()}
-    found.eval()(3 * X)
-    assert all(torch.equal(state[name], value) for name, value in found.state_dict().items())
+def test_rounding_costs_little_and_the_ranges_move_only_in_training(joined: Rounded) -> None:
+    found = copy_of(joined)
+    before = state_of(found.eval())
+    found(3 * X)
+    assert same(before, state_of(found))
     expected = exactly(found)(X.double())
-    assert 1e-4 < float((found(X) - expected).norm() / expected.norm()) < 0.1
+    assert 1e-4 < float(((found(X) - expected).norm() / expected.norm()).detach()) < 0.1
     found.train()(3 * X)
-    assert any(not torch.equal(state[name], value) for name, value in found.state_dict().items())
+    assert not same(before, state_of(found.eval()))
 
 
-def test_the_model_stays_as_it_is() -> None:
-    model = trained(Net()).train()
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    train(rounded(model, X))
-    assert model.training
-    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+def test_the_file_computes_what_torch_does_with_kernels_for_integers(joined: Rounded, tmp_path: Path) -> None:
+    before = state_of(joined.eval())
+    file = export_int8(joined, tmp_path / "int8.onnx", X, labels=("a", "b", "c", "d"))
+    assert same(before, state_of(joined))
+    assert file.error < 0.02
+    assert file.size == file.path.stat().st_size
+    found = kernels_for(file.path)
+    assert (found["QLinearConv"], found["QLinearAdd"], found["QLinearConcat"], found["QGemm"]) == (4, 1, 1, 1)
+    assert not found.keys() & {"Conv", "Add", "Concat", "Gemm", "Relu", "MaxPool", "BatchNormalization"}
+
+
+def test_a_backend_s_quantizer_decides_what_is_rounded() -> None:
+    quantizers = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    how = quantizers.get_default_x86_inductor_quantization_config(is_qat=True)
+    found = rounded(trained(Chain()), X, quantizer=quantizers.X86InductorQuantizer().set_global(how))
+    train(found)
+    nodes = counts(converted(found))
+    assert (nodes["conv2d"], nodes["batch_norm"]) == (2, 0)
+
+
+def test_what_torch_can_not_export_is_refused() -> None:
+    class Deciding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Chain()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x) if x.sum() > 0 else x  # type: ignore[no-any-return]
+
+    with pytest.raises(ExportError, match="depends on values inside its tensors"):
+        rounded(Deciding().eval(), X)
+
+
+def test_a_net_that_never_had_norms_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="no conv of Sequential has absorbed a BatchNorm"):
+        rounded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), X)
+
+
+def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(InvalidInput, match=r"pip install 'repfx\[qat\]'"):
+        rounded(Chain().eval(), X)

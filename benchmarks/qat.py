@@ -82,6 +82,7 @@ def measure(form: str, seed: int, data: Split, test: Split, epochs: int, more: i
     fused = repfx.fuse(trained(form, data, epochs, seed))
     seconds = {"training": time.process_time() - began}
     x, y = test
+    calibrate = data[0][:: max(1, len(data[0]) // CALIBRATION)][:CALIBRATION]
     exact = predicted(fused, x)
     accuracy, flips, ranges = {"float32": _share(exact, y)}, {}, {}
 
@@ -89,16 +90,17 @@ def measure(form: str, seed: int, data: Split, test: Split, epochs: int, more: i
         accuracy[way], flips[way] = _share(found, y), int((found != exact).sum())
 
     with TemporaryDirectory() as folder:
-        for way, path, report in _rounded_afterwards(fused, data[0], x, Path(folder)):
+        for way, path, report in _rounded_afterwards(fused, calibrate, Path(folder)):
             note(way, predicted(in_file(path), x))
             ranges[way] = _ranges(report)
         began = time.process_time()
-        model = trained_on(rounded(fused, x[:2]), data, more, seed)
+        model = trained_on(rounded(fused, calibrate), data, more, seed)
         seconds["trained with rounding"] = time.process_time() - began
         path = Path(folder) / "trained.onnx"
         agreement = export_int8(model, path, x[:64]).error
         note("trained with rounding", predicted(in_file(path), x))
-        note("trained on in float32", predicted(trained_on(repfx.restore(fused), data, more, seed), x))
+        restored = repfx.restore(fused, calibrate=[calibrate])
+        note("trained on in float32", predicted(trained_on(restored, data, more, seed), x))
     return {
         "form": form,
         "seed": seed,
@@ -112,12 +114,11 @@ def measure(form: str, seed: int, data: Split, test: Split, epochs: int, more: i
 
 
 def _rounded_afterwards(
-    fused: nn.Module, images: Tensor, x: Tensor, folder: Path
+    fused: nn.Module, calibrate: Tensor, folder: Path
 ) -> Iterator[tuple[str, Path, QuantizationReport]]:
     """Write the files of the nets that are rounded after their training."""
-    calibrate = images[:: max(1, len(images) // CALIBRATION)][:CALIBRATION]
     for name, model, correct in (("rounded", fused, False), ("evened out", equalize(fused), True)):
-        exact = repfx.export_onnx(model, folder / f"{name}.onnx", x[:2]).path
+        exact = repfx.export_onnx(model, folder / f"{name}.onnx", calibrate[:2]).path
         for scales in ("channel", "tensor"):
             path = folder / f"{name} {scales}.onnx"
             per_channel = scales == "channel"

@@ -22,6 +22,7 @@ from repfx.passes.restore import restore
 from repfx.qat.folding import fold_norms
 from repfx.records.notes import copy_of
 
+_AT_ONCE = 32  # inputs in a batch
 _EPS = 1e-5  # of every BatchNorm in the graphs that torchao writes
 _BATCH_NORM, _DROPOUT = torch.ops.aten.batch_norm.default, torch.ops.aten.dropout.default
 _MODE_AT = {_BATCH_NORM: 5, _DROPOUT: 2}  # the argument that says whether a node is in training mode
@@ -68,7 +69,8 @@ def rounded(model: nn.Module, x: Tensor, *, quantizer: Any = None) -> Rounded:
 
     Args:
         model: the trained model, in its training form or fused.
-        x: some dozens of real inputs, on the model's device. The ranges of activations begin with theirs. The size of the batch stays free.
+        x: some hundred real inputs, on the model's device. The statistics of the BatchNorms and the ranges of activations begin with
+            theirs. The size of the batch stays free.
         quantizer: quantizer of torchao that says where numbers are rounded; None rounds where the files of `quantize_onnx` do.
 
     Raises:
@@ -82,16 +84,18 @@ def rounded(model: nn.Module, x: Tensor, *, quantizer: Any = None) -> Rounded:
 
     from repfx.qat.quantizer import FileQuantizer
 
-    restored = restore(fuse(copy_of(model).eval()))
+    parts = x.split(_AT_ONCE)
+    restored = restore(fuse(copy_of(model).eval()), calibrate=parts)
     for module in restored.modules():
         _set_eps(module)
-    program = exported(restored.train(), x, FreeAxes.usual(x, batch=True, size=False))
+    program = exported(restored.train(), parts[0], FreeAxes.usual(x, batch=True, size=False))
     with quiet():
         graph = prepare_qat_pt2e(program.module(), FileQuantizer() if quantizer is None else quantizer)
     found = Rounded(graph).eval()
     graph.apply(enable_observer)
     with torch.no_grad():
-        found(x)
+        for part in parts:
+            found(part)
     return found.train()
 
 
@@ -115,7 +119,8 @@ def require_torchao() -> None:
         InvalidInput: it can't.
     """
     try:
-        import torchao  # noqa: F401
+        with quiet():
+            import torchao  # noqa: F401
     except ImportError as error:
         raise InvalidInput("quantization-aware training needs torchao: pip install 'repfx[qat]'.") from error
 

@@ -52,7 +52,15 @@ def quantization_table(report: QuantizationReport) -> Table:
     """Show a quantization report, one row for each layer. Layers below the report's bound are marked."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("layer")
-    for column in ("largest\nweight", "× median\nchannel", "outputs", "99.9 %\nin", "weights\nSQNR", "outputs\nSQNR"):
+    for column in (
+        "largest\nweight",
+        "× median\nchannel",
+        "outputs",
+        "99.9 %\nin",
+        "weights\nSQNR",
+        "range\nSQNR",
+        "outputs\nSQNR",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in report.layers:
         table.add_row(
@@ -62,6 +70,7 @@ def quantization_table(report: QuantizationReport) -> Table:
             f"{layer.low:.3g} to {layer.high:.3g}",
             f"{layer.share:.0%}",
             f"{layer.weight_sqnr:.1f} dB" if layer.quantized else "float32",
+            f"{layer.range_sqnr:.1f} dB",
             f"{layer.output_sqnr:.1f} dB",
             style="bold red" if layer.output_sqnr < report.bound else None,
         )

@@ -35,6 +35,7 @@ class LayerRanges:
         high: the largest number that the layer outputs, at the same place.
         share: the part of the way from low to high that holds 99.9 % of these numbers; 0.05 % are left out at either end.
         weight_sqnr: SQNR of the weights alone.
+        range_sqnr: SQNR of the range alone: exact outputs against the same outputs, rounded by the scale that the file has for them.
         output_sqnr: SQNR of the layer's outputs, with the noise of the layers before it.
         quantized: whether the file holds the weights as integers.
     """
@@ -47,6 +48,7 @@ class LayerRanges:
     high: float
     share: float
     weight_sqnr: float
+    range_sqnr: float
     output_sqnr: float
     quantized: bool
 
@@ -102,7 +104,7 @@ def measure_layers(path: Path, quantized: Path, inputs: Sequence[Tensor]) -> tup
     float_run, int8_run = (
         tapped(model, [pair[which] for pair in pairs]) for which, model in enumerate((exact, rounded))
     )
-    outputs = [_Output() for _ in layers]
+    outputs = [_Output(twins.steps(pair[1])) for pair in pairs]
     for batch in inputs:
         for layer, output, value in zip(layers, outputs, float_run(batch)):
             if not value.isfinite().all():
@@ -114,12 +116,27 @@ def measure_layers(path: Path, quantized: Path, inputs: Sequence[Tensor]) -> tup
     return tuple(_ranges(layer, twins.weight(layer), output) for layer, output in zip(layers, outputs))
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """The numbers that a quantized tensor can hold: `scale` times an integer from `low` to `high` less `zero`."""
+
+    scale: float
+    zero: int
+    low: int
+    high: int
+
+    def rounded(self, value: Tensor) -> Tensor:
+        """Return values as the tensor can hold them."""
+        return ((value / self.scale).round() + self.zero).clamp(self.low, self.high).sub(self.zero) * self.scale
+
+
 class _Output:
     """Statistics of one layer's outputs, gathered batch by batch: first their range, then their distribution in it and their noise."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: _Steps | None) -> None:
         self.low, self.high = math.inf, -math.inf
-        self.signal, self.noise = 0.0, 0.0
+        self.signal, self.noise, self.noise_of_range = 0.0, 0.0, 0.0
+        self._steps = steps
         self._counts = torch.zeros(_BINS, dtype=torch.float64, device="cpu")
 
     def widen(self, value: Tensor) -> None:
@@ -129,6 +146,8 @@ class _Output:
         value, other = value.double(), other.double()
         self.signal += float(value.square().sum())
         self.noise += float((value - other).square().sum())
+        if self._steps is not None:
+            self.noise_of_range += float((value - self._steps.rounded(value)).square().sum())
         if self.low < self.high:
             self._counts += torch.histc(value, _BINS, self.low, self.high)
 
@@ -157,6 +176,7 @@ def _ranges(layer: WeightedLayer, rounded: Tensor | None, output: _Output) -> La
         high=output.high,
         share=output.share,
         weight_sqnr=_decibels(float(weight.square().sum()), noise),
+        range_sqnr=_decibels(output.signal, output.noise_of_range),
         output_sqnr=_decibels(output.signal, output.noise),
         quantized=rounded is not None,
     )
@@ -187,6 +207,17 @@ class _Twins:
         output = self._nodes[layer.node].output[0]
         known = {name for node in exact.graph.node for name in node.output}
         return (output if output in known else layer.output), self._rounded.get(output, output)
+
+    def steps(self, output: str) -> _Steps | None:
+        """Return the steps by which a value is rounded; None if it isn't, or has several scales."""
+        node = self._made_by[output]
+        if node.op_type != "DequantizeLinear":
+            return None
+        scale, zero = (package("onnx").numpy_helper.to_array(self._constants[name]) for name in node.input[1:3])
+        if scale.size != 1:
+            return None
+        limits = torch.iinfo(torch.from_numpy(zero.copy()).dtype)
+        return _Steps(float(scale), int(zero), limits.min, limits.max)
 
     def weight(self, layer: WeightedLayer) -> Tensor | None:
         """Return a layer's weight as the file rounds it; None if the file doesn't hold it as integers."""

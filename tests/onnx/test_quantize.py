@@ -79,6 +79,14 @@ def in_8_bits(weight: Tensor, axis: int | None = None) -> Tensor:
     return (weight / scale).round() * scale
 
 
+def in_unsigned_8_bits(output: Tensor) -> Tensor:
+    """Quantize outputs to 8 bits and back, by the range that holds them and zero."""
+    low, high = min(float(output.min()), 0.0), max(float(output.max()), 0.0)
+    scale = (high - low) / 255
+    zero = round(-low / scale)
+    return ((output / scale).round() + zero).clamp(0, 255).sub(zero) * scale
+
+
 @pytest.mark.slow
 def test_the_file_is_smaller_and_almost_the_same(report: QuantizationReport, exported: Path) -> None:
     assert [file.name for file in report.path.parent.iterdir()] == ["net.int8.onnx"]
@@ -115,6 +123,8 @@ def test_each_layer_is_measured(report: QuantizationReport) -> None:
         assert layer.channel_spread == pytest.approx(float(channels.max() / channels.median()))
         assert layer.weight_sqnr == pytest.approx(decibels(weight, in_8_bits(weight, 0)), abs=0.01)
         assert (layer.low, layer.high) == pytest.approx((float(output.min()), float(output.max())), rel=1e-4)
+        assert layer.range_sqnr == pytest.approx(decibels(output, in_unsigned_8_bits(output)), abs=0.1)
+        assert layer.output_sqnr < layer.range_sqnr
         inner = output.flatten().quantile(torch.tensor([0.0005, 0.9995]))
         assert layer.share == pytest.approx(float(inner.diff() / (output.max() - output.min())), abs=0.01)
         assert layer.quantized

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -42,9 +42,10 @@ from repfx.passes.equalize import equalize
 from repfx.qat.file import export_int8
 from repfx.qat.rounded import rounded
 
-FORMS = ("plain", "repvgg", "dbb", "qarepvgg", "orepa")
+FORMS: tuple[str, ...] = ("plain", "repvgg", "dbb", "qarepvgg", "orepa")
 SHARE = 0.01  # of the training's rate, while the net is trained on
 AT_ONCE = 250
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def trained(form: str, data: Split, epochs: int, seed: int) -> nn.Module:
@@ -57,7 +58,7 @@ def trained(form: str, data: Split, epochs: int, seed: int) -> nn.Module:
     return model
 
 
-def trained_on(model: nn.Module, data: Split, epochs: int, seed: int) -> nn.Module:
+def trained_on(model: Model, data: Split, epochs: int, seed: int) -> Model:
     """Train a model on at a small rate."""
     train(model, data, epochs, seed, rate=SHARE * RATE)
     return model

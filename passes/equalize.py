@@ -4,6 +4,10 @@ A positive factor for each channel passes through whatever commutes with it: ReL
 upsampling, sums. So the convs that make a tensor can be divided by it, and the convs that read the tensor multiplied. Source: Nagel et al.,
 "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.1. The factors are powers of two here, so no
 weight is rounded.
+
+The same section also absorbs high biases: it subtracts a constant c from a channel before its ReLU and adds W·c to the bias behind. This
+is left out, because it changes what the model computes. relu(p - c) = relu(p) - c holds only where p ≥ c. And a conv that pads with zeros
+reads 0 at the border, where it would have to read -c.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def _fold(model: fx.GraphModule, conv: fx.Node, norm: fx.Node) -> None:
     weight = _value(model, rounding.args[0], {})
     scale: Any = norm.args[1]
     channels = _value(model, scale, {})
-    given = conv.args[2] if len(conv.args) > 2 else None
+    given: Any = conv.args[2] if len(conv.args) > 2 else None
     bias = channels.new_zeros(()) if given is None else _value(model, given, {})
     shape = [1, -1, *[1] * (weight.dim() - 2)]
     at_zero = (channels.new_zeros(channels.shape) + bias).reshape(shape)

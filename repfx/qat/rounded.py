@@ -109,7 +109,8 @@ def converted(model: Rounded) -> fx.GraphModule:
     graph = copy_of(model).eval().graph
     fold_norms(graph)
     with quiet():
-        return convert_pt2e(graph)
+        result: fx.GraphModule = convert_pt2e(graph)
+    return result
 
 
 def require_torchao() -> None:

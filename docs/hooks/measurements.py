@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -340,44 +340,59 @@ def quantization() -> str:
 
 
 def qat() -> str:
-    """Write the results of `benchmarks/qat.py`: what each way of rounding costs, and the ranges of the fused nets, by branches."""
+    """Write the results of `benchmarks/qat.py`: what each way of rounding costs the accuracy, by branches."""
     parts = []
-    for file in sorted(RESULTS.glob("qat-*.jsonl")):
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        ways = [way for way in rows[0]["accuracy"] if way != "float32"]
-        cost, ranges = [], []
-        for form in dict.fromkeys(row["form"] for row in rows):
-            own = [row for row in rows if row["form"] == form]
-            exact = sum(row["accuracy"]["float32"] for row in own) / len(own)
+    for rows in _rows_of_qat():
+        first = rows[0]
+        ways = [way for way in first["accuracy"] if way != "float32"]
+        cost = []
+        for form, own in _by_form(rows).items():
+            exact = [row["accuracy"]["float32"] for row in own]
             changes = [
-                ", ".join(f"{100 * (row['accuracy'][way] - row['accuracy']['float32']):+.2f}" for row in own)
+                ", ".join(f"{100 * (row['accuracy'][way] - before):+.2f}" for row, before in zip(own, exact))
                 for way in ways
             ]
-            cost.append((f"`{form}`", f"{exact:.1%}", *changes))
-            fused = [row["ranges"]["rounded, a scale for each channel"] for row in own]
-            keys = ("median_weight_range", "median_channel_spread", "median_high", "lowest_sqnr")
-            ranges.append((f"`{form}`", *(f"{sum(each[key] for each in fused) / len(fused):.3g}" for key in keys)))
-        first = rows[0]
+            cost.append((f"`{form}`", f"{sum(exact) / len(exact):.1%}", *changes))
         setting = (
             f"{first['training_images']} images of {first['data']}, {first['epochs']} epochs and {first['more']} more; "
-            f"{first['images']} test images; "
-            f"{first['hardware']}; torch {first['torch']}, onnxruntime {first['onnxruntime']}. Seed by seed, in points."
+            f"{first['images']} test images; {first['hardware']}; torch {first['torch']}, onnxruntime {first['onnxruntime']}. "
+            "In points, seed by seed."
         )
-        ranges_head = (
+        parts += [table(("branches", "accuracy in float32", *ways), cost), setting]
+    return "\n\n".join(parts)
+
+
+def qat_ranges() -> str:
+    """Write the ranges of the fused nets in the results of `benchmarks/qat.py`, by branches."""
+    parts = []
+    for rows in _rows_of_qat():
+        head = (
             "branches",
             "largest weight of a conv",
             "that, relative to the median channel's",
             "largest output of a conv",
             "lowest SQNR of a conv's outputs, dB",
+            "images in another class",
         )
-        parts += [
-            table(("branches", "accuracy in float32", *ways), cost),
-            setting,
-            "The fused nets, with one scale for each channel of a weight:",
-            table(ranges_head, ranges),
-            "Medians over the convs, but the lowest SQNR of all; means over the seeds.",
-        ]
+        keys = ("median_weight_range", "median_channel_spread", "median_high", "lowest_sqnr")
+        way = "rounded, a scale for each channel"
+        lines = []
+        for form, own in _by_form(rows).items():
+            means = [f"{sum(row['ranges'][way][key] for row in own) / len(own):.3g}" for key in keys]
+            flips = ", ".join(f"{row['flips'][way] / row['images']:.1%}" for row in own)
+            lines.append((f"`{form}`", *means, flips))
+        parts.append(table(head, lines))
     return "\n\n".join(parts)
+
+
+def _rows_of_qat() -> Iterator[list[dict[str, Any]]]:
+    for file in sorted(RESULTS.glob("qat-*.jsonl")):
+        yield [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _by_form(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    forms = dict.fromkeys(row["form"] for row in rows)
+    return {form: [row for row in rows if row["form"] == form] for form in forms}
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -402,4 +417,5 @@ MEASUREMENTS: dict[str, Callable[[], str]] = {
     "transforms": transforms,
     "quantization": quantization,
     "qat": qat,
+    "qat_ranges": qat_ranges,
 }

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from repfx.records.number_text import duration, engineering, percent
-from repfx.training.run_folder import ARCHITECTURE, CHECKPOINT, METRICS, MODEL, RECIPE, RunFolder, Setup
+from repfx.training.run_folder import ARCHITECTURE, CHECKPOINT, INT8, METRICS, MODEL, RECIPE, RunFolder, Setup
 from repfx.training.trust import calls_in
 
 _FORMS = {"plain": "plain", "expanded": "expanded, trained", "fused": "fused", "onnxruntime": "fused, in onnxruntime"}
@@ -187,6 +187,7 @@ def _limits(metrics: Mapping[str, Any], recipe: Mapping[str, Any], license: str 
 def _files(folder: RunFolder) -> str:
     what = {
         MODEL: "the fused model",
+        INT8: "the model in 8 bits, trained on with rounding",
         CHECKPOINT: "the weights of the training form, and how its structure came about",
         RECIPE: "all settings of the training: `repfx train --recipe recipe.toml` repeats it",
         METRICS: "all numbers",

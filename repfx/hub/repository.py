@@ -20,6 +20,7 @@ from repfx.training.run_folder import (
     ARCHITECTURE,
     CHECKPOINT,
     HISTORY,
+    INT8,
     METRICS,
     MODEL,
     RECIPE,
@@ -29,7 +30,7 @@ from repfx.training.run_folder import (
 from repfx.training.trust import Trust
 
 CARD = "README.md"
-_COPIED = (MODEL, CHECKPOINT, METRICS, HISTORY, ARCHITECTURE)
+_COPIED = (MODEL, INT8, CHECKPOINT, METRICS, HISTORY, ARCHITECTURE)
 _NEEDED = (CHECKPOINT, STRUCTURE)  # to build the model again
 
 

@@ -40,9 +40,6 @@ class Rounded(nn.Module):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
         self.graph = graph
-        for node in list(graph.graph.nodes):  # what counts batches, in eval mode too, and is never read
-            if node.target == torch.ops.aten.add_.Tensor and not node.users and node.args[0].op == "get_attr":
-                graph.graph.erase_node(node)
 
     def forward(self, x: Tensor) -> Any:
         """Return the outputs of the model, computed with rounded numbers."""
@@ -65,7 +62,8 @@ def rounded(model: nn.Module, x: Tensor, *, quantizer: Any = None) -> Rounded:
     """Return a model that computes in 8 bits and can be trained: fused, with a BatchNorm for each conv that had absorbed one.
 
     The result is in training mode. It has parameters of its own, so make the optimizer after it. A learning rate of about a hundredth of
-    the training's is usual. `model` stays as it is.
+    the training's is usual. BatchNorms and dropout have their two modes; whatever else the model does in training mode alone, such as
+    stochastic depth, it does no more. `model` stays as it is.
 
     Args:
         model: the trained model, in its training form or fused.
@@ -88,7 +86,7 @@ def rounded(model: nn.Module, x: Tensor, *, quantizer: Any = None) -> Rounded:
     restored = restore(fuse(copy_of(model).eval()), calibrate=parts)
     for module in restored.modules():
         _set_eps(module)
-    program = exported(restored.train(), parts[0], FreeAxes.usual(x, batch=True, size=False))
+    program = exported(restored.eval(), parts[0], FreeAxes.usual(x, batch=True, size=False))
     with quiet():
         graph = prepare_qat_pt2e(program.module(), FileQuantizer() if quantizer is None else quantizer)
     found = Rounded(graph).eval()

@@ -26,8 +26,15 @@ class Chain(nn.Module):
         return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
+class Doubting(nn.Module):
+    """A module that draws in training mode which images it leaves out, as stochastic depth does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.bernoulli(torch.full_like(x[:, :1, :1, :1], 0.5)) if self.training else x
+
+
 class Joined(nn.Module):
-    """A residual around two convs, and a concatenation."""
+    """A residual around two convs, which training leaves out at times, a concatenation, and a dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,11 +42,12 @@ class Joined(nn.Module):
         self.one, self.norm1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.two, self.norm2 = nn.Conv2d(8, 8, (3, 1), padding=(1, 0), bias=False), nn.BatchNorm2d(8)
         self.three, self.norm3 = nn.Conv2d(8, 5, 1, bias=False), nn.BatchNorm2d(5)
-        self.pool, self.head = nn.MaxPool2d(2), nn.Linear(13, 4)
+        self.pool, self.head = nn.MaxPool2d(2), nn.Sequential(nn.Dropout(0.3), nn.Linear(13, 4))
+        self.doubt = Doubting()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(torch.relu(self.norm0(self.stem(x))))
-        x = torch.relu(x + self.norm2(self.two(torch.relu(self.norm1(self.one(x))))))
+        x = torch.relu(x + self.doubt(self.norm2(self.two(torch.relu(self.norm1(self.one(x)))))))
         x = torch.cat([x, torch.relu(self.norm3(self.three(x)))], 1)
         return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
 

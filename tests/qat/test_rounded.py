@@ -40,7 +40,7 @@ def prepared(model: nn.Module) -> Rounded:
 
     from repfx.qat.quantizer import FileQuantizer
 
-    program = exported(model.train(), X, FreeAxes.usual(X, batch=True, size=False))
+    program = exported(model.eval(), X, FreeAxes.usual(X, batch=True, size=False))
     with quiet():
         return Rounded(prepare_qat_pt2e(program.module(), FileQuantizer())).train()
 
@@ -112,6 +112,21 @@ def test_the_training_begins_where_the_float_training_has_ended(joined: Rounded)
                 node.update_arg(5, True)
         found.graph.recompile()
         assert float((found(X.double()) - expected).norm() / expected.norm()) < 0.02
+
+
+def test_dropout_and_norms_have_two_modes(joined: Rounded) -> None:
+    def modes() -> set[Any]:
+        at = {torch.ops.aten.batch_norm.default: 5, torch.ops.aten.dropout.default: 2}
+        nodes = [node for node in joined.graph.graph.nodes if node.target in at]
+        assert len(nodes) == 5
+        return {node.args[at[node.target]] for node in nodes}
+
+    joined.train()
+    assert modes() == {True}
+    assert not torch.allclose(joined(X), joined(X), rtol=0.05)
+    joined.eval()
+    assert modes() == {False}
+    assert torch.equal(joined(X), joined(X))
 
 
 def test_folding_changes_nothing(joined: Rounded) -> None:

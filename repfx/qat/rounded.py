@@ -72,10 +72,12 @@ def rounded(model: nn.Module, x: Tensor, *, quantizer: Any = None) -> Rounded:
         quantizer: quantizer of torchao that says where numbers are rounded; None rounds where the files of `quantize_onnx` do.
 
     Raises:
-        InvalidInput: torchao is missing (``pip install 'repfx[qat]'``), or no conv has absorbed a BatchNorm: then give what
-            `restore(model, sites=…, calibrate=…)` returns.
+        InvalidInput: x is one input alone, torchao is missing (``pip install 'repfx[qat]'``), or no conv has absorbed a BatchNorm: then
+            give what `restore(model, sites=…, calibrate=…)` returns.
         ExportError: `torch.export` can't follow the model.
     """
+    if len(x) < 2:
+        raise InvalidInput(f"x has {len(x)} inputs: give some hundred real ones, since ranges begin with theirs.")
     require_torchao()
     from torchao.quantization.pt2e import enable_observer
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e

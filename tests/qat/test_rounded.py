@@ -187,6 +187,11 @@ def test_a_net_that_never_had_norms_is_refused() -> None:
         rounded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), X)
 
 
+def test_one_input_is_not_enough() -> None:
+    with pytest.raises(InvalidInput, match="x has 1 inputs: give some hundred real ones"):
+        rounded(Chain().eval(), X[:1])
+
+
 def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(InvalidInput, match=r"pip install 'repfx\[qat\]'"):

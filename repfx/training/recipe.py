@@ -192,7 +192,8 @@ class Recipe:
     def with_rounding(self) -> Recipe:
         """Return the recipe of the epochs in which numbers are rounded to 8 bits.
 
-        They are trained in float32, as the kernels round: without an average, `torch.compile` or another precision.
+        They are trained in float32, as the kernels round: without an average, `torch.compile`, another precision, or what needs
+        the branches.
         """
         assert self.qat is not None
         return replace(
@@ -209,6 +210,7 @@ class Recipe:
             log_with="",
             qat=None,
             auxiliary=None,
+            drop_path=0.0,
         )
 
 

@@ -16,7 +16,7 @@ from repfx.onnx.metadata import Metadata
 from repfx.training.experiment import Experiment, Metrics, run
 from repfx.training.loop import Step, Watcher
 from repfx.training.models import ModelReference
-from repfx.training.recipe import QuantizationAware, Recipe
+from repfx.training.recipe import AuxiliaryHead, QuantizationAware, Recipe
 from repfx.training.run_folder import INT8, METRICS, MODEL, RunFolder
 from tests.recorded_run import TINY
 
@@ -83,8 +83,11 @@ def test_epochs_with_rounding_that_can_not_be_are_refused(options: dict[str, Any
 
 
 def test_rounding_is_trained_in_float32_at_a_small_rate() -> None:
-    recipe = Recipe(epochs=9, learning_rate=0.5, average=0.9, compile=True, qat=QuantizationAware(3, 0.1))
+    head = AuxiliaryHead("body")
+    recipe = Recipe(
+        epochs=9, learning_rate=0.5, average=0.9, auxiliary=head, drop_path=0.2, qat=QuantizationAware(3, 0.1)
+    )
     found = recipe.with_rounding()
-    assert (found.epochs, found.learning_rate, found.average, found.compile, found.qat) == (3, 0.05, 0.0, False, None)
-    assert found.mixed_precision == "no"
+    assert (found.epochs, found.learning_rate, found.average, found.qat) == (3, 0.05, 0.0, None)
+    assert (found.mixed_precision, found.auxiliary, found.drop_path) == ("no", None, 0.0)
     assert found.seed == recipe.seed

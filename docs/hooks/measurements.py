@@ -339,6 +339,19 @@ def quantization() -> str:
     return f"{table(head, cost)}\n\n{setting}\n\n{table(ranges_head, ranges)}\n\nMedians over the convs, means over the seeds."
 
 
+def tracked() -> str:
+    """Write the results of `benchmarks/tracked.py`: accuracy and cost of each method, over the seeds that all methods have."""
+    parts = []
+    for file in sorted(RESULTS.glob("tracked-*.jsonl")):
+        from benchmarks.tracked import compared, rows_of  # loads torch
+
+        rows = rows_of(file)
+        head = ("method", "accuracy, %", "against plain", "against dbb", "processor time, plain = 1")
+        setting = f"{rows[0]['images']} images, {rows[0]['epochs']} epochs; {rows[0]['hardware']}"
+        parts += [f"{setting}:", table(head, compared(rows))]
+    return "\n\n".join(parts) or "No results are committed yet."
+
+
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     """Write a table in Markdown."""
     lines = [head, ("---",) * len(head), *rows]
@@ -357,6 +370,7 @@ MEASUREMENTS: dict[str, Callable[[], str]] = {
     "scoring": scoring,
     "search": search,
     "gates": gates,
+    "tracked": tracked,
     "training": training,
     "transforms": transforms,
     "quantization": quantization,

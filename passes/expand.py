@@ -29,7 +29,8 @@ from repfx.blocks.paths import block_at
 from repfx.blocks.presets import SpecLike
 from repfx.blocks.selection import Selection
 from repfx.blocks.spec import BranchSpec, Normalisation, Spec, Weights
-from repfx.blocks.stages import FIRST_WEIGHTS, Norm
+from repfx.blocks.stages import FIRST_WEIGHTS, Norm, TrackedNorm
+from repfx.blocks.windows.autocorrelation import windows_of
 from repfx.errors import InvalidInput
 from repfx.measuring.calibration import PartialSum, calibrate_norms, measure_sums
 from repfx.measuring.in_float64 import Inputs
@@ -74,7 +75,8 @@ class Expand(Action):
     @classmethod
     def by(cls, spec: Spec, site: str, conv: ConvSpec, **options: Any) -> list[Expand]:
         """Return the expansion of a conv by a spec, or an empty list if no branch fits. `options` override fields of the spec."""
-        branches, _ = fitting(spec.branches_for(conv) if spec.takes(conv) else (), conv)
+        served = spec.takes(conv) and spec.refusal(conv) is None
+        branches, _ = fitting(spec.branches_for(conv) if served else (), conv)
         own = {name: getattr(spec, name) for name in ("norm", "weights", "origin_scale", "norm_behind")}
         return [cls(site, branches, **{**own, **options})] if branches else []
 
@@ -262,6 +264,10 @@ class _Beginning:
             raise InvalidInput(
                 "gamma can't be given to branches with shared weights: what they add can't be subtracted from the weights they share."
             )
+        if gamma and any(spec.norm == "tracked" for _, spec in selection.patterns):
+            raise InvalidInput(
+                'gamma can\'t be given to branches with norm="tracked": the first measurement would change what they add.'
+            )
         if attach_rate and preserve:
             raise InvalidInput(f"attach_rate={attach_rate} changes the function: begin with 0, or give preserve=False.")
         if gamma and attach_rate is not None:
@@ -340,6 +346,8 @@ def _plan(sites: list[Site], selection: Selection) -> tuple[list[_Plan], list[Sk
             refusal = _NOT_NAMED
         elif site.own and refusal is None and not spec.norm_behind:
             refusal = "it is the own conv of a block: give a repfx.Spec with norm_behind=True"
+        elif refusal is None and site.conv is not None:
+            refusal = spec.refusal(site.conv)
         if spec is None or refusal is not None or site.conv is None:
             skips.append(Skip(site.path, refusal or "its sizes can't be read", "expand"))
             continue
@@ -358,17 +366,21 @@ def _block(model: nn.Module, plan: _Plan, attach_rate: float | None, *, quiet: b
     """Make the block of a site. Neither the model nor the conv's weights are changed yet."""
     conv: Layer = model.get_submodule(plan.site.path)
     own_norm: Layer | None = None if plan.site.norm is None else norm_of(model.get_submodule(plan.site.norm))
-    norm = Norm.like(plan.spec.norm, own_norm)
+    norm, site = Norm.like(plan.spec.norm, own_norm), ConvSpec.of(conv)
+    tracked: TrackedNorm | None = None
+    if norm.kind == "tracked":
+        norm = replace(norm, windows=windows_of(site, conv.weight, norm.eps))
+        tracked = norm.tracked(site.out_channels, site.dimensions, conv.weight, last=True)
     branches: dict[str, Branch] = {}
     for branch in plan.branches:
-        built = kind_of(branch)(ConvSpec.of(conv), norm, conv.weight, **branch.options)
+        built = kind_of(branch)(site, norm, conv.weight, **branch.options)
         if plan.spec.weights == "shared":
             share(built, conv)
         built.first_scale = branch.scale
         _initialise(built, plan.spec, quiet=quiet)
         branches[branch.name or _free_name(branch.kind, branches)] = built.train(conv.training)
     if own_norm is None or plan.spec.norm != "batch_norm":
-        return RepBlock(conv, None, branches, None, attach_rate, plan.spec.origin_scale)
+        return RepBlock(conv, None, branches, None, attach_rate, plan.spec.origin_scale, tracked=tracked)
     if not plan.spec.norm_behind:
         return RepBlock(conv, own_norm, branches, plan.site.norm, attach_rate)
     return RepBlock(conv, _norm_like(norm, conv), branches, None, attach_rate, norm_behind=plan.site.norm)
@@ -389,8 +401,8 @@ def _free_name(kind: str, taken: Container[str]) -> str:
 def _initialise(branch: Branch, spec: Spec, *, quiet: bool) -> None:
     for conv in branch.free_convs:
         FIRST_WEIGHTS[spec.weights](conv)
-    if branch.last_norm is not None:
-        nn.init.constant_(branch.last_norm.weight, 0.0 if quiet else spec.gamma)
+    if branch.last_gamma is not None:
+        nn.init.constant_(branch.last_gamma, 0.0 if quiet else spec.gamma)
     scale: Layer | None = branch._modules.get("scale")
     if scale is not None:
         nn.init.constant_(scale.weight, branch.first_scale)
@@ -402,7 +414,7 @@ def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *,
     if not plan.spec.origin:
         undo.callback(block.wake)
         block.rest()
-    if preserve and plan.spec.norm != "batch_norm":
+    if preserve and plan.spec.norm in ("scale", "none"):  # all others begin with γ = 0
         undo.callback(conv.load_state_dict, copy.deepcopy(conv.state_dict()))
         _take_off(block)
     if preserve and block.norm_behind is not None:

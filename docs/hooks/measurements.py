@@ -108,7 +108,9 @@ def launches() -> str:
     result = json.loads((RESULTS / "launches.json").read_text(encoding="utf-8"))
     columns = ("each block alone", "together, GPU", "together, CPU")
     counted = [
-        (row["what"], *(row.get(column, "") for column in columns)) for row in result["rows"] if "seconds" not in row
+        (row["what"], *(str(row.get(column, "")) for column in columns))
+        for row in result["rows"]
+        if "seconds" not in row
     ]
     timed = [
         (row["what"], f"{row['seconds']:.3f} s", f"{row['relative to plain']:.2f} ({row['low']:.2f}–{row['high']:.2f})")
@@ -395,6 +397,19 @@ def _by_form(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {form: [row for row in rows if row["form"] == form] for form in forms}
 
 
+def tracked() -> str:
+    """Write the results of `benchmarks/tracked.py`: accuracy and cost of each method, over the seeds that all methods have."""
+    parts = []
+    for file in sorted(RESULTS.glob("tracked-*.jsonl")):
+        from benchmarks.tracked import compared, rows_of  # loads torch
+
+        rows = rows_of(file)
+        head = ("method", "accuracy, %", "against plain", "against dbb", "processor time, plain = 1")
+        setting = f"{rows[0]['images']} images, {rows[0]['epochs']} epochs; {rows[0]['hardware']}"
+        parts += [f"{setting}:", table(head, compared(rows))]
+    return "\n\n".join(parts) or "No results are committed yet."
+
+
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     """Write a table in Markdown."""
     lines = [head, ("---",) * len(head), *rows]
@@ -413,6 +428,7 @@ MEASUREMENTS: dict[str, Callable[[], str]] = {
     "scoring": scoring,
     "search": search,
     "gates": gates,
+    "tracked": tracked,
     "training": training,
     "transforms": transforms,
     "quantization": quantization,

@@ -31,6 +31,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from types import EllipsisType
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,19 @@ from repfx.errors import RepfxError
 
 Ints = tuple[int, ...]
 Padding = tuple[tuple[int, int], ...]
+
+
+class Window(Protocol):
+    """The taps of a kernel or a site, without their weights."""
+
+    @property
+    def kernel_size(self) -> Ints: ...
+
+    @property
+    def padding(self) -> Padding: ...
+
+    @property
+    def dilation(self) -> Ints: ...
 
 
 class NoKernel(RepfxError):
@@ -310,7 +324,7 @@ class Kernel:
         if self.transposed or other.transposed:
             return self._add_transposed(other)
         first, second, mode = self._with_common_groups(other)
-        taps = _taps_within(first, second) if has_room(first.weight, second.weight) else None
+        taps = taps_within(first, second) if has_room(first.weight, second.weight) else None
         whole = first.weight.shape == second.weight.shape
         if taps is None or not (whole or not first.weight.requires_grad):  # a part's gradient would cost a copy
             return self.add(other)
@@ -502,7 +516,7 @@ def _common_padding_mode_of(mode: str | None, kernel: Kernel) -> str | None:
     return kernel.padding_mode
 
 
-def _taps_within(whole: Kernel, part: Kernel) -> tuple[EllipsisType | slice, ...] | None:
+def taps_within(whole: Window, part: Kernel) -> tuple[EllipsisType | slice, ...] | None:
     """Return where the taps of `part` lie in the window of `whole`, or None if one of them lies elsewhere."""
     places: list[EllipsisType | slice] = [...]
     for axis, (size, own) in enumerate(zip(part.kernel_size, whole.kernel_size)):

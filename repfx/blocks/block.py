@@ -15,16 +15,18 @@ from repfx.algebra.assembly import assembled
 from repfx.algebra.conv_spec import ConvSpec
 from repfx.algebra.kernel import Kernel
 from repfx.algebra.layers import Layer, has_hooks, is_batch_norm, takes_batch_statistics, template_of
+from repfx.algebra.meaning import kernel_of
 from repfx.blocks.branch import Branch, Chain
 from repfx.blocks.cropped_conv import is_shared
 from repfx.blocks.gates import Gates
 from repfx.blocks.one_conv import become_one_conv
 from repfx.blocks.recompute import recomputed
-from repfx.blocks.stages import AttachRate, Scale, batch_norm_in
+from repfx.blocks.stages import AttachRate, Scale, TrackedNorm, batch_norm_in
+from repfx.blocks.windows.covariance import WindowCovariance
 from repfx.errors import InvalidInput, NotAConv, RepfxError, UnknownName
 
 ORIGIN = "origin"
-_RESERVED = ("attach", "gate")
+_RESERVED = ("attach", "gate", "windows")
 SIZES = frozenset(
     {*ConvSpec.__dataclass_fields__, "in_features", "out_features"}
 )  # the attributes of layers that say sizes
@@ -48,6 +50,7 @@ class RepBlock(nn.Module):
         attach_rate: first value of λ; None for a block without λ.
         origin_scale: first value of a `Scale` behind the conv; None for no `Scale`. With a `norm` there is no `Scale`.
         norm_behind: path in the model of the site's own BatchNorm if it stays behind the sum; else None.
+        tracked: the `TrackedNorm` behind the conv, or None. The block then follows the covariance of its input in training mode.
 
     Code around the block can read the sizes of the conv (``kernel_size``, ``stride``, …) or linear layer (``in_features``, …) from the
     block.
@@ -62,6 +65,7 @@ class RepBlock(nn.Module):
         attach_rate: float | None = None,
         origin_scale: float | None = None,
         norm_behind: str | None = None,
+        tracked: TrackedNorm | None = None,
     ) -> None:
         super().__init__()
         self._resting: tuple[str, ...] | None = None  # names of the origin's parameters that `rest` froze
@@ -78,6 +82,9 @@ class RepBlock(nn.Module):
             self.origin.add_module("norm", norm)
         elif origin_scale is not None:
             self.origin.add_module("scale", Scale.like(conv, origin_scale))
+        elif tracked is not None:
+            tracked.requires_grad_(conv.weight.requires_grad)
+            self.origin = Chain(iter({"conv": conv, "norm": tracked.train(conv.training)}.items()), self.site)
         for name, branch in branches.items():
             if "." in name:
                 raise InvalidInput(f"a branch can't be named {name!r}: the name of a module has no dots.")
@@ -88,6 +95,9 @@ class RepBlock(nn.Module):
             self.add_module(name, branch)
         if attach_rate is not None:
             self.attach = AttachRate(attach_rate, self.site.out_channels, self.site.dimensions, conv.weight)
+        if tracked is not None:
+            self.windows = tracked.windows.train(conv.training)
+            self.windows.begin(self._own_kernel())
         self.training = self.origin.training = conv.training
 
     @property
@@ -110,6 +120,17 @@ class RepBlock(nn.Module):
     def scale(self) -> Layer | None:
         """The `Scale` behind the site's own conv, if it has one."""
         return self.origin._modules.get("scale")
+
+    @property
+    def tracked(self) -> TrackedNorm | None:
+        """The `TrackedNorm` behind the site's own conv, if it has one."""
+        norm = self.origin._modules.get("norm")
+        return norm if isinstance(norm, TrackedNorm) else None
+
+    @property
+    def tracks(self) -> bool:
+        """Whether the block follows the covariance of its input in its present mode, so that its kernel may change by a forward pass."""
+        return "windows" in self._modules and self.windows.training
 
     @property
     def branches(self) -> dict[str, Branch]:
@@ -152,12 +173,17 @@ class RepBlock(nn.Module):
         """
         if isinstance(input, fx.Proxy):
             return self._sum_of_paths(input, self.running)
+        if self.tracks:
+            self.windows.see(input, self._own_kernel)
         kernel = _assembled(self) if self.squeezed and self.is_one_map else None
         if kernel is not None:
             return kernel(input)
         if self.recomputes and self.training and torch.is_grad_enabled() and not is_transformed():
             return recomputed(partial(self._sum_of_paths, running=self.running), self, input)
         return self._sum_of_paths(input, self.running)
+
+    def _own_kernel(self) -> Kernel:
+        return kernel_of(self.conv, template_of(self.conv), self.site.in_channels, self.site.dimensions)
 
     def _sum_of_paths(self, input: Tensor, running: Sequence[str]) -> Tensor:
         paths, gates = self.paths, self.gates
@@ -186,9 +212,10 @@ class RepBlock(nn.Module):
 
     @property
     def is_one_map(self) -> bool:
-        """Whether the block is linear in its present mode, and no hook listens to anything inside."""
+        """Whether the block is linear in its present mode, no hook listens to anything inside, and no block inside follows its input."""
         parts = [module for module in self.modules() if module is not self]
-        return not any(takes_batch_statistics(module) or has_hooks(module) for module in parts)
+        inner = any(isinstance(module, RepBlock) and module.tracks for module in parts)
+        return not inner and not any(takes_batch_statistics(module) or has_hooks(module) for module in parts)
 
     def squeeze(self, *, hold_statistics: bool) -> None:
         """Run as one conv wherever that is exact. With `hold_statistics`, BatchNorms keep theirs, so training mode is exact, too."""
@@ -209,15 +236,15 @@ class RepBlock(nn.Module):
         return ", ".join(name for name, holds in states.items() if holds)
 
     def train(self, mode: bool = True) -> RepBlock:
-        """Set the mode as torch does, but keep BatchNorms whose statistics are held in eval mode."""
+        """Set the mode as torch does, but keep BatchNorms and covariances that are held in eval mode."""
         super().train(mode)
         self.stop_norms()
         return self
 
     def stop_norms(self) -> None:
-        """Put BatchNorms whose statistics are held into eval mode."""
+        """Put BatchNorms whose statistics are held, and covariances of inputs, into eval mode."""
         for module in self.modules() if self.holds_statistics else ():
-            if is_batch_norm(module):
+            if is_batch_norm(module) or isinstance(module, WindowCovariance):
                 module.eval()
 
     @property

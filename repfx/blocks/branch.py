@@ -7,6 +7,7 @@ yields its stages. Everything else (forward, equivalent kernel, the command line
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable
 from functools import reduce
@@ -19,7 +20,7 @@ from repfx.algebra.kernel import Kernel
 from repfx.algebra.layers import Layer, is_conv_or_linear
 from repfx.algebra.meaning import kernel_of
 from repfx.blocks.spec import BranchSpec
-from repfx.blocks.stages import Norm, Pad, Stages, Subsample, batch_norm_in
+from repfx.blocks.stages import Norm, Pad, Stages, Subsample, TrackedNorm, batch_norm_in
 from repfx.errors import InvalidInput, UnknownName
 from repfx.records.registry import Registry
 
@@ -32,6 +33,9 @@ class Chain(nn.Sequential):
     def __init__(self, stages: Stages, site: ConvSpec) -> None:
         super().__init__(OrderedDict(stages))
         self.site = site
+        for stage in self:
+            if isinstance(stage, TrackedNorm):
+                stage.follow(self)
 
     def equivalent_kernel(self, like: Tensor) -> Kernel:
         """Return the one kernel that the chain amounts to in eval mode; differentiable.
@@ -42,13 +46,21 @@ class Chain(nn.Sequential):
         Args:
             like: tensor whose dtype and device the arithmetic uses.
         """
+        kernels = self.kernels(like)
+        return reduce(Kernel.compose, kernels or [self._kernel_of(nn.Identity(), like, self.site.in_channels)])
+
+    def kernels(self, like: Tensor, before: nn.Module | None = None) -> list[Kernel]:
+        """Return kernels that compose to that of the chain, or of the stages before one of its own; differentiable."""
         parts: list[Kernel] = []
         channels = self.site.in_channels
-        for stage in self:
+        for stage in itertools.takewhile(lambda stage: stage is not before, self):
+            if isinstance(stage, TrackedNorm):
+                parts = stage.applied(parts)
+                continue
             kernel = self._kernel_of(stage, like, channels)
             channels = kernel.out_channels
             parts[-1:] = [parts[-1].compose(kernel)] if parts and kernel.is_channelwise else [*parts[-1:], kernel]
-        return reduce(Kernel.compose, parts or [self._kernel_of(nn.Identity(), like, channels)])
+        return parts
 
     @property
     def hands_on(self) -> bool:
@@ -64,12 +76,21 @@ class Chain(nn.Sequential):
     @property
     def last_norm(self) -> Layer | None:
         """The BatchNorm at the end of the chain, or None. If a block ends the chain, it is the one at the end of the block's origin."""
+        return batch_norm_in(self._end)
+
+    @property
+    def last_gamma(self) -> Tensor | None:
+        """The γ of the BatchNorm or `TrackedNorm` at the end of the chain, or None."""
+        end = self._end
+        norm = end if isinstance(end, TrackedNorm) else batch_norm_in(end)
+        return None if norm is None else norm.weight
+
+    @property
+    def _end(self) -> Layer | None:
         stages: list[Layer] = [stage for stage in self if not isinstance(stage, nn.Identity)]
-        if not stages:
-            return None
-        if hasattr(stages[-1], "origin"):
-            return stages[-1].origin.last_norm
-        return batch_norm_in(stages[-1])
+        if stages and hasattr(stages[-1], "origin"):
+            return stages[-1].origin._end
+        return stages[-1] if stages else None
 
 
 def kernel_of_both(conv: Layer, norm: Layer) -> Kernel:

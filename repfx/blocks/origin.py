@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from repfx.algebra.kernel import Kernel
 from repfx.algebra.layers import Layer
-from repfx.algebra.meaning import meaning_of, refusal_of
+from repfx.algebra.meaning import kernel_of, meaning_of, refusal_of
 from repfx.algebra.moments import Moments, set_kernel, set_norm, signs_of
 from repfx.blocks.block import ORIGIN, RepBlock
 from repfx.blocks.cropped_conv import unshare
@@ -34,8 +34,9 @@ def write_origin(
     scale: Tensor | None = None,
     within: Sequence[Moments] = (),
 ) -> None:
-    """Write a kernel into the site's own conv and the modules behind it; see `set_kernel`. Their `Scale` becomes 1, or `scale` if given.
+    """Write a kernel into the site's own conv and the modules behind it; see `set_kernel`.
 
+    Their `Scale` becomes 1, or `scale` if given. The factor of a `TrackedNorm` becomes 1 or -1, as the sign of γ is.
     If the own conv has become a block, that block's own conv takes what changes, and its branches go on computing what they did.
 
     Args:
@@ -43,6 +44,12 @@ def write_origin(
     """
     if block.inner is not None and block.norm is not None:
         _write_into(block.inner, block.norm, kernel, moments, within)
+        return
+    if block.tracked is not None:
+        signs = torch.where(block.tracked.weight < 0, -1.0, 1.0).to(kernel.weight)
+        set_kernel(block.conv, None, kernel.fold_affine(signs), None)
+        written = kernel_of(block.conv, kernel.weight, block.site.in_channels, block.site.dimensions)
+        block.tracked.set_unit(written)
         return
     if block.scale is not None:
         block.scale.weight.fill_(1.0) if scale is None else block.scale.weight.copy_(scale)

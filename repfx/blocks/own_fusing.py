@@ -144,12 +144,13 @@ def give_methods_back(model: nn.Module) -> None:
 def collapse(model: nn.Module, site: str, block: RepBlock) -> None:
     """Replace a block by its own conv, and put its BatchNorm back where it stood.
 
-    A BatchNorm or a `Scale` that was made for the block is folded into the conv. What it adds goes into the mean of the BatchNorm behind
-    the sum, if there is one, so that the conv gets no bias. While the own conv is a block itself, both blocks stay.
+    A BatchNorm, a `Scale` or a `TrackedNorm` that was made for the block is folded into the conv. What it adds goes into the mean of the
+    BatchNorm behind the sum, if there is one, so that the conv gets no bias. While the own conv is a block itself, both blocks stay.
     """
     if block.inner is not None:
         return
-    if block.scale is not None or (block.norm is not None and block.norm_path is None):
+    made = block.scale is not None or block.tracked is not None
+    if made or (block.norm is not None and block.norm_path is None):
         set_kernel(block.conv, None, without_bias(origin_kernel(block), model, block), None)
     elif block.norm is not None and block.norm_path is not None:
         rest = model.get_submodule(block.norm_path)

@@ -1,4 +1,4 @@
-"""The scale of each path of a block: mean |γ| of its last BatchNorm."""
+"""The scale of each path of a block: mean |γ| of its last BatchNorm or `TrackedNorm`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ def gammas_of(block: RepBlock) -> dict[str, float | None]:
     >>> gammas_of(model[0])
     {'origin': 1.0, '1x1': 0.0}
     """
-    norms = {ORIGIN: block.norm, **{name: branch.last_norm for name, branch in block.branches.items()}}
-    gammas = {name: None if norm is None else norm.weight for name, norm in norms.items()}
+    gammas = {name: path.last_gamma for name, path in {ORIGIN: block.origin, **block.branches}.items()}
     known = [gamma.abs().mean() for gamma in gammas.values() if gamma is not None]
     means = iter(torch.stack(known).tolist() if known else [])  # one transfer from the device
     return {name: None if gamma is None else next(means) for name, gamma in gammas.items()}

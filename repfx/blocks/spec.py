@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from repfx.algebra.conv_spec import ConvSpec
+from repfx.blocks.windows.autocorrelation import refusal_of_windows
 from repfx.errors import InvalidInput, UnknownName
 
 
@@ -23,7 +24,7 @@ class BranchSpec:
     scale: float = field(default=1.0, repr=False)  # first value of the branch's `Scale`, if it has one
 
 
-Normalisation = Literal["batch_norm", "scale", "none"]
+Normalisation = Literal["batch_norm", "scale", "none", "tracked"]
 Weights = Literal["default", "fan_out", "small", "shared"]
 Layers = Literal["conv", "linear", "both"]
 BranchesOf = Callable[[ConvSpec], Sequence[BranchSpec | str]]
@@ -37,8 +38,10 @@ class Spec:
         branches: branch kinds or `BranchSpec`s, or a function that returns them for a site.
         norm: normalisation of the branches. ``batch_norm`` puts a BatchNorm at the end of every branch, and the site's own BatchNorm moves
             behind its own conv. ``none`` puts nothing into the branches, and ``scale`` a learned scale per channel; with both, the site's
-            own BatchNorm stays where it is, after the sum.
-        gamma: γ of each branch's last BatchNorm if the function is not preserved.
+            own BatchNorm stays where it is, after the sum. ``tracked``, which is experimental, divides each path by the standard deviation
+            of its output, as a running covariance of the block's input gives it, and multiplies it by a learned factor. The site's own
+            BatchNorm stays after the sum, and the block can be squeezed from the first step.
+        gamma: γ of each branch's last BatchNorm or tracked norm if the function is not preserved.
         weights: first values of the branches' convs. ``default`` is torch's own, ``fan_out`` is DyRep's N(0, √(2 / (window · out))), and
             ``small`` is RepAn's U(−0.1 / √out, 0.1 / √out). With ``shared`` a conv whose channels and window allow it has no weights of its
             own; it takes the centre crop of the site's (RepNAS, eq. 5).
@@ -91,6 +94,10 @@ class Spec:
     def takes(self, site: ConvSpec) -> bool:
         """Return whether the layers that this spec is for include a site of these sizes."""
         return self.layers in ("both", "linear" if site.is_linear else "conv")
+
+    def refusal(self, site: ConvSpec) -> str | None:
+        """Why no branches of this spec can stand at a site, or None."""
+        return refusal_of_windows(site) if self.norm == "tracked" else None
 
     def branches_for(self, site: ConvSpec) -> tuple[BranchSpec, ...]:
         """Return the branches that this spec asks for at a site, whether they fit or not."""

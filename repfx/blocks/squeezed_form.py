@@ -215,7 +215,7 @@ def _differs(entry: _Entry, seen: _Outline) -> bool:
 def _varies(part: nn.Module) -> bool:
     """Whether a part of a region is no linear map in its present mode."""
     if isinstance(part, RepBlock):
-        return not (part.squeezed and part.is_one_map)
+        return not (part.squeezed and part.is_one_map) or part.tracks
     return takes_batch_statistics(part)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from repfx.algebra.assembly import in_full
 from repfx.algebra.baking import conv_module
 from repfx.algebra.conv_spec import ConvSpec
 from repfx.algebra.kernel import Ints, Kernel, Padding, is_symmetric, pad, subsample
@@ -26,6 +28,8 @@ from repfx.algebra.meaning import (
     torch_class,
 )
 from repfx.algebra.torch_faults import may_corrupt_memory
+from repfx.blocks.windows.covariance import WindowCovariance
+from repfx.errors import InvalidInput
 
 BATCH_NORM_OF: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 AVERAGE_POOL_OF: dict[int, type[nn.Module]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
@@ -160,6 +164,105 @@ def _read_scale(scale: Layer) -> Meaning:
     return Meaning("affine", scale.dimensions, scale.weight.shape[0], build)
 
 
+class _Read:
+    """A module that another one reads and never runs, and that isn't among its children.
+
+    In a plain attribute or a container it would look like one that code may run, and would then have to stay what it is.
+    """
+
+    def __init__(self, module: Layer) -> None:
+        self.module = module
+
+
+class TrackedNorm(Scale):
+    """A learned factor over the standard deviation of what the stages before it output: γ / √(σ² + ε) per channel, without a mean.
+
+    σ² follows from the kernel of these stages and the covariance of the block's input windows. So it is a differentiable function of the
+    weights, and takes nothing from the batch at hand. At the end of a path the factor counts in units of the site's own conv.
+
+    Args:
+        channels, dimensions: sizes of the input.
+        windows: the covariance, and ε.
+        last: whether the norm stands at the end of its path.
+    """
+
+    def __init__(
+        self, channels: int, dimensions: int, windows: WindowCovariance, *, last: bool, **factory: Any
+    ) -> None:
+        super().__init__(channels, dimensions, **factory)
+        self.last = last
+        self._windows = _Read(windows)
+        self._chain = _Read(None)
+
+    @property
+    def windows(self) -> WindowCovariance:
+        """The covariance, which is a child of the block."""
+        found: WindowCovariance = self._windows.module
+        return found
+
+    def follow(self, chain: Layer) -> None:
+        """Take the norm for a stage of this chain."""
+        self._chain = _Read(chain)
+
+    def kernels_before(self, like: Tensor) -> list[Kernel]:
+        """Return kernels that compose to that of the stages before the norm; differentiable."""
+        found: list[Kernel] = self._chain.module.kernels(like, before=self)
+        return found
+
+    def applied(self, kernels: Sequence[Kernel]) -> list[Kernel]:
+        """Return maps one after another that compose to the given ones and this norm; differentiable."""
+        first, *others = self._taken_together(kernels)
+        return [first.fold_affine(self._factor([first, *others])), *others]
+
+    def factor(self, kernels: Sequence[Kernel]) -> Tensor:
+        """Return the factor of each channel behind maps one after another; differentiable."""
+        return self._factor(self._taken_together(kernels))
+
+    def set_unit(self, kernel: Kernel) -> None:
+        """Set γ so that the factor behind a kernel is 1, or -1 where γ is negative now."""
+        deviation = self._deviation([kernel])
+        self.weight.copy_(torch.where(self.weight < 0, -deviation, deviation) / self.windows.unit.to(deviation))
+
+    def _taken_together(self, kernels: Sequence[Kernel]) -> list[Kernel]:
+        """Return the maps as one, or as a 1×1 and the mean over the window, whose order makes no difference to a factor."""
+        stages = list(self._chain.module)
+        averages = isinstance(stages[stages.index(self) - 1], tuple(AVERAGE_POOL_OF.values()))
+        if averages and len(kernels) == 2 and math.prod(kernels[0].kernel_size) == 1:
+            return list(kernels)
+        return [reduce(Kernel.compose, kernels)]
+
+    def _factor(self, kernels: Sequence[Kernel]) -> Tensor:
+        deviation = self._deviation(kernels)
+        factor = self.weight.to(deviation) / deviation
+        factor = factor * self.windows.unit.to(deviation) if self.last else factor
+        return factor.to(kernels[0].weight.dtype)
+
+    def _deviation(self, kernels: Sequence[Kernel]) -> Tensor:
+        """Return √(σ² + ε), ``(channels,)``, in float32 or finer; differentiable."""
+        windows = self.windows
+        variance = windows.variance(kernels[0]) if len(kernels) == 1 else windows.variance_of_mean(kernels[0])
+        return (variance + windows.eps).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with in_full(self.weight):
+            factor = self.factor(self.kernels_before(self.weight))
+        return x * factor.to(x.dtype).reshape(-1, *(1,) * self.dimensions)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise InvalidInput(
+            'norm="tracked" reads the weights of the stages before it, and its replica would read those of the original, which lie on '
+            "another device; use DistributedDataParallel instead of DataParallel."
+        )
+
+
+@reads(TrackedNorm)
+def _read_tracked_norm(norm: Layer) -> Meaning:
+    def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
+        return Kernel.diagonal(norm.factor(norm.kernels_before(like)), None, dimensions)
+
+    return Meaning("affine", norm.dimensions, norm.weight.shape[0], build, lasts=False)
+
+
 class Factor(nn.Module):
     """One fixed number that multiplies every channel.
 
@@ -247,6 +350,7 @@ class Norm:
         eps, momentum: settings of the branch's BatchNorms.
         synchronized: whether they are SyncBatchNorms.
         frozen: class of a BatchNorm whose numbers are never trained; None for torch's own.
+        windows: the covariance of the site's windows, for ``tracked``.
     """
 
     kind: str = "batch_norm"
@@ -254,6 +358,12 @@ class Norm:
     momentum: float | None = 0.1
     synchronized: bool = False
     frozen: type[nn.Module] | None = None
+    windows: WindowCovariance | None = None
+
+    @property
+    def normalises(self) -> bool:
+        """Whether what the convs of a branch output is brought to one scale, so that a bias or scale of their own would be lost."""
+        return self.kind in ("batch_norm", "tracked")
 
     @classmethod
     def like(cls, kind: str, norm: Layer | None) -> Norm:
@@ -271,12 +381,21 @@ class Norm:
         return norm if dimensions else RowNorm(norm)
 
     def inside(self, name: str, channels: int, dimensions: int, like: Tensor) -> Stages:
-        """Yield the normalisation between the convs of a branch: a BatchNorm, or nothing."""
+        """Yield the normalisation between the convs of a branch: a BatchNorm, a `TrackedNorm`, or nothing."""
         if self.kind == "batch_norm":
             yield name, self.batch_norm(channels, dimensions, like)
+        if self.kind == "tracked":
+            yield name, self.tracked(channels, dimensions, like, last=name == "norm")
+
+    def tracked(self, channels: int, dimensions: int, like: Tensor, *, last: bool) -> TrackedNorm:
+        """Make a norm that divides by tracked deviations."""
+        if self.windows is None:
+            raise InvalidInput('norm="tracked" needs the covariance of the windows of a block.')
+        factory = {"device": like.device, "dtype": like.dtype}
+        return TrackedNorm(channels, dimensions, self.windows, last=last, **factory)
 
     def last(self, channels: int, dimensions: int, like: Tensor) -> Stages:
-        """Yield the normalisation at the end of a branch: a `Scale`, a BatchNorm, or nothing."""
+        """Yield the normalisation at the end of a branch: a `Scale`, a BatchNorm, a `TrackedNorm`, or nothing."""
         if self.kind == "scale":
             yield "scale", Scale(channels, dimensions, device=like.device, dtype=like.dtype)
         yield from self.inside("norm", channels, dimensions, like)

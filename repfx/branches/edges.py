@@ -104,7 +104,7 @@ def _filtered(site: ConvSpec, norm: Norm, like: Tensor, taps: Tensor, *, bias: b
     yield "conv", conv_module(mix, like, bias=False)
     yield "pad", Pad(inner.padding, site.padding_mode)  # comes after the 1×1 conv, which maps zero to zero
     yield "filter", fixed
-    if norm.kind == "batch_norm":
+    if norm.normalises:
         yield from norm.last(site.out_channels, site.dimensions, like)
     else:
         yield "scale", Scale(site.out_channels, site.dimensions, bias=bias, device=like.device, dtype=like.dtype)

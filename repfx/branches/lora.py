@@ -54,7 +54,7 @@ class LoRA(Branch):
         yield from conv_stages("down", replace(site, out_channels=middle), like)
         yield "factor", Factor(1.0 if alpha is None else alpha / rank)
         yield "up", up
-        if norm.kind != "batch_norm":
+        if not norm.normalises:
             yield from norm.last(site.out_channels, site.dimensions, like)
 
     @property

@@ -41,7 +41,7 @@ class PointwiseFullPointwise(Branch):
         widen = ConvSpec(site.in_channels, wide_in, ones, ones, unpadded, ones, site.groups)
         full = replace(site, in_channels=wide_in, out_channels=wide_out, padding=unpadded)
         narrow = replace(widen, in_channels=wide_out, out_channels=site.out_channels)
-        biased = bias and norm.kind != "batch_norm"
+        biased = bias and not norm.normalises
         yield "pad", Pad(site.padding, site.padding_mode)
         yield "conv1", conv_module(widen, like, bias=biased)
         yield from norm.inside("norm1", wide_in, site.dimensions, like)

@@ -161,7 +161,10 @@ class Schedule:
         if seen.epoch != self.squeeze_from:
             return self.decide(seen)
         first = self.decide(seen) if seen.epoch == 0 and self.due(0) else ()
-        return [*first, *map(Squeeze, [*seen.sites, *(each.site for each in first if each.kind == "expand")])]
+        new = [each for each in first if each.kind == "expand"]
+        # tracked norms have measured nothing yet, and needn't be held
+        squeezed = [Squeeze(each.site, frozen=getattr(each, "norm", "") != "tracked") for each in new]
+        return [*first, *map(Squeeze, seen.sites), *squeezed]
 
     def require_squeezable(self) -> None:
         """Raise `InvalidInput` if `squeeze_from` is no possible number of epochs."""

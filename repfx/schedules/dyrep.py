@@ -8,7 +8,7 @@ from statistics import fmean, pstdev
 from typing import Any, ClassVar
 
 from repfx.blocks.presets import SpecLike
-from repfx.blocks.selection import spec_at
+from repfx.blocks.selection import Selection, spec_at
 from repfx.change.saliency import METRICS
 from repfx.change.schedule import Candidate, Observation, ObservedBlock, Schedule, require, require_conv_spec
 from repfx.errors import UnknownName
@@ -72,6 +72,11 @@ class DyRep(Schedule):
             raise UnknownName("saliency", self.metric, METRICS)
         spec_at(self.spec, "")
         require_conv_spec(self.spec, self)
+        tracked = any(spec.norm == "tracked" for _, spec in Selection.of(self.spec).patterns)
+        require(
+            not tracked,
+            'DyRep gives branches a first γ, which norm="tracked" doesn\'t take: give a spec with another norm.',
+        )
 
     @property
     def grows_own_convs(self) -> bool:

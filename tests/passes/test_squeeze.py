@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import repfx
 from repfx.blocks.block import RepBlock
 from repfx.blocks.presets import PRESETS
+from repfx.blocks.windows.covariance import WindowCovariance
 from repfx.passes.gate import gate
 from repfx.passes.squeeze import Squeeze
 from repfx.testing import randomize_batch_norm, relative_error
@@ -100,7 +101,7 @@ def test_a_squeezed_model_has_the_outputs_and_gradients_of_frozen_statistics(spe
     model = expanded(spec_of(spec))
     squeezed = repfx.squeeze(copy.deepcopy(model), statistics="frozen").train(training)
     for module in model.train(training).modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, (nn.BatchNorm2d, WindowCovariance)):
             module.eval()
     assert_alike(squeezed, model)
     assert convs_on_activations(squeezed) == 3

@@ -15,7 +15,7 @@ from repfx.onnx.quantization_report import QuantizationReport
 from repfx.profiling.profile import Profile
 from repfx.records.number_text import engineering
 from repfx.training.evaluation import Evaluation
-from repfx.training.experiment import Metrics
+from repfx.training.runs.metrics import Metrics
 
 _TITLES = {"plain": "plain", "expanded": "expanded, trained", "fused": "fused", "onnxruntime": "in onnxruntime"}
 

@@ -30,6 +30,8 @@ _GROUPS = {
     "Method": ("recipe", "spec", "schedule", "schedule_option", "set_", "trust", "plugin"),
     "Training": (
         "epochs",
+        "keep",
+        "patience",
         "batch_size",
         "learning_rate",
         "average",
@@ -101,7 +103,10 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that --out already holds.")] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue the run in --out with its own recipe; start one if there is none."),
+        typer.Option(
+            "--resume",
+            help="Continue the run in --out with its own recipe; start one if there is none. More --epochs make a finished run longer.",
+        ),
     ] = False,
     root: Annotated[
         Path | None,
@@ -123,6 +128,21 @@ def train(
         int | None, typer.Option(min=1, help="Number of classes of the model.", show_default="the data's")
     ] = None,
     option: Options = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="The epoch whose model is fused: last, best (on the test images), or both, which fuses the last and keeps the best, too.",
+            show_default=Recipe.keep,
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Number of epochs without a better accuracy after which the training ends early.",
+            show_default="never",
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -204,6 +224,8 @@ def train(
         "weights": weights,
         "image_size": image_size,
         "training.epochs": epochs,
+        "training.keep": keep,
+        "training.patience": patience,
         "training.batch_size": batch_size,
         "training.learning_rate": learning_rate,
         "training.average": average,

@@ -53,7 +53,7 @@ class Classifier:
 
     @classmethod
     def open(cls, name: str, *, trust: Trust = False, runtime: Runtime = "onnxruntime") -> Classifier:
-        """Open an ONNX file or the folder of a finished run, whose model is fused.
+        """Open an ONNX file the folder of a finished run or a checkpoint in it, whose model is fused.
 
         Args:
             trust: as for `RunFolder.load`.
@@ -63,8 +63,9 @@ class Classifier:
             InvalidInput: there is no such file, or it doesn't say what its classes are or how images are prepared.
         """
         path = Path(name)
-        if path.is_dir():
-            return cls._of_run(RunFolder(path), trust)
+        folder = RunFolder.at(path)
+        if folder.path.is_dir():
+            return cls._of_run(folder, trust)
         if path.suffix != ".onnx":
             raise InvalidInput(f"{name!r} is neither an ONNX file nor the folder of a training run.")
         if not path.is_file():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from repfx.blocks.selection import Selection
+from repfx.change.checkpoint import load
 from repfx.change.schedule import SCHEDULES, Schedule
 from repfx.data.class_names import require_same
 from repfx.data.dataset import DataSet, DataSource, InputForm
@@ -35,13 +36,16 @@ from repfx.training.loop import Trained, Watcher, train
 from repfx.training.models import ModelReference, load_weights
 from repfx.training.recipe import Recipe
 from repfx.training.recipe_file import from_root, to_toml
-from repfx.training.run_folder import MODEL, STATE, RunFolder, Setup, spec_of
+from repfx.training.run_folder import BEST, MODEL, STATE, STRUCTURE, RunFolder, Setup, spec_of
+from repfx.training.runs.extension import LENGTH, as_begun, goes_on, recipe_going_on, require_no_fewer
+from repfx.training.runs.metrics import Cost, Metrics
 from repfx.training.trust import calls_in
 
 OF_A_CALL = ("out", "overwrite", "resume")  # the fields that no recipe holds
 _TEST_BATCH = 64
 _SPEC = "dbb"
 _MAY_DIFFER = {"data.root", "data.download", "training.device", "training.workers", "training.log_with"}
+_MAY_DIFFER |= {f"training.{name}" for name in LENGTH}
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Experiment:
         image_size: height and width of an image; None takes the data's own.
         out: folder of the run.
         overwrite: whether an older run in `out` is replaced.
-        resume: whether a run in `out` is continued.
+        resume: whether a run in `out` is continued. A finished one goes on if `training.epochs` is more than it was begun with.
     """
 
     model: ModelReference = field(default_factory=lambda: ModelReference("torchvision:resnet18"))
@@ -80,37 +84,6 @@ class Experiment:
         return from_root({key: value for key, value in to_plain(self).items() if key not in OF_A_CALL})
 
 
-@dataclass(frozen=True)
-class Cost:
-    """The cost of one form of the model, for one image; latency in seconds."""
-
-    parameters: int
-    macs: int
-    latency: float
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """The contents of `metrics.json`. Flips are test images whose predicted class differs from the one before fusing."""
-
-    losses: list[float]
-    test_images: int
-    accuracy: dict[str, float]
-    flips: dict[str, int]
-    max_error: dict[str, float]
-    cost: dict[str, Cost]
-    onnx_latency: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the metrics as plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Metrics:
-        """Return the metrics whose plain values `as_dict` returned."""
-        return cls(**{**values, "cost": {name: Cost(**cost) for name, cost in values["cost"].items()}})
-
-
 def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | None:
     """Expand, train, fuse, export, verify and measure a model, and leave the files in `experiment.out`.
 
@@ -127,13 +100,16 @@ def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | Non
     schedule, folder, watcher = _schedule(experiment), RunFolder(experiment.out), watcher or Watcher()
     if experiment.resume:
         _require_same(experiment, folder)
+        require_no_fewer(experiment.training, folder)
+    if schedule is not None and experiment.resume and (folder.path / STRUCTURE).is_file():
+        schedule = as_begun(schedule, folder)
     with ExitStack() as stack:
         with accelerator_for(experiment.training, folder.logs) as accelerator:
             is_first: bool = accelerator.is_main_process
             done = folder.metrics if experiment.resume else None
-            if done is not None:
+            if done is not None and not goes_on(experiment.training, folder):
                 if is_first:
-                    folder.tidy()
+                    folder.remove_leftovers()
                 return Metrics.from_dict(done) if is_first else None
             if is_first:
                 stack.enter_context(folder.new_run(overwrite=experiment.overwrite, resume=experiment.resume))
@@ -148,6 +124,9 @@ def _finish(
     """Fuse, export, test and measure the trained model, in the first process alone."""
     expanded = trained.model.cpu().to(memory_format=torch.contiguous_format)
     plain = plain.cpu().to(memory_format=torch.contiguous_format)
+    kept = {"epoch": trained.history.epochs[-1].epoch}
+    if experiment.training.keep == "best":
+        expanded = load(folder.path / BEST, copy_of(plain), random_state=False, progress=kept).eval()
     if trained.architecture is not None:
         folder.write_architecture(trained.architecture)
     folder.write_checkpoint(expanded)
@@ -175,9 +154,9 @@ def _finish(
     watcher.on_stage("measure")
     errors = {"fused": equivalence.max_error, "onnxruntime": exported.max_error}
     losses = [epoch.loss for epoch in trained.history.epochs if epoch.loss is not None]
-    metrics = _metrics(losses, tests, errors, forms, session, x[:1])
+    metrics = replace(_metrics(losses, tests, errors, forms, session, x[:1]), epoch=kept["epoch"])
     folder.write_metrics(metrics.as_dict())
-    folder.tidy()
+    folder.remove_leftovers()
     return metrics
 
 
@@ -196,13 +175,16 @@ def _train(
         model = copy_of(plain)
     how = None if schedule is None else {"name": schedule.name, **asdict(schedule)}
     setup = Setup(reference, None if how else spec, how, data.preprocessing, data.classes)
-    goes_on = experiment.resume and (folder.path / STATE).is_file()
-    if goes_on and (begun := folder.setup.classes):
+    continued = experiment.resume and (folder.path / STATE).is_file()
+    longer = recipe_going_on(experiment.training, folder) if continued else None
+    if continued and (begun := folder.setup.classes):
         require_same(data, begun, experiment.data.name, str(folder.path))
 
     def on_epoch(history: History) -> None:
-        if len(history.epochs) == 1 and not goes_on:
+        if not continued and len(history.epochs) == 1:
             folder.begin(setup, to_toml(experiment.values))
+        elif longer is not None:
+            folder.go_on(longer)
         folder.write_history(history)
         watcher.on_epoch(history)
 
@@ -216,6 +198,7 @@ def _train(
             watcher=replace(watcher, on_epoch=on_epoch),
             plain=plain,
             checkpoint=folder.path / STATE,
+            best=folder.path / BEST,
             resume=experiment.resume,
             accelerator=accelerator,
         )

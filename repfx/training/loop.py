@@ -38,6 +38,7 @@ from repfx.training.loss import loss_of, teacher_of
 from repfx.training.optimizers import make_optimizer
 from repfx.training.process import Place
 from repfx.training.recipe import Recipe
+from repfx.training.runs.best import accuracy_of, best_of, is_over, story_of_end
 from repfx.training.supply import Supply
 
 _STEPS_BETWEEN_LOOKS = 10  # on devices other than the CPU, where a look makes the host wait
@@ -55,11 +56,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Watcher:
-    """Functions to call as the work goes on: `on_stage` before each part of it, the others during training."""
+    """Functions to call as the work goes on: `on_stage` before each part of it, `on_notice` with a sentence, the others in training."""
 
     on_stage: Callable[[str], None] = lambda stage: None
     on_step: Callable[[Step], None] = lambda step: None
     on_epoch: Callable[[History], None] = lambda history: None
+    on_notice: Callable[[str], None] = lambda sentence: None
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def train(
     watcher: Watcher | None = None,
     plain: nn.Module | None = None,
     checkpoint: Path | None = None,
+    best: Path | None = None,
     resume: bool = False,
     accelerator: Any = None,
 ) -> Trained:
@@ -97,7 +100,9 @@ def train(
         watcher: functions that are called after each step and epoch, in the first process.
         plain: model whose cost the history holds in epoch 0, to compare with; None takes `model` as it is given.
         checkpoint: file for the state of the run, written after each epoch and when the run is interrupted.
-        resume: whether to continue from that file if it exists.
+        best: file for the model of the best epoch, as far as the recipe keeps it.
+        resume: whether to continue from `checkpoint` if it exists. A recipe with more epochs than the run had makes it longer: from there
+            on, the learning rate follows the curve over all epochs.
         accelerator: accelerator of this process, as `accelerator_for` yields it; None sets one up.
 
     Raises:
@@ -111,6 +116,7 @@ def train(
         run = _Training(model, data, recipe, schedule or Unchanged(), accelerator, watcher or Watcher(), plain or model)
         if checkpoint is not None and resume and checkpoint.is_file():
             run.load(checkpoint)
+        run.best = None if recipe.keep == "last" else best
         return run.go(checkpoint, stack.enter_context(noticed_signals()))
 
 
@@ -150,6 +156,7 @@ class _Training:
         self.optimizer = make_optimizer(model, recipe, self.place.device)
         self.average = _average(model, recipe.average) if recipe.average else None
         self.progress = _Progress()
+        self.best: Path | None = None
         before = self._cost(plain)
         self.driver = Driver(
             model,
@@ -171,7 +178,8 @@ class _Training:
         self.watcher.on_epoch(self.history)  # first, because it may clear the folder that a tracker writes into
         if self.recipe.log_with:
             self.accelerator.init_trackers("repfx", config=_loggable(self.recipe))
-        while self.progress.epoch < self.recipe.epochs:
+        patience = self.recipe.patience
+        while self.progress.epoch < self.recipe.epochs and not is_over(self.history, patience):
             for x, y in self._rest_of_epoch():
                 self._step(x, y)
                 if self._looks and self.place.agree(stopping()):
@@ -181,6 +189,8 @@ class _Training:
             self.save(checkpoint)
         if self.place.agree(stopping()):
             raise Interrupted("stopped after the last epoch")
+        if self.progress.epoch < self.recipe.epochs:
+            self.watcher.on_notice(story_of_end(self.history, patience))
         search = self.driver.search
         model = self.model if self.average is None else self.average.module
         return Trained(model.eval(), self.history, None if search is None else search.architecture)
@@ -274,6 +284,7 @@ class _Training:
         tested = (progress.epoch + 1) % self.recipe.test_every == 0 or progress.epoch + 1 == self.recipe.epochs
         accuracy = self._accuracy(self.model) if tested else None
         average = self._accuracy(self.average.module) if tested and self.average is not None else None
+        self._keep(progress.epoch + 1, accuracy if average is None else average)
         cost, gammas = self._cost(self.model), gammas_in(self.model)
         self.supply.epoch += 1
         torch.manual_seed(seed_of(self.recipe.seed, progress.epoch))  # new branches are the same in a resumed run
@@ -287,6 +298,15 @@ class _Training:
         self.progress = _Progress(number)
         self.watcher.on_epoch(self.history)
         self._log(entry)
+
+    def _keep(self, epoch: int, accuracy: float | None) -> None:
+        """Write the model of this epoch into the file for the best one if its accuracy is higher than all before."""
+        before = best_of(self.history)
+        if self.best is None or not self.place.is_first or accuracy is None:
+            return
+        if before is None or accuracy > (accuracy_of(before) or 0.0):
+            model = self.model if self.average is None else self.average.module
+            save(self.best, model, random_state=False, progress={"epoch": epoch})
 
     def _last_actions(self) -> tuple[Action, ...]:
         return tuple(action for epoch, action in self.driver.history if epoch == self.driver.epoch)
@@ -381,6 +401,11 @@ def _require_possible(recipe: Recipe, schedule: Schedule) -> None:
     if recipe.warm_up is not None and recipe.warm_up >= cycle:
         raise InvalidInput(
             f"warm_up is {recipe.warm_up} epochs; it must be less than the {cycle} epochs of the learning rate's cycle."
+        )
+    if schedule.closes_paths and (recipe.keep != "last" or recipe.patience):
+        asked = f"keep = {recipe.keep!r}" if recipe.keep != "last" else f"patience = {recipe.patience}"
+        raise InvalidInput(
+            f"{type(schedule).__name__} is a search, which has found something only at its end: leave {asked} out."
         )
     if recipe.compile and schedule.closes_paths:
         name = type(schedule).__name__

@@ -14,6 +14,7 @@ from repfx.errors import InvalidInput, UnknownName
 from repfx.training.learning_rate import SHAPES
 from repfx.training.models import ModelReference
 
+KEPT = ("last", "best", "both")
 PRECISIONS = ("no", "bf16", "fp16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _LEAST = {
@@ -22,6 +23,7 @@ _LEAST = {
     "workers": 0,
     "weight_decay": 0,
     "test_every": 1,
+    "patience": 0,
     "clip": 0,
     "seed": 0,
     "milestone_factor": 0,
@@ -83,6 +85,9 @@ class Recipe:
         device: device to train on: cpu, cuda, cuda:1, mps, …; auto takes the accelerator if there is one, else the CPU.
         workers: number of processes that load images.
         test_every: epochs from one test to the next; the last epoch is always tested.
+        keep: epoch whose model is fused: last or best. The best has the highest accuracy on the test images, whose accuracy it therefore
+            flatters. both fuses the last, and keeps the best beside it.
+        patience: epochs without a better accuracy after which the training ends early; 0 for never.
         log_with: tracker that Accelerate knows, such as tensorboard; empty for none.
     """
 
@@ -111,6 +116,8 @@ class Recipe:
     device: str = "auto"
     workers: int = 0
     test_every: int = 1
+    keep: str = "last"
+    patience: int = 0
     log_with: str = ""
 
     def __post_init__(self) -> None:
@@ -136,6 +143,8 @@ class Recipe:
             raise UnknownName("compile_mode", self.compile_mode, COMPILE_MODES)
         if self.compile_mode != "default" and not self.compile:
             raise InvalidInput(f"compile_mode is {self.compile_mode!r}, but compile is false; set compile = true, too.")
+        if self.keep not in KEPT:
+            raise UnknownName("choice of what to keep", self.keep, KEPT)
         if self.mixed_precision not in PRECISIONS:
             raise UnknownName("mixed_precision", self.mixed_precision, PRECISIONS)
         if self.optimizer not in _optimizers():

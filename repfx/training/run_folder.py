@@ -31,7 +31,8 @@ from repfx.training.trust import Trust, require_trusted
 CHECKPOINT, STRUCTURE, MODEL, METRICS = "checkpoint.safetensors", "structure.json", "model.onnx", "metrics.json"
 ARCHITECTURE, HEAT_MAP = "architecture.json", "architecture.png"
 RECIPE, HISTORY, STATE, REPORT = "recipe.toml", "history.json", "state.safetensors", "report.html"
-_FILES = (METRICS, STATE, STRUCTURE, CHECKPOINT, MODEL, ARCHITECTURE, HEAT_MAP, RECIPE, HISTORY, REPORT)
+BEST = "best.safetensors"
+_FILES = (METRICS, STATE, STRUCTURE, CHECKPOINT, BEST, MODEL, ARCHITECTURE, HEAT_MAP, RECIPE, HISTORY, REPORT)
 _FORMAT = 3
 
 
@@ -111,13 +112,23 @@ def spec_of(text: Any) -> SpecLike:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder with the files of a run."""
+    """A folder with the files of a run.
+
+    Args:
+        checkpoint: name of the file whose weights the run's model has.
+    """
 
     path: Path
+    checkpoint: str = CHECKPOINT
+
+    @classmethod
+    def at(cls, path: Path) -> RunFolder:
+        """Return the folder at a path, or the folder of a checkpoint of a run, whose model then has the weights of this checkpoint."""
+        return cls(path.parent, path.name) if path.name in (CHECKPOINT, BEST) and path.is_file() else cls(path)
 
     @contextmanager
     def new_run(self, *, overwrite: bool, resume: bool) -> Iterator[RunFolder]:
-        """Make the folder; when the context ends, remove it again if it is new and empty.
+        """Make the folder for a run. If the run fails before it has saved anything, remove its files, and the folder if it is new.
 
         Raises:
             InvalidInput: a run is there already and neither `overwrite` nor `resume` is set.
@@ -134,6 +145,12 @@ class RunFolder:
                 pass  # fail now, not after the training, if the folder can't be written
             self.remove_leftovers()
             yield self
+        except BaseException:
+            if (overwrite or not there) and not any(
+                (self.path / name).exists() for name in (METRICS, STATE, CHECKPOINT)
+            ):
+                self.clear()
+            raise
         finally:
             _remove_empty(new)
 
@@ -167,6 +184,11 @@ class RunFolder:
         self.write(RECIPE, lambda path: _write_text(path, recipe))
         self.write(STRUCTURE, lambda path: _write_text(path, setup.to_json() + "\n"))
 
+    def go_on(self, recipe: str) -> None:
+        """Let a run go on with another recipe. It is no longer finished."""
+        (self.path / METRICS).unlink(missing_ok=True)
+        self.write(RECIPE, lambda path: _write_text(path, recipe))
+
     def write_history(self, history: History) -> None:
         """Write the epochs so far."""
         self.write(HISTORY, lambda path: _write_text(path, history.to_json()))
@@ -174,11 +196,6 @@ class RunFolder:
     def write_checkpoint(self, model: nn.Module) -> None:
         """Write the training form at the end of the run."""
         save(self.path / CHECKPOINT, model, random_state=False)
-
-    def tidy(self) -> None:
-        """Remove what only an unfinished run needs."""
-        (self.path / STATE).unlink(missing_ok=True)
-        self.remove_leftovers()
 
     def write_architecture(self, architecture: Architecture) -> None:
         """Write the architecture that a search found, as JSON and as a picture."""
@@ -255,11 +272,11 @@ class RunFolder:
             OSError: a file is missing.
         """
         setup = self.setup
-        if not (self.path / CHECKPOINT).is_file():
+        if not (self.path / self.checkpoint).is_file():
             raise self.unfinished()
         require_trusted({"model": asdict(setup.model)}, repr(str(self.path / STRUCTURE)), trust)
         model = setup.model.build()
-        return load(self.path / CHECKPOINT, model, random_state=False).eval()
+        return load(self.path / self.checkpoint, model, random_state=False).eval()
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -62,7 +62,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_train_leaves_its_files_and_nothing_else(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == {CHECKPOINT, STRUCTURE, MODEL, METRICS, RECIPE, HISTORY}
+    assert {path.name for path in finished.iterdir()} == {CHECKPOINT, STRUCTURE, MODEL, METRICS, RECIPE, HISTORY, STATE}
 
 
 def test_train_learns_and_fusing_changes_no_prediction(finished: Path) -> None:
@@ -189,8 +189,8 @@ def test_a_finished_run_is_not_run_again_and_not_changed(finished: Path, repfx_c
     outcome = repfx_command("train", "--resume", "--trust", "--out", finished, "--json")
     assert outcome.code == 0
     assert json.loads(outcome.out) == json.loads(before)
-    refused = repfx_command("train", "--resume", "--trust", "--out", finished, "--epochs", 3)
-    assert "was begun with training.epochs = 2, and now it is 3" in refused.err
+    refused = repfx_command("train", "--resume", "--trust", "--out", finished, "--epochs", 1)
+    assert "was begun with 2 epochs, and now there are 1" in refused.err
     assert (finished / METRICS).read_bytes() == before
 
 

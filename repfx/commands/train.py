@@ -26,7 +26,7 @@ from repfx.training.trust import require_trusted
 _DEFAULT = Experiment()
 _GROUPS = {
     "Model": ("model", "weights", "num_classes", "option"),
-    "Data": ("data", "root", "download", "image_size"),
+    "Data": ("data", "root", "download", "image_size", "strict_data"),
     "Method": ("recipe", "spec", "schedule", "schedule_option", "set_", "trust", "plugin"),
     "Training": (
         "epochs",
@@ -121,6 +121,13 @@ def train(
             min=1,
             help="Height and width of an image.",
             show_default="16 for digits, 224 for a folder, else the data's own",
+        ),
+    ] = None,
+    strict_data: Annotated[
+        bool | None,
+        typer.Option(
+            "--strict-data",
+            help="Read all image files first, and stop if one can't be read. Without it, such a file is named and left out.",
         ),
     ] = None,
     weights: Weights = None,
@@ -220,6 +227,7 @@ def train(
         "data.name": data,
         "data.root": root,
         "data.download": download,
+        "data.strict": strict_data,
         "spec": spec,
         "weights": weights,
         "image_size": image_size,

@@ -17,6 +17,7 @@ from repfx.data.dataset import DataSet, DataSource, Images, InputForm, PreparedI
 from repfx.data.image_files import stages_of
 from repfx.data.load import load_data
 from repfx.data.predictions import logits_of
+from repfx.data.reading import read_image
 from repfx.errors import InvalidInput, first_line
 from repfx.onnx.file import open_session, package
 from repfx.onnx.metadata import Metadata
@@ -104,11 +105,8 @@ class Classifier:
         Raises:
             InvalidInput: the file can't be read as an image.
         """
-        from PIL import Image
-
         try:
-            with Image.open(path) as image:
-                x = self.stages(image)
+            x = self.stages(read_image(path))
         except Exception as error:  # whatever a broken image can fail with
             raise InvalidInput(f"{str(path)!r} can't be read as an image: {first_line(error)}.") from error
         return self.probabilities(x[None])[0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,12 +23,14 @@ class Evaluation:
         confusion: number of images of each class, by the class that was predicted: `(true classes, predicted classes)`.
         top5: share of the images whose class is among the five most likely ones.
         flips: number of images about which the other classifier decides otherwise; None without one.
+        unreadable: reasons why image files were left out, by path.
     """
 
     labels: tuple[str, ...]
     confusion: Tensor
     top5: float
     flips: int | None = None
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
@@ -63,6 +66,7 @@ class Evaluation:
         """Return plain values, for JSON."""
         found: dict[str, Any] = {"images": self.images, "accuracy": self.accuracy, "top5": self.top5}
         found |= {"by_class": self.by_class, "classes": list(self.labels), "confusion": self.confusion.tolist()}
+        found |= {"unreadable": dict(self.unreadable)} if self.unreadable else {}
         return found if self.flips is None else {**found, "flips": self.flips}
 
 
@@ -77,7 +81,8 @@ def evaluate(classifier: Classifier, source: DataSource, other: Classifier | Non
     """
     if other is not None and other.labels != classifier.labels:
         raise InvalidInput(f"{classifier.name!r} and {other.name!r} have different classes, so they can't be compared.")
-    scores, truth = classifier.scores(classifier.data(source))
+    data = classifier.data(source)
+    scores, truth = classifier.scores(data)
     predicted = scores.argmax(1)
     count = len(classifier.labels)
     confusion = torch.bincount(truth * count + predicted, minlength=count * count).view(count, count)
@@ -86,4 +91,4 @@ def evaluate(classifier: Classifier, source: DataSource, other: Classifier | Non
     flips = None
     if other is not None:
         flips = int((other.scores(other.data(source))[0].argmax(1) != predicted).sum())
-    return Evaluation(classifier.labels, confusion, top5, flips)
+    return Evaluation(classifier.labels, confusion, top5, flips, data.unreadable)

@@ -18,6 +18,7 @@ from repfx.data.class_names import require_same
 from repfx.data.dataset import DataSet, DataSource, InputForm
 from repfx.data.load import load_data
 from repfx.data.predictions import Predictions, labels_of_logits, predict
+from repfx.data.reading import told
 from repfx.errors import Interrupted, InvalidInput, UnknownName
 from repfx.measuring.cost import count_macs, count_parameters, measure_latency
 from repfx.measuring.equivalence import check_equivalent
@@ -44,7 +45,7 @@ from repfx.training.trust import calls_in
 OF_A_CALL = ("out", "overwrite", "resume")  # the fields that no recipe holds
 _TEST_BATCH = 64
 _SPEC = "dbb"
-_MAY_DIFFER = {"data.root", "data.download", "training.device", "training.workers", "training.log_with"}
+_MAY_DIFFER = {"data.root", "data.download", "data.strict", "training.device", "training.workers", "training.log_with"}
 _MAY_DIFFER |= {f"training.{name}" for name in LENGTH}
 
 
@@ -154,7 +155,11 @@ def _finish(
     watcher.on_stage("measure")
     errors = {"fused": equivalence.max_error, "onnxruntime": exported.max_error}
     losses = [epoch.loss for epoch in trained.history.epochs if epoch.loss is not None]
-    metrics = replace(_metrics(losses, tests, errors, forms, session, x[:1]), epoch=kept["epoch"])
+    metrics = replace(
+        _metrics(losses, tests, errors, forms, session, x[:1]),
+        epoch=kept["epoch"],
+        unreadable={**data.unreadable, **trained.unreadable},
+    )
     folder.write_metrics(metrics.as_dict())
     folder.remove_leftovers()
     return metrics
@@ -166,6 +171,8 @@ def _train(
     """Train in every process; return the result, the plain model and the data."""
     with accelerator.main_process_first():  # it may download the data
         plain, data, reference = _prepare(experiment)
+    if data.unreadable:
+        watcher.on_notice(told(data.unreadable, "test image"))
     watcher.on_stage("expand")
     spec = _SPEC if experiment.spec is None else experiment.spec
     if schedule is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from repfx.change.optimizer_groups import lay_out_state
 from repfx.change.schedule import Schedule, Unchanged
 from repfx.data.dataset import DataSet, Images, every, labels_of, part_of
 from repfx.data.predictions import check_fit, logits_of, mean_log_likelihood
+from repfx.data.reading import reasons_for, told
 from repfx.data.seeds import seed_of
 from repfx.errors import Interrupted, InvalidInput, RepfxError, first_line
 from repfx.measuring.cost import count_macs_in_batch, count_parameters
@@ -72,11 +73,13 @@ class Trained:
         model: the trained model in eval mode; the averaged one, if there is an average.
         history: the history of the run, epoch by epoch.
         architecture: the architecture that a search found; None if the schedule is no search.
+        unreadable: reasons why image files were left out of the training, by path.
     """
 
     model: nn.Module
     history: History
     architecture: Architecture | None
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
 
 def train(
@@ -156,6 +159,7 @@ class _Training:
         self.optimizer = make_optimizer(model, recipe, self.place.device)
         self.average = _average(model, recipe.average) if recipe.average else None
         self.progress = _Progress()
+        self.unreadable: dict[str, str] = {}
         self.best: Path | None = None
         before = self._cost(plain)
         self.driver = Driver(
@@ -193,7 +197,7 @@ class _Training:
             self.watcher.on_notice(story_of_end(self.history, patience))
         search = self.driver.search
         model = self.model if self.average is None else self.average.module
-        return Trained(model.eval(), self.history, None if search is None else search.architecture)
+        return Trained(model.eval(), self.history, None if search is None else search.architecture, self.unreadable)
 
     def _prepare(self) -> None:
         """Wrap the model and the optimizer for training; to be called again after each change of the structure."""
@@ -298,6 +302,7 @@ class _Training:
         self.progress = _Progress(number)
         self.watcher.on_epoch(self.history)
         self._log(entry)
+        self._tell_unreadable()
 
     def _keep(self, epoch: int, accuracy: float | None) -> None:
         """Write the model of this epoch into the file for the best one if its accuracy is higher than all before."""
@@ -307,6 +312,13 @@ class _Training:
         if before is None or accuracy > (accuracy_of(before) or 0.0):
             model = self.model if self.average is None else self.average.module
             save(self.best, model, random_state=False, progress={"epoch": epoch})
+
+    def _tell_unreadable(self) -> None:
+        found = self.place.gather(self.supply.unreadable)
+        new = reasons_for([path for path in found if path not in self.unreadable])
+        if new:
+            self.unreadable |= new
+            self.watcher.on_notice(told(new, "training image"))
 
     def _last_actions(self) -> tuple[Action, ...]:
         return tuple(action for epoch, action in self.driver.history if epoch == self.driver.epoch)

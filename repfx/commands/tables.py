@@ -22,14 +22,16 @@ _TITLES = {"plain": "plain", "expanded": "expanded, trained", "fused": "fused", 
 
 def metrics_table(metrics: Metrics) -> Table:
     """Show the metrics of a run, one row for each form of the model."""
-    table = _table("", "accuracy", "flips", "parameters", "MACs", "latency")
+    five = ["top 5"] if metrics.top5 else []
+    table = _table("", "accuracy", *five, "flips", "parameters", "MACs", "latency")
     for name, title in _TITLES.items():
         accuracy = f"{metrics.accuracy[name]:.2%}" if name in metrics.accuracy else "–"
         flips = f"{metrics.flips[name]} of {metrics.test_images}" if name in metrics.flips else "–"
         cost = metrics.cost.get(name)
         parameters, macs = (engineering(cost.parameters), engineering(cost.macs)) if cost else ("", "")
         latency = cost.latency if cost else metrics.onnx_latency
-        table.add_row(title, accuracy, flips, parameters, macs, f"{latency * 1e3:.2f} ms")
+        among = [f"{metrics.top5[name]:.2%}" if name in metrics.top5 else "–"] if five else []
+        table.add_row(title, accuracy, *among, flips, parameters, macs, f"{latency * 1e3:.2f} ms")
     return table
 
 

@@ -12,6 +12,7 @@ import repfx
 from repfx.blocks.architecture import Architecture
 from repfx.errors import InvalidInput, first_line
 from repfx.pages.changes import changes_of, deeds
+from repfx.pages.classes import classes_of
 from repfx.pages.diagram import Part, parts_of
 from repfx.pages.forms import forms_of_run
 from repfx.pages.rendering import write_page
@@ -19,6 +20,7 @@ from repfx.pages.run_charts import cost_chart, learning_chart
 from repfx.pages.structure_map import LEVELS, structure_map
 from repfx.pages.summary import cost_tiles, facts_of, progress_tiles, result_tiles, structure_tiles
 from repfx.search.heat_map import cells
+from repfx.training.evaluation import Evaluation
 from repfx.training.history import Epoch, History
 from repfx.training.run_folder import CHECKPOINT, HISTORY, METRICS, REPORT, STRUCTURE, RunFolder
 from repfx.training.trust import Trust
@@ -75,6 +77,7 @@ def _shown(folder: RunFolder, trust: Trust) -> dict[str, Any]:
         "cost_tiles": cost_tiles(epochs),
         "epochs": epochs,
         "graph": graph,
+        "classes": None if folder.evaluation is None else classes_of(Evaluation.from_dict(folder.evaluation)),
         "architecture": _architecture(folder.architecture),
         "recipe": folder.recipe_text,
     }

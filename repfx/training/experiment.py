@@ -32,6 +32,7 @@ from repfx.records.plain_values import flat, to_plain
 from repfx.records.python_code import import_source
 from repfx.tracing.sites import sites
 from repfx.training.engine import accelerator_for
+from repfx.training.evaluation import Evaluation
 from repfx.training.history import History
 from repfx.training.loop import Trained, Watcher, train
 from repfx.training.models import ModelReference, load_weights
@@ -44,6 +45,8 @@ from repfx.training.trust import calls_in
 
 OF_A_CALL = ("out", "overwrite", "resume")  # the fields that no recipe holds
 _TEST_BATCH = 64
+_MOST_CLASSES = 2000  # of which each pair is counted
+_MANY_CLASSES = 10  # from this number on, top-5 accuracy says something
 _SPEC = "dbb"
 _MAY_DIFFER = {"data.root", "data.download", "data.strict", "training.device", "training.workers", "training.log_with"}
 _MAY_DIFFER |= {f"training.{name}" for name in LENGTH}
@@ -137,11 +140,12 @@ def _finish(
     equivalence = check_equivalent(expanded, fused, x)
     watcher.on_stage("export")
     about = {"source": experiment.model.short_name, "journal": to_json(journal(expanded))}
+    labels = labels_of_logits(fused, data.classes, x)
     exported = export_onnx(
         fused,
         folder.path / MODEL,
         x,
-        labels=labels_of_logits(fused, data.classes, x),
+        labels=labels,
         preprocessing=data.preprocessing,
         about=about,
     )
@@ -160,6 +164,8 @@ def _finish(
         epoch=kept["epoch"],
         unreadable={**data.unreadable, **trained.unreadable},
     )
+    if len(labels) <= _MOST_CLASSES:
+        folder.write_evaluation(Evaluation.of(labels, tests["fused"]).as_dict())
     folder.write_metrics(metrics.as_dict())
     folder.remove_leftovers()
     return metrics
@@ -314,6 +320,9 @@ def _metrics(
         losses=losses,
         test_images=len(before.labels),
         accuracy={name: predictions.accuracy for name, predictions in tests.items()},
+        top5={
+            name: predictions.top5 or 0.0 for name, predictions in tests.items() if predictions.classes >= _MANY_CLASSES
+        },
         flips={name: before.flips(tests[name]) for name in ("fused", "onnxruntime")},
         max_error=errors,
         cost={name: Cost(count_parameters(form), count_macs(form, x), latency[name]) for name, form in forms.items()},

@@ -31,8 +31,21 @@ from repfx.training.trust import Trust, require_trusted
 CHECKPOINT, STRUCTURE, MODEL, METRICS = "checkpoint.safetensors", "structure.json", "model.onnx", "metrics.json"
 ARCHITECTURE, HEAT_MAP = "architecture.json", "architecture.png"
 RECIPE, HISTORY, STATE, REPORT = "recipe.toml", "history.json", "state.safetensors", "report.html"
-BEST = "best.safetensors"
-_FILES = (METRICS, STATE, STRUCTURE, CHECKPOINT, BEST, MODEL, ARCHITECTURE, HEAT_MAP, RECIPE, HISTORY, REPORT)
+BEST, EVALUATION = "best.safetensors", "evaluation.json"
+_FILES = (
+    METRICS,
+    EVALUATION,
+    STATE,
+    STRUCTURE,
+    CHECKPOINT,
+    BEST,
+    MODEL,
+    ARCHITECTURE,
+    HEAT_MAP,
+    RECIPE,
+    HISTORY,
+    REPORT,
+)
 _FORMAT = 3
 
 
@@ -212,6 +225,19 @@ class RunFolder:
         """Write all numbers of the run. This file is the last one."""
         self.write(METRICS, lambda path: _write_text(path, json.dumps(metrics, indent=2) + "\n"))
 
+    def write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
+        """Write how the fused model does on the test images of each class."""
+        self.write(EVALUATION, lambda path: _write_text(path, json.dumps(evaluation) + "\n"))
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """How the fused model does on the test images of each class; None if there is no such file.
+
+        Raises:
+            InvalidInput: `repfx train` didn't write the file.
+        """
+        return self._json(EVALUATION)
+
     @property
     def metrics(self) -> dict[str, Any] | None:
         """All numbers of the run; None until it is finished.
@@ -219,15 +245,19 @@ class RunFolder:
         Raises:
             InvalidInput: `repfx train` didn't write the file.
         """
-        path = self.path / METRICS
+        return self._json(METRICS)
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
         if not path.is_file():
             return None
+        wrong = InvalidInput(f"{str(path)!r} holds no {Path(name).stem} that `repfx train` wrote.")
         try:
             found = parse_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise InvalidInput(f"{str(path)!r} holds no metrics that `repfx train` wrote.") from error
+            raise wrong from error
         if not isinstance(found, dict):
-            raise InvalidInput(f"{str(path)!r} holds no metrics that `repfx train` wrote.")
+            raise wrong
         return found
 
     @property

@@ -17,16 +17,16 @@ from repfx.records.number_text import engineering
 from repfx.training.evaluation import Evaluation
 from repfx.training.runs.metrics import Metrics
 
-_TITLES = {"plain": "plain", "expanded": "expanded, trained", "fused": "fused", "onnxruntime": "in onnxruntime"}
+_TITLES = {"plain": "plain", "expanded": "expanded", "fused": "fused", "onnxruntime": "in onnxruntime"}
 
 
 def metrics_table(metrics: Metrics) -> Table:
     """Show the metrics of a run, one row for each form of the model."""
     five = ["top 5"] if metrics.top5 else []
-    table = _table("", "accuracy", *five, "flips", "parameters", "MACs", "latency")
+    table = _table("", "accuracy", *five, f"flips of\n{metrics.test_images}", "para-\nmeters", "MACs", "latency")
     for name, title in _TITLES.items():
         accuracy = f"{metrics.accuracy[name]:.2%}" if name in metrics.accuracy else "–"
-        flips = f"{metrics.flips[name]} of {metrics.test_images}" if name in metrics.flips else "–"
+        flips = str(metrics.flips[name]) if name in metrics.flips else "–"
         cost = metrics.cost.get(name)
         parameters, macs = (engineering(cost.parameters), engineering(cost.macs)) if cost else ("", "")
         latency = cost.latency if cost else metrics.onnx_latency

@@ -20,6 +20,7 @@ from repfx.training.experiment import OF_A_CALL, Experiment, run
 from repfx.training.recipe import PRECISIONS, Recipe
 from repfx.training.recipe_file import is_file, parse_recipe
 from repfx.training.run_folder import RECIPE, RunFolder
+from repfx.training.runs.baseline import verdict
 from repfx.training.trust import Trust as Trusted
 from repfx.training.trust import require_trusted
 
@@ -27,7 +28,7 @@ _DEFAULT = Experiment()
 _GROUPS = {
     "Model": ("model", "weights", "num_classes", "option"),
     "Data": ("data", "root", "download", "image_size", "strict_data"),
-    "Method": ("recipe", "spec", "schedule", "schedule_option", "set_", "trust", "plugin"),
+    "Method": ("recipe", "spec", "schedule", "schedule_option", "baseline", "set_", "trust", "plugin"),
     "Training": (
         "epochs",
         "keep",
@@ -91,6 +92,14 @@ def train(
         typer.Option(
             help="NAME=VALUE, an option of the schedule; VALUE is JSON or text. May be repeated.",
             show_default="its paper's proportions",
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="plain|RUN",
+            help="Say whether branches help: train the plain model alike, too (plain), or compare with the folder of its run.",
+            show_default=False,
         ),
     ] = None,
     epochs: Annotated[
@@ -230,6 +239,7 @@ def train(
         "data.strict": strict_data,
         "spec": spec,
         "weights": weights,
+        "baseline": baseline,
         "image_size": image_size,
         "training.epochs": epochs,
         "training.keep": keep,
@@ -271,6 +281,9 @@ def train(
     if found is not None:
         typer.echo(f"What the search has found (own conv first; 1 is kept, 0 left out):\n{found}")
     Console().print(metrics_table(metrics))
+    said = verdict(metrics)
+    if said is not None:
+        typer.echo(said)
     typer.echo(
         f"Flips are predictions that differ from the model before fusing. MACs and latency are for one image. All files are in {out}."
     )

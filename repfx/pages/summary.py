@@ -12,6 +12,7 @@ from repfx.pages.forms import Form
 from repfx.records.number_text import duration, engineering, grouped, percent, plural
 from repfx.training.history import Epoch
 from repfx.training.run_folder import Setup
+from repfx.training.runs.baseline import points
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ def result_tiles(metrics: Mapping[str, Any], forms: Mapping[str, Form]) -> list[
         images = metrics.get("test_images")
         flips = f"{fused.flips} of {images} predictions flip by fusing" if fused.flips is not None and images else ""
         found.append(Tile("Accuracy, fused", percent(fused.accuracy), flips))
+        plain = forms.get("plain", Form("")).accuracy
+        if plain is not None:
+            found.append(Tile("By the branches", points(fused.accuracy - plain), _compared(metrics, plain)))
     if fused.error is not None:
         found.append(Tile("Worst difference", f"{fused.error:.1e}", "fused against training form, relative"))
     for name, field, text in (
@@ -76,6 +80,13 @@ def result_tiles(metrics: Mapping[str, Any], forms: Mapping[str, Form]) -> list[
             note = f"{text(before)} in training form" if before is not None else ""
             found.append(Tile(name, text(own), note))
     return found
+
+
+def _compared(metrics: Mapping[str, Any], plain: float) -> str:
+    baseline = metrics.get("baseline")
+    differing = baseline.get("differing") if isinstance(baseline, Mapping) else None
+    alike = f"trained otherwise: {', '.join(map(str, differing))}" if differing else "trained alike, one run of each"
+    return f"the plain model has {percent(plain)}, {alike}"
 
 
 def progress_tiles(epochs: Sequence[Epoch]) -> list[Tile]:

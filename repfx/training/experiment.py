@@ -39,6 +39,7 @@ from repfx.training.models import ModelReference, load_weights
 from repfx.training.recipe import Recipe
 from repfx.training.recipe_file import from_root, to_toml
 from repfx.training.run_folder import BEST, MODEL, STATE, STRUCTURE, RunFolder, Setup, spec_of
+from repfx.training.runs.baseline import PLAIN, folder_of, require_comparable, with_baseline
 from repfx.training.runs.extension import LENGTH, as_begun, goes_on, recipe_going_on, require_no_fewer
 from repfx.training.runs.metrics import Cost, Metrics
 from repfx.training.trust import calls_in
@@ -49,7 +50,7 @@ _MOST_CLASSES = 2000  # of which each pair is counted
 _MANY_CLASSES = 10  # from this number on, top-5 accuracy says something
 _SPEC = "dbb"
 _MAY_DIFFER = {"data.root", "data.download", "data.strict", "training.device", "training.workers", "training.log_with"}
-_MAY_DIFFER |= {f"training.{name}" for name in LENGTH}
+_MAY_DIFFER |= {"baseline", *(f"training.{name}" for name in LENGTH)}
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Experiment:
         weights: file of weights to begin from. Expanding then preserves the model's function; without such a file, the branches begin as
             in their papers.
         image_size: height and width of an image; None takes the data's own.
+        baseline: what the result is compared with: `plain` also trains the plain model by the same recipe, in a folder in `out`; else the
+            folder of a finished run of the plain model. None compares with nothing.
         out: folder of the run.
         overwrite: whether an older run in `out` is replaced.
         resume: whether a run in `out` is continued. A finished one goes on if `training.epochs` is more than it was begun with.
@@ -78,6 +81,7 @@ class Experiment:
     training: Recipe = field(default_factory=Recipe)
     weights: Path | None = None
     image_size: int | None = None
+    baseline: str | None = None
     out: Path = Path("runs/first")
     overwrite: bool = False
     resume: bool = False
@@ -101,7 +105,27 @@ def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | Non
     """
     if experiment.overwrite and experiment.resume:
         raise InvalidInput("a run can be replaced or continued, not both: give --overwrite or --resume.")
-    schedule, folder, watcher = _schedule(experiment), RunFolder(experiment.out), watcher or Watcher()
+    watcher, values, baseline = watcher or Watcher(), experiment.values, experiment.baseline
+    if baseline is not None:
+        require_comparable(values, baseline)
+    try:
+        metrics = _run(experiment, watcher)
+        if metrics is None or baseline is None:
+            return metrics
+        beside = folder_of(baseline, experiment.out)
+        if baseline == PLAIN:
+            watcher.on_notice("now the plain model, trained alike, to compare with:")
+            plain = replace(experiment, spec=[], schedule=None, baseline=None, out=beside.path)
+            _run(replace(plain, overwrite=False, resume=True), watcher)
+    except Interrupted as error:
+        raise Interrupted(f"{error}; go on with: {_resuming(experiment)}") from error
+    metrics = with_baseline(metrics, values, beside)
+    RunFolder(experiment.out).write_metrics(metrics.as_dict())
+    return metrics
+
+
+def _run(experiment: Experiment, watcher: Watcher) -> Metrics | None:
+    schedule, folder = _schedule(experiment), RunFolder(experiment.out)
     if experiment.resume:
         _require_same(experiment, folder)
         require_no_fewer(experiment.training, folder)
@@ -202,21 +226,18 @@ def _train(
         watcher.on_epoch(history)
 
     watcher.on_stage("train")
-    try:
-        trained = train(
-            model,
-            data,
-            experiment.training,
-            schedule,
-            watcher=replace(watcher, on_epoch=on_epoch),
-            plain=plain,
-            checkpoint=folder.path / STATE,
-            best=folder.path / BEST,
-            resume=experiment.resume,
-            accelerator=accelerator,
-        )
-    except Interrupted as error:
-        raise Interrupted(f"{error}; go on with: {_resuming(experiment)}") from error
+    trained = train(
+        model,
+        data,
+        experiment.training,
+        schedule,
+        watcher=replace(watcher, on_epoch=on_epoch),
+        plain=plain,
+        checkpoint=folder.path / STATE,
+        best=folder.path / BEST,
+        resume=experiment.resume,
+        accelerator=accelerator,
+    )
     return trained, plain, data
 
 

@@ -16,6 +16,7 @@ from repfx.training.trust import Trust, require_trusted
 SHIPPED = Path(__file__).parents[1] / "recipes"
 _PATHS = (
     "weights",
+    "baseline",
     "spec",
     "data.name",
     "model.name",
@@ -118,7 +119,11 @@ def _start_from(folder: Path, values: dict[str, Any], keys: tuple[str, ...]) -> 
         for name in outer:
             table = table.get(name) if isinstance(table, dict) else None
         value = table.get(last) if isinstance(table, dict) else None
-        if isinstance(value, str) and value not in ("", "digits") and (key != "spec" or value.endswith(".json")):
+        if (
+            isinstance(value, str)
+            and value not in ("", "digits", "plain")
+            and (key != "spec" or value.endswith(".json"))
+        ):
             path, separator, name = value.rpartition(":") if ".py:" in value else (value, "", "")
             if (folder / path).exists():
                 table[last] = f"{folder / path}{separator}{name}"

@@ -31,6 +31,7 @@ from repfx.training.trust import Trust, require_trusted
 CHECKPOINT, STRUCTURE, MODEL, METRICS = "checkpoint.safetensors", "structure.json", "model.onnx", "metrics.json"
 ARCHITECTURE, HEAT_MAP = "architecture.json", "architecture.png"
 RECIPE, HISTORY, STATE, REPORT = "recipe.toml", "history.json", "state.safetensors", "report.html"
+BASELINE = "baseline"  # the folder of the plain model's run, inside this one's
 BEST, EVALUATION = "best.safetensors", "evaluation.json"
 _FILES = (
     METRICS,
@@ -178,6 +179,10 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         self.remove_leftovers()
         shutil.rmtree(self.logs, ignore_errors=True)
+        baseline = RunFolder(self.path / BASELINE)
+        if baseline.path.is_dir():
+            baseline.clear()
+            _remove_empty([baseline.path])
 
     def remove_leftovers(self) -> None:
         """Remove what a run that was killed while it wrote a file has left of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from repfx.training.models import ModelReference
 KEPT = ("last", "best", "both")
 PRECISIONS = ("no", "bf16", "fp16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-_LEAST = {
+LEAST = {
     "epochs": 1,
     "batch_size": 2,
     "workers": 0,
@@ -121,11 +121,14 @@ class Recipe:
     log_with: str = ""
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise InvalidInput(f"{name} is {getattr(self, name)}; it must be at least {least}.")
             if getattr(self, name) > _GREATEST:
                 raise InvalidInput(f"{name} is {getattr(self, name)}; it must be at most {_GREATEST}.")
+        for name, (what, known) in choices().items():
+            if getattr(self, name) not in known:
+                raise UnknownName(what, getattr(self, name), known)
         if not 0 < self.learning_rate < math.inf:
             raise InvalidInput(f"learning_rate is {self.learning_rate}; it must be a positive number.")
         for name in ("label_smoothing", "average"):
@@ -135,20 +138,21 @@ class Recipe:
             raise InvalidInput(
                 f"warm_up is {self.warm_up}; it must be from 0 to the {self.epochs} epochs of the training."
             )
-        if self.rates not in SHAPES:
-            raise UnknownName("shape of rates", self.rates, SHAPES)
         if self.mixed_precision == "fp16" and not torch.accelerator.is_available():
             raise InvalidInput("mixed_precision is 'fp16', which needs an accelerator; on a CPU, set 'bf16'.")
-        if self.compile_mode not in COMPILE_MODES:
-            raise UnknownName("compile_mode", self.compile_mode, COMPILE_MODES)
         if self.compile_mode != "default" and not self.compile:
             raise InvalidInput(f"compile_mode is {self.compile_mode!r}, but compile is false; set compile = true, too.")
-        if self.keep not in KEPT:
-            raise UnknownName("choice of what to keep", self.keep, KEPT)
-        if self.mixed_precision not in PRECISIONS:
-            raise UnknownName("mixed_precision", self.mixed_precision, PRECISIONS)
-        if self.optimizer not in _optimizers():
-            raise UnknownName("optimizer", self.optimizer, _optimizers())
+
+
+def choices() -> dict[str, tuple[str, Collection[str]]]:
+    """Return what each key of a recipe that is one of several names is called, and these names."""
+    return {
+        "optimizer": ("optimizer", _optimizers()),
+        "rates": ("shape of rates", SHAPES),
+        "mixed_precision": ("mixed_precision", PRECISIONS),
+        "compile_mode": ("compile_mode", COMPILE_MODES),
+        "keep": ("choice of what to keep", KEPT),
+    }
 
 
 def _optimizers() -> dict[str, type[torch.optim.Optimizer]]:

@@ -14,7 +14,8 @@ from repfx.commands.arguments import Json, print_json
 from repfx.errors import InvalidInput
 from repfx.records.plain_values import from_plain, schema_of
 from repfx.training.experiment import OF_A_CALL, Experiment
-from repfx.training.recipe import LEAST, choices
+from repfx.training.learning_rate import TIMM
+from repfx.training.recipe import LEAST, OF_TIMM, choices
 from repfx.training.recipe_file import parse_recipe, text_of
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -70,7 +71,8 @@ def recipe_schema() -> dict[str, Any]:
         del keys[name]
     training = keys["training"]["properties"]
     for name, (_, known) in choices().items():
-        training[name]["enum"] = sorted(known)
+        of_timm = [{"type": "string", "pattern": f"^{TIMM}"}] if name in OF_TIMM else []
+        training[name]["anyOf"] = [{"enum": sorted(known)}, *of_timm]
     for name, least in LEAST.items():
         training[name]["minimum"] = least
     keys["schedule"] = {"description": keys["schedule"]["description"], "anyOf": [*map(_schedule, SCHEDULES), _CODE]}

@@ -34,7 +34,7 @@ from repfx.records.plain_values import flat, to_plain
 from repfx.training.engine import accelerator_for
 from repfx.training.history import Epoch, History
 from repfx.training.interruption import noticed_signals
-from repfx.training.learning_rate import share_of_rate
+from repfx.training.learning_rate import curve_of
 from repfx.training.loss import loss_of, teacher_of
 from repfx.training.optimizers import make_optimizer
 from repfx.training.process import Place
@@ -150,6 +150,14 @@ class _Training:
             score = partial(mean_log_likelihood, images=held_out, batch_size=size, device=device)
         self.supply = Supply(images, recipe, self.place)
         self.steps = self.supply.steps
+        self.cycle = (schedule.cycle or recipe.epochs) * self.steps
+        self.curve = curve_of(
+            recipe.rates,
+            self.cycle,
+            warm_up=None if recipe.warm_up is None else round(recipe.warm_up * self.steps),
+            steps_down=[epoch * self.steps for epoch in recipe.milestones],
+            factor=recipe.milestone_factor,
+        )
         self.mix = recipe.augmentation.of_batch(logits)
         teacher = teacher_of(recipe, logits)
         self.place.lay_out([model, *([] if teacher is None else [teacher])], self._two_images())
@@ -261,18 +269,9 @@ class _Training:
         return self.place.device.type == "cpu" or step % _STEPS_BETWEEN_LOOKS == 0 or step == self.steps
 
     def _set_rate(self, number: int) -> None:
-        recipe, steps = self.recipe, self.steps
-        cycle = (self.driver.schedule.cycle or recipe.epochs) * steps
-        share = share_of_rate(
-            number % cycle,
-            cycle,
-            shape=recipe.rates,
-            warm_up=None if recipe.warm_up is None else round(recipe.warm_up * steps),
-            steps_down=[epoch * steps for epoch in recipe.milestones],
-            factor=recipe.milestone_factor,
-        )
+        share = self.curve(number % self.cycle)
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * share
+            group["lr"] = self.recipe.learning_rate * share
 
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):

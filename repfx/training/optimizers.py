@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from repfx.errors import InvalidInput, first_line
+from repfx.errors import InvalidInput, UnknownName, first_line
+from repfx.training.learning_rate import TIMM, timm_part
 from repfx.training.recipe import Recipe
 
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -26,6 +27,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> to
     >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
     [(1, 0.01), (3, 0.0)]
     """
+    if recipe.optimizer.startswith(TIMM):
+        return _of_timm(model, recipe)
     kind = getattr(torch.optim, recipe.optimizer)
     known = inspect.signature(kind).parameters
     options: dict[str, Any] = {"lr": recipe.learning_rate}
@@ -37,8 +40,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> to
         and not {"foreach", "differentiable"} & recipe.optimizer_options.keys()
     ):
         options["fused"] = True
-    if "lr" in recipe.optimizer_options:
-        raise InvalidInput("optimizer_options has lr, which repfx sets at every step: set learning_rate instead.")
+    _require_no_rate(recipe)
     options |= recipe.optimizer_options
     unknown = ", ".join(sorted(options.keys() - known.keys()))
     if unknown:
@@ -48,6 +50,25 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> to
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInput(f"{recipe.optimizer} can't be made with {options}: {first_line(error)}.") from error
     return optimizer
+
+
+def _of_timm(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    library, name = timm_part("optim"), recipe.optimizer.removeprefix(TIMM)
+    known = library.list_optimizers()
+    if name not in known:
+        raise UnknownName("optimizer of timm", name, known)
+    _require_no_rate(recipe)
+    options = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay, **recipe.optimizer_options}
+    try:
+        optimizer: torch.optim.Optimizer = library.create_optimizer_v2(_groups(model, recipe), opt=name, **options)
+    except Exception as error:  # such as that of a package that an optimizer of timm needs
+        raise InvalidInput(f"{recipe.optimizer} can't be made with {options}: {first_line(error)}.") from error
+    return optimizer
+
+
+def _require_no_rate(recipe: Recipe) -> None:
+    if "lr" in recipe.optimizer_options:
+        raise InvalidInput("optimizer_options has lr, which repfx sets at every step: set learning_rate instead.")
 
 
 def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:

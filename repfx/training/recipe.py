@@ -11,9 +11,10 @@ import torch
 
 from repfx.data.augmentation import Augmentation
 from repfx.errors import InvalidInput, UnknownName
-from repfx.training.learning_rate import SHAPES
+from repfx.training.learning_rate import SHAPES, TIMM
 from repfx.training.models import ModelReference
 
+OF_TIMM = ("optimizer", "rates")  # keys that take timm:NAME, too, which is looked up when the training begins
 KEPT = ("last", "best", "both")
 PRECISIONS = ("no", "bf16", "fp16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -60,12 +61,13 @@ class Recipe:
     Args:
         epochs: passes over the training images.
         batch_size: images in a step, of all processes together.
-        optimizer: name of an optimizer class of `torch.optim`.
+        optimizer: name of an optimizer class of `torch.optim`, or `timm:` and the name of one of timm's.
         optimizer_options: arguments for the optimizer beside the learning rate and the weight decay, such as momentum.
         learning_rate: highest learning rate of the training.
         weight_decay: weight decay of the optimizer.
         decay_vectors: whether biases, γ and β decay, too.
-        rates: curve by which the learning rate falls: cosine, linear or constant. It begins anew in each cycle of a schedule with cycles.
+        rates: curve by which the learning rate falls: cosine, linear or constant, or `timm:` and the name of one of timm's schedulers. It
+            begins anew in each cycle of a schedule with cycles.
         warm_up: epochs over which the learning rate rises; None for a fifth of the training, or of each cycle of a schedule with cycles.
         milestones: epochs after which the learning rate is multiplied by `milestone_factor`, each time.
         milestone_factor: factor on the learning rate after each of the milestones.
@@ -127,8 +129,9 @@ class Recipe:
             if getattr(self, name) > _GREATEST:
                 raise InvalidInput(f"{name} is {getattr(self, name)}; it must be at most {_GREATEST}.")
         for name, (what, known) in choices().items():
-            if getattr(self, name) not in known:
-                raise UnknownName(what, getattr(self, name), known)
+            value = getattr(self, name)
+            if value not in known and not (name in OF_TIMM and value.startswith(TIMM)):
+                raise UnknownName(what, value, known)
         if not 0 < self.learning_rate < math.inf:
             raise InvalidInput(f"learning_rate is {self.learning_rate}; it must be a positive number.")
         for name in ("label_smoothing", "average"):

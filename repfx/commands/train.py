@@ -282,8 +282,8 @@ def train(
         typer.echo(f"What the search has found (own conv first; 1 is kept, 0 left out):\n{found}")
     Console().print(metrics_table(metrics))
     said = verdict(metrics)
-    if said is not None:
-        typer.echo(said)
+    for sentence in [*metrics.notes, *([] if said is None else [said])]:
+        typer.echo(sentence)
     typer.echo(
         f"Flips are predictions that differ from the model before fusing. MACs and latency are for one image. All files are in {out}."
     )

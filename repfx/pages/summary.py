@@ -13,6 +13,7 @@ from repfx.records.number_text import duration, engineering, grouped, percent, p
 from repfx.training.history import Epoch
 from repfx.training.run_folder import Setup
 from repfx.training.runs.baseline import points
+from repfx.training.runs.metrics import Metrics
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,14 @@ def result_tiles(metrics: Mapping[str, Any], forms: Mapping[str, Form]) -> list[
             note = f"{text(before)} in training form" if before is not None else ""
             found.append(Tile(name, text(own), note))
     return found
+
+
+def notes_of(metrics: Mapping[str, Any]) -> list[str]:
+    """Return sentences on what is special about the numbers of a run; none if the file is of another form."""
+    try:
+        return Metrics.from_dict(metrics).notes
+    except (TypeError, KeyError, AttributeError):
+        return []
 
 
 def _compared(metrics: Mapping[str, Any], plain: float) -> str:

@@ -72,6 +72,7 @@ def test_a_day(pictures: Path, tmp_path: Path, repfx_command: Any) -> None:
 
     extended = repfx("train", "--resume", "--trust", "--out", out, "--epochs", 5, "--baseline", "plain")
     assert "This is one run of each." in extended.out
+    assert "1 image file couldn't be read and had to be left out" in extended.out
     assert "1 training image can't be read and is left out: " in extended.err
     metrics = json.loads((out / METRICS).read_text())
     assert (metrics["epoch"], len(metrics["losses"]), len(metrics["unreadable"])) == (5, 5, 1)
@@ -83,7 +84,7 @@ def test_a_day(pictures: Path, tmp_path: Path, repfx_command: Any) -> None:
 
     repfx("report", out, "--trust")
     page = (out / "report.html").read_text()
-    assert all(part in page for part in ("By the branches", 'id="classes"', "top 5"))
+    assert all(part in page for part in ("By the branches", "1 image file couldn", 'id="classes"', "top 5"))
     sevens = sorted((pictures / "7").iterdir())[:20]
     said = json.loads(repfx("predict", out / MODEL, *sevens, "--json").out)
     assert sum(each["classes"][0]["class"] == "7" for each in said) > 10

@@ -157,6 +157,22 @@ def test_a_broken_training_image_is_told_and_replaced_by_its_neighbour(workers: 
     assert np.array_equal(np.asarray(image), np.asarray(picture(0)))
 
 
+def test_a_broken_image_is_replaced_within_its_class(tmp_path: Path) -> None:
+    root = folder(tmp_path, 3)
+    (root / "dark" / "2.png").write_bytes(b"")  # the last one, after which come those of the other class
+    files = ImageFiles(
+        [
+            (str(root / name / f"{number}.png"), label)
+            for label, name in enumerate(("dark", "light"))
+            for number in range(3)
+        ]
+    )
+    image, label = files[2]
+    assert label == 0
+    assert np.array_equal(np.asarray(image), np.asarray(picture(0)))
+    assert files.unreadable == [str(root / "dark" / "2.png")]
+
+
 def test_a_class_without_any_readable_image_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"")

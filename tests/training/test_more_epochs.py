@@ -80,6 +80,7 @@ def test_the_epoch_that_is_kept_is_fused(accuracies: list[float], tmp_path: Path
         metrics = run(asked(tmp_path / name, count, keep=keep, **constant))
         assert metrics is not None
         epochs[name] = metrics.epoch
+        assert bool(metrics.notes) == (keep == "best")
     assert epochs == {"two": 2, "last": 3, "best": 2, "both": 3}
     two, last = (weights(tmp_path / name) for name in ("two", "last"))
     assert not torch.equal(two, last)

@@ -26,7 +26,7 @@ from repfx.training.trust import require_trusted
 
 _DEFAULT = Experiment()
 _GROUPS = {
-    "Model": ("model", "weights", "num_classes", "option"),
+    "Model": ("model", "weights", "pretrained", "num_classes", "option"),
     "Data": ("data", "root", "download", "image_size", "strict_data"),
     "Method": ("recipe", "spec", "schedule", "schedule_option", "baseline", "set_", "trust", "plugin"),
     "Training": (
@@ -140,6 +140,14 @@ def train(
         ),
     ] = None,
     weights: Weights = None,
+    pretrained: Annotated[
+        bool | None,
+        typer.Option(
+            "--pretrained",
+            help="Begin from the weights that torchvision or timm has for the model, downloaded if they aren't in its cache. "
+            "`--set training.layer_decay=0.7` lets earlier layers learn more slowly.",
+        ),
+    ] = None,
     num_classes: Annotated[
         int | None, typer.Option(min=1, help="Number of classes of the model.", show_default="the data's")
     ] = None,
@@ -239,6 +247,7 @@ def train(
         "data.strict": strict_data,
         "spec": spec,
         "weights": weights,
+        "pretrained": pretrained,
         "baseline": baseline,
         "image_size": image_size,
         "training.epochs": epochs,

@@ -35,7 +35,7 @@ from repfx.training.engine import accelerator_for
 from repfx.training.evaluation import Evaluation
 from repfx.training.history import History
 from repfx.training.loop import Trained, Watcher, train
-from repfx.training.models import ModelReference, load_weights
+from repfx.training.models import ModelReference, load_pretrained, load_weights
 from repfx.training.recipe import Recipe
 from repfx.training.recipe_file import from_root, to_toml
 from repfx.training.run_folder import BEST, MODEL, STATE, STRUCTURE, RunFolder, Setup, spec_of
@@ -66,6 +66,7 @@ class Experiment:
         training: the recipe of the training.
         weights: file of weights to begin from. Expanding then preserves the model's function; without such a file, the branches begin as
             in their papers.
+        pretrained: whether to begin from the weights that torchvision or timm has for the model, which may be downloaded.
         image_size: height and width of an image; None takes the data's own.
         baseline: what the result is compared with: `plain` also trains the plain model by the same recipe, in a folder in `out`; else the
             folder of a finished run of the plain model. None compares with nothing.
@@ -80,6 +81,7 @@ class Experiment:
     schedule: Mapping[str, Any] | None = None
     training: Recipe = field(default_factory=Recipe)
     weights: Path | None = None
+    pretrained: bool = False
     image_size: int | None = None
     baseline: str | None = None
     out: Path = Path("runs/first")
@@ -105,6 +107,10 @@ def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | Non
     """
     if experiment.overwrite and experiment.resume:
         raise InvalidInput("a run can be replaced or continued, not both: give --overwrite or --resume.")
+    if experiment.pretrained and experiment.weights is not None:
+        raise InvalidInput(
+            "a training begins with given weights or with pretrained ones: give --weights or --pretrained."
+        )
     watcher, values, baseline = watcher or Watcher(), experiment.values, experiment.baseline
     if baseline is not None:
         require_comparable(values, baseline)
@@ -206,7 +212,7 @@ def _train(
     watcher.on_stage("expand")
     spec = _SPEC if experiment.spec is None else experiment.spec
     if schedule is None:
-        model = expand(plain, spec_of(spec), preserve=experiment.weights is not None)
+        model = expand(plain, spec_of(spec), preserve=experiment.weights is not None or experiment.pretrained)
     else:
         _require_sites(schedule, plain)
         model = copy_of(plain)
@@ -313,6 +319,8 @@ def _prepare(experiment: Experiment) -> tuple[nn.Module, DataSet, ModelReference
     plain = reference.build()
     if experiment.weights is not None:
         load_weights(plain, experiment.weights)
+    if experiment.pretrained and not (experiment.resume and (experiment.out / STATE).is_file()):
+        load_pretrained(plain, reference)
     return plain, data, reference
 
 

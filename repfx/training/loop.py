@@ -36,7 +36,7 @@ from repfx.training.history import Epoch, History
 from repfx.training.interruption import noticed_signals
 from repfx.training.learning_rate import curve_of
 from repfx.training.loss import loss_of, teacher_of
-from repfx.training.optimizers import make_optimizer
+from repfx.training.optimizers import RATE_SCALE, make_optimizer
 from repfx.training.process import Place
 from repfx.training.recipe import Recipe
 from repfx.training.runs.best import accuracy_of, best_of, is_over, story_of_end
@@ -271,7 +271,7 @@ class _Training:
     def _set_rate(self, number: int) -> None:
         share = self.curve(number % self.cycle)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate * share
+            group["lr"] = self.recipe.learning_rate * share * group.get(RATE_SCALE, 1.0)
 
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -294,7 +294,7 @@ class _Training:
         if self.driver.after_epoch():
             self._prepare()
         seconds = progress.seconds + time.perf_counter() - self._began
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
         number = progress.epoch + 1
         entry = Epoch(number, loss, accuracy, average, rate, seconds, *cost, self._last_actions(), gammas)
         self.history = History((*self.history.epochs, entry))

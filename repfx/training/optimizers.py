@@ -12,6 +12,7 @@ from repfx.errors import InvalidInput, UnknownName, first_line
 from repfx.training.learning_rate import TIMM, timm_part
 from repfx.training.recipe import Recipe
 
+RATE_SCALE = "rate_scale"  # key of a group for the factor on its learning rate
 _FUSED_DEVICES = ("cpu", "cuda")
 _FUSED = ("Adam", "AdamW")  # SGD can't take up new parameters once it is fused
 
@@ -72,7 +73,19 @@ def _require_no_rate(recipe: Recipe) -> None:
 
 
 def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if recipe.layer_decay == 1:
+        return _by_decay([parameter for parameter in model.parameters() if parameter.requires_grad], recipe)
+    stages: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            stages.setdefault(name.partition(".")[0], []).append(parameter)
+    scales = [recipe.layer_decay**above for above in reversed(range(len(stages)))]
+    groups = [(group, scale) for found, scale in zip(stages.values(), scales) for group in _by_decay(found, recipe)]
+    return [{**group, RATE_SCALE: scale} for group, scale in groups if group["params"]]
+
+
+def _by_decay(parameters: list[nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
+    """Return one group, or one of kernels and one of vectors, which don't decay."""
     if recipe.decay_vectors:
         return [{"params": parameters}]
     kernels, vectors = ([each for each in parameters if (each.ndim > 1) == many] for many in (True, False))

@@ -64,6 +64,8 @@ class Recipe:
         optimizer: name of an optimizer class of `torch.optim`, or `timm:` and the name of one of timm's.
         optimizer_options: arguments for the optimizer beside the learning rate and the weight decay, such as momentum.
         learning_rate: highest learning rate of the training.
+        layer_decay: factor on the learning rate of each stage, as against the next stage; a stage is a child of the model that has
+            parameters. 1 for one rate; 0.7 is usual for pretrained weights.
         weight_decay: weight decay of the optimizer.
         decay_vectors: whether biases, γ and β decay, too.
         rates: curve by which the learning rate falls: cosine, linear or constant, or `timm:` and the name of one of timm's schedulers. It
@@ -98,6 +100,7 @@ class Recipe:
     optimizer: str = "AdamW"
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     learning_rate: float = 2e-3
+    layer_decay: float = 1.0
     weight_decay: float = 0.01
     decay_vectors: bool = True
     rates: str = "cosine"
@@ -134,6 +137,8 @@ class Recipe:
                 raise UnknownName(what, value, known)
         if not 0 < self.learning_rate < math.inf:
             raise InvalidInput(f"learning_rate is {self.learning_rate}; it must be a positive number.")
+        if not 0 < self.layer_decay <= 1:
+            raise InvalidInput(f"layer_decay is {self.layer_decay}; it must be more than 0 and at most 1.")
         for name in ("label_smoothing", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidInput(f"{name} is {getattr(self, name)}; it must be from 0 to less than 1.")

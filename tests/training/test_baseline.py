@@ -21,6 +21,8 @@ from repfx.training.runs.baseline import verdict
 from repfx.training.runs.metrics import Baseline, Metrics
 from tests.recorded_run import TINY
 
+pytestmark = pytest.mark.usefixtures("quick_end")
+
 
 def asked(out: Path, **changes: Any) -> Experiment:
     training = Recipe(epochs=2, batch_size=512, learning_rate=0.02)

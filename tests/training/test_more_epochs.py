@@ -6,12 +6,11 @@ import json
 import signal
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repfx.errors import Interrupted, InvalidInput, RepfxError
 from repfx.training import experiment, loop
@@ -23,6 +22,7 @@ from repfx.training.recipe import Recipe
 from repfx.training.run_folder import BEST, CHECKPOINT, METRICS, MODEL, STATE, RunFolder
 from tests.recorded_run import TINY
 
+pytestmark = pytest.mark.usefixtures("quick_end")
 STEPS = 3  # in an epoch of the digits
 
 
@@ -44,19 +44,6 @@ def rates(folder: Path) -> list[float]:
     history = RunFolder(folder).history
     assert history is not None
     return [epoch.learning_rate for epoch in history.epochs[1:] if epoch.learning_rate is not None]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out of a run what comes after the training and isn't looked at here: the export and the measuring."""
-
-    def export(fused: nn.Module, path: Path, *rest: object, **options: object) -> Any:
-        path.write_text(str(sum(float(each.double().sum()) for each in fused.parameters())))
-        return SimpleNamespace(max_error=0.0)
-
-    monkeypatch.setattr(experiment, "export_onnx", export)
-    monkeypatch.setattr(experiment, "onnx_session", lambda path: lambda x: torch.zeros(len(x), 10))
-    monkeypatch.setattr(experiment, "measure_latency", lambda calls: dict.fromkeys(calls, 1.0))
 
 
 @pytest.fixture

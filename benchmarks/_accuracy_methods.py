@@ -116,8 +116,9 @@ class Scale:
     Args:
         net, teacher: the net that is trained, and the one that it can learn from.
         training: the recipe, without a seed.
-        gate_rate: learning rate of the gates in searches. It is the papers' 1e-4 times the papers' number of steps, 300 epochs of 391,
-            divided by the number of steps of a search here. With 1e-4 a short search would decide by the noise alone.
+        gate_rate: learning rate of the gates in searches. It is the papers' 1e-4 times 300 epochs of 391 steps, divided by the number of
+            steps of a search here. The papers search longer still, for 600 epochs (RepNAS) and 500 (IRepNAS). With 1e-4 a short search
+            would decide by the noise alone.
         images: number of training images; None for all.
         methods: the methods, in the order in which they run.
     """

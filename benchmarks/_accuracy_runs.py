@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,15 +18,13 @@ from benchmarks._accuracy_methods import DEAREST, SCALES, TEACHER, Method, Scale
 from benchmarks._accuracy_record import Record, Spent, claimed, locked
 from benchmarks._record import machine
 from repfx.blocks.architecture import Architecture
-from repfx.blocks.presets import resolve_spec
 from repfx.change.schedule import SCHEDULES
 from repfx.data.dataset import DataSource
 from repfx.measuring.cost import count_macs
-from repfx.passes.gate import gate
 from repfx.records.plain_values import to_plain
 from repfx.records.version import VERSION
 from repfx.search.base import Search
-from repfx.search.space import Space
+from repfx.search.random_nets import random_nets
 from repfx.training.experiment import Experiment, run
 from repfx.training.history import History
 from repfx.training.loop import Watcher
@@ -236,14 +233,7 @@ def _too_early(work: Work, record: Record, name: str, seed: int, names: Sequence
 
 def draw(net: ModelReference, share: float, seed: int) -> Architecture:
     """Draw an architecture of RepNAS's space at random: that share of all paths, and at least one at each site."""
-    spec = replace(resolve_spec("odbb"), weights="shared")
-    model = repfx.expand(net.build(), spec, preserve=False)
-    for site in Architecture.of(model).sites:
-        gate(model, site, origin=True)
-    space, numbers = Space.of(model), random.Random(seed)
-    space.choose(model, space.best([numbers.random() for _ in space.paths], space.budget(share)))
-    found = Architecture.of(model)
-    return Architecture({site: replace(code, importance=()) for site, code in found.sites.items()}, found.others)
+    return random_nets(net.build(), share, 1, seed=seed)[0]
 
 
 def _macs(net: ModelReference, spec: Any = ()) -> int:

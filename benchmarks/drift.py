@@ -1,17 +1,20 @@
 """Measure how much a model's output moves when DyRep grows it: at once, and later through passes in training mode alone.
 
     python -m benchmarks.drift
+    python -m benchmarks.drift --structures
 
-Every site that DyRep's branches fit is expanded at once, in float64: in repfx's way, and in the way of the public code, which resets the
-BatchNorms of the origins. At first both keep the eval output. Then come five forward passes in training mode without an optimizer's
-step, on other data than those of the statistics.
+Every site that DyRep's branches fit is expanded at once, in float64. The own BatchNorm moves into the block, or it stays behind the sum and
+a new one stands inside (`--structures`). In either structure, the BatchNorm inside has measured statistics, or it is reset. The code of
+DyRep's authors has the BatchNorm behind the sum and resets the new one. At first all keep the eval output. Then come forward passes in
+training mode without an optimizer's step, on other data than those of the statistics.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,11 +28,14 @@ from benchmarks._record import Row, machine, write
 from repfx.algebra.layers import Layer, is_batch_norm
 from repfx.algebra.moments import set_kernel
 from repfx.blocks.origin import origin_kernel
+from repfx.blocks.presets import resolve_spec
 from repfx.testing import relative_error
 
 OUT = Path(__file__).parent / "results" / "drift.json"
-SEEN, PASSES, GAMMA = 10, 5, 0.01
+OUT_STRUCTURES = OUT.with_name("drift-structures.json")
+SEEN, PASSES, LONG, GAMMA = 10, 5, 60, 0.01
 WAYS = ("untouched", "repfx", "reset")
+STRUCTURES = (*WAYS, "behind", "behind, reset")
 
 
 def small(**options: object) -> nn.Module:
@@ -92,7 +98,7 @@ def settle(model: nn.Module, data: list[Tensor]) -> None:
 
 @torch.no_grad()
 def reset(expanded: nn.Module) -> nn.Module:
-    """A copy as the public code leaves it: origins' BatchNorms have mean 0, variance 1, γ 1 and β 0; the convs hold the rest."""
+    """A copy in which origins' BatchNorms have mean 0, variance 1, γ 1 and β 0; the convs hold the rest."""
     changed = copy.deepcopy(expanded)
     for block in [module for module in changed.modules() if isinstance(module, repfx.RepBlock)]:
         if block.norm is not None:
@@ -114,45 +120,58 @@ def outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def drift(model: nn.Module, data: list[Tensor]) -> float:
-    """How far the eval output moves, relatively, in one pass over each batch in training mode."""
+def drift(model: nn.Module, data: list[Tensor], passes: int = PASSES) -> float:
+    """How far the eval output moves, relatively, in so many passes in training mode over the batches, one after another."""
     moving = copy.deepcopy(model)
     before = moving.eval()(data[0])
-    for x in data:
-        moving.train()(x)
+    for number in range(passes):
+        moving.train()(data[number % len(data)])
     return relative_error(moving.eval()(data[0]), before)
 
 
-def measure(name: str, count: int) -> list[Row]:
-    """Return a row for each way to expand."""
+def measure(name: str, count: int, ways: Sequence[str] = WAYS, passes: Sequence[int] = (PASSES,)) -> list[Row]:
+    """Return a row for each way to expand, with the drift after so many passes."""
     model, seen, fresh = subject(name, count)
     ours = repfx.expand(model, "dyrep", gamma=GAMMA, calibrate=seen)
+    changed = {"untouched": model, "repfx": ours, "reset": reset(ours)}
+    if "behind" in ways:
+        spec = replace(resolve_spec("dyrep"), norm_behind=True)
+        behind = repfx.expand(model, spec, gamma=GAMMA, calibrate=seen)
+        changed |= {"behind": behind, "behind, reset": reset(behind)}
     before = outputs(model, fresh[0])
     rows: list[Row] = []
-    for way, changed in zip(WAYS, (model, ours, reset(ours))):
-        after = outputs(changed, fresh[0])
+    for way in ways:
+        after = outputs(changed[way], fresh[0])
         moved = {mode: relative_error(after[mode], before[mode]) for mode in before}
-        rows.append({"model": name, "way": way, **moved, "drift": drift(changed, fresh)})
+        later = {f"drift {number}": drift(changed[way], fresh, number) for number in passes}
+        rows.append({"model": name, "way": way, **moved, **later})
     return rows
 
 
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=32, help="images in each batch")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--images", type=int, default=None, help="images in each batch")
+    parser.add_argument(
+        "--structures", action="store_true", help="both structures and more passes, for two small models"
+    )
+    parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--smoke", action="store_true", help="two small models, nothing written")
     arguments = parser.parse_args()
-    names = ["dilated", "reflect-padded"] if arguments.smoke else list(MODELS)
-    rows = [row for name in names for row in measure(name, 4 if arguments.smoke else arguments.images)]
-    table = Table("model", "way", "eval, at once", "training mode, at once", "eval, after five passes", box=SIMPLE_HEAD)
+    small_ones = arguments.smoke or arguments.structures
+    names = ["dilated", "reflect-padded"] if small_ones else list(MODELS)
+    count = arguments.images or (4 if small_ones else 32)
+    how = (STRUCTURES, (PASSES, LONG)) if arguments.structures else (WAYS, (PASSES,))
+    rows = [row for name in names for row in measure(name, count, *how)]
+    later = [key for key in rows[0] if key.startswith("drift")]
+    table = Table("model", "way", "eval, at once", "training mode, at once", *later, box=SIMPLE_HEAD)
     for row in rows:
-        table.add_row(
-            str(row["model"]), str(row["way"]), *(f"{float(row[key]):.2g}" for key in ("eval", "train", "drift"))
-        )
+        numbers = (f"{float(row[key]):.2g}" for key in ("eval", "train", *later))
+        table.add_row(str(row["model"]), str(row["way"]), *numbers)
     Console().print(table)
     if not arguments.smoke:
-        write(arguments.out, {**machine("cpu"), "input": f"{arguments.images} × 3 × 32 × 24", "gamma": GAMMA}, rows)
+        out = arguments.out or (OUT_STRUCTURES if arguments.structures else OUT)
+        write(out, {**machine("cpu"), "input": f"{count} × 3 × 32 × 24", "gamma": GAMMA}, rows)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from repfx.algebra.moments import signs_of
 from repfx.blocks.block import ORIGIN, RepBlock
-from repfx.blocks.origin import absorb_branch, origin_kernel, require_absorbable, write_origin
+from repfx.blocks.origin import absorb_branch, factor_of, origin_kernel, require_absorbable, write_origin
 from repfx.blocks.own_fusing import collapse
 from repfx.blocks.paths import block_at
 from repfx.errors import InvalidInput
@@ -133,18 +135,36 @@ def absorb(model: nn.Module, leaving: Mapping[str, Sequence[str]], calibrate: It
             if within:
                 raise InvalidInput(f"{within[0]!r} lies in {f'{site}.{branch}'!r}, which is dropped as a whole.")
     measured = [site for site, block in blocks.items() if block.norm is not None and calibrate is not None]
-    sums = [PartialSum(blocks[site], _factors(blocks[site], leaving[site])) for site in measured]
-    moments = dict(zip(measured, measure_sums(model, sums, calibrate) if calibrate is not None and sums else ()))
-    for site, block in blocks.items():
+    sums = {site: list(_sums(blocks[site], leaving[site])) for site in measured}
+    found = iter(measure_sums(model, [*chain(*sums.values())], calibrate) if calibrate is not None and sums else ())
+    moments = {site: [next(found) for _ in sums[site]] for site in measured}
+    for site, block in sorted(blocks.items(), key=lambda each: -each[0].count(".")):  # inner ones first, as measured
         for branch in leaving[site]:
             absorb_branch(block, branch)
         if site in moments:
-            write_origin(block, origin_kernel(block), moments[site])
+            write_origin(block, origin_kernel(block), moments[site][0], within=moments[site][1:])
         if not block.branches:
             collapse(model, site, block)
 
 
-def _factors(block: RepBlock, leaving: Sequence[str]) -> dict[nn.Module, float]:
-    """Return the paths whose sum the origin must output after it has absorbed `leaving`, with their factors in eval mode (λ, gates)."""
+def _sums(block: RepBlock, leaving: Sequence[str]) -> Iterator[PartialSum]:
+    """Yield the sums that the origin must output after it has absorbed `leaving`, with the factors of eval mode (λ, gates).
+
+    If the own conv has become a block, the sum for that block's origin comes second, and so on. Its variance alone matters.
+    """
     running = block.running_in(training=False)
-    return {block.paths[name]: float(block.factor_of(name)) for name in (ORIGIN, *leaving) if name in running}
+    factors = {name: float(block.factor_of(name)) for name in (ORIGIN, *leaving) if name in running}
+    yield PartialSum(block, {block.paths[name]: factor for name, factor in factors.items()})
+    size: Tensor | float = 1.0
+    sign: Tensor | float = 1.0
+    norm, inner = block.norm, block.inner
+    while inner is not None and norm is not None:
+        size, sign = size * _along_axes(factor_of(norm), inner), sign * _along_axes(signs_of(norm), inner)
+        parts: dict[nn.Module, float | Tensor] = {inner.origin: size}
+        parts |= {block.branches[name]: sign * factors[name] for name in leaving if name in factors}
+        yield PartialSum(block, parts)
+        norm, inner = inner.norm, inner.inner
+
+
+def _along_axes(channels: Tensor, block: RepBlock) -> Tensor:
+    return channels.reshape(-1, *(1,) * block.site.dimensions)

@@ -53,7 +53,7 @@ class Expand(Action):
             the default of `Spec`.
         attach_rate: first λ of the block; None for a block without λ.
         preserve: False if the branches began as in their papers, so that the function changed.
-        origin_scale: the field of `Spec`.
+        origin_scale, norm_behind: the fields of `Spec`.
     """
 
     kind: ClassVar[str] = "expand"
@@ -65,6 +65,7 @@ class Expand(Action):
     preserve: bool = True
     origin: bool = True
     origin_scale: float | None = None
+    norm_behind: bool = False
 
     @property
     def changes_function(self) -> bool:
@@ -74,7 +75,7 @@ class Expand(Action):
     def by(cls, spec: Spec, site: str, conv: ConvSpec, **options: Any) -> list[Expand]:
         """Return the expansion of a conv by a spec, or an empty list if no branch fits. `options` override fields of the spec."""
         branches, _ = fitting(spec.branches_for(conv) if spec.takes(conv) else (), conv)
-        own = {"norm": spec.norm, "weights": spec.weights, "origin_scale": spec.origin_scale}
+        own = {name: getattr(spec, name) for name in ("norm", "weights", "origin_scale", "norm_behind")}
         return [cls(site, branches, **{**own, **options})] if branches else []
 
     @classmethod
@@ -137,6 +138,7 @@ def _specs(actions: list[Expand]) -> dict[str, Spec]:
             action.origin,
             action.origin_scale,
             "both",  # the path says which layer it is
+            action.norm_behind,
         )
         for action in actions
     }
@@ -285,7 +287,9 @@ def _grow(model: nn.Module, plans: list[_Plan], beginning: _Beginning) -> None:
         for plan, block in zip(plans, blocks):
             _install(model, plan, block, undo, preserve=preserve)
         if calibrate is not None:
-            calibrate_norms(model, [norm for block in blocks for norm in _new_norms(block)], calibrate)
+            calibrate_norms(
+                model, [norm for block in blocks for norm in _new_norms(block, preserve=preserve)], calibrate
+            )
         if gamma and calibrate is not None:
             _begin_with(gamma, model, blocks, calibrate, undo)
         undo.pop_all()
@@ -318,6 +322,7 @@ class _Plan:
             beginning.preserve,
             spec.origin,
             spec.origin_scale,
+            spec.norm_behind,
         )
         return Expand(self.site.path, self.branches, *how)._done(model)
 
@@ -333,6 +338,8 @@ def _plan(sites: list[Site], selection: Selection) -> tuple[list[_Plan], list[Sk
         refusal = "it is a block already" if site.branches else site.refusal
         if spec is None:
             refusal = _NOT_NAMED
+        elif site.own and refusal is None and not spec.norm_behind:
+            refusal = "it is the own conv of a block: give a repfx.Spec with norm_behind=True"
         if spec is None or refusal is not None or site.conv is None:
             skips.append(Skip(site.path, refusal or "its sizes can't be read", "expand"))
             continue
@@ -360,9 +367,18 @@ def _block(model: nn.Module, plan: _Plan, attach_rate: float | None, *, quiet: b
         built.first_scale = branch.scale
         _initialise(built, plan.spec, quiet=quiet)
         branches[branch.name or _free_name(branch.kind, branches)] = built.train(conv.training)
-    moved = own_norm if plan.spec.norm == "batch_norm" else None
-    norm_path = plan.site.norm if moved is not None else None
-    return RepBlock(conv, moved, branches, norm_path, attach_rate, plan.spec.origin_scale)
+    if own_norm is None or plan.spec.norm != "batch_norm":
+        return RepBlock(conv, None, branches, None, attach_rate, plan.spec.origin_scale)
+    if not plan.spec.norm_behind:
+        return RepBlock(conv, own_norm, branches, plan.site.norm, attach_rate)
+    return RepBlock(conv, _norm_like(norm, conv), branches, None, attach_rate, norm_behind=plan.site.norm)
+
+
+def _norm_like(norm: Norm, conv: Layer) -> nn.Module:
+    """Make a BatchNorm for a site's own conv."""
+    site = ConvSpec.of(conv)
+    made = norm.batch_norm(site.out_channels, site.dimensions, conv.weight)
+    return made.requires_grad_(conv.weight.requires_grad).train(conv.training)
 
 
 def _free_name(kind: str, taken: Container[str]) -> str:
@@ -389,13 +405,19 @@ def _install(model: nn.Module, plan: _Plan, block: RepBlock, undo: ExitStack, *,
     if preserve and plan.spec.norm != "batch_norm":
         undo.callback(conv.load_state_dict, copy.deepcopy(conv.state_dict()))
         _take_off(block)
+    if preserve and block.norm_behind is not None:
+        undo.callback(conv.load_state_dict, copy.deepcopy(conv.state_dict()))
+        own: Layer = norm_of(model.get_submodule(block.norm_behind))
+        like = conv.weight.detach().double()
+        kernel = kernel_of(conv, like, block.site.in_channels, block.site.dimensions)
+        set_kernel(conv, block.norm, kernel, Moments.before(own))
     undo.callback(set_submodule, model, plan.site.path, conv)
     set_submodule(model, plan.site.path, block)
     put_blocks_first(model, plan.site.path)
     if block.norm_path is not None:
-        own = model.get_submodule(block.norm_path)
-        undo.callback(set_submodule, model, block.norm_path, own)
-        set_submodule(model, block.norm_path, rest_of(own))
+        whole = model.get_submodule(block.norm_path)
+        undo.callback(set_submodule, model, block.norm_path, whole)
+        set_submodule(model, block.norm_path, rest_of(whole))
 
 
 def _take_off(block: RepBlock) -> None:
@@ -449,9 +471,7 @@ def _norms_of_branches(block: RepBlock) -> list[Layer]:
 def _give_norm(block: RepBlock, kernel: Kernel, moments: Moments | None) -> None:
     """Put a BatchNorm behind an origin that has none. In eval mode, conv and BatchNorm together compute `kernel`."""
     conv = block.conv
-    norm = Norm().batch_norm(kernel.out_channels, kernel.dimensions, conv.weight)
-    norm.requires_grad_(conv.weight.requires_grad)
-    block.origin.add_module("norm", norm.train(conv.training))
+    block.origin.add_module("norm", _norm_like(Norm(), conv))
     set_kernel(conv, block.norm, kernel, moments)
 
 
@@ -479,5 +499,8 @@ def _rebuild(model: nn.Module, actions: list[Expand]) -> None:
             _give_norm(block, origin_kernel(block), None)
 
 
-def _new_norms(block: RepBlock) -> list[nn.Module]:
-    return [module for branch in block.branches.values() for module in branch.modules() if is_batch_norm(module)]
+def _new_norms(block: RepBlock, *, preserve: bool) -> list[nn.Module]:
+    """Return the new BatchNorms whose statistics aren't known yet."""
+    norms = [module for branch in block.branches.values() for module in branch.modules() if is_batch_norm(module)]
+    own = [] if preserve or block.norm is None or block.norm_behind is None else [block.norm]
+    return [*own, *norms]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from repfx.algebra.activated_norm import norm_of, rest_of
 from repfx.algebra.cost import Cost, weights
 from repfx.algebra.layers import is_conv_or_linear
 from repfx.algebra.moments import set_kernel
-from repfx.blocks.block import RepBlock
+from repfx.blocks.block import ORIGIN, RepBlock
 from repfx.blocks.branch import kernel_of_both
 from repfx.blocks.folded_norm import FoldedNorm, remember_norm
 from repfx.errors import InvalidInput
@@ -46,7 +46,7 @@ class Fuse(Action):
         blocks = {path: module for path in paths if isinstance(module := model.get_submodule(path), RepBlock)}
         # a BatchNorm behind a block is found only after the block has become a conv
         behind = any(block.norm is None for block in blocks.values())
-        absorb(model, {path: list(block.branches) for path, block in blocks.items()}, calibrate)
+        absorb(model, dict(each for path, block in blocks.items() for each in _branches(path, block)), calibrate)
         if behind:
             sites = sites_at(model, paths, anew=True)
         for path in paths:
@@ -56,6 +56,13 @@ class Fuse(Action):
 
     def __str__(self) -> str:
         return f"fuse {self.site}"
+
+
+def _branches(path: str, block: RepBlock | None) -> Iterator[tuple[str, list[str]]]:
+    """Yield the names of a block's branches, and of those of the block that its own conv may have become, with the block's path."""
+    while block is not None:
+        yield path, list(block.branches)
+        path, block = f"{path}.{ORIGIN}.conv", block.inner
 
 
 def _fold(model: nn.Module, site: str, norm_path: str) -> None:

@@ -1,4 +1,4 @@
-"""The plain nets of the papers that torchvision doesn't have: those for images of 32 × 32, and RepVGG.
+"""The plain nets of the papers that torchvision doesn't have: those for images of 32 × 32, MobileNet of 2017, and RepVGG.
 
 A recipe names one as ``repfx.recipes.nets:vgg16``.
 """
@@ -13,6 +13,7 @@ from torch import nn
 from repfx.errors import UnknownName
 
 _VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels and convs of each stage
+_PAIRS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
 _DEPTHS = {"A": (1, 2, 4, 14, 1), "B": (1, 4, 6, 16, 1)}
 _WIDTHS = {
     "A0": (0.75, 2.5),
@@ -64,6 +65,25 @@ def _for_small_images(build: Callable[..., nn.Module], num_classes: int) -> nn.M
     return model
 
 
+def mobilenet(num_classes: int = 1000) -> nn.Sequential:
+    """MobileNet of 2017: a 3×3 conv, then 13 pairs of a depthwise 3×3 and a 1×1 conv.
+
+    >>> import torch
+    >>> mobilenet(10)(torch.zeros(2, 3, 64, 64)).shape
+    torch.Size([2, 10])
+    """
+    stages: OrderedDict[str, nn.Module] = OrderedDict(first=_layer(3, 32, 2))
+    channels = 32
+    for number, (out, stride) in enumerate(_PAIRS):
+        depthwise = _layer(channels, channels, stride, groups=channels)
+        stages[f"pair{number}"] = nn.Sequential(
+            OrderedDict(depthwise=depthwise, pointwise=_layer(channels, out, kernel_size=1))
+        )
+        channels = out
+    stages |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "linear": nn.Linear(channels, num_classes)}
+    return nn.Sequential(stages)
+
+
 def repvgg(num_classes: int = 1000, size: str = "A0", width: float = 1.0, small_images: bool = False) -> nn.Sequential:
     """RepVGG in its fused form: 3×3 convs alone, beside which `expand` puts the branches.
 
@@ -94,7 +114,10 @@ def repvgg(num_classes: int = 1000, size: str = "A0", width: float = 1.0, small_
     return nn.Sequential(stages)
 
 
-def _layer(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+def _layer(
+    in_channels: int, out_channels: int, stride: int = 1, *, kernel_size: int = 3, groups: int = 1
+) -> nn.Sequential:
+    padding = kernel_size // 2
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
     parts = {"conv": conv, "norm": nn.BatchNorm2d(out_channels), "activation": nn.ReLU(inplace=True)}
     return nn.Sequential(OrderedDict(parts))

@@ -31,6 +31,6 @@ from repfx.records.journal import journal as journal
 from repfx.records.report import report as report
 from repfx.records.version import VERSION as _VERSION
 from repfx.tracing.sites import sites as sites
-from repfx.training.distillation import distillation_loss as distillation_loss
+from repfx.training.objective.distillation import distillation_loss as distillation_loss
 
 __version__ = _VERSION

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,15 @@ def compiled() -> str:
     return "\n\n".join(parts)
 
 
-def drift() -> str:
-    """Write the result of `benchmarks/drift.py`: for each model, how far each way moves its output."""
-    result = json.loads((RESULTS / "drift.json").read_text(encoding="utf-8"))
-    head = ("model", "way", "eval output, at once", "in training mode, at once", "eval output, after five passes")
+def drift(name: str = "drift") -> str:
+    """Write a result of `benchmarks/drift.py`: for each model, how far each way moves its output."""
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    later = [key for key in result["rows"][0] if key.startswith("drift")]
+    after = [f"eval output, after {key.removeprefix('drift ')} passes" for key in later]
+    head = ("model", "way", "eval output, at once", "in training mode, at once", *after)
+    keys = ("eval", "train", *later)
     rows = [
-        (row["model"], row["way"], *(f"{row[key]:.1e}" if row[key] else "0" for key in ("eval", "train", "drift")))
-        for row in result["rows"]
+        (row["model"], row["way"], *(f"{row[key]:.1e}" if row[key] else "0" for key in keys)) for row in result["rows"]
     ]
     setting = f"γ at first {result['gamma']}; input {result['input']}; torch {result['torch']}"
     return f"{table(head, rows)}\n\nRelative to the largest output; {setting}."
@@ -331,6 +334,7 @@ MEASUREMENTS: dict[str, Callable[[], str]] = {
     "onnx_files": onnx_files,
     "compiled": compiled,
     "drift": drift,
+    "drift_structures": partial(drift, "drift-structures"),
     "observation": observation,
     "scoring": scoring,
     "search": search,

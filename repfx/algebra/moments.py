@@ -45,6 +45,17 @@ class Moments:
         beta = torch.zeros_like(like) if norm.bias is None else norm.bias.detach()
         return cls(beta.to(torch.float64, copy=True), gamma.double().square() * _share_of_variance(norm))
 
+    @classmethod
+    def before(cls, norm: Layer) -> Moments:
+        """Return the moments of what a BatchNorm is given, as its running statistics tell them."""
+        return cls(norm.running_mean.to(torch.float64, copy=True), norm.running_var.to(torch.float64, copy=True))
+
+    @classmethod
+    def unknown(cls, kernel: Kernel) -> Moments:
+        """Return moments for a map of which nothing but the kernel is known: its bias as the mean, and a variance of 1."""
+        bias = _bias_of(kernel).double()
+        return cls(bias, torch.ones_like(bias))
+
     def add(self, other: Moments) -> Moments:
         """Return the moments of a sum. Means add exactly, variances as if the terms were uncorrelated."""
         return Moments(self.mean + other.mean, self.variance + other.variance)
@@ -67,7 +78,7 @@ def set_kernel(conv: Layer, norm: Layer | None, kernel: Kernel, moments: Moments
 
     If there is no BatchNorm, the bias goes to the conv, which gets one if it had none.
     """
-    bias = kernel.weight.new_zeros(kernel.out_channels) if kernel.bias is None else kernel.bias
+    bias = _bias_of(kernel)
     if norm is None:
         conv.weight.copy_(kernel.weight)
         if conv.bias is not None:
@@ -75,21 +86,33 @@ def set_kernel(conv: Layer, norm: Layer | None, kernel: Kernel, moments: Moments
         elif kernel.bias is not None:
             conv.bias = nn.Parameter(bias.to(conv.weight), requires_grad=conv.weight.requires_grad)
         return
-    known = moments or Moments(bias.double(), torch.ones_like(bias, dtype=torch.float64))
-    mean, variance = known.mean.to(bias.device), known.variance.to(bias.device)
-    sign = torch.where(
-        norm.weight < 0, -1.0, 1.0
-    ).double()  # kept, so that the momentum of the weights still points their way
+    sign = signs_of(norm)  # kept, so that the momentum of the weights still points their way
     conv.weight.copy_(kernel.weight if kernel.transposed else kernel.weight * _along(sign, kernel.weight))
     if kernel.transposed:
         sign = torch.ones_like(sign)
-    norm.running_mean.copy_(sign * (mean - bias))
+    set_norm(norm, moments or Moments.unknown(kernel), sign, bias)
     if conv.bias is not None:
         conv.bias.zero_()
+
+
+def signs_of(norm: Layer) -> Tensor:
+    """Return the sign of each γ of a BatchNorm, in float64: -1, or 1."""
+    return torch.where(norm.weight < 0, -1.0, 1.0).double()
+
+
+@torch.no_grad()
+def set_norm(norm: Layer, moments: Moments, sign: Tensor, bias: Tensor | None = None) -> None:
+    """Give a BatchNorm the numbers with which it computes ``sign · y + bias`` in eval mode, and outputs `moments` in training mode."""
+    mean, variance = moments.mean.to(sign.device), moments.variance.to(sign.device)
+    norm.running_mean.copy_(sign * (mean if bias is None else mean - bias))
     norm.running_var.copy_(variance)
     # from the rounded variance, so that √(σ² + ε) in eval mode cancels γ to the last digit
     norm.weight.copy_(sign * (norm.running_var.double() + norm.eps).sqrt())
     norm.bias.copy_(mean)
+
+
+def _bias_of(kernel: Kernel) -> Tensor:
+    return kernel.weight.new_zeros(kernel.out_channels) if kernel.bias is None else kernel.bias
 
 
 def _along(channels: Tensor, weight: Tensor) -> Tensor:

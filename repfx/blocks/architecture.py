@@ -32,7 +32,7 @@ class SiteCode:
         conv: sizes of the site's own conv, as text.
         branches: all branches that the search chose from, in order.
         code: one digit for the site's own conv and one for each branch: 1 if the site has it, else 0 (IRepNAS, figure A2).
-        norm, weights, origin_scale: settings of `Spec`.
+        norm, weights, origin_scale, norm_behind: settings of `Spec`.
         importance: number that a search has learned for each path, in the order of the code: α of RepNAS, σ(α) · σ(β) of DES; None for a
             path without anything to learn. The tuple is empty without a search.
     """
@@ -44,6 +44,7 @@ class SiteCode:
     weights: Weights = "default"
     importance: tuple[float | None, ...] = ()
     origin_scale: float | None = None
+    norm_behind: bool = False
 
     @property
     def chosen(self) -> tuple[BranchSpec, ...]:
@@ -51,11 +52,18 @@ class SiteCode:
         return tuple(branch for branch, digit in zip(self.branches, self.code[1:]) if digit == "1")
 
     @property
+    def digits(self) -> list[tuple[str, int]]:
+        """The name of each branch, and 1 if the site has it, else 0."""
+        return [(branch.name or branch.kind, int(digit)) for branch, digit in zip(self.branches, self.code[1:])]
+
+    @property
     def spec(self) -> Spec:
         """The spec that `expand` takes to build this site."""
         origin = self.code[0] == "1"
         options: dict[str, Any] = {"weights": self.weights, "origin": origin, "origin_scale": self.origin_scale}
-        return Spec(self.chosen, self.norm, layers="both", **options)  # the path says which layer it is
+        return Spec(
+            self.chosen, self.norm, layers="both", norm_behind=self.norm_behind, **options
+        )  # the path says which layer it is
 
     @classmethod
     def of(cls, block: RepBlock) -> SiteCode:
@@ -69,7 +77,8 @@ class SiteCode:
         specs = tuple(
             replace(branch.spec, name=None if name == branch.kind else name) for name, branch in block.branches.items()
         )
-        return cls(str(block.site), specs, code, norm, weights, importance, block.origin_scale)
+        behind = block.norm_behind is not None
+        return cls(str(block.site), specs, code, norm, weights, importance, block.origin_scale, behind)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -82,6 +91,7 @@ class SiteCode:
             "weights": self.weights,
             "importance": list(self.importance),
             "origin_scale": self.origin_scale,
+            "norm_behind": self.norm_behind,
         }
 
     @classmethod
@@ -199,6 +209,31 @@ class Architecture:
                 raise InvalidInput(
                     f"the architecture is of another net: it has {told[0]} at {site!r}, this one has {told[1]}."
                 )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The names of all branches that the sites chose from, in order: the columns of `matrices`."""
+        return tuple(dict.fromkeys(name for code in self.sites.values() for name, _ in code.digits))
+
+    def matrices(self, rows: int = 8) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Return the codes as matrices (IRepNAS, figure A2): a row for each site, and a column for each of `kinds`.
+
+        The site's own conv has no column, because it always runs there. A branch that a site couldn't have counts as 0.
+
+        Args:
+            rows: number of sites in a matrix; the last matrix may have fewer. The paper's have 8, for the 16 3×3 convs of a ResNet-18.
+
+        >>> import repfx
+        >>> conv, strided = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        >>> found = Architecture.of(repfx.expand(nn.Sequential(conv, nn.ReLU(), strided), "repvgg"))
+        >>> found.kinds, found.matrices()
+        (('1x1', 'identity'), (((1, 1), (1, 0)),))
+        """
+        if rows < 1:
+            raise InvalidInput(f"a matrix of {rows} rows holds no site: give at least 1.")
+        lines = [dict(code.digits) for code in self.sites.values()]
+        table = [tuple(line.get(kind, 0) for kind in self.kinds) for line in lines]
+        return tuple(tuple(table[start : start + rows]) for start in range(0, len(table), rows))
 
     def __str__(self) -> str:
         rows = [(site, code.code, ", ".join(_names(code))) for site, code in self.sites.items()]

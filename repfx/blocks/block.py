@@ -47,6 +47,7 @@ class RepBlock(nn.Module):
         norm_path: path in the model at which the site's own BatchNorm stood, or None.
         attach_rate: first value of λ; None for a block without λ.
         origin_scale: first value of a `Scale` behind the conv; None for no `Scale`. With a `norm` there is no `Scale`.
+        norm_behind: path in the model of the site's own BatchNorm if it stays behind the sum; else None.
 
     Code around the block can read the sizes of the conv (``kernel_size``, ``stride``, …) or linear layer (``in_features``, …) from the
     block.
@@ -60,14 +61,17 @@ class RepBlock(nn.Module):
         norm_path: str | None = None,
         attach_rate: float | None = None,
         origin_scale: float | None = None,
+        norm_behind: str | None = None,
     ) -> None:
         super().__init__()
         self._resting: tuple[str, ...] | None = None  # names of the origin's parameters that `rest` froze
         self.squeezed = False
         self.holds_statistics = False  # its BatchNorms stay in eval mode
         self.recomputes = False
+        self.drop_path = 0.0  # probability with which a branch leaves out an image; see `repfx.blocks.drop_path`
         self.site = ConvSpec.of(conv)
         self.norm_path = norm_path
+        self.norm_behind = norm_behind
         self.origin_scale = origin_scale
         self.origin = Chain(iter({"conv": conv}.items()), self.site)
         if norm is not None:
@@ -88,8 +92,14 @@ class RepBlock(nn.Module):
 
     @property
     def conv(self) -> Layer:
-        """The site's own conv."""
-        return self.origin[0]
+        """The site's own conv; if it has become a block, the own conv of that block."""
+        return self.origin[0] if self.inner is None else self.inner.conv
+
+    @property
+    def inner(self) -> RepBlock | None:
+        """The block that the site's own conv has become, or None."""
+        own = self.origin[0]
+        return own if isinstance(own, RepBlock) else None
 
     @property
     def norm(self) -> Layer | None:
@@ -157,6 +167,8 @@ class RepBlock(nn.Module):
             return nothing
         if len(outputs) == 1 and paths[running[0]].hands_on:
             outputs = {running[0]: outputs[running[0]].clone()}  # code behind the block may write into it
+        if self.drop_path and self.training and not isinstance(input, fx.Proxy):
+            outputs = {name: x if name == ORIGIN else _some_images(x, self.drop_path) for name, x in outputs.items()}
         if gates is not None:
             outputs = {name: gates.of[name](x) if name in gates.of else x for name, x in outputs.items()}
         own = [outputs.pop(ORIGIN)] if ORIGIN in outputs else []
@@ -303,6 +315,12 @@ class RepBlock(nn.Module):
                 f"plain conv, which has one."
             )
         return super().__getattr__(name)
+
+
+def _some_images(x: Tensor, probability: float) -> Tensor:
+    """Set each image of a batch to zero with a probability, and divide the others by that of staying."""
+    kept = x.new_empty(x.shape[0], *(1,) * (x.ndim - 1)).bernoulli_(1 - probability)
+    return x * (kept / (1 - probability))
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

@@ -48,7 +48,7 @@ def become_one_conv(block: Layer) -> None:
     conv.requires_grad_(block.conv.weight.requires_grad)
     block._modules.clear()
     block.origin = Chain(iter({"conv": conv}.items()), block.site).train(block.training)
-    block.norm_path = block.origin_scale = None
+    block.norm_path = block.norm_behind = block.origin_scale = None
     block.squeezed = block.holds_statistics = block.recomputes = False
     mark_as_rebuilt(block)
     mark_as_rebuilt(conv)

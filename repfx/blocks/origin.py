@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -11,10 +13,12 @@ from torch.nn.utils.parametrize import is_parametrized
 from repfx.algebra.kernel import Kernel
 from repfx.algebra.layers import Layer
 from repfx.algebra.meaning import meaning_of, refusal_of
-from repfx.algebra.moments import Moments, set_kernel
+from repfx.algebra.moments import Moments, set_kernel, set_norm, signs_of
 from repfx.blocks.block import ORIGIN, RepBlock
 from repfx.blocks.cropped_conv import unshare
 from repfx.errors import InvalidInput
+
+_LEAST = 0.01  # part of its variance that an origin keeps at least, where what is added to it wasn't measured
 
 
 def origin_kernel(block: RepBlock) -> Kernel:
@@ -23,12 +27,60 @@ def origin_kernel(block: RepBlock) -> Kernel:
 
 
 @torch.no_grad()
-def write_origin(block: RepBlock, kernel: Kernel, moments: Moments | None, scale: Tensor | None = None) -> None:
-    """Write a kernel into the site's own conv and the modules behind it; see `set_kernel`. Their `Scale` becomes 1, or `scale` if given."""
+def write_origin(
+    block: RepBlock,
+    kernel: Kernel,
+    moments: Moments | None,
+    scale: Tensor | None = None,
+    within: Sequence[Moments] = (),
+) -> None:
+    """Write a kernel into the site's own conv and the modules behind it; see `set_kernel`. Their `Scale` becomes 1, or `scale` if given.
+
+    If the own conv has become a block, that block's own conv takes what changes, and its branches go on computing what they did.
+
+    Args:
+        within: measured moments for the origins of the blocks that the own conv has become, the outer one first.
+    """
+    if block.inner is not None and block.norm is not None:
+        _write_into(block.inner, block.norm, kernel, moments, within)
+        return
     if block.scale is not None:
         block.scale.weight.fill_(1.0) if scale is None else block.scale.weight.copy_(scale)
         kernel = kernel.fold_affine(1 / block.scale.weight.to(kernel.weight))
     set_kernel(block.conv, block.norm, kernel, moments)
+
+
+def _write_into(
+    inner: RepBlock, norm: Layer, kernel: Kernel, moments: Moments | None, within: Sequence[Moments]
+) -> None:
+    """Write a kernel into a block and the BatchNorm behind it.
+
+    The factor |γ| / √(σ² + ε) of the BatchNorm moves to the ends of the block's paths, so nothing is divided by γ. The block's own conv
+    gets the rest. In eval mode this is exact. In training mode it is as accurate as the moments; without measured ones, the paths are
+    taken for uncorrelated.
+    """
+    sign, factor, before = signs_of(norm), factor_of(norm), Moments.after(norm)
+    shift = sign * norm.bias.double() - factor * norm.running_mean.double()
+    for path in (inner.origin, *inner.branches.values()):
+        for number in () if path.last_norm is None else (path.last_norm.weight, path.last_norm.bias):
+            number.mul_(factor.to(number))
+    own = None
+    if inner.norm is not None:
+        inner.norm.bias.add_(shift.to(inner.norm.bias))
+        own = Moments.after(inner.norm)
+    if own is not None and moments is not None:
+        variance = (own.variance + moments.variance - before.variance).clamp_min(_LEAST * own.variance)
+        variance = within[0].variance if within else variance
+        own = Moments(own.mean + sign * (moments.mean - before.mean), variance)
+    branches = (inner.kernel_of(name, kernel.weight) for name in inner.branches)
+    write_origin(inner, reduce(Kernel.subtract, branches, kernel.fold_affine(sign)), own, within=within[1:])
+    set_norm(norm, moments or Moments.unknown(kernel), sign)
+
+
+def factor_of(norm: Layer) -> Tensor:
+    """Return the size of a BatchNorm's factor in eval mode, |γ| / √(σ² + ε), in float64."""
+    factor: Tensor = norm.weight.detach().double().abs() / (norm.running_var.double() + norm.eps).sqrt()
+    return factor
 
 
 def require_affine(block: RepBlock, what: str) -> None:
@@ -42,6 +94,8 @@ def require_affine(block: RepBlock, what: str) -> None:
     if norm is not None and (norm.weight is None or norm.bias is None):
         missing = "γ" if norm.weight is None else "β"
         raise InvalidInput(f"the origin can't absorb {what}: its BatchNorm has no {missing} to put it into.")
+    if block.inner is not None:
+        require_affine(block.inner, what)
 
 
 def require_absorbable(block: RepBlock, name: str) -> None:

@@ -44,6 +44,10 @@ class Spec:
             own; it takes the centre crop of the site's (RepNAS, eq. 5).
         origin: whether the site's own conv runs. Without it the block is the sum of its branches alone, another function.
         origin_scale: first value of a learned factor per channel behind the site's own conv, with ``scale`` only; None for no factor.
+        norm_behind: with ``batch_norm``, whether the site's own BatchNorm stays where it is, after the sum, as in the code of DyRep's
+            authors. The site's own conv then gets a new BatchNorm in the block. It begins with the running statistics of the site's
+            BatchNorm, so neither mode moves where these have settled. With it, the own conv of a block can become a block itself, if a
+            pattern names it by its exact path, such as ``layer1.0.conv1.origin.conv``. A conv without a BatchNorm behind it gets none.
         layers: the layers that become sites: ``conv``, ``linear``, or ``both``. By default linear layers stay as they are: branches for
             convs are made for windows, and most nets have linear layers that nobody means when they ask for such branches.
 
@@ -61,6 +65,7 @@ class Spec:
     origin: bool = True
     origin_scale: float | None = None
     layers: Layers = "conv"
+    norm_behind: bool = False
 
     def __post_init__(self) -> None:
         scale = self.origin_scale
@@ -68,6 +73,10 @@ class Spec:
             raise InvalidInput(f'origin_scale={scale} needs norm="scale", and to be a finite number other than zero.')
         if self.norm not in get_args(Normalisation):
             raise UnknownName("norm", str(self.norm), get_args(Normalisation))
+        if self.norm_behind and self.norm != "batch_norm":
+            raise InvalidInput(
+                f'norm_behind=True needs norm="batch_norm": with {self.norm!r} the own BatchNorm is behind the sum already.'
+            )
         if self.weights not in get_args(Weights):
             raise UnknownName("first value of weights", str(self.weights), get_args(Weights))
         if self.layers not in get_args(Layers):

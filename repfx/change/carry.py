@@ -12,17 +12,17 @@ from torch import nn
 
 from repfx.algebra.activated_norm import norm_of
 from repfx.algebra.kernel import Kernel
-from repfx.algebra.layers import is_conv
+from repfx.algebra.layers import Layer, is_conv
 from repfx.algebra.moments import Moments, set_kernel
 from repfx.blocks.block import RepBlock
 from repfx.blocks.branch import kernel_of_both
 from repfx.blocks.cropped_conv import is_shared
 from repfx.blocks.gates import gates_in
-from repfx.blocks.origin import write_origin
+from repfx.blocks.origin import origin_kernel, write_origin
 from repfx.blocks.squeezed_form import forms_in
 from repfx.errors import InvalidInput
 from repfx.records.journal import Action, journal, replay
-from repfx.records.module_tree import same_class
+from repfx.records.module_tree import module_at, same_class
 from repfx.records.provenance import provenance_of
 from repfx.tracing.sites import sites_at, sites_known_of
 
@@ -134,14 +134,25 @@ def _share_moments(copied: nn.Module, model: nn.Module, sites: Mapping[str, str]
     for path, norm_path in sites.items():
         nets: list[Any] = [each.get_submodule(path) for each in (copied, model)]
         if isinstance(nets[0], RepBlock):
-            if any(map(is_shared, nets[0].branches.values())):
-                continue  # the branches' weights follow the conv's
-            conv, norms = nets[0].conv, [each.norm for each in nets]
-        else:
-            conv, norms = nets[0], [norm_of(each.get_submodule(norm_path)) for each in (copied, model)]
-        norm, other = norms
-        if other.weight is not None and other.bias is not None:
-            set_kernel(conv, norm, kernel_of_both(conv, norm), Moments.after(other))
+            _share_in(*nets)
+            continue
+        norm, other = (norm_of(each.get_submodule(norm_path)) for each in (copied, model))
+        if _is_affine(other):
+            set_kernel(nets[0], norm, kernel_of_both(nets[0], norm), Moments.after(other))
+
+
+def _share_in(copied: RepBlock, block: RepBlock) -> None:
+    """Do so in a block, and in the block that its own conv may have become."""
+    if any(map(is_shared, copied.branches.values())):
+        return  # the branches' weights follow the conv's
+    if _is_affine(block.norm):
+        write_origin(copied, origin_kernel(copied), Moments.after(block.norm))
+    if copied.inner is not None and block.inner is not None:
+        _share_in(copied.inner, block.inner)
+
+
+def _is_affine(norm: Layer | None) -> bool:
+    return norm is not None and norm.weight is not None and norm.bias is not None
 
 
 def _begin_as(block: RepBlock, other: Any, branches: list[str], *, preserve: bool) -> None:
@@ -216,4 +227,6 @@ def _relatives(model: nn.Module, name: str, before: dict[str, nn.Parameter]) -> 
         module = model.get_submodule(path)
         if isinstance(module, RepBlock):
             found += module.origin.parameters()
+            behind = None if module.norm_behind is None else module_at(model, module.norm_behind)
+            found += [] if behind is None else behind.parameters(recurse=False)
     return found

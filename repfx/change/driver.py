@@ -164,7 +164,7 @@ class Driver:
         saliency = {} if self._saliency is None else self._saliency.means()
         blocks = {path: module for path, module in self.model.named_modules() if isinstance(module, RepBlock)}
         candidates = [
-            Candidate(site.path, site.conv, _depth(site.path, blocks), saliency.get(site.path, 0.0))
+            Candidate(site.path, site.conv, _depth(site.path, blocks), saliency.get(site.path, 0.0), site.own)
             for site in self._candidates()
             if site.conv is not None
         ]
@@ -174,7 +174,7 @@ class Driver:
                 block.site,
                 tuple(block.branches),
                 _relative_scales(block),
-                block.norm_path is not None,
+                (block.norm_path or block.norm_behind) is not None,
                 _depth(path, blocks),
                 is_frozen(block),
                 None if block.gates is None else block.gates.style,
@@ -238,6 +238,7 @@ class Driver:
             if site.refusal is None
             and not site.branches
             and (self.schedule.takes_linear or not site.linear)
+            and (self.schedule.grows_own_convs or not site.own)
             and self.model.get_submodule(site.path).weight.requires_grad
             and _is_affine(self.model, site.norm)
         ]

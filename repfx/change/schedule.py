@@ -32,12 +32,14 @@ class Candidate:
         conv: sizes of the conv.
         depth: number of blocks that the conv lies in.
         saliency: mean of the schedule's `metric` over the steps since the last adjustment.
+        own: whether it is the own conv of a block.
     """
 
     site: str
     conv: ConvSpec
     depth: int = 0
     saliency: float = 0.0
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class ObservedBlock:
         conv: sizes of the site's own conv.
         branches: names of the branches, in order.
         scales: mean |γ|, relative to the origin's, of each branch that ends in a BatchNorm; empty if the origin has no γ.
-        normalised: whether the site's own BatchNorm is in the block, behind the site's own conv.
+        normalised: whether the site has a BatchNorm of its own, in the block or behind its sum.
         depth: number of blocks that the block lies in.
         frozen: whether the site's own conv is frozen at present.
         gates: style of the gates of the block's paths, or None if they have no gates.
@@ -95,6 +97,7 @@ class Schedule:
     - `batches`: the most batches of data on which new BatchNorms are calibrated; None for all.
     - `needs_data`: whether its actions need data.
     - `takes_linear`: whether linear layers are candidates, too.
+    - `grows_own_convs`: whether the own convs of blocks are candidates, too; see `Spec.norm_behind`.
     - `needs_score`: whether it scores candidates, so that the driver needs `score`.
     - `closes_paths`: whether some paths of a block don't run in a step, so that their parameters get no gradient.
     - `nets_per_step`: the number of nets over which a step averages, if the training loop uses `Driver.shares`.
@@ -125,6 +128,10 @@ class Schedule:
 
     @property
     def takes_linear(self) -> bool:
+        return False
+
+    @property
+    def grows_own_convs(self) -> bool:
         return False
 
     @property

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from repfx.change.schedule import SCHEDULES
 from repfx.commands.app import command
-from repfx.commands.arguments import MODEL_FORMS, Options, Trust, Weights, parse_options
+from repfx.commands.arguments import MODEL_FORMS, Options, Trust, parse_options
 from repfx.commands.progress import shown_progress
 from repfx.commands.tables import metrics_table
 from repfx.errors import InvalidInput
@@ -139,7 +139,13 @@ def train(
             help="Read all image files first, and stop if one can't be read. Without it, such a file is named and left out.",
         ),
     ] = None,
-    weights: Weights = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weights to begin from: a file (.safetensors or .pt), or the folder of a finished run of this model, in training form.",
+            show_default="fresh ones",
+        ),
+    ] = None,
     pretrained: Annotated[
         bool | None,
         typer.Option(

@@ -118,11 +118,13 @@ class PartialSum:
 
     Args:
         block: module that outputs the sum.
-        parts: modules whose outputs are summed, with the factor of each.
+        parts: modules whose outputs are summed, with the factor of each, which may be one for each channel, ``(channels, 1, …)``.
         instead: part whose output the block outputs alone while the hooks are there.
     """
 
-    def __init__(self, block: nn.Module, parts: Mapping[nn.Module, float], instead: nn.Module | None = None) -> None:
+    def __init__(
+        self, block: nn.Module, parts: Mapping[nn.Module, float | Tensor], instead: nn.Module | None = None
+    ) -> None:
         self.block = block
         self.parts = parts
         self.instead = instead

@@ -305,8 +305,9 @@ class Editor:
         conv = self.island.full_path(path)
         if block_path is not None and norm.norm.startswith(f"{conv}."):
             block: Layer = self.view.root.get_submodule(block_path)
-            if block.norm_path is not None:
-                norm = replace(norm, norm=block.norm_path)
+            place = block.norm_path or block.norm_behind
+            if place is not None:
+                norm = replace(norm, norm=place)
         return replace(norm, conv=conv)
 
     def _give_axes(self, node: fx.Node, axes: int) -> None:

@@ -24,7 +24,7 @@ class DyRep(Schedule):
     Every `interval` epochs the conv of the highest saliency becomes a block, and every branch whose γ is small leaves its block. Convs
     inside a block are candidates as well. Neither step changes what the model computes in eval mode. In training mode the output moves by
     what batches differ from the data, because the origin's BatchNorm takes statistics that are measured. The authors' code leaves the
-    net's own BatchNorm behind the sum and resets the new one inside.
+    net's own BatchNorm behind the sum: `norm_behind`. It resets the new one inside, which here is measured.
 
     Args:
         interval: number of epochs from one adjustment to the next.
@@ -33,6 +33,9 @@ class DyRep(Schedule):
             ε, because such a conv's scale makes no difference. ``snip`` is Σ |g·W|, ``gradient_norm`` is ‖g‖, and ``random`` is a random
             number.
         spec: the branches that a conv gets, as far as they fit; or a dict of these by patterns of site paths.
+        norm_behind: whether the net's own BatchNorm stays behind the sum, and the conv gets a new one in the block; else it moves into the
+            block.
+        own_again: whether a block's own conv is a candidate again, with its BatchNorm behind it, as in the authors' code.
         gamma: first γ of the branches' last BatchNorms, relative to the origin's.
         depth: greatest number of blocks inside each other.
         drop: whether branches leave, too (the paper's Dep); else blocks only grow (Rep).
@@ -57,6 +60,8 @@ class DyRep(Schedule):
     deviation: float = 0.02
     scale: float = 0.1
     batches: int = 20
+    norm_behind: bool = False
+    own_again: bool = False
 
     def __post_init__(self) -> None:
         require(self.interval >= 1, f"interval is {self.interval} epochs; it must be at least 1.")
@@ -67,6 +72,10 @@ class DyRep(Schedule):
             raise UnknownName("saliency", self.metric, METRICS)
         spec_at(self.spec, "")
         require_conv_spec(self.spec, self)
+
+    @property
+    def grows_own_convs(self) -> bool:
+        return self.own_again
 
     def due(self, epoch: int) -> bool:
         return 0 < epoch < self.until and epoch % self.interval == 0
@@ -87,7 +96,9 @@ class DyRep(Schedule):
         """Return the expansion of the candidate of the highest saliency that a branch fits."""
         for best in sorted(candidates, key=lambda candidate: -candidate.saliency):
             spec = spec_at(self.spec, best.site)
-            expands = [] if best.conv.is_pointwise else Expand.by(spec, best.site, best.conv, gamma=self.gamma)
+            behind = self.norm_behind or spec.norm_behind or best.own
+            options: dict[str, Any] = {"gamma": self.gamma, "norm_behind": behind and spec.norm == "batch_norm"}
+            expands = [] if best.conv.is_pointwise else Expand.by(spec, best.site, best.conv, **options)
             if expands:
                 return [*expands]
         return []

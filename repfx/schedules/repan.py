@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -13,12 +13,19 @@ from repfx.blocks.selection import spec_at
 from repfx.blocks.spec import Weights
 from repfx.change.schedule import Observation, ObservedBlock, Schedule, require, require_conv_spec
 from repfx.errors import InvalidInput, UnknownName
+from repfx.passes.calibrate import Calibrate
 from repfx.passes.drop import Drop
 from repfx.passes.expand import Expand
 from repfx.passes.freeze import Freeze
 from repfx.passes.fuse import Fuse
 from repfx.passes.restore import Restore
 from repfx.records.journal import Action
+
+_RISES: dict[str, Callable[[float], float]] = {
+    "linear": lambda share: share,
+    "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2,
+    "step": lambda share: share,
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,8 @@ class RepAn(Schedule):
 
     At the beginning of each cycle, all blocks are folded into their convs, BatchNorms are put back behind these, and new branches are
     attached beside them by λ (eq. 3). λ is 0 at first, so that nothing jumps, and 1 after the warm-up. The optimizers begin each cycle
-    anew; let the learning rate do so, too.
+    anew; let the learning rate do so, too. Blocks that the model has at first are folded as well, so a training can begin with a
+    pretrained net of blocks, as Algorithm 1 does.
 
     Args:
         cycles: number of cycles.
@@ -42,6 +50,11 @@ class RepAn(Schedule):
             computes.
         freeze: whether the inherited convs and BatchNorms are frozen while λ rises.
         batches: number of batches on which BatchNorms are calibrated.
+        rise: how λ rises over the warm-up: ``linear``; ``cosine``, slowly at both ends; or ``step``, as ``linear`` but once an epoch alone,
+            as in Algorithm 1. With ``step`` the branches learn nothing in the first epoch of a cycle.
+        settle: whether the running statistics of all BatchNorms are measured on data before blocks are folded. They lag behind while
+            weights and λ change, and a fold then moves training mode. Settling moves eval mode to what training mode computes on the
+            data; the fold then moves neither. The driver then needs data.
 
     >>> repan = RepAn(cycles=3, epochs=10, warm_up=4)
     >>> [repan.due(epoch) for epoch in (0, 10, 30)], [repan.attach_rate(time) for time in (0, 1, 11, 15)]
@@ -57,6 +70,8 @@ class RepAn(Schedule):
     statistics: Literal["inherited", "measured"] = "inherited"
     freeze: bool = False
     batches: int = 32
+    rise: Literal["linear", "cosine", "step"] = "linear"
+    settle: bool = False
 
     def __post_init__(self) -> None:
         for name in ("cycles", "epochs", "batches"):
@@ -72,8 +87,14 @@ class RepAn(Schedule):
         )
         if self.statistics not in ("inherited", "measured"):
             raise UnknownName("statistics", str(self.statistics), ["inherited", "measured"])
+        if self.rise not in _RISES:
+            raise UnknownName("rise of λ", str(self.rise), _RISES)
         spec_at(self.spec, "")
         require_conv_spec(self.spec, self)
+
+    @property
+    def needs_data(self) -> bool:  # type: ignore[override]
+        return self.settle
 
     @property
     def cycle(self) -> int:
@@ -93,7 +114,8 @@ class RepAn(Schedule):
         sites = plain | {block.site: block.conv for block in blocks}
         expands = [action for site, conv in sites.items() for action in self._expand(site, conv)]
         freezes = [Freeze(action.site) for action in expands] if self.freeze and self.warm_up else []
-        return [*thaw, *self._fold(blocks), *expands, *freezes]
+        settles = [Calibrate("")] if self.settle and blocks else []
+        return [*thaw, *settles, *self._fold(blocks), *expands, *freezes]
 
     def _fold(self, blocks: list[ObservedBlock]) -> list[Action]:
         measured = self.statistics == "measured"
@@ -107,7 +129,9 @@ class RepAn(Schedule):
 
     def attach_rate(self, time: float) -> float:
         time -= self.epochs * min(int(time) // self.epochs, self.cycles - 1)
-        return min(1.0, time / self.warm_up) if self.warm_up else 1.0
+        time = math.floor(time) if self.rise == "step" else time
+        share = min(1.0, time / self.warm_up) if self.warm_up else 1.0
+        return _RISES[self.rise](share)
 
     @classmethod
     def _proportions(cls, epochs: int, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class RepNAS(Search):
         weights: ``shared``: branches use the centre of the site's own weights (eq. 5); ``default``: branches have weights of their own.
         origin: whether the site's own conv can be closed, too.
         preserve: whether branches add nothing at first, which is for a trained model, together with ``origin=False``.
-        learning_rate, betas: settings of Adam, which trains α.
+        learning_rate, betas, weight_decay: settings of Adam, which trains α. The authors' code has a weight decay of 5e-4.
         batches: number of batches on which BatchNorms are measured at the end.
         seed: seed of ζ.
 

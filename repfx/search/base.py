@@ -42,6 +42,7 @@ class Search(Schedule):
         weights: the branches' weights, as in `Spec`; with ``shared`` they are the centre of the site's own.
         preserve: whether the branches add nothing at first, so that a trained model keeps its function, as far as the search allows.
         learning_rate: the rate at which Adam, with `betas`, trains the parameters of the gates. The driver's optimizer trains the weights.
+        weight_decay: Adam's weight decay of these parameters.
         batches: number of batches on which statistics are measured at the end, if the driver has data.
         seed: seed of the random numbers.
     """
@@ -61,6 +62,7 @@ class Search(Schedule):
     betas: tuple[float, float] = (0.5, 0.999)
     batches: int = 32
     seed: int = 0
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         require(
@@ -85,6 +87,7 @@ class Search(Schedule):
             f"squeeze_from is {self.squeeze_from}; blocks can be squeezed only after the {self.epochs} epochs of the search.",
         )
         require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive.")
+        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must be at least 0.")
         require(self.batches >= 1, f"batches is {self.batches}; it must be at least 1.")
         if self.spec is not None:
             spec_at(self.spec, "")

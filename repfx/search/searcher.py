@@ -31,6 +31,8 @@ class Decides(Protocol):
     @property
     def betas(self) -> tuple[float, float]: ...
     @property
+    def weight_decay(self) -> float: ...
+    @property
     def measures_statistics(self) -> bool: ...
     @property
     def needs_score(self) -> bool: ...
@@ -229,9 +231,8 @@ class _Parts:
         }
         self.noises: list[Tensor] = [gate.noise for gate in single if hasattr(gate, "noise")]
         self.parameters = [*self.alphas, *self.betas.values()]
-        self.optimizer = (
-            torch.optim.Adam(self.parameters, search.learning_rate, search.betas) if self.parameters else None
-        )
+        adam = {"lr": search.learning_rate, "betas": search.betas, "weight_decay": search.weight_decay}
+        self.optimizer = torch.optim.Adam(self.parameters, **adam) if self.parameters else None  # type: ignore[arg-type]
 
     @property
     def optimizer_state(self) -> dict[Any, Any]:

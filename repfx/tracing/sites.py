@@ -52,6 +52,7 @@ class Site:
         branches: names of the branches beside the conv; empty for a plain conv.
         block: path of the block that has this conv inside one of its branches, or None.
         refusal: reason why this conv can't be expanded, or None.
+        own: whether it is the own conv of a block, which can become a block only as `Spec.norm_behind` says.
         note: summary of what a spec would do here, or the reason why the last `expand` left the conv alone.
     """
 
@@ -63,6 +64,7 @@ class Site:
     refusal: str | None = None
     note: str = ""
     linear: bool = False
+    own: bool = False
 
     @property
     def outcome(self) -> str:
@@ -193,9 +195,20 @@ def _as_now(site: Site, model: nn.Module) -> Site:
     """Give a site as actions have left it: they change what stands at its path, and whether its BatchNorm stands behind it."""
     module = model.get_submodule(site.path)
     if isinstance(module, RepBlock):
-        return replace(site, conv=module.site, norm=module.norm_path, branches=tuple(module.branches))
+        return _site_of(module, site.path, site.block)
     norm = None if site.norm is None else norm_of(model.get_submodule(site.norm))
-    return replace(site, norm=site.norm if norm is not None and is_batch_norm(norm) else None, branches=())
+    norm_path = site.norm if norm is not None and is_batch_norm(norm) else None
+    return replace(site, norm=norm_path, branches=(), refusal=None if site.refusal == _GROWN else site.refusal)
+
+
+_GROWN = "its own conv has become a block"
+
+
+def _site_of(block: RepBlock, path: str, around: str | None) -> Site:
+    """Return the site of a block. `around` is the path of the block around it, or None."""
+    refusal = None if block.branches else _GROWN
+    norm = block.norm_path or block.norm_behind
+    return Site(path, block.site, norm, tuple(block.branches), around, refusal, linear=block.site.is_linear)
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -217,9 +230,8 @@ def find_sites(model: nn.Module) -> list[Site]:
     for path, module in model.named_modules():
         inside = next((outer for outer in outer_paths(path)[1:] if outer in blocks), None)
         if isinstance(module, RepBlock):
-            linear = module.site.is_linear
-            found.append(Site(path, module.site, module.norm_path, tuple(module.branches), inside, linear=linear))
-        elif is_conv_or_linear(module) and path not in origins:
+            found.append(_site_of(module, path, inside))
+        elif is_conv_or_linear(module):
             refusal = _refusal(module, path, read, registered, owners) or code[path].refusal(
                 module, called=calls[path] > 0
             )
@@ -227,7 +239,10 @@ def find_sites(model: nn.Module) -> list[Site]:
                 refusal = _size_refusal(path, traces)
             conv = ConvSpec.of(module) if torch_class(module) in KERNEL_LAYERS else None
             linear = isinstance(module, nn.Linear)
-            found.append(Site(path, conv, norms.get(path), (), inside, refusal, linear=linear))
+            own = path in origins
+            if own and norms.get(path) is None:
+                refusal = "it is the own conv of a block, and no BatchNorm follows it there"
+            found.append(Site(path, conv, norms.get(path), (), inside, refusal, linear=linear, own=own))
     return found
 
 

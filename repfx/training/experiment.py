@@ -35,10 +35,10 @@ from repfx.training.engine import accelerator_for
 from repfx.training.evaluation import Evaluation
 from repfx.training.history import History
 from repfx.training.loop import Trained, Watcher, train
-from repfx.training.models import ModelReference, load_pretrained, load_weights
+from repfx.training.models import ModelReference, load_pretrained
 from repfx.training.recipe import Recipe
 from repfx.training.recipe_file import from_root, to_toml
-from repfx.training.run_folder import BEST, MODEL, STATE, STRUCTURE, RunFolder, Setup, spec_of
+from repfx.training.run_folder import BEST, MODEL, STATE, STRUCTURE, RunFolder, Setup, begin_from, spec_of
 from repfx.training.runs.baseline import PLAIN, folder_of, require_comparable, with_baseline
 from repfx.training.runs.extension import LENGTH, as_begun, goes_on, recipe_going_on, require_no_fewer
 from repfx.training.runs.metrics import Cost, Metrics
@@ -64,8 +64,9 @@ class Experiment:
             schedule expands convs with. None takes dbb, or the schedule's own.
         schedule: `name` and options of a schedule. The model then begins plain, and the schedule changes it while it trains.
         training: the recipe of the training.
-        weights: file of weights to begin from. Expanding then preserves the model's function; without such a file, the branches begin as
-            in their papers.
+        weights: file of weights, checkpoint or folder of a run to begin from. Expanding then preserves the model's function; without it,
+            the branches begin as in their papers. A run or a checkpoint gives its training form, which a schedule such as RepAn folds
+            first.
         pretrained: whether to begin from the weights that torchvision or timm has for the model, which may be downloaded.
         image_size: height and width of an image; None takes the data's own.
         baseline: what the result is compared with: `plain` also trains the plain model by the same recipe, in a folder in `out`; else the
@@ -206,16 +207,16 @@ def _train(
 ) -> tuple[Trained, nn.Module, DataSet]:
     """Train in every process; return the result, the plain model and the data."""
     with accelerator.main_process_first():  # it may download the data
-        plain, data, reference = _prepare(experiment)
+        plain, first, data, reference = _prepare(experiment)
     if data.unreadable:
         watcher.on_notice(told(data.unreadable, "test image"))
     watcher.on_stage("expand")
     spec = _SPEC if experiment.spec is None else experiment.spec
     if schedule is None:
-        model = expand(plain, spec_of(spec), preserve=experiment.weights is not None or experiment.pretrained)
+        model = expand(first, spec_of(spec), preserve=experiment.weights is not None or experiment.pretrained)
     else:
         _require_sites(schedule, plain)
-        model = copy_of(plain)
+        model = copy_of(first)
     how = None if schedule is None else {"name": schedule.name, **asdict(schedule)}
     setup = Setup(reference, None if how else spec, how, data.preprocessing, data.classes)
     continued = experiment.resume and (folder.path / STATE).is_file()
@@ -308,8 +309,11 @@ def _require_sites(schedule: Schedule, plain: nn.Module) -> None:
         Selection.of(spec).require_used({site.path: str(site.conv or "?") for site in sites(plain, spec)})
 
 
-def _prepare(experiment: Experiment) -> tuple[nn.Module, DataSet, ModelReference]:
-    """Return the plain model, its data and its reference. The model gets as many classes as the data has, unless it names a number."""
+def _prepare(experiment: Experiment) -> tuple[nn.Module, nn.Module, DataSet, ModelReference]:
+    """Return the plain model, the model to begin from, the data, and the model's reference.
+
+    The model gets as many classes as the data has, unless it names a number.
+    """
     torch.manual_seed(experiment.training.seed)
     form = InputForm.of(experiment.model.build(), experiment.image_size)
     data = load_data(experiment.data, form)
@@ -317,11 +321,10 @@ def _prepare(experiment: Experiment) -> tuple[nn.Module, DataSet, ModelReference
     reference = ModelReference(experiment.model.name, classes, experiment.model.options)
     torch.manual_seed(experiment.training.seed)
     plain = reference.build()
-    if experiment.weights is not None:
-        load_weights(plain, experiment.weights)
     if experiment.pretrained and not (experiment.resume and (experiment.out / STATE).is_file()):
         load_pretrained(plain, reference)
-    return plain, data, reference
+    first = plain if experiment.weights is None else begin_from(copy_of(plain), experiment.weights)
+    return plain, first, data, reference
 
 
 def onnx_session(path: Path) -> Callable[[Tensor], Tensor]:

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
 from repfx.blocks.architecture import Architecture
+from repfx.blocks.drop_path import set_drop_path
 from repfx.blocks.scales import gammas_in
 from repfx.change.checkpoint import load, save
 from repfx.change.driver import Driver
@@ -35,7 +36,8 @@ from repfx.training.engine import accelerator_for
 from repfx.training.history import Epoch, History
 from repfx.training.interruption import noticed_signals
 from repfx.training.learning_rate import curve_of
-from repfx.training.loss import loss_of, teacher_of
+from repfx.training.objective.auxiliary import Auxiliary
+from repfx.training.objective.loss import loss_of, teacher_of
 from repfx.training.optimizers import RATE_SCALE, make_optimizer
 from repfx.training.process import Place
 from repfx.training.recipe import Recipe
@@ -165,6 +167,9 @@ class _Training:
         self._try_loss(logits)
         self.unused_parameters = schedule.closes_paths or (self.place.processes > 1 and self._has_other_outputs())
         self.optimizer = make_optimizer(model, recipe, self.place.device)
+        self.auxiliary = None
+        if recipe.auxiliary is not None:
+            self.auxiliary = Auxiliary(model, recipe, self.place.bring(self._two_images()), logits)
         self.average = _average(model, recipe.average) if recipe.average else None
         self.progress = _Progress()
         self.unreadable: dict[str, str] = {}
@@ -203,14 +208,24 @@ class _Training:
             raise Interrupted("stopped after the last epoch")
         if self.progress.epoch < self.recipe.epochs:
             self.watcher.on_notice(story_of_end(self.history, patience))
+        if self.recipe.drop_path:
+            set_drop_path(self.model, 0.0)
         search = self.driver.search
         model = self.model if self.average is None else self.average.module
         return Trained(model.eval(), self.history, None if search is None else search.architecture, self.unreadable)
 
     def _prepare(self) -> None:
         """Wrap the model and the optimizer for training; to be called again after each change of the structure."""
-        self.net = self.place.wrap(self.model, unused_parameters=self.unused_parameters)
-        self.stepper = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
+        self.net = self.place.wrap(self.model, unused_parameters=self.unused_parameters, auxiliary=self.auxiliary)
+        self.steppers = [self.accelerator.prepare_optimizer(each, device_placement=False) for each in self._optimizers]
+
+    @property
+    def _weight(self) -> float:
+        return 0.0 if self.auxiliary is None else self.auxiliary.weight
+
+    @property
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer, *([] if self.auxiliary is None else [self.auxiliary.optimizer])]
 
     def _has_other_outputs(self) -> bool:
         """Tell whether the model in training mode has heads beside the one that is trained."""
@@ -234,6 +249,8 @@ class _Training:
     def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._began = time.perf_counter()
         self.model.train()
+        if self.recipe.drop_path:
+            set_drop_path(self.model, self.recipe.drop_path * self.progress.epoch / self.recipe.epochs)
         yield from self.supply.loader(self.progress.epoch, self.progress.step)
 
     def _step(self, x: Tensor, y: Tensor) -> None:
@@ -241,18 +258,22 @@ class _Training:
         torch.manual_seed(seed_of(self.recipe.seed, self.place.process, number))
         x, labels = self.mix(self.place.bring(x), self.place.bring(y))
         self._set_rate(number)
-        self.optimizer.zero_grad()
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
         loss = torch.zeros((), device=self.place.device)
         for share in self.driver.shares():
             with self.accelerator.autocast():
-                logits = self.net(x)
+                logits, *others = self.net(x)
             part = share * self.loss(logits.float(), x, labels)
+            for each in others:
+                part = part + share * self._weight * self.loss(each.float(), x, labels)
             self.accelerator.backward(part)
             loss += part.detach()
         self.driver.after_backward()
         if self.recipe.clip:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-        self.stepper.step()
+            self.accelerator.clip_grad_norm_(self.net.parameters(), self.recipe.clip)
+        for stepper in self.steppers:
+            stepper.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.progress.step += 1
@@ -270,7 +291,7 @@ class _Training:
 
     def _set_rate(self, number: int) -> None:
         share = self.curve(number % self.cycle)
-        for group in self.optimizer.param_groups:
+        for group in [group for each in self._optimizers for group in each.param_groups]:
             group["lr"] = self.recipe.learning_rate * share * group.get(RATE_SCALE, 1.0)
 
     def _require_finite(self, loss: float) -> None:
@@ -370,7 +391,8 @@ class _Training:
         self.supply.epoch = self.progress.epoch
 
     def _parts(self) -> dict[str, Any]:
-        return {} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler}
+        parts = {"scaler": self.accelerator.scaler, "auxiliary": self.auxiliary}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 @dataclass

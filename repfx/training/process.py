@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from repfx.data.predictions import logits_of
 from repfx.training.memory_format import runs_with_channels_last
+from repfx.training.objective.auxiliary import Auxiliary
 from repfx.training.recipe import Recipe
 
 
@@ -56,17 +57,19 @@ class Place:
         )  # a non-blocking copy to the CPU could be read too early
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x
 
-    def wrap(self, model: nn.Module, *, unused_parameters: bool) -> nn.Module:
-        """Return a module that gives the model's logits in training, in all processes, and compiled if the recipe asks for it.
+    def wrap(self, model: nn.Module, *, unused_parameters: bool, auxiliary: Auxiliary | None = None) -> nn.Module:
+        """Return a module that gives the logits of all heads in training, in all processes, and compiled if the recipe asks for it.
 
         The structure of the model itself is unchanged.
 
         Args:
             unused_parameters: whether some parameters have no part in some steps.
+            auxiliary: auxiliary head of the training, which gives the second logits; None for none.
         """
         self.accelerator.free_memory()
         self.accelerator.ddp_handler.find_unused_parameters = unused_parameters
-        net: nn.Module = self.accelerator.prepare_model(_Logits(self.put(model)))
+        heads = _Logits(self.put(model)) if auxiliary is None else auxiliary.joined(self.put(model))
+        net: nn.Module = self.accelerator.prepare_model(heads)
         if self.compile:
             net = torch.compile(net, mode=self.compile_mode)  # type: ignore[assignment]
         return net
@@ -104,5 +107,5 @@ class _Logits(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor) -> Tensor:
-        return logits_of(self.model(x))
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (logits_of(self.model(x)),)

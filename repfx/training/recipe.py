@@ -38,7 +38,7 @@ class Distillation:
 
     Args:
         teacher: any classifier of the same images.
-        weights: file of the teacher's weights, or the `checkpoint.safetensors` of the run that trained it.
+        weights: file of the teacher's weights, or the folder of the run that trained it.
         alpha: the teacher's share of the loss, from 0 to 1.
         temperature: divisor of the logits of both teacher and model.
     """
@@ -52,6 +52,23 @@ class Distillation:
         if not (0 <= self.alpha <= 1 and self.temperature > 0):
             found = f"alpha is {self.alpha} and temperature {self.temperature}"
             raise InvalidInput(f"in distillation, {found}; alpha must be from 0 to 1, and temperature positive.")
+
+
+@dataclass(frozen=True)
+class AuxiliaryHead:
+    """A second classifier in the middle of the net, as DARTS trains one; see `repfx.training.objective.auxiliary`.
+
+    Args:
+        module: path of the module whose output it classifies: maps of at least 8 × 8.
+        weight: factor of its loss.
+    """
+
+    module: str
+    weight: float = 0.4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise InvalidInput(f"in auxiliary, weight is {self.weight}; it must be a positive number.")
 
 
 @dataclass(frozen=True)
@@ -74,10 +91,12 @@ class Recipe:
         milestones: epochs after which the learning rate is multiplied by `milestone_factor`, each time.
         milestone_factor: factor on the learning rate after each of the milestones.
         label_smoothing: share of the label that is spread over all classes.
+        drop_path: probability with which the branches of blocks leave out an image. It begins at 0 and rises linearly to this, as in DARTS.
         clip: greatest norm of the gradient; 0 leaves gradients as they are.
         average: decay of an exponential moving average of the model. The average is then the model that is fused. 0 for no average.
         augmentation: augmentation of the training images.
         distillation: teacher to learn from; None for none.
+        auxiliary: second classifier that is trained with the model and then thrown away; None for none.
         mixed_precision: lower precision in which the model runs where autocast allows it: no, bf16 or fp16.
         channels_last: whether images and kernels are laid out channels last. None does so on CPUs and CUDA GPUs if a trial on two images
             shows that it changes nothing but speed.
@@ -108,10 +127,12 @@ class Recipe:
     milestones: tuple[int, ...] = ()
     milestone_factor: float = 0.1
     label_smoothing: float = 0.0
+    drop_path: float = 0.0
     clip: float = 0.0
     average: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
     distillation: Distillation | None = None
+    auxiliary: AuxiliaryHead | None = None
     mixed_precision: str = "no"
     channels_last: bool | None = None
     compile: bool = False
@@ -139,7 +160,7 @@ class Recipe:
             raise InvalidInput(f"learning_rate is {self.learning_rate}; it must be a positive number.")
         if not 0 < self.layer_decay <= 1:
             raise InvalidInput(f"layer_decay is {self.layer_decay}; it must be more than 0 and at most 1.")
-        for name in ("label_smoothing", "average"):
+        for name in ("label_smoothing", "average", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidInput(f"{name} is {getattr(self, name)}; it must be from 0 to less than 1.")
         if self.warm_up is not None and not 0 <= self.warm_up <= self.epochs:
@@ -150,6 +171,13 @@ class Recipe:
             raise InvalidInput("mixed_precision is 'fp16', which needs an accelerator; on a CPU, set 'bf16'.")
         if self.compile_mode != "default" and not self.compile:
             raise InvalidInput(f"compile_mode is {self.compile_mode!r}, but compile is false; set compile = true, too.")
+        if self.drop_path and self.compile:
+            raise InvalidInput(
+                "drop_path changes with each epoch, so torch.compile would recompile each time: set compile = false."
+            )
+        if self.auxiliary is not None and (self.compile or self.mixed_precision == "fp16"):
+            wrong = "compile is true" if self.compile else "mixed_precision is 'fp16'"
+            raise InvalidInput(f"{wrong}, which an auxiliary head doesn't allow: leave one of them out.")
 
 
 def choices() -> dict[str, tuple[str, Collection[str]]]:

@@ -15,7 +15,7 @@ from torch import nn
 from repfx.blocks.architecture import Architecture
 from repfx.blocks.branch import KINDS
 from repfx.blocks.presets import SpecLike
-from repfx.change.checkpoint import load, save
+from repfx.change.checkpoint import is_checkpoint, load, save
 from repfx.errors import InvalidInput, first_line
 from repfx.onnx.preprocessing import Preprocessing
 from repfx.records.json_text import parse_json
@@ -24,7 +24,7 @@ from repfx.records.target_file import is_locked, staged
 from repfx.records.version import VERSION
 from repfx.search.heat_map import draw
 from repfx.training.history import History
-from repfx.training.models import ModelReference
+from repfx.training.models import ModelReference, load_weights
 from repfx.training.recipe_file import parse_recipe
 from repfx.training.trust import Trust, require_trusted
 
@@ -312,6 +312,32 @@ class RunFolder:
         require_trusted({"model": asdict(setup.model)}, repr(str(self.path / STRUCTURE)), trust)
         model = setup.model.build()
         return load(self.path / self.checkpoint, model, random_state=False).eval()
+
+
+def begin_from(plain: nn.Module, weights: Path) -> nn.Module:
+    """Give a plain model the weights of a file, in place, or the training form that a run or a checkpoint holds.
+
+    Args:
+        plain: the model of the run, as its class builds it.
+        weights: file of weights, a checkpoint that `repfx.save` wrote, or the folder of a finished run. No code that they name is called.
+
+    Returns:
+        The model: `plain` itself.
+
+    Raises:
+        InvalidInput: there are no weights, or they don't fit the model; the model is then unchanged.
+        OSError: a file can't be read.
+    """
+    if weights.is_dir():
+        if not (weights / STRUCTURE).is_file():
+            raise InvalidInput(f"folder {str(weights)!r} holds no training run: it has no {STRUCTURE}.")
+        if not (weights / CHECKPOINT).is_file():
+            raise RunFolder(weights).unfinished()
+        weights = weights / CHECKPOINT
+    if is_checkpoint(weights):
+        return load(weights, plain, random_state=False)
+    load_weights(plain, weights)
+    return plain
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -94,3 +94,23 @@ def test_an_architecture_needs_blocks() -> None:
     nested = repfx.expand(repfx.expand(small_net(), {"stem": "dbb"}), {"stem.1x1-kxk.conv2": "acb"})
     with pytest.raises(InvalidInput, match="a block inside a block"):
         Architecture.of(nested)
+
+
+def test_codes_as_matrices() -> None:
+    """Sites of one net may have other branches than their neighbours; a matrix has a column for each kind all the same."""
+    layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)]
+    model = repfx.expand(nn.Sequential(*layers), {"0": ["1x1", "1xk"], "1": ["identity", "1x1"], "2": ["kxk", "kxk"]})
+    architecture = Architecture.of(repfx.drop(model, "1", "1x1"))
+    assert architecture.kinds == ("1x1", "1xk", "identity", "kxk", "kxk-2")
+    rows = ((1, 1, 0, 0, 0), (0, 0, 1, 0, 0), (0, 0, 0, 1, 1))
+    assert architecture.matrices() == (rows,)
+    assert architecture.matrices(2) == (rows[:2], rows[2:])
+    with pytest.raises(InvalidInput, match="give at least 1"):
+        architecture.matrices(0)
+
+
+def test_where_the_batch_norm_stays_is_kept() -> None:
+    spec = repfx.Spec(["1x1"], norm_behind=True)
+    found = Architecture.of(repfx.expand(small_net(), {"stem": spec}))
+    again: Any = repfx.expand(small_net(), Architecture.from_json(found.to_json()))
+    assert again.stem.norm_behind == "norm"

@@ -85,13 +85,26 @@ def test_an_action_moves_nothing(name: str, plain_and_grown: Case, drifts: dict[
 
 
 @pytest.mark.slow
-def test_a_reset_as_in_dyrep_s_public_code_drifts() -> None:
+def test_a_reset_of_the_own_batch_norm_inside_its_block_drifts() -> None:
     model, seen, fresh = subject("dilated", 6)
     before = drift(model, fresh)
     apply(model, grow(model, gamma=GAMMA), seen)
     assert relative_error(reset(model).eval()(fresh[0]), model.eval()(fresh[0])) < 1e-9
     assert drift(model, fresh) < 1.1 * before
     assert drift(reset(model), fresh) > 5 * before
+
+
+@pytest.mark.slow
+def test_in_the_structure_of_dyrep_s_authors_a_reset_moves_eval_mode_for_a_while() -> None:
+    model, seen, fresh = subject("dilated", 2)
+    plain, before = copy.deepcopy(model), drift(model, fresh)
+    apply(model, grow(model, gamma=GAMMA, norm_behind=True), seen)
+    assert drift(model, fresh) < 1.1 * before
+    changed, x = reset(model), fresh[0]
+    assert relative_error(outputs(changed, x)["eval"], outputs(plain, x)["eval"]) < 1e-9
+    assert relative_error(outputs(changed, x)["train"], outputs(plain, x)["train"]) < 0.01
+    assert drift(changed, fresh) > 0.3
+    assert drift(changed, fresh, 60) < 0.1
 
 
 @pytest.mark.slow

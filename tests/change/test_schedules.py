@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from repfx.algebra.conv_spec import ConvSpec
 from repfx.blocks.spec import BranchSpec
 from repfx.change.schedule import SCHEDULES, Candidate, Observation, ObservedBlock, Schedule
 from repfx.errors import InvalidInput, UnknownName
+from repfx.passes.calibrate import Calibrate
 from repfx.passes.drop import Drop
 from repfx.passes.expand import Expand
 from repfx.passes.freeze import Freeze
@@ -152,6 +154,30 @@ def test_repan_s_rate() -> None:
         1,
     ]
     assert repfx.schedules.RepAn(warm_up=0).attach_rate(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("rise", "rates"),
+    [
+        ("linear", [0, 0.125, 0.25, 0.5, 1, 1, 0.25]),
+        ("cosine", [0, (1 - math.cos(math.pi / 8)) / 2, (2 - 2**0.5) / 4, 0.5, 1, 1, (2 - 2**0.5) / 4]),
+        ("step", [0, 0, 0.25, 0.5, 1, 1, 0.25]),
+    ],
+)
+def test_repan_s_rate_rises_in_three_ways(rise: Any, rates: list[float]) -> None:
+    repan = repfx.schedules.RepAn(cycles=2, epochs=10, warm_up=4, rise=rise)
+    assert [repan.attach_rate(time) for time in (0, 0.5, 1, 2, 4, 7.5, 11)] == pytest.approx(rates)
+
+
+def test_repan_settles_statistics_before_a_fold_alone() -> None:
+    repan = repfx.schedules.RepAn(settle=True)
+    assert repan.needs_data
+    assert not repfx.schedules.RepAn().needs_data
+    assert Calibrate("") not in repan.decide(Observation(0, [Candidate("a", K3)]))
+    seen = Observation(30, (), [block("a", {"1x1": 0.3})])
+    assert repan.decide(seen)[:3] == [Calibrate(""), Fuse("a"), Restore("a")]
+    with pytest.raises(UnknownName, match="rise of λ"):
+        repfx.schedules.RepAn(rise="fast")
 
 
 def test_repan_over_so_many_epochs() -> None:

@@ -30,7 +30,7 @@ from repfx.records.plain_values import flat, from_plain
 from repfx.rewriting.rule import PASSES, RULES
 from repfx.training.experiment import Experiment
 from repfx.training.models import ModelReference
-from repfx.training.recipe import Distillation, Recipe
+from repfx.training.recipe import AuxiliaryHead, Distillation, Recipe
 from repfx.training.recipe_file import read_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,7 +192,11 @@ def test_a_generated_table_names_everything_registered(table: str, registry: dic
 def test_the_table_of_keys_explains_all_that_a_recipe_can_hold() -> None:
     model = ModelReference("torchvision:resnet18", 10, {"width": 1})
     training = Recipe(
-        optimizer_options={"eps": 1e-7}, warm_up=0.0, distillation=Distillation(model, "t.pt"), channels_last=True
+        optimizer_options={"eps": 1e-7},
+        warm_up=0.0,
+        distillation=Distillation(model, "t.pt"),
+        auxiliary=AuxiliaryHead("layer3"),
+        channels_last=True,
     )
     whole = Experiment(
         model, DataSource(), "dbb", {"name": "repan"}, training, Path("begin.pt"), image_size=32, baseline="plain"

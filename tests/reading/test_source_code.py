@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,10 +240,10 @@ class HasAType(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.type = type(self).__name__
+        self.options = SimpleNamespace(type=type(self).__name__)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if self.type == "" else 3 * x
+        return x if self.options.type == "" else 3 * x
 
 
 def test_only_code_that_may_ask_for_an_exact_class_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,22 @@ def test_repnas_learns_alpha_after_the_warm_up_alone() -> None:
     )
 
 
+def test_alpha_decays_if_asked_to() -> None:
+    ends = []
+    for decay in (0.0, 1e6):  # so much that it drowns the gradient: each of Adam's steps is then the learning rate
+        run = Run(replace(SHORT["repnas"], warm_up=0, learning_rate=0.125, weight_decay=decay))
+        with torch.no_grad():
+            for gates in gates_in(run.model).values():
+                for each in gates.of.values():
+                    each.alpha.fill_(1.0)  # type: ignore[operator]
+        run.step(DATA[0])
+        ends.append(run.search.observe().alphas)
+    assert sorted({round(alpha, 6) for alpha in ends[1]}) == [0.875, 1.0], "1 is that of a path that didn't run"
+    assert ends[0] != pytest.approx(ends[1])
+    with pytest.raises(InvalidInput, match="weight_decay is -1"):
+        RepNAS(weight_decay=-1)
+
+
 # ---- DES and random search
 
 

@@ -93,7 +93,7 @@ def test_the_best_of_the_averaged_models_is_kept_over_an_interruption(
 
 def inputs() -> tuple[Any, Any]:
     job = asked(Path())
-    plain, data, _ = experiment._prepare(job)
+    plain, _, data, _ = experiment._prepare(job)
     return plain, data
 
 

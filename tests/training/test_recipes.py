@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,30 @@ def test_a_shipped_schedule_fits_its_net(name: str) -> None:
         assert Space(tuple(paths)).budget(schedule.budget) < len(paths)
 
 
+IMAGENET, SMALL = "repan-resnet18-imagenet", "repan-repvgg-a1-quarter-cifar100"
+RESNET: tuple[str, dict[str, Any]] = ("repfx.recipes.nets:resnet18", {})
+MOBILENET: tuple[str, dict[str, Any]] = ("repfx.recipes.nets:mobilenet", {})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "spec"),
+    [
+        (SMALL, ("repfx.recipes.nets:repvgg", {"size": "B3", "width": 0.25, "small_images": True}), None),
+        *[(SMALL, RESNET, spec) for spec in ("dbb", "acb", "orepa")],
+        *[(IMAGENET, (f"torchvision:{name}", {}), None) for name in ("resnet34", "resnet50", "resnet101")],
+        (IMAGENET, MOBILENET, "dbb"),
+        ("dyrep-resnet18-imagenet", MOBILENET, None),
+        ("dyrep-resnet18-imagenet", ("repfx.recipes.nets:repvgg", {"size": "A2"}), None),
+        ("repnas-repvgg-a0-imagenet", ("repfx.recipes.nets:repvgg", {"size": "B1"}), None),
+    ],
+)
+def test_a_shipped_recipe_fits_the_other_nets_of_its_paper(recipe: str, model: Any, spec: str | None) -> None:
+    asked = shipped(recipe)
+    asked = replace(asked, model=ModelReference(model[0], options=model[1]), spec=spec or asked.spec)
+    expanded = expandable(schedule_of(asked).spec, convs_in(asked.model, asked))
+    assert len(expanded) > 8
+
+
 def expandable(spec: SpecLike, convs: dict[str, ConvSpec]) -> dict[str, list[str]]:
     """Branch kinds that a spec puts beside each conv larger than 1×1; every pattern of the spec must match a conv."""
     if isinstance(spec, dict):
@@ -108,9 +133,18 @@ def expandable(spec: SpecLike, convs: dict[str, ConvSpec]) -> dict[str, list[str
 
 def test_what_recipes_leave_to_the_schedules_is_as_in_the_papers() -> None:
     dyrep = [schedule_of(shipped(name)) for name in ("dyrep-vgg16-cifar10", "dyrep-resnet50-imagenet")]
-    assert [(each.interval, each.until, each.metric) for each in dyrep] == [(15, 500, "synflow"), (5, 100, "synflow")]
+    assert [(each.interval, each.until, each.metric) for each in dyrep] == [(15, 500, "synflow"), (5, 101, "synflow")]
     repan = schedule_of(shipped("repan-repvgg-a1-quarter-cifar100"))
     assert (repan.cycles, repan.epochs, repan.warm_up) == (5, 30, 5)
+    large = schedule_of(shipped("repan-resnet18-imagenet"))
+    assert (large.cycles, large.epochs, large.warm_up) == (3, 125, 40)
+    for name, rate, decay in (("repvgg-a1-quarter-cifar100", 0.75, 2e-4), ("resnet18-imagenet", 0.3, 3e-5)):
+        for asked in (shipped(f"repan-{name}"), shipped(f"repan-{name}-distilled")):
+            assert (asked.training.learning_rate, asked.training.weight_decay) == (rate, decay)
+    for name in ("repnas-vgg16-cifar10", "repnas-repvgg-a0-imagenet"):  # the proportions of the authors' 15, 35 and 100
+        asked, repnas = shipped(name), schedule_of(shipped(name))
+        assert (10 * repnas.warm_up, 3 * repnas.epochs, asked.training.clip) == (*[asked.training.epochs] * 2, 5.0)
+        assert (repnas.learning_rate, repnas.weight_decay) == (1e-4, 5e-4)
     des = schedule_of(shipped("des-vgg16-cifar10"))
     assert (des.population, des.nets, des.spec, des.crossover, des.learning_rate) == (128, 5, "ireps", 0.5, 1e-4)
 
@@ -120,6 +154,7 @@ def test_what_recipes_leave_to_the_schedules_is_as_in_the_papers() -> None:
     [
         (nets.vgg16, 14.72),
         (nets.resnet18, 11.17),
+        (nets.mobilenet, 4.23),
         (lambda: nets.repvgg(size="A0"), 8.3),
         (lambda: nets.repvgg(size="A1"), 12.78),
         (lambda: nets.repvgg(size="A2"), 25.49),

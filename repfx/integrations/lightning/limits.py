@@ -111,7 +111,7 @@ def model_path(module: Any, ema: str | None, schedule: Schedule) -> str:
 
 def require_open_sites(model: nn.Module, schedule: Schedule) -> None:
     """Raise `InvalidInput` if no conv of a model can be expanded, so that nothing could ever change."""
-    sites = [site for site in find_sites(model) if schedule.takes_linear or not site.linear]
+    sites = [site for site in find_sites(model) if not site.own and (schedule.takes_linear or not site.linear)]
     if all(site.refusal is not None for site in sites):
         reasons = "; ".join(f"{site.path}: {site.refusal}" for site in sites[:3]) or "it has no conv"
         raise InvalidInput(f"no conv of {type(model).__name__} can be expanded ({reasons}).")

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repfx.change.checkpoint import is_checkpoint, load
 from repfx.data.predictions import logits_of
 from repfx.errors import InvalidInput
-from repfx.training.distillation import distillation_loss
-from repfx.training.models import ModelReference, load_weights
+from repfx.training.models import ModelReference
+from repfx.training.objective.distillation import distillation_loss
 from repfx.training.recipe import Distillation, Recipe
+from repfx.training.run_folder import begin_from
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # takes logits, images and labels
 
@@ -60,8 +60,4 @@ def teacher_of(recipe: Recipe, classes: int) -> nn.Module | None:
 
 def _loaded(known: Distillation, classes: int) -> nn.Module:
     teacher = ModelReference(known.teacher.name, known.teacher.num_classes or classes, known.teacher.options).build()
-    path = Path(known.weights)
-    if is_checkpoint(path):
-        return load(path, teacher, random_state=False)
-    load_weights(teacher, path)
-    return teacher
+    return begin_from(teacher, Path(known.weights))

@@ -5,7 +5,6 @@ A page asks for one with ``<!-- table: presets -->`` on a line of its own. Every
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -75,7 +74,9 @@ def recipe_keys() -> str:
 
 def _keys(cls: Any, inside: str = "") -> Iterator[tuple[str, str, str]]:
     """Keys of a dataclass and of the dataclasses in its fields, joined by dots, each with its default and its description."""
-    told, kinds = _arguments(cls), get_type_hints(cls)
+    from repfx.records.plain_values import descriptions
+
+    told, kinds = descriptions(cls), get_type_hints(cls)
     for field in fields(cls):
         inner = next((each for each in (kinds[field.name], *get_args(kinds[field.name])) if is_dataclass(each)), None)
         if inner is None:
@@ -83,13 +84,6 @@ def _keys(cls: Any, inside: str = "") -> Iterator[tuple[str, str, str]]:
             yield f"`{inside}{field.name}`", default, told[field.name]
         else:
             yield from _keys(inner, f"{inside}{field.name}.")
-
-
-def _arguments(cls: type) -> dict[str, str]:
-    """Entries under `Args:` of a docstring, by name; `mixup, cutmix: …` counts for both names."""
-    text = inspect.cleandoc(cls.__doc__ or "").split("Args:\n")[1].split("\n\n")[0]
-    entries = re.findall(r"^    (\w[\w, ]*): (.*(?:\n        .*)*)", text, re.MULTILINE)
-    return {name: " ".join(told.split()) for names, told in entries for name in names.split(", ")}
 
 
 def options(command: str) -> str:
@@ -123,7 +117,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipe_keys": recipe_keys,
     **{
         f"options_of_{command}": partial(options, command)
-        for command in ("train", "fuse", "predict", "evaluate", "inspect", "profile", "report")
+        for command in ("train", "recipe", "fuse", "predict", "evaluate", "inspect", "profile", "report")
     },
 }
 

@@ -23,7 +23,10 @@ _AXES = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}
 # typer reads these annotations at run time; its options work with `X | None` on Python 3.10 and typer 0.15, too.
 Model = Annotated[
     str,
-    typer.Argument(help=f"{MODEL_FORMS}; or the folder of a training run; or an ONNX file.", show_default=False),
+    typer.Argument(
+        help=f"{MODEL_FORMS}; or the folder of a training run, or a checkpoint in it; or an ONNX file.",
+        show_default=False,
+    ),
 ]
 Weights = Annotated[
     Path | None,
@@ -49,7 +52,10 @@ Trust = Annotated[
 ]
 
 ClassifierName = Annotated[
-    str, typer.Argument(help="An ONNX file that repfx wrote, or the folder of a training run.", show_default=False)
+    str,
+    typer.Argument(
+        help="An ONNX file that repfx wrote, the folder of a training run, or a checkpoint in it.", show_default=False
+    ),
 ]
 RuntimeName = Annotated[str, typer.Option(help=f"What runs an ONNX file: {', '.join(RUNTIMES)}.")]
 
@@ -78,10 +84,10 @@ def load_model(
     name: str, weights: Path | None, num_classes: int | None, option: list[str] | None, *, trust: bool
 ) -> tuple[nn.Module, Setup | None]:
     """Load a model in eval mode. If it comes from a training run, also return the run's setup."""
-    folder = RunFolder(Path(name))
+    folder = RunFolder.at(Path(name))
     if not Path(name).exists() and ":" not in name:
         raise InvalidInput(f"there is no run {name!r}: no such folder. A model has the form {MODEL_FORMS}.")
-    if not Path(name).is_dir():
+    if not folder.path.is_dir():
         model = ModelReference(name, num_classes, parse_options(option)).build()
         if weights is not None:
             load_weights(model, weights)

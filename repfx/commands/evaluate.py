@@ -13,6 +13,7 @@ from repfx.commands.arguments import ClassifierName, Json, RuntimeName, Trust, o
 from repfx.commands.progress import busy
 from repfx.commands.tables import confusion_table
 from repfx.data.dataset import DataSource
+from repfx.data.reading import told
 from repfx.training.evaluation import Evaluation
 from repfx.training.evaluation import evaluate as evaluated
 
@@ -54,7 +55,8 @@ def evaluate(
 
 
 def _summary(result: Evaluation) -> str:
-    lines = [f"{result.accuracy:.2%} of {result.images} images right; {result.top5:.2%} among the first five."]
+    lines = [f"{told(result.unreadable, 'image')}."] if result.unreadable else []
+    lines += [f"{result.accuracy:.2%} of {result.images} images right; {result.top5:.2%} among the first five."]
     if result.flips is not None:
         lines.append(f"The other classifier decides otherwise about {result.flips}.")
     if result.confused:

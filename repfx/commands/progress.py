@@ -45,7 +45,8 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
         yield Watcher()
         return
     if not console.is_terminal:
-        yield Watcher(on_epoch=_Teller(partial(print, file=sys.stderr, flush=True), results=True))
+        say = partial(print, file=sys.stderr, flush=True)
+        yield Watcher(on_epoch=_Teller(say, results=True), on_notice=say)
         return
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("loading", total=None, note="")
@@ -63,7 +64,8 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
             note = f"epoch {step.epoch}, loss {step.loss:.3f}{tested}"
             progress.update(task, completed=step.number, total=step.total, note=note)
 
-        tell = _Teller(partial(progress.console.print, markup=False))
+        say = partial(progress.console.print, markup=False)
+        tell = _Teller(say)
 
         def on_epoch(history: History) -> None:
             nonlocal tested
@@ -71,7 +73,7 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
             tested = tested if accuracy is None else f", accuracy {accuracy:.2%}"
             tell(history)
 
-        yield Watcher(on_stage, on_step, on_epoch)
+        yield Watcher(on_stage, on_step, on_epoch, say)
 
 
 def busy(doing: str) -> AbstractContextManager[object]:

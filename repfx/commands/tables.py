@@ -15,26 +15,28 @@ from repfx.onnx.quantization_report import QuantizationReport
 from repfx.profiling.profile import Profile
 from repfx.records.number_text import engineering
 from repfx.training.evaluation import Evaluation
-from repfx.training.experiment import Metrics
+from repfx.training.runs.metrics import Metrics
 
-_TITLES = {"plain": "plain", "expanded": "expanded, trained", "fused": "fused", "onnxruntime": "in onnxruntime"}
+_TITLES = {"plain": "plain", "expanded": "expanded", "fused": "fused", "onnxruntime": "in onnxruntime"}
 _INT8_TITLES = {"ptq": "8 bits, rounded", "qat": "8 bits, trained on"}
 
 
 def metrics_table(metrics: Metrics) -> Table:
     """Show the metrics of a run, one row for each form of the model."""
-    table = _table("", "accuracy", "flips", "parameters", "MACs", "latency")
+    five = ["top 5"] if metrics.top5 else []
+    table = _table("", "accuracy", *five, f"flips of\n{metrics.test_images}", "para-\nmeters", "MACs", "latency")
     for name, title in _TITLES.items():
         accuracy = f"{metrics.accuracy[name]:.2%}" if name in metrics.accuracy else "–"
-        flips = f"{metrics.flips[name]} of {metrics.test_images}" if name in metrics.flips else "–"
+        flips = str(metrics.flips[name]) if name in metrics.flips else "–"
         cost = metrics.cost.get(name)
         parameters, macs = (engineering(cost.parameters), engineering(cost.macs)) if cost else ("", "")
         latency = cost.latency if cost else metrics.onnx_latency
-        table.add_row(title, accuracy, flips, parameters, macs, f"{latency * 1e3:.2f} ms")
+        among = [f"{metrics.top5[name]:.2%}" if name in metrics.top5 else "–"] if five else []
+        table.add_row(title, accuracy, *among, flips, parameters, macs, f"{latency * 1e3:.2f} ms")
     if metrics.int8 is not None:
         for name, title in _INT8_TITLES.items():
-            flips = f"{metrics.int8.flips[name]} of {metrics.test_images}"
-            table.add_row(title, f"{metrics.int8.accuracy[name]:.2%}", flips)
+            among = ["–"] if five else []
+            table.add_row(title, f"{metrics.int8.accuracy[name]:.2%}", *among, str(metrics.int8.flips[name]))
     return table
 
 

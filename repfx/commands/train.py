@@ -20,17 +20,20 @@ from repfx.training.experiment import OF_A_CALL, Experiment, run
 from repfx.training.recipe import PRECISIONS, Recipe
 from repfx.training.recipe_file import is_file, parse_recipe
 from repfx.training.run_folder import RECIPE, RunFolder
+from repfx.training.runs.baseline import verdict
 from repfx.training.trust import Trust as Trusted
 from repfx.training.trust import require_trusted
 
 _DEFAULT = Experiment()
 _GROUPS = {
-    "Model": ("model", "weights", "num_classes", "option"),
-    "Data": ("data", "root", "download", "image_size"),
-    "Method": ("recipe", "spec", "schedule", "schedule_option", "set_", "trust", "plugin"),
+    "Model": ("model", "weights", "pretrained", "num_classes", "option"),
+    "Data": ("data", "root", "download", "image_size", "strict_data"),
+    "Method": ("recipe", "spec", "schedule", "schedule_option", "baseline", "set_", "trust", "plugin"),
     "Training": (
         "epochs",
         "qat",
+        "keep",
+        "patience",
         "batch_size",
         "learning_rate",
         "average",
@@ -92,6 +95,14 @@ def train(
             show_default="its paper's proportions",
         ),
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="plain|RUN",
+            help="Say whether branches help: train the plain model alike, too (plain), or compare with the folder of its run.",
+            show_default=False,
+        ),
+    ] = None,
     epochs: Annotated[
         int | None,
         typer.Option(
@@ -111,7 +122,10 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that --out already holds.")] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue the run in --out with its own recipe; start one if there is none."),
+        typer.Option(
+            "--resume",
+            help="Continue the run in --out with its own recipe; start one if there is none. More --epochs make a finished run longer.",
+        ),
     ] = False,
     root: Annotated[
         Path | None,
@@ -128,6 +142,13 @@ def train(
             show_default="16 for digits, 224 for a folder, else the data's own",
         ),
     ] = None,
+    strict_data: Annotated[
+        bool | None,
+        typer.Option(
+            "--strict-data",
+            help="Read all image files first, and stop if one can't be read. Without it, such a file is named and left out.",
+        ),
+    ] = None,
     weights: Annotated[
         Path | None,
         typer.Option(
@@ -135,10 +156,33 @@ def train(
             show_default="fresh ones",
         ),
     ] = None,
+    pretrained: Annotated[
+        bool | None,
+        typer.Option(
+            "--pretrained",
+            help="Begin from the weights that torchvision or timm has for the model, downloaded if they aren't in its cache. "
+            "`--set training.layer_decay=0.7` lets earlier layers learn more slowly.",
+        ),
+    ] = None,
     num_classes: Annotated[
         int | None, typer.Option(min=1, help="Number of classes of the model.", show_default="the data's")
     ] = None,
     option: Options = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="The epoch whose model is fused: last, best (on the test images), or both, which fuses the last and keeps the best, too.",
+            show_default=Recipe.keep,
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Number of epochs without a better accuracy after which the training ends early.",
+            show_default="never",
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -216,11 +260,16 @@ def train(
         "data.name": data,
         "data.root": root,
         "data.download": download,
+        "data.strict": strict_data,
         "spec": spec,
         "weights": weights,
+        "pretrained": pretrained,
+        "baseline": baseline,
         "image_size": image_size,
         "training.epochs": epochs,
         "training.qat.epochs": qat,
+        "training.keep": keep,
+        "training.patience": patience,
         "training.batch_size": batch_size,
         "training.learning_rate": learning_rate,
         "training.average": average,
@@ -258,6 +307,9 @@ def train(
     if found is not None:
         typer.echo(f"What the search has found (own conv first; 1 is kept, 0 left out):\n{found}")
     Console().print(metrics_table(metrics))
+    said = verdict(metrics)
+    for sentence in [*metrics.notes, *([] if said is None else [said])]:
+        typer.echo(sentence)
     typer.echo(
         f"Flips are predictions that differ from the model before fusing. MACs and latency are for one image. All files are in {out}."
     )

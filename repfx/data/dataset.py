@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ class DataSource:
         download: whether torchvision downloads these files if they are missing.
         crop: part of the height and width of an image file that is shown, from the middle; 0.875 is 224 of 256 pixels. A random crop
             in training is taken from the whole image instead.
+        strict: whether all image files are read before anything else, and one that can't be read is an error. Otherwise it is left out.
     """
 
     name: str = "digits"
     root: Path = Path("data")
     download: bool = False
     crop: float = 1.0
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
@@ -137,12 +139,14 @@ class DataSet:
 
     Args:
         preprocessing: how the raw images are prepared, for those who run the exported model; None if that isn't known.
+        unreadable: reasons why test images are left out, by path.
     """
 
     train: Images
     test: Images
     classes: tuple[str, ...]
     preprocessing: Preprocessing | None = None
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def example_shape(self) -> tuple[int, ...]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from repfx.data.dataset import DataSet, DataSource, InputForm, PreparedImages, Stages, every_fifth, labels_of
+from repfx.data.reading import ImageFiles, require_whole, told
 from repfx.errors import InvalidInput, first_line
 from repfx.onnx.preprocessing import Preprocessing
 
@@ -29,8 +31,6 @@ def folder(source: DataSource, form: InputForm, preprocessing: Preprocessing | N
     Raises:
         InvalidInput: the folder has neither layout, or its two parts have different classes.
     """
-    from torchvision.datasets import ImageFolder
-
     path = Path(source.name)
     prepared = preprocessing or _usual(form, form.size or _SIZE, source.crop)
     test_folder = next((path / name for name in _TEST_FOLDERS if (path / name).is_dir()), None)
@@ -38,33 +38,63 @@ def folder(source: DataSource, form: InputForm, preprocessing: Preprocessing | N
         raise InvalidInput(
             f"{str(path)!r} has a folder train/ of classes, and beside it none of {', '.join(_TEST_FOLDERS)}: add one of these."
         )
+    if not (path / "train").is_dir() or test_folder is None:
+        classes, samples = _samples(path, path)
+        chosen = every_fifth(torch.tensor([label for _, label in samples])).tolist()
+        parts = [[sample for sample, tests in zip(samples, chosen) if tests == part] for part in (False, True)]
+        return _checked(source, parts[0], parts[1], classes, prepared)
+    classes, train = _samples(path / "train", path)
+    test_classes, test = _samples(test_folder, path)
+    if classes != test_classes:
+        differing = sorted(set(classes) ^ set(test_classes))
+        raise InvalidInput(f"{str(path)!r} has other classes for training than for testing: {', '.join(differing)}.")
+    return _checked(source, train, test, classes, prepared)
+
+
+_Samples = list[tuple[str, int]]
+
+
+def _samples(part: Path, folder: Path) -> tuple[list[str], _Samples]:
+    """Return the classes in a part of a folder, and the paths and labels of its images."""
+    from torchvision.datasets import ImageFolder
+
+    require_whole(part)
     try:
-        if not (path / "train").is_dir() or test_folder is None:
-            images = ImageFolder(str(path))
-            test_mask = every_fifth(torch.tensor(images.targets))
-            train, test = (Subset(images, mask.nonzero().flatten().tolist()) for mask in (~test_mask, test_mask))
-            return _checked(source, train, test, images.classes, prepared)
-        train_images, test_images = (ImageFolder(str(part)) for part in (path / "train", test_folder))
+        found = ImageFolder(str(part))
     except FileNotFoundError as error:
         raise InvalidInput(
-            f"{str(path)!r} is no image folder (one folder of images per class): {first_line(error)}."
+            f"{str(folder)!r} is no image folder (one folder of images per class): {first_line(error)}."
         ) from error
-    if train_images.classes != test_images.classes:
-        differing = sorted(set(train_images.classes) ^ set(test_images.classes))
-        raise InvalidInput(f"{str(path)!r} has other classes for training than for testing: {', '.join(differing)}.")
-    return _checked(source, train_images, test_images, train_images.classes, prepared)
+    return found.classes, found.samples
 
 
 def _checked(
-    source: DataSource, train: Dataset[Any], test: Dataset[Any], classes: list[str], preprocessing: Preprocessing
+    source: DataSource, train: _Samples, test: _Samples, classes: list[str], preprocessing: Preprocessing
 ) -> DataSet:
     if len(classes) < 2:
         raise InvalidInput(f"{source.name!r} has one class alone, {classes[0]!r}: a classifier needs at least two.")
-    if not len(train) or not len(test):  # type: ignore[arg-type]
+    if not train or not test:
         raise InvalidInput(
             f"{source.name!r} has too few images: a class needs five, because every fifth belongs to the test part."
         )
-    return _prepared(source, train, test, tuple(classes), preprocessing)
+    return _of_files(source, train, test, tuple(classes), preprocessing)
+
+
+def _of_files(
+    source: DataSource, train: _Samples, test: _Samples, classes: tuple[str, ...], preprocessing: Preprocessing
+) -> DataSet:
+    """Return the data in these files, without the test images that can't be read.
+
+    Training images are read as they are needed, unless `source.strict` asks for all of them to be whole.
+    """
+    training, tested = ImageFiles(train), ImageFiles(test)
+    broken = tested.check() | (training.check() if source.strict else {})
+    if broken and source.strict:
+        raise InvalidInput(f"{told(broken, 'image', strict=True)}.")
+    tested = tested.without_unreadable()
+    if not len(tested):
+        raise InvalidInput(f"{told(broken, 'test image')}: none is left.")
+    return replace(_prepared(source, training, tested, classes, preprocessing), unreadable=broken)
 
 
 def _prepared(
@@ -91,7 +121,10 @@ def torchvision_data(source: DataSource, form: InputForm, preprocessing: Preproc
     train, test = (_part(kind, source, is_train) for is_train in (True, False))
     preprocessing = preprocessing or _usual(form, form.size or _own_size(train), source.crop)
     classes = getattr(train, "classes", None) or range(1 + max(int(labels_of(part).max()) for part in (train, test)))
-    return _prepared(source, train, test, tuple(map(str, classes)), preprocessing)
+    named = tuple(map(str, classes))
+    if all(isinstance(part, datasets.DatasetFolder) for part in (train, test)):
+        return _of_files(source, train.samples, test.samples, named, preprocessing)
+    return _prepared(source, train, test, named, preprocessing)
 
 
 def _part(kind: type[Any], source: DataSource, train: bool) -> Any:

@@ -74,10 +74,39 @@ def mean_log_likelihood(net: nn.Module, images: Images, batch_size: int, device:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predicted classes and the true ones, `(images,)` each."""
+    """Predicted classes and the true ones, `(images,)` each.
+
+    Args:
+        classes: number of classes that are told apart.
+        among_five: whether the true class is among the five most likely ones; None if that isn't known.
+    """
 
     predicted: Tensor
     labels: Tensor
+    classes: int = 0
+    among_five: Tensor | None = None
+
+    @classmethod
+    def of(cls, scores: Tensor, labels: Tensor) -> Predictions:
+        """Read the predictions from scores, `(images, classes)`, of which the highest wins.
+
+        >>> found = Predictions.of(torch.tensor([[0.1, 0.9], [0.3, 0.2]]), torch.tensor([1, 1]))
+        >>> found.accuracy, found.top5
+        (0.5, 1.0)
+        """
+        best = scores.topk(min(5, scores.shape[1]), 1).indices
+        return cls(scores.argmax(1), labels, scores.shape[1], (best == labels[:, None]).any(1))
+
+    @property
+    def top5(self) -> float | None:
+        """The fraction of images whose class is among the five most likely ones."""
+        return None if self.among_five is None else self.among_five.double().mean().item()
+
+    @property
+    def confusion(self) -> Tensor:
+        """The number of images of each class, by the class that was predicted: `(true classes, predicted classes)`."""
+        pairs = self.labels * self.classes + self.predicted
+        return torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes)
 
     @property
     def accuracy(self) -> float:
@@ -91,9 +120,10 @@ class Predictions:
 
 def predict(compute: Callable[[Tensor], Any], images: Images, batch_size: int, workers: int = 0) -> Predictions:
     """Run a classifier over images; `compute` is anything that maps a batch to logits."""
-    predicted, labels = [], []
     with torch.no_grad():
-        for x, y in DataLoader(images, batch_size, num_workers=workers):
-            predicted.append(logits_of(compute(x)).argmax(1).cpu())
-            labels.append(y)
-    return Predictions(torch.cat(predicted), torch.cat(labels))
+        loader = DataLoader(images, batch_size, num_workers=workers)
+        parts = [Predictions.of(logits_of(compute(x)).cpu(), y) for x, y in loader]
+    predicted, labels, among = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("predicted", "labels", "among_five")
+    )
+    return Predictions(predicted, labels, parts[0].classes, among)

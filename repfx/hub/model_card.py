@@ -10,7 +10,17 @@ from pathlib import PurePath
 from typing import Any
 
 from repfx.records.number_text import duration, engineering, percent
-from repfx.training.run_folder import ARCHITECTURE, CHECKPOINT, INT8, METRICS, MODEL, RECIPE, RunFolder, Setup
+from repfx.training.run_folder import (
+    ARCHITECTURE,
+    CHECKPOINT,
+    EVALUATION,
+    INT8,
+    METRICS,
+    MODEL,
+    RECIPE,
+    RunFolder,
+    Setup,
+)
 from repfx.training.trust import calls_in
 
 _FORMS = {"plain": "plain", "expanded": "expanded, trained", "fused": "fused", "onnxruntime": "fused, in onnxruntime"}
@@ -191,6 +201,7 @@ def _files(folder: RunFolder) -> str:
         CHECKPOINT: "the weights of the training form, and how its structure came about",
         RECIPE: "all settings of the training: `repfx train --recipe recipe.toml` repeats it",
         METRICS: "all numbers",
+        EVALUATION: "right and wrong answers by class",
         ARCHITECTURE: "the architecture that the search found",
     }
     lines = [f"- `{name}`: {text}" for name, text in what.items() if (folder.path / name).is_file()]

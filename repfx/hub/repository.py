@@ -19,6 +19,7 @@ from repfx.training.recipe_file import to_toml
 from repfx.training.run_folder import (
     ARCHITECTURE,
     CHECKPOINT,
+    EVALUATION,
     HISTORY,
     INT8,
     METRICS,
@@ -30,7 +31,7 @@ from repfx.training.run_folder import (
 from repfx.training.trust import Trust
 
 CARD = "README.md"
-_COPIED = (MODEL, INT8, CHECKPOINT, METRICS, HISTORY, ARCHITECTURE)
+_COPIED = (MODEL, INT8, CHECKPOINT, METRICS, EVALUATION, HISTORY, ARCHITECTURE)
 _NEEDED = (CHECKPOINT, STRUCTURE)  # to build the model again
 
 

@@ -22,6 +22,7 @@ class Form:
     Args:
         title: name of the form.
         accuracy: share of the test images that it classifies correctly.
+        top5: share of the test images whose class is among the five most likely.
         flips: test images whose predicted class differs from the training form's.
         error: worst relative difference of the outputs from those of the form before.
         parameters: number of parameters.
@@ -32,6 +33,7 @@ class Form:
 
     title: str
     accuracy: float | None = None
+    top5: float | None = None
     flips: int | None = None
     error: float | None = None
     parameters: int | None = None
@@ -58,17 +60,19 @@ def forms_of_run(metrics: Mapping[str, Any]) -> dict[str, Form]:
 
 
 def _forms(metrics: Mapping[str, Any]) -> dict[str, Form]:
-    accuracy, flips, errors, costs = (metrics.get(key) or {} for key in ("accuracy", "flips", "max_error", "cost"))
-    found = {}
+    names = ("accuracy", "top5", "flips", "max_error", "cost")
+    accuracy, top5, flips, errors, costs = (metrics.get(key) or {} for key in names)
+    forms = {}
     for name in dict.fromkeys([*TITLES, *costs, *accuracy]):
         cost = costs.get(name, {})
         latency = metrics.get("onnx_latency") if name == "onnxruntime" else cost.get("latency")
-        known = accuracy.get(name), flips.get(name), errors.get(name), cost.get("parameters"), cost.get("macs"), latency
+        measured = [found.get(name) for found in (accuracy, top5, flips, errors)]
+        known = (*measured, cost.get("parameters"), cost.get("macs"), latency)
         if not all(value is None or isinstance(value, (int, float)) for value in known):
             raise TypeError(f"{name}: {known}")
         if any(value is not None for value in known):
-            found[name] = Form(TITLES.get(name, name), *known)
-    return found
+            forms[name] = Form(TITLES.get(name, name), *known)
+    return forms
 
 
 def form_of_model(title: str, model: nn.Module, x: Tensor) -> Form:

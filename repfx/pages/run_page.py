@@ -12,13 +12,15 @@ import repfx
 from repfx.blocks.architecture import Architecture
 from repfx.errors import InvalidInput, first_line
 from repfx.pages.changes import changes_of, deeds
+from repfx.pages.classes import classes_of
 from repfx.pages.diagram import Part, parts_of
 from repfx.pages.forms import forms_of_run
 from repfx.pages.rendering import write_page
 from repfx.pages.run_charts import cost_chart, learning_chart
 from repfx.pages.structure_map import LEVELS, structure_map
-from repfx.pages.summary import cost_tiles, facts_of, progress_tiles, result_tiles, structure_tiles
+from repfx.pages.summary import cost_tiles, facts_of, notes_of, progress_tiles, result_tiles, structure_tiles
 from repfx.search.heat_map import cells
+from repfx.training.evaluation import Evaluation
 from repfx.training.history import Epoch, History
 from repfx.training.run_folder import CHECKPOINT, HISTORY, METRICS, REPORT, STRUCTURE, RunFolder
 from repfx.training.trust import Trust
@@ -64,6 +66,7 @@ def _shown(folder: RunFolder, trust: Trust) -> dict[str, Any]:
         "facts": facts_of(setup, epochs),
         "tiles": progress_tiles(epochs) if metrics is None else result_tiles(metrics, forms),
         "forms": forms,
+        "notes": [] if metrics is None else notes_of(metrics),
         "test_images": None if metrics is None else metrics.get("test_images"),
         "learning": learning_chart(epochs) if epochs else [],
         "changes": [(change.epoch, deeds(change)) for change in changes],
@@ -75,6 +78,7 @@ def _shown(folder: RunFolder, trust: Trust) -> dict[str, Any]:
         "cost_tiles": cost_tiles(epochs),
         "epochs": epochs,
         "graph": graph,
+        "classes": None if folder.evaluation is None else classes_of(Evaluation.from_dict(folder.evaluation)),
         "architecture": _architecture(folder.architecture),
         "recipe": folder.recipe_text,
     }

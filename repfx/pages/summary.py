@@ -12,6 +12,8 @@ from repfx.pages.forms import Form
 from repfx.records.number_text import duration, engineering, grouped, percent, plural
 from repfx.training.history import Epoch
 from repfx.training.run_folder import Setup
+from repfx.training.runs.baseline import points
+from repfx.training.runs.metrics import Metrics
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ def result_tiles(metrics: Mapping[str, Any], forms: Mapping[str, Form]) -> list[
         images = metrics.get("test_images")
         flips = f"{fused.flips} of {images} predictions flip by fusing" if fused.flips is not None and images else ""
         found.append(Tile("Accuracy, fused", percent(fused.accuracy), flips))
+        plain = forms.get("plain", Form("")).accuracy
+        if plain is not None:
+            found.append(Tile("By the branches", points(fused.accuracy - plain), _compared(metrics, plain)))
     if fused.error is not None:
         found.append(Tile("Worst difference", f"{fused.error:.1e}", "fused against training form, relative"))
     for name, field, text in (
@@ -76,6 +81,21 @@ def result_tiles(metrics: Mapping[str, Any], forms: Mapping[str, Form]) -> list[
             note = f"{text(before)} in training form" if before is not None else ""
             found.append(Tile(name, text(own), note))
     return found
+
+
+def notes_of(metrics: Mapping[str, Any]) -> list[str]:
+    """Return sentences on what is special about the numbers of a run; none if the file is of another form."""
+    try:
+        return Metrics.from_dict(metrics).notes
+    except (TypeError, KeyError, AttributeError):
+        return []
+
+
+def _compared(metrics: Mapping[str, Any], plain: float) -> str:
+    baseline = metrics.get("baseline")
+    differing = baseline.get("differing") if isinstance(baseline, Mapping) else None
+    alike = f"trained otherwise: {', '.join(map(str, differing))}" if differing else "trained alike, one run of each"
+    return f"the plain model has {percent(plain)}, {alike}"
 
 
 def progress_tiles(epochs: Sequence[Epoch]) -> list[Tile]:

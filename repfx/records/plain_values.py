@@ -1,9 +1,11 @@
-"""Conversion of dataclasses to nested plain values, which a file can hold, and back, with errors that name the key."""
+"""Conversion of dataclasses to nested plain values, which a file can hold, and back, with errors that name the key; and their schema."""
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,7 +21,7 @@ def to_plain(value: Any) -> Any:
 
     >>> from repfx.data.dataset import DataSource
     >>> to_plain(DataSource("digits"))
-    {'name': 'digits', 'root': 'data', 'download': False, 'crop': 1.0}
+    {'name': 'digits', 'root': 'data', 'download': False, 'crop': 1.0, 'strict': False}
     """
     if is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
@@ -85,6 +87,51 @@ def _read_dataclass(kind: Any, values: Any, where: str) -> Any:
 def _require(condition: bool, where: str, found: Any, needed: str) -> None:
     if not condition:
         raise InvalidInput(f"{where} is {repr(found)[:80]}; it must be {needed}.")
+
+
+_TYPES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean", Path: "string"}
+
+
+def schema_of(kind: Any) -> dict[str, Any]:
+    """Return the JSON Schema of the values that `from_plain` reads as a `kind`, with the docstrings' descriptions.
+
+    >>> from repfx.data.dataset import DataSource
+    >>> schema_of(DataSource)["properties"]["crop"]["type"], schema_of(tuple[int, ...])
+    ('number', {'type': 'array', 'items': {'type': 'integer'}})
+    """
+    if get_origin(kind) in (Union, UnionType):
+        kinds = [each for each in get_args(kind) if each is not NoneType]
+        return schema_of(kinds[0]) if len(kinds) == 1 else {}
+    if is_dataclass(kind):
+        return _schema_of_dataclass(kind)
+    if get_origin(kind) in (tuple, list, Sequence):
+        return {"type": "array", "items": schema_of(get_args(kind)[0])}
+    if get_origin(kind) is Literal:
+        return {"enum": list(get_args(kind))}
+    if get_origin(kind) is not None:
+        return {"type": "object"}
+    return {"type": _TYPES[kind]} if kind in _TYPES else {}
+
+
+def _schema_of_dataclass(kind: Any) -> dict[str, Any]:
+    hints, told = get_type_hints(kind), descriptions(kind)
+    found: dict[str, Any] = {"type": "object", "additionalProperties": False, "properties": {}}
+    for each in fields(kind):
+        entry = schema_of(hints[each.name])
+        if each.name in told:
+            entry["description"] = told[each.name]
+        if each.default is not MISSING and not is_dataclass(each.default) and each.default is not None:
+            entry["default"] = to_plain(each.default)
+        found["properties"][each.name] = entry
+    required = [each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING]
+    return {**found, "required": required} if required else found
+
+
+def descriptions(kind: Any) -> dict[str, str]:
+    """Return the entries under `Args:` of a class's docstring, by name; `mixup, cutmix: …` counts for both names."""
+    text = inspect.cleandoc(kind.__doc__ or "").partition("Args:\n")[2].split("\n\n")[0]
+    entries = re.findall(r"^    (\w[\w, ]*): (.*(?:\n        .*)*)", text, re.MULTILINE)
+    return {name: " ".join(told.split()) for names, told in entries for name in names.split(", ")}
 
 
 def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:

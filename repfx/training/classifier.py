@@ -17,6 +17,7 @@ from repfx.data.dataset import DataSet, DataSource, Images, InputForm, PreparedI
 from repfx.data.image_files import stages_of
 from repfx.data.load import load_data
 from repfx.data.predictions import logits_of
+from repfx.data.reading import read_image
 from repfx.errors import InvalidInput, first_line
 from repfx.onnx.file import open_session, package
 from repfx.onnx.metadata import Metadata
@@ -53,7 +54,7 @@ class Classifier:
 
     @classmethod
     def open(cls, name: str, *, trust: Trust = False, runtime: Runtime = "onnxruntime") -> Classifier:
-        """Open an ONNX file or the folder of a finished run, whose model is fused.
+        """Open an ONNX file the folder of a finished run or a checkpoint in it, whose model is fused.
 
         Args:
             trust: as for `RunFolder.load`.
@@ -63,8 +64,9 @@ class Classifier:
             InvalidInput: there is no such file, or it doesn't say what its classes are or how images are prepared.
         """
         path = Path(name)
-        if path.is_dir():
-            return cls._of_run(RunFolder(path), trust)
+        folder = RunFolder.at(path)
+        if folder.path.is_dir():
+            return cls._of_run(folder, trust)
         if path.suffix != ".onnx":
             raise InvalidInput(f"{name!r} is neither an ONNX file nor the folder of a training run.")
         if not path.is_file():
@@ -103,11 +105,8 @@ class Classifier:
         Raises:
             InvalidInput: the file can't be read as an image.
         """
-        from PIL import Image
-
         try:
-            with Image.open(path) as image:
-                x = self.stages(image)
+            x = self.stages(read_image(path))
         except Exception as error:  # whatever a broken image can fail with
             raise InvalidInput(f"{str(path)!r} can't be read as an image: {first_line(error)}.") from error
         return self.probabilities(x[None])[0]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from repfx.data.dataset import DataSource
+from repfx.data.predictions import Predictions
 from repfx.errors import InvalidInput
 from repfx.training.classifier import Classifier
 
@@ -22,12 +24,26 @@ class Evaluation:
         confusion: number of images of each class, by the class that was predicted: `(true classes, predicted classes)`.
         top5: share of the images whose class is among the five most likely ones.
         flips: number of images about which the other classifier decides otherwise; None without one.
+        unreadable: reasons why image files were left out, by path.
     """
 
     labels: tuple[str, ...]
     confusion: Tensor
     top5: float
     flips: int | None = None
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        labels: Sequence[str],
+        predictions: Predictions,
+        *,
+        flips: int | None = None,
+        unreadable: Mapping[str, str] | None = None,
+    ) -> Evaluation:
+        """Count predictions by class. The labels name as many classes as the predictions tell apart."""
+        return cls(tuple(labels), predictions.confusion, predictions.top5 or 0.0, flips, unreadable or {})
 
     @property
     def images(self) -> int:
@@ -63,7 +79,25 @@ class Evaluation:
         """Return plain values, for JSON."""
         found: dict[str, Any] = {"images": self.images, "accuracy": self.accuracy, "top5": self.top5}
         found |= {"by_class": self.by_class, "classes": list(self.labels), "confusion": self.confusion.tolist()}
+        found |= {"unreadable": dict(self.unreadable)} if self.unreadable else {}
         return found if self.flips is None else {**found, "flips": self.flips}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+        """Return the evaluation whose plain values `as_dict` returned.
+
+        Raises:
+            InvalidInput: the values are something else.
+        """
+        try:
+            labels, confusion = tuple(map(str, values["classes"])), torch.tensor(values["confusion"], dtype=torch.long)
+            if confusion.shape != (len(labels), len(labels)) or confusion.sum() < 1 or confusion.min() < 0:
+                raise ValueError(f"{tuple(confusion.shape)}")
+            return cls(
+                labels, confusion, float(values["top5"]), values.get("flips"), dict(values.get("unreadable", {}))
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput("these are no results of an evaluation.") from error
 
 
 def evaluate(classifier: Classifier, source: DataSource, other: Classifier | None = None) -> Evaluation:
@@ -77,13 +111,8 @@ def evaluate(classifier: Classifier, source: DataSource, other: Classifier | Non
     """
     if other is not None and other.labels != classifier.labels:
         raise InvalidInput(f"{classifier.name!r} and {other.name!r} have different classes, so they can't be compared.")
-    scores, truth = classifier.scores(classifier.data(source))
-    predicted = scores.argmax(1)
-    count = len(classifier.labels)
-    confusion = torch.bincount(truth * count + predicted, minlength=count * count).view(count, count)
-    best = scores.topk(min(5, count), 1).indices
-    top5 = (best == truth[:, None]).any(1).double().mean().item()
-    flips = None
-    if other is not None:
-        flips = int((other.scores(other.data(source))[0].argmax(1) != predicted).sum())
-    return Evaluation(classifier.labels, confusion, top5, flips)
+    data = classifier.data(source)
+    scores, truth = classifier.scores(data)
+    found = Predictions.of(scores, truth)
+    flips = None if other is None else found.flips(Predictions.of(*other.scores(other.data(source))))
+    return Evaluation.of(classifier.labels, found, flips=flips, unreadable=data.unreadable)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from repfx.blocks.selection import Selection
+from repfx.change.checkpoint import load
 from repfx.change.schedule import SCHEDULES, Schedule
 from repfx.data.class_names import require_same
 from repfx.data.dataset import DataSet, DataSource, InputForm
 from repfx.data.load import load_data
 from repfx.data.predictions import Predictions, labels_of_logits, predict
+from repfx.data.reading import told
 from repfx.data.samples import evenly
 from repfx.errors import Interrupted, InvalidInput, UnknownName
 from repfx.measuring.cost import count_macs, count_parameters, measure_latency
@@ -35,19 +37,37 @@ from repfx.records.plain_values import flat, to_plain
 from repfx.records.python_code import import_source
 from repfx.tracing.sites import sites
 from repfx.training.engine import accelerator_for
+from repfx.training.evaluation import Evaluation
 from repfx.training.history import History
 from repfx.training.loop import Trained, Watcher, train
-from repfx.training.models import ModelReference
+from repfx.training.models import ModelReference, load_pretrained
 from repfx.training.recipe import Recipe
 from repfx.training.recipe_file import from_root, to_toml
-from repfx.training.run_folder import INT8, INT8_STATE, MODEL, STATE, RunFolder, Setup, begin_from, spec_of
+from repfx.training.run_folder import (
+    BEST,
+    INT8,
+    INT8_STATE,
+    MODEL,
+    STATE,
+    STRUCTURE,
+    RunFolder,
+    Setup,
+    begin_from,
+    spec_of,
+)
+from repfx.training.runs.baseline import PLAIN, folder_of, require_comparable, with_baseline
+from repfx.training.runs.extension import LENGTH, as_begun, goes_on, recipe_going_on, require_no_fewer
+from repfx.training.runs.metrics import Cost, Int8, Metrics
 from repfx.training.trust import calls_in
 
 OF_A_CALL = ("out", "overwrite", "resume")  # the fields that no recipe holds
 _TEST_BATCH = 64
 _CALIBRATION = 256  # images that ranges are measured on
+_MOST_CLASSES = 2000  # of which each pair is counted
+_MANY_CLASSES = 10  # from this number on, top-5 accuracy says something
 _SPEC = "dbb"
-_MAY_DIFFER = {"data.root", "data.download", "training.device", "training.workers", "training.log_with"}
+_MAY_DIFFER = {"data.root", "data.download", "data.strict", "training.device", "training.workers", "training.log_with"}
+_MAY_DIFFER |= {"baseline", *(f"training.{name}" for name in LENGTH)}
 
 
 @dataclass(frozen=True)
@@ -64,10 +84,13 @@ class Experiment:
         weights: file of weights, checkpoint or folder of a run to begin from. Expanding then preserves the model's function; without it,
             the branches begin as in their papers. A run or a checkpoint gives its training form, which a schedule such as RepAn folds
             first.
+        pretrained: whether to begin from the weights that torchvision or timm has for the model, which may be downloaded.
         image_size: height and width of an image; None takes the data's own.
+        baseline: what the result is compared with: `plain` also trains the plain model by the same recipe, in a folder in `out`; else the
+            folder of a finished run of the plain model. None compares with nothing.
         out: folder of the run.
         overwrite: whether an older run in `out` is replaced.
-        resume: whether a run in `out` is continued.
+        resume: whether a run in `out` is continued. A finished one goes on if `training.epochs` is more than it was begun with.
     """
 
     model: ModelReference = field(default_factory=lambda: ModelReference("torchvision:resnet18"))
@@ -76,7 +99,9 @@ class Experiment:
     schedule: Mapping[str, Any] | None = None
     training: Recipe = field(default_factory=Recipe)
     weights: Path | None = None
+    pretrained: bool = False
     image_size: int | None = None
+    baseline: str | None = None
     out: Path = Path("runs/first")
     overwrite: bool = False
     resume: bool = False
@@ -85,60 +110,6 @@ class Experiment:
     def values(self) -> dict[str, Any]:
         """The values that a recipe's file holds: all but `out`, `overwrite` and `resume`. Files are named by absolute paths."""
         return from_root({key: value for key, value in to_plain(self).items() if key not in OF_A_CALL})
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The cost of one form of the model, for one image; latency in seconds."""
-
-    parameters: int
-    macs: int
-    latency: float
-
-
-@dataclass(frozen=True)
-class Int8:
-    """Two files in 8 bits, computed as they say: `ptq` is rounded after the training, and `qat` was trained on with rounding.
-
-    Args:
-        losses: loss in each epoch with rounding.
-        accuracy: accuracy of each file.
-        flips: test images whose predicted class differs from the one of the fused model.
-        file_error: relative distance of what onnxruntime gives for `qat` from what torch gives for it.
-    """
-
-    losses: list[float]
-    accuracy: dict[str, float]
-    flips: dict[str, int]
-    file_error: float
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """The contents of `metrics.json`. Flips are test images whose predicted class differs from the one before fusing.
-
-    `int8` is None if the recipe has no epochs with rounding.
-    """
-
-    losses: list[float]
-    test_images: int
-    accuracy: dict[str, float]
-    flips: dict[str, int]
-    max_error: dict[str, float]
-    cost: dict[str, Cost]
-    onnx_latency: float
-    int8: Int8 | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the metrics as plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Metrics:
-        """Return the metrics whose plain values `as_dict` returned."""
-        int8 = values.get("int8")
-        cost = {name: Cost(**each) for name, each in values["cost"].items()}
-        return cls(**{**values, "cost": cost, "int8": None if int8 is None else Int8(**int8)})
 
 
 def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | None:
@@ -154,17 +125,44 @@ def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | Non
     """
     if experiment.overwrite and experiment.resume:
         raise InvalidInput("a run can be replaced or continued, not both: give --overwrite or --resume.")
-    schedule, folder, watcher = _schedule(experiment), RunFolder(experiment.out), watcher or Watcher()
+    if experiment.pretrained and experiment.weights is not None:
+        raise InvalidInput(
+            "a training begins with given weights or with pretrained ones: give --weights or --pretrained."
+        )
+    watcher, values, baseline = watcher or Watcher(), experiment.values, experiment.baseline
+    if baseline is not None:
+        require_comparable(values, baseline)
+    try:
+        metrics = _run(experiment, watcher)
+        if metrics is None or baseline is None:
+            return metrics
+        beside = folder_of(baseline, experiment.out)
+        if baseline == PLAIN:
+            watcher.on_notice("now the plain model, trained alike, to compare with:")
+            plain = replace(experiment, spec=[], schedule=None, baseline=None, out=beside.path)
+            _run(replace(plain, overwrite=False, resume=True), watcher)
+    except Interrupted as error:
+        raise Interrupted(f"{error}; go on with: {_resuming(experiment)}") from error
+    metrics = with_baseline(metrics, values, beside)
+    RunFolder(experiment.out).write_metrics(metrics.as_dict())
+    return metrics
+
+
+def _run(experiment: Experiment, watcher: Watcher) -> Metrics | None:
+    schedule, folder = _schedule(experiment), RunFolder(experiment.out)
     if experiment.resume:
         _require_same(experiment, folder)
+        require_no_fewer(experiment.training, folder)
+    if schedule is not None and experiment.resume and (folder.path / STRUCTURE).is_file():
+        schedule = as_begun(schedule, folder)
     with ExitStack() as stack:
         with accelerator_for(experiment.training, folder.logs) as accelerator:
             _require_rounding(experiment.training, accelerator.num_processes)
             is_first: bool = accelerator.is_main_process
             done = folder.metrics if experiment.resume else None
-            if done is not None:
+            if done is not None and not goes_on(experiment.training, folder):
                 if is_first:
-                    folder.tidy()
+                    folder.remove_leftovers()
                 return Metrics.from_dict(done) if is_first else None
             if is_first:
                 stack.enter_context(folder.new_run(overwrite=experiment.overwrite, resume=experiment.resume))
@@ -179,6 +177,9 @@ def _finish(
     """Fuse, export, test and measure the trained model, in the first process alone."""
     expanded = trained.model.cpu().to(memory_format=torch.contiguous_format)
     plain = plain.cpu().to(memory_format=torch.contiguous_format)
+    kept = {"epoch": trained.history.epochs[-1].epoch}
+    if experiment.training.keep == "best":
+        expanded = load(folder.path / BEST, copy_of(plain), random_state=False, progress=kept).eval()
     if trained.architecture is not None:
         folder.write_architecture(trained.architecture)
     folder.write_checkpoint(expanded)
@@ -201,11 +202,17 @@ def _finish(
     watcher.on_stage("measure")
     errors = {"fused": equivalence.max_error, "onnxruntime": exported.max_error}
     losses = [epoch.loss for epoch in trained.history.epochs if epoch.loss is not None]
-    metrics = _metrics(losses, tests, errors, forms, session, x[:1])
+    metrics = replace(
+        _metrics(losses, tests, errors, forms, session, x[:1]),
+        epoch=kept["epoch"],
+        unreadable={**data.unreadable, **trained.unreadable},
+    )
+    if len(labels) <= _MOST_CLASSES:
+        folder.write_evaluation(Evaluation.of(labels, tests["fused"]).as_dict())
     if experiment.training.qat is not None:
         metrics = replace(metrics, int8=_in_8_bits(experiment, folder, watcher, fused, data, tests["fused"], how))
     folder.write_metrics(metrics.as_dict())
-    folder.tidy()
+    folder.remove_leftovers()
     return metrics
 
 
@@ -228,12 +235,13 @@ def _in_8_bits(
     recipe, workers = experiment.training.with_rounding(), experiment.training.workers
     images = evenly(data.train, _CALIBRATION)
     calibrate = torch.stack([images[place][0] for place in range(len(images))])  # type: ignore[arg-type]
-    with _told_how_to_resume(experiment), accelerator_for(recipe) as accelerator:
+    with accelerator_for(recipe) as accelerator:
         model = rounded(fused.to(accelerator.device), calibrate.to(accelerator.device))
         watched = replace(watcher, on_epoch=lambda history: None)
         state = folder.path / INT8_STATE
         trained = train(model, data, recipe, watcher=watched, checkpoint=state, resume=True, accelerator=accelerator)
     file = export_int8(model.cpu().eval(), folder.path / INT8, calibrate[:_TEST_BATCH], **how)
+    state.unlink(missing_ok=True)
     with TemporaryDirectory() as temporary:
         afterwards = Path(temporary) / INT8
         quantize_onnx(folder.path / MODEL, afterwards, [calibrate])
@@ -266,48 +274,44 @@ def _train(
     """Train in every process; return the result, the plain model and the data."""
     with accelerator.main_process_first():  # it may download the data
         plain, first, data, reference = _prepare(experiment)
+    if data.unreadable:
+        watcher.on_notice(told(data.unreadable, "test image"))
     watcher.on_stage("expand")
     spec = _SPEC if experiment.spec is None else experiment.spec
     if schedule is None:
-        model = expand(first, spec_of(spec), preserve=experiment.weights is not None)
+        model = expand(first, spec_of(spec), preserve=experiment.weights is not None or experiment.pretrained)
     else:
         _require_sites(schedule, plain)
         model = copy_of(first)
     how = None if schedule is None else {"name": schedule.name, **asdict(schedule)}
     setup = Setup(reference, None if how else spec, how, data.preprocessing, data.classes)
-    goes_on = experiment.resume and (folder.path / STATE).is_file()
-    if goes_on and (begun := folder.setup.classes):
+    continued = experiment.resume and (folder.path / STATE).is_file()
+    longer = recipe_going_on(experiment.training, folder) if continued else None
+    if continued and (begun := folder.setup.classes):
         require_same(data, begun, experiment.data.name, str(folder.path))
 
     def on_epoch(history: History) -> None:
-        if len(history.epochs) == 1 and not goes_on:
+        if not continued and len(history.epochs) == 1:
             folder.begin(setup, to_toml(experiment.values))
+        elif longer is not None:
+            folder.go_on(longer)
         folder.write_history(history)
         watcher.on_epoch(history)
 
     watcher.on_stage("train")
-    with _told_how_to_resume(experiment):
-        trained = train(
-            model,
-            data,
-            experiment.training,
-            schedule,
-            watcher=replace(watcher, on_epoch=on_epoch),
-            plain=plain,
-            checkpoint=folder.path / STATE,
-            resume=experiment.resume,
-            accelerator=accelerator,
-        )
+    trained = train(
+        model,
+        data,
+        experiment.training,
+        schedule,
+        watcher=replace(watcher, on_epoch=on_epoch),
+        plain=plain,
+        checkpoint=folder.path / STATE,
+        best=folder.path / BEST,
+        resume=experiment.resume,
+        accelerator=accelerator,
+    )
     return trained, plain, data
-
-
-@contextmanager
-def _told_how_to_resume(experiment: Experiment) -> Iterator[None]:
-    """Add to an interruption the command that resumes the run."""
-    try:
-        yield
-    except Interrupted as error:
-        raise Interrupted(f"{error}; go on with: {_resuming(experiment)}") from error
 
 
 def _resuming(experiment: Experiment) -> str:
@@ -383,6 +387,8 @@ def _prepare(experiment: Experiment) -> tuple[nn.Module, nn.Module, DataSet, Mod
     reference = ModelReference(experiment.model.name, classes, experiment.model.options)
     torch.manual_seed(experiment.training.seed)
     plain = reference.build()
+    if experiment.pretrained and not (experiment.resume and (experiment.out / STATE).is_file()):
+        load_pretrained(plain, reference)
     first = plain if experiment.weights is None else begin_from(copy_of(plain), experiment.weights)
     return plain, first, data, reference
 
@@ -412,6 +418,9 @@ def _metrics(
         losses=losses,
         test_images=len(before.labels),
         accuracy={name: predictions.accuracy for name, predictions in tests.items()},
+        top5={
+            name: predictions.top5 or 0.0 for name, predictions in tests.items() if predictions.classes >= _MANY_CLASSES
+        },
         flips={name: before.flips(tests[name]) for name in ("fused", "onnxruntime")},
         max_error=errors,
         cost={name: Cost(count_parameters(form), count_macs(form, x), latency[name]) for name, form in forms.items()},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from repfx.change.optimizer_groups import lay_out_state
 from repfx.change.schedule import Schedule, Unchanged
 from repfx.data.dataset import DataSet, Images, every, labels_of, part_of
 from repfx.data.predictions import check_fit, logits_of, mean_log_likelihood
+from repfx.data.reading import reasons_for, told
 from repfx.data.seeds import seed_of
 from repfx.errors import Interrupted, InvalidInput, RepfxError, first_line
 from repfx.measuring.cost import count_macs_in_batch, count_parameters
@@ -34,12 +35,13 @@ from repfx.records.plain_values import flat, to_plain
 from repfx.training.engine import accelerator_for
 from repfx.training.history import Epoch, History
 from repfx.training.interruption import noticed_signals
-from repfx.training.learning_rate import share_of_rate
+from repfx.training.learning_rate import curve_of
 from repfx.training.objective.auxiliary import Auxiliary
 from repfx.training.objective.loss import loss_of, teacher_of
-from repfx.training.optimizers import make_optimizer
+from repfx.training.optimizers import RATE_SCALE, make_optimizer
 from repfx.training.process import Place
 from repfx.training.recipe import Recipe
+from repfx.training.runs.best import accuracy_of, best_of, is_over, story_of_end
 from repfx.training.supply import Supply
 
 _STEPS_BETWEEN_LOOKS = 10  # on devices other than the CPU, where a look makes the host wait
@@ -57,11 +59,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Watcher:
-    """Functions to call as the work goes on: `on_stage` before each part of it, the others during training."""
+    """Functions to call as the work goes on: `on_stage` before each part of it, `on_notice` with a sentence, the others in training."""
 
     on_stage: Callable[[str], None] = lambda stage: None
     on_step: Callable[[Step], None] = lambda step: None
     on_epoch: Callable[[History], None] = lambda history: None
+    on_notice: Callable[[str], None] = lambda sentence: None
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,13 @@ class Trained:
         model: the trained model in eval mode; the averaged one, if there is an average.
         history: the history of the run, epoch by epoch.
         architecture: the architecture that a search found; None if the schedule is no search.
+        unreadable: reasons why image files were left out of the training, by path.
     """
 
     model: nn.Module
     history: History
     architecture: Architecture | None
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
 
 def train(
@@ -88,6 +93,7 @@ def train(
     watcher: Watcher | None = None,
     plain: nn.Module | None = None,
     checkpoint: Path | None = None,
+    best: Path | None = None,
     resume: bool = False,
     accelerator: Any = None,
 ) -> Trained:
@@ -99,7 +105,9 @@ def train(
         watcher: functions that are called after each step and epoch, in the first process.
         plain: model whose cost the history holds in epoch 0, to compare with; None takes `model` as it is given.
         checkpoint: file for the state of the run, written after each epoch and when the run is interrupted.
-        resume: whether to continue from that file if it exists.
+        best: file for the model of the best epoch, as far as the recipe keeps it.
+        resume: whether to continue from `checkpoint` if it exists. A recipe with more epochs than the run had makes it longer: from there
+            on, the learning rate follows the curve over all epochs.
         accelerator: accelerator of this process, as `accelerator_for` yields it; None sets one up.
 
     Raises:
@@ -113,6 +121,7 @@ def train(
         run = _Training(model, data, recipe, schedule or Unchanged(), accelerator, watcher or Watcher(), plain or model)
         if checkpoint is not None and resume and checkpoint.is_file():
             run.load(checkpoint)
+        run.best = None if recipe.keep == "last" else best
         return run.go(checkpoint, stack.enter_context(noticed_signals()))
 
 
@@ -143,6 +152,14 @@ class _Training:
             score = partial(mean_log_likelihood, images=held_out, batch_size=size, device=device)
         self.supply = Supply(images, recipe, self.place)
         self.steps = self.supply.steps
+        self.cycle = (schedule.cycle or recipe.epochs) * self.steps
+        self.curve = curve_of(
+            recipe.rates,
+            self.cycle,
+            warm_up=None if recipe.warm_up is None else round(recipe.warm_up * self.steps),
+            steps_down=[epoch * self.steps for epoch in recipe.milestones],
+            factor=recipe.milestone_factor,
+        )
         self.mix = recipe.augmentation.of_batch(logits)
         teacher = teacher_of(recipe, logits)
         self.place.lay_out([model, *([] if teacher is None else [teacher])], self._two_images())
@@ -155,6 +172,8 @@ class _Training:
             self.auxiliary = Auxiliary(model, recipe, self.place.bring(self._two_images()), logits)
         self.average = _average(model, recipe.average) if recipe.average else None
         self.progress = _Progress()
+        self.unreadable: dict[str, str] = {}
+        self.best: Path | None = None
         before = self._cost(plain)
         self.driver = Driver(
             model,
@@ -176,7 +195,8 @@ class _Training:
         self.watcher.on_epoch(self.history)  # first, because it may clear the folder that a tracker writes into
         if self.recipe.log_with:
             self.accelerator.init_trackers("repfx", config=_loggable(self.recipe))
-        while self.progress.epoch < self.recipe.epochs:
+        patience = self.recipe.patience
+        while self.progress.epoch < self.recipe.epochs and not is_over(self.history, patience):
             for x, y in self._rest_of_epoch():
                 self._step(x, y)
                 if self._looks and self.place.agree(stopping()):
@@ -186,11 +206,13 @@ class _Training:
             self.save(checkpoint)
         if self.place.agree(stopping()):
             raise Interrupted("stopped after the last epoch")
+        if self.progress.epoch < self.recipe.epochs:
+            self.watcher.on_notice(story_of_end(self.history, patience))
         if self.recipe.drop_path:
             set_drop_path(self.model, 0.0)
         search = self.driver.search
         model = self.model if self.average is None else self.average.module
-        return Trained(model.eval(), self.history, None if search is None else search.architecture)
+        return Trained(model.eval(), self.history, None if search is None else search.architecture, self.unreadable)
 
     def _prepare(self) -> None:
         """Wrap the model and the optimizer for training; to be called again after each change of the structure."""
@@ -268,18 +290,9 @@ class _Training:
         return self.place.device.type == "cpu" or step % _STEPS_BETWEEN_LOOKS == 0 or step == self.steps
 
     def _set_rate(self, number: int) -> None:
-        recipe, steps = self.recipe, self.steps
-        cycle = (self.driver.schedule.cycle or recipe.epochs) * steps
-        share = share_of_rate(
-            number % cycle,
-            cycle,
-            shape=recipe.rates,
-            warm_up=None if recipe.warm_up is None else round(recipe.warm_up * steps),
-            steps_down=[epoch * steps for epoch in recipe.milestones],
-            factor=recipe.milestone_factor,
-        )
+        share = self.curve(number % self.cycle)
         for group in [group for each in self._optimizers for group in each.param_groups]:
-            group["lr"] = recipe.learning_rate * share
+            group["lr"] = self.recipe.learning_rate * share * group.get(RATE_SCALE, 1.0)
 
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -295,19 +308,37 @@ class _Training:
         tested = (progress.epoch + 1) % self.recipe.test_every == 0 or progress.epoch + 1 == self.recipe.epochs
         accuracy = self._accuracy(self.model) if tested else None
         average = self._accuracy(self.average.module) if tested and self.average is not None else None
+        self._keep(progress.epoch + 1, accuracy if average is None else average)
         cost, gammas = self._cost(self.model), gammas_in(self.model)
         self.supply.epoch += 1
         torch.manual_seed(seed_of(self.recipe.seed, progress.epoch))  # new branches are the same in a resumed run
         if self.driver.after_epoch():
             self._prepare()
         seconds = progress.seconds + time.perf_counter() - self._began
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
         number = progress.epoch + 1
         entry = Epoch(number, loss, accuracy, average, rate, seconds, *cost, self._last_actions(), gammas)
         self.history = History((*self.history.epochs, entry))
         self.progress = _Progress(number)
         self.watcher.on_epoch(self.history)
         self._log(entry)
+        self._tell_unreadable()
+
+    def _keep(self, epoch: int, accuracy: float | None) -> None:
+        """Write the model of this epoch into the file for the best one if its accuracy is higher than all before."""
+        before = best_of(self.history)
+        if self.best is None or not self.place.is_first or accuracy is None:
+            return
+        if before is None or accuracy > (accuracy_of(before) or 0.0):
+            model = self.model if self.average is None else self.average.module
+            save(self.best, model, random_state=False, progress={"epoch": epoch})
+
+    def _tell_unreadable(self) -> None:
+        found = self.place.gather(self.supply.unreadable)
+        new = reasons_for([path for path in found if path not in self.unreadable])
+        if new:
+            self.unreadable |= new
+            self.watcher.on_notice(told(new, "training image"))
 
     def _last_actions(self) -> tuple[Action, ...]:
         return tuple(action for epoch, action in self.driver.history if epoch == self.driver.epoch)
@@ -403,6 +434,11 @@ def _require_possible(recipe: Recipe, schedule: Schedule) -> None:
     if recipe.warm_up is not None and recipe.warm_up >= cycle:
         raise InvalidInput(
             f"warm_up is {recipe.warm_up} epochs; it must be less than the {cycle} epochs of the learning rate's cycle."
+        )
+    if schedule.closes_paths and (recipe.keep != "last" or recipe.patience):
+        asked = f"keep = {recipe.keep!r}" if recipe.keep != "last" else f"patience = {recipe.patience}"
+        raise InvalidInput(
+            f"{type(schedule).__name__} is a search, which has found something only at its end: leave {asked} out."
         )
     if recipe.compile and schedule.closes_paths:
         name = type(schedule).__name__

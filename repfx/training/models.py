@@ -1,6 +1,6 @@
 """Models by name and weights from files, as the options `--model` and `--weights` of the command line give them.
 
-A name is `torchvision:NAME`, `timm:NAME`, `package.module:callable` or `file.py:callable`. Nothing is downloaded.
+A name is `torchvision:NAME`, `timm:NAME`, `package.module:callable` or `file.py:callable`. Only `load_pretrained` downloads anything.
 """
 
 from __future__ import annotations
@@ -137,6 +137,51 @@ def load_weights(model: nn.Module, path: Path) -> None:
                 f"{str(path)!r} doesn't fit this model: {key!r} is {found} in the file and {needed} in the model."
             )
     model.load_state_dict(weights)
+
+
+def load_pretrained(model: nn.Module, reference: ModelReference) -> None:
+    """Give a model the weights that its library has for it, all but those of the last layer if its classes are others.
+
+    They come from the library's cache, or are downloaded.
+
+    Raises:
+        InvalidInput: the model isn't torchvision's or timm's, there are no weights for it, or they can't be loaded or don't fit.
+    """
+    find = {"torchvision": _torchvision_weights, "timm": _timm_weights}
+    source, _, name = reference.name.partition(":")
+    if source not in find:
+        raise InvalidInput(
+            f"there are no pretrained weights for {reference.name!r}: only models of torchvision and timm have some."
+        )
+    try:
+        weights = find[source](name, reference)
+    except Exception as error:  # whatever a download can fail with
+        raise InvalidInput(
+            f"the pretrained weights of {reference.name!r} can't be loaded: {first_line(error)}."
+        ) from error
+    own = model.state_dict()
+    fitting = {key: value for key, value in weights.items() if key in own and value.shape == own[key].shape}
+    others = {key.rpartition(".")[0] for key in own.keys() - fitting.keys()}
+    if len(others) > 1:
+        raise InvalidInput(
+            f"the pretrained weights of {reference.name!r} don't fit {len(others)} layers of the model, such as {min(others)!r}: "
+            "leave out options that change its layers."
+        )
+    model.load_state_dict({**own, **fitting})
+
+
+def _torchvision_weights(name: str, reference: ModelReference) -> Mapping[str, Tensor]:
+    from torchvision import models
+
+    found: Mapping[str, Tensor] = models.get_model_weights(name).DEFAULT.get_state_dict(progress=False)
+    return found
+
+
+def _timm_weights(name: str, reference: ModelReference) -> Mapping[str, Tensor]:
+    import timm
+
+    model: nn.Module = timm.create_model(name, pretrained=True, **reference._arguments(timm.create_model, always=True))
+    return model.state_dict()
 
 
 def _some(what: str, keys: list[str]) -> str:

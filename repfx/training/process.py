@@ -79,6 +79,14 @@ class Place:
         tensor = torch.as_tensor(value, dtype=torch.float32, device=self.device)
         return float(self.accelerator.reduce(tensor, "mean")) if self.processes > 1 else float(value)
 
+    def gather(self, own: list[str]) -> list[str]:
+        """Return the texts of all processes."""
+        if self.processes == 1:
+            return own
+        lists: list[list[str]] = [[] for _ in range(self.processes)]
+        torch.distributed.all_gather_object(lists, own)
+        return [text for each in lists for text in each]
+
     def share_buffers(self, model: nn.Module) -> None:
         """Give all processes the buffers of the first, such as BatchNorm statistics. The next step would do so anyway."""
         if self.processes > 1:

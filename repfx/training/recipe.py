@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,17 +11,20 @@ import torch
 
 from repfx.data.augmentation import Augmentation
 from repfx.errors import InvalidInput, UnknownName
-from repfx.training.learning_rate import SHAPES
+from repfx.training.learning_rate import SHAPES, TIMM
 from repfx.training.models import ModelReference
 
+OF_TIMM = ("optimizer", "rates")  # keys that take timm:NAME, too, which is looked up when the training begins
+KEPT = ("last", "best", "both")
 PRECISIONS = ("no", "bf16", "fp16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-_LEAST = {
+LEAST = {
     "epochs": 1,
     "batch_size": 2,
     "workers": 0,
     "weight_decay": 0,
     "test_every": 1,
+    "patience": 0,
     "clip": 0,
     "seed": 0,
     "milestone_factor": 0,
@@ -93,12 +96,15 @@ class Recipe:
     Args:
         epochs: passes over the training images.
         batch_size: images in a step, of all processes together.
-        optimizer: name of an optimizer class of `torch.optim`.
+        optimizer: name of an optimizer class of `torch.optim`, or `timm:` and the name of one of timm's.
         optimizer_options: arguments for the optimizer beside the learning rate and the weight decay, such as momentum.
         learning_rate: highest learning rate of the training.
+        layer_decay: factor on the learning rate of each stage, as against the next stage; a stage is a child of the model that has
+            parameters. 1 for one rate; 0.7 is usual for pretrained weights.
         weight_decay: weight decay of the optimizer.
         decay_vectors: whether biases, γ and β decay, too.
-        rates: curve by which the learning rate falls: cosine, linear or constant. It begins anew in each cycle of a schedule with cycles.
+        rates: curve by which the learning rate falls: cosine, linear or constant, or `timm:` and the name of one of timm's schedulers. It
+            begins anew in each cycle of a schedule with cycles.
         warm_up: epochs over which the learning rate rises; None for a fifth of the training, or of each cycle of a schedule with cycles.
         milestones: epochs after which the learning rate is multiplied by `milestone_factor`, each time.
         milestone_factor: factor on the learning rate after each of the milestones.
@@ -121,6 +127,9 @@ class Recipe:
         device: device to train on: cpu, cuda, cuda:1, mps, …; auto takes the accelerator if there is one, else the CPU.
         workers: number of processes that load images.
         test_every: epochs from one test to the next; the last epoch is always tested.
+        keep: epoch whose model is fused: last or best. The best has the highest accuracy on the test images, whose accuracy it therefore
+            flatters. both fuses the last, and keeps the best beside it.
+        patience: epochs without a better accuracy after which the training ends early; 0 for never.
         log_with: tracker that Accelerate knows, such as tensorboard; empty for none.
     """
 
@@ -129,6 +138,7 @@ class Recipe:
     optimizer: str = "AdamW"
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     learning_rate: float = 2e-3
+    layer_decay: float = 1.0
     weight_decay: float = 0.01
     decay_vectors: bool = True
     rates: str = "cosine"
@@ -152,16 +162,24 @@ class Recipe:
     device: str = "auto"
     workers: int = 0
     test_every: int = 1
+    keep: str = "last"
+    patience: int = 0
     log_with: str = ""
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise InvalidInput(f"{name} is {getattr(self, name)}; it must be at least {least}.")
             if getattr(self, name) > _GREATEST:
                 raise InvalidInput(f"{name} is {getattr(self, name)}; it must be at most {_GREATEST}.")
+        for name, (what, known) in choices().items():
+            value = getattr(self, name)
+            if value not in known and not (name in OF_TIMM and value.startswith(TIMM)):
+                raise UnknownName(what, value, known)
         if not 0 < self.learning_rate < math.inf:
             raise InvalidInput(f"learning_rate is {self.learning_rate}; it must be a positive number.")
+        if not 0 < self.layer_decay <= 1:
+            raise InvalidInput(f"layer_decay is {self.layer_decay}; it must be more than 0 and at most 1.")
         for name in ("label_smoothing", "average", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidInput(f"{name} is {getattr(self, name)}; it must be from 0 to less than 1.")
@@ -169,12 +187,8 @@ class Recipe:
             raise InvalidInput(
                 f"warm_up is {self.warm_up}; it must be from 0 to the {self.epochs} epochs of the training."
             )
-        if self.rates not in SHAPES:
-            raise UnknownName("shape of rates", self.rates, SHAPES)
         if self.mixed_precision == "fp16" and not torch.accelerator.is_available():
             raise InvalidInput("mixed_precision is 'fp16', which needs an accelerator; on a CPU, set 'bf16'.")
-        if self.compile_mode not in COMPILE_MODES:
-            raise UnknownName("compile_mode", self.compile_mode, COMPILE_MODES)
         if self.compile_mode != "default" and not self.compile:
             raise InvalidInput(f"compile_mode is {self.compile_mode!r}, but compile is false; set compile = true, too.")
         if self.drop_path and self.compile:
@@ -184,10 +198,6 @@ class Recipe:
         if self.auxiliary is not None and (self.compile or self.mixed_precision == "fp16"):
             wrong = "compile is true" if self.compile else "mixed_precision is 'fp16'"
             raise InvalidInput(f"{wrong}, which an auxiliary head doesn't allow: leave one of them out.")
-        if self.mixed_precision not in PRECISIONS:
-            raise UnknownName("mixed_precision", self.mixed_precision, PRECISIONS)
-        if self.optimizer not in _optimizers():
-            raise UnknownName("optimizer", self.optimizer, _optimizers())
 
     def with_rounding(self) -> Recipe:
         """Return the recipe of the epochs in which numbers are rounded to 8 bits.
@@ -211,7 +221,20 @@ class Recipe:
             qat=None,
             auxiliary=None,
             drop_path=0.0,
+            keep="last",
+            patience=0,
         )
+
+
+def choices() -> dict[str, tuple[str, Collection[str]]]:
+    """Return what each key of a recipe that is one of several names is called, and these names."""
+    return {
+        "optimizer": ("optimizer", _optimizers()),
+        "rates": ("shape of rates", SHAPES),
+        "mixed_precision": ("mixed_precision", PRECISIONS),
+        "compile_mode": ("compile_mode", COMPILE_MODES),
+        "keep": ("choice of what to keep", KEPT),
+    }
 
 
 def _optimizers() -> dict[str, type[torch.optim.Optimizer]]:

@@ -16,6 +16,7 @@ from repfx.training.trust import Trust, require_trusted
 SHIPPED = Path(__file__).parents[1] / "recipes"
 _PATHS = (
     "weights",
+    "baseline",
     "spec",
     "data.name",
     "model.name",
@@ -52,12 +53,7 @@ def is_file(source: str | Path) -> bool:
 
 def parse_recipe(source: str | Path) -> dict[str, Any]:
     """Return the values of a recipe, as `read_recipe` does, whatever code it names."""
-    path = Path(source)
-    if not is_file(source):
-        known = known_recipes()
-        if str(source) not in known:
-            raise UnknownName("recipe (a name, or a file that ends in .toml)", str(source), known)
-        path = known[str(source)]
+    path = _path_of(source)
     toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
         values: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
@@ -68,6 +64,20 @@ def parse_recipe(source: str | Path) -> dict[str, Any]:
         raise InvalidInput(f"{str(path)!r} is no TOML: {first_line(error)}.") from error
     _start_from(path.parent, values, _PATHS)
     return values
+
+
+def text_of(source: str | Path) -> str:
+    """Return the text of a recipe's file."""
+    return _path_of(source).read_text(encoding="utf-8")
+
+
+def _path_of(source: str | Path) -> Path:
+    if is_file(source):
+        return Path(source)
+    known = known_recipes()
+    if str(source) not in known:
+        raise UnknownName("recipe (a name, or a file that ends in .toml)", str(source), known)
+    return known[str(source)]
 
 
 def from_root(values: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +128,11 @@ def _start_from(folder: Path, values: dict[str, Any], keys: tuple[str, ...]) -> 
         for name in outer:
             table = table.get(name) if isinstance(table, dict) else None
         value = table.get(last) if isinstance(table, dict) else None
-        if isinstance(value, str) and value not in ("", "digits") and (key != "spec" or value.endswith(".json")):
+        if (
+            isinstance(value, str)
+            and value not in ("", "digits", "plain")
+            and (key != "spec" or value.endswith(".json"))
+        ):
             path, separator, name = value.rpartition(":") if ".py:" in value else (value, "", "")
             if (folder / path).exists():
                 table[last] = f"{folder / path}{separator}{name}"

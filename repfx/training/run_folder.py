@@ -32,12 +32,16 @@ CHECKPOINT, STRUCTURE, MODEL, METRICS = "checkpoint.safetensors", "structure.jso
 ARCHITECTURE, HEAT_MAP = "architecture.json", "architecture.png"
 RECIPE, HISTORY, STATE, REPORT = "recipe.toml", "history.json", "state.safetensors", "report.html"
 INT8, INT8_STATE = "model.int8.onnx", "state.int8.safetensors"
+BASELINE = "baseline"  # the folder of the plain model's run, inside this one's
+BEST, EVALUATION = "best.safetensors", "evaluation.json"
 _FILES = (
     METRICS,
+    EVALUATION,
     STATE,
     INT8_STATE,
     STRUCTURE,
     CHECKPOINT,
+    BEST,
     MODEL,
     INT8,
     ARCHITECTURE,
@@ -125,13 +129,23 @@ def spec_of(text: Any) -> SpecLike:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder with the files of a run."""
+    """A folder with the files of a run.
+
+    Args:
+        checkpoint: name of the file whose weights the run's model has.
+    """
 
     path: Path
+    checkpoint: str = CHECKPOINT
+
+    @classmethod
+    def at(cls, path: Path) -> RunFolder:
+        """Return the folder at a path, or the folder of a checkpoint of a run, whose model then has the weights of this checkpoint."""
+        return cls(path.parent, path.name) if path.name in (CHECKPOINT, BEST) and path.is_file() else cls(path)
 
     @contextmanager
     def new_run(self, *, overwrite: bool, resume: bool) -> Iterator[RunFolder]:
-        """Make the folder; when the context ends, remove it again if it is new and empty.
+        """Make the folder for a run. If the run fails before it has saved anything, remove its files, and the folder if it is new.
 
         Raises:
             InvalidInput: a run is there already and neither `overwrite` nor `resume` is set.
@@ -148,6 +162,12 @@ class RunFolder:
                 pass  # fail now, not after the training, if the folder can't be written
             self.remove_leftovers()
             yield self
+        except BaseException:
+            if (overwrite or not there) and not any(
+                (self.path / name).exists() for name in (METRICS, STATE, CHECKPOINT)
+            ):
+                self.clear()
+            raise
         finally:
             _remove_empty(new)
 
@@ -162,6 +182,10 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         self.remove_leftovers()
         shutil.rmtree(self.logs, ignore_errors=True)
+        baseline = RunFolder(self.path / BASELINE)
+        if baseline.path.is_dir():
+            baseline.clear()
+            _remove_empty([baseline.path])
 
     def remove_leftovers(self) -> None:
         """Remove what a run that was killed while it wrote a file has left of it."""
@@ -181,6 +205,11 @@ class RunFolder:
         self.write(RECIPE, lambda path: _write_text(path, recipe))
         self.write(STRUCTURE, lambda path: _write_text(path, setup.to_json() + "\n"))
 
+    def go_on(self, recipe: str) -> None:
+        """Let a run go on with another recipe. It is no longer finished."""
+        (self.path / METRICS).unlink(missing_ok=True)
+        self.write(RECIPE, lambda path: _write_text(path, recipe))
+
     def write_history(self, history: History) -> None:
         """Write the epochs so far."""
         self.write(HISTORY, lambda path: _write_text(path, history.to_json()))
@@ -188,12 +217,6 @@ class RunFolder:
     def write_checkpoint(self, model: nn.Module) -> None:
         """Write the training form at the end of the run."""
         save(self.path / CHECKPOINT, model, random_state=False)
-
-    def tidy(self) -> None:
-        """Remove what only an unfinished run needs."""
-        for name in (STATE, INT8_STATE):
-            (self.path / name).unlink(missing_ok=True)
-        self.remove_leftovers()
 
     def write_architecture(self, architecture: Architecture) -> None:
         """Write the architecture that a search found, as JSON and as a picture."""
@@ -210,6 +233,19 @@ class RunFolder:
         """Write all numbers of the run. This file is the last one."""
         self.write(METRICS, lambda path: _write_text(path, json.dumps(metrics, indent=2) + "\n"))
 
+    def write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
+        """Write how the fused model does on the test images of each class."""
+        self.write(EVALUATION, lambda path: _write_text(path, json.dumps(evaluation) + "\n"))
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """How the fused model does on the test images of each class; None if there is no such file.
+
+        Raises:
+            InvalidInput: `repfx train` didn't write the file.
+        """
+        return self._json(EVALUATION)
+
     @property
     def metrics(self) -> dict[str, Any] | None:
         """All numbers of the run; None until it is finished.
@@ -217,15 +253,19 @@ class RunFolder:
         Raises:
             InvalidInput: `repfx train` didn't write the file.
         """
-        path = self.path / METRICS
+        return self._json(METRICS)
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
         if not path.is_file():
             return None
+        wrong = InvalidInput(f"{str(path)!r} holds no {Path(name).stem} that `repfx train` wrote.")
         try:
             found = parse_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise InvalidInput(f"{str(path)!r} holds no metrics that `repfx train` wrote.") from error
+            raise wrong from error
         if not isinstance(found, dict):
-            raise InvalidInput(f"{str(path)!r} holds no metrics that `repfx train` wrote.")
+            raise wrong
         return found
 
     @property
@@ -270,11 +310,11 @@ class RunFolder:
             OSError: a file is missing.
         """
         setup = self.setup
-        if not (self.path / CHECKPOINT).is_file():
+        if not (self.path / self.checkpoint).is_file():
             raise self.unfinished()
         require_trusted({"model": asdict(setup.model)}, repr(str(self.path / STRUCTURE)), trust)
         model = setup.model.build()
-        return load(self.path / CHECKPOINT, model, random_state=False).eval()
+        return load(self.path / self.checkpoint, model, random_state=False).eval()
 
 
 def begin_from(plain: nn.Module, weights: Path) -> nn.Module:

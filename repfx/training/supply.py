@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from repfx.data.augmentation import AugmentedImages
 from repfx.data.batches import Batches
 from repfx.data.dataset import Images
+from repfx.data.reading import files_in
 from repfx.training.process import Place
 from repfx.training.recipe import Recipe
 
@@ -37,6 +38,12 @@ class Supply:
             worker_init_fn=_leave_interrupts_to_the_parent,
             pin_memory=self._pinned,
         )
+
+    @property
+    def unreadable(self) -> list[str]:
+        """The paths of the image files that this process was to read so far and couldn't."""
+        files = files_in(self.images)
+        return [] if files is None else files.unreadable
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.loader(self.epoch))

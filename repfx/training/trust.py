@@ -22,7 +22,11 @@ Trust: TypeAlias = bool | Collection[str]
 
 OWN_NETS = "repfx.recipes.nets"
 _LIBRARIES = ("torchvision", "timm")
-_READS_FILES = "checkpoint_path"  # an option of timm's, whose older versions unpickle that file
+_READS_FILES = {
+    "checkpoint_path",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+}  # options of timm's, whose older versions unpickle a file
 _LONGEST = 300
 
 
@@ -46,7 +50,7 @@ class Call:
         source, _, name = self.name.rpartition(":")
         if source == OWN_NETS:
             return getattr(vars(import_source(OWN_NETS)).get(name), "__module__", OWN_NETS) == OWN_NETS
-        return not source or (source in _LIBRARIES and not self.options.get(_READS_FILES))
+        return not source or (source in _LIBRARIES and not any(map(self.options.get, _READS_FILES)))
 
     @property
     def is_harmless(self) -> bool:

@@ -32,6 +32,7 @@ from repfx.training.recipe_file import shipped_recipes
 from repfx.training.run_folder import (
     ARCHITECTURE,
     CHECKPOINT,
+    EVALUATION,
     HEAT_MAP,
     HISTORY,
     METRICS,
@@ -62,7 +63,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_train_leaves_its_files_and_nothing_else(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == {CHECKPOINT, STRUCTURE, MODEL, METRICS, RECIPE, HISTORY}
+    assert {path.name for path in finished.iterdir()} == {
+        CHECKPOINT,
+        STRUCTURE,
+        MODEL,
+        METRICS,
+        EVALUATION,
+        RECIPE,
+        HISTORY,
+        STATE,
+    }
 
 
 def test_train_learns_and_fusing_changes_no_prediction(finished: Path) -> None:
@@ -70,6 +80,9 @@ def test_train_learns_and_fusing_changes_no_prediction(finished: Path) -> None:
     assert metrics["accuracy"]["expanded"] > 0.8
     assert metrics["accuracy"]["fused"] == metrics["accuracy"]["expanded"] == metrics["accuracy"]["onnxruntime"]
     assert metrics["flips"] == {"fused": 0, "onnxruntime": 0}
+    assert 1 > metrics["top5"]["fused"] == metrics["top5"]["onnxruntime"] > metrics["accuracy"]["fused"]
+    by_class = json.loads((finished / EVALUATION).read_text())["by_class"]
+    assert sum(by_class.values()) / 10 == pytest.approx(metrics["accuracy"]["fused"], abs=0.01)
     assert metrics["losses"][1] < metrics["losses"][0]
 
 
@@ -189,8 +202,8 @@ def test_a_finished_run_is_not_run_again_and_not_changed(finished: Path, repfx_c
     outcome = repfx_command("train", "--resume", "--trust", "--out", finished, "--json")
     assert outcome.code == 0
     assert json.loads(outcome.out) == json.loads(before)
-    refused = repfx_command("train", "--resume", "--trust", "--out", finished, "--epochs", 3)
-    assert "was begun with training.epochs = 2, and now it is 3" in refused.err
+    refused = repfx_command("train", "--resume", "--trust", "--out", finished, "--epochs", 1)
+    assert "was begun with 2 epochs, and now there are 1" in refused.err
     assert (finished / METRICS).read_bytes() == before
 
 

@@ -121,7 +121,8 @@ def test_a_run_s_page_is_one_whole_file(page: Page) -> None:
 def test_the_numbers_of_a_run_s_page_are_those_of_its_files(page: Page, grown: Path) -> None:
     metrics = json.loads((grown / METRICS).read_text())
     fused = page.row("fused")
-    assert fused[1:4] == [percent(metrics["accuracy"]["fused"]), "0", f"{metrics['max_error']['fused']:.1e}"]
+    shares = [percent(metrics[name]["fused"]) for name in ("accuracy", "top5")]
+    assert fused[1:5] == [*shares, "0", f"{metrics['max_error']['fused']:.1e}"]
     assert {f"{cost['macs']:,}".replace(",", "\u202f") for cost in metrics["cost"].values()} <= set(page.titles())
     history = History.from_json((grown / HISTORY).read_text())
     assert len(history.epochs) == 4

@@ -28,7 +28,7 @@ from repfx.training.experiment import Experiment
 from repfx.training.loop import Step, Watcher
 from repfx.training.models import ModelReference
 from repfx.training.recipe import Recipe
-from repfx.training.run_folder import STATE
+from repfx.training.run_folder import METRICS, STATE
 
 NET = ModelReference("benchmarks.accuracy:small_vgg", options={"width": 2})
 TINY = {
@@ -163,7 +163,7 @@ def test_a_run_that_was_killed_resumes_from_its_own_state(
     monkeypatch.setattr(_accuracy_runs, "run", resumed)
     measure(work, ["DyRep"], [3])
     assert steps == [3, 4]  # two steps an epoch; the first epoch isn't trained again
-    assert not (work.path("DyRep", 3) / STATE).exists()
+    assert (work.path("DyRep", 3) / METRICS).is_file()
     (row,), expected = rows(work), done[1]["DyRep"]
     assert row["cpu_seconds"] > spent
     same = ("epochs", "accuracy", "training_macs", "actions", "config")

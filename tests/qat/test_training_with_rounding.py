@@ -13,11 +13,12 @@ import torch
 
 from repfx.errors import Interrupted, InvalidInput
 from repfx.onnx.metadata import Metadata
-from repfx.training.experiment import Experiment, Metrics, run
+from repfx.training.experiment import Experiment, run
 from repfx.training.loop import Step, Watcher
 from repfx.training.models import ModelReference
 from repfx.training.recipe import AuxiliaryHead, QuantizationAware, Recipe
 from repfx.training.run_folder import INT8, METRICS, MODEL, RunFolder
+from repfx.training.runs.metrics import Metrics
 from tests.recorded_run import TINY
 
 

@@ -83,6 +83,7 @@ HARMFUL: list[tuple[str, dict[str, Any]]] = [
     ("repfx.recipes.nets:OrderedDict", {}),
     ("repfx.records.python_code:import_source", {"source": "this"}),
     ("timm:repvgg_a0", {"checkpoint_path": "x.pth"}),
+    ("timm:repvgg_a0", {"pretrained_cfg_overlay": {"file": "x.pth"}}),
     ("torchvision.models:resnet18", {}),
     ("nowhere.py:net", {}),
     ("torch.nn.functional:conv2d", {}),

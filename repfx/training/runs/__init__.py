@@ -1,0 +1,4 @@
+"""What belongs to a run as a whole: its best epoch, its numbers, more epochs for it, and a run to compare it with.
+
+Begin with `best`.
+"""

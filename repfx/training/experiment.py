@@ -55,7 +55,7 @@ from repfx.training.run_folder import (
     begin_from,
     spec_of,
 )
-from repfx.training.runs.baseline import PLAIN, folder_of, require_comparable, with_baseline
+from repfx.training.runs.baseline import PLAIN, folder_of, require_comparable, require_plain_beginning, with_baseline
 from repfx.training.runs.extension import LENGTH, as_begun, goes_on, recipe_going_on, require_no_fewer
 from repfx.training.runs.metrics import Cost, Int8, Metrics
 from repfx.training.trust import calls_in
@@ -389,7 +389,11 @@ def _prepare(experiment: Experiment) -> tuple[nn.Module, nn.Module, DataSet, Mod
     plain = reference.build()
     if experiment.pretrained and not (experiment.resume and (experiment.out / STATE).is_file()):
         load_pretrained(plain, reference)
-    first = plain if experiment.weights is None else begin_from(copy_of(plain), experiment.weights)
+    first = plain
+    if experiment.weights is not None:
+        first = begin_from(copy_of(plain), experiment.weights)
+        if experiment.baseline == PLAIN:
+            require_plain_beginning(first, experiment.weights)
     return plain, first, data, reference
 
 

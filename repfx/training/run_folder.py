@@ -206,8 +206,9 @@ class RunFolder:
         self.write(STRUCTURE, lambda path: _write_text(path, setup.to_json() + "\n"))
 
     def go_on(self, recipe: str) -> None:
-        """Let a run go on with another recipe. It is no longer finished."""
-        (self.path / METRICS).unlink(missing_ok=True)
+        """Let a run go on with another recipe. It is no longer finished, and epochs with rounding begin anew."""
+        for name in (METRICS, INT8_STATE):
+            (self.path / name).unlink(missing_ok=True)
         self.write(RECIPE, lambda path: _write_text(path, recipe))
 
     def write_history(self, history: History) -> None:

@@ -17,7 +17,7 @@ from repfx.training.experiment import Experiment, run
 from repfx.training.loop import Step, Watcher
 from repfx.training.models import ModelReference
 from repfx.training.recipe import AuxiliaryHead, QuantizationAware, Recipe
-from repfx.training.run_folder import INT8, METRICS, MODEL, RunFolder
+from repfx.training.run_folder import INT8, INT8_STATE, METRICS, MODEL, RunFolder
 from repfx.training.runs.metrics import Metrics
 from tests.recorded_run import TINY
 
@@ -67,6 +67,13 @@ def test_an_interrupted_run_goes_on_to_the_same_file_in_8_bits(tmp_path: Path) -
     assert metadata[0].preprocessing == metadata[1].preprocessing
     left = {path.name for path in RunFolder(tmp_path / "broken").path.iterdir()}
     assert not [name for name in left if "state" in name]
+
+
+def test_more_epochs_after_an_interruption_of_rounding_begin_it_anew(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (tmp_path / INT8_STATE).touch()  # of the model after fewer epochs
+    folder.go_on("")
+    assert not (tmp_path / INT8_STATE).exists()
 
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

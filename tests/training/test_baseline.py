@@ -74,6 +74,19 @@ def test_the_plain_model_is_trained_alike_and_shown_beside(tmp_path: Path) -> No
     assert not (out / "baseline").exists()
 
 
+@pytest.mark.slow
+def test_a_plain_model_does_not_begin_with_branches(tmp_path: Path) -> None:
+    once = replace(asked(tmp_path).training, epochs=1)
+    begun = tmp_path / "begun"
+    run(asked(begun, training=once))
+    with pytest.raises(InvalidInput, match="have branches, and a plain model can't begin from them: give weights of a"):
+        run(asked(tmp_path / "out", training=once, weights=begun, baseline="plain"))
+    assert not (tmp_path / "out").exists()
+    run(asked(tmp_path / "tuned", training=once, weights=begun, spec=[]))
+    with pytest.raises(InvalidInput, match="isn't of a plain model: the weights that it began from have branches"):
+        run(asked(tmp_path / "out", training=once, baseline=str(tmp_path / "tuned")))
+
+
 def metrics_of(fused: float, plain: float, differing: tuple[str, ...] = ()) -> Metrics:
     accuracy = {"fused": fused, "plain": plain}
     return Metrics([], 200, accuracy, {}, {}, {}, 0.0, baseline=Baseline("plain", differing))

@@ -8,6 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from repfx.blocks.paths import outermost_blocks
 from repfx.errors import InvalidInput
 from repfx.records.number_text import percent, plural
 from repfx.records.plain_values import flat
@@ -48,10 +51,12 @@ def require_comparable(values: Mapping[str, Any], baseline: str) -> None:
     found = folder.recipe
     if found is None:
         raise InvalidInput(f"the baseline must be {PLAIN!r} or the folder of a run, and {baseline!r} holds none.")
-    if folder.metrics is None:
+    metrics = folder.metrics
+    if metrics is None:
         raise folder.unfinished()
     if found.get("spec") != [] or "schedule" in found:
         raise InvalidInput(f"the run in {baseline!r} isn't of a plain model: train one with --spec '[]'.")
+    _require_plain(Metrics.from_dict(metrics), folder)
     differing = [key for key in _differing(values, found) if key.startswith(_SAME)]
     if differing:
         theirs, ours = (flat(each).get(differing[0]) for each in (found, values))
@@ -64,9 +69,10 @@ def with_baseline(metrics: Metrics, values: Mapping[str, Any], folder: RunFolder
     """Return the metrics of a run beside those of the plain model's run in a folder.
 
     Raises:
-        InvalidInput: the two were tested on different numbers of images.
+        InvalidInput: the two were tested on different numbers of images, or the other run's model had branches.
     """
     plain = Metrics.from_dict(folder.metrics or {})
+    _require_plain(plain, folder)
     if plain.test_images != metrics.test_images:
         counts = f"{plain.test_images} images, and this one on {metrics.test_images}"
         raise InvalidInput(f"the run in {str(folder.path)!r} can't be compared: it was tested on {counts}.")
@@ -78,6 +84,23 @@ def with_baseline(metrics: Metrics, values: Mapping[str, Any], folder: RunFolder
         top5={**metrics.top5, **known},
         baseline=Baseline(str(folder.path), tuple(differing)),
     )
+
+
+def require_plain_beginning(first: nn.Module, weights: Path) -> None:
+    """Raise if the model that a run and its plain model begin from has branches, which the plain one would be trained with, too."""
+    if next(outermost_blocks(first), None) is not None:
+        raise InvalidInput(
+            f"the weights in {str(weights)!r} have branches, and a plain model can't begin from them: give weights of a plain model, "
+            "or the folder of a plain model's run as the baseline."
+        )
+
+
+def _require_plain(metrics: Metrics, folder: RunFolder) -> None:
+    """Raise if the model of a run had more parameters in training than the plain one, because its weights brought branches."""
+    if metrics.cost["expanded"].parameters > metrics.cost["plain"].parameters:
+        raise InvalidInput(
+            f"the run in {str(folder.path)!r} isn't of a plain model: the weights that it began from have branches."
+        )
 
 
 def verdict(metrics: Metrics) -> str | None:

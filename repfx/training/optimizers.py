@@ -21,15 +21,27 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> to
     """Make the recipe's optimizer of all parameters that are trained, fused into one kernel for all of them where torch can.
 
     Raises:
-        InvalidInput: the optimizer doesn't take one of `optimizer_options`.
+        InvalidInput: the optimizer doesn't take one of `optimizer_options`, or it fails in a trial step, as one does that needs a closure,
+            sparse gradients or second derivatives.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     >>> optimizer = make_optimizer(model, Recipe(optimizer="SGD", decay_vectors=False), torch.device("cpu"))
     >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
     [(1, 0.01), (3, 0.0)]
     """
-    if recipe.optimizer.startswith(TIMM):
-        return _of_timm(model, recipe)
+    make = _of_timm if recipe.optimizer.startswith(TIMM) else _of_torch
+    optimizer = make(model, recipe, device)
+    with torch.random.fork_rng(devices=[]):
+        trial = nn.Linear(2, 2, bias=False).to(device)  # a matrix, which all optimizers take
+        trial.weight.grad = torch.ones_like(trial.weight)
+        try:
+            make(nn.Sequential(trial), recipe, device).step()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidInput(f"{recipe.optimizer} fails in a trial step: {first_line(error)}.") from error
+    return optimizer
+
+
+def _of_torch(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     kind = getattr(torch.optim, recipe.optimizer)
     known = inspect.signature(kind).parameters
     options: dict[str, Any] = {"lr": recipe.learning_rate}
@@ -53,7 +65,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> to
     return optimizer
 
 
-def _of_timm(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def _of_timm(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     library, name = timm_part("optim"), recipe.optimizer.removeprefix(TIMM)
     known = library.list_optimizers()
     if name not in known:

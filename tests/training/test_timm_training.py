@@ -44,6 +44,7 @@ def test_the_steps_of_timm_are_the_recipe_s() -> None:
         ({"optimizer": "timm:lambb"}, "no optimizer of timm 'lambb'; did you mean 'lamb'?"),
         ({"optimizer": "timm:lamb", "optimizer_options": {"beta": 3}}, "timm:lamb can't be made with"),
         ({"optimizer": "timm:lamb", "optimizer_options": {"lr": 3}}, "set learning_rate instead"),
+        ({"optimizer": "timm:adahessian"}, "timm:adahessian fails in a trial step"),
         ({"rates": "timm:cosin"}, "rates = 'timm:cosin' can't be used: Unknown scheduler"),
         ({"rates": "timm:plateau"}, "rates = 'timm:plateau' can't be used"),
         ({"optimizer": "lamb"}, "no optimizer 'lamb'"),

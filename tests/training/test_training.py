@@ -395,6 +395,8 @@ def test_a_search_is_not_compiled() -> None:
         ({"optimizer": "Adamm"}, "no optimizer 'Adamm'; did you mean 'Adam'"),
         ({"optimizer_options": {"momentum": 0.9}}, "AdamW has no option momentum"),
         ({"optimizer_options": {"betas": 3}}, "AdamW can't be made"),
+        ({"optimizer": "SparseAdam"}, "SparseAdam fails in a trial step: SparseAdam does not support dense gradients"),
+        ({"optimizer": "LBFGS", "weight_decay": 0.0}, "LBFGS fails in a trial step"),
         ({"warm_up": 9.0}, "warm_up is 9.0; it must be from 0 to the 5 epochs"),
         ({"average": 1.0}, "average is 1.0"),
         ({"rates": "up"}, "no shape of rates 'up'"),

@@ -18,7 +18,7 @@ from repfx.training.evaluation import Evaluation
 from repfx.training.runs.metrics import Metrics
 
 _TITLES = {"plain": "plain", "expanded": "expanded", "fused": "fused", "onnxruntime": "in onnxruntime"}
-_INT8_TITLES = {"ptq": "8 bits, rounded", "qat": "8 bits, trained on"}
+_INT8_TITLES = {"ptq": "8 bits, rounded", "qat": "8 bits, trained"}
 
 
 def metrics_table(metrics: Metrics) -> Table:

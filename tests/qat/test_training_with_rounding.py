@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from repfx.commands.tables import metrics_table
 from repfx.errors import Interrupted, InvalidInput
 from repfx.onnx.metadata import Metadata
 from repfx.training.experiment import Experiment, run
@@ -18,7 +20,7 @@ from repfx.training.loop import Step, Watcher
 from repfx.training.models import ModelReference
 from repfx.training.recipe import AuxiliaryHead, QuantizationAware, Recipe
 from repfx.training.run_folder import INT8, INT8_STATE, METRICS, MODEL, RunFolder
-from repfx.training.runs.metrics import Metrics
+from repfx.training.runs.metrics import Cost, Int8, Metrics
 from tests.recorded_run import TINY
 
 
@@ -99,3 +101,16 @@ def test_rounding_is_trained_in_float32_at_a_small_rate() -> None:
     assert (found.epochs, found.learning_rate, found.average, found.qat) == (3, 0.05, 0.0, None)
     assert (found.mixed_precision, found.auxiliary, found.drop_path) == ("no", None, 0.0)
     assert found.seed == recipe.seed
+
+
+def test_the_table_of_a_run_with_rounding_fits_into_80_columns() -> None:
+    forms = ("plain", "expanded", "fused", "onnxruntime")
+    costs = {name: Cost(11_200_000, 92_800_000, 0.0123) for name in forms[:3]}
+    shares, flips = dict.fromkeys(forms, 0.6873), dict.fromkeys(forms, 100)
+    int8 = Int8([1.0], {"ptq": 0.25, "qat": 0.26}, {"ptq": 5, "qat": 10}, 0.0)
+    metrics = Metrics([1.0], 10000, shares, flips, {}, costs, 0.0123, top5=shares, int8=int8)
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(metrics_table(metrics))
+    assert "12.30 ms" in shown.get()
+    assert "…" not in shown.get()

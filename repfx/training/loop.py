@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -377,6 +378,7 @@ class _Training:
             seconds = self.progress.seconds + time.perf_counter() - self._began if self.progress.step else 0.0
             sum_of_losses, history = float(self.progress.sum_of_losses), self.history.to_json()
             state = asdict(self.progress) | {"seconds": seconds, "sum_of_losses": sum_of_losses, "history": history}
+            state["unreadable"] = json.dumps(self.unreadable)
             save(path, self.model, self.optimizer, self.driver, random_state=False, progress=state, **self._parts())
         self.accelerator.wait_for_everyone()
 
@@ -387,6 +389,7 @@ class _Training:
         self.place.put(self.model)
         lay_out_state(self.optimizer)
         self.history = History.from_json(state.pop("history"), path)
+        self.unreadable = json.loads(state.pop("unreadable", "{}"))
         self.progress = _Progress(**state)
         self.supply.epoch = self.progress.epoch
 

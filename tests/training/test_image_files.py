@@ -157,6 +157,16 @@ def test_a_broken_training_image_is_told_and_replaced_by_its_neighbour(workers: 
     assert np.array_equal(np.asarray(image), np.asarray(picture(0)))
 
 
+def test_a_resumed_training_knows_what_was_left_out_before(tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", 10)
+    truncate(root / "dark" / "2.png")
+    data, recipe = load_data(DataSource(str(root)), InputForm(1, size=8)), Recipe(epochs=1, batch_size=16)
+    state = tmp_path / "state.safetensors"
+    once, again = (train(net(2), data, recipe, checkpoint=state, resume=resume) for resume in (False, True))
+    assert [Path(path).name for path in once.unreadable] == ["2.png"]
+    assert again.unreadable == once.unreadable  # although it had no epoch left
+
+
 def test_a_broken_image_is_replaced_within_its_class(tmp_path: Path) -> None:
     root = folder(tmp_path, 3)
     (root / "dark" / "2.png").write_bytes(b"")  # the last one, after which come those of the other class

@@ -120,7 +120,8 @@ class Deferred:
     def mul(self, other: Any) -> Deferred:
         if isinstance(other, Deferred):
             for x, constant in ((self, other), (other, self)):
-                if constant.name == "full" and _broadcast(x.shape, constant.shape) == x.shape:
+                same = x.dtype == constant.dtype
+                if same and constant.name == "full" and _broadcast(x.shape, constant.shape) == x.shape:
                     return x if constant.options == 1 else x._with("mul", (None, constant.options))
         return self._with("mul", (None, None), other)
 
@@ -189,7 +190,7 @@ class Deferred:
         return self.reshape(self.shape[:axis] + self.shape[axis + 1 :]) if self.shape[axis] == 1 else self
 
     def permute(self, *axes: Any) -> Deferred:
-        order = _sizes(axes)
+        order = tuple(axis % self.ndim for axis in _sizes(axes))
         shape = tuple(self.shape[axis] for axis in order)
         wide = [axis for axis in order if self.shape[axis] != 1]
         if wide == sorted(wide):
@@ -207,12 +208,16 @@ class Deferred:
         return self.permute(axes)
 
     def expand(self, *shape: Any) -> Deferred:
-        return self.recording.operation("expand", None, (self,), _sizes(shape))
+        sizes = _sizes(shape)
+        shared = (1,) * (len(sizes) - self.ndim) + self.shape
+        sizes = tuple(own if size == -1 else size for size, own in zip(sizes, shared, strict=True))
+        return self.recording.operation("expand", None, (self.reshape(shared),), sizes)
 
     def diag_embed(self, offset: int = 0, *, dim1: int, dim2: int) -> Deferred:
+        dim1, dim2 = dim1 % (self.ndim + 1), dim2 % (self.ndim + 1)
         shape = list(self.shape[:-1])
         for axis in sorted((dim1, dim2)):
-            shape.insert(axis, self.shape[-1])
+            shape.insert(axis, self.shape[-1] + abs(offset))
         return self.recording.operation("diag_embed", (offset, dim1, dim2), (self,), tuple(shape))
 
     def pad(self, sides: Sequence[int], mode: str = "constant", value: float | None = None) -> Deferred:
@@ -256,5 +261,9 @@ def _einsum(equation: str, *operands: Any) -> Deferred:
     recording = next(each.recording for each in operands if isinstance(each, Deferred))
     sources = tuple(recording.input(each) if isinstance(each, Tensor) else each for each in operands)
     terms, result = equation.split("->")
-    sizes = {letter: size for term, each in zip(terms.split(","), sources) for letter, size in zip(term, each.shape)}
+    sizes: dict[str, int] = {}
+    for term, each in zip(terms.split(","), sources, strict=True):
+        for letter, size in zip(term, each.shape, strict=True):
+            if len({*term}) < len(term) or sizes.setdefault(letter, size) != size:  # a diagonal, or a broadcast
+                raise NotDeferred(f"einsum {equation} of {[each.shape for each in sources]}")
     return recording.operation("einsum", equation, sources, tuple(sizes[letter] for letter in result))

@@ -4,17 +4,20 @@ Block by block, assembling takes dozens of small operations for each block, and 
 operations that grows with the number of shapes (`repfx.algebra.program`).
 
 The kernels belong to one call of the model and are dropped at its end. A part assembles its own kernel, as it does outside of the model,
-in all cases in which it can't be sure of the one that waits for it: its parameters or modules were changed since, something keeps track
-of what its code saves for the backward pass, such as activation checkpointing, or its kernel needs more than parameters and buffers.
+in all cases in which it can't be sure of the one that waits for it: its parameters or modules were changed since, it runs on another
+stream, a CUDA graph is captured, something keeps track of what its code saves for the backward pass, such as activation checkpointing, or
+its kernel needs more than parameters, buffers and attributes that can't change unseen.
 Only a write that torch doesn't count, into the `.data` of a parameter while the model runs, isn't noticed before the next call.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
+from enum import Enum
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -77,10 +80,13 @@ class _Waiting:
     kernel: Kernel
     surface: list[object]
     versions: list[object]
+    stream: object
 
     @property
     def is_current(self) -> bool:
-        """Whether the part is as it was."""
+        """Whether the part is as it was, and its device works through one queue: another stream wouldn't wait for the kernel."""
+        if _stream(self.part.weight) != self.stream:
+            return False
         return _same(_surface(self.part.modules), self.surface) and _versions(self.part) == self.versions
 
 
@@ -95,7 +101,8 @@ class _Kernels:
 
     def take(self, owner: object) -> Kernel | None:
         """Return the kernel that waits for a part, or None if the part has to assemble its own."""
-        if torch._C._autograd._top_saved_tensors_default_hooks(False) or forward_ad._current_level >= 0:
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if hooked or forward_ad._current_level >= 0 or _is_captured():
             return None
         if self._waiting is None:
             self._with_gradients = torch.is_grad_enabled()
@@ -117,8 +124,19 @@ class _Kernels:
         found = {}
         for i, kernel in plan.kernels.items():
             made = replace(kernel, weight=next(outputs), bias=None if kernel.bias is None else next(outputs))
-            found[id(parts[i].owner)] = _Waiting(parts[i], made, surfaces[i], versions[i])
+            found[id(parts[i].owner)] = _Waiting(parts[i], made, surfaces[i], versions[i], _stream(parts[i].weight))
         return found
+
+
+def _stream(tensor: Tensor) -> object:
+    """Return the stream on which the tensor's device works now, or None for a device without streams."""
+    current = getattr(getattr(torch, tensor.device.type, None), "current_stream", None)
+    return None if current is None else current(tensor.device)
+
+
+def _is_captured() -> bool:
+    """Whether a CUDA graph is recorded, which may run when the constants of the plan are gone."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 # ---- what to compute
@@ -175,7 +193,7 @@ def _plan_of(root: nn.Module, parts: list[Part], surfaces: list[list[object]]) -
 
 def _recorded(part: Part, recording: Recording) -> Kernel | None:
     """Return the kernel of a part in deferred tensors. None if the part has to assemble its own."""
-    if any(map(is_parametrized, part.modules)):
+    if any(map(is_parametrized, part.modules)) or not _shows_all(part.modules):
         return None
     known = len(recording.tensors)
     try:
@@ -198,10 +216,11 @@ def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def _surface(modules: Sequence[nn.Module]) -> list[object]:
-    """Return all that code can read of modules: their classes, attributes, tensors, children, and what lists and dicts of theirs hold."""
+    """Return what code can read of modules: their classes, attributes, tensors, children, and what lists and dicts of theirs hold."""
     found: list[object] = []
     for module in modules:
-        values = vars(module)
+        values = vars(module).copy()
+        values.pop(PLAN, None)
         found += (module, type(module), *values.values())
         for value in values.values():
             if isinstance(value, dict):
@@ -211,12 +230,52 @@ def _surface(modules: Sequence[nn.Module]) -> list[object]:
     return found
 
 
+def _shows_all(modules: Sequence[nn.Module]) -> bool:
+    """Whether `_surface` shows any change of what the modules' own attributes hold, however deep it lies."""
+    own = [value for each in modules for name, value in vars(each).items() if name not in _OF_EVERY_MODULE]
+    held = (each for value in own for each in (value.values() if isinstance(value, dict) else _items(value)))
+    return all(map(_is_fixed, held))
+
+
+_OF_EVERY_MODULE = frozenset({*vars(nn.Module()), PLAN})
+_ATOMS = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    type(None),
+    Tensor,
+    nn.Module,
+    Enum,
+    type,
+    FunctionType,
+    torch.dtype,
+    torch.device,
+)
+
+
+def _items(value: object) -> Iterable[object]:
+    return value if isinstance(value, (list, set)) else (value,)
+
+
+def _is_fixed(value: object) -> bool:
+    """Whether nothing inside an object can be exchanged; what is a module or tensor is looked at by itself."""
+    if isinstance(value, (tuple, frozenset)):
+        return all(map(_is_fixed, value))
+    if is_dataclass(value) and type(value).__dataclass_params__.frozen:  # type: ignore[union-attr]
+        return all(map(_is_fixed, vars(value).values()))
+    return isinstance(value, _ATOMS)
+
+
 def _versions(part: Part) -> list[object]:
     """Return what changes with the numbers of a part."""
-    return [
-        (each.data_ptr(), 0 if each.is_inference() else each._version, each.requires_grad)
-        for each in _tensors(part.modules)
-    ]
+    return [(each.data_ptr(), _version(each), each.requires_grad) for each in _tensors(part.modules)]
+
+
+def _version(tensor: Tensor) -> int:
+    """Return the number of writes into a tensor. Those into tensors of inference mode aren't counted."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _same(first: list[object], second: list[object]) -> bool:
@@ -251,9 +310,10 @@ class _Computed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, program: Program, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.program, ctx.tensors, ctx.versions = program, tensors, [each._version for each in tensors]
-        ctx.graph = _graph(program, tensors)
-        trained = {index for index, each in enumerate(tensors) if each.requires_grad}
+        ctx.program, ctx.tensors, ctx.versions = program, tensors, [*map(_version, tensors)]
+        ctx.trained = [each.requires_grad for each in tensors]
+        ctx.graph = _graph(program, tensors, ctx.trained)
+        trained = {index for index, needs in enumerate(ctx.trained) if needs}
         outputs = tuple(each.detach() for each in ctx.graph[1])
         ctx.mark_non_differentiable(*(each for each, needs in zip(outputs, program.needs) if not needs & trained))
         return outputs
@@ -261,14 +321,16 @@ class _Computed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         given = {index: each for index, each in enumerate(gradients) if each is not None}
+        reached = {index for each in given for index in ctx.program.needs[each]}
+        wanted = [index for index in sorted(reached) if ctx.needs_input_grad[1 + index]]
+        if not wanted:  # code behind the model may give no gradient to any kernel
+            return None, *(None for _ in ctx.tensors)
         graph, ctx.graph = ctx.graph, None
         differentiable = torch.is_grad_enabled()
         with _in_full(ctx.tensors):
             if differentiable or graph is None:
-                _require_unchanged(ctx.tensors, ctx.versions)
-                graph = (ctx.tensors, ctx.program(ctx.tensors)) if differentiable else _graph(ctx.program, ctx.tensors)
-            reached = {index for each in given for index in ctx.program.needs[each]}
-            wanted = [index for index in sorted(reached) if ctx.needs_input_grad[1 + index]]
+                _require_unchanged([(ctx.tensors[index], ctx.versions[index]) for index in reached])
+                graph = _graph(ctx.program, ctx.tensors, ctx.trained, apart=not differentiable)
             found = torch.autograd.grad(
                 [graph[1][index] for index in given],
                 [graph[0][index] for index in wanted],
@@ -280,15 +342,25 @@ class _Computed(torch.autograd.Function):
         return None, *(by_index.get(index) for index in range(len(ctx.tensors)))
 
 
-def _graph(program: Program, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """Run a program on the same tensors in a graph of its own. Return the inputs and the outputs of the graph."""
+def _graph(
+    program: Program, tensors: Sequence[Tensor], trained: Sequence[bool], *, apart: bool = True
+) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """Run a program on the same tensors. Return its inputs and outputs.
+
+    Args:
+        trained: which tensors get gradients, whatever they require by now.
+        apart: whether to do it in a graph of its own.
+    """
     with torch.enable_grad():
-        inputs = [each.detach().requires_grad_(each.requires_grad) for each in tensors]
+        inputs = [
+            each.detach().requires_grad_(needs) if apart or each.requires_grad != needs else each
+            for each, needs in zip(tensors, trained)
+        ]
         return inputs, program(inputs)
 
 
-def _require_unchanged(tensors: Sequence[Tensor], versions: Sequence[int]) -> None:
-    if [each._version for each in tensors] != versions:
+def _require_unchanged(needed: Sequence[tuple[Tensor, int]]) -> None:
+    if any(_version(each) != version for each, version in needed):
         raise RuntimeError(
             "a parameter of a squeezed model was changed in place between its forward and its backward pass"
         )

@@ -49,6 +49,7 @@ OPERATIONS: dict[str, Function] = {
     "reshape": lambda x: x.reshape(x.shape[0], -1).reshape(1, -1, 5),
     "rows anew": lambda x: x.reshape(2, -1, *x.shape[1:]).flatten(0, 1),
     "turned": lambda x: x.transpose(1, 2),
+    "turned from behind": lambda x: x.permute(-1, 0, 1),
     "turned rows": lambda x: x.transpose(0, 1).movedim(2, 0),
     "product": lambda x: torch.einsum("goi,gij->goj", x, x.permute(0, 2, 1)),
     "product of rows": lambda x: torch.einsum("oij,kij->okj", x, x),
@@ -57,7 +58,10 @@ OPERATIONS: dict[str, Function] = {
     "part": lambda x: x[..., 1:3],
     "some rows": lambda x: x[1:],
     "diagonal": lambda x: torch.diag_embed(x, dim1=1, dim2=3),
+    "diagonal from behind": lambda x: torch.diag_embed(x, -1, dim1=-3, dim2=-1).flatten(1),
     "expand": lambda x: x[:, :1].expand(*x.shape),
+    "expand with sizes that stay": lambda x: x[:, :1].expand(-1, 7, -1).flatten(1),
+    "expand with further axes": lambda x: x.sum(2).sum(1).expand(x.shape[0], x.shape[0]),
     "constant": lambda x: x * x.new_full(x.shape, 3.0) + x * x.new_ones(x.shape[0], 1, 1),
     "constants alone": lambda x: (
         x + x.new_zeros(x.shape) + torch.diag_embed(x.new_ones(x.shape[:2]), dim1=1, dim2=2)[..., :1]
@@ -116,6 +120,8 @@ def test_only_what_is_needed_is_computed_and_constants_once() -> None:
         lambda x: torch.stack([x, x]),
         lambda x: torch.einsum("o...,om->m...", x, x),
         lambda x: x + torch.ones(3, 4),
+        lambda x: torch.einsum("oo->o", x[..., :3]),
+        lambda x: torch.einsum("om,on->omn", x, x[:1]),
     ],
 )
 def test_what_is_not_known_is_not_recorded(function: Function) -> None:
@@ -129,3 +135,5 @@ def test_another_dtype() -> None:
     like = recording.input(wide)
     (found,) = Program([narrow.to(like) * like])([wide, narrow])  # type: ignore[call-overload]
     assert torch.equal(found, narrow.double() * wide)
+    with pytest.raises(NotDeferred):
+        recording.input(narrow) * like.new_ones(2, 3)

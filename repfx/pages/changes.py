@@ -57,8 +57,23 @@ def changes_of(epoch: Epoch) -> Changes:
 
     Epoch 0 starts without branches, because its `blocks` are those after its actions.
     """
-    before = epoch.blocks if epoch.epoch else {}
-    branches = {site: [name for name in names if name != ORIGIN] for site, names in before.items()}
+    return _followed(epoch)[0]
+
+
+def structure_after(epoch: Epoch) -> dict[str, Names]:
+    """Return the names of the branches by site after an epoch's actions. Sites without branches are left out.
+
+    >>> from repfx.passes.drop import Drop
+    >>> structure_after(Epoch(3, actions=(Drop("0", "1x1"),), blocks={"0": {"origin": 1.0, "1x1": 0.1, "1xk": 0.5}}))
+    {'0': ('1xk',)}
+    """
+    after = _followed(epoch)[1] if epoch.epoch else _own_branches(epoch)
+    return {site: tuple(names) for site, names in after.items() if names}
+
+
+def _followed(epoch: Epoch) -> tuple[Changes, dict[str, list[str]]]:
+    """Follow the actions of an epoch one by one. Return what they changed, and the branches by site afterwards."""
+    branches = _own_branches(epoch) if epoch.epoch else {}
     grown: dict[str, list[str]] = {}
     dropped: dict[str, list[str]] = {}
     others: dict[str, list[str]] = {}
@@ -74,7 +89,11 @@ def changes_of(epoch: Epoch) -> Changes:
         if not isinstance(action, Drop):
             others.setdefault(action.kind, []).append(action.site)
     order = tuple(dict.fromkeys(_NAMED.get(action.kind, action.kind) for action in epoch.actions))
-    return Changes(epoch.epoch, _fixed(grown), _fixed(dropped), _fixed(others), order)
+    return Changes(epoch.epoch, _fixed(grown), _fixed(dropped), _fixed(others), order), branches
+
+
+def _own_branches(epoch: Epoch) -> dict[str, list[str]]:
+    return {site: [name for name in names if name != ORIGIN] for site, names in epoch.blocks.items()}
 
 
 def deeds(changes: Changes) -> list[Deed]:

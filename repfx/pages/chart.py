@@ -5,7 +5,7 @@ The panels stand one beneath the other. Colours and fonts come from the page: ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
@@ -13,14 +13,14 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
 from repfx.pages.changes import changes_of
-from repfx.pages.columns import columns_of
-from repfx.pages.scale import Scale, round_marks, span
+from repfx.pages.columns import Column, columns_of
+from repfx.pages.scale import Scale, Unit, round_marks, span, spread, unit_for
 from repfx.pages.strips import Sign, strips
 from repfx.training.history import Epoch
 
 WIDTHS = {"narrow": 340, "middle": 660, "wide": 1060}
 _LEFT, _RIGHT, _TITLE, _PANEL, _GAP, _STRIP, _AXIS = 68, 62, 24, 128, 22, 22, 34
-_SIGN_ROOM, _HIT_ROOM, _RULE_ROOM, _DOT_ROOM = 34, 4, 12, 9
+_SIGN_ROOM, _HIT_ROOM, _RULE_ROOM, _DOT_ROOM, _END_ROOM = 34, 2, 12, 9, 13
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Line:
     style: str = "first"
     stepped: bool = False
 
+    @property
+    def known(self) -> list[float]:
+        """The values that are known."""
+        return [value for value in self.values if value is not None]
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -47,22 +52,29 @@ class Panel:
     Args:
         title: the text above the panel.
         lines: the curves.
-        text: a function that writes a value as text.
+        units: units from small to large. The whole panel has one of them: the one that fits its greatest value.
         from_zero: whether the axis begins at 0.
         reference: name and value of a horizontal line to compare the curves with.
+        named: whether the panel has a legend of its own, if it has several curves.
     """
 
     title: str
     lines: tuple[Line, ...]
-    text: Callable[[float], str]
+    units: tuple[Unit, ...]
     from_zero: bool = True
     reference: tuple[str, float] | None = None
+    named: bool = True
 
     @property
     def values(self) -> list[float]:
         """All values that the panel shows; the reference counts only if a curve has values."""
-        found = [value for line in self.lines for value in line.values if value is not None]
+        found = [value for line in self.lines for value in line.known]
         return found + ([self.reference[1]] if self.reference and found else [])
+
+    @property
+    def unit(self) -> Unit:
+        """The unit of the axis and of all values that the panel tells."""
+        return unit_for(self.values, self.units)
 
 
 @dataclass(frozen=True)
@@ -116,19 +128,19 @@ def chart(panels: Sequence[Panel], epochs: Sequence[Epoch], label: str, size: st
 def _panel(svg: Element, frame: Frame, panel: Panel, top: float, epochs: Sequence[Epoch]) -> None:
     low, high = span(panel.values, from_zero=panel.from_zero)
     y = Scale(low, high, top + _PANEL, top + 6)
-    for mark in round_marks(low, high, 4):
-        _line(svg, "grid", _LEFT, y(mark), frame.width - _RIGHT, y(mark))
-        _text(svg, "tick end", _LEFT - 7, y(mark) + 4, panel.text(mark) if mark else "0")
+    for mark in round_marks(low / panel.unit.size, high / panel.unit.size, 4):
+        height = y(mark * panel.unit.size)
+        _line(svg, "grid", _LEFT, height, frame.width - _RIGHT, height)
+        _text(svg, "tick end", _LEFT - 7, height + 4, panel.unit.mark(mark))
     _text(svg, "title", _LEFT, top - 9, panel.title)
-    if len(panel.lines) > 1:
+    if panel.named and len(panel.lines) > 1:
         _legend(svg, frame, panel, top)
     if panel.reference is not None:
-        name, value = panel.reference
-        _line(svg, "reference", _LEFT, y(value), frame.width - _RIGHT, y(value))
-        _text(svg, "note", frame.width - _RIGHT + 6, y(value) + 4, name)
+        height = y(panel.reference[1])
+        _line(svg, "reference", _LEFT, height, frame.width - _RIGHT, height)
     for line in panel.lines:
         _curve(svg, frame, line, y, epochs)
-    _ends(svg, frame, panel, y)
+    _ends(svg, frame, panel, y, top)
 
 
 def _curve(svg: Element, frame: Frame, line: Line, y: Scale, epochs: Sequence[Epoch]) -> None:
@@ -142,23 +154,23 @@ def _curve(svg: Element, frame: Frame, line: Line, y: Scale, epochs: Sequence[Ep
     SubElement(svg, "path", {"class": f"curve {line.style}", "d": path})
     room = (frame.width - _LEFT - _RIGHT) / max(len(points) - 1, 1)
     if room >= _DOT_ROOM and not line.stepped:
-        for left, height in points:
-            SubElement(
-                svg, "circle", {"class": f"dot {line.style}", "cx": f"{left:.1f}", "cy": f"{height:.1f}", "r": "2.5"}
-            )
+        dots = "".join(f"M{left:.1f} {height:.1f}h0" for left, height in points)
+        SubElement(svg, "path", {"class": f"dots {line.style}", "d": dots})
 
 
-def _ends(svg: Element, frame: Frame, panel: Panel, y: Scale) -> None:
-    """Write the last value of each curve beside its end. Values that would overlap are moved apart."""
-    taken = [] if panel.reference is None else [y(panel.reference[1]) + 4]
-    for line in panel.lines:
-        values = [value for value in line.values if value is not None]
-        if values:
-            place = y(values[-1]) + 4
-            while any(abs(place - other) < 13 for other in taken):
-                place += 13 if place >= max(taken) else -13
-            taken.append(place)
-            _text(svg, f"last {line.style}", frame.width - _RIGHT + 6, place, panel.text(values[-1]))
+def _ends(svg: Element, frame: Frame, panel: Panel, y: Scale, top: float) -> None:
+    """Write the last value of each curve beside the panel, and the name of the reference. Texts that would overlap are moved apart."""
+    found = [
+        (f"last {line.style}", values[-1], panel.unit.text(values[-1]))
+        for line in panel.lines
+        if (values := line.known)
+    ]
+    if panel.reference is not None:
+        name, value = panel.reference
+        found.append(("note", value, name))
+    heights = spread([y(value) for _, value, _ in found], _END_ROOM, top + 6, top + _PANEL)
+    for (style, _, text), height in zip(found, heights):
+        _text(svg, style, frame.width - _RIGHT + 6, height + 4, text)
 
 
 def _legend(svg: Element, frame: Frame, panel: Panel, top: float) -> None:
@@ -193,24 +205,31 @@ def _axis(svg: Element, frame: Frame, bottom: float) -> None:
 
 
 def _hits(svg: Element, frame: Frame, panels: Sequence[Panel], epochs: Sequence[Epoch]) -> None:
-    """Add invisible columns whose tooltips give the numbers of an epoch."""
+    """Add invisible columns whose tooltips give the numbers of an epoch. Charts of many curves get wider columns."""
     room = frame.width - _LEFT - _RIGHT
-    columns = columns_of(epochs, room // _HIT_ROOM)
+    columns = columns_of(epochs, room // (_HIT_ROOM + sum(len(panel.lines) for panel in panels)))
     half = room / max(len(columns) - 1, 1) / 2
     places = {epoch.epoch: index for index, epoch in enumerate(epochs)}
     for column in columns:
+        told = [text for panel in panels for line in panel.lines if (text := _told(panel, line, column, places))]
+        if not told:
+            continue
         epoch = column.last.epoch
-        told = [
-            f"{line.name}: {panel.text(value)}"
-            for panel in panels
-            for line in panel.lines
-            if (value := line.values[places[epoch]]) is not None
-        ]
         left = max(frame.x(epoch) - half, _LEFT)
         shape = {"class": "hit", "x": f"{left:.1f}", "y": f"{frame.tops[0]:g}"}
         right = min(frame.x(epoch) + half, frame.width - _RIGHT)
         shape |= {"width": f"{max(right - left, 1):.1f}", "height": f"{frame.bottom - frame.tops[0]:g}"}
         SubElement(SubElement(svg, "rect", shape), "title").text = "\n".join([f"epoch {epoch}", *told])
+
+
+def _told(panel: Panel, line: Line, column: Column, places: Mapping[int, int]) -> str | None:
+    """Return the last value of a curve in a column, as text, with its epoch where that isn't the column's last one."""
+    for each in reversed(column.epochs):
+        value = line.values[places[each.epoch]]
+        if value is not None:
+            since = "" if each is column.last else f" (epoch {each.epoch})"
+            return f"{line.name}: {panel.unit.text(value)}{since}"
+    return None
 
 
 def _line(svg: Element, style: str, left: float, top: float, right: float, bottom: float) -> None:

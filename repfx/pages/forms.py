@@ -13,6 +13,7 @@ from repfx.measuring.cost import count_macs, count_parameters
 from repfx.pages.diagram import Count
 
 TITLES = {"plain": "plain model", "expanded": "training form", "fused": "fused", "onnxruntime": "in onnxruntime"}
+INT8_TITLES = {"ptq": "8 bits, rounded", "qat": "8 bits, trained"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,18 @@ def _forms(metrics: Mapping[str, Any]) -> dict[str, Form]:
         if any(value is not None for value in known):
             forms[name] = Form(TITLES.get(name, name), *known)
     return forms
+
+
+def int8_forms(metrics: Mapping[str, Any]) -> dict[str, Form]:
+    """Read the forms in 8 bits from the values of a run's `metrics.json`, by the names that they have there; none if it has none.
+
+    Raises:
+        InvalidInput: the values aren't those that `repfx train` writes.
+    """
+    accuracy = (metrics.get("int8") or {}).get("accuracy") or {}
+    if not all(name in INT8_TITLES and isinstance(share, (int, float)) for name, share in accuracy.items()):
+        raise InvalidInput("the metrics of the run are none that `repfx train` wrote.")
+    return {name: Form(title, accuracy[name]) for name, title in INT8_TITLES.items() if name in accuracy}
 
 
 def form_of_model(title: str, model: nn.Module, x: Tensor) -> Form:

@@ -43,19 +43,28 @@ def write_run_page(folder: RunFolder, out: str | os.PathLike[str] | None = None,
         InvalidInput: the folder holds no run, one of its files is malformed, jinja2 is missing, or the page can't be written.
         OSError: a file can't be read.
     """
-    if not any((folder.path / name).is_file() for name in (METRICS, STRUCTURE, HISTORY)):
-        raise InvalidInput(
-            f"{str(folder.path)!r} holds no training run: it has none of {METRICS}, {STRUCTURE}, {HISTORY}."
-        )
+    require_run(folder)
     target = folder.path / REPORT if out is None else Path(out)
     write_page("run.html", target, **_shown(folder, trust))
     return target
 
 
+def require_run(folder: RunFolder) -> None:
+    """Raise unless a folder holds a training run, finished or not.
+
+    Raises:
+        InvalidInput: the folder holds none.
+    """
+    if not any((folder.path / name).is_file() for name in (METRICS, STRUCTURE, HISTORY)):
+        raise InvalidInput(
+            f"{str(folder.path)!r} holds no training run: it has none of {METRICS}, {STRUCTURE}, {HISTORY}."
+        )
+
+
 def _shown(folder: RunFolder, trust: Trust) -> dict[str, Any]:
     metrics = folder.metrics
     setup = folder.setup if (folder.path / STRUCTURE).is_file() else None
-    epochs = _epochs(folder.history, metrics)
+    epochs = epochs_of(folder.history, metrics)
     changes = [change for epoch in epochs if (change := changes_of(epoch))]
     graph = _graph(folder, trust)
     forms = {} if metrics is None else forms_of_run(metrics)
@@ -84,7 +93,7 @@ def _shown(folder: RunFolder, trust: Trust) -> dict[str, Any]:
     }
 
 
-def _epochs(history: History | None, metrics: Mapping[str, Any] | None) -> tuple[Epoch, ...]:
+def epochs_of(history: History | None, metrics: Mapping[str, Any] | None) -> tuple[Epoch, ...]:
     """Return the epochs of the history; for a run without one, epochs that have only the losses from the metrics."""
     if history is not None:
         return history.epochs

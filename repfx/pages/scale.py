@@ -1,10 +1,11 @@
-"""`Scale`: a map from values to places on a page, and round numbers to mark on an axis."""
+"""`Scale`: a map from values to places on a page; `Unit`; and round numbers to mark on an axis."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,67 @@ class Scale:
         if self.low == self.high:
             return (self.start + self.end) / 2
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit in which an axis tells its values.
+
+    Args:
+        name: the text behind a number, which may be empty.
+        size: the value that is one of this unit.
+        digits: how many digits a value is told with.
+    """
+
+    name: str
+    size: float = 1.0
+    digits: int = 3
+
+    def text(self, value: float) -> str:
+        """Write a value in this unit.
+
+        >>> Unit("min", 60).text(250), Unit("%", 0.01, 4).text(0.98765)
+        ('4.17 min', '98.77 %')
+        """
+        return f"{value / self.size:.{self.digits}g} {self.name}".strip()
+
+    def mark(self, number: float) -> str:
+        """Write a round number of this unit beside an axis. Zero stands without the unit."""
+        return f"{number:.6g} {self.name}".strip() if number else "0"
+
+
+SHARES = (Unit("%", 0.01, 4),)
+NUMBERS = (Unit(""),)
+COUNTS = (Unit(""), Unit("k", 1e3), Unit("M", 1e6), Unit("G", 1e9))
+TIMES = (Unit("ms", 1e-3), Unit("s"), Unit("min", 60), Unit("h", 3600))
+
+
+def unit_for(values: Iterable[float], units: Sequence[Unit]) -> Unit:
+    """Return the largest unit that the greatest value reaches, or the smallest unit if it reaches none.
+
+    >>> unit_for([20, 250], TIMES).name, unit_for([], TIMES).name
+    ('min', 'ms')
+    """
+    most = max(map(abs, values), default=0.0)
+    return next((unit for unit in reversed(units) if unit.size <= most), units[0])
+
+
+def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Move places between `low` and `high` apart, so that they keep a gap and their order. The gap is smaller if there is no room.
+
+    >>> spread([11, 10, 40], 5, 0, 50), spread([49, 50], 5, 0, 50), spread([1, 2, 3], 5, 0, 6)
+    ([15, 10, 40], [45, 50], [1, 3.0, 5.0])
+    """
+    gap = min(gap, (high - low) / max(len(places), 1))
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    found = list(places)
+    for before, index in pairwise(order):
+        found[index] = max(found[index], found[before] + gap)
+    limit = high
+    for index in reversed(order):
+        found[index] = min(found[index], limit)
+        limit = found[index] - gap
+    return found
 
 
 def round_marks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:

@@ -30,7 +30,8 @@ class Cell:
 
     Args:
         text: the number that the square shows.
-        level: how dark the square is: a number from 0, ``none`` for a branch without γ, empty if there is nothing to show.
+        level: how far the colour of the square is from the background: a number from 0, ``none`` for a branch without γ,
+            empty if there is nothing to show.
         sign: ``+`` for grown, ``×`` for dropped, ``↻`` for both, empty for neither.
         title: everything in words, for the tooltip.
     """
@@ -101,7 +102,7 @@ def structure_map(epochs: Sequence[Epoch], order: Sequence[str] = ()) -> Structu
             names.setdefault(site, {ORIGIN: None}).update(dict.fromkeys(grown))
     most = max((len(gammas) - 1 for epoch in epochs for gammas in epoch.blocks.values()), default=1)
     return StructureMap(
-        columns, tuple(_site(site, names[site], columns, changes, most) for site in _sorted(names, order))
+        columns, tuple(_site(site, names[site], columns, changes, most) for site in sorted_sites(names, order))
     )
 
 
@@ -134,7 +135,7 @@ def _cell(site: str, name: str, column: Column, changes: Sequence[Changes]) -> C
     dropped = [change.epoch for change in changes if name in change.dropped.get(site, ())]
     sign = _SIGNS[bool(grown), bool(dropped)]
     if not seen and not sign:
-        return Cell()
+        return Cell(title=f"epoch {column}: no such branch")
     gamma = seen[-1][name] if seen else None
     told = ["" if not seen else "no γ" if gamma is None else f"mean |γ| {gamma:.3g}"]
     told += [f"dropped {when(epoch)}" for epoch in dropped] + [f"grown {when(epoch)}" for epoch in grown]
@@ -164,7 +165,7 @@ def _story(site: str, changes: Iterable[Changes]) -> str:
     return "; ".join(told) or "a block from the beginning"
 
 
-def _sorted(sites: Iterable[str], order: Sequence[str]) -> list[str]:
+def sorted_sites(sites: Iterable[str], order: Sequence[str] = ()) -> list[str]:
     """Sort sites by place, then by name with numbers compared as numbers.
 
     The place of a site is that of the outermost path in `order` that is the site itself or a module around it.

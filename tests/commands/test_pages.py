@@ -21,6 +21,7 @@ from repfx.blocks.spec import BranchSpec
 from repfx.errors import InvalidInput
 from repfx.pages.changes import changes_of, deeds
 from repfx.pages.columns import columns_of
+from repfx.pages.comparison_page import write_comparison_page
 from repfx.pages.diagram import Chip, Lane, parts_of, units_of
 from repfx.pages.model_page import write_model_page
 from repfx.pages.run_page import write_run_page
@@ -273,7 +274,7 @@ def test_where_epochs_share_a_column_no_change_is_lost() -> None:
     assert found.step == 5
     (site,) = found.sites
     (branch,) = [row for row in site.rows if row.name == "1x1"]
-    (cell,) = [cell for cell in branch.cells if cell.title]
+    (cell,) = [cell for cell in branch.cells if cell.text or cell.sign]
     assert cell.title == "epoch 6–10: mean |γ| 0.25, dropped after epoch 9, grown after epoch 7"
     assert site.story == "grew 1x1 after epoch 7; lost 1x1 after epoch 9"
     assert sum(len(column.epochs) for column in columns_of(epochs, 25)) == 101
@@ -401,6 +402,7 @@ def test_no_page_scrolls_sideways(width: int, grown: Path, tmp_path: Path) -> No
         write_run_page(RunFolder(tmp_path), trust=True),
     ]
     write_model_page(tiny.net(), tmp_path / "m.html", torch.randn(2, 1, 8, 8), name="long." * 40, spec="dyrep")
+    pages.append(write_comparison_page([grown, tmp_path], tmp_path / "comparison.html"))
     for path in (*pages, tmp_path / "m.html"):
         frame = f'<iframe width="{width}" height="800" srcdoc="{html.escape(path.read_text())}"></iframe>'
         wrapper = tmp_path / "wrapper.html"

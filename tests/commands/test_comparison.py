@@ -23,7 +23,7 @@ from repfx.training.history import Epoch, History
 from repfx.training.run_folder import HISTORY, METRICS, RECIPE, REPORT
 from tests.commands.test_page_charts import shapes
 from tests.commands.test_pages import Page, stands_alone
-from tests.recorded_run import long_history, record
+from tests.recorded_run import long_history
 
 _BLOCKS = {"0": {"origin": 1.0, "1x1": 0.5, "1xk": 0.1}, "3": {"origin": 1.0, "1x1": 0.5}}
 
@@ -220,14 +220,3 @@ def test_the_command_compares_several_runs(  # type: ignore[no-untyped-def]
     assert json.loads(outcome.out) == {"page": "page.html"}
     refused = repfx_command("report", three[0], three[0])
     assert (refused.code, refused.err.count("\n")) == (2, 1)
-
-
-@pytest.mark.slow
-def test_real_runs_are_compared(tmp_path: Path) -> None:
-    record(tmp_path / "dyrep", "dyrep", 2, interval=1, until=2, depth=1)
-    record(tmp_path / "repan", "repan", 2)
-    page = Page(write_comparison_page([tmp_path / "dyrep", tmp_path / "repan"], tmp_path / "page.html"))
-    stands_alone(page)
-    found = json.loads((tmp_path / "dyrep" / METRICS).read_text())["accuracy"]["fused"]
-    assert f"{100 * found:.2f} %" in page.words
-    assert "schedule.name" in page.words

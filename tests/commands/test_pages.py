@@ -36,7 +36,7 @@ from repfx.training.run_folder import ARCHITECTURE, CHECKPOINT, HISTORY, METRICS
 from tests import tiny
 from tests.recorded_run import long_history, record
 
-VOID = {"meta", "br", "input", "hr", "img", "link"}
+VOID = {"meta", "br", "wbr", "input", "hr", "img", "link"}
 
 
 class Page(HTMLParser):
@@ -190,6 +190,20 @@ def test_what_a_run_has_not_left_its_page_leaves_out(
     assert there - {"layer"} <= {word.strip() for word in page.words}
     assert ("1 conv" in page.text) == ("layer" in there)
     assert ("has left no trained model yet" in page.text) == ("layer" not in there)
+
+
+def test_files_of_a_real_run_are_compared(grown: Path, tmp_path: Path) -> None:
+    done, begun, other = (shutil.copytree(grown, tmp_path / name) for name in ("done", "begun", "other"))
+    (begun / METRICS).unlink()
+    (other / RECIPE).write_text((grown / RECIPE).read_text().replace("3", "7"))
+    page = Page(write_comparison_page([done, begun, other], tmp_path / "page.html"))
+    stands_alone(page)
+    accuracy = json.loads((grown / METRICS).read_text())["accuracy"]
+    rows = {row[0].split()[0]: row[1:3] for row in page.rows if " epochs" in row[0]}
+    assert rows["done"] == rows["other"] == [percent(accuracy[form]) for form in ("expanded", "fused")]
+    assert rows["begun"] == [percent(accuracy["expanded"]), "–"]
+    assert page.row("epochs") == ["epochs", "3", "3", "7"]
+    assert page.row("0, 3") == ["0, 3", "1x1", "1x1", "1x1"]
 
 
 def test_a_run_that_began_expanded_and_stays_so(tmp_path: Path) -> None:

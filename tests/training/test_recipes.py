@@ -290,6 +290,7 @@ def test_what_a_search_has_found_is_trained_anew(colours: Path, tmp_path: Path) 
     options = [f"--schedule-option={option}" for option in ("epochs=2", "warm_up=1", "generation=1", "population=4")]
     run("--recipe", "des-vgg16-cifar10", *short, "--epochs", 2, *options, "--out", tmp_path / "search")
     found = tmp_path / "search" / ARCHITECTURE
-    run("--recipe", "des-retrain-vgg16-cifar10", *short, "--epochs", 1, "--spec", found, "--out", tmp_path / "again")
+    again = ["--epochs", 1, "--spec", found, "--set", 'training.auxiliary.module="2"']
+    run("--recipe", "des-retrain-vgg16-cifar10", *short, *again, "--out", tmp_path / "again")
     first, second = (json.loads((tmp_path / run / METRICS).read_text()) for run in ("search", "again"))
     assert first["cost"]["expanded"]["macs"] == second["cost"]["expanded"]["macs"] > second["cost"]["plain"]["macs"]

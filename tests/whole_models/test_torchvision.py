@@ -42,7 +42,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 # UniRepLKNet's branches are for depthwise windows of 5 and more; none of these models has any
 FITTING = sorted(set(PRESETS) - {"dilated"})
-ALL = [(model, preset) for model in MODELS for preset in FITTING]
+# The covariance of windows of 27 taps takes minutes in float64.
+LONG = [("r3d", "dbb-tracked")]
+ALL = [
+    pytest.param(model, preset, marks=[pytest.mark.exhaustive] * ((model, preset) in LONG))
+    for model in MODELS
+    for preset in FITTING
+]
 
 
 def build(name: str) -> nn.Module:

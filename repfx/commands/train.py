@@ -310,9 +310,11 @@ def train(
     said = verdict(metrics)
     for sentence in [*metrics.notes, *([] if said is None else [said])]:
         typer.echo(sentence)
+    rounded = "" if metrics.int8 is None else ", those in 8 bits from the fused one"
     typer.echo(
-        f"Flips are predictions that differ from the model before fusing. MACs and latency are for one image. All files are in {out}."
+        f"Flips are predictions that differ from the model before fusing{rounded}. MACs and latency are for one image."
     )
+    typer.echo(f"All files are in {out}.")
 
 
 def _base(recipe: str | None, out: Path, *, resume: bool) -> dict[str, Any]:

@@ -141,7 +141,8 @@ def test_the_rates_of_layers_hold_in_training(monkeypatch: pytest.MonkeyPatch) -
         torch.optim.AdamW, "step", lambda self, *rest: seen.append([g["lr"] for g in self.param_groups])
     )
     history = train(net(2), pictures(), Recipe(epochs=1, batch_size=40, layer_decay=0.5, warm_up=0.0)).history
-    assert seen == [[pytest.approx(2e-3 * 0.5**above) for above in (4, 3, 2, 1, 0)]]
+    of_the_model = [rates for rates in seen if len(rates) > 1]  # one more step is a trial on a small matrix
+    assert of_the_model == [[pytest.approx(2e-3 * 0.5**above) for above in (4, 3, 2, 1, 0)]]
     assert history.epochs[-1].learning_rate == pytest.approx(2e-3)
 
 

@@ -144,7 +144,7 @@ def _is_captured() -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What assembles the kernels of a model, as long as its modules stay as they are.
+    """The plan by which the kernels of a model are assembled. It holds as long as the modules stay as they are.
 
     Args:
         seen: all that the plan was made from.

@@ -20,10 +20,12 @@ from repfx.records.modes import in_eval_mode
 from repfx.records.module_tree import require_module
 from repfx.records.number_text import engineering
 
+_ROWS = ("parameters", "multiply-adds", "convs", "BatchNorms", "latency")
+
 
 @dataclass(frozen=True)
 class Size:
-    """What one form of a model costs in eval mode.
+    """The cost of one form of a model in eval mode.
 
     Args:
         parameters: number of parameters, trainable or not.
@@ -38,6 +40,12 @@ class Size:
     convs: int
     batch_norms: int
     latency: Timing
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The numbers as text, in the order of the fields."""
+        counts = (engineering(self.parameters), engineering(self.macs), str(self.convs), str(self.batch_norms))
+        return (*counts, str(self.latency))
 
 
 @dataclass(frozen=True)
@@ -57,14 +65,8 @@ class Summary:
         return self.before.latency.median / self.after.latency.median
 
     def __str__(self) -> str:
-        rows = [
-            ("parameters", *(engineering(size.parameters) for size in (self.before, self.after))),
-            ("multiply-adds", *(engineering(size.macs) for size in (self.before, self.after))),
-            ("convs", *(str(size.convs) for size in (self.before, self.after))),
-            ("BatchNorms", *(str(size.batch_norms) for size in (self.before, self.after))),
-            ("latency", *(str(size.latency) for size in (self.before, self.after))),
-        ]
-        return "\n".join(f"{name:<13} {old:>10} {new:>10}" for name, old, new in (("", "before", "after"), *rows))
+        rows = zip(("", *_ROWS), ("before", *self.before.texts), ("after", *self.after.texts))
+        return "\n".join(f"{name:<13} {old:>10} {new:>10}" for name, old, new in rows)
 
 
 def summary(before: nn.Module, after: nn.Module, x: Inputs, *, rounds: int = 20) -> Summary:

@@ -1,4 +1,4 @@
-"""What a block's conv sees: the covariance of its input's windows, from which the deviation of any kernel's output follows.
+"""The covariance of the windows that a block's conv sees. The deviation of any kernel's output follows from it.
 
 Imports the wings above `blocks`. Begin with `covariance`.
 """

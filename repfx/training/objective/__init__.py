@@ -1,1 +1,1 @@
-"""What a training minimises: the loss, with a teacher or an auxiliary head if the recipe has them."""
+"""The objective of a training: the loss, with a teacher or an auxiliary head if the recipe has them."""

@@ -12,7 +12,6 @@ reads 0 at the border, where it would have to read -c.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -154,6 +153,18 @@ class _Space:
     dimensions: int | None = None
     fixed: bool = False
 
+    def divide(self, factors: Tensor) -> None:
+        """Divide each channel of the tensors by its factor, and multiply what reads the channel."""
+        for end in self.makers:
+            end.scale(1 / factors, made=True)
+        for end in self.readers:
+            end.scale(factors, made=False)
+
+    def worst(self) -> float:
+        """Return how many times larger than the median channel's the largest range is, of what the layers make and what they read."""
+        ends = self.makers + self.readers
+        return max(_unevenness(end.ranges(made=made)) for end in ends for made in (True, False))
+
 
 def _evened_out(spaces: list[_Space]) -> set[int]:
     """Move factors between the layers of each space until none moves. Return the ids of the spaces that changed."""
@@ -169,7 +180,8 @@ def _evened_out(spaces: list[_Space]) -> set[int]:
 def _even_out(space: _Space) -> bool:
     """Choose the factors that leave the least variance between the channels' ranges, over all layers, on the scale of a logarithm.
 
-    For one maker and one reader this is the paper's s = √(r₁ / r₂), up to a factor that all channels share.
+    For one maker and one reader this is the paper's s = √(r₁ / r₂), up to a factor that all channels share. The factors are taken back
+    if the worst range of these layers isn't narrower with them: powers of two are too coarse for layers that are nearly even.
     """
     made = torch.stack([end.ranges(made=True) for end in space.makers]).log2()
     read = torch.stack([end.ranges(made=False) for end in space.readers]).log2()
@@ -186,11 +198,12 @@ def _even_out(space: _Space) -> bool:
         factors[~end.unchanged_by(factors, made=False)] = 1
     if bool((factors == 1).all()):
         return False
-    for end in space.makers:
-        end.scale(1 / factors, made=True)
-    for end in space.readers:
-        end.scale(factors, made=False)
-    return True
+    before = space.worst()
+    space.divide(factors)
+    if space.worst() < before:
+        return True
+    space.divide(1 / factors)
+    return False
 
 
 def _centred(logarithms: Tensor) -> Tensor:
@@ -410,6 +423,8 @@ def _is_flattening(node: fx.Node, view: View) -> bool:
 def range_ratios(model: nn.Module) -> Iterator[tuple[str, float]]:
     """For each conv and linear layer, how many times larger its largest channel's range is than the median channel's.
 
+    Channels of zeros don't count.
+
     >>> conv = nn.Conv2d(1, 3, 1, bias=False)
     >>> conv.weight.data = torch.tensor([1.0, 2.0, 8.0]).reshape(3, 1, 1, 1)
     >>> list(range_ratios(conv))
@@ -417,6 +432,9 @@ def range_ratios(model: nn.Module) -> Iterator[tuple[str, float]]:
     """
     for path, layer in model.named_modules():
         if isinstance(getattr(layer, "weight", None), Tensor) and layer.weight.ndim > 1 and hasattr(layer, "bias"):
-            ranges = _End(path, layer).ranges(made=True)
-            middle = float(ranges.median())
-            yield path, float(ranges.max()) / middle if middle else math.inf
+            yield path, _unevenness(_End(path, layer).ranges(made=True))
+
+
+def _unevenness(ranges: Tensor) -> float:
+    some = ranges[ranges != 0]
+    return float(some.max() / some.median()) if len(some) else 1.0

@@ -161,6 +161,27 @@ def test_channels_without_weights_stay() -> None:
     assert not torch.equal(even[0].weight[3], model[0].weight[3])
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("spread", [0.0, 0.2, 0.5, 2.0])
+def test_no_range_is_wider_than_the_widest_was(seed: int, spread: float) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 10, (1, 3)), nn.ReLU(), nn.Conv2d(10, 6, 1), nn.ReLU()
+    )
+    model.append(nn.Conv2d(6, 4, 1))
+    for layer in (each for each in model if isinstance(each, nn.Conv2d)):
+        layer.weight.data *= torch.exp(spread * torch.randn(len(layer.weight), 1, 1, 1))
+    even = equalize(model)
+    assert worst_of_both_sides(even) <= worst_of_both_sides(model)
+
+
+def worst_of_both_sides(model: nn.Module) -> float:
+    """How many times larger than the median the largest weight is, of any channel that a conv makes or reads."""
+    weights = [layer.weight.detach().abs().flatten(2).amax(2) for layer in model if isinstance(layer, nn.Conv2d)]  # type: ignore[attr-defined]
+    sides = [weight.amax(axis) for weight in weights for axis in (0, 1)]
+    return max(float(side.max() / side.median()) for side in sides)
+
+
 def test_half_precision_loses_no_bit() -> None:
     model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).half()
     with torch.no_grad():

@@ -168,7 +168,7 @@ def _structure(model: nn.Module, found: Findings) -> None:
 def _numbers(model: nn.Module, found: Findings) -> None:
     """Record which convs are reached, expanded and fused, and compare every output with that of the model itself in float64."""
     inputs = fitting_inputs(model, found)
-    _settle(model, inputs)
+    settle(model, inputs)
     expected = outputs(model, inputs)
     before = fingerprint(model)
 
@@ -406,7 +406,7 @@ def _inputs(model: nn.Module) -> Iterator[Inputs]:
             yield (torch.randn(2, channels, *axes).double(),)
 
 
-def _settle(model: nn.Module, inputs: Inputs) -> None:
+def settle(model: nn.Module, inputs: Inputs) -> None:
     """Give BatchNorms the statistics of their inputs; with other statistics the signal of a deep random net vanishes or overflows.
 
     The variance is at least a hundredth of the squared mean, because a channel may see nearly the same value for two pooled images.
@@ -434,7 +434,7 @@ def _stir(model: nn.Module, inputs: Inputs) -> None:
         for tensor in (norm.weight, norm.bias):
             if tensor is not None:
                 tensor.add_(torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) * 0.4 - 0.2)
-    _settle(model, inputs)
+    settle(model, inputs)
 
 
 def fingerprint(model: nn.Module) -> list[tuple[str, ...]]:

@@ -117,6 +117,12 @@ class _End:
         """Return the largest weight of each channel that the layer makes, or reads."""
         return self.weight.abs().amax((2, 3) if made else (1, 3)).flatten().double()
 
+    def ratio(self) -> float:
+        """Return how many times larger the largest range is than the median one, of what the layer makes or of what it reads."""
+        sides = (self.ranges(made=made) for made in (True, False))
+        some = [side[side != 0] for side in sides]
+        return max((float(side.max() / side.median()) for side in some if len(side)), default=1.0)
+
     def scale(self, factors: Tensor, *, made: bool) -> None:
         """Multiply the weights of each channel that the layer makes, or reads."""
         weight = self.weight
@@ -161,9 +167,8 @@ class _Space:
             end.scale(factors, made=False)
 
     def worst(self) -> float:
-        """Return how many times larger than the median channel's the largest range is, of what the layers make and what they read."""
-        ends = self.makers + self.readers
-        return max(_unevenness(end.ranges(made=made)) for end in ends for made in (True, False))
+        """Return the largest ratio of its layers."""
+        return max(end.ratio() for end in self.makers + self.readers)
 
 
 def _evened_out(spaces: list[_Space]) -> set[int]:
@@ -421,8 +426,9 @@ def _is_flattening(node: fx.Node, view: View) -> bool:
 
 
 def range_ratios(model: nn.Module) -> Iterator[tuple[str, float]]:
-    """For each conv and linear layer, how many times larger its largest channel's range is than the median channel's.
+    """For each conv and linear layer, how many times larger the largest channel's range is than the median channel's.
 
+    The channels that the layer makes are compared with each other, and so are those that it reads. The ratio is the larger of the two.
     Channels of zeros don't count.
 
     >>> conv = nn.Conv2d(1, 3, 1, bias=False)
@@ -432,9 +438,4 @@ def range_ratios(model: nn.Module) -> Iterator[tuple[str, float]]:
     """
     for path, layer in model.named_modules():
         if isinstance(getattr(layer, "weight", None), Tensor) and layer.weight.ndim > 1 and hasattr(layer, "bias"):
-            yield path, _unevenness(_End(path, layer).ranges(made=True))
-
-
-def _unevenness(ranges: Tensor) -> float:
-    some = ranges[ranges != 0]
-    return float(some.max() / some.median()) if len(some) else 1.0
+            yield path, _End(path, layer).ratio()

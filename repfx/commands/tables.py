@@ -9,8 +9,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from repfx.algebra.layers import is_batch_norm, is_conv
-from repfx.measuring.cost import count_macs, count_parameters
+from repfx.measuring.cost import count_layers, count_macs, count_parameters
 from repfx.onnx.quantization_report import QuantizationReport
 from repfx.profiling.profile import Profile
 from repfx.records.number_text import engineering
@@ -44,8 +43,8 @@ def fusion_table(forms: Mapping[str, nn.Module], x: Tensor) -> Table:
     """Show the size of each form of a model, one row each; MACs are for one image of `x`."""
     table = _table("", "convs", "BatchNorms", "parameters", "MACs")
     for name, model in forms.items():
-        modules = list(model.modules())
-        counts = str(sum(map(is_conv, modules))), str(sum(map(is_batch_norm, modules)))
+        layers = count_layers(model)
+        counts = str(layers.convs), str(layers.norms)
         table.add_row(name, *counts, engineering(count_parameters(model)), engineering(count_macs(model, x[:1])))
     return table
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from repfx.algebra.layers import is_batch_norm, is_conv
 from repfx.measuring.in_float64 import Inputs, as_arguments
 from repfx.records.modes import in_eval_mode
 
@@ -24,6 +26,26 @@ def count_parameters(model: nn.Module) -> int:
     224
     """
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+@dataclass(frozen=True)
+class LayerCount:
+    """How many convs and BatchNorms there are."""
+
+    convs: int
+    norms: int
+
+
+def count_layers(model: nn.Module, under: str = "", without: Sequence[str] = ()) -> LayerCount:
+    """Count the convs and BatchNorms of a model: of the whole, or under the path `under` but not under the paths in `without`.
+
+    >>> count_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    LayerCount(convs=1, norms=1)
+    """
+    start, other = f"{under}." if under else "", tuple(f"{path}." for path in without)
+    found = [(f"{path}.", module) for path, module in model.named_modules()]
+    inside = [module for path, module in found if path.startswith(start) and not path.startswith(other)]
+    return LayerCount(sum(map(is_conv, inside)), sum(map(is_batch_norm, inside)))
 
 
 def count_macs(model: nn.Module, x: Inputs) -> int:

@@ -15,6 +15,7 @@ from repfx.blocks.block import ORIGIN, RepBlock
 from repfx.blocks.branch import Chain
 from repfx.blocks.cropped_conv import CroppedConv
 from repfx.blocks.stages import Pad, RowNorm, Subsample
+from repfx.measuring.cost import LayerCount, count_layers
 from repfx.passes.rules.merge_parallel import MERGE_PARALLEL
 from repfx.records.provenance import provenance_of
 
@@ -74,22 +75,6 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Count:
-    """The number of convs and of BatchNorms."""
-
-    convs: int
-    norms: int
-
-    @classmethod
-    def of(cls, model: nn.Module, under: str = "", without: Sequence[str] = ()) -> Count:
-        """Count the convs and BatchNorms of a model: of the whole, or under the path `under` but not under the paths in `without`."""
-        start, other = f"{under}." if under else "", tuple(f"{path}." for path in without)
-        found = [(f"{path}.", module) for path, module in model.named_modules()]
-        inside = [module for path, module in found if path.startswith(start) and not path.startswith(other)]
-        return cls(sum(map(is_conv, inside)), sum(map(is_batch_norm, inside)))
-
-
-@dataclass(frozen=True)
 class Group:
     """A unit, and the paths in the deployed model of all its copies."""
 
@@ -109,8 +94,8 @@ class Part:
 
     name: str
     groups: tuple[Group, ...]
-    before: Count
-    after: Count
+    before: LayerCount
+    after: LayerCount
 
     @property
     def size(self) -> int:
@@ -131,7 +116,7 @@ def parts_of(before: nn.Module, fused: nn.Module) -> tuple[Part, ...]:
         others = [
             other for other in found if other and other != name and f"{other}.".startswith(f"{name}.".lstrip("."))
         ]
-        parts.append(Part(name, groups, *(Count.of(model, name, others) for model in (before, fused))))
+        parts.append(Part(name, groups, *(count_layers(model, name, others) for model in (before, fused))))
     return tuple(parts)
 
 

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from repfx.errors import InvalidInput
-from repfx.measuring.cost import count_macs, count_parameters
-from repfx.pages.diagram import Count
+from repfx.measuring.cost import LayerCount, count_layers, count_macs, count_parameters
 
 TITLES = {"plain": "plain model", "expanded": "training form", "fused": "fused", "onnxruntime": "in onnxruntime"}
 INT8_TITLES = {"ptq": "8 bits, rounded", "qat": "8 bits, trained"}
@@ -40,7 +39,7 @@ class Form:
     parameters: int | None = None
     macs: int | None = None
     latency: float | None = None
-    count: Count | None = None
+    count: LayerCount | None = None
 
     def times(self, other: Form | None, field: str) -> float | None:
         """Return a cost as a multiple of another form's; None if either cost is unknown or 0."""
@@ -94,4 +93,4 @@ def form_of_model(title: str, model: nn.Module, x: Tensor) -> Form:
         macs = count_macs(model, x[:1])
     except Exception:  # the model's code may raise anything; another part of the page says that it can't run
         macs = None
-    return Form(title, parameters=count_parameters(model), macs=macs, count=Count.of(model))
+    return Form(title, parameters=count_parameters(model), macs=macs, count=count_layers(model))

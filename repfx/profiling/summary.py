@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from repfx.algebra.layers import is_batch_norm, is_conv
 from repfx.errors import InvalidInput, first_line
-from repfx.measuring.cost import count_macs, count_parameters, measure_times
+from repfx.measuring.cost import count_layers, count_macs, count_parameters, measure_times
 from repfx.measuring.in_float64 import Inputs, as_arguments, describe
 from repfx.profiling.timing import Timing
 from repfx.records.generators import random_state_kept
@@ -119,6 +118,5 @@ def _run(model: nn.Module, x: Inputs) -> Callable[[], Any]:
 
 
 def _size(model: nn.Module, macs: int, seconds: list[float]) -> Size:
-    modules = list(model.modules())
-    convs, norms = sum(map(is_conv, modules)), sum(map(is_batch_norm, modules))
-    return Size(count_parameters(model), macs, convs, norms, Timing(tuple(seconds)))
+    layers = count_layers(model)
+    return Size(count_parameters(model), macs, layers.convs, layers.norms, Timing(tuple(seconds)))

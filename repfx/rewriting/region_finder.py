@@ -36,6 +36,7 @@ from repfx.rewriting.view import View
 from repfx.tracing.aliases import set_aside
 from repfx.tracing.leaves import is_leaf
 from repfx.tracing.trace import Island, trace
+from repfx.tracing.tracer import OUTSIDE
 
 
 def find_forms(model: nn.Module, parts: Collection[str], held: Collection[str]) -> Iterator[SqueezedForm]:
@@ -134,6 +135,9 @@ def _refusal(root: nn.Module, island: Island) -> str | None:
         return f"{type(root).__name__} is copied or subclassed by code of its own"
     if not all(isinstance(value, _DropoutNd) for value in island.constants.values()):
         return "its code makes tensors that don't depend on the input"
+    outside = next((node.meta[OUTSIDE] for node in island.graph.nodes if OUTSIDE in node.meta), None)
+    if outside is not None:
+        return f"its code calls a {outside} that is not installed as a submodule, and it may be exchanged unseen"
     classes = {type(module) for module in root.modules()}
     foreign = [cls for cls in classes if not cls.__module__.startswith(("torch.nn.", "repfx."))]
     if any(calls(cls, _ASKS_FOR_GRADIENTS) for cls in foreign):  # type: ignore[arg-type]

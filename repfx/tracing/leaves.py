@@ -7,10 +7,19 @@ from typing import Any
 
 from torch import fx, nn
 
-from repfx.algebra.layers import code_of_its_own, has_hooks, is_batch_norm, is_conv, is_plain_sequence
+from repfx.algebra.layers import (
+    code_of_its_own,
+    has_hooks,
+    has_tensors,
+    is_batch_norm,
+    is_conv,
+    is_patched,
+    is_plain_sequence,
+)
 from repfx.algebra.meaning import torch_class
 from repfx.blocks.block import RepBlock
 from repfx.blocks.stages import RowNorm
+from repfx.reading.function_source import all_names
 from repfx.reading.source_code import asks_for_exact_class, calls, reads_attribute
 
 _AUTOCAST = frozenset(
@@ -24,6 +33,19 @@ _AUTOCAST = frozenset(
     }
 )
 CONV_FUNCTIONS = frozenset(f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3))
+
+
+def is_only_a_function(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch without tensors, parts, hooks and modes, so that only its arguments decide what it computes.
+
+    >>> is_only_a_function(nn.LeakyReLU(0.1)), is_only_a_function(nn.PReLU()), is_only_a_function(nn.Dropout())
+    (True, False, False)
+    """
+    if not type(module).__module__.startswith("torch.nn.modules.") or is_patched(module) or has_hooks(module):
+        return False
+    return (
+        not module._modules and not has_tensors(module) and "training" not in all_names(type(module).forward.__code__)
+    )
 
 
 def is_container(module: nn.Module) -> bool:

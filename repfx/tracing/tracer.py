@@ -26,12 +26,13 @@ from repfx.reading.further_arguments import only_passed_on
 from repfx.records.generators import Generators
 from repfx.tracing.counts import count_of, may_be_fewer
 from repfx.tracing.forms import GrowingForms
-from repfx.tracing.leaves import is_leaf, stays_whole
+from repfx.tracing.leaves import is_leaf, is_only_a_function, stays_whole
 from repfx.tracing.modes import Modes, modes_put_back
 from repfx.tracing.proxy import ValueProxy
 from repfx.tracing.recording import calls_recorded, functions_recorded, tensors_recorded
 from repfx.tracing.settings import Settings, changed_setting, in_mode, settings_in, settings_put_back
 
+OUTSIDE = "repfx_outside"  # key of a node's meta: the class of the module, none of the root's, whose code made the node
 DRAWS = "it draws random numbers in code"  # a failure
 _KINDS = ("_is_param", "_is_buffer")  # attributes that torch asks for when code keeps a tensor as an attribute
 _PURE_LAYERS: frozenset[type[nn.Module]] = frozenset(
@@ -136,15 +137,19 @@ class Tracer(fx.Tracer):
     def _read(self, proxies: dict[str, fx.Proxy], name: str, tensor: Any) -> Any:
         return self.getattr(name, tensor, proxies)
 
-    def _require_same_surroundings(self) -> None:
+    def _require_same_surroundings(self) -> nn.Module | None:
         """Raise an error if code has switched a mode, or if it runs inside a module that the root doesn't have.
 
-        Such a module is kept in a list, a class or a global name. The graph couldn't follow its weights and its mode.
+        Such a module is kept in a list, a class or a global name. The graph couldn't follow its weights and its mode. If it has neither,
+        as an activation hasn't, return it.
         """
         self._modes.require()
         module = _innermost_called()
-        if module is not None and module not in (self.submodule_paths or {}):
+        if module is None or module in (self.submodule_paths or {}):
+            return None
+        if not is_only_a_function(module):
             raise NameError(f"it calls a {type(module).__name__} that is not installed as a submodule")
+        return module
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -210,11 +215,13 @@ class Tracer(fx.Tracer):
 
         Raises:
             TypeError: code has switched gradients or autocast on or off since tracing began. A graph can't record that.
-            NameError: code of a module runs that isn't inside the root.
+            NameError: code of a module runs that isn't inside the root, and is more than a function.
         """
-        self._require_same_surroundings()
+        outside = self._require_same_surroundings()
         annotation = None if isinstance(type_expr, str) else type_expr
         node = super().create_node(kind, target, args, kwargs, name, annotation)
+        if outside is not None:
+            node.meta[OUTSIDE] = type(outside).__name__
         self.forms.add(node)
         return node
 

@@ -312,7 +312,7 @@ OUTSIDE: dict[str, tuple[Callable[..., Any], str]] = {
         lambda self, x: Shared.dropout(x),
         "it calls a Dropout that is not installed as a submodule",
     ),
-    "a module in a list": (lambda self, x: self.kept[0](x), "it calls a ReLU that is not installed as a submodule"),
+    "a module with a parameter": (lambda self, x: self.kept[0](x), "parameter is not a member of this module"),
     "a sequence with a child": (
         lambda self, x: self.kept[1](x),
         "it calls a Sequential that is not installed as a submodule",
@@ -337,12 +337,50 @@ def test_code_that_reaches_outside_its_modules_is_left_alone(name: str) -> None:
     function, reason = OUTSIDE[name]
     norm = nn.BatchNorm2d(4)
     model = ready(Net(lambda self, x: function(self, self.norm(self.conv(x))), conv=nn.Conv2d(4, 4, (3, 1)), norm=norm))
-    model.kept = [nn.ReLU(), nn.Sequential(norm)]
+    model.kept = [nn.PReLU(), nn.Sequential(norm)]
     state = {path: tensor.clone() for path, tensor in LIVE_NORM.state_dict().items()}
     fused = repfx.fuse(model)
     assert norms(fused) == ["norm"]
     assert reason in reasons(fused)
     assert same_state(LIVE_NORM.state_dict(), state)
+
+
+SLOPE = nn.LeakyReLU(0.3)
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "a global activation": lambda self, x: SLOPE(x),
+    "one in a list": lambda self, x: self.kept[0](x),
+    "one in a dict, in place": lambda self, x: self.kept[1]["act"](x * 1.0),
+    "a pooling made on the way": lambda self, x: nn.AvgPool2d((2, 1))(x),
+    "a sequence": lambda self, x: self.kept[2](x),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_layers_outside_that_are_only_functions_are_traced(name: str) -> None:
+    norm = nn.BatchNorm2d(4)
+    model = ready(
+        Net(lambda self, x: FUNCTIONS[name](self, self.norm(self.conv(x))), conv=nn.Conv2d(4, 4, (3, 1)), norm=norm)
+    )
+    model.kept = [nn.Hardsigmoid(), {"act": nn.ELU(0.7, inplace=True)}, nn.Sequential(nn.ReLU(), nn.Softplus(2))]
+    fused = repfx.fuse(model)
+    assert not norms(fused)
+    x = torch.randn(2, 4, 7, 5, dtype=next(model.parameters()).dtype)
+    assert torch.allclose(fused(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_squeezed_model_calls_what_its_code_calls_now() -> None:
+    model = ready(Net(lambda self, x: self.last(self.kept[0](self.first(x))), first=pair(), last=pair()))
+    model.kept = [nn.LeakyReLU(0.1)]
+    squeezed = repfx.squeeze(model)
+    assert len(repfx.report(squeezed).applied) == 2
+    squeezed.kept[0] = model.kept[0] = nn.Tanh()
+    x = torch.randn(2, 4, 7, 5, dtype=next(model.parameters()).dtype)
+    assert torch.allclose(squeezed(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def pair() -> nn.Module:
+    """Two convs that are one linear map."""
+    return nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, (3, 1)))
 
 
 def test_a_copy_that_code_makes_of_a_module_is_an_ordinary_one() -> None:

@@ -70,13 +70,14 @@ def read_border(node: fx.Node, pad: Op | None, module: nn.Module | None, constan
     return _filled(node, module) or _concatenated(node, constants) or _written_into_copies(node, constants)
 
 
-def padded_before(conv: Op, border: Border) -> Op | None:
-    """Return the conv with zeros padded around its input, or None unless it then outputs on the border what `border` holds.
+def padded_before(op: Op, border: Border) -> Op | None:
+    """Return a map with zeros padded around its input, or None unless it then outputs on the border what `border` holds.
 
-    The conv must be 1×1, of stride 1, without padding other than zeros, and not transposed.
+    It must be a 1×1 conv, or a scale and shift per channel, of stride 1, without padding other than zeros, and not transposed.
     """
     padding, like = border.padding, torch.empty((), dtype=torch.float64, device="cpu")
-    kernel = conv.meaning.build(like, conv.meaning.in_channels or 0, conv.meaning.dimensions or 0)
+    dimensions = len(padding) if op.meaning.dimensions is None else op.meaning.dimensions
+    kernel = op.meaning.build(like, op.meaning.in_channels or 0, dimensions)
     if kernel.dimensions != len(padding) or not _is_pointwise(kernel) or kernel.weight.is_meta:
         return None
     bias = kernel.weight.new_zeros(kernel.out_channels) if kernel.bias is None else kernel.bias.detach()
@@ -89,10 +90,10 @@ def padded_before(conv: Op, border: Border) -> Op | None:
         return None
 
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
-        kernel = conv.meaning.build(like, channels, dimensions)
+        kernel = op.meaning.build(like, channels, dimensions)
         return replace(kernel, padding=_sum(kernel.padding, padding))
 
-    return replace(conv, meaning=replace(conv.meaning, build=build))
+    return replace(op, meaning=replace(op.meaning, dimensions=dimensions, build=build))
 
 
 def _is_pointwise(kernel: Kernel) -> bool:

@@ -87,7 +87,7 @@ def unmutated(match: Match, view: View) -> str | None:
     node = min(inside)
     while node is not match.root.next:
         written = mutated_by(node, view.root)
-        if written is not None:
+        if written is not None and node not in match.written:
             reason = (
                 _written_inside(node, written, match, view) if node in inside else _halfway(node, written, match, view)
             )

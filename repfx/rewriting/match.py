@@ -35,6 +35,7 @@ class Match:
 
     Args:
         inner: nodes of the match that are no maps, such as the additions below the root.
+        written: nodes of the match that write in place what its maps account for, a border.
         cropped: nodes of the match that others read, too, each with the padding that was put around it. They are the root's value, cropped.
         carried: a scale and shift among the maps that stands elsewhere, before or behind `carriers`. Its place is left to its input.
         others: further matches that must be made together with this one.
@@ -45,6 +46,7 @@ class Match:
     terms: tuple[Term, ...]
     inner: tuple[fx.Node, ...] = ()
     remainder: tuple[tuple[float, fx.Node], ...] = ()
+    written: tuple[fx.Node, ...] = ()
     cropped: tuple[tuple[fx.Node, Padding], ...] = ()
     carried: fx.Node | None = None
     carriers: tuple[fx.Node, ...] = ()

@@ -14,7 +14,7 @@ from torch import fx
 
 from repfx.algebra.kernel import Kernel, NoKernel, is_symmetric
 from repfx.algebra.meaning import Kind
-from repfx.graphs.bordered_padding import padded_before, read_border
+from repfx.graphs.bordered_padding import Border, padded_before, read_border
 from repfx.graphs.functional_conv import read_functional_conv
 from repfx.graphs.operations import Op
 from repfx.graphs.sums import adds_up
@@ -78,12 +78,17 @@ class Bordered(Pattern):
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
         border = read_border(node, view.op(node), view.module(node), view.constants)
-        conv = None if border is None else view.conv_for(border.source, (node, *border.inner))
-        padded = None if border is None or conv is None else padded_before(conv, border)
-        if border is not None and conv is not None and padded is not None:
-            cropped = ((conv.node, border.padding), *border.partial)
-            yield Match(node, conv.source, (Term((padded,)),), inner=border.inner, cropped=cropped)
+        padded = None if border is None else _padded_before(node, border, "conv", view)
+        if border is not None and padded is not None:
+            cropped = ((padded.node, border.padding), *border.partial)
+            yield Match(node, padded.source, (Term((padded,)),), inner=border.inner, cropped=cropped)
         yield from (match for match in _around_conv(node, view) if _pads_alike(match))
+
+
+def _padded_before(node: fx.Node, border: Border, kind: Kind, view: View) -> Op | None:
+    """Return the map of a kind whose output has a border in `node`, with zeros padded around its input instead; None if there is none."""
+    op = view.op_for(border.source, (node, *border.inner))
+    return padded_before(op, border) if op is not None and op.meaning.kind == kind else None
 
 
 def _around_conv(node: fx.Node, view: View) -> Iterator[Match]:
@@ -125,7 +130,10 @@ def _row_up_to(node: fx.Node, kinds: Collection[Kind], view: View) -> tuple[Op, 
 
 @dataclass(frozen=True)
 class Sequence(Pattern):
-    """A linear map of one of the `first` kinds whose output enters one of the `second` kinds."""
+    """A linear map of one of the `first` kinds whose output enters one of the `second` kinds.
+
+    A scale and shift may have a border written around its output, of the values that it gives to zeros.
+    """
 
     first: frozenset[Kind]
     second: frozenset[Kind]
@@ -137,6 +145,19 @@ class Sequence(Pattern):
         first = view.op(second.source)
         if first is not None and first.meaning.kind in self.first:
             yield Match(node, first.source, (Term((first, second)),))
+        if "affine" in self.first:
+            yield from _over_a_border(second, view)
+
+
+def _over_a_border(second: Op, view: View) -> Iterator[Match]:
+    """Yield the match of a map and the scale and shift before it, around whose output a border is written."""
+    between = second.source
+    border = read_border(between, view.op(between), view.module(between), view.constants)
+    first = None if border is None else _padded_before(between, border, "affine", view)
+    if border is not None and first is not None:
+        yield Match(
+            second.node, first.source, (Term((first, second)),), inner=(between, *border.inner), written=border.inner
+        )
 
 
 @dataclass(frozen=True)

@@ -98,13 +98,13 @@ class View:
         """Return the cost of a kernel as one conv for an input of `shape`."""
         return self.cost(ConvSpec.of_kernel(kernel), shape)
 
-    def conv_for(self, node: fx.Node, readers: Collection[fx.Node]) -> Op | None:
-        """Return the node as a conv, or None. Only nodes that go with it may read its parameters besides `readers`."""
+    def op_for(self, node: fx.Node, readers: Collection[fx.Node]) -> Op | None:
+        """Return the node as a linear map, or None. Only nodes that go with it may read its parameters besides `readers`."""
         op = self.op(node)
         only_read = self._is_read(node) and self._refusal_of_module(node) is None
         if op is None and only_read and not self._is_read_outside(str(node.target), readers):
             op = read_op(node, self.root, self.constants)
-        return op if op is not None and op.meaning.kind == "conv" else None
+        return op
 
     def _is_read_outside(self, path: str, inside: Collection[fx.Node]) -> bool:
         """Whether anything but the nodes `inside` depends on the parameters of the module at a path, besides its call."""

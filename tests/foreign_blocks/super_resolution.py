@@ -1,4 +1,4 @@
-"""Blocks for super-resolution and image enhancement: RT4KSR, PlainUSR, RepSR, MobileIE."""
+"""Blocks for super-resolution and image enhancement: RT4KSR, PlainUSR, RepSR, FMEN, MobileIE."""
 
 from __future__ import annotations
 
@@ -68,6 +68,33 @@ class RepSR(nn.Module):
         return F.relu(sum(branch(x) for branch in self.branches) + x)
 
 
+SLOPE = nn.LeakyReLU(0.1)  # not installed in any module
+
+
+class HFAB(nn.Module):
+    """Attention between two convs, each behind a BatchNorm that is padded with what it returns for zeros (FMEN, NTIRE 2022)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        few = CHANNELS // 2
+        self.first, self.second, self.third = nn.BatchNorm2d(CHANNELS), nn.BatchNorm2d(few), nn.BatchNorm2d(CHANNELS)
+        self.squeeze, self.excite = nn.Conv2d(CHANNELS, few, 3), nn.Conv2d(few, CHANNELS, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        y = SLOPE(self.squeeze(self.padded(x, self.first)))
+        return torch.sigmoid(self.third(self.excite(self.padded(y, self.second)))) * x
+
+    def padded(self, y: Any, norm: Any) -> Any:
+        deviation = (norm.running_var + norm.eps).sqrt()
+        border = (norm.bias - norm.running_mean * norm.weight / deviation).view(1, -1, 1, 1)
+        y = F.pad(norm(y), (1, 1, 1, 1), "constant", 0)
+        y[:, :, 0:1, :] = border
+        y[:, :, -1:, :] = border
+        y[:, :, :, 0:1] = border
+        y[:, :, :, -1:] = border
+        return y
+
+
 class MobileIE(nn.Module):
     """Convs with four times the channels, concatenated as they are and behind a BatchNorm, then 1×1 (MobileIE, ICCV 2025)."""
 
@@ -88,4 +115,5 @@ BLOCKS: dict[str, Block] = {
     "RT4KSR": (RT4KSR, 1, 0),
     "PlainUSR": (PlainUSR, 1, 0),
     "RepSR": (RepSR, 1, 0),
+    "FMEN's attention": (HFAB, 2, 0),
 }

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import repfx
-from repfx.algebra.layers import is_conv
+from repfx.algebra.layers import is_batch_norm, is_conv
 from repfx.graphs.indexing import whole_index
 from repfx.testing import assert_equivalent
 from tests.inline_net import Net, fused_exactly, image, reasons
@@ -204,6 +204,51 @@ def test_each_spelling_of_a_border_moves_in_front(
         model.first = CONVS[dimensions](4, 6, 1, bias=False, groups=2)
     fused = fused_exactly(model, image(*SIZES[dimensions]))
     assert sum(map(is_conv, fused.modules())) == 1, reasons(fused)
+
+
+def of_norm_alone(m: Any, x: Any) -> Any:
+    norm, y = m.norm, F.leaky_relu(m.first(x), 0.2)
+    value = norm.bias - norm.running_mean * norm.weight / (norm.running_var + norm.eps).sqrt()
+    return m.spelling(norm(y), value.view(1, -1, *(1,) * m.dimensions) * m.factor, m.dimensions)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("spelling", ["strips", "strips by ellipsis", "strips by number"])
+@pytest.mark.parametrize(("factor", "left"), [(1.0, 0), (1.5, 1)])
+def test_a_norm_alone_with_a_border_is_folded_into_the_conv_behind(
+    factor: float, left: int, spelling: str, dimensions: int
+) -> None:
+    more: dict[int, dict[str, Any]] = {1: {"stride": 2}, 2: {"groups": 2}, 3: {"bias": False}}
+    model = bordered_net(lambda m, x: m.second(of_norm_alone(m, x)), spelling, dimensions, **more[dimensions])
+    model.factor = factor
+    fused = fused_exactly(model, image(*SIZES[dimensions]))
+    norms = [module for module in fused.modules() if is_batch_norm(module)]
+    assert (len(norms), sum(map(is_conv, fused.modules()))) == (left, 2), reasons(fused)
+
+
+def of_norm_read_twice(m: Any, x: Any) -> Any:
+    padded = of_norm_alone(m, x)
+    return m.second(padded) + padded.mean()
+
+
+def of_norm_read_without_its_border(m: Any, x: Any) -> Any:
+    norm, y = m.norm, F.relu(m.first(x))
+    value = norm.bias - norm.running_mean * norm.weight / (norm.running_var + norm.eps).sqrt()
+    y = norm(y)
+    return m.second(m.spelling(y, value.view(1, -1, 1, 1), 2)) + y.mean()
+
+
+def of_norm_padded_again(m: Any, x: Any) -> Any:
+    return m.second(F.pad(of_norm_alone(m, x), (1, 0, 0, 1)))
+
+
+@pytest.mark.parametrize("spelling", ["strips", "expanded"])
+@pytest.mark.parametrize("forward", [of_norm_read_twice, of_norm_read_without_its_border, of_norm_padded_again])
+def test_a_norm_with_a_border_stays_where_others_read_it(forward: Callable[[Any, Any], Any], spelling: str) -> None:
+    model = bordered_net(forward, spelling, 2)
+    model.factor = 1.0
+    fused = fused_exactly(model, image(*SIZES[2]))
+    assert sum(map(is_batch_norm, fused.modules())) == 1, reasons(fused)
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])

@@ -173,8 +173,8 @@ def expand(
         spec: a preset's name, a list of branch kinds, a `Spec`, a dict from patterns of site paths to any of these, or an
             `Architecture` that a search has found, which can be the name of its ``.json`` file.
         preserve: keep the function, in training mode too. The branches' last BatchNorms begin with γ = 0, and the kernel of a branch
-            without BatchNorm is subtracted from the site's own. With False, the branches begin as in their papers. By default the
-            function is kept, unless the spec lets a site's own conv rest (`Spec.origin`): then it can't be kept.
+            without BatchNorm is subtracted from the site's own. With False, the branches begin as in their papers, and with γ = 0 where
+            the site's own BatchNorm does, as the last one of a residual block may. By default the function is kept, unless the spec lets a site's own conv rest (`Spec.origin`): then it can't be kept.
         gamma: with `preserve`, another first γ for the branches' last BatchNorms, such as DyRep's 0.01. It is relative to the γ of the
             site's own BatchNorm, channel by channel; a site that has no BatchNorm gets one inside its block. What the branches then
             compute is subtracted from the site's own conv, and its BatchNorm gets the statistics of the rest. So `gamma` needs
@@ -371,19 +371,27 @@ def _block(model: nn.Module, plan: _Plan, attach_rate: float | None, *, quiet: b
     if norm.kind == "tracked":
         norm = replace(norm, windows=windows_of(site, conv.weight, norm.eps))
         tracked = norm.tracked(site.out_channels, site.dimensions, conv.weight, last=True)
+    inside = own_norm is not None and plan.spec.norm == "batch_norm" and not plan.spec.norm_behind
+    at_zero = inside and _begins_at_zero(own_norm)
     branches: dict[str, Branch] = {}
     for branch in plan.branches:
         built = kind_of(branch)(site, norm, conv.weight, **branch.options)
         if plan.spec.weights == "shared":
             share(built, conv)
         built.first_scale = branch.scale
-        _initialise(built, plan.spec, quiet=quiet)
+        _initialise(built, plan.spec, quiet=quiet or at_zero)
         branches[branch.name or _free_name(branch.kind, branches)] = built.train(conv.training)
     if own_norm is None or plan.spec.norm != "batch_norm":
         return RepBlock(conv, None, branches, None, attach_rate, plan.spec.origin_scale, tracked=tracked)
     if not plan.spec.norm_behind:
         return RepBlock(conv, own_norm, branches, plan.site.norm, attach_rate)
     return RepBlock(conv, _norm_like(norm, conv), branches, None, attach_rate, norm_behind=plan.site.norm)
+
+
+def _begins_at_zero(norm: Layer | None) -> bool:
+    """Whether all γ of a BatchNorm are 0, by which residual nets let a block begin as the identity."""
+    gamma: Tensor | None = None if norm is None else norm.weight
+    return gamma is not None and not gamma.is_meta and not bool(gamma.any())
 
 
 def _norm_like(norm: Norm, conv: Layer) -> nn.Module:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -397,6 +398,21 @@ def _by_form(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {form: [row for row in rows if row["form"] == form] for form in forms}
 
 
+def equalization() -> str:
+    """Write the results of `benchmarks/equalization.py`, by library."""
+    result = json.loads((RESULTS / "equalization.json").read_text(encoding="utf-8"))
+    lines = []
+    for library in ("torchvision", "timm"):
+        rows = [row for row in result["rows"] if row["name"].startswith(f"{library}/") and "left_out" not in row]
+        touched = [row for row in rows if "error" in row]
+        worst = [f"{median(row[f'worst_{when}'] for row in touched):.2f}" for when in ("before", "after")]
+        narrower = sum(row["worst_after"] < row["worst_before"] for row in touched)
+        error = max(row["error"] for row in touched)
+        lines.append((library, str(len(rows)), str(len(touched)), f"{error:.0e}", *worst, str(narrower)))
+    head = ("", "classifiers", "where factors pass", "largest error", "worst ratio before", "after", "narrower in")
+    return table(head, lines)
+
+
 def tracked() -> str:
     """Write the results of `benchmarks/tracked.py`: accuracy and cost of each method, over the seeds that all methods have."""
     parts = []
@@ -432,6 +448,7 @@ MEASUREMENTS: dict[str, Callable[[], str]] = {
     "training": training,
     "transforms": transforms,
     "quantization": quantization,
+    "equalization": equalization,
     "qat": qat,
     "qat_ranges": qat_ranges,
 }

@@ -241,6 +241,22 @@ def test_without_preserve_each_paper_s_own_beginning() -> None:
     assert torch.equal(mixed, torch.eye(3, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("attach_rate", [None, 0.0])
+def test_where_a_residual_block_begins_as_the_identity_it_does_with_branches(attach_rate: float | None) -> None:
+    model = small_net()
+    norm: Any = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    nn.init.zeros_(norm.weight)
+    expanded = repfx.expand(model, "repvgg", preserve=False, attach_rate=attach_rate)
+    blocks = {path: block for path, block in expanded.named_modules() if isinstance(block, repfx.RepBlock)}
+    first, *others = blocks.values()
+    assert all(not branch.last_gamma.any() for branch in first.branches.values())
+    assert others
+    assert all(bool((branch.last_gamma == 1).all()) for block in others for branch in block.branches.values())
+    x = batch()
+    for block in (first.train(), first.eval()):
+        assert not (block(x) - block.norm.bias.view(1, -1, 1, 1)).any()
+
+
 def test_a_dict_chooses_by_pattern_and_the_first_that_fits_counts() -> None:
     model = repfx.expand(small_net(), {"st*": "acb", "stem": "dbb", "depthwise": ["1x1", "identity"]})
     table = repfx.sites(model)

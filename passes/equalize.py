@@ -32,6 +32,7 @@ from repfx.records.modes import set_modes
 from repfx.records.notes import copy_of
 from repfx.records.report import Edit, Report
 from repfx.rewriting.input_shapes import InputShapes
+from repfx.rewriting.installation import take_back
 from repfx.rewriting.pipeline import Views, verb
 from repfx.rewriting.view import View
 from repfx.tracing.trace import trace
@@ -75,6 +76,7 @@ def equalize(model: nn.Module, *, example: Inputs | None = None) -> nn.Module:
     for island in traces.islands:
         spaces = _Spaces(views.of(island), shared).found()
         found = found or bool(spaces)
+        take_back(target.get_submodule(island.path), island)
         changed = _evened_out(spaces)
         edits += [
             Edit(

@@ -174,7 +174,8 @@ def expand(
             `Architecture` that a search has found, which can be the name of its ``.json`` file.
         preserve: keep the function, in training mode too. The branches' last BatchNorms begin with γ = 0, and the kernel of a branch
             without BatchNorm is subtracted from the site's own. With False, the branches begin as in their papers, and with γ = 0 where
-            the site's own BatchNorm does, as the last one of a residual block may. By default the function is kept, unless the spec lets a site's own conv rest (`Spec.origin`): then it can't be kept.
+            the site's own BatchNorm does, as the last one of a residual block may. By default the function is kept, unless the spec
+            lets a site's own conv rest (`Spec.origin`): then it can't be kept.
         gamma: with `preserve`, another first γ for the branches' last BatchNorms, such as DyRep's 0.01. It is relative to the γ of the
             site's own BatchNorm, channel by channel; a site that has no BatchNorm gets one inside its block. What the branches then
             compute is subtracted from the site's own conv, and its BatchNorm gets the statistics of the rest. So `gamma` needs

@@ -408,7 +408,9 @@ def equalization() -> str:
         worst = [f"{median(row[f'worst_{when}'] for row in touched):.2f}" for when in ("before", "after")]
         narrower = sum(row["worst_after"] < row["worst_before"] for row in touched)
         error = max(row["error"] for row in touched)
-        lines.append((library, str(len(rows)), str(len(touched)), f"{error:.0e}", *worst, str(narrower)))
+        lines.append(
+            (library, str(len(rows)), str(len(touched)), f"{error:.0e}" if error else "0", *worst, str(narrower))
+        )
     head = ("", "classifiers", "where factors pass", "largest error", "worst ratio before", "after", "narrower in")
     return table(head, lines)
 

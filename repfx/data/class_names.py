@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -61,7 +62,9 @@ def matched(data: DataSet, classes: Sequence[str], name: str) -> DataSet:
     unknown = [each for each in data.classes if each not in set(classes)]
     twice = [each for names in (data.classes, classes) for each, count in Counter(names).items() if count > 1]
     if unknown or twice:
-        reason = f"of unknown names: {_listed(unknown)}" if unknown else f"that share a name: {_listed(twice)}"
+        reason = (
+            f"of unknown names: {named_beside(unknown, classes)}" if unknown else f"that share a name: {_listed(twice)}"
+        )
         raise InvalidInput(
             f"{name!r} has classes {reason}. The model was trained on {len(classes)} classes: {_listed(classes)}."
         )
@@ -89,6 +92,16 @@ def require_same(data: DataSet, classes: Sequence[str], name: str, run: str) -> 
 
 def _both_ways(a: Sequence[str], b: Sequence[str]) -> tuple[tuple[Sequence[str], set[str]], ...]:
     return (a, set(b)), (b, set(a))
+
+
+def named_beside(names: Sequence[str], known: Sequence[str]) -> str:
+    """List names of which none is known, the first ones with the known name that is nearest.
+
+    >>> named_beside(["circel", "moon"], ["circle", "square"])
+    'circel (circle?), moon'
+    """
+    near = [difflib.get_close_matches(name, known, n=1) for name in names[:_SHOWN]]
+    return _listed([f"{name} ({found[0]}?)" if found else name for name, found in zip(names, near)] + [*names[_SHOWN:]])
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from repfx.data.class_names import named_beside
 from repfx.data.dataset import DataSet, DataSource, InputForm, PreparedImages, Stages, every_fifth, labels_of
 from repfx.data.reading import ImageFiles, require_whole, told
 from repfx.errors import InvalidInput, first_line
@@ -46,8 +47,13 @@ def folder(source: DataSource, form: InputForm, preprocessing: Preprocessing | N
     classes, train = _samples(path / "train", path)
     test_classes, test = _samples(test_folder, path)
     if classes != test_classes:
-        differing = sorted(set(classes) ^ set(test_classes))
-        raise InvalidInput(f"{str(path)!r} has other classes for training than for testing: {', '.join(differing)}.")
+        ways = ((path / "train", classes, test_classes), (test_folder, test_classes, classes))
+        found = [
+            f"{part.relative_to(path)!s}/ alone has {named_beside([each for each in own if each not in others], others)}"
+            for part, own, others in ways
+            if {*own} - {*others}
+        ]
+        raise InvalidInput(f"{str(path)!r} has other classes for training than for testing: {'; '.join(found)}.")
     return _checked(source, train, test, classes, prepared)
 
 
@@ -62,8 +68,11 @@ def _samples(part: Path, folder: Path) -> tuple[list[str], _Samples]:
     try:
         found = ImageFolder(str(part))
     except FileNotFoundError as error:
+        has_folders = any(each.is_dir() for each in part.iterdir())
+        found = first_line(error) if has_folders else "it has no folders of images"
         raise InvalidInput(
-            f"{str(folder)!r} is no image folder (one folder of images per class): {first_line(error)}."
+            f"{str(folder)!r} is no image folder: {found}. It needs one folder of images for each class, or such folders in train/ and "
+            f"in one of {', '.join(f'{name}/' for name in _TEST_FOLDERS)}."
         ) from error
     return found.classes, found.samples
 

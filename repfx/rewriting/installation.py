@@ -51,6 +51,13 @@ def prepare(root: nn.Module, island: Island) -> None:
     bare(root, island.graph)
 
 
+def take_back(root: nn.Module, island: Island) -> None:
+    """Undo `prepare` for a graph that isn't installed."""
+    join(root, island.graph)
+    for name in island.constants:
+        delattr(root, name)
+
+
 # ---- modules that keep their form
 
 

@@ -161,6 +161,38 @@ def test_channels_without_weights_stay() -> None:
     assert not torch.equal(even[0].weight[3], model[0].weight[3])
 
 
+class Activated(nn.Module):
+    """A net with a BatchNorm that activates, which fusing leaves, and with dropout that its code calls as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, (1, 3))
+        self.norm = timm.layers.BatchNormAct2d(3, act_layer=nn.ReLU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout(F.relu(self.first(self.norm(x) - x)), 0.3, self.training)
+        return torch.sigmoid(self.third(F.relu(self.second(y))))
+
+
+def test_nothing_but_weights_is_changed() -> None:
+    model = randomize_batch_norm(uneven(Activated().double()))
+    before = copy.deepcopy(model)
+    x = torch.randn(2, 3, 9, 7, dtype=torch.float64)
+    even = equalize(model, example=x)
+    assert outline(model) == outline(even) == outline(before)
+    assert torch.equal(model(x), before(x))
+    assert torch.equal(even(x), before(x))
+    assert changed(before, even)
+
+
+def outline(model: nn.Module) -> dict[str, tuple[type, set[str]]]:
+    """The class of each module, and the names of all that it holds."""
+    return {
+        path: (type(module), {name for name in vars(module) if not name.startswith("repfx_")})
+        for path, module in model.named_modules()
+    }
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("spread", [0.0, 0.2, 0.5, 2.0])
 def test_no_range_is_wider_than_the_widest_was(seed: int, spread: float) -> None:

@@ -59,10 +59,10 @@ def test_a_folder_that_lacks_classes_is_matched_by_name(names: tuple[str, ...], 
 
 
 def test_a_folder_with_another_class_is_refused(tmp_path: Path) -> None:
-    source = write_colours(tmp_path, "azure", *RUN, of={"azure": "blue"})
+    source = write_colours(tmp_path, "azure", "bleu", *RUN, of={"azure": "blue", "bleu": "blue"})
     with pytest.raises(
         InvalidInput,
-        match=r"has classes of unknown names: azure\. The model was trained on 3 classes: blue, green, red",
+        match=r"has classes of unknown names: azure, bleu \(blue\?\)\. The model was trained on 3 classes: blue, green, red",
     ):
         samples(ColourNet(), source, 4, shape=(3, 8, 8), classes=RUN)
 

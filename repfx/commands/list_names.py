@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from enum import Enum
 from typing import Annotated
 
@@ -27,20 +29,25 @@ class Registry(str, Enum):
     recipes = "recipes"
 
 
-@command("list", short="List branch kinds, presets, passes and recipes.")
+@command("list", short="List branch kinds, presets, passes, schedules and recipes.")
 def list_names(
     what: Annotated[Registry, typer.Argument(help="The kind of names to list.", show_default=False)],
     as_json: Json = False,
 ) -> None:
     """List the branch kinds, presets, passes, schedules or recipes, with one line about each."""
     rows = {
-        Registry.branches: [(kind, (branch.__doc__ or "").splitlines()[0]) for kind, branch in KINDS.items()],
+        Registry.branches: [(kind, _first_line(branch)) for kind, branch in KINDS.items()],
         Registry.presets: [(preset.name, preset.description) for preset in PRESETS.values()],
         Registry.passes: [(found.name, found.description) for found in PASSES.values()],
-        Registry.schedules: [(name, (found.__doc__ or "").splitlines()[0]) for name, found in SCHEDULES.items()],
+        Registry.schedules: [(name, _first_line(found)) for name, found in SCHEDULES.items()],
         Registry.recipes: [(name, description_of(path)) for name, path in known_recipes().items()],
     }[what]
     if as_json:
         print_json([{"name": name, "description": description} for name, description in rows])
     else:
-        typer.echo(listing(rows))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        typer.echo(listing(rows, width))
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").splitlines()[0].replace("``", "`")

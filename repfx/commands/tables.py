@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping
 
 from rich.box import SIMPLE_HEAD
@@ -17,6 +18,7 @@ from repfx.training.evaluation import Evaluation
 from repfx.training.runs.metrics import Metrics
 
 _TITLES = {"plain": "plain", "expanded": "expanded", "fused": "fused", "onnxruntime": "in onnxruntime"}
+_NARROWEST = 14
 _INT8_TITLES = {"ptq": "8 bits, rounded", "qat": "8 bits, trained"}
 
 
@@ -119,11 +121,28 @@ def plain_table(*columns: str) -> Table:
     return table
 
 
-def listing(rows: Iterable[tuple[str, str]]) -> str:
-    """Return names with their descriptions as text, one pair on each line."""
+def listing(rows: Iterable[tuple[str, str]], width: int | None = None) -> str:
+    """Return names with their descriptions as text, one pair on each line.
+
+    Args:
+        width: columns of the terminal, within which descriptions are wrapped beside the names; None for one line each.
+
+    >>> print(listing([("a", "short"), ("name", "a long description")], width=20))
+    a     short
+    name  a long
+          description
+    """
     rows = list(rows)
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"{name:<{width}}  {description}" for name, description in rows)
+    indent = max((len(name) for name, _ in rows), default=0) + 2
+    lines = []
+    for name, description in rows:
+        wrapped = [description] if width is None else _wrapped(description, max(width - indent, _NARROWEST))
+        lines.append(f"{name:<{indent}}" + f"\n{'':<{indent}}".join(wrapped))
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(first: str, *columns: str) -> Table:

@@ -20,6 +20,7 @@ from repfx.blocks.branch import KINDS
 from repfx.blocks.presets import PRESETS
 from repfx.change.schedule import SCHEDULES
 from repfx.cli import main
+from repfx.commands.tables import listing
 from repfx.data.dataset import DataSource, InputForm
 from repfx.data.load import load_data
 from repfx.errors import ExportError
@@ -530,6 +531,15 @@ def test_list_shows_each_name_once(what: str, names: dict[str, object], repfx_co
     rows = json.loads(repfx_command("list", what, "--json").out)
     assert [row["name"] for row in rows] == list(names)
     assert all(row["description"] for row in rows)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_list_fits_the_terminal_and_loses_no_word(width: int) -> None:
+    rows = [(preset.name, preset.description) for preset in PRESETS.values()]
+    lines = listing(rows, width).splitlines()
+    assert max(map(len, lines)) <= width < max(map(len, listing(rows).splitlines()))
+    assert " ".join(lines).split() == [word for row in rows for word in " ".join(row).split()]
+    assert {line[: len("dbb-tracked  ")].strip() for line in lines} == {"", *PRESETS}
 
 
 # --- the command itself ---------------------------------------------------------------------------------------------

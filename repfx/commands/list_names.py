@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from enum import Enum
 from typing import Annotated
 
@@ -14,7 +12,7 @@ from repfx.blocks.presets import PRESETS
 from repfx.change.schedule import SCHEDULES
 from repfx.commands.app import command
 from repfx.commands.arguments import Json, print_json
-from repfx.commands.tables import listing
+from repfx.commands.tables import listing, terminal_width
 from repfx.rewriting.rule import PASSES
 from repfx.training.recipe_file import description_of, known_recipes
 
@@ -45,8 +43,7 @@ def list_names(
     if as_json:
         print_json([{"name": name, "description": description} for name, description in rows])
     else:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        typer.echo(listing(rows, width))
+        typer.echo(listing(rows, terminal_width()))
 
 
 def _first_line(cls: type) -> str:

@@ -11,6 +11,7 @@ import typer
 from repfx.change.schedule import SCHEDULES
 from repfx.commands.app import command
 from repfx.commands.arguments import Json, print_json
+from repfx.commands.tables import terminal_width, with_wrapped_comments
 from repfx.errors import InvalidInput
 from repfx.records.plain_values import from_plain, schema_of
 from repfx.training.experiment import OF_A_CALL, Experiment
@@ -60,7 +61,7 @@ def recipe(
     if as_json:
         print_json(values)
     else:
-        typer.echo(text_of(name).rstrip())
+        typer.echo(with_wrapped_comments(text_of(name).rstrip(), terminal_width()))
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 
@@ -139,6 +142,31 @@ def listing(rows: Iterable[tuple[str, str]], width: int | None = None) -> str:
         wrapped = [description] if width is None else _wrapped(description, max(width - indent, _NARROWEST))
         lines.append(f"{name:<{indent}}" + f"\n{'':<{indent}}".join(wrapped))
     return "\n".join(lines)
+
+
+def with_wrapped_comments(text: str, width: int | None) -> str:
+    """Return TOML text in which each paragraph of comments fits the terminal, if it is as narrow as `width` columns.
+
+    >>> print(with_wrapped_comments("# a long\\n# comment\\n\\nkey = 1  # stays", 7))
+    # a
+    # long
+    # comment
+    <BLANKLINE>
+    key = 1  # stays
+    """
+
+    def fitting(paragraph: re.Match[str]) -> str:
+        lines = paragraph[0].splitlines()
+        if width is None or max(map(len, lines)) <= width:
+            return paragraph[0]
+        return "\n".join(f"# {line}" for line in _wrapped(" ".join(line[2:] for line in lines), width - 2))
+
+    return re.sub(r"^# .*(?:\n# .*)*", fitting, text, flags=re.MULTILINE)
+
+
+def terminal_width() -> int | None:
+    """Return the columns of the terminal that shows what is printed; None if a file or a program takes it."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _wrapped(text: str, width: int) -> list[str]:

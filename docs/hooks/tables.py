@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from typing import Any, get_args, get_type_hints
 
+from docs.hooks.gallery import gallery
 from docs.hooks.measurements import MEASUREMENTS, table
 
 MARK = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
@@ -115,6 +116,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "schedules": schedules,
     "recipes": recipes,
     "recipe_keys": recipe_keys,
+    "gallery": gallery,
     **{
         f"options_of_{command}": partial(options, command)
         for command in ("train", "recipe", "fuse", "predict", "evaluate", "inspect", "profile", "report")

@@ -19,7 +19,7 @@ from repfx.pages.strips import Sign, strips
 from repfx.training.history import Epoch
 
 WIDTHS = {"narrow": 340, "middle": 660, "wide": 1060}
-_LEFT, _RIGHT, _TITLE, _PANEL, _GAP, _STRIP, _AXIS = 68, 62, 24, 128, 22, 22, 34
+_LEFT, _RIGHT, _TITLE, _PANEL, _GAP, _STRIP, _AXIS = 68, 82, 24, 128, 22, 22, 34
 _SIGN_ROOM, _HIT_ROOM, _RULE_ROOM, _DOT_ROOM, _END_ROOM = 34, 2, 12, 9, 13
 
 

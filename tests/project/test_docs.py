@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import pkgutil
 import re
 import shlex
@@ -18,6 +19,7 @@ import torch
 import typer
 
 import repfx
+from docs.hooks.gallery import RECORDS
 from docs.hooks.tables import MARK, TABLES, on_page_markdown
 from repfx import passes
 from repfx.blocks.branch import KINDS
@@ -211,6 +213,13 @@ def test_the_table_of_keys_explains_all_that_a_recipe_can_hold() -> None:
 def test_every_table_that_a_page_asks_for_exists() -> None:
     asked = {mark for page in PAGES for mark in MARK.findall(page.read_text())}
     assert asked == set(TABLES)
+
+
+def test_the_gallery_has_the_record_of_each_command_that_it_shows() -> None:
+    shown = re.findall(r"^repfx train .*$", (ROOT / "docs" / "gallery.md").read_text(), re.MULTILINE)
+    records = json.loads(RECORDS.read_text())
+    assert shown == [record["command"] for record in records.values()]
+    assert [f"--out runs/{name}" for name in records] == [line[line.index("--out") :] for line in shown]
 
 
 def is_public(value: object) -> bool:

@@ -105,7 +105,9 @@ def test_a_curve_of_rare_values_tells_each_of_them(size: str) -> None:
 def test_the_last_value_has_room_beside_the_chart(size: str) -> None:
     (last,) = shapes(of([5400.0, 90.0, 4.47], TIMES[:3], size), "last")
     assert last.text == "0.0745 min"
-    assert float(last.attrib["x"]) + 7.4 * len(last.text) <= WIDTHS[size]  # a letter of the bold 12 px font takes 7.4 px
+    assert (
+        float(last.attrib["x"]) + 7.4 * len(last.text) <= WIDTHS[size]
+    )  # a letter of the bold 12 px font takes 7.4 px
 
 
 def test_the_columns_to_point_at_cover_the_chart() -> None:

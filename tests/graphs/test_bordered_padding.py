@@ -219,7 +219,7 @@ def test_a_norm_alone_with_a_border_is_folded_into_the_conv_behind(
     factor: float, left: int, spelling: str, dimensions: int
 ) -> None:
     more: dict[int, dict[str, Any]] = {1: {"stride": 2}, 2: {"groups": 2}, 3: {"bias": False}}
-    model = bordered_net(lambda m, x: m.second(of_norm_alone(m, x)), spelling, dimensions, **more[dimensions])
+    model: Any = bordered_net(lambda m, x: m.second(of_norm_alone(m, x)), spelling, dimensions, **more[dimensions])
     model.factor = factor
     fused = fused_exactly(model, image(*SIZES[dimensions]))
     norms = [module for module in fused.modules() if is_batch_norm(module)]
@@ -245,7 +245,7 @@ def of_norm_padded_again(m: Any, x: Any) -> Any:
 @pytest.mark.parametrize("spelling", ["strips", "expanded"])
 @pytest.mark.parametrize("forward", [of_norm_read_twice, of_norm_read_without_its_border, of_norm_padded_again])
 def test_a_norm_with_a_border_stays_where_others_read_it(forward: Callable[[Any, Any], Any], spelling: str) -> None:
-    model = bordered_net(forward, spelling, 2)
+    model: Any = bordered_net(forward, spelling, 2)
     model.factor = 1.0
     fused = fused_exactly(model, image(*SIZES[2]))
     assert sum(map(is_batch_norm, fused.modules())) == 1, reasons(fused)

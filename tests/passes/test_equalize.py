@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -167,7 +168,7 @@ class Activated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, (1, 3))
-        self.norm = timm.layers.BatchNormAct2d(3, act_layer=nn.ReLU)
+        self.norm = BatchNormAct2d(3, act_layer=nn.ReLU)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.dropout(F.relu(self.first(self.norm(x) - x)), 0.3, self.training)

@@ -247,7 +247,9 @@ def test_where_a_residual_block_begins_as_the_identity_it_does_with_branches(att
     norm: Any = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
     nn.init.zeros_(norm.weight)
     expanded = repfx.expand(model, "repvgg", preserve=False, attach_rate=attach_rate)
-    blocks = {path: block for path, block in expanded.named_modules() if isinstance(block, repfx.RepBlock)}
+    blocks: dict[str, Any] = {
+        path: block for path, block in expanded.named_modules() if isinstance(block, repfx.RepBlock)
+    }
     first, *others = blocks.values()
     assert all(not branch.last_gamma.any() for branch in first.branches.values())
     assert others

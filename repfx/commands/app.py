@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 import repfx
+from repfx.commands.names import FILES
 from repfx.errors import InvalidInput, RepfxError, first_line
 from repfx.records.python_code import import_source
 
@@ -51,14 +52,16 @@ Plugins = Annotated[
         "--plugin",
         help="Import a file.py or a package.module first, for the branch kinds, passes and schedules that it defines; may be repeated.",
         show_default=False,
+        autocompletion=lambda: [FILES],
     ),
 ]
 
 
 class _Command(TyperCommand):
-    """A command whose help lists its options in groups, at any width of the terminal."""
+    """A command whose help lists its options in groups, at any width of the terminal. It knows the annotations of its parameters."""
 
     groups: ClassVar[Mapping[str, Sequence[str]]] = {}
+    kinds: ClassVar[Mapping[str, Any]] = {}
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write each group under its name. What no group names comes last."""
@@ -117,7 +120,7 @@ def command(
         added = inspect.Parameter("plugin", alone, default=None, annotation=Plugins)
         run.__signature__ = inspect.Signature([*own, added])  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in [*own, added]}
-        cls = type("Command", (_Command,), {"groups": groups or {}})
+        cls = type("Command", (_Command,), {"groups": groups or {}, "kinds": run.__annotations__})
         app.command(name, cls=cls, short_help=short)(run)
         return function
 

@@ -10,6 +10,7 @@ import torch
 import typer
 from torch import nn
 
+from repfx.commands.names import FILES, model_names
 from repfx.data.dataset import InputForm
 from repfx.errors import InvalidInput, UnknownName
 from repfx.records.json_text import parse_json
@@ -26,6 +27,7 @@ Model = Annotated[
     typer.Argument(
         help=f"{MODEL_FORMS}; or the folder of a training run, or a checkpoint in it; or an ONNX file.",
         show_default=False,
+        autocompletion=model_names,
     ),
 ]
 Weights = Annotated[
@@ -54,10 +56,15 @@ Trust = Annotated[
 ClassifierName = Annotated[
     str,
     typer.Argument(
-        help="An ONNX file that repfx wrote, the folder of a training run, or a checkpoint in it.", show_default=False
+        help="An ONNX file that repfx wrote, the folder of a training run, or a checkpoint in it.",
+        show_default=False,
+        autocompletion=lambda: [FILES],
     ),
 ]
-RuntimeName = Annotated[str, typer.Option(help=f"What runs an ONNX file: {', '.join(RUNTIMES)}.")]
+RuntimeName = Annotated[
+    str,
+    typer.Option(help=f"What runs an ONNX file: {', '.join(RUNTIMES)}.", autocompletion=lambda: list(RUNTIMES)),
+]
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for other programs.")]
 

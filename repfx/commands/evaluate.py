@@ -10,6 +10,7 @@ from rich.console import Console
 
 from repfx.commands.app import command
 from repfx.commands.arguments import ClassifierName, Json, RuntimeName, Trust, open_classifier, print_json
+from repfx.commands.names import FILES, data_names
 from repfx.commands.progress import busy
 from repfx.commands.tables import confusion_table
 from repfx.data.dataset import DataSource
@@ -28,13 +29,16 @@ def evaluate(
         typer.Option(
             help="digits, a folder, an .npz file or a torchvision data set, like --data of repfx train. Its test images are used.",
             show_default=False,
+            autocompletion=data_names,
         ),
     ],
     root: Annotated[Path, typer.Option(help="Folder with the files of a torchvision data set.")] = DataSource.root,
     against: Annotated[
         str | None,
         typer.Option(
-            help="Another file or run; count the images about which it decides otherwise.", show_default=False
+            help="Another file or run; count the images about which it decides otherwise.",
+            show_default=False,
+            autocompletion=lambda: [FILES],
         ),
     ] = None,
     runtime: RuntimeName = "onnxruntime",

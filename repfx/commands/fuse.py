@@ -29,6 +29,7 @@ from repfx.commands.arguments import (
     print_json,
     shape_of_input,
 )
+from repfx.commands.names import data_names
 from repfx.commands.onnx_file import fuse_file, is_onnx_file
 from repfx.commands.progress import busy
 from repfx.commands.tables import fusion_table, quantization_table
@@ -93,12 +94,16 @@ def fuse(
             help="With --int8: digits, a folder, an .npz file or a torchvision data set, like --data of repfx train. Ranges are measured "
             "on training images, accuracy on test images.",
             show_default=False,
+            autocompletion=data_names,
         ),
     ] = None,
     root: Annotated[Path, typer.Option(help="Folder with the files of a torchvision data set.")] = DataSource.root,
-    calibration: Annotated[str, typer.Option(help=f"With --int8, how ranges are chosen: {', '.join(METHODS)}.")] = next(
-        iter(METHODS)
-    ),
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help=f"With --int8, how ranges are chosen: {', '.join(METHODS)}.", autocompletion=lambda: list(METHODS)
+        ),
+    ] = next(iter(METHODS)),
     calibration_images: Annotated[
         int, typer.Option(min=1, help="With --int8, number of images to measure ranges on.")
     ] = 256,
@@ -137,6 +142,7 @@ def fuse(
         typer.Option(
             help=f"Write a second file beside the ONNX file: {', '.join(_ALSO)}, a program of torch.export that needs no repfx.",
             show_default=False,
+            autocompletion=lambda: list(_ALSO),
         ),
     ] = None,
     trust: Trust = False,

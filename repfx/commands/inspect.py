@@ -23,6 +23,7 @@ from repfx.commands.arguments import (
     print_json,
     shape_of_input,
 )
+from repfx.commands.names import spec_names
 from repfx.commands.onnx_file import inspect_file, is_onnx_file
 from repfx.commands.progress import busy
 from repfx.errors import EquivalenceError, InvalidInput
@@ -35,7 +36,11 @@ def inspect(
     model: Model,
     spec: Annotated[
         str | None,
-        typer.Option(help="Show what a preset, branch kinds or JSON would add to each conv.", show_default=False),
+        typer.Option(
+            help="Show what a preset, branch kinds or JSON would add to each conv.",
+            show_default=False,
+            autocompletion=spec_names,
+        ),
     ] = None,
     fused: Annotated[
         bool, typer.Option("--fused", help="Fuse the model, and show why each conv and BatchNorm that is left stays.")

@@ -38,7 +38,9 @@ def profile(
     option: Options = None,
     input_shape: InputShape = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of images in the batch.")] = 1,
-    runtime: Annotated[str, typer.Option(help=f"What runs the model: {', '.join(RUNTIMES)}.")] = "torch",
+    runtime: Annotated[
+        str, typer.Option(help=f"What runs the model: {', '.join(RUNTIMES)}.", autocompletion=lambda: list(RUNTIMES))
+    ] = "torch",
     rounds: Annotated[int, typer.Option(min=1, help="Number of runs that count.")] = 20,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of a run.", show_default="torch's")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Number of layers to list.")] = 10,

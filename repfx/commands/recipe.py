@@ -11,6 +11,7 @@ import typer
 from repfx.change.schedule import SCHEDULES
 from repfx.commands.app import command
 from repfx.commands.arguments import Json, print_json
+from repfx.commands.names import recipe_names
 from repfx.commands.tables import terminal_width, with_wrapped_comments
 from repfx.errors import InvalidInput
 from repfx.records.plain_values import from_plain, schema_of
@@ -41,7 +42,9 @@ def recipe(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="To be shown: a .toml file, or a name that `repfx list recipes` shows.", show_default=False
+            help="To be shown: a .toml file, or a name that `repfx list recipes` shows.",
+            show_default=False,
+            autocompletion=recipe_names,
         ),
     ] = None,
     as_json: Json = False,

@@ -12,15 +12,16 @@ from rich.console import Console
 from repfx.change.schedule import SCHEDULES
 from repfx.commands.app import command
 from repfx.commands.arguments import MODEL_FORMS, Options, Trust, parse_options
+from repfx.commands.names import FILES, data_names, model_names, recipe_keys, recipe_names, spec_names
 from repfx.commands.progress import shown_progress
 from repfx.commands.tables import metrics_table
 from repfx.errors import InvalidInput
 from repfx.records.plain_values import from_plain
 from repfx.training.experiment import OF_A_CALL, Experiment, run
-from repfx.training.recipe import PRECISIONS, Recipe
+from repfx.training.recipe import KEPT, PRECISIONS, Recipe
 from repfx.training.recipe_file import is_file, parse_recipe
 from repfx.training.run_folder import RECIPE, RunFolder
-from repfx.training.runs.baseline import verdict
+from repfx.training.runs.baseline import PLAIN, verdict
 from repfx.training.trust import Trust as Trusted
 from repfx.training.trust import require_trusted
 
@@ -56,10 +57,18 @@ def train(
         typer.Option(
             help="A recipe: a .toml file, or a name that `repfx list recipes` shows. Other options override it.",
             show_default=False,
+            autocompletion=recipe_names,
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help=f"The model: {MODEL_FORMS}.", show_default=_DEFAULT.model.name)
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help=f"The model: {MODEL_FORMS}.",
+            show_default=_DEFAULT.model.name,
+            autocompletion=model_names,
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -69,6 +78,7 @@ def train(
             help="The data: digits (from scikit-learn); a folder with one folder of images per class, or with such folders in train/ and "
             "test/ (or val/); an .npz file with x_train, y_train, x_test and y_test; or the name of a torchvision data set.",
             show_default=_DEFAULT.data.name,
+            autocompletion=data_names,
         ),
     ] = None,
     spec: Annotated[
@@ -78,6 +88,7 @@ def train(
             "-s",
             help='A preset, branch kinds with commas between them, or JSON: \'{"layer1.*": "acb"}\'.',
             show_default="dbb, or the schedule's own",
+            autocompletion=spec_names,
         ),
     ] = None,
     schedule: Annotated[
@@ -86,6 +97,7 @@ def train(
             help="Begin with the plain model and let this schedule change it while it trains: "
             f"{', '.join(SCHEDULES.known)}, file.py:Class or package.module:Class.",
             show_default="expand it first",
+            autocompletion=lambda: [*SCHEDULES, FILES],
         ),
     ] = None,
     schedule_option: Annotated[
@@ -101,6 +113,7 @@ def train(
             metavar="plain|RUN",
             help="Say whether branches help: train the plain model alike, too (plain), or compare with the folder of its run.",
             show_default=False,
+            autocompletion=lambda: [PLAIN, FILES],
         ),
     ] = None,
     epochs: Annotated[
@@ -173,6 +186,7 @@ def train(
         typer.Option(
             help="The epoch whose model is fused: last, best (on the test images), or both, which fuses the last and keeps the best, too.",
             show_default=Recipe.keep,
+            autocompletion=lambda: list(KEPT),
         ),
     ] = None,
     patience: Annotated[
@@ -201,7 +215,11 @@ def train(
     ] = None,
     mixed_precision: Annotated[
         str | None,
-        typer.Option(help=f"Precision of training: {', '.join(PRECISIONS)}.", show_default=Recipe.mixed_precision),
+        typer.Option(
+            help=f"Precision of training: {', '.join(PRECISIONS)}.",
+            show_default=Recipe.mixed_precision,
+            autocompletion=lambda: list(PRECISIONS),
+        ),
     ] = None,
     channels_last: Annotated[
         bool | None,
@@ -240,6 +258,7 @@ def train(
             "--set",
             help="KEY=VALUE for any key of a recipe, such as training.clip=1; VALUE is JSON or text. May be repeated.",
             show_default=False,
+            autocompletion=recipe_keys,
         ),
     ] = None,
     trust: Trust = False,

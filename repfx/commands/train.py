@@ -27,7 +27,7 @@ from repfx.training.trust import require_trusted
 
 _DEFAULT = Experiment()
 _GROUPS = {
-    "Model": ("model", "weights", "pretrained", "num_classes", "option"),
+    "Model": ("model", "weights", "pretrained", "freeze", "num_classes", "option"),
     "Data": ("data", "root", "download", "image_size", "strict_data"),
     "Method": ("recipe", "spec", "schedule", "schedule_option", "baseline", "set_", "trust", "plugin"),
     "Training": (
@@ -177,6 +177,13 @@ def train(
             "`--set training.layer_decay=0.7` lets earlier layers learn more slowly.",
         ),
     ] = None,
+    freeze: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep the weights of a module, such as layer1, and of all before it: they aren't trained and get no branches.",
+            show_default="train all",
+        ),
+    ] = None,
     num_classes: Annotated[
         int | None, typer.Option(min=1, help="Number of classes of the model.", show_default="the data's")
     ] = None,
@@ -285,6 +292,7 @@ def train(
         "pretrained": pretrained,
         "baseline": baseline,
         "image_size": image_size,
+        "training.freeze": freeze,
         "training.epochs": epochs,
         "training.qat.epochs": qat,
         "training.keep": keep,

@@ -58,6 +58,7 @@ from repfx.training.run_folder import (
 from repfx.training.runs.baseline import PLAIN, folder_of, require_comparable, require_plain_beginning, with_baseline
 from repfx.training.runs.extension import LENGTH, as_begun, goes_on, recipe_going_on, require_no_fewer
 from repfx.training.runs.metrics import Cost, Int8, Metrics
+from repfx.training.stem import Stem
 from repfx.training.trust import calls_in
 
 OF_A_CALL = ("out", "overwrite", "resume")  # the fields that no recipe holds
@@ -279,7 +280,10 @@ def _train(
     watcher.on_stage("expand")
     spec = _SPEC if experiment.spec is None else experiment.spec
     if schedule is None:
-        model = expand(first, spec_of(spec), preserve=experiment.weights is not None or experiment.pretrained)
+        stem = Stem.up_to(plain, experiment.training.freeze)
+        model = expand(
+            first, stem.left_out(first, spec_of(spec)), preserve=experiment.weights is not None or experiment.pretrained
+        )
     else:
         _require_sites(schedule, plain)
         model = copy_of(first)

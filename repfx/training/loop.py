@@ -43,6 +43,7 @@ from repfx.training.optimizers import RATE_SCALE, make_optimizer
 from repfx.training.process import Place
 from repfx.training.recipe import Recipe
 from repfx.training.runs.best import accuracy_of, best_of, is_over, story_of_end
+from repfx.training.stem import Stem
 from repfx.training.supply import Supply
 
 _STEPS_BETWEEN_LOOKS = 10  # on devices other than the CPU, where a look makes the host wait
@@ -166,6 +167,8 @@ class _Training:
         self.place.lay_out([model, *([] if teacher is None else [teacher])], self._two_images())
         self.loss = loss_of(recipe, teacher)
         self._try_loss(logits)
+        self.stem = Stem.up_to(model, recipe.freeze)
+        self.stem.freeze(model)
         self.unused_parameters = schedule.closes_paths or (self.place.processes > 1 and self._has_other_outputs())
         self.optimizer = make_optimizer(model, recipe, self.place.device)
         self.auxiliary = None
@@ -249,7 +252,7 @@ class _Training:
 
     def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._began = time.perf_counter()
-        self.model.train()
+        self.stem.train(self.model)
         if self.recipe.drop_path:
             set_drop_path(self.model, self.recipe.drop_path * self.progress.epoch / self.recipe.epochs)
         yield from self.supply.loader(self.progress.epoch, self.progress.step)
@@ -360,7 +363,7 @@ class _Training:
         with torch.no_grad():
             for x, y in DataLoader(own, self.recipe.batch_size, num_workers=self.recipe.workers):
                 right += (logits_of(model(self.place.bring(x))).argmax(1) == self.place.bring(y)).sum()
-        model.train(training)
+        self.stem.train(model, training)
         return int(self.accelerator.reduce(right)) / count
 
     def _cost(self, model: nn.Module) -> tuple[int, int]:
@@ -387,6 +390,7 @@ class _Training:
         state: dict[str, Any] = {}
         load(path, self.model, self.optimizer, self.driver, random_state=False, progress=state, **self._parts())
         self.place.put(self.model)
+        self.stem.freeze(self.model)
         lay_out_state(self.optimizer)
         self.history = History.from_json(state.pop("history"), path)
         self.unreadable = json.loads(state.pop("unreadable", "{}"))

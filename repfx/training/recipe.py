@@ -101,6 +101,8 @@ class Recipe:
         learning_rate: highest learning rate of the training.
         layer_decay: factor on the learning rate of each stage, as against the next stage; a stage is a child of the model that has
             parameters. 1 for one rate; 0.7 is usual for pretrained weights.
+        freeze: path of a module, such as `layer1`, that keeps its weights and statistics, with all that is registered before it; empty to
+            train everything. What is frozen gets no branches. Epochs with rounding train it, too.
         weight_decay: weight decay of the optimizer.
         decay_vectors: whether biases, γ and β decay, too.
         rates: curve by which the learning rate falls: cosine, linear or constant, or `timm:` and the name of one of timm's schedulers. It
@@ -139,6 +141,7 @@ class Recipe:
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     learning_rate: float = 2e-3
     layer_decay: float = 1.0
+    freeze: str = ""
     weight_decay: float = 0.01
     decay_vectors: bool = True
     rates: str = "cosine"
@@ -220,6 +223,7 @@ class Recipe:
             log_with="",
             qat=None,
             auxiliary=None,
+            freeze="",
             drop_path=0.0,
             keep="last",
             patience=0,

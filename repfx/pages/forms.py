@@ -23,7 +23,7 @@ class Form:
         title: name of the form.
         accuracy: share of the test images that it classifies correctly.
         top5: share of the test images whose class is among the five most likely.
-        flips: test images whose predicted class differs from the training form's.
+        flips: test images whose predicted class differs from the training form's, or in 8 bits from the fused form's.
         error: worst relative difference of the outputs from those of the form before.
         parameters: number of parameters.
         macs: multiply-adds for one image.
@@ -81,10 +81,16 @@ def int8_forms(metrics: Mapping[str, Any]) -> dict[str, Form]:
     Raises:
         InvalidInput: the values aren't those that `repfx train` writes.
     """
-    accuracy = (metrics.get("int8") or {}).get("accuracy") or {}
-    if not all(name in INT8_TITLES and isinstance(share, (int, float)) for name, share in accuracy.items()):
+    found = metrics.get("int8") or {}
+    accuracy, flips = found.get("accuracy") or {}, found.get("flips") or {}
+    numbers = [*accuracy.values(), *flips.values()]
+    if not {*accuracy, *flips} <= {*INT8_TITLES} or not all(isinstance(each, (int, float)) for each in numbers):
         raise InvalidInput("the metrics of the run are none that `repfx train` wrote.")
-    return {name: Form(title, accuracy[name]) for name, title in INT8_TITLES.items() if name in accuracy}
+    return {
+        name: Form(title, accuracy[name], flips=flips.get(name))
+        for name, title in INT8_TITLES.items()
+        if name in accuracy
+    }
 
 
 def form_of_model(title: str, model: nn.Module, x: Tensor) -> Form:

@@ -14,7 +14,7 @@ from repfx.errors import InvalidInput, first_line
 from repfx.pages.changes import changes_of, deeds
 from repfx.pages.classes import classes_of
 from repfx.pages.diagram import Part, parts_of
-from repfx.pages.forms import forms_of_run
+from repfx.pages.forms import forms_of_run, int8_forms
 from repfx.pages.rendering import write_page
 from repfx.pages.run_charts import cost_chart, learning_chart
 from repfx.pages.structure_map import LEVELS, structure_map
@@ -67,7 +67,7 @@ def _shown(folder: RunFolder, trust: Trust) -> dict[str, Any]:
     epochs = epochs_of(folder.history, metrics)
     changes = [change for epoch in epochs if (change := changes_of(epoch))]
     graph = _graph(folder, trust)
-    forms = {} if metrics is None else forms_of_run(metrics)
+    forms = {} if metrics is None else {**forms_of_run(metrics), **int8_forms(metrics)}
     has_blocks = any(epoch.blocks or epoch.actions for epoch in epochs)
     return {
         "name": folder.path.resolve().name,

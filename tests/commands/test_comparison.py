@@ -15,12 +15,14 @@ from repfx.errors import InvalidInput
 from repfx.pages.changes import structure_after
 from repfx.pages.compared_runs import short_names
 from repfx.pages.comparison_page import COMPARISON, write_comparison_page
+from repfx.pages.run_page import write_run_page
 from repfx.passes.drop import Drop
 from repfx.passes.expand import Expand
 from repfx.passes.fuse import Fuse
 from repfx.records.journal import Action
+from repfx.records.number_text import percent
 from repfx.training.history import Epoch, History
-from repfx.training.run_folder import HISTORY, METRICS, RECIPE, REPORT
+from repfx.training.run_folder import HISTORY, METRICS, RECIPE, REPORT, RunFolder
 from tests.commands.test_page_charts import shapes
 from tests.commands.test_pages import Page, stands_alone
 from tests.recorded_run import long_history
@@ -75,6 +77,15 @@ def table_rows(page: Page, head: str) -> dict[str, list[str]]:
             break
         found[row[0]] = row[1:]
     return found
+
+
+def test_the_page_of_one_run_has_rows_for_its_files_in_8_bits(tmp_path: Path) -> None:
+    int8 = {"losses": [0.5], "accuracy": {"ptq": 0.5, "qat": 0.625}, "flips": {"ptq": 9, "qat": 4}, "file_error": 0.0}
+    run = leave(tmp_path / "run", 4, metrics=metrics(0.75, int8=int8))
+    found = Page(write_run_page(RunFolder(run), tmp_path / "page.html"))
+    rows = {row[0]: row[1:4] for row in found.rows if row and "8 bits" in row[0]}
+    assert rows == {"8 bits, rounded": [percent(0.5), "9", "–"], "8 bits, trained": [percent(0.625), "4", "–"]}
+    assert "in 8 bits from the fused form's" in " ".join(found.words)
 
 
 def test_the_page_stands_alone_and_builds_no_model(page: Page, three: list[Path]) -> None:

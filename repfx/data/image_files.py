@@ -12,11 +12,11 @@ from torch.utils.data import Dataset
 
 from repfx.data.class_names import named_beside
 from repfx.data.dataset import DataSet, DataSource, InputForm, PreparedImages, Stages, every_fifth, labels_of
-from repfx.data.reading import ImageFiles, require_whole, told
+from repfx.data.reading import EncodedImages, ImageFiles, require_whole, told
 from repfx.errors import InvalidInput, first_line
 from repfx.onnx.preprocessing import Preprocessing
 
-_SIZE = 224
+SIZE = 224
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
 _VALIDATED = ("ImageNet", "Imagenette", "Places365")  # torchvision has no test part of these
 _MEANS = {1: (0.449,), 3: (0.485, 0.456, 0.406)}  # of ImageNet, as torchvision's and timm's weights expect
@@ -33,7 +33,7 @@ def folder(source: DataSource, form: InputForm, preprocessing: Preprocessing | N
         InvalidInput: the folder has neither layout, or its two parts have different classes.
     """
     path = Path(source.name)
-    prepared = preprocessing or _usual(form, form.size or _SIZE, source.crop)
+    prepared = preprocessing or usual(form, form.size or SIZE, source.crop)
     test_folder = next((path / name for name in _TEST_FOLDERS if (path / name).is_dir()), None)
     if test_folder is None and any(part.is_dir() for part in (path / "train").glob("*")):
         raise InvalidInput(
@@ -86,24 +86,30 @@ def _checked(
         raise InvalidInput(
             f"{source.name!r} has too few images: a class needs five, because every fifth belongs to the test part."
         )
-    return _of_files(source, train, test, tuple(classes), preprocessing)
+    return of_encoded(source, ImageFiles(train), ImageFiles(test), tuple(classes), preprocessing)
 
 
-def _of_files(
-    source: DataSource, train: _Samples, test: _Samples, classes: tuple[str, ...], preprocessing: Preprocessing
+def of_encoded(
+    source: DataSource,
+    train: EncodedImages,
+    test: EncodedImages,
+    classes: tuple[str, ...],
+    preprocessing: Preprocessing,
 ) -> DataSet:
-    """Return the data in these files, without the test images that can't be read.
+    """Return a data set of encoded images, without the test images that can't be read.
 
     Training images are read as they are needed, unless `source.strict` asks for all of them to be whole.
+
+    Raises:
+        InvalidInput: no test image can be read, or with `source.strict` some image can't be.
     """
-    training, tested = ImageFiles(train), ImageFiles(test)
-    broken = tested.check() | (training.check() if source.strict else {})
+    broken = test.check() | (train.check() if source.strict else {})
     if broken and source.strict:
         raise InvalidInput(f"{told(broken, 'image', strict=True)}.")
-    tested = tested.without_unreadable()
-    if not len(tested):
+    if len(broken) == len(test):
         raise InvalidInput(f"{told(broken, 'test image')}: none is left.")
-    return replace(_prepared(source, training, tested, classes, preprocessing), unreadable=broken)
+    whole = test.without_unreadable() if broken else test
+    return replace(_prepared(source, train, whole, classes, preprocessing), unreadable=broken)
 
 
 def _prepared(
@@ -125,14 +131,14 @@ def torchvision_data(source: DataSource, form: InputForm, preprocessing: Preproc
     known = {name: kind for name, kind in vars(datasets).items() if inspect.isclass(kind)}
     kind = next((kind for name, kind in known.items() if name.lower() == source.name.lower()), None)
     if kind is None:
-        forms = "digits, an image folder, an .npz file or a torchvision data set's name"
+        forms = "digits, an image folder, an .npz file, hf:NAME or a torchvision data set's name"
         raise InvalidInput(f"no data set {source.name!r}: it must be {forms}.")
     train, test = (_part(kind, source, is_train) for is_train in (True, False))
-    preprocessing = preprocessing or _usual(form, form.size or _own_size(train), source.crop)
+    preprocessing = preprocessing or usual(form, form.size or _own_size(train), source.crop)
     classes = getattr(train, "classes", None) or range(1 + max(int(labels_of(part).max()) for part in (train, test)))
     named = tuple(map(str, classes))
     if all(isinstance(part, datasets.DatasetFolder) for part in (train, test)):
-        return _of_files(source, train.samples, test.samples, named, preprocessing)
+        return of_encoded(source, ImageFiles(train.samples), ImageFiles(test.samples), named, preprocessing)
     return _prepared(source, train, test, named, preprocessing)
 
 
@@ -160,10 +166,10 @@ def _part(kind: type[Any], source: DataSource, train: bool) -> Any:
 
 def _own_size(images: Any) -> int:
     width, height = images[0][0].size
-    return int(width) if width == height else _SIZE
+    return int(width) if width == height else SIZE
 
 
-def _usual(form: InputForm, size: int, crop: float) -> Preprocessing:
+def usual(form: InputForm, size: int, crop: float) -> Preprocessing:
     """Return how pictures are prepared for a model that is to be trained: as torchvision's and timm's weights expect it."""
     if form.dimensions != 2 or form.channels not in _MEANS:
         raise InvalidInput(

@@ -1,13 +1,15 @@
-"""Read an image file as it is meant to be seen, and tell which files can't be read, without ending a training for one of them."""
+"""Read images as they are meant to be seen, and tell which can't be read, without ending a training for one of them."""
 
 from __future__ import annotations
 
 import os
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 import torch
@@ -19,10 +21,11 @@ from repfx.records.number_text import plural
 _GREY = ("1", "L", "LA", "La")
 _SHORT = 257  # from 16 bits to 8
 _NAMED = 5
+_IN_MEMORY = re.compile("<_io.BytesIO object at 0x[0-9a-f]+>")  # as PIL names what is no file
 _SMALL = (1, 1)  # a draft of this size reads a whole JPEG file, and computes an eighth of its height and width
 
 
-def read_image(path: str | Path) -> Any:
+def read_image(path: str | Path | IO[bytes]) -> Any:
     """Return the image in a file as a PIL image of mode L or RGB, turned as its EXIF orientation says.
 
     16 bits become 8. Transparency is left out.
@@ -34,7 +37,7 @@ def read_image(path: str | Path) -> Any:
     return _read(path)
 
 
-def _read(path: str | Path, *, draft: bool = False) -> Any:
+def _read(path: str | Path | IO[bytes], *, draft: bool = False) -> Any:
     from PIL import Image, ImageOps
 
     with Image.open(path) as image:
@@ -57,17 +60,26 @@ def _in_bytes(image: Any, *, of_16_bits: bool) -> Any:
     return image.convert("L" if image.mode in _GREY else "RGB")
 
 
-class ImageFiles(Dataset[Any]):
-    """Image files with labels. In place of a file that can't be read, the next one of its class is returned.
+class EncodedImages(Dataset[Any], ABC):
+    """Encoded images with labels. In place of an image that can't be read, the next one of its class is returned.
 
     Args:
-        samples: path and label of each file.
+        paths: name of each image, by which messages tell where it lies.
+        targets: label of each image.
     """
 
-    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
-        self.paths = [path for path, _ in samples]
-        self.targets = [label for _, label in samples]
-        self._unread = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # by processes that load images, too
+    def __init__(self, paths: Sequence[str], targets: Sequence[int]) -> None:
+        self.paths = list(paths)
+        self.targets = list(targets)
+        self._unread = torch.zeros(len(paths), dtype=torch.bool).share_memory_()  # by processes that load images, too
+
+    @abstractmethod
+    def encoded(self, place: int) -> str | Path | IO[bytes]:
+        """Return the file of an image, or its bytes to be read."""
+
+    @abstractmethod
+    def part(self, places: Sequence[int]) -> EncodedImages:
+        """Return some of the images."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -77,7 +89,7 @@ class ImageFiles(Dataset[Any]):
             if self._unread[place]:
                 continue
             try:
-                return read_image(self.paths[place]), self.targets[place]
+                return _read(self.encoded(place)), self.targets[place]
             except Exception:  # whatever a broken file can fail with
                 self._unread[place] = True
         raise InvalidInput(f"no other image can be read of the class of {self.paths[index]!r}, nor can this one.")
@@ -97,35 +109,52 @@ class ImageFiles(Dataset[Any]):
 
     @property
     def unreadable(self) -> list[str]:
-        """The paths of the files that were to be read so far and couldn't be."""
+        """The names of the images that were to be read so far and couldn't be."""
         return [self.paths[place] for place in self._unread.nonzero().flatten().tolist()]
 
     def check(self) -> dict[str, str]:
-        """Read all files, and return the reason for each that can't be read, by path."""
+        """Read all images, and return the reason for each that can't be read, by name."""
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # PIL lets other threads run while it decodes
-            reasons = list(threads.map(_reason, self.paths))
+            reasons = list(threads.map(self._reason, range(len(self))))
         for place, reason in enumerate(reasons):
             self._unread[place] = reason is not None
         return {path: reason for path, reason in zip(self.paths, reasons) if reason is not None}
 
-    def without_unreadable(self) -> ImageFiles:
-        """Return the other files."""
-        return ImageFiles(
-            [(p, y) for p, y, unread in zip(self.paths, self.targets, self._unread.tolist()) if not unread]
-        )
+    def without_unreadable(self) -> EncodedImages:
+        """Return the other images."""
+        return self.part((~self._unread).nonzero().flatten().tolist())
+
+    def reasons_for(self, paths: Sequence[str]) -> dict[str, str]:
+        """Return the reason why each of some images can't be read, by name."""
+        places = {path: place for place, path in enumerate(self.paths)} if paths else {}
+        return {path: self._reason(places[path]) or "it couldn't be read then, and can be now" for path in paths}
+
+    def _reason(self, place: int) -> str | None:
+        try:
+            _read(self.encoded(place), draft=True)
+        except Exception as error:
+            told = _IN_MEMORY.sub("it", first_line(error)).replace(repr(self.paths[place]), "it")
+            return str(getattr(error, "strerror", None) or told)
+        return None
 
 
-def reasons_for(paths: Sequence[str]) -> dict[str, str]:
-    """Return the reason why each of some files can't be read, by path."""
-    return {path: _reason(path) or "it couldn't be read then, and can be now" for path in paths}
+class ImageFiles(EncodedImages):
+    """Image files with labels.
 
+    Args:
+        samples: path and label of each file.
+    """
 
-def _reason(path: str) -> str | None:
-    try:
-        _read(path, draft=True)
-    except Exception as error:
-        return str(getattr(error, "strerror", None) or first_line(error).replace(repr(path), "it"))
-    return None
+    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
+        super().__init__([path for path, _ in samples], [label for _, label in samples])
+
+    def encoded(self, place: int) -> str:
+        """Return the path of a file."""
+        return self.paths[place]
+
+    def part(self, places: Sequence[int]) -> ImageFiles:
+        """Return some of the files."""
+        return ImageFiles([(self.paths[place], self.targets[place]) for place in places])
 
 
 def told(reasons: Mapping[str, str], what: str, *, strict: bool = False) -> str:
@@ -141,9 +170,9 @@ def told(reasons: Mapping[str, str], what: str, *, strict: bool = False) -> str:
     return f"{plural(count, what)} can't be read{left}: {', '.join([*named, *more])}"
 
 
-def files_in(images: Any) -> ImageFiles | None:
-    """Return the files that images come from; None if they come from none."""
-    while not isinstance(images, ImageFiles):
+def encoded_in(images: Any) -> EncodedImages | None:
+    """Return the encoded images that images are read from; None if they come from none."""
+    while not isinstance(images, EncodedImages):
         images = images.dataset if isinstance(images, Subset) else getattr(images, "raw", None)
         if images is None:
             return None

@@ -211,7 +211,8 @@ def _finish(
     if len(labels) <= _MOST_CLASSES:
         folder.write_evaluation(Evaluation.of(labels, tests["fused"]).as_dict())
     if experiment.training.qat is not None:
-        metrics = replace(metrics, int8=_in_8_bits(experiment, folder, watcher, fused, data, tests["fused"], how))
+        int8, unreadable = _in_8_bits(experiment, folder, watcher, fused, data, tests["fused"], how, metrics.unreadable)
+        metrics = replace(metrics, int8=int8, unreadable={**metrics.unreadable, **unreadable})
     folder.write_metrics(metrics.as_dict())
     folder.remove_leftovers()
     return metrics
@@ -225,12 +226,17 @@ def _in_8_bits(
     data: DataSet,
     before: Predictions,
     how: Mapping[str, Any],
-) -> Int8:
+    unreadable: Mapping[str, str],
+) -> tuple[Int8, Mapping[str, str]]:
     """Train the fused model on with rounding, write its file, and test it beside the model rounded without any training.
 
     Args:
         before: predictions of the fused model.
         how: what the file's metadata say.
+        unreadable: reasons why image files are left out, as far as they were told before, by path.
+
+    Returns:
+        What was measured, and the reasons of all that this training left out.
     """
     watcher.on_stage("round")
     recipe, workers = experiment.training.with_rounding(), experiment.training.workers
@@ -240,7 +246,11 @@ def _in_8_bits(
         model = rounded(fused.to(accelerator.device), calibrate.to(accelerator.device))
         watched = replace(watcher, on_epoch=lambda history: None)
         state = folder.path / INT8_STATE
-        trained = train(model, data, recipe, watcher=watched, checkpoint=state, resume=True, accelerator=accelerator)
+        options: dict[str, Any] = {"checkpoint": state, "resume": True, "accelerator": accelerator}
+        try:
+            trained = train(model, data, recipe, watcher=watched, unreadable=unreadable, **options)
+        except Interrupted as error:
+            raise Interrupted(f"rounding {error}") from error
     file = export_int8(model.cpu().eval(), folder.path / INT8, calibrate[:_TEST_BATCH], **how)
     state.unlink(missing_ok=True)
     with TemporaryDirectory() as temporary:
@@ -250,12 +260,13 @@ def _in_8_bits(
             name: predict(onnx_session(path, optimized=False), data.test, _TEST_BATCH, workers)
             for name, path in (("ptq", afterwards), ("qat", file.path))
         }
-    return Int8(
+    measured = Int8(
         losses=[epoch.loss for epoch in trained.history.epochs if epoch.loss is not None],
         accuracy={name: predictions.accuracy for name, predictions in tests.items()},
         flips={name: before.flips(predictions) for name, predictions in tests.items()},
         file_error=file.error,
     )
+    return measured, trained.unreadable
 
 
 def _require_rounding(recipe: Recipe, processes: int) -> None:

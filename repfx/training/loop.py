@@ -26,7 +26,7 @@ from repfx.change.optimizer_groups import lay_out_state
 from repfx.change.schedule import Schedule, Unchanged
 from repfx.data.dataset import DataSet, Images, every, labels_of, part_of
 from repfx.data.predictions import check_fit, logits_of, mean_log_likelihood
-from repfx.data.reading import reasons_for, told
+from repfx.data.reading import told
 from repfx.data.seeds import seed_of
 from repfx.errors import Interrupted, InvalidInput, RepfxError, first_line
 from repfx.measuring.cost import count_macs_in_batch, count_parameters
@@ -98,6 +98,7 @@ def train(
     best: Path | None = None,
     resume: bool = False,
     accelerator: Any = None,
+    unreadable: Mapping[str, str] | None = None,
 ) -> Trained:
     """Train a model in place on a data set. Equal seeds give equal weights, also after an interruption.
 
@@ -111,6 +112,7 @@ def train(
         resume: whether to continue from `checkpoint` if it exists. A recipe with more epochs than the run had makes it longer: from there
             on, the learning rate follows the curve over all epochs.
         accelerator: accelerator of this process, as `accelerator_for` yields it; None sets one up.
+        unreadable: reasons why image files are left out, by path, as far as they were told before. They aren't told again.
 
     Raises:
         InvalidInput: the model doesn't take the images or gives no logits for their classes, or the recipe can't be followed here.
@@ -121,6 +123,7 @@ def train(
         if accelerator is None:
             accelerator = stack.enter_context(accelerator_for(recipe))
         run = _Training(model, data, recipe, schedule or Unchanged(), accelerator, watcher or Watcher(), plain or model)
+        run.unreadable = dict(unreadable or {})
         if checkpoint is not None and resume and checkpoint.is_file():
             run.load(checkpoint)
         run.best = None if recipe.keep == "last" else best
@@ -339,7 +342,7 @@ class _Training:
 
     def _tell_unreadable(self) -> None:
         found = self.place.gather(self.supply.unreadable)
-        new = reasons_for([path for path in found if path not in self.unreadable])
+        new = self.supply.reasons_for([path for path in found if path not in self.unreadable])
         if new:
             self.unreadable |= new
             self.watcher.on_notice(told(new, "training image"))
@@ -393,7 +396,7 @@ class _Training:
         self.stem.freeze(self.model)
         lay_out_state(self.optimizer)
         self.history = History.from_json(state.pop("history"), path)
-        self.unreadable = json.loads(state.pop("unreadable", "{}"))
+        self.unreadable |= json.loads(state.pop("unreadable", "{}"))
         self.progress = _Progress(**state)
         self.supply.epoch = self.progress.epoch
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from repfx.data.augmentation import AugmentedImages
 from repfx.data.batches import Batches
 from repfx.data.dataset import Images
-from repfx.data.reading import files_in
+from repfx.data.reading import encoded_in
 from repfx.training.process import Place
 from repfx.training.recipe import Recipe
 
@@ -42,8 +42,13 @@ class Supply:
     @property
     def unreadable(self) -> list[str]:
         """The paths of the image files that this process was to read so far and couldn't."""
-        files = files_in(self.images)
-        return [] if files is None else files.unreadable
+        images = encoded_in(self.images)
+        return [] if images is None else images.unreadable
+
+    def reasons_for(self, paths: list[str]) -> dict[str, str]:
+        """Return the reason why each of some images can't be read, by the paths that `unreadable` gives."""
+        images = encoded_in(self.images)
+        return {} if images is None else images.reasons_for(paths)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.loader(self.epoch))

@@ -50,7 +50,9 @@ def test_an_interrupted_run_goes_on_to_the_same_file_in_8_bits(tmp_path: Path) -
             signal.raise_signal(signal.SIGINT)
 
     broken = experiment(tmp_path / "broken")
-    with pytest.raises(Interrupted, match="go on with: repfx train --resume"):
+    with pytest.raises(
+        Interrupted, match=r"^rounding stopped in epoch 2 after step \d; go on with: repfx train --resume"
+    ):
         run(broken, Watcher(on_stage=stages.append, on_step=stop))
     resumed = run(replace(broken, resume=True))
     assert whole is not None

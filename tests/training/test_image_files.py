@@ -12,7 +12,7 @@ from PIL import Image
 
 from repfx.data.dataset import DataSource, InputForm, part_of
 from repfx.data.load import load_data
-from repfx.data.reading import ImageFiles, files_in, read_image
+from repfx.data.reading import ImageFiles, encoded_in, read_image
 from repfx.errors import InvalidInput
 from repfx.training.loop import Watcher, train
 from repfx.training.recipe import Recipe
@@ -149,7 +149,7 @@ def test_a_broken_training_image_is_told_and_replaced_by_its_neighbour(workers: 
     assert told.startswith("2 training images can't be read and are left out: ")
     assert str(root / "dark" / "2.png") in told
     assert "image file is truncated" in told
-    files = files_in(part_of(data.train, [0, 1]))
+    files = encoded_in(part_of(data.train, [0, 1]))
     assert files is not None
     places = [path.endswith("dark/2.png") for path in files.paths]
     image, label = files[places.index(True)]
@@ -165,6 +165,18 @@ def test_a_resumed_training_knows_what_was_left_out_before(tmp_path: Path) -> No
     once, again = (train(net(2), data, recipe, checkpoint=state, resume=resume) for resume in (False, True))
     assert [Path(path).name for path in once.unreadable] == ["2.png"]
     assert again.unreadable == once.unreadable  # although it had no epoch left
+
+
+def test_what_was_told_before_is_not_told_again(tmp_path: Path) -> None:
+    root, notices = folder(tmp_path), list[str]()
+    truncate(root / "dark" / "0.png")
+    data = load_data(DataSource(str(root)), InputForm(1, 2, 8))
+    first = train(net(2), data, Recipe(epochs=1, batch_size=8))
+    assert len(first.unreadable) == 1
+    watcher = Watcher(on_notice=notices.append)
+    again = train(net(2), data, Recipe(epochs=1, batch_size=8), watcher=watcher, unreadable=first.unreadable)
+    assert notices == []
+    assert again.unreadable == first.unreadable
 
 
 def test_a_broken_image_is_replaced_within_its_class(tmp_path: Path) -> None:

@@ -9,7 +9,16 @@ import typer
 from rich.console import Console
 
 from repfx.commands.app import command
-from repfx.commands.arguments import ClassifierName, Json, RuntimeName, Trust, open_classifier, print_json
+from repfx.commands.arguments import (
+    ClassifierName,
+    DataOptions,
+    Json,
+    RuntimeName,
+    Trust,
+    open_classifier,
+    parse_options,
+    print_json,
+)
 from repfx.commands.names import FILES, data_names
 from repfx.commands.progress import busy
 from repfx.commands.tables import confusion_table
@@ -27,11 +36,12 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="digits, a folder, an .npz file or a torchvision data set, like --data of repfx train. Its test images are used.",
+            help="digits, a folder, an .npz file, hf:NAME or a torchvision data set, like --data of repfx train. Its test images are used.",
             show_default=False,
             autocompletion=data_names,
         ),
     ],
+    data_option: DataOptions = None,
     root: Annotated[Path, typer.Option(help="Folder with the files of a torchvision data set.")] = DataSource.root,
     against: Annotated[
         str | None,
@@ -46,7 +56,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a classifier on labelled images, prepared as in its training. Classes are matched by their names."""
-    source = DataSource(data, root)
+    source = DataSource(data, root, options=parse_options(data_option))
     found = open_classifier(classifier, runtime, trust=trust)
     other = None if against is None else open_classifier(against, runtime, trust=trust)
     with busy("evaluating"):

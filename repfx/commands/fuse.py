@@ -18,6 +18,7 @@ import repfx
 from repfx.commands.app import command
 from repfx.commands.arguments import (
     Classes,
+    DataOptions,
     InputShape,
     Json,
     Model,
@@ -26,6 +27,7 @@ from repfx.commands.arguments import (
     Weights,
     example_input,
     load_model,
+    parse_options,
     print_json,
     shape_of_input,
 )
@@ -55,6 +57,7 @@ _GROUPS = {
     "8 bits": (
         "int8",
         "data",
+        "data_option",
         "root",
         "calibration",
         "calibration_images",
@@ -91,12 +94,13 @@ def fuse(
     data: Annotated[
         str | None,
         typer.Option(
-            help="With --int8: digits, a folder, an .npz file or a torchvision data set, like --data of repfx train. Ranges are measured "
-            "on training images, accuracy on test images.",
+            help="With --int8: digits, a folder, an .npz file, hf:NAME or a torchvision data set, like --data of repfx train. Ranges are "
+            "measured on training images, accuracy on test images.",
             show_default=False,
             autocompletion=data_names,
         ),
     ] = None,
+    data_option: DataOptions = None,
     root: Annotated[Path, typer.Option(help="Folder with the files of a torchvision data set.")] = DataSource.root,
     calibration: Annotated[
         str,
@@ -187,7 +191,13 @@ def fuse(
         trained_on: dict[str, Any] = {}
         if setup is not None:
             trained_on = {"preprocessing": setup.preprocessing, "classes": setup.classes}
-        real = samples(fused, DataSource(data, root), calibration_images, shape=shape, **trained_on)
+        real = samples(
+            fused,
+            DataSource(data, root, options=parse_options(data_option)),
+            calibration_images,
+            shape=shape,
+            **trained_on,
+        )
     x = example_input(original, shape) if real is None else real.example
     equivalence = repfx.check_equivalent(original, fused, x)
     batch = x if batch_size is None else x[torch.arange(batch_size) % len(x)]

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from repfx.change.schedule import SCHEDULES
 from repfx.commands.app import command
-from repfx.commands.arguments import MODEL_FORMS, Options, Trust, parse_options
+from repfx.commands.arguments import MODEL_FORMS, DataOptions, Options, Trust, parse_options
 from repfx.commands.names import FILES, data_names, model_names, recipe_keys, recipe_names, spec_names
 from repfx.commands.progress import shown_progress
 from repfx.commands.tables import metrics_table
@@ -28,7 +28,7 @@ from repfx.training.trust import require_trusted
 _DEFAULT = Experiment()
 _GROUPS = {
     "Model": ("model", "weights", "pretrained", "freeze", "num_classes", "option"),
-    "Data": ("data", "root", "download", "image_size", "strict_data"),
+    "Data": ("data", "data_option", "root", "download", "image_size", "strict_data"),
     "Method": ("recipe", "spec", "schedule", "schedule_option", "baseline", "set_", "trust", "plugin"),
     "Training": (
         "epochs",
@@ -76,7 +76,8 @@ def train(
             "--data",
             "-d",
             help="The data: digits (from scikit-learn); a folder with one folder of images per class, or with such folders in train/ and "
-            "test/ (or val/); an .npz file with x_train, y_train, x_test and y_test; or the name of a torchvision data set.",
+            "test/ (or val/); an .npz file with x_train, y_train, x_test and y_test; hf:NAME or hf:FOLDER, a data set for Hugging Face's "
+            "datasets; or the name of a torchvision data set.",
             show_default=_DEFAULT.data.name,
             autocompletion=data_names,
         ),
@@ -131,6 +132,7 @@ def train(
             show_default="none",
         ),
     ] = None,
+    data_option: DataOptions = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files of the run.")] = _DEFAULT.out,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that --out already holds.")] = False,
     resume: Annotated[
@@ -145,7 +147,8 @@ def train(
         typer.Option(help="Folder with the files of a torchvision data set.", show_default=str(_DEFAULT.data.root)),
     ] = None,
     download: Annotated[
-        bool | None, typer.Option("--download", help="Let torchvision download the data set if it is missing.")
+        bool | None,
+        typer.Option("--download", help="Let torchvision or datasets download the data set if it is missing."),
     ] = None,
     image_size: Annotated[
         int | None,
@@ -310,6 +313,7 @@ def train(
         "training.log_with": log_with,
     }
     given |= {f"model.options.{name}": value for name, value in parse_options(option).items()}
+    given |= {f"data.options.{name}": value for name, value in parse_options(data_option).items()}
     given |= {f"schedule.{name}": value for name, value in parse_options(schedule_option).items()}
     for key, value in given.items():
         if value is not None:

@@ -23,12 +23,14 @@ class DataSource:
     """The source of a data set.
 
     Args:
-        name: `digits`, a folder, an `.npz` file, or a torchvision data set's name.
+        name: `digits`, a folder, an `.npz` file, `hf:` and the name or the folder of a data set for Hugging Face's `datasets`, or a
+            torchvision data set's name.
         root: folder that holds a torchvision data set's files.
-        download: whether torchvision downloads these files if they are missing.
+        download: whether torchvision or `datasets` downloads files that are missing.
         crop: part of the height and width of an image file that is shown, from the middle; 0.875 is 224 of 256 pixels. A random crop
             in training is taken from the whole image instead.
         strict: whether all image files are read before anything else, and one that can't be read is an error. Otherwise it is left out.
+        options: options of the source; with `hf:`, those of `repfx.data.hugging_face.Options`.
     """
 
     name: str = "digits"
@@ -36,6 +38,7 @@ class DataSource:
     download: bool = False
     crop: float = 1.0
     strict: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:

@@ -1,10 +1,13 @@
 """Load the data set that `--data` of the command line names, as training and test images of the size that a model takes.
 
-The name is `digits`, an image folder, an `.npz` file, or the name of a torchvision data set. Nothing is downloaded unless asked for.
+The name is `digits`, an image folder, an `.npz` file, the name of a torchvision data set, or `hf:` and the name of a data set for Hugging
+Face's `datasets`. Nothing is downloaded unless asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from repfx.data import image_files
+from repfx.data import hugging_face, image_files
 from repfx.data.dataset import DataSet, DataSource, InputForm, PreparedImages, Stages, as_it_is, every_fifth
 from repfx.errors import InvalidInput, first_line
 from repfx.onnx.preprocessing import Preprocessing, stretched
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _DIGITS_SIZE = 16
+_Load = Callable[[DataSource, InputForm, "Preprocessing | None"], DataSet]
+OF_LIBRARIES: dict[str, _Load] = {"hf:": hugging_face.load}  # by how their names begin; these alone have options
 MOST_CLASSES = 1 << 16  # more only if there are as many labels
 
 
@@ -34,6 +39,13 @@ def load_data(source: DataSource, form: InputForm, preprocessing: Preprocessing 
         OSError: a file can't be read.
     """
     path = Path(source.name)
+    for prefix, load in OF_LIBRARIES.items():
+        if source.name.startswith(prefix):
+            return load(replace(source, name=source.name.removeprefix(prefix)), form, preprocessing)
+    if source.options:
+        raise InvalidInput(
+            f"data.options has {', '.join(source.options)}, and {source.name!r} takes no options: leave them out."
+        )
     if source.name == "digits":
         return _digits(form, preprocessing)
     if path.suffix == ".npz":

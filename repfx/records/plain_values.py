@@ -21,7 +21,7 @@ def to_plain(value: Any) -> Any:
 
     >>> from repfx.data.dataset import DataSource
     >>> to_plain(DataSource("digits"))
-    {'name': 'digits', 'root': 'data', 'download': False, 'crop': 1.0, 'strict': False}
+    {'name': 'digits', 'root': 'data', 'download': False, 'crop': 1.0, 'strict': False, 'options': {}}
     """
     if is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in fields(value)}

@@ -91,7 +91,9 @@ def test_import_repfx_needs_torch_alone() -> None:
 
 
 EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
-PINNED = [texts for extra, texts in EXTRAS.items() if extra not in ("zoo", "tools")]  # the tools have pins of their own
+PINNED = [
+    texts for extra, texts in EXTRAS.items() if extra not in ("zoo", "tools", "datasets")
+]  # the tools have pins of their own
 ASKED = [Requirement(text) for texts in (PYPROJECT["project"]["dependencies"], *PINNED) for text in texts]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from repfx.data.dataset import DataSet, DataSource, InputForm
 from repfx.data.load import load_data
 from repfx.errors import InvalidInput
 from repfx.onnx.preprocessing import Preprocessing
+from repfx.training.recipe_file import parse_recipe
 
 GREY = InputForm(channels=1)
 
@@ -251,3 +253,29 @@ def test_what_is_not_there_is_said(name: str, message: str, tmp_path: Path) -> N
 def test_a_model_without_convs_has_no_form() -> None:
     with pytest.raises(InvalidInput, match="has no conv"):
         InputForm.of(nn.Linear(2, 2))
+
+
+# --- data of other libraries ------------------------------------------------------------------------------------------
+
+
+def test_data_for_datasets_names_its_extra_where_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InvalidInput, match=r"need datasets, which is missing: pip install 'repfx\[datasets\]'"):
+        load_data(DataSource("hf:anything"), GREY)
+
+
+@pytest.mark.parametrize("name", ["digits", "photographs.npz", "CIFAR10"])
+def test_data_without_options_refuses_them(name: str) -> None:
+    with pytest.raises(InvalidInput, match=f"data.options has label, and '{name}' takes no options: leave them out"):
+        load_data(DataSource(name, options={"label": "fine"}), GREY)
+
+
+def test_a_folder_in_a_recipe_starts_from_the_recipe_whatever_loads_it(tmp_path: Path) -> None:
+    (tmp_path / "photographs").mkdir()
+    for name, found in (
+        ("hf:photographs", f"hf:{tmp_path / 'photographs'}"),
+        ("photographs", str(tmp_path / "photographs")),
+        ("hf:elsewhere", "hf:elsewhere"),
+    ):
+        (tmp_path / "recipe.toml").write_text(f'[data]\nname = "{name}"\n')
+        assert parse_recipe(tmp_path / "recipe.toml")["data"]["name"] == found

@@ -48,7 +48,7 @@ Options = Annotated[
 DataOptions = Annotated[
     list[str] | None,
     typer.Option(
-        help="NAME=VALUE, an option of hf: data, such as label=fine_label; VALUE is JSON or text. May be repeated.",
+        help="NAME=VALUE, an option of hf: or wds: data, such as label=fine_label; VALUE is JSON or text. May be repeated.",
         show_default=False,
     ),
 ]

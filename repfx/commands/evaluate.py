@@ -36,7 +36,7 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="digits, a folder, an .npz file, hf:NAME or a torchvision data set, like --data of repfx train. Its test images are used.",
+            help="The data, as --data of repfx train takes it. Its test images are used.",
             show_default=False,
             autocompletion=data_names,
         ),

@@ -94,8 +94,8 @@ def fuse(
     data: Annotated[
         str | None,
         typer.Option(
-            help="With --int8: digits, a folder, an .npz file, hf:NAME or a torchvision data set, like --data of repfx train. Ranges are "
-            "measured on training images, accuracy on test images.",
+            help="With --int8: the data, as --data of repfx train takes it. Ranges are measured on training images, accuracy on test "
+            "images.",
             show_default=False,
             autocompletion=data_names,
         ),

@@ -77,7 +77,7 @@ def train(
             "-d",
             help="The data: digits (from scikit-learn); a folder with one folder of images per class, or with such folders in train/ and "
             "test/ (or val/); an .npz file with x_train, y_train, x_test and y_test; hf:NAME or hf:FOLDER, a data set for Hugging Face's "
-            "datasets; or the name of a torchvision data set.",
+            "datasets; wds:FOLDER, shards of WebDataset; or the name of a torchvision data set.",
             show_default=_DEFAULT.data.name,
             autocompletion=data_names,
         ),

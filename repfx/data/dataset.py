@@ -16,6 +16,7 @@ from repfx.errors import InvalidInput
 from repfx.onnx.preprocessing import Preprocessing
 
 Images = Dataset[Any]
+MOST_CLASSES = 1 << 16  # more only if there are as many labels
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class DataSource:
     """The source of a data set.
 
     Args:
-        name: `digits`, a folder, an `.npz` file, `hf:` and the name or the folder of a data set for Hugging Face's `datasets`, or a
-            torchvision data set's name.
+        name: `digits`, a folder, an `.npz` file, `hf:` and the name or the folder of a data set for Hugging Face's `datasets`, `wds:`
+            and a folder of WebDataset's shards, or a torchvision data set's name.
         root: folder that holds a torchvision data set's files.
         download: whether torchvision or `datasets` downloads files that are missing.
         crop: part of the height and width of an image file that is shown, from the middle; 0.875 is 224 of 256 pixels. A random crop
             in training is taken from the whole image instead.
         strict: whether all image files are read before anything else, and one that can't be read is an error. Otherwise it is left out.
-        options: options of the source; with `hf:`, those of `repfx.data.hugging_face.Options`.
+        options: options of the source; with `hf:` and `wds:`, those of `Options` in `repfx.data.hugging_face` and `repfx.data.web_dataset`.
     """
 
     name: str = "digits"

@@ -17,7 +17,7 @@ from repfx.errors import InvalidInput, first_line
 from repfx.onnx.preprocessing import Preprocessing
 
 SIZE = 224
-_TEST_FOLDERS = ("test", "val", "valid", "validation")
+TEST_FOLDERS = ("test", "val", "valid", "validation")
 _VALIDATED = ("ImageNet", "Imagenette", "Places365")  # torchvision has no test part of these
 _MEANS = {1: (0.449,), 3: (0.485, 0.456, 0.406)}  # of ImageNet, as torchvision's and timm's weights expect
 _DEVIATIONS = {1: (0.226,), 3: (0.229, 0.224, 0.225)}
@@ -34,10 +34,10 @@ def folder(source: DataSource, form: InputForm, preprocessing: Preprocessing | N
     """
     path = Path(source.name)
     prepared = preprocessing or usual(form, form.size or SIZE, source.crop)
-    test_folder = next((path / name for name in _TEST_FOLDERS if (path / name).is_dir()), None)
+    test_folder = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None)
     if test_folder is None and any(part.is_dir() for part in (path / "train").glob("*")):
         raise InvalidInput(
-            f"{str(path)!r} has a folder train/ of classes, and beside it none of {', '.join(_TEST_FOLDERS)}: add one of these."
+            f"{str(path)!r} has a folder train/ of classes, and beside it none of {', '.join(TEST_FOLDERS)}: add one of these."
         )
     if not (path / "train").is_dir() or test_folder is None:
         classes, samples = _samples(path, path)
@@ -72,7 +72,7 @@ def _samples(part: Path, folder: Path) -> tuple[list[str], _Samples]:
         found = first_line(error) if has_folders else "it has no folders of images"
         raise InvalidInput(
             f"{str(folder)!r} is no image folder: {found}. It needs one folder of images for each class, or such folders in train/ and "
-            f"in one of {', '.join(f'{name}/' for name in _TEST_FOLDERS)}."
+            f"in one of {', '.join(f'{name}/' for name in TEST_FOLDERS)}."
         ) from error
     return found.classes, found.samples
 
@@ -131,7 +131,7 @@ def torchvision_data(source: DataSource, form: InputForm, preprocessing: Preproc
     known = {name: kind for name, kind in vars(datasets).items() if inspect.isclass(kind)}
     kind = next((kind for name, kind in known.items() if name.lower() == source.name.lower()), None)
     if kind is None:
-        forms = "digits, an image folder, an .npz file, hf:NAME or a torchvision data set's name"
+        forms = "digits, an image folder, an .npz file, hf:NAME, wds:FOLDER or a torchvision data set's name"
         raise InvalidInput(f"no data set {source.name!r}: it must be {forms}.")
     train, test = (_part(kind, source, is_train) for is_train in (True, False))
     preprocessing = preprocessing or usual(form, form.size or _own_size(train), source.crop)

@@ -1,7 +1,7 @@
 """Load the data set that `--data` of the command line names, as training and test images of the size that a model takes.
 
-The name is `digits`, an image folder, an `.npz` file, the name of a torchvision data set, or `hf:` and the name of a data set for Hugging
-Face's `datasets`. Nothing is downloaded unless asked for.
+The name is `digits`, an image folder, an `.npz` file, the name of a torchvision data set, `hf:` and the name of a data set for Hugging
+Face's `datasets`, or `wds:` and a folder of WebDataset's shards. Nothing is downloaded unless asked for.
 """
 
 from __future__ import annotations
@@ -16,16 +16,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from repfx.data import hugging_face, image_files
-from repfx.data.dataset import DataSet, DataSource, InputForm, PreparedImages, Stages, as_it_is, every_fifth
+from repfx.data import hugging_face, image_files, web_dataset
+from repfx.data.dataset import (
+    MOST_CLASSES,
+    DataSet,
+    DataSource,
+    InputForm,
+    PreparedImages,
+    Stages,
+    as_it_is,
+    every_fifth,
+)
 from repfx.errors import InvalidInput, first_line
 from repfx.onnx.preprocessing import Preprocessing, stretched
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _DIGITS_SIZE = 16
 _Load = Callable[[DataSource, InputForm, "Preprocessing | None"], DataSet]
-OF_LIBRARIES: dict[str, _Load] = {"hf:": hugging_face.load}  # by how their names begin; these alone have options
-MOST_CLASSES = 1 << 16  # more only if there are as many labels
+OF_LIBRARIES: dict[str, _Load] = {
+    "hf:": hugging_face.load,
+    "wds:": web_dataset.load,
+}  # by how names begin; these alone have options
 
 
 def load_data(source: DataSource, form: InputForm, preprocessing: Preprocessing | None = None) -> DataSet:

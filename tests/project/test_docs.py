@@ -203,7 +203,14 @@ def test_the_table_of_keys_explains_all_that_a_recipe_can_hold() -> None:
         channels_last=True,
     )
     whole = Experiment(
-        model, DataSource(), "dbb", {"name": "repan"}, training, Path("begin.pt"), image_size=32, baseline="plain"
+        model,
+        DataSource(options={"label": "fine"}),
+        "dbb",
+        {"name": "repan"},
+        training,
+        Path("begin.pt"),
+        image_size=32,
+        baseline="plain",
     )
     keys = {re.sub(r"(options|schedule)\..*", r"\1", key) for key in flat(whole.values)}
     rows = re.findall(r"^\| `([\w.]+)` \| .* \| (.+) \|$", TABLES["recipe_keys"](), re.MULTILINE)

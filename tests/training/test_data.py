@@ -274,6 +274,7 @@ def test_a_folder_in_a_recipe_starts_from_the_recipe_whatever_loads_it(tmp_path:
     (tmp_path / "photographs").mkdir()
     for name, found in (
         ("hf:photographs", f"hf:{tmp_path / 'photographs'}"),
+        ("wds:photographs", f"wds:{tmp_path / 'photographs'}"),
         ("photographs", str(tmp_path / "photographs")),
         ("hf:elsewhere", "hf:elsewhere"),
     ):

@@ -50,9 +50,8 @@ def load_data(source: DataSource, form: InputForm, preprocessing: Preprocessing 
         OSError: a file can't be read.
     """
     path = Path(source.name)
-    for prefix, load in OF_LIBRARIES.items():
-        if source.name.startswith(prefix):
-            return load(replace(source, name=source.name.removeprefix(prefix)), form, preprocessing)
+    if prefix := prefix_of(source.name):
+        return OF_LIBRARIES[prefix](replace(source, name=source.name.removeprefix(prefix)), form, preprocessing)
     if source.options:
         raise InvalidInput(
             f"data.options has {', '.join(source.options)}, and {source.name!r} takes no options: leave them out."
@@ -64,6 +63,15 @@ def load_data(source: DataSource, form: InputForm, preprocessing: Preprocessing 
     if path.is_dir():
         return image_files.folder(source, form, preprocessing)
     return image_files.torchvision_data(source, form, preprocessing)
+
+
+def prefix_of(name: str) -> str:
+    """Return the beginning of a data set's name that says what loads it; empty for a name without one.
+
+    >>> prefix_of("hf:photographs"), prefix_of("photographs")
+    ('hf:', '')
+    """
+    return next((prefix for prefix in OF_LIBRARIES if name.startswith(prefix)), "")
 
 
 def _digits(form: InputForm, preprocessing: Preprocessing | None) -> DataSet:

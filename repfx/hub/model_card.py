@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any
 
+from repfx.data.load import prefix_of
 from repfx.records.number_text import duration, engineering, percent
 from repfx.training.run_folder import (
     ARCHITECTURE,
@@ -42,7 +43,9 @@ def model_card(folder: RunFolder, *, repository: str, license: str | None = None
         raise folder.unfinished()
     setup = folder.setup
     recipe: Mapping[str, Any] = folder.recipe or {}
-    data = PurePath(str(recipe.get("data", {}).get("name", "unknown data"))).name
+    name = str(recipe.get("data", {}).get("name", "unknown data"))
+    of_a_hub = bool(prefix_of(name)) and not PurePath(name.removeprefix(prefix_of(name))).is_absolute()
+    data = name.removeprefix(prefix_of(name)) if of_a_hub else PurePath(name).name
     parts = [
         _head(license, data, metrics, repository),
         f"# {PurePath(repository).name}\n",

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from repfx.data.load import prefix_of
 from repfx.errors import InvalidInput, first_line
 from repfx.hub.model_card import model_card
 from repfx.training.recipe_file import to_toml
@@ -138,8 +139,12 @@ def _short(value: Any) -> Any:
         return {key: _short(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_short(part) for part in value]
-    absolute = isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute())
-    return PureWindowsPath(value).name if absolute else value
+    if not isinstance(value, str):
+        return value
+    begin = prefix_of(value)
+    path = value.removeprefix(begin)
+    absolute = PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+    return f"{begin}{PureWindowsPath(path).name}" if absolute else value
 
 
 def _hub() -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from repfx.data.load import OF_LIBRARIES
+from repfx.data.load import prefix_of
 from repfx.errors import InvalidInput, UnknownName, first_line
 from repfx.records.json_text import require_shallow
 from repfx.records.registry import load_entry_points
@@ -135,7 +135,7 @@ def _start_from(folder: Path, values: dict[str, Any], keys: tuple[str, ...]) -> 
             and (key != "spec" or value.endswith(".json"))
         ):
             path, separator, name = value.rpartition(":") if ".py:" in value else (value, "", "")
-            begin = next((prefix for prefix in OF_LIBRARIES if key == "data.name" and path.startswith(prefix)), "")
+            begin = prefix_of(path)
             path = path.removeprefix(begin)
             if (folder / path).exists():
                 table[last] = f"{begin}{folder / path}{separator}{name}"

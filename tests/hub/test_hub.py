@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import repfx.hub
 from repfx.errors import InvalidInput
 from repfx.hub.model_card import model_card
+from repfx.hub.repository import _without_folders
 from repfx.testing import relative_error
 from repfx.training.experiment import Experiment, run
 from repfx.training.models import ModelReference
@@ -95,6 +97,26 @@ def test_a_card_says_what_was_measured_and_what_was_not(finished: Path) -> None:
     assert "trust=True" in card
     assert "`tiny.py:net`, which isn't in this repository" in card
     assert "No license was given" in model_card(RunFolder(finished), repository="me/tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "pushed", "told"),
+    [
+        ("/home/me/photographs", "photographs", "photographs"),
+        ("hf:/home/me/photographs", "hf:photographs", "photographs"),
+        ("wds:/home/me/shards", "wds:shards", "shards"),
+        ("hf:uoft-cs/cifar100", "hf:uoft-cs/cifar100", "uoft-cs/cifar100"),
+    ],
+)
+def test_data_is_named_without_its_folder_and_a_data_set_of_the_hub_in_full(
+    name: str, pushed: str, told: str, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    recipe = (tmp_path / "run" / "recipe.toml").read_text()
+    (tmp_path / "run" / "recipe.toml").write_text(recipe.replace('name = "digits"', f'name = "{name}"'))
+    folder = RunFolder(tmp_path / "run")
+    assert f"trained on {told}." in model_card(folder, repository="me/tiny")
+    assert f'name = "{pushed}"' in _without_folders(folder)["recipe.toml"]
 
 
 def test_what_can_not_be_pushed_is_refused(finished: Path, hub: StubHub, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from repfx.training.loop import Step, Watcher
 from repfx.training.models import ModelReference
 from repfx.training.recipe import Recipe
 from repfx.training.run_folder import METRICS, RunFolder
-from repfx.training.runs.baseline import verdict
+from repfx.training.runs.baseline import require_comparable, verdict
 from repfx.training.runs.metrics import Baseline, Metrics
 from tests.recorded_run import TINY
 
@@ -67,6 +67,9 @@ def test_the_plain_model_is_trained_alike_and_shown_beside(tmp_path: Path) -> No
         run(asked(tmp_path / "no", baseline=str(out)))
     with pytest.raises(InvalidInput, match="can't be compared: its image_size is 8, and here it is 9"):
         run(asked(tmp_path / "no", baseline=str(tmp_path / "plain"), image_size=9))
+    values = {**job.values, "data": {**job.values["data"], "options": {"label": "fine"}}}
+    with pytest.raises(InvalidInput, match=r"its data\.options\.label is None, and here it is 'fine'"):
+        require_comparable(values, str(tmp_path / "plain"))
     other = run(asked(tmp_path / "other", baseline=str(tmp_path / "plain"), training=replace(job.training, epochs=1)))
     assert other is not None
     assert other.baseline == Baseline(str(tmp_path / "plain"), ("training.epochs",))

@@ -18,7 +18,7 @@ from repfx.training.run_folder import BASELINE, RunFolder
 from repfx.training.runs.metrics import Baseline, Metrics
 
 PLAIN = "plain"  # for a plain model that is trained beside the other one
-_SAME = ("model", "data.name", "data.crop", "image_size")
+_SAME = ("model", "data.name", "data.options", "data.crop", "image_size")
 
 
 def folder_of(baseline: str, out: Path) -> RunFolder:

@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: always; code 0 if all went well, 2 for an error of the input or of a file, 130 after an interruption.
     """
-    if arguments is None and sys.argv[1:2] == ["train"]:
+    if arguments is None and sys.argv[1:2] in (["train"], ["sweep"]):
         _restart_without_spinning()
     try:
         from repfx.commands.app import run_app

@@ -119,7 +119,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gallery": gallery,
     **{
         f"options_of_{command}": partial(options, command)
-        for command in ("train", "recipe", "fuse", "predict", "evaluate", "inspect", "profile", "report")
+        for command in ("train", "recipe", "fuse", "predict", "evaluate", "inspect", "profile", "report", "sweep")
     },
 }
 

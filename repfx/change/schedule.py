@@ -14,7 +14,7 @@ from repfx.algebra.conv_spec import ConvSpec
 from repfx.blocks.presets import SpecLike
 from repfx.blocks.selection import Selection
 from repfx.change.companion import Companion, Run
-from repfx.errors import InvalidInput
+from repfx.errors import InvalidInput, UnknownName
 from repfx.passes.squeeze import Squeeze
 from repfx.records.journal import Action
 from repfx.records.registry import Registry
@@ -194,8 +194,7 @@ class Schedule:
         """
         unknown = sorted(options.keys() - {each.name for each in fields(cls)})
         if unknown:
-            known = ", ".join(each.name for each in sorted(fields(cls), key=lambda each: bool(each.kw_only)))
-            raise InvalidInput(f"{cls.__name__} has no option {', '.join(unknown)}; it has {known}.")
+            raise UnknownName(f"option of {cls.__name__}", unknown[0], (each.name for each in fields(cls)))
         for each in fields(cls):
             if each.name in options:
                 _require_kind(each.name, options[each.name], str(each.type))

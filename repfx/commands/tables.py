@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from repfx.measuring.cost import count_layers, count_macs, count_parameters
 from repfx.onnx.quantization_report import QuantizationReport
 from repfx.profiling.profile import Profile
-from repfx.records.number_text import engineering
+from repfx.records.number_text import duration, engineering
 from repfx.training.evaluation import Evaluation
 from repfx.training.runs.metrics import Metrics
+from repfx.training.sweep import Row, short_keys, text_of
 
 _TITLES = {"plain": "plain", "expanded": "expanded", "fused": "fused", "onnxruntime": "in onnxruntime"}
 _NARROWEST = 14
+_WHOLE = 16  # letters of a name or a value of an option that aren't broken
 _INT8_TITLES = {"ptq": "8 bits, rounded", "qat": "8 bits, trained"}
 
 
@@ -112,6 +114,30 @@ def profile_table(found: Profile, rows: int) -> Table:
         merged = str(row.merged) if row.merged > 1 else ""
         table.add_row(
             name, merged, *times, macs, Text(row.limit if row.gains or not row.reason else f"{row.limit}; {row.reason}")
+        )
+    return table
+
+
+def sweep_table(keys: Sequence[str], rows: Sequence[Row]) -> Table:
+    """Show the results of a sweep, one row for each choice of values. Its columns begin with the options that the sweep is over."""
+    table = Table(box=SIMPLE_HEAD)
+    names = short_keys(keys)
+    for key in keys:
+        longest = max(map(len, (names[key], *(text_of(row.values[key]) for row in rows))))
+        table.add_column(Text(names[key]), overflow="fold", no_wrap=longest <= _WHOLE)
+    for column in ("runs", "accuracy", "±", "MACs\ntrained", "MACs\nfused", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        accuracy, macs, fused, seconds = map(row.mean, ("accuracy", "macs", "fused_macs", "seconds"))
+        finished = str(row.runs) if row.runs == len(row.results) else f"{len(row.results)} of {row.runs}"
+        table.add_row(
+            *(Text(text_of(row.values[key])) for key in keys),
+            finished,
+            "–" if accuracy is None else f"{accuracy:.2%}",
+            "" if row.deviation is None else f"{row.deviation:.2%}",
+            "–" if macs is None else engineering(macs),
+            "–" if fused is None else engineering(fused),
+            "–" if seconds is None else duration(seconds),
         )
     return table
 

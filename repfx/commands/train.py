@@ -15,9 +15,8 @@ from repfx.commands.arguments import MODEL_FORMS, DataOptions, Options, Trust, p
 from repfx.commands.names import FILES, data_names, model_names, recipe_keys, recipe_names, spec_names
 from repfx.commands.progress import shown_progress
 from repfx.commands.tables import metrics_table
-from repfx.errors import InvalidInput
-from repfx.records.plain_values import from_plain
-from repfx.training.experiment import OF_A_CALL, Experiment, run
+from repfx.records.plain_values import put
+from repfx.training.experiment import Experiment, run
 from repfx.training.recipe import KEPT, PRECISIONS, Recipe
 from repfx.training.recipe_file import is_file, parse_recipe
 from repfx.training.run_folder import RECIPE, RunFolder
@@ -317,16 +316,13 @@ def train(
     given |= {f"schedule.{name}": value for name, value in parse_options(schedule_option).items()}
     for key, value in given.items():
         if value is not None:
-            _set(values, key, value)
+            put(values, key, value)
     set_by_hand = parse_options(set_)
     for key, value in set_by_hand.items():
-        _set(values, key, value)
+        put(values, key, value)
     named = [each for each in (model, schedule, *set_by_hand.values()) if isinstance(each, str)]
     _require_trusted(values, recipe, out, True if trust else named)
-    misplaced = [key for key in OF_A_CALL if key in values]
-    if misplaced:
-        raise InvalidInput(f"{misplaced[0]} can't be set in a recipe: give the option --{misplaced[0]}.")
-    experiment = from_plain(Experiment, {**values, "out": out, "overwrite": overwrite, "resume": resume})
+    experiment = Experiment.of(values, out=out, overwrite=overwrite, resume=resume)
     with shown_progress(quiet=as_json) as watcher:
         metrics = run(experiment, watcher)
     if metrics is None:  # in all processes but the first
@@ -363,15 +359,3 @@ def _require_trusted(values: dict[str, Any], recipe: str | None, out: Path, trus
         require_trusted(values, repr(str(out / RECIPE)), trust, advice)
     elif is_file(recipe):
         require_trusted(values, repr(recipe), trust, advice)
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    *outer, last = key.split(".")
-    for name in outer:
-        values = values.setdefault(name, {})
-        if not isinstance(values, dict):
-            raise InvalidInput(f"{key} can't be set: {name} is not a table.")
-    if value is None:
-        values.pop(last, None)
-    else:
-        values[last] = value

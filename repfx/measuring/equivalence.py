@@ -208,12 +208,12 @@ def _compare(expected: Any, model: nn.Module, x: Inputs) -> list[Difference]:
 
 def _first_difference(reference: nn.Module, model: nn.Module, x: Inputs, bound: float) -> ModuleDifference | None:
     """Run both models once more, and compare the outputs of the model's modules with those of the reference's modules, call by call."""
-    counterparts = _counterparts(reference, model)
-    comparison = _Comparison(_outputs_by_path(reference, set(counterparts.values()), x), bound)
+    twins = counterparts(reference, model)
+    comparison = _Comparison(_outputs_by_path(reference, set(twins.values()), x), bound)
     with ExitStack() as hooks:
         for path, module in model.named_modules():
-            if path in counterparts:
-                hook = comparison.checker(path, counterparts[path])
+            if path in twins:
+                hook = comparison.checker(path, twins[path])
             elif provenance_of(module) is not None:
                 hook = comparison.suspicion(path)
             else:
@@ -224,7 +224,7 @@ def _first_difference(reference: nn.Module, model: nn.Module, x: Inputs, bound: 
     return comparison.first
 
 
-def _counterparts(reference: nn.Module, model: nn.Module) -> dict[str, str]:
+def counterparts(reference: nn.Module, model: nn.Module) -> dict[str, str]:
     """Return the path of each module whose outputs must equal those of a module of the reference, with the path of that module."""
     known = dict(reference.named_modules(remove_duplicate=False))
     pairs = {}

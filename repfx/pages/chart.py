@@ -18,9 +18,19 @@ from repfx.pages.scale import Scale, Unit, round_marks, span, spread, unit_for
 from repfx.pages.strips import Sign, strips
 from repfx.training.history import Epoch
 
+_COLOURS = 6
 WIDTHS = {"narrow": 340, "middle": 660, "wide": 1060}
 _LEFT, _RIGHT, _TITLE, _PANEL, _GAP, _STRIP, _AXIS = 68, 82, 24, 128, 22, 22, 34
 _SIGN_ROOM, _HIT_ROOM, _RULE_ROOM, _DOT_ROOM, _END_ROOM = 34, 2, 12, 9, 13
+
+
+def style_of(place: int) -> str:
+    """Return the CSS classes of the curve of a run, or of several that belong together, by its place among them.
+
+    >>> style_of(0), style_of(7)
+    ('run1', 'run2 thin')
+    """
+    return f"run{place % _COLOURS + 1}" + (" thin" if place >= _COLOURS else "")
 
 
 @dataclass(frozen=True)
@@ -130,14 +140,14 @@ def _panel(svg: Element, frame: Frame, panel: Panel, top: float, epochs: Sequenc
     y = Scale(low, high, top + _PANEL, top + 6)
     for mark in round_marks(low / panel.unit.size, high / panel.unit.size, 4):
         height = y(mark * panel.unit.size)
-        _line(svg, "grid", _LEFT, height, frame.width - _RIGHT, height)
-        _text(svg, "tick end", _LEFT - 7, height + 4, panel.unit.mark(mark))
-    _text(svg, "title", _LEFT, top - 9, panel.title)
+        add_line(svg, "grid", _LEFT, height, frame.width - _RIGHT, height)
+        add_text(svg, "tick end", _LEFT - 7, height + 4, panel.unit.mark(mark))
+    add_text(svg, "title", _LEFT, top - 9, panel.title)
     if panel.named and len(panel.lines) > 1:
         _legend(svg, frame, panel, top)
     if panel.reference is not None:
         height = y(panel.reference[1])
-        _line(svg, "reference", _LEFT, height, frame.width - _RIGHT, height)
+        add_line(svg, "reference", _LEFT, height, frame.width - _RIGHT, height)
     for line in panel.lines:
         _curve(svg, frame, line, y, epochs)
     _ends(svg, frame, panel, y, top)
@@ -170,15 +180,15 @@ def _ends(svg: Element, frame: Frame, panel: Panel, y: Scale, top: float) -> Non
         found.append(("note", value, name))
     heights = spread([y(value) for _, value, _ in found], _END_ROOM, top + 6, top + _PANEL)
     for (style, _, text), height in zip(found, heights):
-        _text(svg, style, frame.width - _RIGHT + 6, height + 4, text)
+        add_text(svg, style, frame.width - _RIGHT + 6, height + 4, text)
 
 
 def _legend(svg: Element, frame: Frame, panel: Panel, top: float) -> None:
     right = float(frame.width - _RIGHT)
     for line in reversed(panel.lines):
-        _text(svg, "note end", right, top - 9, line.name)
+        add_text(svg, "note end", right, top - 9, line.name)
         right -= 7.2 * len(line.name) + 4
-        _line(svg, f"curve {line.style}", right - 22, top - 13, right, top - 13)
+        add_line(svg, f"curve {line.style}", right - 22, top - 13, right, top - 13)
         right -= 34
 
 
@@ -187,21 +197,21 @@ def _rules(svg: Element, frame: Frame, epochs: Sequence[Epoch]) -> None:
     changed = [epoch.epoch for epoch in epochs if changes_of(epoch)]
     if len(changed) * _RULE_ROOM <= frame.width:
         for epoch in changed:
-            _line(svg, "change", frame.x(epoch), frame.tops[0], frame.x(epoch), frame.bottom + 4)
+            add_line(svg, "change", frame.x(epoch), frame.tops[0], frame.x(epoch), frame.bottom + 4)
 
 
 def _strip(svg: Element, frame: Frame, bottom: float, name: str, signs: Sequence[Sign]) -> None:
-    _text(svg, "tick end", _LEFT - 15, bottom - 2, name)
+    add_text(svg, "tick end", _LEFT - 15, bottom - 2, name)
     for sign in signs:
         place = fmean(map(frame.x, sign.epochs))
-        SubElement(_text(svg, f"sign {name}", place, bottom - 2, sign.text), "title").text = sign.title
+        SubElement(add_text(svg, f"sign {name}", place, bottom - 2, sign.text), "title").text = sign.title
 
 
 def _axis(svg: Element, frame: Frame, bottom: float) -> None:
     first, last = int(frame.x.low), int(frame.x.high)
     for mark in round_marks(first, last, max(4, (frame.width - _LEFT - _RIGHT) // 70), whole=True):
-        _text(svg, "tick mid", frame.x(mark), bottom, str(int(mark)))
-    _text(svg, "tick end", _LEFT - 15, bottom, "epoch")
+        add_text(svg, "tick mid", frame.x(mark), bottom, str(int(mark)))
+    add_text(svg, "tick end", _LEFT - 15, bottom, "epoch")
 
 
 def _hits(svg: Element, frame: Frame, panels: Sequence[Panel], epochs: Sequence[Epoch]) -> None:
@@ -232,11 +242,13 @@ def _told(panel: Panel, line: Line, column: Column, places: Mapping[int, int]) -
     return None
 
 
-def _line(svg: Element, style: str, left: float, top: float, right: float, bottom: float) -> None:
+def add_line(svg: Element, style: str, left: float, top: float, right: float, bottom: float) -> None:
+    """Add a line of a CSS class to a picture."""
     SubElement(svg, "path", {"class": style, "d": f"M{left:.1f} {top:.1f}L{right:.1f} {bottom:.1f}"})
 
 
-def _text(svg: Element, style: str, left: float, bottom: float, text: str) -> Element:
+def add_text(svg: Element, style: str, left: float, bottom: float, text: str) -> Element:
+    """Add a text of a CSS class to a picture."""
     found = SubElement(svg, "text", {"class": style, "x": f"{left:.1f}", "y": f"{bottom:.1f}"})
     found.text = text
     return found

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from repfx.pages.changes import Names, structure_after
+from repfx.pages.chart import style_of
 from repfx.pages.forms import INT8_TITLES, TITLES, Form, forms_of_run, int8_forms
 from repfx.pages.run_page import epochs_of, require_run
 from repfx.pages.structure_map import sorted_sites
@@ -17,7 +18,6 @@ from repfx.records.plain_values import flat
 from repfx.training.history import Epoch
 from repfx.training.run_folder import RunFolder
 
-_COLOURS = 6
 _EXPANDED, _FUSED = {"expanded": TITLES["expanded"]}, {"fused": TITLES["fused"]}
 _ALL = {"plain": TITLES["plain"], **_EXPANDED, **_FUSED, **INT8_TITLES}
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str], Mapping[str, str]], ...] = (
@@ -77,9 +77,8 @@ class ComparedRun:
         epochs = epochs_of(history, metrics)
         forms = _forms_so_far(epochs) if metrics is None else {**forms_of_run(metrics), **int8_forms(metrics)}
         structure = None if history is None or not epochs else structure_after(epochs[-1])
-        style = f"run{place % _COLOURS + 1}" + (" thin" if place >= _COLOURS else "")
         known = None if recipe is None else flat(recipe)
-        return cls(name, style, metrics is not None, epochs, forms, known, structure)
+        return cls(name, style_of(place), metrics is not None, epochs, forms, known, structure)
 
 
 @dataclass(frozen=True)

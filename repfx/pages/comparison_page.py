@@ -13,7 +13,7 @@ from repfx.pages.comparison_chart import comparison_chart
 from repfx.pages.rendering import write_page
 
 COMPARISON = "comparison.html"
-_MOST, _FEW_NAMES = 12, 4
+MOST, _FEW_NAMES = 12, 4
 
 
 def write_comparison_page(paths: Sequence[Path], out: str | os.PathLike[str] | None = None) -> Path:
@@ -35,8 +35,8 @@ def write_comparison_page(paths: Sequence[Path], out: str | os.PathLike[str] | N
     twice = next((path for place, path in enumerate(paths) if whole[place] in whole[:place]), None)
     if twice is not None:
         raise InvalidInput(f"{str(twice)!r} is given twice: give each run once.")
-    if not 2 <= len(paths) <= _MOST:
-        raise InvalidInput(f"a page compares 2 to {_MOST} runs, and {len(paths)} are given.")
+    if not 2 <= len(paths) <= MOST:
+        raise InvalidInput(f"a page compares 2 to {MOST} runs, and {len(paths)} are given.")
     runs = [ComparedRun.read(path, name, place) for place, (path, name) in enumerate(zip(paths, short_names(whole)))]
     measures = measures_of(runs)
     target = Path(COMPARISON if out is None else out)

@@ -13,7 +13,7 @@ from repfx.pages.changes import when
 from repfx.records.number_text import duration, engineering, grouped, percent, plural
 from repfx.records.target_file import staged
 
-_TEMPLATES = Path(__file__).with_name("templates")
+TEMPLATES = Path(__file__).with_name("templates")
 
 
 def write_page(template: str, path: str | os.PathLike[str], **shown: Any) -> None:
@@ -44,7 +44,7 @@ def svg(text: str) -> Any:
 def _environment() -> Any:
     jinja2 = _jinja2()
     found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

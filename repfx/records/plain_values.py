@@ -134,6 +134,29 @@ def descriptions(kind: Any) -> dict[str, str]:
     return {name: " ".join(told.split()) for names, told in entries for name in names.split(", ")}
 
 
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of nested values, in place. None removes the key.
+
+    Raises:
+        InvalidInput: what the key leads through is no table.
+
+    >>> values = {"data": {"name": "digits"}}
+    >>> put(values, "training.epochs", 2)
+    >>> put(values, "data.name", None)
+    >>> values
+    {'data': {}, 'training': {'epochs': 2}}
+    """
+    *outer, last = key.split(".")
+    for name in outer:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise InvalidInput(f"{key} can't be set: {name} is not a table.")
+    if value is None:
+        values.pop(last, None)
+    else:
+        values[last] = value
+
+
 def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Return nested values as one flat dict with dotted keys.
 

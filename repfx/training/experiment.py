@@ -33,7 +33,7 @@ from repfx.qat.file import export_int8
 from repfx.qat.rounded import require_torchao, rounded
 from repfx.records.journal import journal, to_json
 from repfx.records.notes import copy_of
-from repfx.records.plain_values import flat, to_plain
+from repfx.records.plain_values import flat, from_plain, to_plain
 from repfx.records.python_code import import_source
 from repfx.tracing.sites import sites
 from repfx.training.engine import accelerator_for
@@ -107,6 +107,18 @@ class Experiment:
     overwrite: bool = False
     resume: bool = False
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any], **call: Any) -> Experiment:
+        """Return the job of a recipe's values, with `out`, `overwrite` and `resume` as `call` has them.
+
+        Raises:
+            InvalidInput: a key is unknown, a value can't be, or the recipe holds what belongs to a call.
+        """
+        misplaced = [key for key in OF_A_CALL if key in values]
+        if misplaced:
+            raise InvalidInput(f"{misplaced[0]} can't be set in a recipe: give the option --{misplaced[0]}.")
+        return from_plain(cls, {**values, **call})
+
     @property
     def values(self) -> dict[str, Any]:
         """The values that a recipe's file holds: all but `out`, `overwrite` and `resume`. Files are named by absolute paths."""
@@ -150,7 +162,7 @@ def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | Non
 
 
 def _run(experiment: Experiment, watcher: Watcher) -> Metrics | None:
-    schedule, folder = _schedule(experiment), RunFolder(experiment.out)
+    schedule, folder = schedule_of(experiment), RunFolder(experiment.out)
     if experiment.resume:
         _require_same(experiment, folder)
         require_no_fewer(experiment.training, folder)
@@ -338,19 +350,27 @@ def _resuming(experiment: Experiment) -> str:
 def _require_same(experiment: Experiment, folder: RunFolder) -> None:
     """Raise if the run in the folder was begun with other values, except for those that may differ."""
     begun = folder.recipe
-    if begun is None:
-        return
-    now, then = (flat(values) for values in (experiment.values, begun))
-    differing = [key for key in sorted({*now, *then}) if now.get(key) != then.get(key) and key not in _MAY_DIFFER]
-    if differing:
-        key = differing[0]
-        found = f"{key} = {then.get(key)!r}, and now it is {now.get(key)!r}"
+    change = None if begun is None else first_difference(experiment.values, begun)
+    if change is not None:
         raise InvalidInput(
-            f"the run in {str(folder.path)!r} was begun with {found}: leave the change out, or replace the run with --overwrite."
+            f"the run in {str(folder.path)!r} was begun with {change}: leave the change out, or replace the run with --overwrite."
         )
 
 
-def _schedule(experiment: Experiment) -> Schedule | None:
+def first_difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> str | None:
+    """Say in which key values of a recipe differ from those of a run or a sweep that is continued; None if all that counts is equal."""
+    now, then = flat(now), flat(then)
+    differing = [key for key in sorted({*now, *then}) if now.get(key) != then.get(key) and key not in _MAY_DIFFER]
+    key = next(iter(differing), None)
+    return None if key is None else f"{key} = {then.get(key)!r}, and now it is {now.get(key)!r}"
+
+
+def schedule_of(experiment: Experiment) -> Schedule | None:
+    """Return the schedule that a job asks for; None without one.
+
+    Raises:
+        InvalidInput: no schedule has this name, or it lacks an option, or a value can't be.
+    """
     if experiment.schedule is None:
         return None
     options = dict(experiment.schedule)

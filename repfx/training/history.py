@@ -32,6 +32,7 @@ class Epoch:
         actions: changes made at the end of this epoch; in epoch 0, before training.
         blocks: mean |γ| by site path: of the BatchNorm of the site's own conv as ``origin``, and of the last BatchNorm of each branch.
             None where there is no γ. Measured at the end of the epoch and before its actions; in epoch 0, after them.
+        gradients: mean |gradient| over the epoch's steps by site path, of the weights of each path that ran. Empty unless the recipe asks.
     """
 
     epoch: int
@@ -44,19 +45,24 @@ class Epoch:
     macs: int = 0
     actions: tuple[Action, ...] = ()
     blocks: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    gradients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the epoch as plain values, for JSON."""
         own = {each.name: getattr(self, each.name) for each in fields(self)}
         blocks = {site: dict(gammas) for site, gammas in self.blocks.items()}
-        return {**own, "actions": [action.to_dict() for action in self.actions], "blocks": blocks}
+        found = {**own, "actions": [action.to_dict() for action in self.actions], "blocks": blocks}
+        found["gradients"] = {site: dict(means) for site, means in self.gradients.items()}
+        return found if self.gradients else {key: value for key, value in found.items() if key != "gradients"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Epoch:
         """Return the epoch whose plain values `to_dict` returned."""
         found = cls(**{**values, "actions": from_json(json.dumps(values.get("actions", [])))})
         numbers = [getattr(found, name) for name in _NUMBERS]
-        numbers += [gamma for gammas in found.blocks.values() for gamma in gammas.values()]
+        numbers += [
+            number for sites in (found.blocks, found.gradients) for own in sites.values() for number in own.values()
+        ]
         if found.epoch is None or any(isinstance(x, bool) or not isinstance(x, (int, float, _None)) for x in numbers):
             raise InvalidInput(f"epoch {found.epoch!r} has something else where a number has to be.")
         return found

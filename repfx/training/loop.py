@@ -43,6 +43,7 @@ from repfx.training.optimizers import RATE_SCALE, make_optimizer
 from repfx.training.process import Place
 from repfx.training.recipe import Recipe
 from repfx.training.runs.best import accuracy_of, best_of, is_over, story_of_end
+from repfx.training.runs.gradients import Gradients
 from repfx.training.stem import Stem
 from repfx.training.supply import Supply
 
@@ -178,6 +179,7 @@ class _Training:
         if recipe.auxiliary is not None:
             self.auxiliary = Auxiliary(model, recipe, self.place.bring(self._two_images()), logits)
         self.average = _average(model, recipe.average) if recipe.average else None
+        self.gradients = Gradients() if recipe.gradients else None
         self.progress = _Progress()
         self.unreadable: dict[str, str] = {}
         self.best: Path | None = None
@@ -277,6 +279,8 @@ class _Training:
             self.accelerator.backward(part)
             loss += part.detach()
         self.driver.after_backward()
+        if self.gradients is not None:
+            self.gradients.add(self.model, self.accelerator.scaler)
         if self.recipe.clip:
             self.accelerator.clip_grad_norm_(self.net.parameters(), self.recipe.clip)
         for stepper in self.steppers:
@@ -324,7 +328,11 @@ class _Training:
         seconds = progress.seconds + time.perf_counter() - self._began
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         number = progress.epoch + 1
-        entry = Epoch(number, loss, accuracy, average, rate, seconds, *cost, self._last_actions(), gammas)
+        gradients: Mapping[str, Mapping[str, float]] = {}
+        if self.gradients is not None:
+            gradients = self.gradients.means()
+            self.gradients.clear()
+        entry = Epoch(number, loss, accuracy, average, rate, seconds, *cost, self._last_actions(), gammas, gradients)
         self.history = History((*self.history.epochs, entry))
         self.progress = _Progress(number)
         self.watcher.on_epoch(self.history)
@@ -401,7 +409,7 @@ class _Training:
         self.supply.epoch = self.progress.epoch
 
     def _parts(self) -> dict[str, Any]:
-        parts = {"scaler": self.accelerator.scaler, "auxiliary": self.auxiliary}
+        parts = {"scaler": self.accelerator.scaler, "auxiliary": self.auxiliary, "gradients": self.gradients}
         return {name: part for name, part in parts.items() if part is not None}
 
 

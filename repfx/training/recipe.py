@@ -131,6 +131,7 @@ class Recipe:
         test_every: epochs from one test to the next; the last epoch is always tested.
         keep: epoch whose model is fused: last or best. The best has the highest accuracy on the test images, whose accuracy it therefore
             flatters. both fuses the last, and keeps the best beside it.
+        gradients: whether the history records, for each path of the blocks, how large the gradients of its weights are.
         patience: epochs without a better accuracy after which the training ends early; 0 for never.
         log_with: tracker that Accelerate knows, such as tensorboard; empty for none.
     """
@@ -167,6 +168,7 @@ class Recipe:
     test_every: int = 1
     keep: str = "last"
     patience: int = 0
+    gradients: bool = False
     log_with: str = ""
 
     def __post_init__(self) -> None:
@@ -227,6 +229,7 @@ class Recipe:
             drop_path=0.0,
             keep="last",
             patience=0,
+            gradients=False,
         )
 
 

@@ -278,7 +278,7 @@ def test_a_spec_by_patterns_leaves_other_sites_alone(name: str, epoch: int) -> N
         ("dyrep", {"drop": 1}, InvalidInput, "drop is 1; it must be true or false"),
         ("dyrep", {"interval": "abc"}, InvalidInput, "interval is 'abc'; it must be a whole number"),
         ("repan", {"cycles": "abc"}, InvalidInput, "cycles is 'abc'; it must be a whole number"),
-        ("dyrep", {"speed": 1}, InvalidInput, "DyRep has no option speed; it has interval, until"),
+        ("dyrep", {"speed": 1}, InvalidInput, "no option of DyRep 'speed'"),
         (
             "repnas",
             {"epochs": 600},

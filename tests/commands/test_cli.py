@@ -221,7 +221,7 @@ def test_options_of_a_schedule_are_its_own(tmp_path: Path, repfx_command) -> Non
     [
         (["--schedule", "dyrap"], "no schedule 'dyrap'; did you mean 'dyrep'?"),
         (["--schedule-option", "interval=1"], "options for a schedule, and no schedule"),
-        (["--schedule", "dyrep", "--schedule-option", "speed=1"], "DyRep has no option speed"),
+        (["--schedule", "dyrep", "--schedule-option", "speed=1"], "no option of DyRep 'speed'"),
         (["--schedule", "repan", "--schedule-option", "cycles=7"], "2 epochs can't be split into 7 cycles"),
         (["--spec", "dbbb"], "no preset 'dbbb'; did you mean 'dbb'?"),
         (["--spec", "1x1,1x2"], "no branch kind '1x2'"),

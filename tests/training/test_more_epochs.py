@@ -173,7 +173,7 @@ def test_a_finished_run_goes_on_along_the_longer_curve(schedule: str | None, tmp
         fresh = asked(tmp_path / "other", 4, schedule=options)
         assert plan[0] == plan[1]
         assert plan[0] is not None
-        assert experiment._schedule(fresh).until != plan[0]["until"]  # type: ignore[union-attr]
+        assert experiment.schedule_of(fresh).until != plan[0]["until"]  # type: ignore[union-attr]
 
 
 @pytest.mark.slow
@@ -192,7 +192,7 @@ def test_the_schedule_of_a_longer_run_is_the_one_that_it_was_begun_with(
     for changes in ({"epochs": 8}, {"epochs": 9}):
         with pytest.raises(RepfxError, match="enough"):
             run(going_on(job, **changes))
-    assert seen == [experiment._schedule(job)] * 2
+    assert seen == [experiment.schedule_of(job)] * 2
     assert (tmp_path / "out" / METRICS).is_file()  # what failed before the training has changed nothing
 
 

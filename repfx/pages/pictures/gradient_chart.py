@@ -7,7 +7,7 @@ from statistics import fmean
 
 from repfx.blocks.block import ORIGIN
 from repfx.pages.chart import WIDTHS, Line, Panel, chart, style_of
-from repfx.pages.pictures.picture import Picture
+from repfx.pages.pictures.picture import Key, Picture
 from repfx.pages.run_charts import finite
 from repfx.pages.scale import NUMBERS
 from repfx.training.history import Epoch
@@ -28,7 +28,8 @@ def gradient_chart(epochs: Sequence[Epoch]) -> Picture | None:
     lines = [Line(name, values, style_of(place)) for place, (name, values) in enumerate(gradient_lines(epochs).items())]
     if not lines:
         return None
-    panel = Panel("Mean |gradient| of a weight", tuple(lines), NUMBERS)
+    panel = Panel("Mean |gradient| of a weight", tuple(lines), NUMBERS, named=False)
     drawings = tuple(chart([panel], epochs, "Mean gradients of the paths over the epochs.", size) for size in WIDTHS)
     note = "Each line is the mean over all sites that have the path, of the mean over its weights and over the epoch's steps."
-    return Picture("gradients", "Gradients of own convs and branches", note, drawings)
+    keys = tuple(Key(line.name, line.style) for line in lines)
+    return Picture("gradients", "Gradients of own convs and branches", note, drawings, keys)

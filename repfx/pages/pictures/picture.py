@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+from repfx.pages.chart import add_line, add_text
 from repfx.pages.rendering import TEMPLATES, svg
 from repfx.records.target_file import staged
 
 _NAMESPACE = "http://www.w3.org/2000/svg"
+_MARGIN, _ROW, _LINE, _LETTER = 16, 20, 28, 7
+
+
+@dataclass(frozen=True)
+class Key:
+    """The name of a curve, and the CSS classes by which it is drawn."""
+
+    name: str
+    style: str
 
 
 @dataclass(frozen=True)
@@ -22,12 +32,14 @@ class Picture:
         title: what it shows.
         note: how to read it.
         drawings: the picture as SVG without colours of its own: one, or one for each width of a page, the widest one last.
+        keys: the curves of the picture. A page lists them beside it, and a file has them beneath.
     """
 
     name: str
     title: str
     note: str
     drawings: tuple[str, ...]
+    keys: tuple[Key, ...] = ()
 
     @property
     def inline(self) -> list[object]:
@@ -42,10 +54,24 @@ class Picture:
         style.text = (TEMPLATES / "picture.css").read_text(encoding="utf-8")
         root.insert(0, style)
         root.set("xmlns", _NAMESPACE)
-        _, _, width, height = root.attrib["viewBox"].split()
-        root.set("width", width)
-        root.set("height", height)
+        width, height = map(float, root.attrib["viewBox"].split()[2:])
+        for name, size in (("width", width), ("height", height + _add_keys(root, self.keys, width, height))):
+            root.set(name, f"{size:g}")
+        root.set("viewBox", f"0 0 {root.attrib['width']} {root.attrib['height']}")
         return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _add_keys(svg: ElementTree.Element, keys: Sequence[Key], width: float, top: float) -> float:
+    """Add the keys beneath a picture, in as many rows as they need. Return the height of the rows."""
+    left, bottom = float(_MARGIN), top + _ROW / 2
+    for key in keys:
+        room = _LINE + 6 + _LETTER * len(key.name) + _MARGIN
+        if left > _MARGIN and left + room > width:
+            left, bottom = float(_MARGIN), bottom + _ROW
+        add_line(svg, f"curve {key.style}", left, bottom - 4, left + _LINE, bottom - 4)
+        add_text(svg, "note", left + _LINE + 6, bottom, key.name)
+        left += room
+    return bottom + _ROW / 2 - top if keys else 0.0
 
 
 def write_pictures(pictures: Iterable[Picture], folder: Path) -> list[Path]:

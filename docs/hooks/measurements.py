@@ -142,6 +142,27 @@ def observation() -> str:
     return "\n\n".join(parts)
 
 
+def processes() -> str:
+    """Write the results of `benchmarks/processes.py`: where the time of each process of a search goes."""
+    tables = []
+    for file in sorted(RESULTS.glob("processes-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        parts = ("data", "steps", "tests", "scoring", "rest")
+        rows = [
+            (
+                str(row["workers"]),
+                str(row["rank"]),
+                f"{row['seconds']:.0f}",
+                *(f"{100 * row[part]:.1f} %" for part in parts),
+            )
+            for row in result["rows"]
+        ]
+        told = f"{result['epochs']} epochs, a batch of {result['batch']}, {result['population']} candidates; {result['note']}"
+        tables.append(f"{told.rstrip('; ')}; {result['hardware']}; torch {result['torch']}:")
+        tables.append(table(("workers", "process", "seconds", "waiting for data", *parts[1:]), rows))
+    return "\n\n".join(tables or ["No result is here yet."])
+
+
 def scoring() -> str:
     """Write the results of `benchmarks/scoring.py`, in the form of IRepNAS, table 1."""
     parts = []
@@ -443,6 +464,7 @@ MEASUREMENTS: dict[str, Callable[[], str]] = {
     "drift_structures": partial(drift, "drift-structures"),
     "launches": launches,
     "observation": observation,
+    "processes": processes,
     "scoring": scoring,
     "search": search,
     "gates": gates,

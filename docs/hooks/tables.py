@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, get_args, get_type_hints
 
 from docs.hooks.gallery import gallery
+from docs.hooks.imagenet import imagenet
 from docs.hooks.measurements import MEASUREMENTS, table
 
 MARK = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
@@ -117,6 +118,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "recipe_keys": recipe_keys,
     "gallery": gallery,
+    "imagenet": imagenet,
     **{
         f"options_of_{command}": partial(options, command)
         for command in ("train", "recipe", "fuse", "predict", "evaluate", "inspect", "profile", "report", "sweep")

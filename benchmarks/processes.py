@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
+import torch
 from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -47,7 +48,7 @@ def search_options(epochs: int, population: int) -> list[str]:
     """Return the options of a search whose last epoch is the training's."""
     options = {"epochs": epochs, "warm_up": max(1, epochs // 4), "generation": 1, "population": population, "nets": 1}
     given = [f"--schedule-option={name}={value}" for name, value in options.items()]
-    return ["--schedule", "des", *given, "--epochs", str(epochs)]
+    return ["--schedule", "des", "--spec", "acb", *given, "--epochs", str(epochs)]
 
 
 def measure(images: Path, options: Sequence[str], workers: int, batch: int) -> list[Row]:
@@ -72,15 +73,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--population", type=int, default=8)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--workers", type=int, nargs="+", default=[0])
     parser.add_argument("--note", default="", help="what else is to be known of the measurement")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="200 files, two candidates, few branches, no workers")
+    parser.add_argument("--smoke", action="store_true", help="200 files, two candidates")
     arguments = parser.parse_args()
     if arguments.smoke:
-        arguments.files, arguments.population, arguments.batch, arguments.workers = 200, 2, 64, [0]
+        arguments.files, arguments.population, arguments.batch = 200, 2, 64
     options = search_options(arguments.epochs, arguments.population)
-    options += ["--spec", "repvgg"] if arguments.smoke else []
+    torch.set_num_threads(1)  # as in the processes, for the record
     with tempfile.TemporaryDirectory() as images:
         make_images(Path(images), arguments.files)
         rows = [row for each in arguments.workers for row in measure(Path(images), options, each, arguments.batch)]

@@ -173,10 +173,16 @@ def trained(
         (
             "dyrep",
             12,
-            {"augmentation": PICTURES, "average": 0.9, "optimizer": "SGD", "optimizer_options": {"momentum": 0.9}},
+            {
+                "augmentation": PICTURES,
+                "average": 0.9,
+                "gradients": True,
+                "optimizer": "SGD",
+                "optimizer_options": {"momentum": 0.9},
+            },
         ),
         pytest.param("dyrep", 10, {"channels_last": True}, marks=pytest.mark.slow),
-        pytest.param("repnas", 8, {"decay_vectors": False}, marks=pytest.mark.slow),
+        pytest.param("repnas", 8, {"decay_vectors": False, "gradients": True}, marks=pytest.mark.slow),
         pytest.param("des", 12, {}, marks=pytest.mark.slow),
         pytest.param("repan", 8, {"optimizer": "RMSprop", "mixed_precision": "bf16"}, marks=pytest.mark.slow),
     ],

@@ -36,16 +36,18 @@ class Dot:
 
 @dataclass(frozen=True)
 class Series:
-    """Dots that a line joins, in the order of their places.
+    """Dots of one colour.
 
     Args:
         name: what they have in common.
         style: the CSS classes by which the page draws them.
+        joined: whether a line joins their means, in the order of their places.
     """
 
     name: str
     style: str
     dots: tuple[Dot, ...]
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def axis_of_counts(title: str, counts: Sequence[float]) -> Axis:
 
 
 def accuracy_chart(axis: Axis, series: Sequence[Series], label: str, size: str = "wide") -> str:
-    """Draw accuracy over an axis: a line through the means of each series, and a dot for each run.
+    """Draw accuracy over an axis: a dot for each run, and a line through the means of each series that is joined.
 
     Args:
         series: at least one, with at least one dot.
@@ -127,12 +129,17 @@ def _marks(svg: Element, axis: Axis, x: Scale, width: int) -> None:
 
 
 def _series(svg: Element, one: Series, x: Scale, y: Scale) -> None:
-    means = [(x(dot.place), y(fmean(dot.accuracies))) for dot in sorted(one.dots, key=lambda dot: dot.place)]
-    line = "L".join(f"{left:.1f} {height:.1f}" for left, height in means)
-    SubElement(svg, "path", {"class": f"curve {one.style}", "d": f"M{line}"})
+    if one.joined:
+        _line(svg, one, x, y)
     runs = [(x(dot.place), y(value)) for dot in one.dots for value in dot.accuracies]
     dots = "".join(f"M{left:.1f} {height:.1f}h0" for left, height in runs)
     SubElement(svg, "path", {"class": f"dots {one.style}", "d": dots})
+
+
+def _line(svg: Element, one: Series, x: Scale, y: Scale) -> None:
+    means = [(x(dot.place), y(fmean(dot.accuracies))) for dot in sorted(one.dots, key=lambda dot: dot.place)]
+    line = "L".join(f"{left:.1f} {height:.1f}" for left, height in means)
+    SubElement(svg, "path", {"class": f"curve {one.style}", "d": f"M{line}"})
 
 
 def _tooltips(svg: Element, one: Series, x: Scale, y: Scale) -> None:

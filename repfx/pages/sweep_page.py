@@ -101,7 +101,7 @@ def _series_of_costs(rows: Sequence[Row], keys: Sequence[str]) -> list[Series]:
         if cost is not None:
             told = ", ".join(f"{names[key]} = {text_of(row.values[key])}" for key in keys)
             dots.append(Dot(cost, f"{told}: {engineering(cost)} MACs", tuple(row.accuracies)))
-    return [Series("", style_of(0), tuple(dots))]
+    return [Series("", style_of(0), tuple(dots), joined=False)]
 
 
 def _chart(title: str, axis: Axis, series: list[Series]) -> tuple[str, list[Series], list[Any]]:

@@ -418,23 +418,22 @@ def test_no_page_scrolls_sideways(width: int, grown: Path, tmp_path: Path) -> No
     write_model_page(tiny.net(), tmp_path / "m.html", torch.randn(2, 1, 8, 8), name="long." * 40, spec="dyrep")
     pages.append(write_comparison_page([grown, tmp_path], tmp_path / "comparison.html"))
     for path in (*pages, tmp_path / "m.html"):
-        frame = f'<iframe width="{width}" height="800" srcdoc="{html.escape(path.read_text())}"></iframe>'
-        wrapper = tmp_path / "wrapper.html"
-        wrapper.write_text(f"<!doctype html><meta charset=utf-8>{frame}<pre></pre><script>{_MEASURE}</script>")
-        command = [
-            str(CHROMIUM),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--user-data-dir={tmp_path / 'profile'}",
-        ]
-        command += ["--virtual-time-budget=5000", "--dump-dom", wrapper.as_uri()]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        (measured,) = re.findall(r"<pre>(\d+ \d+ \d+)</pre>", found.stdout)
-        room, needed, height = map(int, measured.split())
-        assert height > 1000, "the page wasn't drawn"
-        assert width - 20 <= room <= width
-        assert needed <= room, f"{path.name} needs {needed} px where there are {room}"
+        fits(path, width, tmp_path)
+
+
+def fits(path: Path, width: int, scratch: Path) -> None:
+    """Check that a page isn't wider than a frame of this width, with everything unfolded."""
+    frame = f'<iframe width="{width}" height="800" srcdoc="{html.escape(path.read_text())}"></iframe>'
+    wrapper = scratch / "wrapper.html"
+    wrapper.write_text(f"<!doctype html><meta charset=utf-8>{frame}<pre></pre><script>{_MEASURE}</script>")
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={scratch / 'profile'}"]
+    command += ["--virtual-time-budget=5000", "--dump-dom", wrapper.as_uri()]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    (measured,) = re.findall(r"<pre>(\d+ \d+ \d+)</pre>", found.stdout)
+    room, needed, height = map(int, measured.split())
+    assert height > 1000, "the page wasn't drawn"
+    assert width - 20 <= room <= width
+    assert needed <= room, f"{path.name} needs {needed} px where there are {room}"
 
 
 _MEASURE = """

@@ -18,7 +18,7 @@ from repfx.training.loop import Watcher
 from repfx.training.run_folder import CHECKPOINT, HISTORY, METRICS
 from repfx.training.sweep import SWEEP, Result, Row, Sweep, run_sweep
 from tests.commands.test_page_charts import shapes
-from tests.commands.test_pages import Page, stands_alone
+from tests.commands.test_pages import CHROMIUM, Page, fits, stands_alone
 
 TINY = f"{Path(__file__).parents[1] / 'tiny.py'}:net"
 SMALL = ["--model", TINY, "--set", "image_size=8", "--epochs", "1"]
@@ -314,6 +314,18 @@ def test_a_sweep_that_has_not_begun_has_a_page(tmp_path: Path) -> None:
     page = Page(write_sweep_page(tmp_path, tmp_path / "page.html"))
     assert page.row("0.5")[1:3] == ["0 of 1", "–"]
     assert not [tag for tag, _ in page.elements if tag == "svg"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [400, 1280])
+def test_the_page_of_a_sweep_does_not_scroll_sideways(width: int, tmp_path: Path) -> None:
+    spec = {"layer1.*": "acb", "layer2.*": ["1x1", "1xk", "identity", "1x1-kxk"]}
+    asked = Sweep.over({}, {RATE: [0.5, 0.25, 0.125], "spec": [spec, "dbb"]}, seeds=2)
+    for place, point in enumerate(asked.points):
+        leave(tmp_path / point.folder, place / 16, 1e9 * place + 1e6)
+    asked.write(tmp_path)
+    fits(write_sweep_page(tmp_path), width, tmp_path)
 
 
 @pytest.mark.slow

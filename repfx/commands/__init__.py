@@ -4,5 +4,17 @@ Imports all wings above it (order: docs/architecture.md) and the packages of the
 Begin with `app`.
 """
 
-from repfx.commands import completion, evaluate, fuse, inspect, list_names, predict, profile, recipe, report, sweep, train
+from repfx.commands import (
+    completion,
+    evaluate,
+    fuse,
+    inspect,
+    list_names,
+    predict,
+    profile,
+    recipe,
+    report,
+    sweep,
+    train,
+)
 from repfx.commands.app import app as app

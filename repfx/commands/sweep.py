@@ -12,6 +12,7 @@ from rich.console import Console
 
 from repfx.commands.app import command
 from repfx.commands.arguments import MODEL_FORMS, Json, Trust, parse_options, print_json
+from repfx.commands.names import data_names, model_names, recipe_keys, recipe_names
 from repfx.commands.progress import shown_progress
 from repfx.commands.tables import sweep_table
 from repfx.errors import InvalidInput, RepfxError
@@ -33,6 +34,7 @@ def sweep(
         typer.Argument(
             help="A recipe: a .toml file, or a name that `repfx list recipes` shows.",
             show_default="the defaults of repfx train",
+            autocompletion=recipe_names,
         ),
     ] = None,
     over: Annotated[
@@ -41,14 +43,29 @@ def sweep(
             help="KEY=VALUE,VALUE,… for any key of a recipe, such as training.learning_rate=0.1,0.2. Values are JSON or text; a JSON list "
             "of values can hold commas. May be repeated, for all combinations.",
             show_default=False,
+            autocompletion=recipe_keys,
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds for each choice of values.")] = 1,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help=f"The model: {MODEL_FORMS}.", show_default="the recipe's")
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help=f"The model: {MODEL_FORMS}.",
+            show_default="the recipe's",
+            autocompletion=model_names,
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", "-d", help="The data, as in `repfx train`.", show_default="the recipe's")
+        str | None,
+        typer.Option(
+            "--data",
+            "-d",
+            help="The data, as in `repfx train`.",
+            show_default="the recipe's",
+            autocompletion=data_names,
+        ),
     ] = None,
     epochs: Annotated[
         int | None,
@@ -62,6 +79,7 @@ def sweep(
             "--set",
             help="KEY=VALUE for any key of a recipe, for all runs; VALUE is JSON or text. May be repeated.",
             show_default=False,
+            autocompletion=recipe_keys,
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the sweep, with a folder for each run.")] = Path(

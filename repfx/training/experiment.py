@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +34,7 @@ from repfx.qat.file import export_int8
 from repfx.qat.rounded import require_torchao, rounded
 from repfx.records.journal import journal, to_json
 from repfx.records.notes import copy_of
+from repfx.records.number_text import plural
 from repfx.records.plain_values import flat, from_plain, to_plain
 from repfx.records.python_code import import_source
 from repfx.tracing.sites import sites
@@ -66,6 +68,7 @@ _TEST_BATCH = 64
 _CALIBRATION = 256  # images that ranges are measured on
 _MOST_CLASSES = 2000  # of which each pair is counted
 _MANY_CLASSES = 10  # from this number on, top-5 accuracy says something
+_FEW_STEPS = 3  # in an epoch
 _SPEC = "dbb"
 _MAY_DIFFER = {"data.root", "data.download", "data.strict", "training.device", "training.workers", "training.log_with"}
 _MAY_DIFFER |= {"baseline", *(f"training.{name}" for name in LENGTH)}
@@ -163,6 +166,8 @@ def run(experiment: Experiment, watcher: Watcher | None = None) -> Metrics | Non
 
 def _run(experiment: Experiment, watcher: Watcher) -> Metrics | None:
     schedule, folder = schedule_of(experiment), RunFolder(experiment.out)
+    if experiment.spec is not None:
+        Selection.of(spec_of(experiment.spec))  # names that don't exist are told before the data is read
     if experiment.resume:
         _require_same(experiment, folder)
         require_no_fewer(experiment.training, folder)
@@ -300,6 +305,9 @@ def _train(
         plain, first, data, reference = _prepare(experiment)
     if data.unreadable:
         watcher.on_notice(told(data.unreadable, "test image"))
+    steps = math.ceil(len(data.train) / experiment.training.batch_size)  # type: ignore[arg-type]
+    if steps < _FEW_STEPS:
+        watcher.on_notice(f"an epoch is {plural(steps, 'step')} alone: a smaller --batch-size gives more")
     watcher.on_stage("expand")
     spec = _SPEC if experiment.spec is None else experiment.spec
     if schedule is None:

@@ -224,6 +224,7 @@ def test_options_of_a_schedule_are_its_own(tmp_path: Path, repfx_command) -> Non
         (["--schedule", "dyrep", "--schedule-option", "speed=1"], "no option of DyRep 'speed'"),
         (["--schedule", "repan", "--schedule-option", "cycles=7"], "2 epochs can't be split into 7 cycles"),
         (["--spec", "dbbb"], "no preset 'dbbb'; did you mean 'dbb'?"),
+        (["--spec", "dbbb", "--data", "no/such/data.npz"], "no preset 'dbbb'"),  # before the data is read
         (["--spec", "1x1,1x2"], "no branch kind '1x2'"),
         (["--spec", "{1x1}"], "is no JSON"),
         (["--data", "no/such/data.npz"], "no/such/data.npz"),

@@ -9,17 +9,9 @@ import typer
 from rich.console import Console
 
 from repfx.commands.app import command
-from repfx.commands.arguments import (
-    ClassifierName,
-    DataOptions,
-    Json,
-    RuntimeName,
-    Trust,
-    open_classifier,
-    parse_options,
-    print_json,
-)
+from repfx.commands.arguments import ClassifierName, DataOptions, RuntimeName, Trust, open_classifier, parse_options
 from repfx.commands.names import FILES, data_names
+from repfx.commands.output import Json, print_json
 from repfx.commands.progress import busy
 from repfx.commands.tables import confusion_table
 from repfx.data.dataset import DataSource
@@ -30,7 +22,7 @@ from repfx.training.evaluation import evaluate as evaluated
 _CONFUSED = 5
 
 
-@command(short="Measure a classifier on labelled images.")
+@command("evaluate")
 def evaluate(
     classifier: ClassifierName,
     data: Annotated[

@@ -8,14 +8,15 @@ from typing import Annotated
 import typer
 
 from repfx.commands.app import command
-from repfx.commands.arguments import Json, Trust, print_json
+from repfx.commands.arguments import Trust
+from repfx.commands.output import Json, print_json
 from repfx.commands.progress import busy
 from repfx.pages.comparison_page import write_comparison_page
 from repfx.pages.run_page import write_run_page
 from repfx.training.run_folder import RunFolder
 
 
-@command(short="Write an HTML page about a run, or one that compares several.")
+@command("report")
 def report(
     runs: Annotated[
         list[Path],

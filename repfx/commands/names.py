@@ -1,4 +1,4 @@
-"""Names that Tab can write: what the values of options and arguments may be, as far as that can be listed. To import this needs no torch."""
+"""Names that Tab can write: what options and arguments may be, as far as that can be listed. Importing this needs no torch."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ def counts() -> dict[str, dict[str, int]]:
     from repfx.data.batches import Batches
     from repfx.records.plain_values import from_plain
     from repfx.training.experiment import Experiment, schedule_of
-    from repfx.training.recipe_file import read_recipe, shipped_recipes
+    from repfx.training.named_recipes import shipped_recipes
+    from repfx.training.recipe_file import read_recipe
 
     found = {}
     for name in shipped_recipes():

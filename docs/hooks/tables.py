@@ -59,7 +59,7 @@ def schedules() -> str:
 
 def recipes() -> str:
     """Each shipped recipe with its first line."""
-    from repfx.training.recipe_file import description_of, shipped_recipes
+    from repfx.training.named_recipes import description_of, shipped_recipes
 
     rows = [(f"`{name}`", description_of(path)) for name, path in shipped_recipes().items()]
     return table(("recipe", "what it is"), rows)

@@ -1,10 +1,13 @@
 """Sums and products of weights: in place where that equals the ordinary operation, and none at all on the meta device.
 
 Rules ask for the sizes of a kernel far more often than for its numbers. On the meta device, where tensors have sizes alone, even one
-operation takes long, so there an operand of the right size serves as the result.
+operation takes long, and the first of a process imports torch's compiler. So there an operand of the right size serves as the result, or
+an empty tensor.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +24,14 @@ def plus_in_place(a: Tensor, b: Tensor) -> Tensor:
     return plus(a, b) if a.is_meta else add_in_place(a, b)
 
 
-def times(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return the product of a weight and a scale that broadcasts to its shape."""
+def times(weight: Tensor, scale: Tensor | float) -> Tensor:
+    """Return the product of a weight and a scale, a number or a tensor that broadcasts to its shape."""
     return weight if weight.is_meta else weight * scale
+
+
+def full(like: Tensor, shape: Sequence[int], value: float) -> Tensor:
+    """Return a tensor that has one value everywhere, in the dtype and on the device of `like`."""
+    return like.new_empty(shape) if like.is_meta else like.new_full(shape, value)
 
 
 def add_in_place(total: Tensor, term: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,7 +48,7 @@ def conv_from_kernel(kernel: Kernel, template: Layer, path: str) -> nn.Module:
         if value is None:
             continue
         tensor = rounded(value.detach(), template.weight.dtype).to(template.weight.device)
-        if tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+        if tensor.device.type != "meta" and not _is_finite(tensor):
             raise InvalidInput(
                 f"the merged {name} of {path!r} is not finite in {tensor.dtype}; look for NaN or Inf in the model."
             )
@@ -54,6 +56,13 @@ def conv_from_kernel(kernel: Kernel, template: Layer, path: str) -> nn.Module:
         laid_out = torch.empty_like(tensor, memory_format=_memory_format(tensor, template.weight)).copy_(tensor)
         setattr(conv, name, nn.Parameter(laid_out, requires_grad=template.weight.requires_grad))
     return conv
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite. NaN is the largest and the smallest of its tensor."""
+    if not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack((tensor.max(), tensor.min()))).all())
 
 
 def _memory_format(tensor: Tensor, like: Tensor) -> torch.memory_format:
@@ -97,7 +106,8 @@ def conv_module(spec: ConvSpec, like: Tensor, *, bias: bool, padded: bool = True
 
 def _conv(spec: ConvSpec, padding: str | Ints, like: Tensor, *, bias: bool) -> nn.Module:
     if spec.is_linear:
-        return nn.Linear(spec.in_channels, spec.out_channels, bias, device=like.device, dtype=like.dtype)
+        shape = {"in_features": spec.in_channels, "out_features": spec.out_channels, "bias": bias}
+        return _made(nn.Linear, {**shape, "device": like.device, "dtype": like.dtype})
     sizes: dict[str, Any] = {
         "in_channels": spec.in_channels,
         "out_channels": spec.out_channels,
@@ -111,5 +121,18 @@ def _conv(spec: ConvSpec, padding: str | Ints, like: Tensor, *, bias: bool) -> n
         "dtype": like.dtype,
     }
     if spec.transposed:
-        return _TRANSPOSED_CONV_OF[spec.dimensions](**sizes, output_padding=spec.output_padding)
-    return CONV_OF[spec.dimensions](**sizes, padding_mode=spec.padding_mode)
+        return _made(_TRANSPOSED_CONV_OF[spec.dimensions], {**sizes, "output_padding": spec.output_padding})
+    return _made(CONV_OF[spec.dimensions], {**sizes, "padding_mode": spec.padding_mode})
+
+
+def _made(cls: Any, sizes: Mapping[str, Any]) -> nn.Module:
+    """Return a layer. On the meta device it has no numbers that would have to be drawn, and drawing takes long there."""
+    on_meta = sizes["device"].type == "meta"
+    layer: nn.Module = (_undrawn(cls) if on_meta else cls)(**sizes)
+    layer.__class__ = cls
+    return layer
+
+
+@cache
+def _undrawn(cls: Any) -> Any:
+    return type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})

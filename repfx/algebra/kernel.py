@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repfx.algebra.arithmetic import has_room, plus, plus_in_place, times
+from repfx.algebra.arithmetic import full, has_room, plus, plus_in_place, times
 from repfx.algebra.product import CONV, CONV_TRANSPOSE, product
 from repfx.algebra.torch_faults import may_corrupt_memory
 from repfx.algebra.transposed_window import TransposedWindow
@@ -208,14 +208,14 @@ class Kernel:
     def diagonal(scale: Tensor, shift: Tensor | None, dimensions: int, padding: Padding | None = None) -> Kernel:
         """Return the kernel of ``x · scale + shift`` per channel, both ``(channels,)``, after padding x."""
         channels = scale.shape[0]
-        weight = scale.reshape((channels, 1) + (1,) * dimensions)
-        ones = (1,) * dimensions
-        return Kernel(weight, shift, ones, padding or ((0, 0),) * dimensions, ones, groups=channels)
+        single = (1,) * dimensions
+        weight = scale.reshape((channels, 1, *single))
+        return Kernel(weight, shift, single, padding or ((0, 0),) * dimensions, single, groups=channels)
 
     @staticmethod
     def identity(like: Tensor, *, channels: int, dimensions: int) -> Kernel:
         """Return the kernel of the identity: x itself."""
-        return Kernel.diagonal(like.new_ones(channels), None, dimensions)
+        return Kernel.diagonal(full(like, (channels,), 1.0), None, dimensions)
 
     @staticmethod
     def average_pool(
@@ -229,9 +229,9 @@ class Kernel:
     ) -> Kernel:
         """Return the kernel of the mean over the window, padding counted: each channel's window times ``1 / area`` (default: its size)."""
         dimensions = len(kernel_size)
-        weight = like.new_full((channels, 1, *kernel_size), 1 / (area or math.prod(kernel_size)))
-        ones = (1,) * dimensions
-        return Kernel(weight, None, stride or ones, padding or ((0, 0),) * dimensions, ones, groups=channels)
+        weight = full(like, (channels, 1, *kernel_size), 1 / (area or math.prod(kernel_size)))
+        single = (1,) * dimensions
+        return Kernel(weight, None, stride or single, padding or ((0, 0),) * dimensions, single, groups=channels)
 
     # ---- the same map, written otherwise
 
@@ -244,6 +244,9 @@ class Kernel:
             return self
         sides = [side for pair in zip(reversed(before), reversed(after)) for side in pair]
         padding = tuple((p + b * d, q + a * d) for (p, q), b, a, d in zip(self.padding, before, after, self.dilation))
+        if self.weight.is_meta:
+            window = (k + b + a for k, b, a in zip(self.kernel_size, before, after))
+            return replace(self, weight=self.weight.new_empty((*self.weight.shape[:2], *window)), padding=padding)
         return replace(self, weight=F.pad(self.weight, sides), padding=padding)
 
     def densify(self, factors: Ints | None = None) -> Kernel:
@@ -255,9 +258,10 @@ class Kernel:
         if all(f == 1 for f in factors):
             return self
         window = tuple((k - 1) * f + 1 for k, f in zip(self.kernel_size, factors))
-        weight = self.weight.new_zeros((*self.weight.shape[:2], *window))
+        weight = full(self.weight, (*self.weight.shape[:2], *window), 0.0)
         taps: tuple[EllipsisType | slice, ...] = (..., *(slice(None, None, f) for f in factors))
-        weight[taps] = self.weight
+        if not weight.is_meta:
+            weight[taps] = self.weight
         return replace(self, weight=weight, dilation=tuple(d // f for d, f in zip(self.dilation, factors)))
 
     def regroup(self, groups: int) -> Kernel:
@@ -268,6 +272,8 @@ class Kernel:
             raise NoKernel(f"{self.groups} groups can't be written as {groups}")
         inner = self.groups // groups
         whole, part = self.weight.shape[:2]  # outputs and the inputs of a group; the other way round if transposed
+        if self.weight.is_meta:
+            return replace(self, weight=self.weight.new_empty((whole, inner * part, *self.kernel_size)), groups=groups)
         blocks = self.weight.reshape(groups, inner, whole // self.groups, part, *self.kernel_size)
         spread = torch.diag_embed(blocks.movedim(1, -1), dim1=1, dim2=3)
         weight = spread.reshape(whole, inner * part, *self.kernel_size)
@@ -370,7 +376,8 @@ class Kernel:
         """Return the kernel of ``factor · self(x)``."""
         if factor == 1:
             return self
-        return replace(self, weight=self.weight * factor, bias=None if self.bias is None else self.bias * factor)
+        bias = None if self.bias is None else times(self.bias, factor)
+        return replace(self, weight=times(self.weight, factor), bias=bias)
 
     def negate(self) -> Kernel:
         """Return the kernel of ``-self(x)``."""
@@ -382,12 +389,12 @@ class Kernel:
 
     def fold_affine(self, scale: Tensor, shift: Tensor | None = None) -> Kernel:
         """Return the kernel of ``scale · self(x) + shift``, both ``(out,)``: BatchNorm in eval mode, a gate, a layer scale."""
-        ones = (1,) * self.dimensions
-        bias = _sum(None if self.bias is None else self.bias * scale, shift)
+        single = (1,) * self.dimensions
+        bias = _sum(None if self.bias is None else times(self.bias, scale), shift)
         if not self.transposed:
-            return replace(self, weight=times(self.weight, scale.reshape(-1, 1, *ones)), bias=bias)
+            return replace(self, weight=times(self.weight, scale.reshape(-1, 1, *single)), bias=bias)
         per_group = self.weight.reshape(self.groups, -1, *self.weight.shape[1:])
-        weight = times(per_group, scale.reshape(self.groups, 1, -1, *ones)).reshape(self.weight.shape)
+        weight = times(per_group, scale.reshape(self.groups, 1, -1, *single)).reshape(self.weight.shape)
         return replace(self, weight=weight, bias=bias)
 
     def fold_affine_before(self, scale: Tensor, shift: Tensor | None = None) -> Kernel:
@@ -395,16 +402,18 @@ class Kernel:
         if shift is not None and (self.transposed or (self.padded and self.padding_mode == "zeros")):
             what = "a transposed convolution" if self.transposed else "the zero padding of the second map"
             raise NoKernel(f"the first map's bias does not reach the border: {what} stands between")
-        ones = (1,) * self.dimensions
+        single = (1,) * self.dimensions
         if self.transposed:
-            return replace(self, weight=times(self.weight, scale.reshape(-1, 1, *ones)))
+            return replace(self, weight=times(self.weight, scale.reshape(-1, 1, *single)))
         per_group = self.weight.reshape(self.groups, -1, *self.weight.shape[1:])
-        weight = times(per_group, scale.reshape(self.groups, 1, -1, *ones)).reshape(self.weight.shape)
+        weight = times(per_group, scale.reshape(self.groups, 1, -1, *single)).reshape(self.weight.shape)
         bias = self.bias if shift is None else _sum(self.bias, self._response(shift))
         return replace(self, weight=weight, bias=bias)
 
     def _response(self, constant: Tensor) -> Tensor:
         """Return the output ``(out,)`` of the map without its bias, for an input that is `constant` ``(in,)`` everywhere."""
+        if self.weight.is_meta:
+            return self.weight.new_empty(self.out_channels)
         total = self.weight.reshape(*self.weight.shape[:2], -1).sum(2)
         per_group = total.reshape(self.groups, -1, self.weight.shape[1])
         return torch.einsum("goi,gi->go", per_group, constant.reshape(self.groups, -1)).flatten()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from repfx.algebra.arithmetic import full
 from repfx.algebra.kernel import Ints, Kernel, Padding
 from repfx.algebra.layers import (
     ACTIVATED_BATCH_NORMS,
@@ -334,7 +335,7 @@ def pad_meaning(padding: Padding, mode: str) -> Meaning:
 
     def build(like: Tensor, channels: int, dimensions: int) -> Kernel:
         ones = (1,) * dimensions
-        weight = like.new_ones((channels, 1, *ones))
+        weight = full(like, (channels, 1, *ones), 1.0)
         return Kernel(weight, None, ones, padding, ones, groups=channels, padding_mode=mode)
 
     kind: Kind = "crop" if all(side <= 0 for pair in padding for side in pair) else "pad"

@@ -36,6 +36,9 @@ def product(
     pieces = common * p * q
     out, channels, middle = second.shape[0] // groups[1], first.shape[1], first.shape[0] // pieces
     window, window2 = tuple(first.shape[2:]), tuple(second.shape[2:])
+    if first.is_meta and second.is_meta:
+        spans = ((k - 1) * f + (k2 - 1) * f2 + 1 for k, f, k2, f2 in zip(window, spread, window2, spread2))
+        return first.new_empty((second.shape[0], p * channels, *spans))
     taps = second.reshape(common * q, out, p, middle, -1).transpose(1, 2).flatten(0, 1)
     if middle == 1 and 1 in (math.prod(window), math.prod(window2)):
         composed = taps * first.reshape(pieces, 1, channels, -1)

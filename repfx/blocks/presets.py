@@ -59,55 +59,52 @@ _REPSR = ["1x1-kxk-1x1", "1x1-kxk-1x1", "identity"]
 
 _ALL_SIX = [*_DBB, "1xk", "kx1", "identity"]
 
-PRESETS: Registry[Preset] = Registry("repfx.branches")
-PRESETS.update(
-    (preset.name, preset)
-    for preset in [
-        Preset("repvgg", "1×1 and identity beside the k×k (RepVGG)", Spec(["1x1", "identity"])),
-        Preset("acb", "1×k and k×1 beside the k×k (ACNet)", Spec(["1xk", "kx1"])),
-        Preset("dbb", "1×1, 1×1–k×k and 1×1–average (Diverse Branch Block)", Spec(_DBB)),
-        Preset(
-            "dbb-tracked",
-            "the branches of dbb over tracked deviations, one BatchNorm after the sum; can be squeezed from the first step (experimental)",
-            Spec(_DBB, norm="tracked"),
-        ),
-        Preset(
-            "dyrep",
-            "the six kinds that DyRep grows, which begin at γ = 0.01",
-            Spec(_ALL_SIX, gamma=0.01, weights="fan_out"),
-        ),
-        Preset("odbb", "the six kinds that RepNAS searches over, which begin at γ = 1", Spec(_ALL_SIX)),
-        Preset(
-            "ireps",
-            "the nine kinds of the IREPS space (IRepNAS)",
-            Spec([*_ALL_SIX, "dilated-2x2", "dilated-1x2", "dilated-2x1"]),
-        ),
-        Preset(
-            "mobileone",
-            "three further k×k, 1×1 and identity (MobileOne)",
-            Spec(["kxk", "kxk", "kxk", "1x1", "identity"]),
-        ),
-        Preset("dilated", "dilated convs inside a large depthwise window (UniRepLKNet)", Spec(_dilated_set)),
-        Preset(
-            "qarepvgg",
-            "1×1 and identity without BatchNorm, one BatchNorm after the sum; quantizes well (QARepVGG)",
-            Spec(["1x1", "identity"], norm="none"),
-        ),
-        Preset(
-            "orepa",
-            "five scaled branches without BatchNorm, one BatchNorm after the sum; squeezed, it trains at about the price of a conv (OREPA)",
-            Spec(_OREPA, norm="scale", origin_scale=0.25),
-        ),
-        Preset("ecbsr", "1×1–k×k and three filters of edges without BatchNorm (ECBSR)", Spec(_ECBSR, norm="none")),
-        Preset("span", "1×1–k×k–1×1 and 1×1 without BatchNorm (SPAN)", Spec(_SPAN, norm="none")),
-        Preset("repsr", "two 1×1–k×k–1×1 and identity (RepSR)", Spec(_REPSR)),
-        Preset(
-            "lora",
-            "a conv of rank 4 that begins at zero (LoRA); beside linear layers, too",
-            Spec(["lora"], norm="none", layers="both"),
-        ),
-    ]
-)
+_PRESETS = [
+    Preset("repvgg", "1×1 and identity beside the k×k (RepVGG)", Spec(["1x1", "identity"])),
+    Preset("acb", "1×k and k×1 beside the k×k (ACNet)", Spec(["1xk", "kx1"])),
+    Preset("dbb", "1×1, 1×1–k×k and 1×1–average (Diverse Branch Block)", Spec(_DBB)),
+    Preset(
+        "dbb-tracked",
+        "the branches of dbb over tracked deviations, one BatchNorm after the sum; can be squeezed from the first step (experimental)",
+        Spec(_DBB, norm="tracked"),
+    ),
+    Preset(
+        "dyrep",
+        "the six kinds that DyRep grows, which begin at γ = 0.01",
+        Spec(_ALL_SIX, gamma=0.01, weights="fan_out"),
+    ),
+    Preset("odbb", "the six kinds that RepNAS searches over, which begin at γ = 1", Spec(_ALL_SIX)),
+    Preset(
+        "ireps",
+        "the nine kinds of the IREPS space (IRepNAS)",
+        Spec([*_ALL_SIX, "dilated-2x2", "dilated-1x2", "dilated-2x1"]),
+    ),
+    Preset(
+        "mobileone",
+        "three further k×k, 1×1 and identity (MobileOne)",
+        Spec(["kxk", "kxk", "kxk", "1x1", "identity"]),
+    ),
+    Preset("dilated", "dilated convs inside a large depthwise window (UniRepLKNet)", Spec(_dilated_set)),
+    Preset(
+        "qarepvgg",
+        "1×1 and identity without BatchNorm, one BatchNorm after the sum; quantizes well (QARepVGG)",
+        Spec(["1x1", "identity"], norm="none"),
+    ),
+    Preset(
+        "orepa",
+        "five scaled branches without BatchNorm, one BatchNorm after the sum; squeezed, it trains at about the price of a conv (OREPA)",
+        Spec(_OREPA, norm="scale", origin_scale=0.25),
+    ),
+    Preset("ecbsr", "1×1–k×k and three filters of edges without BatchNorm (ECBSR)", Spec(_ECBSR, norm="none")),
+    Preset("span", "1×1–k×k–1×1 and 1×1 without BatchNorm (SPAN)", Spec(_SPAN, norm="none")),
+    Preset("repsr", "two 1×1–k×k–1×1 and identity (RepSR)", Spec(_REPSR)),
+    Preset(
+        "lora",
+        "a conv of rank 4 that begins at zero (LoRA); beside linear layers, too",
+        Spec(["lora"], norm="none", layers="both"),
+    ),
+]
+PRESETS: Registry[Preset] = Registry("repfx.branches", {preset.name: preset for preset in _PRESETS})
 
 SpecLike = str | Sequence[str | BranchSpec] | Spec | Mapping[str, Any]
 

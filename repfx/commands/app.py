@@ -3,26 +3,79 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 import repfx
 from repfx.commands.names import FILES
 from repfx.errors import InvalidInput, RepfxError, first_line
 from repfx.records.python_code import import_source
 
+# each command's file and what it does, in few words. A file is imported once its command is asked for, because most need torch
+_COMMANDS = {
+    "completion": ("completion", "Write a script by which a shell completes commands."),
+    "evaluate": ("evaluate", "Measure a classifier on labelled images."),
+    "fuse": ("fuse", "Fuse a model or an ONNX file, and write ONNX."),
+    "inspect": ("inspect", "List the convs of a model."),
+    "list": ("list_names", "List branch kinds, presets, passes, schedules and recipes."),
+    "predict": ("predict", "Say what images show."),
+    "profile": ("profile", "Show where the time goes, by layer."),
+    "recipe": ("recipe", "Check and print a recipe, or write the schema of recipes."),
+    "report": ("report", "Write an HTML page about a run, several, or a sweep."),
+    "sweep": ("sweep", "Train a recipe with several values of its options."),
+    "train": ("train", "Expand, train, fuse and export a model."),
+}
+_made: dict[str, Any] = {}  # the commands of the files that are imported
+
+
+class _Made(Mapping[str, Any]):
+    """The commands by name. A command is made when it is looked up."""
+
+    def __getitem__(self, name: str) -> Any:
+        importlib.import_module(f"repfx.commands.{_COMMANDS[name][0]}")
+        return _made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_COMMANDS)
+
+    def __len__(self) -> int:
+        return len(_COMMANDS)
+
+
+class _Group(TyperGroup):
+    """All commands. Their list needs none of their files."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "commands": _Made()})
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands, as their list shows them."""
+        return list(_COMMANDS)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the list of commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, short) for name, (_, short) in _COMMANDS.items()])
+
+
+_SETTINGS: dict[str, Any] = {
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,
+}
+
 app = typer.Typer(
     name="repfx",
+    cls=_Group,
     help="Expand the convs of a network into trainable branches, train it, and fuse it back into plain convs, verified.",
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    **_SETTINGS,
 )
 
 
@@ -89,12 +142,12 @@ def _tidied(name: str, text: str) -> tuple[str, str]:
 
 
 def command(
-    name: str | None = None, *, short: str, groups: Mapping[str, Sequence[str]] | None = None
+    name: str, *, groups: Mapping[str, Sequence[str]] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Let a function be a command of the app, which also takes `--plugin`.
 
     Args:
-        short: what it does, in few words, for the list of commands.
+        name: the command's name in `_COMMANDS`.
         groups: names of its parameters by the titles under which its help lists them.
     """
 
@@ -121,7 +174,9 @@ def command(
         run.__signature__ = inspect.Signature([*own, added])  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in [*own, added]}
         cls = type("Command", (_Command,), {"groups": groups or {}, "kinds": run.__annotations__})
-        app.command(name, cls=cls, short_help=short)(run)
+        single = typer.Typer(**_SETTINGS)
+        single.command(name, cls=cls, short_help=_COMMANDS[name][1])(run)
+        _made[name] = typer.main.get_command(single)
         return function
 
     return register

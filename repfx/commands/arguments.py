@@ -1,8 +1,7 @@
-"""Arguments that several commands share (a model, its weights and options, and an input for it), and their JSON output."""
+"""Arguments that several commands share (a model, its weights and options, and an input for it)."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,8 +73,6 @@ RuntimeName = Annotated[
     typer.Option(help=f"What runs an ONNX file: {', '.join(RUNTIMES)}.", autocompletion=lambda: list(RUNTIMES)),
 ]
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for other programs.")]
-
 InputShape = Annotated[
     str | None,
     typer.Option(
@@ -132,11 +129,6 @@ def example_input(model: nn.Module, shape: tuple[int, ...] | None) -> torch.Tens
     own: Any = getattr(model, "default_cfg", None) or {}
     shape = shape or own.get("input_size") or (form.channels, *_AXES[form.dimensions])
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), device="cpu")
-
-
-def print_json(found: object) -> None:
-    """Print a result as JSON. It holds sizes and reasons, and no NaN or infinity, which JSON doesn't have."""
-    typer.echo(json.dumps(found, indent=2, allow_nan=False))
 
 
 def parse_options(given: list[str] | None) -> dict[str, Any]:

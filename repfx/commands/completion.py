@@ -22,7 +22,7 @@ class Shell(str, Enum):
     fish = "fish"
 
 
-@command(short="Write a script by which a shell completes commands.")
+@command("completion")
 def completion(
     shell: Annotated[Shell, typer.Argument(help="The shell to write a script for.", show_default=False)],
 ) -> None:

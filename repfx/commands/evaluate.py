@@ -9,28 +9,21 @@ import typer
 from rich.console import Console
 
 from repfx.commands.app import command
-from repfx.commands.arguments import (
-    ClassifierName,
-    DataOptions,
-    Json,
-    RuntimeName,
-    Trust,
-    open_classifier,
-    parse_options,
-    print_json,
-)
+from repfx.commands.arguments import ClassifierName, DataOptions, RuntimeName, Trust, open_classifier, parse_options
 from repfx.commands.names import FILES, data_names
+from repfx.commands.output import Json, print_json
 from repfx.commands.progress import busy
 from repfx.commands.tables import confusion_table
 from repfx.data.dataset import DataSource
 from repfx.data.reading import told
-from repfx.training.evaluation import Evaluation
+from repfx.records.number_text import plural
+from repfx.training.evaluation import MANY_CLASSES, Evaluation
 from repfx.training.evaluation import evaluate as evaluated
 
 _CONFUSED = 5
 
 
-@command(short="Measure a classifier on labelled images.")
+@command("evaluate")
 def evaluate(
     classifier: ClassifierName,
     data: Annotated[
@@ -70,9 +63,10 @@ def evaluate(
 
 def _summary(result: Evaluation) -> str:
     lines = [f"{told(result.unreadable, 'image')}."] if result.unreadable else []
-    lines += [f"{result.accuracy:.2%} of {result.images} images right; {result.top5:.2%} among the first five."]
+    five = f"; {result.top5:.2%} among the first five" if len(result.labels) >= MANY_CLASSES else ""
+    lines += [f"{result.accuracy:.2%} of {result.images} images right{five}."]
     if result.flips is not None:
-        lines.append(f"The other classifier decides otherwise about {result.flips}.")
+        lines.append(f"The other classifier puts {plural(result.flips, 'image')} into another class.")
     if result.confused:
         pairs = [f"{true} for {predicted} ({count})" for true, predicted, count in result.confused[:_CONFUSED]]
         lines.append(f"Mistaken most often: {', '.join(pairs)}.")

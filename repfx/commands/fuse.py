@@ -20,7 +20,6 @@ from repfx.commands.arguments import (
     Classes,
     DataOptions,
     InputShape,
-    Json,
     Model,
     Options,
     Trust,
@@ -28,11 +27,11 @@ from repfx.commands.arguments import (
     example_input,
     load_model,
     parse_options,
-    print_json,
     shape_of_input,
 )
 from repfx.commands.names import data_names
 from repfx.commands.onnx_file import fuse_file, is_onnx_file
+from repfx.commands.output import Json, print_json
 from repfx.commands.progress import busy
 from repfx.commands.tables import fusion_table, quantization_table
 from repfx.data.dataset import DataSource
@@ -70,7 +69,7 @@ _GROUPS = {
 }
 
 
-@command(short="Fuse a model or an ONNX file, and write ONNX.", groups=_GROUPS)
+@command("fuse", groups=_GROUPS)
 def fuse(
     model: Model,
     onnx: Annotated[Path, typer.Option("--onnx", "-o", help="The ONNX file to write.", show_default=False)],

@@ -14,24 +14,23 @@ from repfx.commands.app import command
 from repfx.commands.arguments import (
     Classes,
     InputShape,
-    Json,
     Model,
     Options,
     Trust,
     example_input,
     load_model,
-    print_json,
     shape_of_input,
 )
 from repfx.commands.names import spec_names
 from repfx.commands.onnx_file import inspect_file, is_onnx_file
+from repfx.commands.output import Json, print_json
 from repfx.commands.progress import busy
 from repfx.errors import EquivalenceError, InvalidInput
 from repfx.pages.model_page import Check, write_model_page
 from repfx.training.run_folder import spec_of
 
 
-@command(short="List the convs of a model.")
+@command("inspect")
 def inspect(
     model: Model,
     spec: Annotated[

@@ -1,4 +1,4 @@
-"""Names that Tab can write: what the values of options and arguments may be, as far as that can be listed."""
+"""Names that Tab can write: what options and arguments may be, as far as that can be listed. Importing this needs no torch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
-
-from repfx.blocks.branch import KINDS
-from repfx.blocks.presets import PRESETS
-from repfx.training.experiment import OF_A_CALL, Experiment
-from repfx.training.recipe_file import known_recipes
 
 FILES = "<files>"  # among names: a file or a folder will do, too
 
@@ -40,16 +35,23 @@ def data_names() -> list[str]:
 
 def spec_names() -> list[str]:
     """Return the presets, the branch kinds and `FILES`."""
+    from repfx.blocks.branch import KINDS
+    from repfx.blocks.presets import PRESETS
+
     return [*PRESETS, *KINDS, FILES]
 
 
 def recipe_names() -> list[str]:
     """Return the recipes that have a name, and `FILES`."""
+    from repfx.training.named_recipes import known_recipes
+
     return [*known_recipes(), FILES]
 
 
 def recipe_keys() -> list[str]:
     """Return the keys of recipes, each with the sign behind which its value stands."""
+    from repfx.training.experiment import OF_A_CALL, Experiment
+
     return [f"{key}=" for key in _keys(Experiment) if key not in OF_A_CALL]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from repfx.commands.arguments import print_json
+from repfx.commands.output import print_json
 from repfx.commands.progress import busy
 from repfx.errors import InvalidInput
 from repfx.onnx.fusing.fuse_file import FileFusion, fuse_onnx, plan_fusion

@@ -12,12 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from repfx.commands.app import command
-from repfx.commands.arguments import ClassifierName, Json, RuntimeName, Trust, open_classifier, print_json
+from repfx.commands.arguments import ClassifierName, RuntimeName, Trust, open_classifier
+from repfx.commands.output import Json, print_json
 from repfx.commands.tables import plain_table
 from repfx.training.classifier import Classifier
 
 
-@command(short="Say what images show.")
+@command("predict")
 def predict(
     classifier: ClassifierName,
     images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],

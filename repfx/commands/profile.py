@@ -12,17 +12,16 @@ from repfx.commands.app import command
 from repfx.commands.arguments import (
     Classes,
     InputShape,
-    Json,
     Model,
     Options,
     Trust,
     Weights,
     example_input,
     load_model,
-    print_json,
     shape_of_input,
 )
 from repfx.commands.onnx_file import is_onnx_file, refuse_options
+from repfx.commands.output import Json, print_json
 from repfx.commands.progress import busy
 from repfx.commands.tables import profile_table
 from repfx.profiling.profile import RUNTIMES, Profile, Runtime, profile_onnx
@@ -30,7 +29,7 @@ from repfx.profiling.profile import profile as profiled
 from repfx.records.number_text import engineering, plural
 
 
-@command(short="Show where the time goes, by layer.")
+@command("profile")
 def profile(
     model: Model,
     weights: Weights = None,

@@ -10,9 +10,8 @@ import typer
 
 from repfx.change.schedule import SCHEDULES
 from repfx.commands.app import command
-from repfx.commands.arguments import Json, print_json
 from repfx.commands.names import recipe_names
-from repfx.commands.tables import terminal_width, with_wrapped_comments
+from repfx.commands.output import Json, print_json, terminal_width, with_wrapped_comments
 from repfx.errors import InvalidInput
 from repfx.records.plain_values import from_plain, schema_of
 from repfx.training.experiment import OF_A_CALL, Experiment
@@ -30,7 +29,7 @@ class Wanted(str, Enum):
     schema = "schema"
 
 
-@command(short="Check and print a recipe, or write the schema of recipes.")
+@command("recipe")
 def recipe(
     what: Annotated[
         Wanted,

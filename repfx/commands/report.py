@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from repfx.commands.app import command
-from repfx.commands.arguments import Json, Trust, print_json
+from repfx.commands.arguments import Trust
+from repfx.commands.output import Json, print_json
 from repfx.commands.progress import busy
 from repfx.errors import InvalidInput
 from repfx.pages.comparison_page import write_comparison_page
@@ -18,7 +19,7 @@ from repfx.training.run_folder import RunFolder
 from repfx.training.sweep import SWEEP
 
 
-@command(short="Write an HTML page about a run, several, or a sweep.")
+@command("report")
 def report(
     runs: Annotated[
         list[Path],

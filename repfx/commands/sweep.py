@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 
 from repfx.commands.app import command
-from repfx.commands.arguments import MODEL_FORMS, Json, Trust, parse_options, print_json
+from repfx.commands.arguments import MODEL_FORMS, Trust, parse_options
 from repfx.commands.names import data_names, model_names, recipe_keys, recipe_names
+from repfx.commands.output import Json, print_json
 from repfx.commands.progress import shown_progress
 from repfx.commands.tables import sweep_table
 from repfx.errors import InvalidInput, RepfxError
@@ -27,7 +28,7 @@ from repfx.training.trust import require_trusted
 _DEFAULT = Experiment()
 
 
-@command(short="Train a recipe with several values of its options.")
+@command("sweep")
 def sweep(
     recipe: Annotated[
         str | None,

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import sys
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -22,7 +18,6 @@ from repfx.training.runs.metrics import Metrics
 from repfx.training.sweep import Row, short_keys, text_of
 
 _TITLES = {"plain": "plain", "expanded": "expanded", "fused": "fused", "onnxruntime": "in onnxruntime"}
-_NARROWEST = 14
 _WHOLE = 16  # letters of a name or a value of an option that aren't broken
 _INT8_TITLES = {"ptq": "8 bits, rounded", "qat": "8 bits, trained"}
 
@@ -148,55 +143,6 @@ def plain_table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column)
     return table
-
-
-def listing(rows: Iterable[tuple[str, str]], width: int | None = None) -> str:
-    """Return names with their descriptions as text, one pair on each line.
-
-    Args:
-        width: columns of the terminal, within which descriptions are wrapped beside the names; None for one line each.
-
-    >>> print(listing([("a", "short"), ("name", "a long description")], width=20))
-    a     short
-    name  a long
-          description
-    """
-    rows = list(rows)
-    indent = max((len(name) for name, _ in rows), default=0) + 2
-    lines = []
-    for name, description in rows:
-        wrapped = [description] if width is None else _wrapped(description, max(width - indent, _NARROWEST))
-        lines.append(f"{name:<{indent}}" + f"\n{'':<{indent}}".join(wrapped))
-    return "\n".join(lines)
-
-
-def with_wrapped_comments(text: str, width: int | None) -> str:
-    """Return TOML text in which each paragraph of comments fits the terminal, if it is as narrow as `width` columns.
-
-    >>> print(with_wrapped_comments("# a long\\n# comment\\n\\nkey = 1  # stays", 7))
-    # a
-    # long
-    # comment
-    <BLANKLINE>
-    key = 1  # stays
-    """
-
-    def fitting(paragraph: re.Match[str]) -> str:
-        lines = paragraph[0].splitlines()
-        if width is None or max(map(len, lines)) <= width:
-            return paragraph[0]
-        return "\n".join(f"# {line}" for line in _wrapped(" ".join(line[2:] for line in lines), width - 2))
-
-    return re.sub(r"^# .*(?:\n# .*)*", fitting, text, flags=re.MULTILINE)
-
-
-def terminal_width() -> int | None:
-    """Return the columns of the terminal that shows what is printed; None if a file or a program takes it."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(first: str, *columns: str) -> Table:

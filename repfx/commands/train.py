@@ -49,7 +49,7 @@ _GROUPS = {
 }
 
 
-@command(short="Expand, train, fuse and export a model.", groups=_GROUPS)
+@command("train", groups=_GROUPS)
 def train(
     recipe: Annotated[
         str | None,

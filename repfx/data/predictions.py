@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,10 +63,10 @@ def check_fit(model: nn.Module, data: DataSet, device: str | torch.device) -> in
 
 
 @torch.no_grad()
-def mean_log_likelihood(net: nn.Module, images: Images, batch_size: int, device: str | torch.device) -> float:
+def mean_log_likelihood(net: nn.Module, batches: Iterable[Any], device: str | torch.device) -> float:
     """Return the mean log-likelihood of the true classes. It tells nearly equal candidates apart better than accuracy does."""
     total, count = 0.0, 0
-    for x, y in DataLoader(images, batch_size):
+    for x, y in batches:
         total -= F.cross_entropy(logits_of(net(x.to(device))), y.to(device), reduction="sum").item()
         count += len(y)
     return total / count

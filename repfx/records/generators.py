@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -147,9 +150,14 @@ def _values_of(model: nn.Module) -> Iterator[Any]:
             yield from list(vars(sys.modules[name]).values() if name in sys.modules else ())
 
 
+_NO_GENERATORS = {bool, int, float, str, tuple, list, dict, set, OrderedDict, type(None), type, FunctionType, Tensor}
+
+
 def _generator(value: Any) -> _Generator | None:
     """Return an object of Python, torch or numpy that draws random numbers as a generator; None for any other value."""
     cls = type(value)  # asked instead of `isinstance`, which may run code of the value
+    if cls in _NO_GENERATORS:
+        return None
     if issubclass(cls, random.Random) and not issubclass(cls, random.SystemRandom):
         return _Generator(value.getstate, value.setstate)
     if issubclass(cls, torch.Generator):
@@ -159,23 +167,21 @@ def _generator(value: Any) -> _Generator | None:
         return _of_numpy(value)
     if numbers is not None and issubclass(cls, numbers.Generator):
         bits = value.bit_generator
-        return _Generator(lambda: _plain(bits.state), lambda state: setattr(bits, "state", state))
+        return _Generator(lambda: bits.state, lambda state: setattr(bits, "state", state))
     return None
 
 
 def _of_numpy(numbers: Any) -> _Generator:
-    return _Generator(lambda: _plain(numbers.get_state(legacy=False)), numbers.set_state)
+    return _Generator(partial(numbers.get_state, legacy=False), numbers.set_state)
 
 
 def _same(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
-
-
-def _plain(state: Any) -> Any:
-    """Return a state of numpy's with lists in place of its arrays, so that two of them can be compared."""
-    if isinstance(state, dict):
-        return {name: _plain(value) for name, value in state.items()}
-    return state.tolist() if hasattr(state, "tolist") else state
+    """Whether two states of one generator are equal. Those of numpy are dicts with arrays."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return all(_same(a[name], b[name]) for name in a)
+    return bool(a.tobytes() == b.tobytes() if hasattr(a, "tobytes") else a == b)
 
 
 def read_random_state() -> dict[str, Any]:

@@ -8,13 +8,15 @@ A package adds branch kinds, passes, schedules or recipes by an entry point in o
 
 The entry point names a module; importing it registers what it defines. In ``repfx.recipes`` it names a package that holds ``.toml`` files.
 Entry points are loaded once a name is unknown or all names are asked for, so that `import repfx` imports nobody else's code.
+What repfx itself registers lies in its own packages of the same names. It is registered before anything else.
 """
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections import UserDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
@@ -29,7 +31,8 @@ class Registry(UserDict[str, Value]):
     """Things of one sort by name; a dict that loads the entry points of its group before it says that a name is unknown.
 
     Args:
-        group: the entry points' group.
+        group: the entry points' group, which may be a package of repfx, too.
+        first: things that are registered at once.
 
     >>> colours = Registry[int]("my_package.colours")
     >>> colours["red"] = 1
@@ -37,9 +40,14 @@ class Registry(UserDict[str, Value]):
     (True, False, ['red'])
     """
 
-    def __init__(self, group: str) -> None:
+    def __init__(self, group: str, first: Mapping[str, Value] | None = None) -> None:
         super().__init__()
         self.group = group
+        self.data.update(first or {})
+
+    def __setitem__(self, name: str, value: Value) -> None:
+        _load_own(self.group)
+        self.data[name] = value
 
     def __missing__(self, name: str) -> Value:
         load_entry_points(self.group)
@@ -61,7 +69,14 @@ class Registry(UserDict[str, Value]):
     @property
     def known(self) -> dict[str, Value]:
         """The things registered by now, by name, without asking installed packages."""
+        _load_own(self.group)
         return self.data
+
+
+def _load_own(group: str) -> None:
+    """Import the package of repfx that has the name of a group. While it is being imported, nothing happens."""
+    if group.startswith("repfx."):
+        importlib.import_module(group)
 
 
 def load_entry_points(group: str) -> dict[str, object]:
@@ -69,6 +84,7 @@ def load_entry_points(group: str) -> dict[str, object]:
 
     One that can't be loaded is left out; a warning names it in one sentence.
     """
+    _load_own(group)
     if group not in _loaded:
         _loaded[group] = {}  # first, because what is being loaded may ask for names itself
         for point in entry_points(group=group):

@@ -14,6 +14,8 @@ from repfx.data.predictions import Predictions
 from repfx.errors import InvalidInput
 from repfx.training.classifier import Classifier
 
+MANY_CLASSES = 10  # from this number on, top-5 accuracy says something
+
 
 @dataclass(frozen=True)
 class Evaluation:

@@ -39,7 +39,7 @@ from repfx.records.plain_values import flat, from_plain, to_plain
 from repfx.records.python_code import import_source
 from repfx.tracing.sites import sites
 from repfx.training.engine import accelerator_for
-from repfx.training.evaluation import Evaluation
+from repfx.training.evaluation import MANY_CLASSES, Evaluation
 from repfx.training.history import History
 from repfx.training.loop import Trained, Watcher, train
 from repfx.training.models import ModelReference, load_pretrained
@@ -67,7 +67,6 @@ OF_A_CALL = ("out", "overwrite", "resume")  # the fields that no recipe holds
 _TEST_BATCH = 64
 _CALIBRATION = 256  # images that ranges are measured on
 _MOST_CLASSES = 2000  # of which each pair is counted
-_MANY_CLASSES = 10  # from this number on, top-5 accuracy says something
 _FEW_STEPS = 3  # in an epoch
 _SPEC = "dbb"
 _MAY_DIFFER = {"data.root", "data.download", "data.strict", "training.device", "training.workers", "training.log_with"}
@@ -466,7 +465,7 @@ def _metrics(
         test_images=len(before.labels),
         accuracy={name: predictions.accuracy for name, predictions in tests.items()},
         top5={
-            name: predictions.top5 or 0.0 for name, predictions in tests.items() if predictions.classes >= _MANY_CLASSES
+            name: predictions.top5 or 0.0 for name, predictions in tests.items() if predictions.classes >= MANY_CLASSES
         },
         flips={name: before.flips(tests[name]) for name in ("fused", "onnxruntime")},
         max_error=errors,

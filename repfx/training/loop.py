@@ -105,7 +105,8 @@ def train(
 
     Args:
         schedule: schedule that changes the model's structure during training. The learning rate begins anew with each of its cycles. If it
-            scores candidates, it scores them on every tenth training image of each class, and the model isn't trained on these images.
+            scores candidates, it scores them on every tenth training image of each class, or on `recipe.scored_images`, and the model
+            isn't trained on these images.
         watcher: functions that are called after each step and epoch, in the first process.
         plain: model whose cost the history holds in epoch 0, to compare with; None takes `model` as it is given.
         checkpoint: file for the state of the run, written after each epoch and when the run is interrupted.
@@ -151,12 +152,11 @@ class _Training:
         self.model, self.data = self.place.put(model), data
         self.place.put(plain)
         logits = check_fit(model, data, self.place.device)
-        images, score = data.train, None
-        if schedule.needs_score:
-            images, held_out = hold_out(images)
-            size, device = recipe.batch_size, self.place.device
-            score = partial(mean_log_likelihood, images=held_out, batch_size=size, device=device)
-        self.supply = Supply(images, recipe, self.place)
+        images, held_out = hold_out(data.train, recipe.scored_images) if schedule.needs_score else (data.train, None)
+        self.supply, score = Supply(images, recipe, self.place), None
+        if held_out is not None:
+            to_score = self.supply.to_score(held_out)
+            score = partial(mean_log_likelihood, batches=to_score, device=self.place.device)
         self.steps = self.supply.steps
         self.cycle = (schedule.cycle or recipe.epochs) * self.steps
         self.curve = curve_of(
@@ -423,15 +423,21 @@ class _Progress:
     sum_of_losses: float | Tensor = 0.0
 
 
-def hold_out(images: Images) -> tuple[Images, Images]:
+def hold_out(images: Images, most: int = 0) -> tuple[Images, Images]:
     """Return two parts of the images: all but every tenth of each class, and every tenth of each class.
 
+    Args:
+        most: greatest size of the second part, for which it is every n-th image with n > 10 if need be; 0 for any size.
+
     Raises:
-        InvalidInput: no class has ten images.
+        InvalidInput: no class has ten images, or n images.
     """
-    chosen = every(10, labels_of(images))
+    labels = labels_of(images)
+    step = max(10, math.ceil(len(labels) / most)) if most else 10
+    chosen = every(step, labels)
     if not chosen.any():
-        raise InvalidInput("there are fewer than 10 training images of each class: too few to score candidates on.")
+        few = f"there are fewer than {step} training images of each class: too few to score candidates on"
+        raise InvalidInput(f"{few}{f' with scored_images = {most}' if step > 10 else ''}.")
     kept, held_out = ((mask).nonzero().flatten().tolist() for mask in (~chosen, chosen))
     return part_of(images, kept), part_of(images, held_out)
 

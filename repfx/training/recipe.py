@@ -23,6 +23,7 @@ LEAST = {
     "batch_size": 2,
     "workers": 0,
     "weight_decay": 0,
+    "scored_images": 0,
     "test_every": 1,
     "patience": 0,
     "clip": 0,
@@ -128,6 +129,8 @@ class Recipe:
         deterministic: whether torch uses deterministic algorithms alone, even if they are slower.
         device: device to train on: cpu, cuda, cuda:1, mps, …; auto takes the accelerator if there is one, else the CPU.
         workers: number of processes that load images.
+        scored_images: greatest number of training images on which a search scores each candidate, spread over the classes; 0 for every
+            tenth of each class. The model isn't trained on them.
         test_every: epochs from one test to the next; the last epoch is always tested.
         keep: epoch whose model is fused: last or best. The best has the highest accuracy on the test images, whose accuracy it therefore
             flatters. both fuses the last, and keeps the best beside it.
@@ -165,6 +168,7 @@ class Recipe:
     deterministic: bool = False
     device: str = "auto"
     workers: int = 0
+    scored_images: int = 0
     test_every: int = 1
     keep: str = "last"
     patience: int = 0

@@ -11,10 +11,9 @@ from typing import Any
 from repfx.data.load import prefix_of
 from repfx.errors import InvalidInput, UnknownName, first_line
 from repfx.records.json_text import require_shallow
-from repfx.records.registry import load_entry_points
+from repfx.training.named_recipes import known_recipes
 from repfx.training.trust import Trust, require_trusted
 
-SHIPPED = Path(__file__).parents[1] / "recipes"
 _PATHS = (
     "weights",
     "baseline",
@@ -85,25 +84,6 @@ def from_root(values: dict[str, Any]) -> dict[str, Any]:
     """Return recipe values after naming the files and folders in them by absolute paths, in place."""
     _start_from(Path.cwd(), values, (*_PATHS, "data.root"))
     return values
-
-
-def known_recipes() -> dict[str, Path]:
-    """Return the files of all recipes that have a name: the shipped ones, and those of installed packages."""
-    found = shipped_recipes()
-    for package in load_entry_points("repfx.recipes").values():
-        folders = map(Path, getattr(package, "__path__", ()))
-        found |= {path.stem: path for folder in folders for path in sorted(folder.rglob("*.toml"))}
-    return found
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Return the files of the shipped recipes, by name."""
-    return {path.stem: path for path in sorted(SHIPPED.rglob("*.toml"), key=lambda path: path.stem)}
-
-
-def description_of(path: Path) -> str:
-    """Return the first line of the comment at the top of a recipe's file."""
-    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
 
 
 def to_toml(values: Mapping[str, Any]) -> str:

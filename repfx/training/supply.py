@@ -39,6 +39,13 @@ class Supply:
             pin_memory=self._pinned,
         )
 
+    def to_score(self, images: Images) -> DataLoader[Any]:
+        """Return a loader of images as they are, which may be gone through once for each candidate of a search."""
+        workers = self.recipe.workers
+        return DataLoader(
+            images, self.recipe.batch_size, num_workers=workers, worker_init_fn=_leave_interrupts_to_the_parent
+        )
+
     @property
     def unreadable(self) -> list[str]:
         """The paths of the image files that this process was to read so far and couldn't."""

@@ -82,8 +82,8 @@ def test_a_file_is_evaluated_on_a_part_of_its_classes(  # type: ignore[no-untype
 def test_the_table_of_an_evaluation(files: dict[str, Path], tmp_path: Path, repfx_command) -> None:  # type: ignore[no-untyped-def]
     data = write_colours(tmp_path, red="red", green="blue")
     outcome = repfx_command("evaluate", files["plain"], "--data", data, "--against", files["raw"])
-    assert "50.00% of 2 images right; 100.00% among the first five." in outcome.out
-    assert "The other classifier decides otherwise about 0." in outcome.out
+    assert "50.00% of 2 images right." in outcome.out
+    assert "The other classifier puts 0 images into another class." in outcome.out
     assert "Mistaken most often: green for blue (1)." in outcome.out
     assert "blue" not in outcome.out.split("green")[0]  # a class without images has no row
 

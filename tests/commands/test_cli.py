@@ -20,7 +20,7 @@ from repfx.blocks.branch import KINDS
 from repfx.blocks.presets import PRESETS
 from repfx.change.schedule import SCHEDULES
 from repfx.cli import main
-from repfx.commands.tables import listing
+from repfx.commands.output import listing
 from repfx.data.dataset import DataSource, InputForm
 from repfx.data.load import load_data
 from repfx.errors import ExportError
@@ -29,7 +29,7 @@ from repfx.rewriting.rule import PASSES
 from repfx.search.base import Search
 from repfx.testing import relative_error
 from repfx.training import experiment
-from repfx.training.recipe_file import shipped_recipes
+from repfx.training.named_recipes import shipped_recipes
 from repfx.training.run_folder import (
     ARCHITECTURE,
     CHECKPOINT,

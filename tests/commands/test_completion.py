@@ -17,8 +17,8 @@ from repfx.cli import main
 from repfx.commands import names, shells
 from repfx.commands.completion import commands_of_app
 from repfx.commands.shells import Command, Option, Values
+from repfx.training.named_recipes import shipped_recipes
 from repfx.training.recipe import KEPT
-from repfx.training.recipe_file import shipped_recipes
 
 MODELS = Values(("torchvision:resnet18", "torchvision:resnet50", "timm:resnet18"), files=True)
 KEYS = Values(("training.epochs=", "training.clip="))

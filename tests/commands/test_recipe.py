@@ -13,7 +13,8 @@ from repfx.change.schedule import SCHEDULES
 from repfx.commands.recipe import recipe_schema
 from repfx.records.plain_values import flat
 from repfx.training.experiment import Experiment
-from repfx.training.recipe_file import read_recipe, shipped_recipes
+from repfx.training.named_recipes import shipped_recipes
+from repfx.training.recipe_file import read_recipe
 
 
 @pytest.fixture(scope="module")

@@ -32,8 +32,9 @@ from repfx.records.plain_values import flat, from_plain
 from repfx.rewriting.rule import PASSES, RULES
 from repfx.training.experiment import Experiment
 from repfx.training.models import ModelReference
+from repfx.training.named_recipes import shipped_recipes
 from repfx.training.recipe import AuxiliaryHead, Distillation, QuantizationAware, Recipe
-from repfx.training.recipe_file import read_recipe, shipped_recipes
+from repfx.training.recipe_file import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -240,7 +241,7 @@ def names_of_the_reference() -> list[str]:
 
 
 def test_the_reference_lists_every_public_name() -> None:
-    public = {f"repfx.{name}" for name, value in vars(repfx).items() if name[0] != "_" and is_public(value)}
+    public = {f"repfx.{name}" for name in dir(repfx) if is_public(getattr(repfx, name))}
     public |= {f"{cls.__module__}.{cls.__name__}" for cls in (*SCHEDULES.values(), *ACTIONS.values())}
     verbs = {name for name in PASSES.keys() - RULES.keys() if f"repfx.{name}" not in public}
     public |= {f"{getattr(passes, name).__module__}.{name}" for name in verbs} | {

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks._processes_rank import PARTS, Clock
 from docs.hooks.imagenet import counts, imagenet
-from repfx.training.recipe_file import shipped_recipes
+from repfx.training.named_recipes import shipped_recipes
 
 
 def test_steps_and_images_are_those_of_the_recipes() -> None:

@@ -15,7 +15,7 @@ from repfx.commands import train as train_command
 from repfx.search.base import Search
 from repfx.search.space import Space
 from repfx.training.experiment import Experiment
-from repfx.training.recipe_file import shipped_recipes
+from repfx.training.named_recipes import shipped_recipes
 from repfx.training.run_folder import spec_of
 from repfx.training.sweep import Sweep
 from tests.training.test_recipes import convs_in, expandable, schedule_of

@@ -29,8 +29,9 @@ from repfx.search.space import Space
 from repfx.training import experiment
 from repfx.training.experiment import Experiment
 from repfx.training.models import ModelReference
+from repfx.training.named_recipes import shipped_recipes
 from repfx.training.optimizers import make_optimizer
-from repfx.training.recipe_file import read_recipe, shipped_recipes
+from repfx.training.recipe_file import read_recipe
 from repfx.training.run_folder import ARCHITECTURE, METRICS, RECIPE, spec_of
 
 TINY = f"{Path(__file__).parents[1] / 'tiny.py'}:net"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from repfx.algebra.arithmetic import is_transformed
 from repfx.algebra.conv_spec import ConvSpec
@@ -90,7 +91,7 @@ class WindowCovariance(nn.Module):
         variance = self.variance(own)
         self.unit.copy_(torch.where(variance > 0, (variance + self.eps).sqrt(), 1.0))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo  # `torch.compiler.disable` would import torch's compiler with repfx, which takes longer than all the rest
     @torch.no_grad()
     def see(self, x: Tensor, own: Callable[[], Kernel]) -> None:
         """Count a forward pass in training mode, and measure its input ``(batch, channels, *axes)`` if it is its turn.

@@ -1,6 +1,8 @@
-"""Write the tables of registered names and of options from the code; a hook of the docs' build, which also inserts measurements' tables.
+"""Write the tables of registered names, of options and of measurements into the pages, where a reader of a checkout finds them, too.
 
-A page asks for one with ``<!-- table: presets -->`` on a line of its own. Everything that is registered appears automatically.
+    python -m docs.hooks.tables
+
+A table stands between ``<!-- table: presets -->`` and ``<!-- end -->``, each on a line of its own. The docs' build calls this as a hook.
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from docs.hooks.gallery import gallery
 from docs.hooks.imagenet import imagenet
 from docs.hooks.measurements import MEASUREMENTS, table
 
-MARK = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
+ROOT = Path(__file__).parents[2]
+TABLE = re.compile(r"^<!-- table: (\w+) -->$.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
 
 
 def presets() -> str:
@@ -126,9 +130,14 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def with_tables(markdown: str) -> str:
+    """Return a page with its tables as they are now."""
+    return TABLE.sub(lambda found: f"<!-- table: {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->", markdown)
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put each table where a page asks for it (called by MkDocs for every page)."""
-    return MARK.sub(lambda mark: TABLES[mark[1]](), markdown)
+    """Write a page's tables anew, without the marks around them (called by MkDocs for every page)."""
+    return TABLE.sub(lambda found: f"\n{TABLES[found[1]]()}\n", markdown)
 
 
 def _first_line(cls: type) -> str:
@@ -137,3 +146,16 @@ def _first_line(cls: type) -> str:
 
 def _file_of(cls: type) -> str:
     return cls.__module__.replace(".", "/") + ".py"
+
+
+def main() -> None:
+    """Write the tables of all pages anew."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        before = page.read_text(encoding="utf-8")
+        after = with_tables(before)
+        if after != before:
+            page.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ import typer
 
 import repfx
 from docs.hooks.gallery import RECORDS
-from docs.hooks.tables import MARK, TABLES, on_page_markdown
+from docs.hooks.tables import TABLE, TABLES, with_tables
 from repfx import passes
 from repfx.blocks.branch import KINDS
 from repfx.blocks.presets import PRESETS
@@ -181,15 +181,18 @@ def test_links_to_files_resolve(page: Path) -> None:
     assert not missing
 
 
-def test_the_preset_table_of_the_readme_is_the_registry() -> None:
-    table = (ROOT / "README.md").read_text().split("<!-- table: presets -->\n")[1].split("\n\n")[0]
-    assert table == TABLES["presets"]()
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "<!-- table: " in page.read_text()], ids=lambda page: page.stem
+)
+def test_the_tables_of_a_page_are_as_they_would_be_written_now(page: Path) -> None:
+    """`python -m docs.hooks.tables` writes them."""
+    assert page.read_text() == with_tables(page.read_text())
 
 
 @pytest.mark.parametrize(("table", "registry"), REGISTRIES.items())
 def test_a_generated_table_names_everything_registered(table: str, registry: dict[str, object]) -> None:
     assert registry
-    named_there = re.findall(r"^\| `([^`]+)`", on_page_markdown(f"<!-- table: {table} -->"), re.MULTILINE)
+    named_there = re.findall(r"^\| `([^`]+)`", TABLES[table](), re.MULTILINE)
     assert sorted(named_there) == sorted(registry)
 
 
@@ -219,7 +222,7 @@ def test_the_table_of_keys_explains_all_that_a_recipe_can_hold() -> None:
 
 
 def test_every_table_that_a_page_asks_for_exists() -> None:
-    asked = {mark for page in PAGES for mark in MARK.findall(page.read_text())}
+    asked = {name for page in PAGES for name in TABLE.findall(page.read_text())}
     assert asked == set(TABLES)
 
 

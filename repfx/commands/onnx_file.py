@@ -37,8 +37,9 @@ def inspect_file(source: str, options: Mapping[str, Any], *, as_json: bool) -> N
     refuse_options(options)
     with busy("reading"):
         plan = plan_fusion(source)
-    told = "\n".join([str(plan), *(f"  {skip.path}: {skip.reason}" for skip in plan.stays)])
-    _print(plan, f"{source}, fused:\n{told}", as_json=as_json)
+    title = f"{source}, fused:\n{plan}" if plan.applied else f"{source} is as small as fusing makes it."
+    left = ["What is left, and why it stays:", *(f"  {skip.path}: {skip.reason}" for skip in plan.stays)]
+    _print(plan, "\n".join([title, *(left if plan.stays else ())]), as_json=as_json)
 
 
 def refuse_options(options: Mapping[str, Any]) -> None:

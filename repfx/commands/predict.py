@@ -15,6 +15,7 @@ from repfx.commands.app import command
 from repfx.commands.arguments import ClassifierName, RuntimeName, Trust, open_classifier
 from repfx.commands.output import Json, print_json
 from repfx.commands.tables import plain_table
+from repfx.errors import InvalidInput
 from repfx.training.classifier import Classifier
 
 
@@ -27,13 +28,24 @@ def predict(
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Say what images show, by an ONNX file or a training run that knows its classes and how images are prepared."""
+    """Say what images show, by an ONNX file or a training run that knows its classes and how images are prepared.
+
+    A file that can't be read is named at the end, and the others are predicted.
+    """
     found = open_classifier(classifier, runtime, trust=trust)
-    rows = [{"image": str(path), "classes": _best(found, path, top)} for path in images]
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for path in images:
+        try:
+            rows.append({"image": str(path), "classes": _best(found, path, top)})
+        except InvalidInput as error:
+            problems.append(str(error))
     if as_json:
         print_json(rows)
-    else:
+    elif rows:
         Console().print(_table(rows))
+    if problems:
+        raise InvalidInput(" ".join(problems))
 
 
 def _best(classifier: Classifier, path: Path, top: int) -> list[dict[str, Any]]:

@@ -39,5 +39,8 @@ def test_a_run_records_what_it_left_out(tmp_path: Path, repfx_command: Any) -> N
     assert metrics["test_images"] == 3
     outcome = repfx_command("evaluate", out, "--trust", "--data", root)
     assert "1 image can't be read and is left out: " in outcome.out
-    outcome = repfx_command("predict", out / "model.onnx", root / "light" / "4.png")
-    assert "can't be read as an image: image file is truncated" in outcome.err
+    images = [root / "light" / name for name in ("1.png", "4.png", "2.png")]
+    outcome = repfx_command("predict", out / "model.onnx", *images, "--json")
+    assert outcome.code == 2
+    assert [Path(row["image"]).name for row in json.loads(outcome.out)] == ["1.png", "2.png"]
+    assert "4.png' can't be read as an image: image file is truncated" in outcome.err

@@ -48,6 +48,11 @@ def test_inspect_writes_nothing(source: Path, command: Callable[..., tuple[int, 
     assert "the y: no rule: the output follows" in out
     assert json.loads(command("inspect", source, "--json")[1])["stays"][0]["path"] == "the y"
     assert list(source.parent.iterdir()) == [source]
+    target = source.with_name("out.onnx")
+    command("fuse", source, "--onnx", target)
+    assert (
+        f"{target} is as small as fusing makes it.\nWhat is left, and why it stays:\n" in command("inspect", target)[1]
+    )
 
 
 @pytest.mark.parametrize("option", [("--fp16",), ("--opset", "17"), ("--input-shape", "3x8x8")])

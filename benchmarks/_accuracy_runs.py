@@ -26,11 +26,11 @@ from repfx.records.version import VERSION
 from repfx.search.base import Search
 from repfx.search.random_nets import random_nets
 from repfx.training.experiment import Experiment, run
-from repfx.training.history import History
 from repfx.training.loop import Watcher
 from repfx.training.models import ModelReference
 from repfx.training.recipe import Distillation, Recipe
 from repfx.training.run_folder import ARCHITECTURE, CHECKPOINT, RunFolder
+from repfx.training.runs.history import History
 from repfx.training.runs.metrics import Metrics
 
 

@@ -12,9 +12,9 @@ from repfx.passes.drop import Drop
 from repfx.passes.expand import Expand
 from repfx.records.journal import Action
 from repfx.training.experiment import Experiment, run
-from repfx.training.history import Epoch, History
 from repfx.training.models import ModelReference
 from repfx.training.recipe import Recipe
+from repfx.training.runs.history import Epoch, History
 
 TINY = f"{Path(__file__).with_name('tiny.py')}:net"
 

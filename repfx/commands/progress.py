@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from repfx.records.journal import Action
-from repfx.training.history import Epoch, History
 from repfx.training.loop import Step, Watcher
+from repfx.training.runs.history import Epoch, History
 
 _STAGES = {
     "expand": "expanding",

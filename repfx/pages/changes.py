@@ -10,7 +10,7 @@ from repfx.passes.drop import Drop
 from repfx.passes.expand import Expand
 from repfx.passes.fuse import Fuse
 from repfx.records.journal import Action
-from repfx.training.history import Epoch
+from repfx.training.runs.history import Epoch
 
 Names = tuple[str, ...]
 _NAMED = {Expand.kind: "grown", Drop.kind: "dropped"}

@@ -16,7 +16,7 @@ from repfx.pages.changes import changes_of
 from repfx.pages.columns import Column, columns_of
 from repfx.pages.scale import Scale, Unit, round_marks, span, spread, unit_for
 from repfx.pages.strips import Sign, strips
-from repfx.training.history import Epoch
+from repfx.training.runs.history import Epoch
 
 _COLOURS = 6
 WIDTHS = {"narrow": 340, "middle": 660, "wide": 1060}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from repfx.training.history import Epoch
+from repfx.training.runs.history import Epoch
 
 
 @dataclass(frozen=True)

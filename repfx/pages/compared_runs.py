@@ -15,8 +15,8 @@ from repfx.pages.run_page import epochs_of, require_run
 from repfx.pages.structure_map import sorted_sites
 from repfx.records.number_text import duration, engineering, percent
 from repfx.records.plain_values import flat
-from repfx.training.history import Epoch
 from repfx.training.run_folder import RunFolder
+from repfx.training.runs.history import Epoch
 
 _EXPANDED, _FUSED = {"expanded": TITLES["expanded"]}, {"fused": TITLES["fused"]}
 _ALL = {"plain": TITLES["plain"], **_EXPANDED, **_FUSED, **INT8_TITLES}

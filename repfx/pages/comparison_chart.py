@@ -10,7 +10,7 @@ from repfx.pages.chart import Line, Panel
 from repfx.pages.compared_runs import ComparedRun
 from repfx.pages.run_charts import all_widths, finite
 from repfx.pages.scale import NUMBERS, SHARES
-from repfx.training.history import Epoch
+from repfx.training.runs.history import Epoch
 
 _MOST_POINTS = 150  # of a curve; more would make a page of many long runs large, and no screen shows them
 

@@ -10,7 +10,7 @@ from typing import Any
 from repfx.pages.chart import WIDTHS, Line, Panel, chart
 from repfx.pages.rendering import svg
 from repfx.pages.scale import COUNTS, NUMBERS, SHARES, TIMES
-from repfx.training.history import Epoch
+from repfx.training.runs.history import Epoch
 
 
 def learning_chart(epochs: Sequence[Epoch]) -> list[Any]:

@@ -26,8 +26,8 @@ from repfx.pages.structure_map import LEVELS, structure_map
 from repfx.pages.summary import cost_tiles, facts_of, notes_of, progress_tiles, result_tiles, structure_tiles
 from repfx.search.heat_map import cells
 from repfx.training.evaluation import Evaluation
-from repfx.training.history import Epoch, History
 from repfx.training.run_folder import CHECKPOINT, HISTORY, METRICS, REPORT, STRUCTURE, RunFolder, Setup
+from repfx.training.runs.history import Epoch, History
 from repfx.training.trust import Trust
 
 _FEW_SITES = 6

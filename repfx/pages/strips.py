@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from repfx.pages.changes import Changes, changes_of, count_of, when
 from repfx.pages.columns import columns_of
-from repfx.training.history import Epoch
+from repfx.training.runs.history import Epoch
 
 
 @dataclass(frozen=True)

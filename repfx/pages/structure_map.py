@@ -10,7 +10,7 @@ from repfx.blocks.block import ORIGIN
 from repfx.pages.changes import Changes, changes_of, when
 from repfx.pages.columns import Column, columns_of
 from repfx.records.number_text import plural, short
-from repfx.training.history import Epoch
+from repfx.training.runs.history import Epoch
 
 LEVELS = (
     0.002,

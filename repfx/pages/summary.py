@@ -10,9 +10,9 @@ from typing import Any
 from repfx.pages.changes import Changes, count_of
 from repfx.pages.forms import Form
 from repfx.records.number_text import duration, engineering, grouped, percent, plural
-from repfx.training.history import Epoch
 from repfx.training.run_folder import Setup
 from repfx.training.runs.baseline import points
+from repfx.training.runs.history import Epoch
 from repfx.training.runs.metrics import Metrics
 
 

@@ -40,7 +40,6 @@ from repfx.records.python_code import import_source
 from repfx.tracing.sites import sites
 from repfx.training.engine import accelerator_for
 from repfx.training.evaluation import MANY_CLASSES, Evaluation
-from repfx.training.history import History
 from repfx.training.loop import Trained, Watcher, train
 from repfx.training.models import ModelReference, load_pretrained
 from repfx.training.recipe import Recipe
@@ -59,6 +58,7 @@ from repfx.training.run_folder import (
 )
 from repfx.training.runs.baseline import PLAIN, folder_of, require_comparable, require_plain_beginning, with_baseline
 from repfx.training.runs.extension import LENGTH, as_begun, goes_on, recipe_going_on, require_no_fewer
+from repfx.training.runs.history import History
 from repfx.training.runs.metrics import Cost, Int8, Metrics
 from repfx.training.stem import Stem
 from repfx.training.trust import calls_in

@@ -34,7 +34,6 @@ from repfx.records.journal import Action
 from repfx.records.notes import copy_of
 from repfx.records.plain_values import flat, to_plain
 from repfx.training.engine import accelerator_for
-from repfx.training.history import Epoch, History
 from repfx.training.interruption import noticed_signals
 from repfx.training.learning_rate import curve_of
 from repfx.training.objective.auxiliary import Auxiliary
@@ -44,6 +43,7 @@ from repfx.training.process import Place
 from repfx.training.recipe import Recipe
 from repfx.training.runs.best import accuracy_of, best_of, is_over, story_of_end
 from repfx.training.runs.gradients import Gradients
+from repfx.training.runs.history import Epoch, History
 from repfx.training.stem import Stem
 from repfx.training.supply import Supply
 

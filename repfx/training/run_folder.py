@@ -23,9 +23,9 @@ from repfx.records.plain_values import from_plain
 from repfx.records.target_file import is_locked, staged
 from repfx.records.version import VERSION
 from repfx.search.heat_map import draw
-from repfx.training.history import History
 from repfx.training.models import ModelReference, load_weights
 from repfx.training.recipe_file import parse_recipe
+from repfx.training.runs.history import History
 from repfx.training.trust import Trust, require_trusted
 
 CHECKPOINT, STRUCTURE, MODEL, METRICS = "checkpoint.safetensors", "structure.json", "model.onnx", "metrics.json"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from repfx.training.history import History
 from repfx.training.run_folder import HISTORY, RunFolder
+from repfx.training.runs.history import History
 from tests.two_ranks import run_on_two_ranks
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from repfx.training.history import History
 from repfx.training.run_folder import BEST, CHECKPOINT, HISTORY, METRICS, MODEL, STATE
+from repfx.training.runs.history import History
 
 TINY = f"{Path(__file__).parents[1] / 'tiny.py'}:net"
 TRAIN = ("train", "--epochs", "3", "--batch-size", "64", "--learning-rate", "0.01", "--keep", "both")

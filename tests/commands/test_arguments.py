@@ -15,9 +15,9 @@ from repfx.commands.progress import _Teller
 from repfx.errors import InvalidInput
 from repfx.onnx.preprocessing import Preprocessing
 from repfx.passes.freeze import Freeze
-from repfx.training.history import Epoch, History
 from repfx.training.models import ModelReference
 from repfx.training.run_folder import Setup
+from repfx.training.runs.history import Epoch, History
 
 
 @pytest.mark.parametrize(

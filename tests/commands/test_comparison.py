@@ -21,8 +21,8 @@ from repfx.passes.expand import Expand
 from repfx.passes.fuse import Fuse
 from repfx.records.journal import Action
 from repfx.records.number_text import percent
-from repfx.training.history import Epoch, History
 from repfx.training.run_folder import HISTORY, METRICS, RECIPE, REPORT, RunFolder
+from repfx.training.runs.history import Epoch, History
 from tests.commands.test_page_charts import shapes
 from tests.commands.test_pages import Page, stands_alone
 from tests.recorded_run import long_history

@@ -14,7 +14,7 @@ from repfx.pages.chart import WIDTHS, Line, Panel, chart
 from repfx.pages.run_charts import cost_chart, learning_chart
 from repfx.pages.scale import COUNTS, NUMBERS, SHARES, TIMES, Unit, spread, unit_for
 from repfx.pages.structure_map import structure_map
-from repfx.training.history import Epoch
+from repfx.training.runs.history import Epoch
 
 
 def shapes(picture: object, style: str) -> list[Element]:

@@ -10,7 +10,7 @@ from repfx.pages.strips import strips
 from repfx.pages.structure_map import LEVELS, level_of, structure_map
 from repfx.pages.summary import cost_tiles
 from repfx.passes.drop import Drop
-from repfx.training.history import Epoch
+from repfx.training.runs.history import Epoch
 
 
 def test_a_scale_maps_its_ends_to_places() -> None:

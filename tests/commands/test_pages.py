@@ -31,8 +31,8 @@ from repfx.passes.expand import Expand
 from repfx.passes.fuse import Fuse
 from repfx.records.journal import Action
 from repfx.records.number_text import percent, short
-from repfx.training.history import Epoch, History
 from repfx.training.run_folder import ARCHITECTURE, CHECKPOINT, HISTORY, METRICS, RECIPE, REPORT, STRUCTURE, RunFolder
+from repfx.training.runs.history import Epoch, History
 from tests import tiny
 from tests.recorded_run import long_history, record
 

@@ -29,11 +29,11 @@ from repfx.pages.pictures.picture import Picture, write_pictures
 from repfx.pages.rendering import TEMPLATES
 from repfx.testing import randomize_batch_norm
 from repfx.training.experiment import Experiment, run
-from repfx.training.history import Epoch, History
 from repfx.training.models import ModelReference
 from repfx.training.recipe import Recipe
 from repfx.training.run_folder import CHECKPOINT, RunFolder
 from repfx.training.runs.gradients import Gradients
+from repfx.training.runs.history import Epoch, History
 from tests.commands.test_page_charts import shapes
 from tests.commands.test_pages import Page, stands_alone
 from tests.recorded_run import TINY

@@ -13,9 +13,9 @@ from repfx.errors import Interrupted, InvalidInput
 from repfx.pages.sweep_chart import axis_of_counts, axis_of_option
 from repfx.pages.sweep_page import charts_of, write_sweep_page
 from repfx.training import sweep as sweeps
-from repfx.training.history import Epoch, History
 from repfx.training.loop import Watcher
 from repfx.training.run_folder import CHECKPOINT, HISTORY, METRICS
+from repfx.training.runs.history import Epoch, History
 from repfx.training.sweep import SWEEP, Result, Row, Sweep, run_sweep
 from tests.commands.test_page_charts import shapes
 from tests.commands.test_pages import CHROMIUM, Page, fits, stands_alone

@@ -13,11 +13,11 @@ from repfx.data.predictions import predict
 from repfx.data.samples import samples
 from repfx.errors import InvalidInput
 from repfx.training.experiment import Experiment, run
-from repfx.training.history import History
 from repfx.training.loop import Watcher
 from repfx.training.models import ModelReference
 from repfx.training.recipe import Recipe
 from repfx.training.run_folder import RunFolder
+from repfx.training.runs.history import History
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 RUN = ("blue", "green", "red")

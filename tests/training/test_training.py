@@ -20,10 +20,10 @@ from repfx.data.dataset import DataSet, PreparedImages, Stages, as_it_is
 from repfx.data.predictions import Predictions, predict
 from repfx.errors import Interrupted, InvalidInput, RepfxError, UnknownName
 from repfx.training.engine import accelerator_for
-from repfx.training.history import History
 from repfx.training.loop import Step, Watcher, train
 from repfx.training.models import ModelReference
 from repfx.training.recipe import Distillation, Recipe
+from repfx.training.runs.history import History
 from tests.tiny import net
 
 LOOKS_AT_ALL = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU not every step is looked at")

@@ -10,7 +10,7 @@ from repfx.blocks.block import ORIGIN
 from repfx.pages.pictures.grid import Square, grid
 from repfx.pages.pictures.picture import Picture
 from repfx.pages.structure_map import sorted_sites
-from repfx.training.history import Epoch
+from repfx.training.runs.history import Epoch
 
 PAIRS = (("1xk", "dilated-1x2"), ("kx1", "dilated-2x1"))
 _FULL = 0.7  # of a colour, so that text on it can be read

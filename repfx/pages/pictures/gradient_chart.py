@@ -10,7 +10,7 @@ from repfx.pages.chart import WIDTHS, Line, Panel, chart, style_of
 from repfx.pages.pictures.picture import Key, Picture
 from repfx.pages.run_charts import finite
 from repfx.pages.scale import NUMBERS
-from repfx.training.history import Epoch
+from repfx.training.runs.history import Epoch
 
 
 def gradient_lines(epochs: Sequence[Epoch]) -> dict[str, tuple[float | None, ...]]:

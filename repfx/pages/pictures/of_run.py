@@ -17,7 +17,7 @@ from repfx.pages.pictures.codes import code_matrices
 from repfx.pages.pictures.feature_maps import feature_maps
 from repfx.pages.pictures.gradient_chart import gradient_chart
 from repfx.pages.pictures.picture import Picture
-from repfx.training.history import Epoch
+from repfx.training.runs.history import Epoch
 
 
 def pictures_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repfx.training.history import Epoch, History
+from repfx.training.runs.history import Epoch, History
 
 
 def accuracy_of(epoch: Epoch) -> float | None:

@@ -23,10 +23,11 @@ from repfx.commands.arguments import (
 )
 from repfx.commands.names import spec_names
 from repfx.commands.onnx_file import inspect_file, is_onnx_file
-from repfx.commands.output import Json, print_json
+from repfx.commands.output import Json, listing, print_json, terminal_width
 from repfx.commands.progress import busy
 from repfx.errors import EquivalenceError, InvalidInput
 from repfx.pages.model_page import Check, write_model_page
+from repfx.tracing.sites import SiteTable
 from repfx.training.run_folder import spec_of
 
 
@@ -94,7 +95,7 @@ def inspect(
         _show(as_json, rows, "\n".join([*(f"{skip.path}: {skip.reason}" for skip in stays), *problem]))
     else:
         sites = repfx.sites(found, None if spec is None else spec_of(spec))
-        _show(as_json, [asdict(site) for site in sites], str(sites))
+        _show(as_json, [asdict(site) for site in sites], _table(sites))
 
 
 def _fuse(model: nn.Module, x: Tensor) -> tuple[nn.Module, list[str]]:
@@ -120,6 +121,12 @@ def _write_page(
     if check.report is not None and not check.report.equivalent:
         raise EquivalenceError(f"{check.report} The page {str(html)!r} has the details.")
     return check
+
+
+def _table(sites: SiteTable) -> str:
+    """Return the table of sites. On a terminal, what becomes of a conv is wrapped beside it."""
+    longest = max(len(path) for path, _, _ in sites.rows)
+    return listing(((f"{path:<{longest}}  {conv}", branches) for path, conv, branches in sites.rows), terminal_width())
 
 
 def _told(html: Path, check: Check) -> str:

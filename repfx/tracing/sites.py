@@ -87,11 +87,15 @@ class SiteTable:
     def __getitem__(self, path: str) -> Site:
         return {site.path: site for site in self.sites}[path]
 
+    @property
+    def rows(self) -> list[tuple[str, str, str]]:
+        """The table as text: its head, then the path, the conv and the branches of each site."""
+        head = ("site", "conv", "branches")
+        return [head, *((site.path, str(site.conv or "?"), site.outcome) for site in self.sites)]
+
     def __str__(self) -> str:
-        rows = [("site", "conv", "branches")]
-        rows += [(site.path, str(site.conv or "?"), site.outcome) for site in self.sites]
-        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        return "\n".join(f"{path:<{widths[0]}}  {conv:<{widths[1]}}  {branches}" for path, conv, branches in rows)
+        widths = [max(len(row[column]) for row in self.rows) for column in (0, 1)]
+        return "\n".join(f"{path:<{widths[0]}}  {conv:<{widths[1]}}  {branches}" for path, conv, branches in self.rows)
 
 
 def sites(model: nn.Module, spec: SpecLike | Architecture | None = None) -> SiteTable:

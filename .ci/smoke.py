@@ -11,7 +11,8 @@ from torch import nn
 import repfx
 import repfx.passes
 import repfx.recipes.nets
-from repfx.training.recipe_file import read_recipe, shipped_recipes
+from repfx.training.named_recipes import shipped_recipes
+from repfx.training.recipe_file import read_recipe
 
 checkout = Path(sys.argv[1]).resolve()
 for module in (repfx, repfx.passes, repfx.recipes.nets):

@@ -149,7 +149,7 @@ def _padding_of(pad: Op) -> Kernel:
 def _value(value: Any, strip: Strip, constants: Constants) -> Tensor | None:
     """Return a constant that is written into a strip, with the axis that an index without a slice takes away."""
     known = constants.number(value)
-    if known is None:
+    if known is None or (isinstance(known, Tensor) and known.is_meta):
         return None
     tensor = torch.as_tensor(known, dtype=torch.float64, device="cpu")
     if strip.keeps_axis or tensor.ndim == 0:
@@ -242,7 +242,7 @@ def _expanded(node: Any, constants: Constants) -> _Expanded | None:
         return None
     value = constants.tensor(node.args[0])
     sizes: Any = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-    if value is None or len(sizes) < 3 or value.ndim > len(sizes):
+    if value is None or value.is_meta or len(sizes) < 3 or value.ndim > len(sizes):
         return None
     if node.target in _REPETITIONS and value.numel() > 1 and sizes[1] != 1:
         return None  # the channels are repeated

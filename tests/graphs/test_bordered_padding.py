@@ -226,6 +226,15 @@ def test_a_norm_alone_with_a_border_is_folded_into_the_conv_behind(
     assert (len(norms), sum(map(is_conv, fused.modules()))) == (left, 2), reasons(fused)
 
 
+def test_what_is_squeezed_keeps_a_norm_with_a_border() -> None:
+    """Squeezing looks for regions in a copy without numbers."""
+    model: Any = bordered_net(lambda m, x: m.second(of_norm_alone(m, x)), "strips", 2)
+    model.factor = 1.0
+    x = image(*SIZES[2])
+    expanded = repfx.expand(model.double().eval(), "repvgg")
+    assert torch.allclose(repfx.squeeze(expanded, statistics="frozen")(x), model(x), rtol=1e-12, atol=1e-12)
+
+
 def of_norm_read_twice(m: Any, x: Any) -> Any:
     padded = of_norm_alone(m, x)
     return m.second(padded) + padded.mean()

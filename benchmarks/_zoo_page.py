@@ -66,7 +66,7 @@ def page(record: dict[str, Any], others: dict[str, Any] | None = None) -> str:
     if len(rows) < record["listed"]:
         parts.append(f"**Not finished: {len(rows)} of {record['listed']} models have been examined.**\n\n")
     parts += [
-        f"Made with {versions}, on {record['hardware']}.\n\n",
+        f"Models are examined one by one. The latest were examined with {versions}, on {record['hardware']}.\n\n",
         "## Totals\n\n",
         _totals(rows, LIBRARIES),
         _beside(rows),

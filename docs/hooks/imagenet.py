@@ -1,4 +1,4 @@
-"""What a training on ImageNet takes, counted from the shipped recipes: steps, and images that go through a net."""
+"""Count the steps of a training on ImageNet, and the images that go through a net, from the shipped recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands print without tables: JSON, lists of names, and text that fits the terminal."""
+"""Output of commands that is no table: JSON, lists of names, and text that fits the terminal."""
 
 from __future__ import annotations
 

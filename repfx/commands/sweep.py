@@ -95,9 +95,10 @@ def sweep(
     interrupted and tries again what failed. `repfx report` makes a page of the folder.
     """
     values = {"model": {"name": _DEFAULT.model.name}} if recipe is None else parse_recipe(recipe)
-    given = {"model.name": model, "data.name": data, "training.epochs": epochs, **parse_options(set_)}
+    by_hand = parse_options(set_)
+    given = {"model.name": model, "data.name": data, "training.epochs": epochs, **by_hand}
     for key, value in given.items():
-        if value is not None or key in parse_options(set_):
+        if value is not None or key in by_hand:
             put(values, key, value)
     options = _options(over or [])
     asked = Sweep.over(values, options, seeds)

@@ -94,8 +94,9 @@ class SiteTable:
         return [head, *((site.path, str(site.conv or "?"), site.outcome) for site in self.sites)]
 
     def __str__(self) -> str:
-        widths = [max(len(row[column]) for row in self.rows) for column in (0, 1)]
-        return "\n".join(f"{path:<{widths[0]}}  {conv:<{widths[1]}}  {branches}" for path, conv, branches in self.rows)
+        rows = self.rows
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        return "\n".join(f"{path:<{widths[0]}}  {conv:<{widths[1]}}  {branches}" for path, conv, branches in rows)
 
 
 def sites(model: nn.Module, spec: SpecLike | Architecture | None = None) -> SiteTable:

@@ -56,7 +56,7 @@ SCRIPTS: dict[str, Callable[..., str]] = {"bash": shells.bash, "zsh": shells.zsh
 
 
 def asked_of_bash(line: str, script: str, breaks: str = " \t\n:=") -> list[str]:
-    """What bash would offer, each as it replaces what follows the last sign that breaks words."""
+    """Return the words that bash would offer, each as it replaces what follows the last sign that breaks words."""
     ask = f"{script}\ncompopt() {{ :; }}\nCOMP_WORDBREAKS=$2 COMP_LINE=$1 COMP_POINT=${{#1}}\n_repfx\n"
     ask += 'printf "%s\\n" "${COMPREPLY[@]}"'
     done = subprocess.run(["bash", "-c", ask, "bash", line, breaks], capture_output=True, text=True, check=True)

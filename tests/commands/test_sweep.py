@@ -48,7 +48,7 @@ def leave(out: Path, accuracy: float, macs: float = 300, fused: int = 100, secon
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is trained, in place of any training: a rate over 1 fails, and each other run gets its rate for an accuracy."""
+    """Stand in for the training: a rate over 1 fails, and each other run gets its rate for an accuracy."""
     seen: list[str] = []
 
     def run(experiment: Any, watcher: Watcher) -> None:

@@ -1,4 +1,4 @@
-"""What is said of several processes: the arithmetic of ImageNet, against numbers worked out by hand; and the clock of a process."""
+"""The arithmetic of ImageNet in several processes, against numbers worked out by hand, and the clock of a process."""
 
 from __future__ import annotations
 

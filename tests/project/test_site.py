@@ -24,7 +24,7 @@ ELSEWHERE = re.compile(r"(?:[a-z]+:)?//")
 
 
 class Links(HTMLParser):
-    """What a page loads, and where it links to."""
+    """The addresses that a page loads, and those that it links to."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What starts without torch: `import repfx`, and whatever the command line says without a model."""
+"""`import repfx` starts without torch, and so does whatever the command line says without a model."""
 
 from __future__ import annotations
 

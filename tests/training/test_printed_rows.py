@@ -25,7 +25,7 @@ LINES = re.findall(r"^repfx (?:train|sweep) .*$", PAGE.read_text(), re.MULTILINE
 
 
 class Asked(Exception):
-    """What a command would train."""
+    """The jobs of a command, raised before any of them is trained."""
 
     def __init__(self, jobs: list[Experiment]) -> None:
         super().__init__()

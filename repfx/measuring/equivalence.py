@@ -20,6 +20,10 @@ from repfx.records.provenance import Provenance, provenance_of
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-1, torch.bfloat16: 5e-1}
 
 _MAGNIFIED = 100  # how far a bound may rise for a net that magnifies rounding
+_DECIDED_BY_ROUNDING = (
+    "Rounding alone changes the outputs of the model as it was by as much, so this example proves nothing: take model.double(), "
+    "or another example."
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class EquivalenceReport:
         problem: another structure or shape, NaN, an infinity, or what the model raised; None if numbers show the difference.
         first_difference: first module, in the order of execution, at which the models differ; None if they don't,
             or if no module has a counterpart to be compared with.
+        decided_by_rounding: whether rounding alone changes the reference's outputs as much. So it is where an output depends on which
+            of two nearly equal numbers is larger, as the order of a detector's boxes does.
     """
 
     equivalent: bool
@@ -73,13 +79,16 @@ class EquivalenceReport:
     output: str
     problem: str | None = None
     first_difference: ModuleDifference | None = None
+    decided_by_rounding: bool = False
 
     def __str__(self) -> str:
         numbers = f"worst relative difference {self.max_error:.1e} (allowed {self.tolerance:.0e}) at {self.output}"
         if self.equivalent:
             return f"outputs agree: {numbers}."
         found = f"outputs differ: {self.problem or numbers}."
-        return f"{found} First module that differs: {self.first_difference}." if self.first_difference else found
+        if self.first_difference:
+            found += f" First module that differs: {self.first_difference}."
+        return found + (f" {_DECIDED_BY_ROUNDING}" if self.decided_by_rounding else "")
 
 
 def check_equivalent(
@@ -122,8 +131,12 @@ def check_equivalent(
     right, checked = double_copy(reference), double_copy(model)
     found = _compare(_run_reference(right, x), checked, x)
     worst_output = worst(found)
-    if tolerance is None and bound < worst_output.error <= _MAGNIFIED * bound:
-        bound = max(bound, min(4 * _effect_of_rounding(reference, x), _MAGNIFIED * bound))
+    decided_by_rounding = False
+    if tolerance is None and worst_output.error > bound:
+        allowed = 4 * _effect_of_rounding(reference, x)
+        decided_by_rounding = worst_output.error <= allowed
+        if allowed < math.inf:
+            bound = max(bound, min(allowed, _MAGNIFIED * bound))
     equivalent = worst_output.error <= bound
     report = EquivalenceReport(
         equivalent,
@@ -133,6 +146,7 @@ def check_equivalent(
         worst_output.where,
         worst_output.problem,
         None if equivalent else _first_difference(right, checked, x, bound),
+        decided_by_rounding and not equivalent,
     )
     if raises and not equivalent:
         error = EquivalenceError(str(report))
@@ -167,15 +181,19 @@ def _bound(reference: nn.Module, model: nn.Module, tolerance: float | None) -> f
 
 
 def _effect_of_rounding(model: nn.Module, x: Inputs) -> float:
-    """Return the relative change of a model's outputs if each of its numbers moves by half a unit in its last place, up or down."""
+    """Return the relative change of a model's outputs if each of its numbers moves by half a unit in its last place, up or down.
+
+    It is infinite if the outputs get another shape or structure, and 0 if the outputs hold NaN, which differs from itself.
+    """
     exact, moved = double_copy(model), double_copy(model)
     chance = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for own, wide in zip(_floating(model), _floating(moved), strict=True):
             signs = torch.randint(0, 2, wide.shape, generator=chance, dtype=torch.float64, device="cpu") * 2 - 1
             wide += wide.abs() * signs.to(wide.device, wide.dtype) * (torch.finfo(own.dtype).eps / 2)
-    found = worst(differences(run_double(exact, x), run_double(moved, x)))
-    return 0.0 if found.problem else found.error
+    outputs = run_double(exact, x)
+    known = worst(differences(outputs, outputs)).error == 0
+    return worst(differences(outputs, run_double(moved, x))).error if known else 0.0
 
 
 def _floating(model: nn.Module) -> list[Tensor]:

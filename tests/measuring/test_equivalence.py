@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import repfx
 from repfx.errors import EquivalenceError, InvalidInput
 from repfx.measuring.difference import Difference, differences, worst
 from repfx.measuring.equivalence import ModuleDifference, check_equivalent, default_tolerance
@@ -326,6 +327,44 @@ def test_a_net_that_magnifies_rounding_may_differ_by_as_much_and_no_more() -> No
     with pytest.raises(EquivalenceError, match="outputs differ"):
         check_equivalent(model, fused, x)
     assert check_equivalent(model.double(), copy.deepcopy(model), x.double()).tolerance == 1e-9
+
+
+class Chooses(nn.Module):
+    """A conv whose outputs come in pairs that are equal but for rounding, and which of a pair is larger, or where it is."""
+
+    def __init__(self, *, counted: bool) -> None:
+        super().__init__()
+        self.conv, self.counted = nn.Conv2d(3, 2, (3, 2), bias=False), counted
+        self.norm: Any = nn.BatchNorm2d(2)
+        with torch.no_grad():
+            self.conv.weight[1] = self.conv.weight[0] / 3
+            self.norm.running_var = torch.tensor([1.3, 1.3 / 9])
+        self.norm.eps = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.norm(self.conv(x)).unbind(1)
+        larger: Tensor = first > second
+        return larger.nonzero() if self.counted else larger.to(x.dtype)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_outputs_that_rounding_decides_are_told_apart_from_wrong_ones(counted: bool) -> None:
+    torch.manual_seed(0)
+    model = Chooses(counted=counted).eval()
+    with pytest.raises(EquivalenceError, match=r"Rounding alone changes .*model\.double\(\)") as caught:
+        repfx.fuse(model, example=X)
+    assert caught.value.report.decided_by_rounding
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        model.norm.bias += torch.tensor([1.0, -1.0])  # far apart now
+        wrong.norm.bias -= torch.tensor([1.0, -1.0])
+    report = check_equivalent(model, wrong, X, raises=False)
+    assert not report.equivalent
+    assert not report.decided_by_rounding
+    assert "Rounding" not in str(report)
+    model.norm.running_var.neg_()
+    norms = nn.Sequential(model.conv, model.norm)
+    assert not check_equivalent(norms, copy.deepcopy(norms), X, raises=False).decided_by_rounding  # all are NaN
 
 
 def test_a_traced_copy_is_equivalent_and_keeps_its_error_to_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -357,7 +357,7 @@ def _resuming(experiment: Experiment) -> str:
 def _require_same(experiment: Experiment, folder: RunFolder) -> None:
     """Raise if the run in the folder was begun with other values, except for those that may differ."""
     begun = folder.recipe
-    change = None if begun is None else first_difference(experiment.values, begun)
+    change = None if begun is None else first_difference(experiment.values, Experiment.of(begun).values)
     if change is not None:
         raise InvalidInput(
             f"the run in {str(folder.path)!r} was begun with {change}: leave the change out, or replace the run with --overwrite."

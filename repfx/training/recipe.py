@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from repfx.data.augmentation import Augmentation
+from repfx.data.dataset import DataSource
 from repfx.errors import InvalidInput, UnknownName
+from repfx.records.plain_values import from_plain, to_plain
 from repfx.training.learning_rate import SHAPES, TIMM
 from repfx.training.models import ModelReference
 
@@ -235,6 +237,12 @@ class Recipe:
             patience=0,
             gradients=False,
         )
+
+
+def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a run's recipe, with the keys of its data and its training that the version that wrote it didn't know."""
+    kinds = {"data": DataSource, "training": Recipe}
+    return {**values, **{key: to_plain(from_plain(kind, values.get(key, {}), key)) for key, kind in kinds.items()}}
 
 
 def choices() -> dict[str, tuple[str, Collection[str]]]:

@@ -19,7 +19,8 @@ from repfx.training.learning_rate import share_of_rate
 from repfx.training.loop import Step, Watcher
 from repfx.training.models import ModelReference
 from repfx.training.recipe import Recipe
-from repfx.training.run_folder import BEST, CHECKPOINT, METRICS, MODEL, STATE, RunFolder
+from repfx.training.run_folder import BEST, CHECKPOINT, METRICS, MODEL, RECIPE, STATE, RunFolder
+from repfx.training.runs.extension import goes_on
 from tests.recorded_run import TINY
 
 pytestmark = pytest.mark.usefixtures("quick_end")
@@ -194,6 +195,26 @@ def test_the_schedule_of_a_longer_run_is_the_one_that_it_was_begun_with(
             run(going_on(job, **changes))
     assert seen == [experiment.schedule_of(job)] * 2
     assert (tmp_path / "out" / METRICS).is_file()  # what failed before the training has changed nothing
+
+
+@pytest.mark.slow
+def test_a_run_of_a_version_that_knew_fewer_options_goes_on(tmp_path: Path) -> None:
+    job = asked(tmp_path / "out")
+    run(job)
+    recipe = tmp_path / "out" / RECIPE
+    lines = recipe.read_text().splitlines(keepends=True)
+    kept = [
+        line for line in lines if not line.startswith(("patience =", "keep =", "freeze =", "crop =", "pretrained ="))
+    ]
+    assert len(lines) == len(kept) + 5
+    recipe.write_text("".join(kept))
+    assert not goes_on(job.training, RunFolder(tmp_path / "out"))
+    longer = run(going_on(job, epochs=3))
+    assert longer is not None
+    assert longer.epoch == 3
+    recipe.write_text("".join(kept))
+    with pytest.raises(InvalidInput, match=r"begun with training.keep = 'last', and now it is 'best'"):
+        run(going_on(job, epochs=3, keep="best"))
 
 
 @pytest.mark.slow

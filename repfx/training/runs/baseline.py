@@ -14,6 +14,7 @@ from repfx.blocks.paths import outermost_blocks
 from repfx.errors import InvalidInput
 from repfx.records.number_text import percent, plural
 from repfx.records.plain_values import flat
+from repfx.training.recipe import with_defaults
 from repfx.training.run_folder import BASELINE, RunFolder
 from repfx.training.runs.metrics import Baseline, Metrics
 
@@ -59,7 +60,7 @@ def require_comparable(values: Mapping[str, Any], baseline: str) -> None:
     _require_plain(Metrics.from_dict(metrics), folder)
     differing = [key for key in _differing(values, found) if key.startswith(_SAME)]
     if differing:
-        theirs, ours = (flat(each).get(differing[0]) for each in (found, values))
+        theirs, ours = (flat(with_defaults(each)).get(differing[0]) for each in (found, values))
         raise InvalidInput(
             f"the run in {baseline!r} can't be compared: its {differing[0]} is {theirs!r}, and here it is {ours!r}."
         )
@@ -132,6 +133,6 @@ def points(difference: float) -> str:
 
 
 def _differing(values: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    ours, theirs = flat(values), flat(found)
+    ours, theirs = flat(values), flat(with_defaults(found))
     unimportant = ("training.device", "training.workers", "training.log_with")
     return [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key) and key not in unimportant]

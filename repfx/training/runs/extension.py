@@ -8,7 +8,7 @@ from typing import Any
 
 from repfx.change.schedule import SCHEDULES, Schedule
 from repfx.errors import InvalidInput
-from repfx.training.recipe import Recipe
+from repfx.training.recipe import Recipe, with_defaults
 from repfx.training.recipe_file import to_toml
 from repfx.training.run_folder import HISTORY, STATE, RunFolder
 from repfx.training.runs.best import is_over
@@ -23,7 +23,7 @@ def goes_on(recipe: Recipe, folder: RunFolder) -> bool:
         InvalidInput: it is, and can't be continued.
     """
     begun = _training(folder)
-    if all(begun.get(name) == getattr(recipe, name) for name in LENGTH):
+    if all(begun[name] == getattr(recipe, name) for name in LENGTH):
         return False
     where, history = f"the run in {str(folder.path)!r} is finished", folder.history
     if history is None or not (folder.path / STATE).is_file():
@@ -32,7 +32,7 @@ def goes_on(recipe: Recipe, folder: RunFolder) -> bool:
     if name in SCHEDULES and SCHEDULES[name].closes_paths:
         raise InvalidInput(f"{where}, and the search {name} has closed with it: replace it with --overwrite.")
     over = is_over(history, recipe.patience)
-    if over and recipe.epochs > begun.get("epochs", 0):
+    if over and recipe.epochs > begun["epochs"]:
         raise InvalidInput(
             f"{where}, because its patience of {recipe.patience} epochs ran out: give more --patience, or 0."
         )
@@ -41,7 +41,7 @@ def goes_on(recipe: Recipe, folder: RunFolder) -> bool:
 
 def require_no_fewer(recipe: Recipe, folder: RunFolder) -> None:
     """Raise if a run is to have fewer epochs than it was begun with."""
-    begun = _training(folder).get("epochs", recipe.epochs)
+    begun = recipe.epochs if folder.recipe is None else _training(folder)["epochs"]
     if recipe.epochs < begun:
         raise InvalidInput(
             f"the run in {str(folder.path)!r} was begun with {begun} epochs, and now there are {recipe.epochs}: "
@@ -53,7 +53,7 @@ def recipe_going_on(recipe: Recipe, folder: RunFolder) -> str | None:
     """Return the text of the run's recipe with the new number of epochs and the new patience; None if neither changes."""
     values = folder.recipe
     lengths = {name: getattr(recipe, name) for name in LENGTH}
-    if values is None or all(_training(folder).get(name) == value for name, value in lengths.items()):
+    if values is None or all(_training(folder)[name] == value for name, value in lengths.items()):
         return None
     return to_toml({**values, "training": {**values.get("training", {}), **lengths}})
 
@@ -73,5 +73,5 @@ def as_begun(schedule: Schedule, folder: RunFolder) -> Schedule:
 
 
 def _training(folder: RunFolder) -> dict[str, Any]:
-    found = (folder.recipe or {}).get("training")
-    return found if isinstance(found, dict) else {}
+    found: dict[str, Any] = with_defaults(folder.recipe or {})["training"]
+    return found

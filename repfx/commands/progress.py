@@ -9,7 +9,8 @@ from functools import partial
 from itertools import groupby
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from repfx.records.journal import Action
 from repfx.training.loop import Step, Watcher
@@ -36,9 +37,9 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        _Steps(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        _TimeLeft(),
         TextColumn("{task.fields[note]}"),
     )
     if quiet:
@@ -79,6 +80,20 @@ def shown_progress(*, quiet: bool = False) -> Iterator[Watcher]:
 def busy(doing: str) -> AbstractContextManager[object]:
     """Show a spinner on stderr beside the text `doing` while the context is open. Without a terminal, show nothing."""
     return Console(stderr=True).status(f"{doing} …")
+
+
+class _Steps(MofNCompleteColumn):
+    """How many steps of all are done, as soon as it is known how many there are."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """The time that is left, as soon as it can be estimated."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.time_remaining is None else super().render(task).append(" left")
 
 
 class _Teller:

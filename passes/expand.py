@@ -234,7 +234,7 @@ def _require_layers(model: nn.Module, selection: Selection) -> None:
     if any(isinstance(module, nn.Linear) for module in model.modules()):
         if sorts != {"conv"}:
             return
-        hint = '; a repfx.Spec with layers="linear" expands its linear layers'
+        hint = '; the preset "lora", or a repfx.Spec with layers="linear", expands its linear layers'
     else:
         hint = ""
     what = "linear layers" if sorts == {"linear"} else "convs"

@@ -67,7 +67,9 @@ class InputForm:
         """
         conv: Any = next((module for module in model.modules() if is_conv(module)), None)
         if conv is None:
-            raise InvalidInput(f"{type(model).__name__} has no conv.")
+            raise InvalidInput(
+                f"{type(model).__name__} has no conv, and the first conv says which images a model takes: train it with your own loop."
+            )
         return cls(conv.in_channels, len(conv.kernel_size), size)
 
 

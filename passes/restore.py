@@ -25,7 +25,7 @@ from repfx.measuring.calibration import set_kernels_measured
 from repfx.measuring.in_float64 import Inputs
 from repfx.measuring.proof import prove
 from repfx.records.journal import Action, forget, record
-from repfx.records.module_tree import fits, module_at, patterns_of, set_submodule
+from repfx.records.module_tree import called_by, fits, module_at, patterns_of, set_submodule
 from repfx.records.notes import copy_of
 from repfx.records.provenance import Provenance, attach
 from repfx.records.report import Edit, Report, Skip
@@ -183,7 +183,7 @@ def _choice(node: fx.Node, island: Island, root: nn.Module, patterns: Sequence[s
 
     A conv that has absorbed no BatchNorm, but something else around it, is restored whatever is named: no state dict may hide that.
     """
-    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    module = called_by(root, node) if node.op == "call_module" else None
     if module is None or torch_class(module) not in KERNEL_LAYERS:
         return None
     path, folded, around = island.full_path(str(node.target)), folded_norm(module), surroundings_of(module)
@@ -255,7 +255,7 @@ def _restore(node: fx.Node, island: Island, root: nn.Module, choice: _Choice) ->
         NoKernel: what the model computes around the conv can't be taken out of its weight.
     """
     steps = None if choice.around is None else _take_apart(node, island, root, choice, choice.around)
-    conv: Layer = root.get_submodule(str(node.target))
+    conv: Layer = called_by(root, node)
     attach(conv, Provenance(("restore",), (choice.path,)))
     if choice.norm_path is None:
         assert steps is not None  # a conv without a BatchNorm is chosen only for what is around it

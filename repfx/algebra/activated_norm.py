@@ -13,6 +13,7 @@ from collections import OrderedDict
 from torch import fx, nn
 
 from repfx.algebra.layers import ACTIVATED_BATCH_NORMS, Layer, has_hooks, is_patched, qualified_name
+from repfx.records.module_tree import called_by
 from repfx.records.notes import keep, kept
 
 _PARTS = ("drop", "act")
@@ -119,7 +120,7 @@ def is_separated(module: nn.Module | None) -> bool:
 
 def _calls(graph: fx.Graph, root: nn.Module) -> list[tuple[fx.Node, nn.Module]]:
     """Return the nodes that call a module, each with its module."""
-    return [(node, root.get_submodule(str(node.target))) for node in graph.nodes if node.op == "call_module"]
+    return [(node, called_by(root, node)) for node in graph.nodes if node.op == "call_module"]
 
 
 def _working_parts(module: nn.Module) -> list[str]:

@@ -21,6 +21,7 @@ from repfx.exported.operators import conv_call, name_of
 from repfx.exported.raising import Raised
 from repfx.exported.source import Source
 from repfx.graphs.checks import with_axes
+from repfx.records.module_tree import called_by
 from repfx.records.provenance import provenance_of
 
 NOTE = "repfx"  # the key of the notes on a merged conv, in `meta["custom"]`
@@ -162,7 +163,7 @@ class _Lowering:
         return _FUNCTIONS[node.target](self, *args, **node.kwargs)
 
     def _conv(self, node: fx.Node) -> fx.Node:
-        conv: Any = self._result.root.get_submodule(str(node.target))
+        conv: Any = called_by(self._result.root, node)
         template = self._convs[node]
         x = self._made[node.args[0]]  # type: ignore[index]
         weight = self._tensor(node, conv, "weight")

@@ -30,7 +30,7 @@ from repfx.exported.operators import (
 )
 from repfx.exported.source import Source
 from repfx.graphs.constants import is_pure
-from repfx.records.module_tree import attribute, has, set_submodule
+from repfx.records.module_tree import attribute, called_by, has, set_submodule
 from repfx.records.report import Skip
 
 IN_TRAINING_MODE = "it was exported in training mode: call model.eval() before torch.export.export"
@@ -320,7 +320,7 @@ class _Raising:
             if node.op == "get_attr":
                 node.target = _placed(root, node.target, self._held(self._result.origins[node]))
             elif node.op == "call_module" and not has(root, str(node.target)):
-                set_submodule(root, str(node.target), self._source.root.get_submodule(str(node.target)))
+                set_submodule(root, str(node.target), called_by(self._source.root, node))
 
     def _held(self, node: fx.Node) -> Any:
         if node in self._source.names:

@@ -12,6 +12,7 @@ from repfx.algebra.layers import is_batch_norm, is_conv_or_linear
 from repfx.graphs.checks import require_given, require_tensor
 from repfx.graphs.vocabulary import ARITHMETIC, SIZE_METHODS
 from repfx.reading.source_code import writes_in_place
+from repfx.records.module_tree import called_by
 
 IN_PLACE_OPERATORS = (
     "iadd",
@@ -44,7 +45,7 @@ def mutated_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
     given = node.args[0] if node.args else node.kwargs.get("input")
     first = given if isinstance(given, fx.Node) else None
     if node.op == "call_module":
-        return first if any(map(_works_in_place, root.get_submodule(str(node.target)).modules())) else None
+        return first if any(map(_works_in_place, called_by(root, node).modules())) else None
     out = node.kwargs.get("out")
     if isinstance(out, fx.Node):
         return out
@@ -83,7 +84,7 @@ def _works_in_place(layer: nn.Module) -> bool:
 
 def has_code_of_others(node: fx.Node, root: nn.Module) -> bool:
     """Whether a node calls a module with code that is not torch's. Such code may change tensors that the module holds."""
-    layers = root.get_submodule(str(node.target)).modules()
+    layers = called_by(root, node).modules()
     return any(not type(layer).__module__.startswith("torch.") for layer in layers)
 
 
@@ -101,7 +102,7 @@ def may_share_memory(node: fx.Node, root: nn.Module) -> set[fx.Node]:
 
 def _makes_new_tensor(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
+        module = called_by(root, node)
         return is_conv_or_linear(module) or is_batch_norm(module)
     return node.target in _NEW or (node.target in ARITHMETIC and mutated_by(node, root) is None)
 

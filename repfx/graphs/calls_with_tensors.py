@@ -21,6 +21,7 @@ from repfx.graphs.constants import Constants
 from repfx.graphs.norm_calls import NormCall
 from repfx.graphs.operations import Op, affine_meaning
 from repfx.graphs.vocabulary import ADDITIONS, ARITHMETIC, ELEMENTWISE, ELEMENTWISE_LAYERS, PRODUCTS
+from repfx.records.module_tree import called_by
 
 _ADDCMUL = {torch.addcmul, "addcmul", "addcmul_"}
 _LERP = {torch.lerp, "lerp", "lerp_"}
@@ -60,7 +61,7 @@ def _reader_of(node: fx.Node, root: nn.Module) -> tuple[Callable[..., Arguments]
 def is_norm_call(node: fx.Node, root: nn.Module) -> bool:
     """Whether a node normalises by a call of `F.batch_norm`, or by one that follows the mode."""
     if node.op == "call_module":
-        return isinstance(root.get_submodule(str(node.target)), NormCall)
+        return isinstance(called_by(root, node), NormCall)
     return node.op == "call_function" and node.target is F.batch_norm
 
 
@@ -184,7 +185,7 @@ def _activated(node: fx.Node, root: nn.Module) -> fx.Node | None:
     if len(node.all_input_nodes) != 1 or mutated_by(node, root) is not None:
         return None
     if node.op == "call_module":
-        known = type(root.get_submodule(str(node.target))) in ELEMENTWISE_LAYERS
+        known = type(called_by(root, node)) in ELEMENTWISE_LAYERS
     else:
         known = node.op in ("call_function", "call_method") and node.target in ELEMENTWISE
     return node.all_input_nodes[0] if known else None

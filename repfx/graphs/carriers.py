@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from repfx.algebra.layers import Layer, is_patched
 from repfx.graphs.operations import split
+from repfx.records.module_tree import called_by
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _along(axis: Any) -> Move:
 def read_carrier(node: fx.Node, root: nn.Module) -> Carrier | None:
     """Read a node as a carrier of its first input, or return None."""
     if node.op == "call_module":
-        layer: Layer = root.get_submodule(str(node.target))
+        layer: Layer = called_by(root, node)
         alone = len(node.args) == 1 and not node.kwargs and not is_patched(layer)
         reader = _LAYERS.get(type(layer)) if alone else None
         return None if reader is None else reader(layer, _Input.of(node.args[0], root))
@@ -102,7 +103,7 @@ class _Input:
         if not isinstance(source, fx.Node):
             return cls(None)
         if source.op == "call_module":
-            layer: Layer = root.get_submodule(str(source.target))
+            layer: Layer = called_by(root, source)
             return cls(_averaged_by(_ADAPTIVE_LAYERS.get(type(layer)), getattr(layer, "output_size", None)))
         if source.target in _ADAPTIVE:
             return cls(_averaged_by(_ADAPTIVE[source.target], (*source.args[1:], *source.kwargs.values())[-1]))

@@ -27,6 +27,7 @@ from repfx.graphs.constants import Constants
 from repfx.graphs.dropout import MODULES
 from repfx.graphs.indexing import crop_meaning
 from repfx.graphs.vocabulary import ARITHMETIC, NEGATIONS, PRODUCTS, QUOTIENTS, SUBTRACTIONS
+from repfx.records.module_tree import called_by
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def read_op(node: fx.Node, root: nn.Module, constants: Constants | None = None) 
     """Read a node as a linear map, or return None."""
     constants = constants or Constants(node.graph, root)
     if node.op == "call_module":
-        meaning = meaning_of(root.get_submodule(str(node.target)))
+        meaning = meaning_of(called_by(root, node))
         source = _only_input(node)
         return Op(node, source, meaning) if meaning is not None and source is not None else None
     if node.op not in ("call_function", "call_method"):

@@ -41,7 +41,7 @@ class Generators:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        found = {id(value): value for value in _values_of(model)}
+        found = {id(value): value for value in _values_of(model) if type(value) not in _NO_GENERATORS}
         self._all = [*_of_process(), *filter(None, map(_generator, found.values()))]
         self._first = self._seen = self._states()
         self._calls: _DrawingCalls | None = None
@@ -156,8 +156,6 @@ _NO_GENERATORS = {bool, int, float, str, tuple, list, dict, set, OrderedDict, ty
 def _generator(value: Any) -> _Generator | None:
     """Return an object of Python, torch or numpy that draws random numbers as a generator; None for any other value."""
     cls = type(value)  # asked instead of `isinstance`, which may run code of the value
-    if cls in _NO_GENERATORS:
-        return None
     if issubclass(cls, random.Random) and not issubclass(cls, random.SystemRandom):
         return _Generator(value.getstate, value.setstate)
     if issubclass(cls, torch.Generator):

@@ -48,6 +48,21 @@ def module_at(root: nn.Module, path: str) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def called_by(root: nn.Module, node: fx.Node) -> Any:
+    """Return the module that a `call_module` node of a graph calls, one of `root`'s modules.
+
+    `get_submodule` takes several times as long. It is asked for what isn't registered, such as a module that a property returns.
+    """
+    found: Any = root
+    path = str(node.target)
+    for name in path.split("."):
+        held = vars(found).get("_modules", {})
+        if name not in held:
+            return root.get_submodule(path)
+        found = held[name]
+    return found
+
+
 def outer_paths(path: str) -> list[str]:
     """Return the paths of all modules around `path`, outermost first.
 

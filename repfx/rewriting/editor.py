@@ -23,7 +23,7 @@ from repfx.graphs.functional_conv import is_functional_conv, path_for, settings_
 from repfx.graphs.operations import Op
 from repfx.graphs.sums import plus
 from repfx.graphs.unused import erase_unused
-from repfx.records.module_tree import has, outer_paths, set_part, set_submodule
+from repfx.records.module_tree import called_by, has, outer_paths, set_part, set_submodule
 from repfx.records.provenance import Provenance, attach
 from repfx.records.report import Edit
 from repfx.rewriting.carried import carriers_at
@@ -167,7 +167,7 @@ class Editor:
             return self.merged[op.node].template
         if is_functional_conv(op.node):
             return settings_of(op.node, self.view.root)
-        return self.view.root.get_submodule(str(op.node.target))
+        return called_by(self.view.root, op.node)
 
     def _weight_of(self, op: Op) -> Tensor:
         weight: Tensor = self._template_module(op).weight

@@ -24,7 +24,7 @@ from repfx.blocks.folded_norm import FoldedNorm
 from repfx.graphs.functional_conv import is_functional_conv, owner_of, reads_its_own_weight, reads_saved_weight
 from repfx.graphs.operations import Op
 from repfx.graphs.sums import plus
-from repfx.records.module_tree import outer_paths
+from repfx.records.module_tree import called_by, outer_paths
 from repfx.rewriting.match import Match, Term
 from repfx.rewriting.surroundings import CONV, NORM
 from repfx.rewriting.view import META, View
@@ -199,7 +199,7 @@ class _Site:
             inside = owner_of(node) == self.path
             same = reads_its_own_weight(node) if inside else reads_saved_weight(node, self.view.root)
             return "" if same else "its weight is computed in forward"
-        torch_s = torch_class(self.view.root.get_submodule(str(node.target)))
+        torch_s = torch_class(called_by(self.view.root, node))
         return "" if torch_s in KERNEL_LAYERS else "its class has a meaning of its own"
 
     # -- the BatchNorm

@@ -20,6 +20,7 @@ from repfx.graphs.functional_conv import is_functional_conv
 from repfx.graphs.operations import Op, read_op
 from repfx.graphs.sums import SumOf, read_sum
 from repfx.graphs.viewed_norm import read_viewed_norm
+from repfx.records.module_tree import called_by
 from repfx.tracing.leaf_code import Known, LeafCode, code_of
 
 META = torch.empty((), device="meta", dtype=torch.float64)
@@ -164,7 +165,7 @@ class View:
         """Whether the graph reads parameters of the module that a node calls. Those of a BatchNorm don't count: no rewrite changes them."""
         if node.op != "call_module" or node in self.kernels or str(node.target) not in self._readers:
             return False
-        module = self.root.get_submodule(str(node.target))
+        module = called_by(self.root, node)
         return has_tensors(module) and not is_batch_norm(module)
 
     def _refusal_of_module(self, node: fx.Node) -> str | None:
@@ -188,7 +189,7 @@ class View:
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """Return the module that a node calls, or None."""
-        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return called_by(self.root, node) if node.op == "call_module" else None
 
     def is_conv(self, node: fx.Node) -> bool:
         """Whether a node is a convolution or a linear layer with weights of its own."""

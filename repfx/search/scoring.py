@@ -32,7 +32,7 @@ from repfx.blocks.paths import block_at
 from repfx.change.ranks import is_distributed
 from repfx.errors import InvalidInput, UnknownName, first_line
 from repfx.measuring.calibration import calibrate_norms
-from repfx.records.module_tree import require_module
+from repfx.records.module_tree import called_by, require_module
 from repfx.records.notes import copy_of
 from repfx.rewriting.pipeline import rewrite
 from repfx.rewriting.rule import RULES
@@ -273,7 +273,7 @@ def _takes_channels_last(net: nn.Module) -> bool:
     if not isinstance(net, fx.GraphModule) or any(each.device.type != "cpu" or each.ndim == 5 for each in tensors):
         return False
     methods = {str(node.target) for node in net.graph.nodes if node.op == "call_method"}
-    layers = [net.get_submodule(str(node.target)) for node in net.graph.nodes if node.op == "call_module"]
+    layers = [called_by(net, node) for node in net.graph.nodes if node.op == "call_module"]
     return not methods & _MEMORY and all(
         type(layer).__module__.startswith("torch.nn.") or isinstance(layer, SummedConv) for layer in layers
     )

@@ -22,7 +22,10 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 def settings_in(module: nn.Module) -> Settings:
     """Return the settings of all modules in a module."""
-    return {inner: _settings_of(inner) for inner in module.modules()}
+    return {
+        inner: {name: dict(value) if name in _REGISTRIES else value for name, value in _settings_of(inner).items()}
+        for inner in module.modules()
+    }
 
 
 def changed_setting(module: nn.Module, before: Settings) -> str | None:
@@ -78,9 +81,10 @@ def _put_back(before: Settings) -> None:
 
 
 def _settings_of(module: nn.Module) -> dict[str, Any]:
-    plain = vars(module) if _is_read(module) else {"training": module.training}
+    held = vars(module)
+    plain = held if _is_read(module) else {"training": module.training}
     found = {name: value for name, value in plain.items() if isinstance(value, _PLAIN)}
-    return found | {registry: dict(vars(module)[registry]) for registry in _REGISTRIES}
+    return found | {registry: held[registry] for registry in _REGISTRIES}
 
 
 def _is_read(module: nn.Module) -> bool:
@@ -88,7 +92,7 @@ def _is_read(module: nn.Module) -> bool:
     return is_conv_or_linear(module) or is_batch_norm(module)
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
-    return type(one) is type(other) and bool(one == other)
+def _same(before: Any, now: Any) -> bool:
+    if isinstance(before, dict):
+        return len(before) == len(now) and all(name in before and before[name] is value for name, value in now.items())
+    return type(before) is type(now) and bool(before == now)

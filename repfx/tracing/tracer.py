@@ -158,8 +158,6 @@ class Tracer(fx.Tracer):
         if has_call_of_its_own(m):  # its __call__ has already run by now, and would run again in the graph
             self.running.append(m)
             raise TypeError(f"{type(m).__name__} has a __call__ of its own")
-        if any(has_hooks(inner) and inner not in self._hooked for inner in m.modules()):
-            self.failures.append(("its code adds hooks", self.running[-1] if self.running else None))
         self._require_settings(m)
         self.block_calls[m] += isinstance(m, RepBlock)
         self.running.append(m)
@@ -198,9 +196,14 @@ class Tracer(fx.Tracer):
             self.failures.append((DRAWS, module))
 
     def _require_settings(self, module: nn.Module) -> None:
-        """Raise `TypeError` if code has changed a setting of a module that it calls. It isn't known which code did that."""
+        """Raise `TypeError` if code has changed a setting of a module that it calls. It isn't known which code did that.
+
+        A hook that code has added counts as a failure.
+        """
         is_leaf = self.is_leaf_module(module, "")
         for inner in module.modules() if is_leaf else (module,):
+            if has_hooks(inner) and inner not in self._hooked:
+                self.failures.append(("its code adds hooks", self.running[-1] if self.running else None))
             changed = changed_setting(inner, self._settings)
             if changed is not None:
                 self.running.clear()

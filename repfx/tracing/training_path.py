@@ -17,6 +17,7 @@ from repfx.algebra.layers import has_hooks, is_conv
 from repfx.errors import first_line
 from repfx.graphs.aliasing import may_share_memory, mutated_by
 from repfx.graphs.constants import draws
+from repfx.records.module_tree import called_by
 from repfx.records.notes import copy_of
 from repfx.tracing.traced import OfOneMode
 
@@ -111,7 +112,7 @@ def _randomize(module: nn.Module, generator: torch.Generator) -> None:
 
 def _first_conv(module: nn.Module, graph: fx.Graph) -> Any:
     """Return the conv that a graph calls first, or None."""
-    called = (module.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module")
+    called = (called_by(module, node) for node in graph.nodes if node.op == "call_module")
     return next(filter(is_conv, called), None)
 
 

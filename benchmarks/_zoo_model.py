@@ -199,9 +199,8 @@ def _numbers(model: nn.Module, found: Findings) -> None:
     if fingerprint(model) != before:
         found.problem = "the model was changed"
     if beyond or found.name.startswith("torchvision/"):
-        renewed = (
-            model.float().train().eval()
-        )  # some nets keep values for eval mode in float64 until they are trained again
+        # some nets keep values for eval mode in float64 until they are trained again
+        renewed = model.float().train().eval()
         found.onnx = _exported(renewed, inputs)
     wrong = {key: value for key, value in found.errors.items() if key not in ("timm", "torch") and not value <= 1e-9}
     if wrong:
@@ -326,9 +325,8 @@ def _exported(model: nn.Module, inputs: Inputs) -> float | str:
                 raise
             if not isinstance(backbone, nn.Module):
                 return first_line(refused)
-            fixed: Any = getattr(
-                getattr(model, "transform", None), "fixed_size", None
-            )  # the size to which the detector scales its images
+            # the size to which the detector scales its images
+            fixed: Any = getattr(getattr(model, "transform", None), "fixed_size", None)
             image = torch.randn(2, 3, *(fixed or (96, 128)))
             reason = first_line(refused)
             if isinstance(refused, EquivalenceError):  # in float64 the same detections were equal

@@ -106,9 +106,8 @@ def reset(expanded: nn.Module) -> nn.Module:
             block.conv.bias = nn.Parameter(torch.zeros_like(block.norm.running_mean))
             set_kernel(block.conv, None, kernel, None)
             block.norm.reset_running_stats()
-            nn.init.constant_(
-                block.norm.weight, (1 + block.norm.eps) ** 0.5
-            )  # so that the eval output is kept to the last digit
+            # so that the eval output is kept to the last digit
+            nn.init.constant_(block.norm.weight, (1 + block.norm.eps) ** 0.5)
             nn.init.zeros_(block.norm.bias)
     return changed
 

@@ -264,9 +264,8 @@ def _schedule(outputs: Sequence[Deferred]) -> tuple[dict[Deferred, tuple[_Value,
         else:
             add(node)
     while ready:
-        key = min(
-            ready, key=lambda each: depths[each] / len(ready[each])
-        )  # what is behind much else can wait for more like it
+        # what is behind much else can wait for more like it
+        key = min(ready, key=lambda each: depths[each] / len(ready[each]))
         del depths[key]
         for group in _chunks(sorted(ready.pop(key), key=ranks.__getitem__)):
             operands = [_parts(places[node.sources[i]] for node in group) for i in range(len(group[0].sources))]

@@ -61,9 +61,8 @@ class SiteCode:
         """The spec that `expand` takes to build this site."""
         origin = self.code[0] == "1"
         options: dict[str, Any] = {"weights": self.weights, "origin": origin, "origin_scale": self.origin_scale}
-        return Spec(
-            self.chosen, self.norm, layers="both", norm_behind=self.norm_behind, **options
-        )  # the path says which layer it is
+        # the path says which layer it is
+        return Spec(self.chosen, self.norm, layers="both", norm_behind=self.norm_behind, **options)
 
     @classmethod
     def of(cls, block: RepBlock) -> SiteCode:

@@ -18,9 +18,8 @@ class BranchSpec:
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    name: str | None = field(
-        default=None, repr=False
-    )  # name in the block; by default the kind, with a number from the second on
+    # name in the block; by default the kind, with a number from the second on
+    name: str | None = field(default=None, repr=False)
     scale: float = field(default=1.0, repr=False)  # first value of the branch's `Scale`, if it has one
 
 

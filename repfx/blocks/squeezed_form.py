@@ -293,9 +293,8 @@ def _take_off(module: nn.Module, note: str) -> None:
     for name in (note, PLAN):
         vars(module).pop(name, None)
     if kept(module, NAME) is None and kept(module, _LEADS) is None and OWN_CLASS in vars(type(module)):
-        module.__class__ = vars(type(module))[
-            OWN_CLASS
-        ]  # unless other code, such as a parametrization, has made a subclass since
+        # unless other code, such as a parametrization, has made a subclass since
+        module.__class__ = vars(type(module))[OWN_CLASS]
 
 
 def _linear_parts(root: nn.Module) -> list[Part]:

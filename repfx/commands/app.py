@@ -160,9 +160,8 @@ def command(
                 function(**options)
             except (Exception, KeyboardInterrupt):
                 raise
-            except (
-                BaseException
-            ) as error:  # such as SystemExit(0), after which this process would say that all went well
+            except BaseException as error:
+                # such as SystemExit(0), after which this process would say that all went well
                 reason = f"{type(error).__name__}: {first_line(error)}"
                 raise RepfxError(f"the model's code stopped the command: {reason}.") from error
 

@@ -31,9 +31,8 @@ def only_passed_on(forward: Callable[..., Any], cls: type) -> frozenset[str]:
     passed = {id(value) for call in ast.walk(node) if isinstance(call, ast.Call) for value in _passed(call, own, cls)}
     read = [each for each in ast.walk(node) if isinstance(each, ast.Name)]
     used = {each.id for each in read if id(each) not in passed}
-    return frozenset(
-        names & {each.id for each in read} - used
-    )  # whatever is given to code that reads none of them is all the same
+    # whatever is given to code that reads none of them is all the same
+    return frozenset(names & {each.id for each in read} - used)
 
 
 def _passed(call: ast.Call, own: str, cls: type) -> Iterator[ast.expr]:

@@ -52,9 +52,8 @@ class Place:
 
     def bring(self, x: Tensor) -> Tensor:
         """Move images or labels to the device, and lay images out channels last if that was chosen."""
-        x = x.to(
-            self.device, non_blocking=self.device.type != "cpu"
-        )  # a non-blocking copy to the CPU could be read too early
+        # a non-blocking copy to the CPU could be read too early
+        x = x.to(self.device, non_blocking=self.device.type != "cpu")
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x
 
     def wrap(self, model: nn.Module, *, unused_parameters: bool, auxiliary: Auxiliary | None = None) -> nn.Module:

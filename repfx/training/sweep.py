@@ -210,9 +210,8 @@ def _tried(experiment: Experiment, about: str, watcher: Watcher) -> str | None:
         run(experiment, watcher)
     except Interrupted as error:
         raise Interrupted(f"the sweep was interrupted in {about}. The same command continues it") from error
-    except (
-        Exception
-    ) as error:  # such as a model that can't be built with this value, or memory that is too small for it
+    except Exception as error:
+        # such as a model that can't be built with this value, or memory that is too small for it
         return f"{first_line(error)}."
     return None
 

@@ -242,10 +242,8 @@ class FullCovariance(WindowCovariance):
         images = self._some(len(x), math.ceil(len(x) * min(1.0, 8 * wanted / positions)))
         padded = pad(x.index_select(0, images), site.padding, site.padding_mode)
         places = torch.unravel_index(self._some(len(images) * math.prod(sizes), wanted), (len(images), *sizes))
-        first, ahead = (
-            places[0],
-            places[0].new_zeros(1),
-        )  # numbers of pixels: each window's first, and the distance of its others
+        # numbers of pixels: each window's first, and the distance of its others
+        first, ahead = places[0], places[0].new_zeros(1)
         for axis, (size, k, s, d) in enumerate(zip(padded.shape[2:], site.kernel_size, site.stride, site.dilation), 1):
             first = first * size + places[axis] * s
             ahead = (ahead[:, None] * size + torch.arange(k, device=x.device) * d).flatten()

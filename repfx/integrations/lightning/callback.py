@@ -118,9 +118,8 @@ class RepFXCallback(_callback_class()):  # type: ignore[misc]
         if self._module is not pl_module:
             self._module, self._skeleton, self._state, self.driver = pl_module, None, None, None
         self._resumed = None
-        Before.hang(
-            pl_module, "on_save_checkpoint", write_structure
-        )  # stays after training: weights without structure fit no module
+        # stays after training: weights without structure fit no module
+        Before.hang(pl_module, "on_save_checkpoint", write_structure)
         Before.hang(pl_module, "on_load_checkpoint", partial(self._load, trainer))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:

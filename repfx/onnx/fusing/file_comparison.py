@@ -274,9 +274,8 @@ def _draws(graph: Any) -> bool:
 
 
 def _may_draw(node: Any) -> bool:
-    return node.op_type in _DRAWS and (
-        node.op_type != "Dropout" or len(node.input) > 2
-    )  # without a mode, it drops nothing
+    drops_nothing = node.op_type == "Dropout" and len(node.input) < 3  # it has no mode
+    return node.op_type in _DRAWS and not drops_nothing
 
 
 def _subgraphs(node: Any) -> list[Any]:

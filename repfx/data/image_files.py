@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from repfx.data.class_names import named_beside
 from repfx.data.dataset import DataSet, DataSource, InputForm, PreparedImages, Stages, every_fifth, labels_of
-from repfx.data.reading import EncodedImages, ImageFiles, require_whole, told
+from repfx.data.reading import EncodedImages, ImageFiles, read_image, require_whole, told
 from repfx.errors import InvalidInput, first_line
 from repfx.onnx.preprocessing import Preprocessing
 
@@ -178,6 +179,18 @@ def usual(form: InputForm, size: int, crop: float) -> Preprocessing:
         )
     mean, deviation = _MEANS[form.channels], _DEVIATIONS[form.channels]
     return Preprocessing((form.channels, size, size), mean, deviation, 255.0, "crop", crop, value_range=_BYTES)
+
+
+def input_of(path: Path, stages: Stages) -> Tensor:
+    """Return the image in a file as one input of a model, `(channels, *axes)`.
+
+    Raises:
+        InvalidInput: the file can't be read as an image.
+    """
+    try:
+        return stages(read_image(path))
+    except Exception as error:  # whatever a broken image can fail with
+        raise InvalidInput(f"{str(path)!r} can't be read as an image: {first_line(error)}.") from error
 
 
 def stages_of(preprocessing: Preprocessing) -> Stages:

@@ -14,11 +14,10 @@ from torch.utils.data import DataLoader
 
 from repfx.data.class_names import matched
 from repfx.data.dataset import DataSet, DataSource, Images, InputForm, PreparedImages, Stages, as_it_is
-from repfx.data.image_files import stages_of
+from repfx.data.image_files import input_of, stages_of
 from repfx.data.load import load_data
 from repfx.data.predictions import logits_of
-from repfx.data.reading import read_image
-from repfx.errors import InvalidInput, first_line
+from repfx.errors import InvalidInput
 from repfx.onnx.file import open_session, package
 from repfx.onnx.metadata import Metadata
 from repfx.onnx.preprocessing import Preprocessing
@@ -105,11 +104,7 @@ class Classifier:
         Raises:
             InvalidInput: the file can't be read as an image.
         """
-        try:
-            x = self.stages(read_image(path))
-        except Exception as error:  # whatever a broken image can fail with
-            raise InvalidInput(f"{str(path)!r} can't be read as an image: {first_line(error)}.") from error
-        return self.probabilities(x[None])[0]
+        return self.probabilities(input_of(path, self.stages)[None])[0]
 
     def data(self, source: DataSource) -> DataSet:
         """Load a data set, prepared for this classifier, with labels that count its classes.

@@ -8,9 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from repfx.blocks.architecture import Architecture
-from repfx.data.image_files import stages_of
-from repfx.data.reading import read_image
-from repfx.errors import InvalidInput, first_line
+from repfx.data.image_files import input_of, stages_of
 from repfx.onnx.preprocessing import Preprocessing
 from repfx.pages.pictures.branch_pairs import difference_map
 from repfx.pages.pictures.codes import code_matrices
@@ -40,9 +38,5 @@ def pictures_of(
     found = [gradient_chart(epochs), difference_map(architecture, epochs)]
     if models is not None and image is not None:
         path, preprocessing = image
-        try:
-            x = stages_of(preprocessing)(read_image(path))
-        except Exception as error:  # whatever a broken image can fail with
-            raise InvalidInput(f"{str(path)!r} can't be read as an image: {first_line(error)}.") from error
-        found.append(feature_maps(*models, x[None]))
+        found.append(feature_maps(*models, input_of(path, stages_of(preprocessing))[None]))
     return [*(picture for picture in found if picture is not None), *code_matrices(architecture)]

@@ -444,7 +444,7 @@ def tracked() -> str:
 
         rows = rows_of(file)
         head = ("method", "accuracy, %", "against plain", "against dbb", "processor time, plain = 1")
-        setting = f"{rows[0]['images']} images, {rows[0]['epochs']} epochs; {rows[0]['hardware']}"
+        setting = f"CIFAR-{rows[0]['classes']}, {rows[0]['images']} images, {len({row['seed'] for row in rows})} seeds; {rows[0]['hardware']}"
         parts += [f"{setting}:", table(head, compared(rows))]
     return "\n\n".join(parts) or "No results are committed yet."
 

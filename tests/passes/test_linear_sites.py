@@ -68,7 +68,11 @@ def test_only_a_spec_for_linear_layers_expands_them() -> None:
 @pytest.mark.parametrize(
     ("make", "wanted", "message"),
     [
-        (net, "repvgg", 'no convs, so there is nothing to expand; a repfx.Spec with layers="linear" expands'),
+        (
+            net,
+            "repvgg",
+            'no convs, so there is nothing to expand; the preset "lora", or a repfx.Spec with layers="linear", expands',
+        ),
         (lambda: nn.Sequential(nn.Conv2d(3, 3, 3)), spec(), "no linear layers, so there is nothing to expand"),
         (
             lambda: nn.Sequential(nn.Conv2d(3, 3, 3), net()),

@@ -440,13 +440,13 @@ def tracked() -> str:
     """Write the results of `benchmarks/tracked.py`: accuracy and cost of each method, over the seeds that all methods have."""
     parts = []
     for file in sorted(RESULTS.glob("tracked-*.jsonl")):
-        from benchmarks.tracked import compared, rows_of  # loads torch
+        from benchmarks.tracked import HEAD, compared, rows_of  # loads torch
 
         rows = rows_of(file)
-        head = ("method", "accuracy, %", "against plain", "against dbb", "processor time, plain = 1")
-        setting = f"CIFAR-{rows[0]['classes']}, {rows[0]['images']} images, {len({row['seed'] for row in rows})} seeds; {rows[0]['hardware']}"
-        parts += [f"{setting}:", table(head, compared(rows))]
-    return "\n\n".join(parts) or "No results are committed yet."
+        first, seeds = rows[0], len({row["seed"] for row in rows})
+        setting = f"CIFAR-{first['classes']}, {first['images']} images, {seeds} seeds; {first['hardware']}"
+        parts += [f"{setting}:", table(HEAD, compared(rows))]
+    return "\n\n".join(parts)
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

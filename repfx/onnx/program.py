@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,25 @@ def write_program(
     Raises:
         ExportError: the model can't be exported, or not with these axes free, or not in this opset.
     """
+    from onnx_ir.passes import PassError
+
     program = exported(model, x, free)
     large = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()}) > SINGLE_FILE_LIMIT
+    convert = partial(
+        torch.onnx.export,
+        program,
+        dynamo=True,
+        verbose=False,
+        opset_version=opset and max(opset, LOWEST_OF_TORCH),
+        input_names=inputs,
+        output_names=None if outputs is None else list(outputs),
+    )
     with quiet():
         try:
-            converted = torch.onnx.export(
-                program,
-                dynamo=True,
-                verbose=False,
-                opset_version=opset and max(opset, LOWEST_OF_TORCH),
-                input_names=inputs,
-                output_names=None if outputs is None else list(outputs),
-            )
-            assert converted is not None
+            try:
+                converted: Any = convert()
+            except PassError:  # onnxscript's optimizer fails on some graphs that need no optimizing to be right
+                converted = convert(optimize=False)
             converted.save(path, external_data=large)
         except Exception as error:
             raise ExportError(f"the model can't be exported: {reason(error)}.") from error

@@ -48,6 +48,19 @@ class Scaled(nn.Module):
         return y * scale[:, None, None, None]
 
 
+class Pairs(nn.Module):
+    """A model that runs two batches as one, and then cuts the result along the free axis, at which onnxscript's optimizer fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        halves: Tensor = self.conv(torch.cat([x, y]))
+        first, second = halves.chunk(2, 0)
+        return first - 2 * second
+
+
 class Head(nn.Module):
     """A head of operators that changed between opsets 13 and 18: pooling, slices, shapes, activations."""
 
@@ -79,6 +92,16 @@ def test_height_and_width_are_free(tmp_path: Path) -> None:
     assert report.outputs[0].shape == ("batch", 4, "height", "width")
     other = torch.randn(3, 3, 22, 30)
     assert relative_error(run(report.path, other), model(other)) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_batch_may_be_cut_though_the_optimizer_can_not(tmp_path: Path) -> None:
+    model = Pairs().eval()
+    export_onnx(model, tmp_path / "model.onnx", (X, X.flip(2)))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    x, y = torch.randn(2, 5, 3, 16, 12)
+    given = session.run(None, {"x": x.numpy(), "y": y.numpy()})[0]
+    assert relative_error(model(x, y), torch.from_numpy(given)) < 1e-5
 
 
 @pytest.mark.slow

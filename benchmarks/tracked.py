@@ -35,15 +35,16 @@ from benchmarks._record import machine
 from benchmarks.accuracy import noise
 from repfx.records.version import VERSION
 
+TRACKED = "dbb-tracked"  # the branches of `dbb`, with tracked norms
 METHODS = {  # the preset, and how many times the setting's epochs
     "plain": ("plain", 1.0),
     "dbb": ("dbb", 1.0),
-    "dbb-tracked": ("dbb-tracked", 1.0),
+    TRACKED: (TRACKED, 1.0),
     "orepa": ("orepa", 1.0),
     "plain, 13 epochs": ("plain", 1.3),
     "dbb, 3 epochs": ("dbb", 0.3),
 }
-SQUEEZED = ("dbb-tracked", "orepa")
+SQUEEZED = (TRACKED, "orepa")
 REFERENCES = ("plain", "plain, 13 epochs", "dbb")
 HEAD = ("method", "accuracy, %", *(f"against {name}" for name in REFERENCES), "processor time, plain = 1")
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -74,7 +75,8 @@ def net(preset: str, width: int = 16, classes: int = 10) -> nn.Module:
     plain = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
     if preset == "plain":
         return plain
-    model: nn.Module = repfx.expand(plain, preset, preserve=False)
+    spec = repfx.Spec(["1x1", "1x1-kxk", "1x1-avg"], norm="tracked") if preset == TRACKED else preset
+    model: nn.Module = repfx.expand(plain, spec, preserve=False)
     if preset in SQUEEZED:
         repfx.squeeze(model)
     return model

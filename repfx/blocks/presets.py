@@ -64,11 +64,6 @@ _PRESETS = [
     Preset("acb", "1×k and k×1 beside the k×k (ACNet)", Spec(["1xk", "kx1"])),
     Preset("dbb", "1×1, 1×1–k×k and 1×1–average (Diverse Branch Block)", Spec(_DBB)),
     Preset(
-        "dbb-tracked",
-        "the branches of dbb over tracked deviations, one BatchNorm after the sum; can be squeezed from the first step (experimental)",
-        Spec(_DBB, norm="tracked"),
-    ),
-    Preset(
         "dyrep",
         "the six kinds that DyRep grows, which begin at γ = 0.01",
         Spec(_ALL_SIX, gamma=0.01, weights="fan_out"),

@@ -36,6 +36,7 @@ from tests.small_net import SmallNet, batch, small_net
 from tests.two_ranks import run_on_two_ranks
 
 TRACKED = [(branch, name) for branch, name in FITTING if refusal_of_windows(SIZES[name]) is None]
+DBB = repfx.Spec(["1x1", "1x1-kxk", "1x1-avg"], norm="tracked")
 SPEC = repfx.Spec(["1x1", "1x1-kxk", "1x1-avg", "1xk", "identity"], norm="tracked")
 
 
@@ -53,7 +54,7 @@ def shaken(model: Any) -> Any:
     return model
 
 
-def tracked(spec: Any = "dbb-tracked", model: nn.Module | None = None, *, train: bool = True) -> Any:
+def tracked(spec: Any = DBB, model: nn.Module | None = None, *, train: bool = True) -> Any:
     """A model in float64 whose blocks have seen a batch."""
     found = shaken(repfx.expand((model or net()).double(), spec, preserve=False))
     if train:
@@ -110,7 +111,7 @@ def _composed(norm: TrackedNorm, x: Tensor) -> Any:
 
 
 @pytest.mark.one_in(2)
-@pytest.mark.parametrize("spec", ["dbb-tracked", SPEC], ids=["dbb", "others"])
+@pytest.mark.parametrize("spec", [DBB, SPEC], ids=["dbb", "others"])
 def test_it_is_squeezed_from_the_first_step(spec: Any) -> None:
     """Outputs, gradients and state are those of the branches run one by one, step after step, and in eval mode."""
     model = tracked(spec, train=False).train()
@@ -148,7 +149,7 @@ def test_a_block_in_a_larger_region_still_sees_its_input() -> None:
     """In training mode the block runs by itself; in eval mode it merges with the conv in front of it."""
     convs = [nn.Conv2d(3, 6, 1, bias=False), nn.Conv2d(6, 6, 3, padding=1, bias=False)]
     model = nn.Sequential(*convs, nn.BatchNorm2d(6))
-    model = tracked({"1": "dbb-tracked"}, model)
+    model = tracked({"1": DBB}, model)
     reference = copy.deepcopy(model)
     repfx.squeeze(model)
     for training in (True, False):
@@ -158,7 +159,7 @@ def test_a_block_in_a_larger_region_still_sees_its_input() -> None:
 
 
 @pytest.mark.one_in(2)
-@pytest.mark.parametrize("spec", ["dbb-tracked", SPEC], ids=["dbb", "others"])
+@pytest.mark.parametrize("spec", [DBB, SPEC], ids=["dbb", "others"])
 def test_expanding_preserves_the_function_in_both_modes(spec: Any) -> None:
     """The first measurement changes nothing either. One site has no BatchNorm behind it."""
     model = randomize_batch_norm(net().double())
@@ -174,7 +175,7 @@ def test_expanding_preserves_the_function_in_both_modes(spec: Any) -> None:
 
 
 def test_branches_that_add_nothing_at_first_are_trained() -> None:
-    expanded: Any = repfx.expand(net().double(), "dbb-tracked").train()
+    expanded: Any = repfx.expand(net().double(), DBB).train()
     optimizer = torch.optim.SGD(expanded.parameters(), 0.1)
     for _ in range(2):
         optimizer.zero_grad()
@@ -184,7 +185,7 @@ def test_branches_that_add_nothing_at_first_are_trained() -> None:
 
 
 @pytest.mark.one_in(2)
-@pytest.mark.parametrize("spec", ["dbb-tracked", SPEC], ids=["dbb", "others"])
+@pytest.mark.parametrize("spec", [DBB, SPEC], ids=["dbb", "others"])
 def test_fusing_is_exact(spec: Any) -> None:
     model = tracked(spec).eval()
     fused = repfx.fuse(model, example=X)
@@ -230,7 +231,7 @@ def test_dropping_branches_one_by_one() -> None:
 
 def test_a_checkpoint_resumes_bit_for_bit(tmp_path: Path) -> None:
     """The covariances and the count of steps are part of the state."""
-    model: Any = repfx.expand(small_net(), "dbb-tracked", preserve=False).train()
+    model: Any = repfx.expand(small_net(), DBB, preserve=False).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
 
     def train(net: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
@@ -282,7 +283,7 @@ def test_two_passes_before_one_backward_pass(squeezed: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("squeezed", [False, True])
 def test_autocast_leaves_deviations_in_float32(dtype: torch.dtype, squeezed: bool) -> None:
-    model = repfx.expand(net(), "dbb-tracked", preserve=False)
+    model = repfx.expand(net(), DBB, preserve=False)
     x = X.float() * 300  # its square isn't a number of float16
     if squeezed:
         repfx.squeeze(model)
@@ -296,7 +297,7 @@ def test_autocast_leaves_deviations_in_float32(dtype: torch.dtype, squeezed: boo
 
 
 def test_a_model_in_half_precision() -> None:
-    model: Any = repfx.expand(net(), "dbb-tracked", preserve=False).bfloat16()
+    model: Any = repfx.expand(net(), DBB, preserve=False).bfloat16()
     assert model[0].windows.covariance.dtype == torch.float32
     assert model[0].tracked.weight.dtype == torch.bfloat16
     y = model(X.bfloat16())
@@ -342,7 +343,7 @@ def test_transforms_of_functions_read_the_covariance_and_measure_nothing() -> No
 
 
 SCHEDULES = [
-    repfx.schedules.Fixed("dbb-tracked", squeeze_from=0),
+    repfx.schedules.Fixed(DBB, squeeze_from=0),
     repfx.schedules.RepAn(spec=SPEC, cycles=2, epochs=3, warm_up=1),
 ]
 
@@ -397,7 +398,7 @@ def test_every_preset_can_be_tracked() -> None:
 def test_weights_without_numbers_and_inference_tensors() -> None:
     with torch.device("meta"):
         empty = net()
-    expanded: Any = repfx.expand(empty, "dbb-tracked")
+    expanded: Any = repfx.expand(empty, DBB)
     expanded.load_state_dict(expanded.state_dict())
     given = tracked()
     expanded.load_state_dict(given.state_dict(), assign=True)
@@ -418,9 +419,9 @@ def test_sites_that_cannot_be_tracked_are_left_alone() -> None:
 
 
 def test_what_tracked_norms_do_not_take() -> None:
-    model = repfx.expand(net(), "dbb-tracked")
+    model = repfx.expand(net(), DBB)
     with pytest.raises(InvalidInput, match="the first measurement would change what they add"):
-        repfx.expand(net(), "dbb-tracked", gamma=0.01, calibrate=[X.float()])
+        repfx.expand(net(), DBB, gamma=0.01, calibrate=[X.float()])
     with pytest.raises(InvalidInput, match="DyRep gives branches a first γ"):
         repfx.schedules.DyRep(spec=SPEC)
     with pytest.raises(InvalidInput, match="use DistributedDataParallel"):

@@ -540,7 +540,7 @@ def test_a_list_fits_the_terminal_and_loses_no_word(width: int) -> None:
     lines = listing(rows, width).splitlines()
     assert max(map(len, lines)) <= width < max(map(len, listing(rows).splitlines()))
     assert " ".join(lines).split() == [word for row in rows for word in " ".join(row).split()]
-    assert {line[: len("dbb-tracked  ")].strip() for line in lines} == {"", *PRESETS}
+    assert {line[: len("mobileone  ")].strip() for line in lines} == {"", *PRESETS}
 
 
 # --- the command itself ---------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ def main() -> None:
     rank = distributed.get_rank()
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-    model: Any = repfx.squeeze(repfx.expand(net.double(), "dbb-tracked", preserve=False))
+    spec = repfx.Spec(["1x1", "1x1-kxk", "1x1-avg"], norm="tracked")
+    model: Any = repfx.squeeze(repfx.expand(net.double(), spec, preserve=False))
     windows = model[0].windows
     windows.every, windows.momentum, windows.share, windows.fewest = 1, 1.0, 1.0, 1 << 40
     alone = type(windows)(windows.site, windows.covariance)

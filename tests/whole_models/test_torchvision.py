@@ -42,13 +42,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 # UniRepLKNet's branches are for depthwise windows of 5 and more; none of these models has any
 FITTING = sorted(set(PRESETS) - {"dilated"})
-# The covariance of windows of 27 taps takes minutes in float64.
-LONG = [("r3d", "dbb-tracked")]
-ALL = [
-    pytest.param(model, preset, marks=[pytest.mark.exhaustive] * ((model, preset) in LONG))
-    for model in MODELS
-    for preset in FITTING
-]
+ALL = [(model, preset) for model in MODELS for preset in FITTING]
 
 
 def build(name: str) -> nn.Module:

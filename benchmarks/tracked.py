@@ -1,6 +1,6 @@
 """Measure what tracked norms keep of a Diverse Branch Block's gain, on a small net trained for a short time.
 
-    python -m benchmarks.tracked --data cifar10.npz --out benchmarks/results/tracked-cpu.jsonl
+    python -m benchmarks.tracked --data cifar10.npz --seeds 5 --out benchmarks/results/tracked-cifar10-cpu.jsonl
 
 The net has five convs. Each run trains it on 12,800 images of CIFAR-10 or CIFAR-100 for ten epochs, from the same first weights, on the
 same images in the same order, and tests the fused net on all test images. Branches begin as in their papers. `orepa` and `dbb-tracked` are

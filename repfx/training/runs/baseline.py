@@ -49,9 +49,9 @@ def require_comparable(values: Mapping[str, Any], baseline: str) -> None:
             )
         return
     folder = RunFolder(Path(baseline))
-    found = folder.recipe
-    if found is None:
+    if folder.recipe is None:
         raise InvalidInput(f"the baseline must be {PLAIN!r} or the folder of a run, and {baseline!r} holds none.")
+    found = with_defaults(folder.recipe)
     metrics = folder.metrics
     if metrics is None:
         raise folder.unfinished()
@@ -60,7 +60,7 @@ def require_comparable(values: Mapping[str, Any], baseline: str) -> None:
     _require_plain(Metrics.from_dict(metrics), folder)
     differing = [key for key in _differing(values, found) if key.startswith(_SAME)]
     if differing:
-        theirs, ours = (flat(with_defaults(each)).get(differing[0]) for each in (found, values))
+        theirs, ours = (flat(each).get(differing[0]) for each in (found, values))
         raise InvalidInput(
             f"the run in {baseline!r} can't be compared: its {differing[0]} is {theirs!r}, and here it is {ours!r}."
         )
@@ -77,7 +77,9 @@ def with_baseline(metrics: Metrics, values: Mapping[str, Any], folder: RunFolder
     if plain.test_images != metrics.test_images:
         counts = f"{plain.test_images} images, and this one on {metrics.test_images}"
         raise InvalidInput(f"the run in {str(folder.path)!r} can't be compared: it was tested on {counts}.")
-    differing = [key for key in _differing(values, folder.recipe or {}) if key.startswith(("training", "weights"))]
+    differing = [
+        key for key in _differing(values, with_defaults(folder.recipe or {})) if key.startswith(("training", "weights"))
+    ]
     known = {PLAIN: plain.top5["fused"]} if "fused" in plain.top5 else {}
     return replace(
         metrics,
@@ -133,6 +135,6 @@ def points(difference: float) -> str:
 
 
 def _differing(values: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    ours, theirs = flat(values), flat(with_defaults(found))
+    ours, theirs = flat(values), flat(found)
     unimportant = ("training.device", "training.workers", "training.log_with")
     return [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key) and key not in unimportant]

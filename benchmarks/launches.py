@@ -3,9 +3,9 @@
     python -m benchmarks.launches --out benchmarks/results/launches.json
 
 The model is torchvision's ResNet-18. An operation is what ATen is asked for in the forward and the backward pass, except views and memory.
-For a GPU it is counted on the meta device, where repfx puts the same operations together. *Each block alone* lets each squeezed part
-assemble its own kernel. *Together* is what repfx does. Other rows count an optimizer's step, in which one operation may be several
-kernels, and the observation of gradients. *Seconds* are those of steps on a CPU, all in turns in one process.
+For a GPU it is counted on the meta device, where repfx puts the same operations together. On a CPU each squeezed part assembles its own
+kernel. Other rows count an optimizer's step, in which one operation may be several kernels, and the observation of gradients. *Seconds*
+are those of steps on a CPU, all in turns in one process, as repfx does them and with kernels assembled together.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks._comparison import Ratio
 from benchmarks._record import Row, machine, write
 from benchmarks.compiled import gated
 from benchmarks.training import expanded, textbook
-from repfx.algebra.assembly import WAITING
+from repfx.blocks import together
 from repfx.change.saliency import METRICS
 from repfx.measuring.cost import measure_times
 
@@ -77,13 +77,13 @@ def operations(work: Callable[[], object]) -> int:
 
 
 @contextmanager
-def each_alone() -> Iterator[None]:
-    """Let each squeezed part assemble its own kernel."""
-    token = WAITING.set(lambda owner: None)
+def as_on_a_gpu() -> Iterator[None]:
+    """Let squeezed parts assemble their kernels together on a CPU, too."""
+    before, together.ALONE = together.ALONE, frozenset()
     try:
         yield
     finally:
-        WAITING.reset(token)
+        together.ALONE = before
 
 
 class Step:
@@ -105,25 +105,16 @@ class Step:
         self.x, self.y = self.x.to(device), self.y.to(device)
         return self
 
-    def alone(self) -> None:
-        """Run with each squeezed part alone."""
-        with each_alone():
+    def together(self) -> None:
+        """Run with the kernels of squeezed parts assembled together."""
+        with as_on_a_gpu():
             self()
 
 
 def count(model: str) -> Row:
-    """Return the operations of a step of one model.
-
-    Block by block, both devices have as many. On the meta device this couldn't be counted, because the algebra computes nothing there.
-    """
+    """Return the operations of a step of one model."""
     step = Step(model, "cpu", 2)
-    alone, together = operations(step.alone), operations(step)
-    return {
-        "what": model,
-        "each block alone": alone,
-        "together, GPU": operations(step.on("meta")),
-        "together, CPU": together,
-    }
+    return {"what": model, "CPU": operations(step), "GPU": operations(step.on("meta"))}
 
 
 def count_rest() -> list[Row]:
@@ -134,13 +125,13 @@ def count_rest() -> list[Row]:
         step()
         for name, options in OPTIMIZERS.items():
             optimizer = torch.optim.SGD(step.model.parameters(), 0.01, momentum=0.9, **options)
-            rows.append({"what": f"SGD, {name}: {model}", "together, CPU": operations(optimizer.step)})
+            rows.append({"what": f"SGD, {name}: {model}", "CPU": operations(optimizer.step)})
     for metric in METRICS:
         step = Step("plain", "cpu", 2)
         optimizer = torch.optim.SGD(step.model.parameters(), 0.01, momentum=0.9)
         driver = repfx.Driver(step.model, optimizer, repfx.schedules.DyRep(metric=metric), calibrate=[step.x])
         step()
-        rows.append({"what": f"observing {metric}: plain", "together, CPU": operations(driver.after_backward)})
+        rows.append({"what": f"observing {metric}: plain", "CPU": operations(driver.after_backward)})
     return rows
 
 
@@ -150,7 +141,7 @@ def measure(turns: int, batch: int) -> list[Row]:
     steps: dict[str, Callable[[], object]] = {"plain": plain}
     for name in TIMED:
         step = Step(name, "cpu", batch)
-        steps |= {f"{name}, each block alone": step.alone, f"{name}, together": step}
+        steps |= {name: step, f"{name}, together": step.together}
     times = measure_times(steps, rounds=turns, warm_up=1)
     rows: list[Row] = []
     for name, seconds in times.items():

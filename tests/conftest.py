@@ -66,6 +66,12 @@ def untouched_global_state() -> Iterator[None]:
     )
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let squeezed parts assemble their kernels together, as they do on every device but the CPU."""
+    monkeypatch.setattr("repfx.blocks.together.ALONE", frozenset())
+
+
 @pytest.fixture(autouse=True)
 def memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
     """Collect garbage before the next test needs the memory: torch.fx makes reference cycles that keep large models."""

@@ -107,7 +107,7 @@ def drift(name: str = "drift") -> str:
 def launches() -> str:
     """Write the results of `benchmarks/launches.py`: the operations of a step, then its seconds."""
     result = json.loads((RESULTS / "launches.json").read_text(encoding="utf-8"))
-    columns = ("each block alone", "together, GPU", "together, CPU")
+    columns = ("CPU", "GPU")
     counted = [
         (row["what"], *(str(row.get(column, "")) for column in columns))
         for row in result["rows"]

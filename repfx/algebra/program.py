@@ -5,8 +5,7 @@ adding kernels, multiplying one matrix for each group. So operations of several 
 below the other. Only the shape behind the first axis has to be equal. Views need no rows in common, but they, too, run together, so
 that operands need not be put together again.
 
-The number of operations grows with the number of shapes, not with the number of kernels. On a CPU only small operands run together:
-there, putting large ones together takes longer than what it saves.
+The number of operations grows with the number of shapes, not with the number of kernels.
 """
 
 from __future__ import annotations
@@ -24,10 +23,7 @@ from torch import Tensor
 
 from repfx.algebra.deferred import Deferred
 
-# A CPU works faster on what fits into its cache than it starts operations. On other devices it is the other way round, and only the
-# memory for copies counts.
-_MOST_NUMBERS = {"cpu": 2**18}
-_MOST_NUMBERS_ELSEWHERE = 2**26
+_MOST_NUMBERS = 2**26  # in one operation, because putting operands together takes memory
 
 _OF_NUMBERS: dict[str, Callable[..., Tensor]] = {
     "mul": torch.mul,
@@ -275,13 +271,12 @@ def _schedule(outputs: Sequence[Deferred]) -> tuple[dict[Deferred, tuple[_Value,
 
 
 def _chunks(group: list[Deferred]) -> Iterator[tuple[Deferred, ...]]:
-    """Cut a group where its numbers become more than a device likes to have in one operation."""
-    limit = _MOST_NUMBERS.get(group[0].device.type, _MOST_NUMBERS_ELSEWHERE)
+    """Cut a group where its numbers become more than one operation should have."""
     chunk: list[Deferred] = []
     total = 0
     for node in group:
         size = _size(node)
-        if chunk and total + size > limit:
+        if chunk and total + size > _MOST_NUMBERS:
             yield tuple(chunk)
             chunk, total = [], 0
         chunk.append(node)

@@ -1,7 +1,8 @@
 """`together`: a context in which everything that is squeezed in a model assembles its kernels at once, as soon as the first part runs.
 
 Block by block, assembling takes dozens of small operations for each block, and a GPU waits for each. Together, it takes a number of
-operations that grows with the number of shapes (`repfx.algebra.program`).
+operations that grows with the number of shapes (`repfx.algebra.program`). A CPU starts an operation in no time. There, nothing is gained
+by it, and the kernels of the whole model would be held at once, so each part assembles its own.
 
 The kernels belong to one call of the model and are dropped at its end. A part assembles its own kernel, as it does outside of the model,
 in all cases in which it can't be sure of the one that waits for it: its parameters or modules were changed since, it runs on another
@@ -33,6 +34,7 @@ from repfx.algebra.program import Program
 from repfx.records.notes import keep, kept
 
 PLAN = "repfx_plan"
+ALONE = frozenset({"cpu"})  # types of devices on which each part assembles its own kernel
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,18 +116,19 @@ class _Kernels:
         return found.kernel
 
     def _assemble(self) -> dict[int, _Waiting]:
-        parts = [part for part in self._find(self._root) if all(map(_is_plain, _tensors(part.modules)))]
+        found = [part for part in self._find(self._root) if part.weight.device.type not in ALONE]
+        parts = [part for part in found if all(map(_is_plain, _tensors(part.modules)))]
         surfaces, versions = [_surface(part.modules) for part in parts], [_versions(part) for part in parts]
         plan = _plan_of(self._root, parts, surfaces)
         if len(plan.kernels) < 2:
             return {}
         with _in_full(plan.tensors):
             outputs = iter(_computed(plan.program, plan.tensors))
-        found = {}
+        waiting = {}
         for i, kernel in plan.kernels.items():
             made = replace(kernel, weight=next(outputs), bias=None if kernel.bias is None else next(outputs))
-            found[id(parts[i].owner)] = _Waiting(parts[i], made, surfaces[i], versions[i], _stream(parts[i].weight))
-        return found
+            waiting[id(parts[i].owner)] = _Waiting(parts[i], made, surfaces[i], versions[i], _stream(parts[i].weight))
+        return waiting
 
 
 def _stream(tensor: Tensor) -> object:

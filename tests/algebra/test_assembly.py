@@ -14,6 +14,7 @@ from torch.func import functional_call, jacfwd, vmap
 import repfx
 from repfx.algebra.assembly import assembled
 from repfx.algebra.kernel import Kernel
+from repfx.blocks.together import PLAN
 from repfx.testing import randomize_batch_norm
 from tests.random_numbers import numbers_from
 
@@ -91,3 +92,13 @@ def test_gradients_that_come_in_channels_last_are_put_in_order() -> None:
     assembled(listened_to, kernel).weight.backward(last)
     assert found[0].is_contiguous()
     assert torch.equal(found[0], last)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_cpu_never_holds_the_kernels_of_the_whole_model(device: str) -> None:
+    """On each other device they are assembled together, by a plan that the model keeps."""
+    layers = (layer for _ in range(2) for layer in (nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)))
+    model = repfx.expand(nn.Sequential(*layers), "acb", preserve=False)
+    model = repfx.squeeze(model, statistics="frozen").to(device)
+    model(torch.randn(2, 4, 8, 9, device=device)).sum().backward()
+    assert (PLAN in vars(model)) == (device == "meta")

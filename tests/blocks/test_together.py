@@ -26,6 +26,8 @@ from repfx.passes.gate import gate
 from repfx.testing import randomize_batch_norm
 from tests.random_numbers import numbers_from
 
+pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
+
 X = torch.randn(2, 3, 8, 9, dtype=torch.float64, generator=numbers_from(11))
 
 

@@ -17,6 +17,8 @@ from repfx.blocks.branch import KINDS, Branch
 from repfx.blocks.together import PLAN
 from tests.blocks.test_together import X, alone, assert_close, forward_counts, gradients, squares, squeezed
 
+pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
+
 
 class NoGradient(torch.autograd.Function):
     """The identity, which has no gradient."""

@@ -35,6 +35,8 @@ from tests.random_numbers import numbers_from
 from tests.small_net import SmallNet, batch, small_net
 from tests.two_ranks import run_on_two_ranks
 
+pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
+
 TRACKED = [(branch, name) for branch, name in FITTING if refusal_of_windows(SIZES[name]) is None]
 DBB = repfx.Spec(["1x1", "1x1-kxk", "1x1-avg"], norm="tracked")
 SPEC = repfx.Spec(["1x1", "1x1-kxk", "1x1-avg", "1xk", "identity"], norm="tracked")

@@ -21,6 +21,8 @@ from repfx.passes.squeeze import Squeeze
 from repfx.testing import randomize_batch_norm, relative_error
 from tests.random_numbers import numbers_from
 
+pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
+
 
 def net(channels: int = 6) -> Any:
     return nn.Sequential(

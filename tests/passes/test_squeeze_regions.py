@@ -23,6 +23,8 @@ from repfx.rewriting.squeezed_regions import SqueezeRegions, held_in, regions_of
 from repfx.testing import randomize_batch_norm
 from tests.passes.test_squeeze import BREAKS, X, assert_alike, convs_on_activations, outputs_and_gradients
 
+pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
+
 
 class Foreign(nn.Module):
     """A block that isn't repfx's: an activation, and branches with or without a BatchNorm behind each."""

@@ -19,6 +19,8 @@ from repfx.testing import randomize_batch_norm
 from tests.passes.test_squeeze import X, assert_alike
 from tests.passes.test_squeeze_regions import Foreign, Residual, ready, runs_as_its_code_says, still
 
+pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
+
 
 def test_a_batch_norm_that_takes_statistics_again() -> None:
     model = repfx.squeeze(ready())

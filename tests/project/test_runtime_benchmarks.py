@@ -106,10 +106,9 @@ def test_a_training_step_on_a_gpu_starts_few_operations(model: str) -> None:
     assert launches.operations(launches.Step(model, "meta", 2)) <= MOST_OPERATIONS[model]
 
 
-def test_committed_counts_are_within_the_bounds_and_fewer_than_block_by_block() -> None:
+def test_committed_counts_are_within_the_bounds_and_fewer_than_on_a_cpu() -> None:
     rows = {
         row["what"]: row for row in json.loads((RESULTS_FOLDER / "launches.json").read_text(encoding="utf-8"))["rows"]
     }
     for model, most in MOST_OPERATIONS.items():
-        assert rows[model]["together, GPU"] <= most
-        assert rows[model]["together, GPU"] <= rows[model]["together, CPU"] <= rows[model]["each block alone"]
+        assert rows[model]["GPU"] <= min(most, rows[model]["CPU"])

@@ -18,6 +18,8 @@ from repfx.blocks.presets import PRESETS
 from repfx.testing import TOLERANCE, randomize_batch_norm, relative_error
 from tests.small_net import SmallNet, batch
 
+pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
+
 SPECS = st.one_of(st.sampled_from(sorted(PRESETS)), st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=3))
 PATTERNS = st.sampled_from(("stem", "plain", "depthwise", "*", "[ps]*"))
 X = batch(3)

@@ -123,6 +123,24 @@ def launches() -> str:
     return "\n\n".join([table(("ResNet-18", *columns), counted), setting, times])
 
 
+def merging() -> str:
+    """Write the results of `benchmarks/merging.py`: for each net, the convs of each form and its latency."""
+    result = json.loads((RESULTS / "merging-cpu.json").read_text(encoding="utf-8"))
+    rows = [
+        (
+            row["net"],
+            row["form"],
+            str(row["convs"]),
+            f"{row['weights'] / 1e6:.2f} M",
+            f"{row['milliseconds']:.2f} ms",
+            f"{row['ratio']:.3f} ({row['low']:.3f}–{row['high']:.3f})",
+        )
+        for row in result["rows"]
+    ]
+    head = ("net", "form", "convs", "their weights", "latency", "relative to the form by weights (95 %)")
+    return f"{result['hardware']}; input {result['input']}; torch {result['torch']}:\n\n{table(head, rows)}"
+
+
 def observation() -> str:
     """Write the results of `benchmarks/observation.py`."""
     parts = []
@@ -463,6 +481,7 @@ MEASUREMENTS: dict[str, Callable[[], str]] = {
     "drift": drift,
     "drift_structures": partial(drift, "drift-structures"),
     "launches": launches,
+    "merging": merging,
     "observation": observation,
     "processes": processes,
     "scoring": scoring,

@@ -2,6 +2,9 @@
 
 Pairs alone don't show what is cheapest. In 1×1 → depthwise 3×3 → 1×1, each pair is dearer as one conv, and all three may be cheaper. In
 three 1×1 convs, a pair that costs nothing to merge may keep a better pair apart. So a chain of convs is divided as a whole.
+
+A bias in front of zero padding has a border, which no conv of the same input has. Then the merged conv reads a further channel of ones, and
+the weights on it count.
 """
 
 from __future__ import annotations
@@ -39,13 +42,13 @@ class Chain(Pattern):
         if last is None or first is None or _goes_on(node, view):
             return
         for group in _cheapest_groups(_convs_up_to(last, view), view):
-            if len(group) > 1:
-                yield _match(group)
+            if len(group.ops) > 1:
+                yield group
         yield _match((first, last))
 
 
-def _match(convs: Convs) -> Match:
-    return Match(convs[-1].node, convs[0].source, (Term(convs),))
+def _match(convs: Convs, *, ones: bool = False) -> Match:
+    return Match(convs[-1].node, convs[0].source, (Term(convs),), ones=ones)
 
 
 def _conv(node: fx.Node, view: View) -> Op | None:
@@ -68,22 +71,33 @@ def _convs_up_to(last: Op, view: View) -> Convs:
     return tuple(reversed(convs))
 
 
-def _cheapest_groups(chain: Convs, view: View) -> list[Convs]:
+def _cheapest_groups(chain: Convs, view: View) -> list[Match]:
     """Divide a chain so that the sum of costs is the least and, among equal sums, so that the groups are few."""
     whole = _match(chain)
     shapes = [shape for _, _, shape in forms_along(whole.terms[0], whole, view)]
-    best: list[tuple[float, list[Convs]]] = [(0.0, [])]  # for the first 0, 1, 2, … convs
+    best: list[tuple[float, list[Match]]] = [(0.0, [])]  # for the first 0, 1, 2, … convs
     for stop in range(1, len(chain) + 1):
         options = []
         for start in range(stop - 1, max(-1, stop - 1 - _LONGEST), -1):
-            group = chain[start:stop]
-            try:
-                cost = view.cost_of(_match(group).form, shapes[start])
-            except NoKernel:  # nor has a longer group a kernel
+            group = _with_kernel(chain[start:stop], view)
+            if group is None:  # nor has a longer group a kernel
                 break
+            cost = view.cost_of(group.form, shapes[start])
             options.append((best[start][0] + cost, [*best[start][1], group]))
         best.append(min(options, key=lambda option: (option[0], len(option[1]))))
     return best[-1][1]
+
+
+def _with_kernel(convs: Convs, view: View) -> Match | None:
+    """Return convs as one, with a channel of ones only if they need it. None if they are no conv."""
+    for ones in (False, True)[: 1 + view.takes_ones]:
+        match = _match(convs, ones=ones)
+        try:
+            _ = match.form
+        except NoKernel:
+            continue
+        return match
+    return None
 
 
 MERGE_SEQUENTIAL = Rule(

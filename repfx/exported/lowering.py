@@ -224,13 +224,14 @@ class _Lowering:
         target = operator.padding if isinstance(padding, str) else operator.default
         return self.call(target, x, weight, bias, *sizes, conv.groups)
 
-    def pad(self, x: fx.Node, sides: Any, mode: str = "constant") -> fx.Node:
+    def pad(self, x: fx.Node, sides: Any, mode: str = "constant", value: float = 0.0) -> fx.Node:
         """Return a call that pads, in the operators that the program has."""
         sides = list(sides)
         if not self._decomposed or mode == "circular":
-            return self.call(_ATEN.pad.default, x, sides, *([] if mode == "constant" else [mode]))
+            more: list[Any] = [mode, value] if value else [] if mode == "constant" else [mode]
+            return self.call(_ATEN.pad.default, x, sides, *more)
         if mode == "constant":
-            return self.call(_ATEN.constant_pad_nd.default, x, sides, 0.0)
+            return self.call(_ATEN.constant_pad_nd.default, x, sides, value)
         kind = {"reflect": "reflection_pad", "replicate": "replication_pad"}[mode]
         return self.call(getattr(_ATEN, f"{kind}{len(sides) // 2}d").default, x, sides)
 

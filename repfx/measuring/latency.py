@@ -53,10 +53,20 @@ class Latency:
         if shape is None:
             return weights(conv)
         if (conv, shape) not in self._known:
+            _let_freed_memory_be_used_again()
             x = torch.randn(shape, device=self._device)
             call = _in_torch(conv, x) if self._runtime == "torch" else _in_onnxruntime(conv, x.cpu())
             self._known[conv, shape] = min(measure_times({"conv": call}, rounds=50, limit=0.5)["conv"])
         return self._known[conv, shape]
+
+
+def _let_freed_memory_be_used_again() -> None:
+    """Allocate and free a large tensor on the CPU.
+
+    Behind that, C's allocator keeps smaller ones when they are freed, as it does while a model runs. Before, it may give each of them
+    back at once. Then a call that makes nothing but one tensor waits for new pages each time, for longer than a small conv takes.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # a little less than 32 MiB, the most that glibc learns from
 
 
 def _require(package: str) -> Any:

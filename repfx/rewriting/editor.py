@@ -89,7 +89,8 @@ class Editor:
             set_submodule(self.view.root, path, conv_from_kernel(kernel, self._template_module(template_op), path))
             self._placed.append(path)
         with graph.inserting_before(before):
-            node = graph.call_module(path, (match.source,))
+            source = self._beside_ones(match) if match.ones else match.source
+            node = graph.call_module(path, (source,))
         self.view.set_shape(node, shape_before(match, self.view))
         self.view.kernels[node] = kernel
         self.merged[node] = self._merge_notes(rule, match, template_op, path)
@@ -98,6 +99,11 @@ class Editor:
             Edit(rule.name, self.island.full_path(str(node.target)), self.merged[node].provenance.sources)
         )
         return node
+
+    def _beside_ones(self, match: Match) -> fx.Node:
+        """Add the source of a match with a further channel of ones."""
+        sides = (*(0, 0) * match.sizes()[1], 0, 1)
+        return self.view.graph.call_function(F.pad, (match.source, sides), {"value": 1.0})
 
     def _remove(self, rule: Rule, match: Match) -> fx.Node:
         path = str(match.root.target) if match.root.op == "call_module" else match.root.name

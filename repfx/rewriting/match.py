@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from repfx.algebra.cost import Shape, output_shape
 from repfx.algebra.kernel import Kernel, NoKernel, Padding
+from repfx.algebra.ones import bias_on_ones, with_ones
 from repfx.graphs.operations import Op
 from repfx.rewriting.view import META, View
 
@@ -39,6 +40,7 @@ class Match:
         cropped: nodes of the match that others read, too, each with the padding that was put around it. They are the root's value, cropped.
         carried: a scale and shift among the maps that stands elsewhere, before or behind `carriers`. Its place is left to its input.
         others: further matches that must be made together with this one.
+        ones: whether the merged conv reads a further channel of ones behind those of the source. So shifts pass its padding.
     """
 
     root: fx.Node
@@ -51,6 +53,7 @@ class Match:
     carried: fx.Node | None = None
     carriers: tuple[fx.Node, ...] = ()
     others: tuple[Match, ...] = ()
+    ones: bool = False
 
     @property
     def ops(self) -> tuple[Op, ...]:
@@ -85,7 +88,8 @@ class Match:
             NoKernel: they are no convolution.
         """
         channels, dimensions = self.sizes()
-        kernels = (term_kernel(term, like, channels, dimensions).scaled(term.factor) for term in self.terms)
+        found = (term_kernel(term, like, channels, dimensions, ones=self.ones) for term in self.terms)
+        kernels = (kernel.scaled(term.factor) for kernel, term in zip(found, self.terms))
         return Kernel.sum(kernels, owned=owned or len(self.terms[0].ops) != 1)
 
     @cached_property
@@ -140,16 +144,22 @@ def _in_channels(term: Term) -> int | None:
     return next((op.meaning.in_channels for op in term.ops if op.meaning.in_channels is not None), None)
 
 
-def term_kernel(term: Term, like: Tensor, channels: int, dimensions: int) -> Kernel:
-    """Return the kernel of one path."""
+def term_kernel(term: Term, like: Tensor, channels: int, dimensions: int, *, ones: bool = False) -> Kernel:
+    """Return the kernel of one path.
+
+    Args:
+        ones: whether it reads a further channel of ones.
+    """
     if not term.ops:
         return Kernel.identity(like, channels=channels, dimensions=dimensions)
     first, *others = term.ops
     total = _kernel_of(first, None if first.meaning.kind == "conv" else like, channels, dimensions)
     if not others or others[0].meaning.kind != "affine" or total.weight.device != like.device:
         total = total.to(like)  # else the product with the scale, which is in full precision, is, too
+    total = with_ones(total) if ones else total
     for op in others:
-        total = total.compose(_kernel_of(op, like, total.out_channels, dimensions))
+        behind = _kernel_of(op, like, total.out_channels, dimensions)
+        total = (bias_on_ones(total) if ones and behind.padded else total).compose(behind)
     return total
 
 

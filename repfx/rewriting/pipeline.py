@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from repfx.algebra.cost import Cost, weights
-from repfx.algebra.layers import has_modes_of_its_own, is_batch_norm
+from repfx.algebra.layers import has_modes_of_its_own, is_batch_norm, is_plain_sequence
 from repfx.blocks.cropped_conv import unshare
 from repfx.blocks.own_fusing import give_methods_back
 from repfx.blocks.squeezed_form import release_all
@@ -172,6 +172,7 @@ class Views:
             input_shape=lambda path: self._shapes.of(island.full_path(path)),
             cost=self._cost,
             inputs={} if island.path else self._shapes.given,
+            takes_ones=not (island.path and is_plain_sequence(root)),  # code around it may index its layers
         )
 
 

@@ -154,7 +154,15 @@ class _LinearView(View):
     @classmethod
     def over(cls, view: View, parts: Collection[str]) -> _LinearView:
         """Return a view of the graph of `view` in which rules touch only `parts`."""
-        return cls(view.root, view.graph, view.calls, view.registered, input_axes=view.input_axes, parts=parts)
+        return cls(
+            view.root,
+            view.graph,
+            view.calls,
+            view.registered,
+            input_axes=view.input_axes,
+            takes_ones=False,  # a region runs with one input
+            parts=parts,
+        )
 
     def op(self, node: fx.Node) -> Op | None:
         found = super().op(node)

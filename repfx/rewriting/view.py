@@ -40,6 +40,7 @@ class View:
         cost: the cost of a conv with an input of some shape.
         inputs: what a caller gives the graph, by the name of the argument.
         pads_apart: whether a conv can pad its two sides differently, as ONNX's can and torch's can't.
+        takes_ones: whether a channel of ones may be put beside the input of a conv, in a node of its own.
     """
 
     root: nn.Module
@@ -52,6 +53,7 @@ class View:
     cost: Cost = weights
     inputs: Mapping[str, object] = field(default_factory=dict)
     pads_apart: bool = False
+    takes_ones: bool = True
 
     def __post_init__(self) -> None:
         self._readers: dict[str, list[fx.Node]] = {}
@@ -96,7 +98,9 @@ class View:
         return self.input_shape(str(node.target))
 
     def cost_of(self, kernel: Kernel, shape: Shape | None) -> float:
-        """Return the cost of a kernel as one conv for an input of `shape`."""
+        """Return the cost of a kernel as one conv for an input of `shape`. A channel of ones may come on top."""
+        if shape is not None and kernel.dimensions:
+            shape = (*shape[: -kernel.dimensions - 1], kernel.in_channels, *shape[-kernel.dimensions :])
         return self.cost(ConvSpec.of_kernel(kernel), shape)
 
     def op_for(self, node: fx.Node, readers: Collection[fx.Node]) -> Op | None:

@@ -81,6 +81,19 @@ class Residual(Layers):
         return torch.relu(self.n(self.a(x)) + x + self.i(x))
 
 
+@net("bottleneck", (2, 3, 9, 7), 1)
+class Bottleneck(Layers):
+    """A bias in front of zero padding, for which the merged conv reads a channel of ones."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            a=_conv(3, 24, 1), n=nn.BatchNorm2d(24), b=_conv(24, 24, padding=1, groups=24), c=_conv(24, 3, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.c(self.b(self.n(self.a(x)))))
+
+
 @net("one_dimension", (2, 3, 17), 2)
 class OneDimension(Layers):
     def __init__(self) -> None:

@@ -227,6 +227,17 @@ def zeros_for_a_bias() -> Case:
     return nodes, {**constants, "w1": normal(4, 4, 1, 1), "w": normal(6, 4, 3, 3)}, ["Conv"]
 
 
+def bottleneck() -> Case:
+    """A bias in front of zero padding, for which the merged conv reads a channel of ones."""
+    nodes = [
+        node("Conv", "x w1 b1", "y"),
+        node("Conv", "y w2", "z", pads=[1, 1, 1, 1], group=24),
+        node("Conv", "z w3 b3", "out"),
+    ]
+    weights = {"w1": normal(24, 4, 1, 1), "b1": normal(24), "w2": normal(24, 1, 3, 3), "w3": normal(4, 24, 1, 1)}
+    return nodes, {**weights, "b3": normal(4)}, ["Pad", "Conv"]
+
+
 def padding_of_different_sides() -> Case:
     nodes = [node("Conv", "x w", "y", pads=[1, 0, 0, 2]), NORM]
     return nodes, {"w": normal(6, 4, 3, 3), **dict(zip("stmv", norm(6)))}, ["Conv"]
@@ -248,6 +259,7 @@ CASES: list[Callable[[], Case]] = [
     norm_apart,
     computed_weight,
     zeros_for_a_bias,
+    bottleneck,
     padding_of_different_sides,
 ]
 
@@ -265,6 +277,14 @@ def test_a_spelling_is_fused(case: Callable[[], Case], as_nodes: bool, tmp_path:
 
 def left(nodes: list[Any], constants: dict[str, Any]) -> Case:
     return nodes, constants, [each.op_type for each in nodes]
+
+
+@pytest.mark.parametrize("opset", [7, 10, 11, 13])
+def test_padding_is_spelled_as_the_file_s_opset_wants_it(opset: int, tmp_path: Path) -> None:
+    nodes, constants, expected = bottleneck()
+    report, operators = fused(write(tmp_path / "in.onnx", nodes, constants, opset=opset))
+    assert operators == expected
+    assert report.max_error < 1e-5
 
 
 KEPT: dict[str, tuple[Callable[[], tuple[list[Any], dict[str, Any]]], str]] = {

@@ -96,16 +96,115 @@ def test_a_conv_that_others_read_ends_a_chain() -> None:
     assert "has a second user" in str(repfx.report(result).stays)
 
 
-def test_a_border_that_is_not_zero_keeps_them_apart() -> None:
-    first, second, third = triple(2)
-    biased = nn.Conv2d(6, 36, 1)
-    model = nn.Sequential(biased, second, third)
-    assert len(windows(fused(model, picture(6)))) == 3
-    assert (
-        len(windows(fused(nn.Sequential(nn.ZeroPad2d(1), biased, nn.Conv2d(36, 36, 3, groups=36), third), picture(6))))
-        == 1
-    )
-    assert first is not biased
+# ---- a bias in front of zero padding
+
+
+def bottleneck(dimensions: int, wide: int = 36, **options: Any) -> nn.Sequential:
+    """1×1 with a bias → depthwise 3×3 with padding → 1×1, each with a BatchNorm."""
+    conv, norm = CONVS[dimensions], NORMS[dimensions]
+    depthwise = conv(wide, wide, 3, groups=wide, **{"padding": 1, **options})
+    layers = [conv(6, wide, 1), norm(wide), depthwise, norm(wide), conv(wide, 6, 1), norm(6)]
+    return nn.Sequential(*layers)
+
+
+class Residual(nn.Module):
+    """A bottleneck in a residual block, behind a nonlinearity."""
+
+    def __init__(self, dimensions: int = 2) -> None:
+        super().__init__()
+        self.first, self.body = CONVS[dimensions](6, 6, 3), bottleneck(dimensions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        y: Tensor = x + self.body(x)
+        return y.relu()
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"dilation": 2, "padding": 2}, {"padding": 3}])
+@pytest.mark.parametrize("dimensions", CONVS)
+def test_a_bias_passes_zero_padding_on_a_channel_of_ones(dimensions: int, options: dict[str, int]) -> None:
+    result = fused(bottleneck(dimensions, **options), picture(6, dimensions))
+    assert [each.split()[1] for each in windows(result)] == ["7→6"]
+    assert len(windows(fused(result, picture(6, dimensions)))) == 1
+    convs = nn.Sequential(*bottleneck(dimensions, **options)[::2])
+    assert [each.split()[1] for each in windows(fused(convs, picture(6, dimensions)[0]))] == ["7→6"]
+
+
+@pytest.mark.parametrize("dimensions", CONVS)
+def test_ones_inside_a_residual_block(dimensions: int) -> None:
+    result = fused(Residual(dimensions), picture(6, dimensions))
+    assert [each.split()[1] for each in windows(result)] == ["6→6", "7→6"]
+
+
+def test_no_ones_where_nothing_needs_them() -> None:
+    padded = nn.Sequential(nn.ZeroPad2d(1), *bottleneck(2, padding=0))
+    assert windows(fused(padded, picture(6))) == ["3×3 6→6"]
+    assert windows(fused(bottleneck(2, padding_mode="reflect"), picture(6))) == ["3×3 6→6 reflect"]
+
+
+def test_the_weights_on_the_ones_count() -> None:
+    """With 16 channels inside, three convs have 336 weights, one conv has 324, and one with a channel of ones has 378."""
+    without: list[Any] = [layer for layer in bottleneck(2, wide=16) if is_conv(layer)]
+    without[0].bias = None
+    assert windows(fused(nn.Sequential(*without), picture(6))) == ["3×3 6→6"]
+    assert len(windows(fused(bottleneck(2, wide=16), picture(6)))) == 3
+
+
+def test_a_bias_of_each_conv_in_front() -> None:
+    model = nn.Sequential(nn.Conv2d(6, 8, 1), nn.Conv2d(8, 36, 1), *list(bottleneck(2))[2:])
+    assert windows(fused(model, picture(6))) == ["3×3 7→6"]
+
+
+def test_the_cost_is_told_of_the_ones() -> None:
+    def cost(conv: ConvSpec, shape: Any) -> float:
+        seen.setdefault(str(conv), shape)
+        return weights(conv)
+
+    seen: dict[str, Any] = {}
+    x = picture(6)
+    fused(bottleneck(2), x, example=x, cost=cost)
+    assert seen["3×3 7→6"] == (2, 7, 7, 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_ones_have_the_dtype_of_the_picture(dtype: torch.dtype) -> None:
+    model = randomize_batch_norm(bottleneck(2)).eval().to(dtype)
+    x = picture(6).to(dtype).to(memory_format=torch.channels_last)
+    result = repfx.fuse(model)
+    assert result(x).dtype == dtype
+    assert result(x).is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(result(x).double(), model.double()(x.double())) < 0.1
+
+
+def test_a_sequence_that_code_may_index_gets_no_ones() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = bottleneck(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.body(x) if float(x.sum()) < 1e9 else x
+            return y
+
+    result: Any = fused(Around(), picture(6))
+    assert len(windows(result)) == 3
+    assert isinstance(result.body[0], nn.Conv2d)
+
+
+def test_a_squeezed_region_reads_its_input_alone() -> None:
+    model = randomize_batch_norm(Residual().double()).eval()
+    x = picture(6)
+    before = model(x)
+    repfx.squeeze(model, statistics="frozen")
+    assert relative_error(model(x), before) < 1e-10
+
+
+def test_what_was_merged_with_ones_trains_again() -> None:
+    """Restored, the conv with the channel of ones has a BatchNorm behind it."""
+    model, x = randomize_batch_norm(Residual().double()).eval(), picture(6)
+    restored = repfx.restore(repfx.fuse(model))
+    assert relative_error(restored.eval()(x), model(x)) < 1e-10
+    assert [type(each) for each in restored.modules()].count(nn.BatchNorm2d) == 1
 
 
 def test_a_long_chain_becomes_few_convs() -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from benchmarks import compiled, deployment, launches
+import repfx
+from benchmarks import compiled, deployment, launches, merging
+from repfx.algebra.conv_spec import ConvSpec
+from repfx.algebra.cost import weights
 from repfx.blocks.block import RepBlock
+from repfx.testing import randomize_batch_norm, relative_error
 
 RESULTS_FOLDER = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -85,6 +91,43 @@ def test_committed_steps_were_compiled_once() -> None:
         assert {row["candidate"] for row in rows} == set(compiled.CANDIDATES)
         assert {row["graphs"] for row in rows} == {1}
         assert all(row["low"] <= row["ratio"] <= row["high"] for row in rows)
+
+
+# ---- which convs become one
+
+
+def convs_in(model: nn.Module, block: type[nn.Module]) -> list[list[ConvSpec]]:
+    return [merging.convs_of(each) for each in model.modules() if isinstance(each, block)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("MobileNetV2, linear blocks", torchvision.models.mobilenetv2.InvertedResidual),
+        ("EfficientNet-B0, linear blocks", torchvision.models.efficientnet.MBConv),
+    ],
+)
+def test_blocks_without_activations_become_one_conv_where_that_has_fewer_weights(name: str, block: Any) -> None:
+    torch.manual_seed(0)
+    model = randomize_batch_norm(merging.NETS[name]().double()).eval()
+    expected = 0
+    for convs in convs_in(model, block):
+        first, last = convs[0], convs[-1]
+        (size,) = {size for conv in convs for size in conv.kernel_size} - {1}
+        merged = size**2 * (first.in_channels + 1) * last.out_channels  # with a channel of ones
+        expected += 1 if merged <= sum(map(weights, convs)) else len(convs)
+    outside = len(merging.convs_of(model)) - sum(map(len, convs_in(model, block)))
+    fused, x = repfx.fuse(model), torch.randn(2, 3, 64, 48, dtype=torch.float64)
+    assert len(merging.convs_of(fused)) == outside + expected
+    assert relative_error(fused(x), model(x)) < 1e-10
+
+
+def test_committed_forms_by_latency_are_never_slower_beyond_chance() -> None:
+    rows = json.loads((RESULTS_FOLDER / "merging-cpu.json").read_text(encoding="utf-8"))["rows"]
+    chosen = [row for row in rows if row["form"] == merging.BY_LATENCY]
+    assert {row["net"] for row in chosen} == set(merging.NETS)
+    assert all(row["low"] <= 1 for row in chosen)
 
 
 # ---- operations of a training step

@@ -154,20 +154,28 @@ class _Lowering:
             yield self._node("Add", [product.outputs[0], bias], None, {})
 
     def _call(self, node: fx.Node) -> Node:
-        """Return the node of a sum that is left when terms have been merged, or of a cropped value."""
+        """Return the node of a sum that is left when terms have been merged, of a cropped value, or of one beside ones."""
         values = [self._values[source] for source in arguments_of(node)]
         if node.target is F.pad:
-            sides: Any = node.args[1]
-            pairs = [sides[place : place + 2] for place in range(0, len(sides), 2)][::-1]
-            return self._pad(values[0], [0, 0, *(a for a, _ in pairs), 0, 0, *(b for _, b in pairs)], None)
+            last: Any = node.args[1]
+            pairs = [last[place : place + 2] for place in range(0, len(last), 2)][::-1]
+            ones = "value" in node.kwargs
+            front = [(0, 0)] * (1 if ones else 2)  # batch and, unless ones go beside them, channels
+            sides = [side for each in zip(*front, *pairs) for side in each]
+            dtype = self._editor.merged[next(iter(node.users))].template.weight.dtype if ones else None
+            return self._pad(values[0], sides, None, ones=dtype)
         assert not node.kwargs  # no sum in a file has a factor other than 1 and -1
         return self._node(_OPERATORS[node.target], values, None, {})
 
-    def _pad(self, x: Value, sides: list[int], origin: Node | None) -> Node:
+    def _pad(self, x: Value, sides: list[int], origin: Node | None, *, ones: torch.dtype | None = None) -> Node:
+        """Return a node that pads with zeros, or with ones of a dtype."""
+        if self._raised.model.graph.opset_imports[""] < 11:
+            return self._node("Pad", [x], origin, {"pads": tuple(sides), "value": 0.0 if ones is None else 1.0})
         name = self._free_name("pads")
         value = self._ir.Value(name=name, const_value=self._ir.tensor(sides, name=name, dtype=self._ir.DataType.INT64))
         self._register(value)
-        return self._node("Pad", [x, value], origin, {})
+        filling = [] if ones is None else [self._initializer(torch.ones((), dtype=ones), self._free_name("one"))]
+        return self._node("Pad", [x, value, *filling], origin, {})
 
     def _node(self, operator: str, inputs: list[Value], origin: Node | None, attributes: dict[str, Any]) -> Node:
         """Return a node that takes the name, and what is noted, of the node whose weight it has merged."""
@@ -185,10 +193,12 @@ class _Lowering:
             raise InvalidInput(
                 f"the merged {name} of {title_of(origin)!r} is not finite in {dtype}; look for NaN or Inf in the file."
             )
-        full = self._free_name(f"{title_of(origin)}_fused_{name}")
-        adapted = package("onnx_ir.tensor_adapters").TorchTensor(numbers, name=full)
+        return self._initializer(numbers, self._free_name(f"{title_of(origin)}_fused_{name}"))
+
+    def _initializer(self, tensor: Tensor, name: str) -> Value:
+        adapted = package("onnx_ir.tensor_adapters").TorchTensor(tensor, name=name)
         value = self._ir.Value(
-            name=full, shape=adapted.shape, type=self._ir.TensorType(adapted.dtype), const_value=adapted
+            name=name, shape=adapted.shape, type=self._ir.TensorType(adapted.dtype), const_value=adapted
         )
         self._register(value)
         return value

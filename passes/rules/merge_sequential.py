@@ -44,7 +44,7 @@ class Chain(Pattern):
         for group in _cheapest_groups(_convs_up_to(last, view), view):
             if len(group.ops) > 1:
                 yield group
-        yield _match((first, last))
+        yield _with_kernel((first, last), view) or _match((first, last))
 
 
 def _match(convs: Convs, *, ones: bool = False) -> Match:

@@ -260,7 +260,7 @@ MUTANTS = [
     Mutant(
         "is_convolution",
         without_guard("is_convolution"),
-        ("BatchNorm before a padded conv", "1×1 with bias, then padded"),
+        ("BatchNorm before a padded conv", "padded convs in a row"),
     ),
     Mutant(
         "no_dearer",

@@ -203,6 +203,7 @@ CASES: dict[str, Case] = {
     ),
     "1×1 without bias, then padded": Case(lambda: nn.Sequential(conv(1, 0, bias=False), conv()), 1, 0),
     "1×1 with bias, then padded": Case(lambda: nn.Sequential(conv(1, 0), conv()), 2, 0),
+    "padded convs in a row": Case(lambda: nn.Sequential(conv(), conv()), 2, 0),
     "dropout between": Case(lambda: nn.Sequential(conv(), nn.Dropout(), norm()), 1, 1, "no rule"),
     "no running statistics": Case(
         lambda: nn.Sequential(conv(), nn.BatchNorm2d(4, track_running_stats=False)), 1, 1, "running statistics"

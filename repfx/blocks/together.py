@@ -118,7 +118,7 @@ class _Kernels:
     def _assemble(self) -> dict[int, _Waiting]:
         found = [part for part in self._find(self._root) if part.weight.device.type not in ALONE]
         parts = [part for part in found if all(map(_is_plain, _tensors(part.modules)))]
-        if len(parts) < 2:
+        if not parts:
             return {}
         surfaces, versions = [_surface(part.modules) for part in parts], [_versions(part) for part in parts]
         plan = _plan_of(self._root, parts, surfaces)

@@ -87,9 +87,8 @@ class Match:
         Raises:
             NoKernel: they are no convolution.
         """
-        channels, dimensions = self.sizes()
-        found = (term_kernel(term, like, channels, dimensions, ones=self.ones) for term in self.terms)
-        kernels = (kernel.scaled(term.factor) for kernel, term in zip(found, self.terms))
+        sizes = self.sizes()
+        kernels = (term_kernel(term, like, *sizes, ones=self.ones).scaled(term.factor) for term in self.terms)
         return Kernel.sum(kernels, owned=owned or len(self.terms[0].ops) != 1)
 
     @cached_property

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -39,6 +40,31 @@ _PURE_LAYERS: frozenset[type[nn.Module]] = frozenset(
     {nn.Linear, *ELEMENTWISE_LAYERS}
 )  # they compute the same in both modes
 _GENERATED = "<eval_with_key>"  # the name of the files in which torch.fx writes the code of graphs
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a module inside the root holds a parameter or a buffer."""
+
+    path: str
+    owner: nn.Module
+    kind: str
+    name: str
+
+    @property
+    def tensor(self) -> object:
+        """What is there now."""
+        table: dict[str, object] = vars(self.owner)[self.kind]
+        return table.get(self.name)
+
+
+def _places(root: nn.Module) -> Iterator[_Place]:
+    """Yield the places of all parameters, then of all buffers, in the order in which torch lists them."""
+    for kind in ("_parameters", "_buffers"):
+        for path, module in root.named_modules():
+            for name, tensor in vars(module).get(kind, {}).items():
+                if tensor is not None:
+                    yield _Place(f"{path}.{name}".lstrip("."), module, kind, name)
 
 
 class Tracer(fx.Tracer):
@@ -78,6 +104,7 @@ class Tracer(fx.Tracer):
         self._modes = Modes.now()
         self._settings: Settings = {}
         self._leaves: dict[nn.Module, bool] = {}
+        self._places: dict[int, _Place] = {}  # of the root's parameters and buffers, by their ids
         self.running: list[nn.Module] = []  # modules whose code runs now; after an error, whose code failed
         self.failures: list[tuple[str, nn.Module | None]] = []  # caught by code or not; with the module that failed
 
@@ -93,6 +120,7 @@ class Tracer(fx.Tracer):
         self._settings = {}
         self._settled = {}
         self._leaves.clear()
+        self._places.clear()
         self.forms = GrowingForms(fx.Graph(), self.root)
         self.block_calls.clear()
         self.running.clear()
@@ -130,12 +158,18 @@ class Tracer(fx.Tracer):
             for name, value in vars(module).items()
             if isinstance(value, _symbolic_trace._constant_attribute_types)
         }
+        self._places = {id(place.tensor): place for place in reversed([*_places(root)])}  # the first place counts
         self.graph = fx.Graph(tracer_cls=type(self))
         self.forms = GrowingForms(self.graph, root)
         self.graph._co_fields = {name: getattr(code, name) for name in ("co_name", "co_filename", "co_firstlineno")}
 
     def _read(self, proxies: dict[str, fx.Proxy], name: str, tensor: Any) -> Any:
-        return self.getattr(name, tensor, proxies)
+        place = self._places.get(id(tensor))
+        if place is None or place.tensor is not tensor:  # torch.fx compares it with each tensor of the root
+            return self.getattr(name, tensor, proxies)
+        if place.path not in proxies:
+            proxies[place.path] = self.create_proxy("get_attr", place.path, (), {})
+        return proxies[place.path]
 
     def _require_same_surroundings(self) -> nn.Module | None:
         """Raise an error if code has switched a mode, or if it runs inside a module that the root doesn't have.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -521,3 +524,37 @@ def test_a_graph_counts_the_chunks_that_its_code_counted() -> None:
     fused = repfx.fuse(ready(Net(counted, a=nn.Conv2d(4, 3, 1))))
     with pytest.raises(InvalidInput, match="traced with 4 chunks, and its input has 3"):
         fused(image())
+
+
+class ReadsParameters(nn.Module):
+    """A conv and a BatchNorm, written with the layers' parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n: Any = self.norm
+        y = F.conv2d(x, self.conv.weight, self.conv.bias)
+        return F.batch_norm(y, n.running_mean, n.running_var, n.weight, n.bias, self.training).relu()
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """Count the calls of functions that work makes."""
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_a_parameter_is_found_as_quickly_in_a_deep_model() -> None:
+    calls = [calls_of(partial(trace, nn.Sequential(*(ReadsParameters() for _ in range(n))))) for n in (10, 40)]
+    assert calls[1] < 4.2 * calls[0]

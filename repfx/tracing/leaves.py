@@ -88,6 +88,15 @@ def is_leaf(module: nn.Module) -> bool:
     )
 
 
+def is_only_linear(module: nn.Module) -> bool:
+    """Whether a module is a sequence without convs, BatchNorms and blocks. That it can't be traced is no loss worth reporting."""
+    inside = any(
+        is_conv(inner) or is_batch_norm(inner) or isinstance(inner, RepBlock) or calls_conv(inner)
+        for inner in module.modules()
+    )
+    return is_plain_sequence(module) and not inside
+
+
 def is_linear_block(module: nn.Module) -> bool:
     """Whether a module is the block of a linear layer."""
     return isinstance(module, RepBlock) and module.site.is_linear

@@ -45,7 +45,7 @@ from repfx.records.notes import copy_of
 from repfx.records.wrappers import passes_on
 from repfx.tracing.eval_path import NOTES, settled_modes
 from repfx.tracing.keepers import attribute_of, kept_by_a_leaf, kept_from_outside, kept_in
-from repfx.tracing.leaves import holds_modules, is_container, is_leaf, is_linear_block, stays_whole
+from repfx.tracing.leaves import holds_modules, is_container, is_leaf, is_linear_block, is_only_linear, stays_whole
 from repfx.tracing.recording import checkpoints_passed_through
 from repfx.tracing.traced import Untraceable, differ, graphs_by_mode, line_of
 
@@ -122,7 +122,7 @@ def _traces(
             if isinstance(module, RepBlock) and code_of_its_own(module) is None:
                 around = Around()  # whatever it becomes takes its place, so its neighbours' order stays
             else:
-                if not is_leaf(module):
+                if not is_leaf(module) and not is_only_linear(module):
                     untraced[path] = closed
                 if code_of_its_own(module) is None:
                     pending += [
@@ -132,10 +132,10 @@ def _traces(
         reason = closed_to_traces.get(path) or kept_from_outside(path, kept)
         result = reason or _graph_of(path, module, around, None if path else given, settled)
         if isinstance(result, str):
-            if not is_leaf(module) and not is_container(module):
+            if not is_leaf(module) and not is_container(module) and not is_only_linear(module):
                 untraced[path] = f"{result}; {refused[module]}" if module in refused and reason is None else result
                 around = around.inside(module)
-            elif _holds_linear_block(module):
+            elif _holds_linear_block(module) or any(map(is_plain_sequence, module.modules())):
                 around = around.inside(module)
             if path in kept:
                 around = replace(around, closed=around.closed or f"{attribute_of(kept[path][0])} keeps what it lies in")

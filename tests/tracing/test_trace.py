@@ -558,3 +558,33 @@ def calls_of(work: Callable[[], object]) -> int:
 def test_a_parameter_is_found_as_quickly_in_a_deep_model() -> None:
     calls = [calls_of(partial(trace, nn.Sequential(*(ReadsParameters() for _ in range(n))))) for n in (10, 40)]
     assert calls[1] < 4.2 * calls[0]
+
+
+class ReadsASequence(nn.Module):
+    """Linear layers in a sequence, and code that can't be traced and uses one of them by itself."""
+
+    def __init__(self, read: Callable[[nn.Sequential, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layers, self._read = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x) if float(x.sum()) < 1e9 else x
+        return y + self._read(self.layers, x)
+
+
+READS: dict[str, Callable[[nn.Sequential, Tensor], Tensor]] = {
+    "by index": lambda layers, x: layers[0](x),
+    "in a loop": lambda layers, x: sum((layer(x) for layer in layers), x),
+    "its weight": lambda layers, x: F.linear(x, layers.get_parameter("0.weight")),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("read", READS)
+def test_linear_layers_that_code_uses_one_by_one_stay_two(read: str, inside: bool) -> None:
+    """That they stay is no loss worth reporting."""
+    reads = ReadsASequence(READS[read])
+    model = Net(lambda m, x: m.reads(x) + x if float(x.sum()) < 1e9 else x, reads=reads) if inside else reads
+    fused = fused_exactly(model, image(3, 6))
+    assert not repfx.report(fused).skipped
+    assert not repfx.report(fused).applied

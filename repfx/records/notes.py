@@ -119,9 +119,10 @@ def _nothing_in(model: nn.Module) -> dict[int, Any]:
 
     Each module has a dozen of them. `copy.deepcopy` takes longer for these than for all the rest.
     """
-    values = (value for module in model.modules() for value in vars(module).values() if not isinstance(value, Tensor))
-    empty = (value for value in values if type(value) in (OrderedDict, set) and not value)
-    return {id(value): type(value)() for value in empty if not getattr(value, "__dict__", None)}
+    values = (
+        value for module in model.modules() for value in vars(module).values() if type(value) in (OrderedDict, set)
+    )
+    return {id(value): type(value)() for value in values if not value and not getattr(value, "__dict__", None)}
 
 
 def _computed_in(model: nn.Module) -> dict[int, Any]:

@@ -39,8 +39,13 @@ def changed_setting(module: nn.Module, before: Settings) -> str | None:
     known = before.get(module)
     if known is None:
         return None
-    now = _settings_of(module)
-    return next((name for name in {**known, **now} if not _same(known.get(name), now.get(name))), None)
+    held = vars(module)
+    for name, value in known.items():
+        now = held.get(name)
+        if now is not value and not _same(value, now if name in _REGISTRIES or isinstance(now, _PLAIN) else None):
+            return name
+    added = (name for name in held.keys() - known.keys() if held[name] is not None)
+    return next((name for name in added if isinstance(held[name], _PLAIN)), None) if _is_read(module) else None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from repfx.records.generators import Generators
 from repfx.tracing.tensor_state import tensor_state
-from repfx.tracing.tracer import DRAWS, Tracer, asks_for_gradient, sentence
+from repfx.tracing.tracer import Tracer, asks_for_gradient, sentence
 
 OfOneMode: TypeAlias = tuple[fx.Graph, dict[str, Tensor]]  # a graph, and the constants that tracing made
 
@@ -108,8 +108,8 @@ def _traced(
 ) -> OfOneMode | Untraceable:
     """Trace a module in the mode it is in. Return its graph and the constants that tracing made, or why it can't be traced."""
     generators = Generators(module)
-    result = _traced_once(module, opaque, given, generators, settled, differentiated)
-    if isinstance(result, Untraceable) and result.reason == DRAWS:  # or another thread has drawn
+    result = _traced_once(module, opaque, given, None, settled, differentiated)
+    if generators.have_drawn():  # the code has, or another thread
         with generators.of_this_thread():
             result = _traced_once(module, opaque, given, generators, settled, differentiated)
     return result
@@ -119,11 +119,11 @@ def _traced_once(
     module: nn.Module,
     opaque: Container[type[nn.Module]],
     given: Mapping[str, Any] | None,
-    generators: Generators,
+    generators: Generators | None,
     settled: Mapping[nn.Module, bool],
     differentiated: bool,
 ) -> OfOneMode | Untraceable:
-    """Trace a module, and count it as a failure if one of the generators has given a number.
+    """Trace a module, and count it as a failure if one of the generators, where they are watched, has given a number.
 
     A block that is called more than once stays a leaf and so is an island of its own. Whatever it becomes then serves every call.
     """

@@ -34,7 +34,7 @@ from repfx.tracing.recording import calls_recorded, functions_recorded, tensors_
 from repfx.tracing.settings import Settings, changed_setting, in_mode, settings_in, settings_put_back
 
 OUTSIDE = "repfx_outside"  # key of a node's meta: the class of the module, none of the root's, whose code made the node
-DRAWS = "it draws random numbers in code"  # a failure
+_DRAWS = "it draws random numbers in code"  # a failure
 _KINDS = ("_is_param", "_is_buffer")  # attributes that torch asks for when code keeps a tensor as an attribute
 _PURE_LAYERS: frozenset[type[nn.Module]] = frozenset(
     {nn.Linear, *ELEMENTWISE_LAYERS}
@@ -227,7 +227,7 @@ class Tracer(fx.Tracer):
     def note_draws(self, module: nn.Module | None) -> None:
         """Count it as a failure of a module's code if random numbers were drawn since the last time: a graph would repeat them."""
         if self._generators is not None and self._generators.have_drawn():
-            self.failures.append((DRAWS, module))
+            self.failures.append((_DRAWS, module))
 
     def _require_settings(self, module: nn.Module) -> None:
         """Raise `TypeError` if code has changed a setting of a module that it calls. It isn't known which code did that.

@@ -91,7 +91,8 @@ def _collapsed(site: _Site, reason: str) -> Spelling:
     others = [(term.factor, term) for term in site.match.terms if term not in site.terms]
     norm = site.norm_of_terms(parts)
     steps = _sum(site, [*((factor, None) for factor in factors), *others], normed=norm is not None)
-    return Spelling(steps, replace(site.match, terms=parts).form, norm, reason)
+    form = site.match.form if parts == site.match.terms else replace(site.match, terms=parts).form
+    return Spelling(steps, form, norm, reason)
 
 
 def _whole(site: _Site, reason: str) -> Spelling:

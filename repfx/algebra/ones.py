@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from repfx.algebra.arithmetic import full
-from repfx.algebra.kernel import Kernel
+from repfx.algebra.kernel import Kernel, NoKernel
 
 
 def with_ones(kernel: Kernel) -> Kernel:
@@ -20,7 +20,8 @@ def with_ones(kernel: Kernel) -> Kernel:
     Raises:
         NoKernel: the kernel is transposed.
     """
-    kernel._refuse_transposed("given a channel of ones")
+    if kernel.transposed:
+        raise NoKernel("a transposed convolution can't be given a channel of ones")
     weight = kernel.ungroup().weight
     unread = full(weight, (weight.shape[0], 1, *weight.shape[2:]), 0.0)
     return replace(kernel, weight=torch.cat([weight, unread], 1), groups=1)

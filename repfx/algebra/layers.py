@@ -100,7 +100,8 @@ def is_plain_sequence(module: nn.Module) -> bool:
 
 def has_tensors(module: nn.Module) -> bool:
     """Whether a module holds parameters or buffers."""
-    return any(True for _ in (*module.parameters(), *module.buffers()))
+    tables = (table for inner in module.modules() for table in (inner._parameters, inner._buffers))
+    return any(tensor is not None for table in tables for tensor in table.values())
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -138,13 +138,14 @@ def keepers(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
 
 
 _TORCHS_OWN = frozenset(vars(nn.Module()))
+_ATOMS = frozenset({bool, int, float, str, type(None)})  # most of what modules hold
 
 
 def kept_plainly(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     """Yield the path of each module, the name of a plain attribute of it, and a module that this attribute keeps."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if name not in _TORCHS_OWN:
+            if name not in _TORCHS_OWN and type(value) not in _ATOMS:
                 yield from (
                     (path, name, other) for other in modules_in(value) if other is not module or not _is_bound(value)
                 )

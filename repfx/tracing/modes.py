@@ -25,8 +25,8 @@ class Modes:
 
     @classmethod
     def now(cls) -> Modes:
-        enabled = tuple(torch.is_autocast_enabled(device) for device in _DEVICES)
-        dtypes = tuple(torch.get_autocast_dtype(device) for device in _DEVICES)
+        enabled = tuple(map(torch.is_autocast_enabled, _DEVICES))
+        dtypes = tuple(map(torch.get_autocast_dtype, _DEVICES))
         return cls(torch.is_grad_enabled(), _count_autocasts(), enabled, dtypes)
 
     def require(self) -> None:

@@ -53,8 +53,8 @@ def fusion_table(forms: Mapping[str, nn.Module], x: Tensor) -> Table:
 
 def quantization_table(report: QuantizationReport) -> Table:
     """Show a quantization report, one row for each layer. Layers below the report's bound are marked."""
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("layer")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    table.add_column("layer", overflow="fold", min_width=8)
     for column in (
         "largest\nweight",
         "× median\nchannel",
@@ -64,7 +64,8 @@ def quantization_table(report: QuantizationReport) -> Table:
         "range\nSQNR",
         "outputs\nSQNR",
     ):
-        table.add_column(column, justify="right", no_wrap=True)
+        wraps = column == "outputs"  # a range may take two lines
+        table.add_column(column, justify="right", no_wrap=not wraps, min_width=9 if wraps else None)
     for layer in report.layers:
         table.add_row(
             layer.name,

@@ -385,7 +385,7 @@ def test_fuse_writes_8_bits_and_says_what_that_costs(finished: Path, tmp_path: P
     assert abs(found["accuracy"]["int8"] - accuracy) * 355 <= found["accuracy"]["flips"] + 1e-9 < 0.05 * 355
 
     outcome = repfx_command(*arguments, "--onnx", tmp_path / "m.onnx", "--bound", 99)
-    assert re.search(r"^  3 +[\d.]+ +[\d.]+ +0 to [\d.]+ +\d+% +[\d.]+ dB +[\d.]+ dB", outcome.out, re.MULTILINE)
+    assert re.search(r"^ 3 +[\d.]+ +[\d.]+ +0 to [\d.]+ +\d+% +[\d.]+ dB +[\d.]+ dB", outcome.out, re.MULTILINE)
     assert "first layer below 99 dB: 0" in outcome.out
     assert outcome.err == ""
 

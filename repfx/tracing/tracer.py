@@ -53,7 +53,7 @@ class _Place:
 
     @property
     def tensor(self) -> object:
-        """What is there now."""
+        """The parameter or buffer that is at this place now, or None."""
         table: dict[str, object] = vars(self.owner)[self.kind]
         return table.get(self.name)
 

@@ -96,7 +96,7 @@ def test_gradients_that_come_in_channels_last_are_put_in_order() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_cpu_never_holds_the_kernels_of_the_whole_model(device: str) -> None:
-    """On each other device they are assembled together, by a plan that the model keeps."""
+    """A model on another device keeps a plan, by which its kernels are assembled together. A model on a CPU keeps none."""
     layers = (layer for _ in range(2) for layer in (nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)))
     model = repfx.expand(nn.Sequential(*layers), "acb", preserve=False)
     model = repfx.squeeze(model, statistics="frozen").to(device)

@@ -143,7 +143,7 @@ def test_no_ones_where_nothing_needs_them() -> None:
 
 
 def test_the_weights_on_the_ones_count() -> None:
-    """With 16 channels inside, three convs have 336 weights, one conv has 324, and one with a channel of ones has 378."""
+    """Three convs with 16 channels inside have 336 weights. One conv has 324, and with a channel of ones it has 378."""
     without: list[Any] = [layer for layer in bottleneck(2, wide=16) if is_conv(layer)]
     without[0].bias = None
     assert windows(fused(nn.Sequential(*without), picture(6))) == ["3×3 6→6"]

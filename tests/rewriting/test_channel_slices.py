@@ -120,7 +120,7 @@ def ghost(n: int, *, bias: bool) -> Net:
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
 def test_a_ghost_module_becomes_one_conv(dimensions: int) -> None:
-    """With a bias in front of the border, the conv reads a channel of ones, too."""
+    """The conv reads a channel of ones as well where a bias stands in front of the border."""
     x = image(2, 4, *SIZES[:dimensions])
     for bias in (False, True):
         fused: Any = fused_exactly(ghost(dimensions, bias=bias), x)

@@ -18,7 +18,7 @@ from repfx.graphs.calls_with_tensors import is_norm_call
 from repfx.graphs.channel_slices import takes_a_batch
 from repfx.graphs.functional_conv import is_shared
 from repfx.graphs.vocabulary import ARITHMETIC, ELEMENTWISE_LAYERS
-from repfx.rewriting.match import Match, forms_along, shape_before
+from repfx.rewriting.match import Match, cost_of_convs, shape_before
 from repfx.rewriting.view import META, View
 
 
@@ -167,9 +167,7 @@ def no_dearer(match: Match, view: View) -> str | None:
     """
     several = sum(view.is_conv(node) for node in {op.node for op in match.ops}) > 1
     cost = view.cost_of if several else _count_weights
-    # a map may be shared
-    steps = (step for term in match.terms for step in forms_along(term, match, view))
-    before = sum({id(op): cost(form, shape) for op, form, shape in steps if op.meaning.kind == "conv"}.values())
+    before = cost_of_convs(match.terms, match, cost, view)
     after = cost(match.form, shape_before(match, view))
     if after <= before:
         return None

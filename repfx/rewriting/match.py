@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -126,6 +126,14 @@ def shape_before(match: Match, view: View) -> Shape | None:
     """Return the shape of a match's source, or None if it isn't known."""
     known = (view.shape_before(term.ops[0].node) for term in match.terms if term.ops)
     return next((shape for shape in known if shape is not None), None)
+
+
+def cost_of_convs(
+    terms: Iterable[Term], match: Match, cost: Callable[[Kernel, Shape | None], float], view: View
+) -> float:
+    """Return what the convs of some terms of a match cost. A conv that stands in several terms counts once."""
+    steps = (step for term in terms for step in forms_along(term, match, view))
+    return sum({id(op): cost(form, shape) for op, form, shape in steps if op.meaning.kind == "conv"}.values())
 
 
 def forms_along(term: Term, match: Match, view: View) -> Iterator[tuple[Op, Kernel, Shape | None]]:

@@ -5,6 +5,7 @@ Patterns are structure only. They see a graph through a `View`, which reads a no
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from repfx.graphs.bordered_padding import Border, padded_before, read_border
 from repfx.graphs.functional_conv import read_functional_conv
 from repfx.graphs.operations import Op
 from repfx.graphs.sums import adds_up
-from repfx.rewriting.match import Match, Term, term_kernel
+from repfx.rewriting.match import Match, Term, cost_of_convs, shape_before, term_kernel
 from repfx.rewriting.paths import closed, linear_paths
 from repfx.rewriting.view import META, View
 
@@ -165,7 +166,8 @@ class Sum(Pattern):
     """A tree of sums in which at least two terms are linear maps of one node, one of them a conv.
 
     The other terms are the match's remainder. If the tree can't be merged as a whole, its parts may be: two blocks of a sum whose windows
-    don't go together are still one conv each.
+    don't go together are still one conv each. Terms are grouped so that they cost little: beside dense 3×3 convs, a depthwise 7×7 conv
+    stays by itself.
     """
 
     def matches(self, node: fx.Node, view: View) -> Iterator[Match]:
@@ -195,7 +197,7 @@ def _is_inner(node: fx.Node, view: View) -> bool:
 def _matches_of_tree(root: fx.Node, view: View) -> Iterator[Match]:
     leaves, inner = _leaves(root, view)
     for match in _groups(leaves, {root, *inner}, view):
-        yield replace(match, root=root, inner=tuple(inner))
+        yield from _cheapest_groups(replace(match, root=root, inner=tuple(inner)), view)
 
 
 _Leaf = tuple[float, fx.Node, fx.Node]  # a term of a sum with its factor and the addition that it enters
@@ -238,6 +240,47 @@ def _groups(leaves: list[_Leaf], inside: Collection[fx.Node], view: View) -> Ite
                 yield Match(source, source, tuple(chosen.values()), remainder=remainder)
             taken = chosen or {terms[0][0]}  # a term that is no convolution even by itself
             terms = [(index, term) for index, term in terms if index not in taken]
+
+
+def _cheapest_groups(match: Match, view: View) -> list[Match]:
+    """Divide the terms of a match into groups that cost less, as one conv each, than all of them as one. Return those of several terms.
+
+    Return the match itself if there are none. The dearest terms come first, so their order in the sum doesn't count. Each joins the group
+    to which it adds least.
+    """
+    whole = _cost_of_one(match, view)
+    alone = [(cost_of_convs((term,), match, view.cost_of, view), term) for term in match.terms]
+    if match.shares_maps or whole <= max(cost for cost, _ in alone):
+        return [match]
+    groups: list[tuple[float, Match]] = []
+    for cost, term in sorted(alone, key=lambda each: -each[0]):
+        joined = [
+            (_cost_of_one(group := replace(match, terms=(*before.terms, term)), view) - known, index, group)
+            for index, (known, before) in enumerate(groups)
+        ]
+        more, index, group = min(joined, default=(math.inf, 0, match))
+        if more <= cost:
+            groups[index] = (groups[index][0] + more, group)
+        elif _has_conv(term, view):
+            groups.append((cost, replace(match, terms=(term,))))
+    if sum(cost for cost, _ in groups) >= whole:
+        return [match]
+    return [_among(group, match) for _, group in groups if len(group.terms) > 1] or [match]
+
+
+def _among(group: Match, match: Match) -> Match:
+    """Return a group of the terms of a match; the other terms become a part of its remainder."""
+    merged = set(map(id, group.terms))  # two terms may be equal, as in x + x
+    others = (term for term in match.terms if id(term) not in merged)
+    ends = ((term.factor, term.ops[-1].node if term.ops else match.source) for term in others)
+    return replace(group, remainder=(*ends, *match.remainder))
+
+
+def _cost_of_one(match: Match, view: View) -> float:
+    try:
+        return view.cost_of(match.form, shape_before(match, view))
+    except NoKernel:
+        return math.inf
 
 
 def _has_conv(term: Term, view: View) -> bool:

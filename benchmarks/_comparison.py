@@ -30,6 +30,14 @@ class Ratio:
         last = min(math.ceil(len(ratios) / 2 + spread), len(ratios) - 1)
         return cls(statistics.median(ratios), ratios[first], ratios[last])
 
+    def rounded(self, digits: int = 4, name: str = "ratio") -> dict[str, float]:
+        """Return what a row of results says of the ratio.
+
+        >>> Ratio(0.51234, 0.5, 0.55).rounded(2)
+        {'ratio': 0.51, 'low': 0.5, 'high': 0.55}
+        """
+        return {name: round(self.median, digits), "low": round(self.low, digits), "high": round(self.high, digits)}
+
 
 @dataclass(frozen=True)
 class Measurement:

@@ -100,16 +100,13 @@ def compile_seconds(step: Step, eager: Step) -> float:
 
 def as_row(candidate: str, first: float, graphs: int, eager: Sequence[float], compiled: Sequence[float]) -> Row:
     """One line of the result, from the seconds of each turn."""
-    ratio = Ratio.of(compiled, eager)
     return {
         "candidate": candidate,
         "graphs": graphs,
         "compile": round(first - median(compiled), 1),
         "eager": round(median(eager), 4),
         "compiled": round(median(compiled), 4),
-        "ratio": round(ratio.median, 4),
-        "low": round(ratio.low, 4),
-        "high": round(ratio.high, 4),
+        **Ratio.of(compiled, eager).rounded(),
     }
 
 

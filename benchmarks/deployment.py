@@ -170,9 +170,7 @@ def as_row(subject: Subject, form: str, candidate: Candidate, found: Measurement
         "convs_run": candidate.convs_run,
         "error": float(f"{candidate.error:.1e}"),
         "milliseconds": round(found.seconds * 1e3, 3),
-        "ratio": round(found.ratio.median, 4),
-        "low": round(found.ratio.low, 4),
-        "high": round(found.ratio.high, 4),
+        **found.ratio.rounded(),
     }
 
 

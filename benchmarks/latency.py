@@ -147,9 +147,7 @@ def as_row(subject: Subject, runtime: str, found: Measurement) -> dict[str, str 
         "runtime": runtime,
         "form": found.candidate,
         "milliseconds": round(found.seconds * 1e3, 3),
-        "ratio": round(found.ratio.median, 4),
-        "low": round(found.ratio.low, 4),
-        "high": round(found.ratio.high, 4),
+        **found.ratio.rounded(),
     }
 
 

@@ -145,10 +145,8 @@ def measure(turns: int, batch: int) -> list[Row]:
     times = measure_times(steps, rounds=turns, warm_up=1)
     rows: list[Row] = []
     for name, seconds in times.items():
-        ratio = Ratio.of(seconds, times["plain"])
-        found: dict[str, str | float] = {"what": f"step: {name}", "seconds": round(median(seconds), 4)}
-        found |= {"relative to plain": round(ratio.median, 3), "low": round(ratio.low, 3), "high": round(ratio.high, 3)}
-        rows.append(found)
+        ratio = Ratio.of(seconds, times["plain"]).rounded(3, "relative to plain")
+        rows.append({"what": f"step: {name}", "seconds": round(median(seconds), 4), **ratio})
     return rows
 
 

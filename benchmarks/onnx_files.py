@@ -143,9 +143,7 @@ def measure(name: str, build: Callable[[], nn.Module], size: int, rounds: int) -
                     "nodes": len(onnx.load(files[each.candidate]).graph.node),
                     "error": float(f"{errors[each.candidate]:.1e}"),
                     "milliseconds": round(each.seconds * 1e3, 3),
-                    "ratio": round(each.ratio.median, 4),
-                    "low": round(each.ratio.low, 4),
-                    "high": round(each.ratio.high, 4),
+                    **each.ratio.rounded(),
                 }
                 for each in compare(times, SOURCE)
             ]

@@ -128,15 +128,12 @@ def scaling_rows(sizes: tuple[int, ...], turns: int, collector: str) -> list[Row
 
 def scaling_row(transform: str, convs: int, times: list[float], first: list[float]) -> Row:
     """The row of one size, from its seconds per conv and those of the first size, turn by turn."""
-    ratio = Ratio.of(times, first)
     return {
         "asks": "scaling",
         "transform": transform,
         "convs": convs,
         "milliseconds": round(median(times) * 1e3, 3),
-        "ratio": round(ratio.median, 3),
-        "low": round(ratio.low, 3),
-        "high": round(ratio.high, 3),
+        **Ratio.of(times, first).rounded(3),
     }
 
 
@@ -177,15 +174,12 @@ def beside_timm(name: str, turns: int) -> Row:
     }
     left = {f"norms_of_{way}": count_norms(call()) for way, call in ways.items()}
     found = {each.candidate: each for each in compare(measure_times(ways, rounds=turns, warm_up=1), TIMM)}
-    ratio = found[OURS].ratio
     return {
         "asks": "timm",
         "model": name,
         "timm": round(found[TIMM].seconds, 4),
         "repfx": round(found[OURS].seconds, 4),
-        "ratio": round(ratio.median, 2),
-        "low": round(ratio.low, 2),
-        "high": round(ratio.high, 2),
+        **found[OURS].ratio.rounded(2),
         "norms": count_norms(model),
         **left,
     }

@@ -243,7 +243,7 @@ def _shows_all(modules: Sequence[nn.Module]) -> bool:
 
 
 _OF_EVERY_MODULE = frozenset({*vars(nn.Module()), PLAN})
-_ATOMS = (
+_FIXED = (
     bool,
     int,
     float,
@@ -270,7 +270,7 @@ def _is_fixed(value: object) -> bool:
         return all(map(_is_fixed, value))
     if is_dataclass(value) and type(value).__dataclass_params__.frozen:  # type: ignore[union-attr]
         return all(map(_is_fixed, vars(value).values()))
-    return isinstance(value, _ATOMS)
+    return isinstance(value, _FIXED)
 
 
 def _versions(part: Part) -> list[object]:

@@ -171,11 +171,9 @@ class _Lowering:
         """Return a node that pads with zeros, or with ones of a dtype."""
         if self._raised.model.graph.opset_imports[""] < 11:
             return self._node("Pad", [x], origin, {"pads": tuple(sides), "value": 0.0 if ones is None else 1.0})
-        name = self._free_name("pads")
-        value = self._ir.Value(name=name, const_value=self._ir.tensor(sides, name=name, dtype=self._ir.DataType.INT64))
-        self._register(value)
+        pads = self._initializer(torch.tensor(sides), self._free_name("pads"))
         filling = [] if ones is None else [self._initializer(torch.ones((), dtype=ones), self._free_name("one"))]
-        return self._node("Pad", [x, value, *filling], origin, {})
+        return self._node("Pad", [x, pads, *filling], origin, {})
 
     def _node(self, operator: str, inputs: list[Value], origin: Node | None, attributes: dict[str, Any]) -> Node:
         """Return a node that takes the name, and what is noted, of the node whose weight it has merged."""

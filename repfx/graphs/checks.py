@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from repfx.errors import InvalidInput
@@ -61,6 +62,15 @@ def require_parts(value: Any, count: int) -> None:
     """Raise InvalidInput for another number of parts than the code that was traced counted on: `chunk` may give fewer than asked for."""
     if len(value) != count:
         raise InvalidInput(f"this module was traced with {count} chunks, and its input has {len(value)}.")
+
+
+@_recorded
+def require_answer(value: Any, answer: bool, code: str) -> None:
+    """Raise InvalidInput where the code that was traced raises an error. Sizes that an export leaves free aren't checked."""
+    if not isinstance(value, torch.SymBool) and bool(value) is not answer:
+        raise InvalidInput(
+            f"the input doesn't pass a check in the code of the model from which this module was traced: {code!r}."
+        )
 
 
 def with_axes(x: Any, axes: int) -> Any:

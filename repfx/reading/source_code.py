@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch.nn.functional as F
@@ -78,9 +78,10 @@ class Around:
         named = [
             _named_by(node.value, module) for node in attributes if node.attr == "weight" and not _is_self(node.value)
         ]
+        no_modules = _results(code, module) | _classes_read(code, type(module))
         used_whole = {id(call.func) for call in calls} | {id(node.value) for node in attributes}
         return Around(
-            self.names | _names_read(attributes, _results(code, module)) | _names_by_text(calls),
+            self.names | _names_read(attributes, no_modules) | _names_by_text(calls),
             self.classes | _classes_asked_for(calls) | _classes_compared(code),
             frozenset(node.attr for node in attributes if _is_self(node.value) and id(node) not in used_whole),
             self.indexes or any(isinstance(call.func, ast.Subscript) for call in calls),
@@ -170,12 +171,12 @@ def asked_for(module: nn.Module, classes: frozenset[str]) -> str | None:
     return next((cls.__name__ for cls in own_classes(type(module)) if cls.__name__ in classes), None)
 
 
-def _names_read(attributes: list[ast.Attribute], results: frozenset[str]) -> frozenset[str]:
-    """The names of attributes that code reads, except from `self` and from the variables in `results`, which are no modules."""
+def _names_read(attributes: list[ast.Attribute], no_modules: frozenset[str]) -> frozenset[str]:
+    """The names of attributes that code reads, except from `self` and from what has a name in `no_modules`."""
     return frozenset(
         node.attr
         for node in attributes
-        if not (_is_self(node.value) or (isinstance(node.value, ast.Name) and node.value.id in results))
+        if not (_is_self(node.value) or (isinstance(node.value, ast.Name) and node.value.id in no_modules))
     )
 
 
@@ -196,6 +197,19 @@ def _results(code: list[ast.AST], module: nn.Module) -> frozenset[str]:
             assigned.update(target.id for target in node.targets if isinstance(target, ast.Name))
     bound = Counter(map(_bound, code))
     return frozenset(name for name, times in assigned.items() if bound[name] == times)
+
+
+def _classes_read(code: list[ast.AST], cls: type[nn.Module]) -> frozenset[str]:
+    """The names of classes and of Python's modules that code of a class reads, as in ``Base.forward(self, x)``, and never binds itself."""
+    beside = (function.__globals__ for function in _functions_beside(cls).values())
+    scopes = list({id(scope): scope for scope in (*map(globals_of, own_classes(cls)), *beside)}.values())
+    names = {node.id for node in code if isinstance(node, ast.Name)} - set(map(_bound, code))
+    values = {name: [scope[name] for scope in scopes if name in scope] for name in names}
+    return frozenset(name for name, found in values.items() if found and all(map(_is_class, found)))
+
+
+def _is_class(value: object) -> bool:
+    return isinstance(value, (type, ModuleType))
 
 
 def _bound(node: ast.AST) -> str | None:

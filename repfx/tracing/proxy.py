@@ -19,6 +19,7 @@ from repfx.graphs.aliasing import IN_PLACE_OPERATORS
 from repfx.graphs.checks import require_tensor
 from repfx.graphs.vocabulary import SIZE_METHODS
 from repfx.tracing.forms import SIZES
+from repfx.tracing.input_checks import is_in_message
 
 _INSTANCE_CHECKS = ("abc", "torch.nn.parameter")  # modules whose Python code answers `isinstance` for some classes
 
@@ -85,6 +86,8 @@ class ValueProxy(fx.Proxy):
         raise TypeError("code writes a value that depends on the input into a text")
 
     def __format__(self, form: str) -> str:
+        if is_in_message(sys._getframe(1)):
+            return f"<{self.node.name}>"
         raise TypeError("code writes a value that depends on the input into a text")
 
 
@@ -148,6 +151,13 @@ def _known_type(node: fx.Node) -> type | None:
     if node.target is operator.getitem and types == {torch.Size}:
         return torch.Size if isinstance(node.args[1], slice) else int
     return None if torch.Size in types else (float if node.target is operator.truediv else types.pop())
+
+
+def is_of_sizes(node: fx.Node) -> bool:
+    """Whether a node compares or calculates with shapes, sizes, dtypes and devices alone."""
+    if getattr(node.target, "__module__", None) != "_operator" or not node.all_input_nodes:
+        return _known_type(node) is not None
+    return all(map(is_of_sizes, node.all_input_nodes))
 
 
 class _Attribute(ValueProxy, fx.proxy.Attribute):

@@ -14,6 +14,7 @@
 - The graph of a gated block has the paths that run in eval mode.
 - Activation checkpointing changes no number. So for `fuse`, graphs have the code that is checkpointed.
 - Code that draws random numbers can't be traced: a graph would repeat what it drew once.
+- Code may check its input's sizes, dtype and device: the graph then does, too.
 - Tracing runs on a copy, because code may write into its parameters. Neither the model nor the state of random numbers is changed.
 """
 

@@ -21,15 +21,16 @@ from torch.utils import _pytree as pytree
 from repfx.algebra.layers import has_call_of_its_own, has_hooks
 from repfx.blocks.block import RepBlock
 from repfx.errors import first_line
-from repfx.graphs.checks import require_default, require_given, require_nothing, require_parts
+from repfx.graphs.checks import require_answer, require_default, require_given, require_nothing, require_parts
 from repfx.graphs.vocabulary import ELEMENTWISE_LAYERS
 from repfx.reading.further_arguments import only_passed_on
 from repfx.records.generators import Generators
 from repfx.tracing.counts import count_of, may_be_fewer
 from repfx.tracing.forms import GrowingForms
+from repfx.tracing.input_checks import check_at
 from repfx.tracing.leaves import is_leaf, is_only_a_function, stays_whole
 from repfx.tracing.modes import Modes, modes_put_back
-from repfx.tracing.proxy import ValueProxy
+from repfx.tracing.proxy import ValueProxy, is_of_sizes
 from repfx.tracing.recording import calls_recorded, functions_recorded, tensors_recorded
 from repfx.tracing.settings import Settings, changed_setting, in_mode, settings_in, settings_put_back
 
@@ -288,6 +289,10 @@ class Tracer(fx.Tracer):
             raise self._noted(TypeError(f"code decides by {names}, and a graph would keep the decision"))
         if asks_for_gradient(obj.node):
             return self._differentiated
+        check = check_at(_asking_frame()) if is_of_sizes(obj.node) else None
+        if check is not None:
+            self.create_proxy("call_function", require_answer, (obj, *check), {})
+            return check.answer
         return bool(self._noting_failure(super().to_bool, obj))
 
     def count_of(self, obj: fx.Proxy) -> int | None:
@@ -371,6 +376,14 @@ class Tracer(fx.Tracer):
 def asks_for_gradient(node: fx.Node) -> bool:
     """Whether a node asks whether a tensor needs a gradient."""
     return node.op == "call_function" and node.target is getattr and str(node.args[1]) == "requires_grad"
+
+
+def _asking_frame() -> FrameType:
+    """The innermost frame of the model's own code."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith(("torch.fx", "repfx.")):
+        frame = frame.f_back
+    return frame
 
 
 def _values_kept(parameters: list[inspect.Parameter], given: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from repfx.reading import source_code
 from repfx.reading.module_uses import Uses, uses_in
 from repfx.reading.source_code import Around, writes_in_place
+from tests.inline_net import fused_exactly, image, norms, reasons
 
 Forward = Callable[[Any, Any], Any]
 
@@ -258,3 +259,73 @@ def test_only_code_that_may_ask_for_an_exact_class_is_read(monkeypatch: pytest.M
     assert "it asks for the exact class of a value" in (source_code.asks_for_exact_class(asks) or "")
     assert source_code.asks_for_exact_class(has_one) is None
     assert read == [asks]
+
+
+# --- Classes and Python's modules hold no layers ---------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """A head whose code can't be traced: what it returns depends on the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = TwoMaps(4)
+
+    def forward(self, x: Tensor) -> Any:
+        """``(batch, 4, height, width)``."""
+        y = self.block(x)
+        return {"y": y} if self.training else y
+
+
+class TwoMaps(nn.Module):
+    """A conv and a BatchNorm, with code of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, channels, 3), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, channels, height, width)``."""
+        y: Tensor = self.norm(self.conv(x))
+        return y
+
+
+class CallsItsBase(Head):
+    """Calls the forward of its base by the name of the base."""
+
+    def forward(self, x: Tensor) -> Any:
+        """``(batch, 4, height, width)``."""
+        return Head.forward(self, x)
+
+
+class CallsForwardOfAPart(Head):
+    """Calls the forward of its part, by a name that elsewhere is a class's."""
+
+    def forward(self, x: Tensor) -> Any:
+        """``(batch, 4, height, width)``."""
+        Head = self.block
+        return {"y": Head.forward(x)} if self.training else Head.forward(x)
+
+
+GLOBAL = TwoMaps(4)
+
+
+class CallsForwardOfAGlobal(Head):
+    """Calls the forward of a part that is a global, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = GLOBAL
+
+    def forward(self, x: Tensor) -> Any:
+        """``(batch, 4, height, width)``."""
+        return {"y": GLOBAL.forward(x)} if self.training else GLOBAL.forward(x)
+
+
+@pytest.mark.parametrize(
+    ("cls", "fuses"), [(CallsItsBase, True), (CallsForwardOfAPart, False), (CallsForwardOfAGlobal, False)]
+)
+def test_only_what_may_be_a_part_is_taken_for_one(cls: type[Head], fuses: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), cls())
+    fused = fused_exactly(model, image(2, 3, 9, 10))
+    assert bool(norms(fused)) is not fuses, reasons(fused)

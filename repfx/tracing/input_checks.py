@@ -18,7 +18,7 @@ from typing import NamedTuple
 from torch import fx
 
 _DECIDES = ("POP_JUMP", "JUMP_IF", "TO_BOOL")  # bytecode that asks a value for its truth
-_EXACT = sys.version_info >= (3, 12)  # whether positions tell the operands of `and` and `or` apart
+_EXACT = sys.version_info >= (3, 12)  # whether Python tells which operand of `and` and `or` it asks
 _NUMBERS = (ast.Mod, ast.FloorDiv, ast.Div, ast.Sub, ast.Pow)  # arithmetic that lists don't have
 
 

@@ -67,7 +67,7 @@ def require_parts(value: Any, count: int) -> None:
 @_recorded
 def require_answer(value: Any, answer: bool, code: str) -> None:
     """Raise InvalidInput where the code that was traced raises an error. Sizes that an export leaves free aren't checked."""
-    if not isinstance(value, torch.SymBool) and bool(value) is not answer:
+    if not isinstance(value, torch.SymBool) and bool(value) != answer:
         raise InvalidInput(
             f"the input doesn't pass a check in the code of the model from which this module was traced: {code!r}."
         )

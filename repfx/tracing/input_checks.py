@@ -34,8 +34,8 @@ def check_at(frame: FrameType) -> Check | None:
     asked = dis.opname[frame.f_code.co_code[frame.f_lasti]]
     if not asked.startswith((*_DECIDES, "COMPARE_OP")):
         return None
-    for statement in _statements(frame.f_code.co_filename):
-        if not isinstance(statement, (ast.If, ast.Assert)) or not _spans(statement.test, frame.f_lineno):
+    for statement in _decisions(frame.f_code.co_filename):
+        if not _spans(statement.test, frame.f_lineno):
             continue
         found = [
             (each, answer) for each, answer in _operands(statement.test, _goes_on(statement)) if _is_at(each, frame)
@@ -51,20 +51,28 @@ def check_at(frame: FrameType) -> Check | None:
 
 def is_in_message(frame: FrameType) -> bool:
     """Whether code makes a value a part of the message of ``torch._assert`` now. Only a failed check would show it."""
-    calls = (
-        node for node in _statements(frame.f_code.co_filename) if isinstance(node, ast.Call) and len(node.args) > 1
-    )
-    asserts = (call for call in calls if ast.unparse(call.func).rpartition(".")[2] == "_assert")
-    return any(_spans(call.args[1], frame.f_lineno) for call in asserts)
+    return any(_spans(message, frame.f_lineno) for message in _messages(frame.f_code.co_filename))
 
 
 @cache
-def _statements(filename: str) -> tuple[ast.AST, ...]:
+def _nodes(filename: str) -> tuple[ast.AST, ...]:
     """All nodes of a file; none if its source can't be had."""
     try:
         return tuple(ast.walk(ast.parse("".join(linecache.getlines(filename)))))
     except SyntaxError:
         return ()
+
+
+@cache
+def _decisions(filename: str) -> tuple[ast.If | ast.Assert, ...]:
+    return tuple(node for node in _nodes(filename) if isinstance(node, (ast.If, ast.Assert)))
+
+
+@cache
+def _messages(filename: str) -> tuple[ast.expr, ...]:
+    """The messages of the calls of ``torch._assert`` in a file."""
+    calls = [node for node in _nodes(filename) if isinstance(node, ast.Call) and len(node.args) > 1]
+    return tuple(call.args[1] for call in calls if ast.unparse(call.func).rpartition(".")[2] == "_assert")
 
 
 def _spans(node: ast.expr | ast.stmt, line: int) -> bool:
@@ -88,9 +96,16 @@ def _text(statement: ast.If | ast.Assert) -> str:
 
 def _raises(block: list[ast.stmt]) -> bool:
     """Whether a block of code always ends in an error."""
+    leaves = (
+        isinstance(node, (ast.Return, ast.Break, ast.Continue, ast.Yield)) for each in block for node in ast.walk(each)
+    )
+    return _ends_in_raise(block) and not any(leaves)
+
+
+def _ends_in_raise(block: list[ast.stmt]) -> bool:
     last = block[-1] if block else None
     if isinstance(last, ast.If):
-        return _raises(last.body) and _raises(last.orelse)
+        return _ends_in_raise(last.body) and _ends_in_raise(last.orelse)
     return isinstance(last, ast.Raise)
 
 
@@ -106,7 +121,16 @@ def _operands(test: ast.expr, answer: bool | None) -> Iterator[tuple[ast.expr, b
         yield from _operands(last, answer)  # if one is enough, no other was
     else:
         chained = isinstance(test, ast.Compare) and len(test.ops) > 1
-        yield test, None if chained else answer
+        inside = not _EXACT and any(isinstance(node, _DECISIONS) for node in ast.walk(test))
+        yield test, None if chained or inside else answer
+
+
+_DECISIONS = (
+    ast.BoolOp,
+    ast.IfExp,
+    ast.comprehension,
+    ast.Lambda,
+)  # parts of an expression that ask for a truth themselves
 
 
 def _is_at(operand: ast.expr, frame: FrameType) -> bool:
@@ -161,7 +185,7 @@ def _guarded(filename: str) -> tuple[ast.stmt, ...]:
     """The statements of a file whose errors are caught around them."""
     catching = (
         node
-        for node in _statements(filename)
+        for node in _nodes(filename)
         if (isinstance(node, ast.Try) and node.handlers) or (isinstance(node, ast.With) and _suppresses(node))
     )
     return tuple(each for node in catching for each in node.body)

@@ -175,6 +175,20 @@ def one_of_two(m: Any, x: Tensor) -> Any:
     return x
 
 
+def returned(m: Any, x: Tensor) -> Any:
+    if x.shape[-1] == 8:
+        if m.channels == 4:
+            return x + 1
+        raise ValueError
+    return x
+
+
+def inside(m: Any, x: Tensor) -> Any:
+    if x.shape[1] != (m.channels if x.shape[-1] == 8 else 4):
+        raise ValueError
+    return x
+
+
 def lists(m: Any, x: Tensor) -> Any:
     h, w = x.shape[-2:]
     if [h, w] == [m.channels, m.channels]:
@@ -204,7 +218,21 @@ def as_text(m: Any, x: Tensor) -> Any:
 
 
 @pytest.mark.parametrize(
-    "function", [caught, suppressed, decided, decided_by_if, one_of_two, lists, any_of, chained, by_numbers, as_text]
+    "function",
+    [
+        caught,
+        suppressed,
+        decided,
+        decided_by_if,
+        one_of_two,
+        returned,
+        inside,
+        lists,
+        any_of,
+        chained,
+        by_numbers,
+        as_text,
+    ],
 )
 def test_other_decisions_are_not_traced(function: Callable[[Any, Tensor], Any]) -> None:
     def forward(m: Any, x: Tensor) -> Any:

@@ -311,7 +311,10 @@ def _norm_behind(conv: Layer, folded: FoldedNorm | None) -> tuple[Layer, Kernel]
     if folded is not None:
         settings = Norm("batch_norm", folded.eps, folded.momentum, folded.synchronized, folded.frozen)
     kernel = kernel_of(conv, conv.weight.detach().double(), 0, 0).copy()
-    norm = settings.batch_norm(kernel.out_channels, kernel.dimensions or 1, conv.weight)
+    norm: Layer = settings.batch_norm(kernel.out_channels, kernel.dimensions or 1, conv.weight)
+    for name in () if folded is None else folded.missing:
+        norm.register_parameter(name, None)
+        norm.affine = norm.weight is not None
     norm.requires_grad_(conv.weight.requires_grad)
     if folded is None or not folded.bias:
         conv.bias = None

@@ -79,6 +79,9 @@ def set_kernel(conv: Layer, norm: Layer | None, kernel: Kernel, moments: Moments
     If there is no BatchNorm, the bias goes to the conv, which gets one if it had none.
     """
     bias = _bias_of(kernel)
+    if norm is not None and norm.weight is None:
+        _set_with_plain_norm(conv, norm, kernel.weight, bias)
+        return
     if norm is None:
         conv.weight.copy_(kernel.weight)
         if conv.bias is not None:
@@ -95,6 +98,16 @@ def set_kernel(conv: Layer, norm: Layer | None, kernel: Kernel, moments: Moments
         conv.bias.zero_()
 
 
+def _set_with_plain_norm(conv: Layer, norm: Layer, weight: Tensor, bias: Tensor) -> None:
+    """Write a kernel into a conv and a BatchNorm that has no γ, and so outputs variance 1 in training mode."""
+    norm.running_var.fill_(1 - norm.eps)
+    deviation = (norm.running_var[0].double() + norm.eps).sqrt()  # 1, but for rounding
+    conv.weight.copy_(weight * deviation)
+    norm.running_mean.copy_(-bias * deviation)
+    if conv.bias is not None:
+        conv.bias.zero_()
+
+
 def signs_of(norm: Layer) -> Tensor:
     """Return the sign of each γ of a BatchNorm, in float64: -1, or 1."""
     return torch.where(norm.weight < 0, -1.0, 1.0).double()
@@ -104,11 +117,14 @@ def signs_of(norm: Layer) -> Tensor:
 def set_norm(norm: Layer, moments: Moments, sign: Tensor, bias: Tensor | None = None) -> None:
     """Give a BatchNorm the numbers with which it computes ``sign · y + bias`` in eval mode, and outputs `moments` in training mode."""
     mean, variance = moments.mean.to(sign.device), moments.variance.to(sign.device)
+    if norm.bias is None:
+        mean = torch.zeros_like(mean)
     norm.running_mean.copy_(sign * (mean if bias is None else mean - bias))
     norm.running_var.copy_(variance)
     # from the rounded variance, so that √(σ² + ε) in eval mode cancels γ to the last digit
     norm.weight.copy_(sign * (norm.running_var.double() + norm.eps).sqrt())
-    norm.bias.copy_(mean)
+    if norm.bias is not None:
+        norm.bias.copy_(mean)
 
 
 def _bias_of(kernel: Kernel) -> Tensor:

@@ -24,6 +24,7 @@ class FoldedNorm:
         moments: moments of the fused conv's output in training mode, or None if they aren't known.
         synchronized: whether the BatchNorm was a SyncBatchNorm.
         frozen: class of the BatchNorm if its numbers are never trained, or None.
+        missing: which of its parameters it doesn't have: "weight", "bias".
     """
 
     conv: str
@@ -34,15 +35,16 @@ class FoldedNorm:
     moments: Moments | None = None
     synchronized: bool = False
     frozen: type[nn.Module] | None = None
+    missing: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, norm: Layer, path: str, conv: str = "", *, bias: bool = False) -> FoldedNorm:
         """Read a BatchNorm at `path`, behind the conv at path `conv`."""
         frozen = type(norm) if is_frozen_norm(norm) else None
         momentum = None if frozen else norm.momentum
-        return cls(
-            conv, path, norm.eps, momentum, bias, Moments.after(norm), isinstance(norm, nn.SyncBatchNorm), frozen
-        )
+        synchronized = isinstance(norm, nn.SyncBatchNorm)
+        missing = () if frozen else tuple(name for name in ("weight", "bias") if getattr(norm, name) is None)
+        return cls(conv, path, norm.eps, momentum, bias, Moments.after(norm), synchronized, frozen, missing)
 
 
 def folded_norm(conv: Layer) -> FoldedNorm | None:

@@ -26,6 +26,7 @@ from repfx.change.undo import as_before_on_error
 from repfx.errors import InvalidInput, first_line
 from repfx.records.generators import read_random_state, set_random_state
 from repfx.records.json_text import parse_json, require_shallow
+from repfx.records.module_tree import require_sizes
 from repfx.records.nested_state import put_together, take_apart
 from repfx.records.notes import copy_without_numbers
 from repfx.records.target_file import staged
@@ -78,6 +79,7 @@ def save(
     (['1xk', 'kx1'], {'epoch': 3})
     """
     model, parts = bare(model), _all_parts(driver, parts)
+    require_sizes(model)
     save_file = _package("safetensors.torch").save_file
     tensors: dict[str, Tensor] = {}
     optimizers = _optimizers(optimizer, parts)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from repfx.errors import ExportError, first_line
 from repfx.measuring.in_float64 import Inputs, as_arguments, map_tensors, seeded
@@ -134,8 +134,16 @@ def _fixed(free: FreeAxes, x: Inputs) -> str:
 def _exported_once(model: nn.Module, x: Inputs, free: FreeAxes) -> torch.export.ExportedProgram:
     x = map_tensors(torch.clone, x)  # copied, because torch.export marks the tensors themselves as free in size
     args, kwargs = as_arguments(x)
+    called = _called_by_name(model) if kwargs and isinstance(model, fx.GraphModule) else model
     with quiet(), torch.no_grad(), seeded(model):
-        return torch.export.export(model, args, kwargs, dynamic_shapes=free.specification(model, x), strict=False)
+        return torch.export.export(called, args, kwargs, dynamic_shapes=free.specification(model, x), strict=False)
+
+
+def _called_by_name(graph: fx.GraphModule) -> nn.Module:
+    """Return a plain module with the code of a graph and all that it holds: torch.export gives a graph its inputs by position alone."""
+    plain: nn.Module = type(type(graph).__name__, (nn.Module,), {"forward": type(graph).forward})()
+    vars(plain).update(vars(graph))
+    return plain
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

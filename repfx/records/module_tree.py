@@ -11,6 +11,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from repfx.errors import InvalidInput, UnknownName
 
@@ -19,6 +20,15 @@ def require_module(model: object) -> None:
     """Raise `InvalidInput` if `model` is not a module."""
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"model is of type {type(model).__name__}, not a torch.nn.Module.")
+
+
+def require_sizes(model: nn.Module) -> None:
+    """Raise InvalidInput if a parameter or buffer of a model has no size, as in a lazy layer that hasn't run yet."""
+    lazy = next((name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)), None)
+    if lazy is not None:
+        raise InvalidInput(
+            f"{lazy!r} has no size yet: run the model once, so that its lazy layers take the sizes of their inputs."
+        )
 
 
 def attribute(root: nn.Module, path: str) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from repfx.errors import InvalidInput, first_line
 from repfx.records.copied_hooks import copy_hooks
 from repfx.records.modes import set_modes
-from repfx.records.module_tree import kept_plainly, require_module
+from repfx.records.module_tree import kept_plainly, require_module, require_sizes
 from repfx.records.wrappers import bare
 
 _COPIED = "_user_preserved_attributes"  # torch.fx's name: a copied GraphModule keeps only these attributes of its own
@@ -143,6 +143,7 @@ def copy_without_numbers(model: nn.Module, instead: Mapping[int, Any] | None = N
     Raises:
         InvalidInput: as `copy_of`.
     """
+    require_sizes(model)
     memo: dict[int, Any] = {id(buffer): buffer.detach().to("meta") for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)

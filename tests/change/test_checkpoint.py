@@ -461,3 +461,9 @@ def test_the_state_of_a_fused_optimizer_lies_as_its_weights_do(kind: Any, tmp_pa
     for net, its in ((model, optimizer), (again, other)):
         step(net, its, 2)
     assert same_state(model.state_dict(), again.state_dict())
+
+
+def test_a_model_whose_layers_have_no_size_yet_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"'0\.weight' has no size yet: run the model once"):
+        repfx.save(tmp_path / "run.ckpt", nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU()))
+    assert not any(tmp_path.iterdir())

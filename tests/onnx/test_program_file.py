@@ -151,3 +151,40 @@ def test_what_can_not_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"takes no other batch, height, width than in x"):
         repfx.export_program(fixed, tmp_path / "m.pt2", X, dynamic_size=True)
     assert not list(tmp_path.iterdir())
+
+
+# --- Examples by name ------------------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """A net of which a call may leave out the argument in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(
+        self, x: Tensor, flag: bool = False, mask: Tensor | None = None, *, scale: Tensor | None = None
+    ) -> Tensor:
+        """Return what `mask` leaves: ``(batch, 4, height, width)``."""
+        y: Tensor = self.conv(-x if flag else x)
+        y = y if mask is None else y * mask
+        return y if scale is None else y - scale
+
+
+MASK, SCALE = X.cos()[:, :1], X.cos()[:, :1, :1, :1]
+
+
+@pytest.mark.parametrize("export", [repfx.export_program, repfx.export_onnx])
+@pytest.mark.parametrize(
+    "example",
+    [{"x": X, "mask": MASK}, {"mask": MASK, "x": X}, {"scale": SCALE, "x": X}, {"mask": MASK, "scale": SCALE, "x": X}],
+    ids=", ".join,
+)
+def test_inputs_by_name_come_in_any_order(example: dict[str, Tensor], export: Any, tmp_path: Path) -> None:
+    model = ready(Masked())
+    file = tmp_path / ("m.pt2" if export is repfx.export_program else "m.onnx")
+    dtype = torch.float32 if export is repfx.export_onnx else None
+    assert export(model, file, example, dtype=dtype).max_error < 1e-5
+    if dtype is None:
+        assert relative_error(loaded(file)(**example), model(**example)) < 1e-12

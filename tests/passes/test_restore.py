@@ -12,6 +12,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import repfx
 from repfx.errors import InvalidInput, Refused
+from repfx.passes.fuse import Fuse
+from repfx.passes.restore import Restore
+from repfx.records.journal import apply
 from repfx.testing import assert_same_map, randomize_batch_norm
 from tests.small_net import SmallNet, batch, small_net
 
@@ -181,3 +184,57 @@ def test_what_was_folded_survives_copying_and_saving(tmp_path: Any) -> None:
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
     for twin in (copy.deepcopy(fused), loaded):
         assert set(repfx.restore(twin).state_dict()) == set(SmallNet().state_dict())
+
+
+# --- BatchNorms without a scale or a shift ---------------------------------------------------------------------------
+
+LAYERS: dict[str, Any] = {
+    "1d": (lambda: nn.Conv1d(3, 6, 3, bias=False), nn.BatchNorm1d, (4, 3, 11)),
+    "2d": (lambda: nn.Conv2d(3, 6, 3, bias=True), nn.BatchNorm2d, (4, 3, 9, 10)),
+    "3d": (lambda: nn.Conv3d(3, 6, 3, bias=False), nn.BatchNorm3d, (4, 3, 5, 6, 7)),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 6, 3, bias=False), nn.BatchNorm2d, (4, 3, 9, 10)),
+    "linear": (lambda: nn.Linear(3, 6), nn.BatchNorm1d, (7, 3)),
+}
+
+
+def normed(kind: str, missing: tuple[str, ...]) -> nn.Sequential:
+    """A layer and a BatchNorm without some of its parameters, in float64."""
+    layer, norm, _ = LAYERS[kind]
+    model = nn.Sequential(*([nn.Flatten()] if kind == "linear" else []), layer(), norm(6), nn.ReLU()).double()
+    for name in missing:
+        model[-2].register_parameter(name, None)
+    return model
+
+
+@pytest.mark.parametrize("missing", [("weight", "bias"), ("weight",), ("bias",)])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_batch_norm_returns_with_the_parameters_that_it_had(kind: str, missing: tuple[str, ...]) -> None:
+    model = randomize_batch_norm(normed(kind, missing)).eval()
+    x = torch.randn(LAYERS[kind][2], dtype=torch.float64)
+    restored = repfx.restore(repfx.fuse(model), calibrate=[x])
+    assert repfx.report(restored).skipped == ()
+    assert_same_map(restored, model, x)
+    again = normed(kind, missing).eval()
+    again.load_state_dict(restored.state_dict(), strict=True)
+    assert_same_map(again, model, x)
+
+
+@pytest.mark.parametrize("missing", [("weight", "bias"), ("bias",)])
+def test_without_a_shift_it_trains_as_it_did(missing: tuple[str, ...]) -> None:
+    model = normed("2d", missing)
+    x = torch.randn(64, 3, 9, 10, dtype=torch.float64)
+    norm: Any = model[1]
+    norm.momentum = None  # the statistics of all that it has seen
+    model.train()(x)
+    restored = repfx.restore(repfx.fuse(model))
+    assert restored.training
+    assert_same_map(restored.train(), model.train(), x, tolerance=1e-4)
+
+
+def test_in_place_it_returns_without_them_too() -> None:
+    model = randomize_batch_norm(normed("2d", ("weight", "bias"))).eval()
+    x = torch.randn(LAYERS["2d"][2], dtype=torch.float64)
+    before, keys = model(x).detach(), list(model.state_dict())
+    apply(model, [Fuse("0"), Restore("0")], None)
+    assert_same_map(model, lambda _: before, x)
+    assert list(model.state_dict()) == keys

@@ -397,3 +397,11 @@ def test_refusals() -> None:
         repfx.squeeze(expanded(), "layer1.*")
     with pytest.raises(repfx.errors.UnknownName, match="statistics 'batch'"):
         repfx.squeeze(expanded(), statistics="batch")
+
+
+@pytest.mark.parametrize("statistics", [None, "frozen"])
+def test_a_model_whose_layers_have_no_size_yet_is_refused(statistics: str | None) -> None:
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU())
+    options = {} if statistics is None else {"statistics": statistics}
+    with pytest.raises(repfx.errors.InvalidInput, match=r"'0\.weight' has no size yet: run the model once"):
+        repfx.squeeze(model, **options)

@@ -185,7 +185,8 @@ def expand(
             and the branches may begin as in their papers. Any other value needs `preserve=False`.
         calibrate: inputs of the model, or a data loader, on which the statistics of the new BatchNorms are measured.
         example: input of the model, as `check_equivalent` takes it: proves that the model computes what it did, in float64, and in
-            training mode, too, unless `gamma` is given. It can't be given with `preserve=False`.
+            training mode, too, unless `gamma` is given or a spec has `norm_behind`, which keep that as far as statistics have settled.
+            It can't be given with `preserve=False`.
         inplace: change `model` itself instead of a copy.
         strict: raise if a site or branch that `spec` names is left alone.
 
@@ -211,10 +212,11 @@ def expand(
             "example proves that the function stays, which preserve=False doesn't let: leave one of them out."
         )
     target = model if inplace else copy_of(model)
+    behind = any(each.norm_behind for _, each in selection.patterns)
     is_base = not any(isinstance(module, RepBlock) for module in target.modules())
     if not is_base:
         require_told(target)
-    with proven("expand", target, example, in_training=not gamma):
+    with proven("expand", target, example, in_training=not (gamma or behind)):
         plans, skips = _plan(find_sites(target), selection)
         if strict:
             _require_all(skips)

@@ -339,3 +339,9 @@ def test_a_class_that_fuses_itself_finds_a_conv_and_the_batch_norm() -> None:
     model[0].fuse()
     assert type(model[0].conv) is nn.Conv2d
     assert_same_map(model, before, images())
+
+
+def test_an_example_proves_eval_mode_where_statistics_have_not_settled() -> None:
+    model = plain()
+    expanded = repfx.expand(model, BEHIND, example=images())
+    assert_same_map(expanded.eval(), model.eval(), images())

@@ -115,7 +115,7 @@ def _group(data: str, rows: list[Row]) -> str:
     lines = [head, ["---"] * len(head), *(_line(method, rows, against, data) for method in methods)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     conclusion = _conclusion({**against, EQUAL: _at_equal_cost(rows, against)})
-    return "\n\n".join([f"### {data}", _setting(next(iter(by_seed(rows, PLAIN).values()), rows[0])), table, conclusion])
+    return "\n\n".join([f"### {data}", _setting(rows), table, conclusion])
 
 
 def _differences(rows: list[Row], base: str) -> dict[str, Difference]:
@@ -140,9 +140,15 @@ def _at_equal_cost(rows: list[Row], against: dict[str, dict[str, Difference]]) -
 
 
 def _relative(rows: list[Row], method: str, key: str) -> float:
-    """Return what a method took relative to the plain net, as a mean over common seeds; NaN if there are none."""
+    """Return what a method took relative to the plain net, as a mean over common seeds; NaN if there are none.
+
+    Seconds are compared on one kind of machine alone.
+    """
     own, plain = by_seed(rows, method), by_seed(rows, PLAIN)
-    ratios = [row[key] / plain[seed][key] for seed, row in own.items() if seed in plain]
+    pairs = [(row, plain[seed]) for seed, row in own.items() if seed in plain]
+    ratios = [
+        row[key] / other[key] for row, other in pairs if key == "training_macs" or row["hardware"] == other["hardware"]
+    ]
     return statistics.fmean(ratios) if ratios else nan
 
 
@@ -169,13 +175,15 @@ def _line(method: str, rows: list[Row], against: dict[str, dict[str, Difference]
     ]
 
 
-def _setting(row: Row) -> str:
+def _setting(rows: list[Row]) -> str:
+    row = next(iter(by_seed(rows, PLAIN).values()), rows[0])
+    machines = " or ".join(dict.fromkeys(each["hardware"] for each in rows))
     training = row["config"]["training"]
     options = ", ".join(f"{name}: {value}" for name, value in row["config"]["model"].get("options", {}).items())
     net = f"`{row['config']['model']['name']}`{f' ({options})' if options else ''}"
     return (
         f"Net {net}, {row['images']} training images of {row['data']}, {training['epochs']} epochs, "
-        f"{row['hardware']}, torch {row['torch']}. With full `dyrep` blocks from the first epoch on, a training would cost "
+        f"{machines}, torch {row['torch']}. With full `dyrep` blocks from the first epoch on, a training would cost "
         f"{_cost_of_full_blocks(row):.2f} times plain's multiply-adds; DyRep grows its blocks one by one."
     )
 

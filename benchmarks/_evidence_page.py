@@ -82,7 +82,7 @@ This page shows what the methods give when all of them train the same net on the
   Student's t. Where the interval contains 0, nothing is shown. With some fifteen methods, about one interval of a column would leave 0
   out by chance alone.
 - *Cost* is the multiply-adds of the whole training, including those of a search and of a teacher, relative to plain's.
-- *Time* is processor time, relative to plain's.
+- *Time* is processor time, relative to plain's on the same kind of machine.
 - *Plain, 2.5 times* takes as many multiply-adds as most methods, *plain, longer* as many as the most expensive method.
 - *Plain at equal cost* is the first of *plain*, *plain, 2.5 times* and *plain, longer* for which the method costs at most 1.15 times as
   much.

@@ -419,13 +419,15 @@ def _order_placeholders(parameters: list[inspect.Parameter], graph: fx.Graph) ->
 
 
 _CALLED = nn.Module._call_impl.__code__
-_STOPS = frozenset({_CALLED, Tracer.call_module.__code__, Tracer.trace.__code__})
+_STOPS = frozenset(
+    map(id, (_CALLED, Tracer.call_module.__code__, Tracer.trace.__code__))
+)  # hashing code takes as long as it is
 
 
 def _innermost_called() -> nn.Module | None:
     """The module whose code runs now and was called outside of what the tracer records, or None if the tracer itself made the call."""
     frame: FrameType | None = sys._getframe(3)  # the caller of what the tracer does
-    while frame is not None and frame.f_code not in _STOPS:
+    while frame is not None and id(frame.f_code) not in _STOPS:
         frame = frame.f_back
     return frame.f_locals["self"] if frame is not None and frame.f_code is _CALLED else None
 

@@ -248,9 +248,11 @@ def _cheapest_groups(match: Match, view: View) -> list[Match]:
     Return the match itself if there are none. The dearest terms come first, so their order in the sum doesn't count. Each joins the group
     to which it adds least.
     """
+    if match.shares_maps:  # what a map costs is no matter of one term
+        return [match]
     whole = _cost_of_one(match, view)
     alone = [(cost_of_convs((term,), match, view.cost_of, view), term) for term in match.terms]
-    if match.shares_maps or whole <= max(cost for cost, _ in alone):
+    if whole <= max(cost for cost, _ in alone):
         return [match]
     groups: list[tuple[float, Match]] = []
     for cost, term in sorted(alone, key=lambda each: -each[0]):

@@ -40,7 +40,7 @@ class ValueProxy(fx.Proxy):
         If the answer is Tensor, the graph checks at each call that the value is one.
         """
         frame = _asking_frame()
-        if _is_tracing(frame) or not _asks_for_a_class(frame):
+        if is_tracing(frame) or not _asks_for_a_class(frame):
             return type(self)
         known = _known_type(self.node)
         if known is not None:
@@ -81,7 +81,7 @@ class ValueProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __str__(self) -> str:
-        if _is_tracing(_asking_frame()):
+        if is_tracing(_asking_frame()):
             return fx.Proxy.__repr__(self)
         raise TypeError("code writes a value that depends on the input into a text")
 
@@ -108,7 +108,7 @@ def _asking_frame() -> FrameType | None:
     return frame
 
 
-def _is_tracing(frame: FrameType | None) -> bool:
+def is_tracing(frame: FrameType | None) -> bool:
     """Whether a frame runs the tracer's code, not the model's."""
     return frame is not None and _module_of(frame).startswith(("torch.fx", "repfx."))
 

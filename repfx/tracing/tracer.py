@@ -30,7 +30,7 @@ from repfx.tracing.forms import GrowingForms
 from repfx.tracing.input_checks import check_at
 from repfx.tracing.leaves import is_leaf, is_only_a_function, stays_whole
 from repfx.tracing.modes import Modes, modes_put_back
-from repfx.tracing.proxy import ValueProxy, is_of_sizes
+from repfx.tracing.proxy import ValueProxy, is_of_sizes, is_tracing
 from repfx.tracing.recording import calls_recorded, functions_recorded, tensors_recorded
 from repfx.tracing.settings import Settings, changed_setting, in_mode, settings_in, settings_put_back
 
@@ -381,7 +381,7 @@ def asks_for_gradient(node: fx.Node) -> bool:
 def _asking_frame() -> FrameType:
     """The innermost frame of the model's own code."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith(("torch.fx", "repfx.")):
+    while frame.f_back is not None and is_tracing(frame):
         frame = frame.f_back
     return frame
 
